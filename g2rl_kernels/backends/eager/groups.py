@@ -1,0 +1,164 @@
+"""Group mathematics on all groups at once, padded to the largest: [G, m_max, ...].
+
+Computed in float64 where the device has it: a few thousand numbers cost nothing, and 1 - S^2 of near-equal directions
+would lose half of fp32's digits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
+class _Layout:
+    """Where each response stands in [G, m_max], and back."""
+
+    def __init__(self, cu_groups: Tensor, B: int, m_max: int) -> None:
+        sizes = cu_groups.diff()
+        self.shape = (sizes.shape[0], m_max)
+        self.member = torch.arange(m_max, device=cu_groups.device) < sizes[:, None]
+        group = torch.repeat_interleave(torch.arange(sizes.shape[0], device=sizes.device), sizes, output_size=B)
+        self.slot = group * m_max + torch.arange(B, device=sizes.device) - cu_groups[:-1][group]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[B, ...] to [G, m_max, ...], 0 in empty slots."""
+        rows = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
+        return rows.index_copy(0, self.slot, values).view(*self.shape, *values.shape[1:])
+
+    def gather(self, padded: Tensor) -> Tensor:
+        """[G, m_max] to [B]."""
+        return padded.reshape(-1)[self.slot]
+
+
+def _largest_group(cu_groups: Tensor) -> int:
+    return int(cu_groups.diff().max()) if cu_groups.shape[0] > 1 else 0
+
+
+def group_similarity(features: Tensor, cu_groups: Tensor, m_max: int) -> Tensor:
+    layout = _Layout(cu_groups, features.shape[0], m_max)
+    return _similarity(_wide(features), layout).to(features.dtype)
+
+
+def _similarity(phi: Tensor, layout: _Layout) -> Tensor:
+    norm = phi.norm(dim=1, keepdim=True)
+    directions = layout.spread(torch.where(norm > 0, phi / norm, 0))
+    return directions @ directions.mT
+
+
+def exploration_scores(similarity: Tensor, rewards: Tensor, cu_groups: Tensor, valid: Tensor | None) -> Tensor:
+    layout = _Layout(cu_groups, rewards.shape[0], similarity.shape[1])
+    diagonal = similarity.diagonal(dim1=1, dim2=2) > 0
+    usable = layout.member & (diagonal if valid is None else layout.spread(valid))
+    return layout.gather(_scores(_wide(similarity), layout.spread(_wide(rewards)), usable)).to(rewards.dtype)
+
+
+def _scores(S: Tensor, r: Tensor, usable: Tensor) -> Tensor:
+    """nu [G, m_max]; 0 where not usable or without a usable peer."""
+    peers = usable[:, :, None] & usable[:, None, :] & ~torch.eye(S.shape[1], dtype=torch.bool, device=S.device)
+    exponents = torch.where(peers, r[:, None, :], -torch.inf)
+    has_peers = peers.any(2)
+    # Rows without peers are all -inf; their maximum is replaced so that no inf - inf arises.
+    largest = exponents.amax(2, keepdim=True) if S.shape[1] else exponents.sum(2, keepdim=True)
+    w = (exponents - torch.where(has_peers[:, :, None], largest, 0)).exp()
+    similar = (w * S.square()).sum(2) / torch.where(has_peers, w.sum(2), 1)
+    return torch.where(has_peers, (1 - similar).clamp(min=0).sqrt(), 0)
+
+
+def shape_rewards(
+    rewards: Tensor,
+    scores: Tensor,
+    cu_groups: Tensor,
+    valid: Tensor | None,
+    strength: float,
+    clip: float,
+    rule: str,
+    min_range: float,
+    uniform_groups: str,
+) -> Tensor:
+    layout = _Layout(cu_groups, rewards.shape[0], _largest_group(cu_groups))
+    usable = layout.member if valid is None else layout.spread(valid)
+    r, nu = layout.spread(_wide(rewards)), layout.spread(_wide(scores))
+    return layout.gather(_shape(r, nu, usable, strength, clip, rule, min_range, uniform_groups)).to(rewards.dtype)
+
+
+def _shape(
+    r: Tensor,
+    nu: Tensor,
+    usable: Tensor,
+    strength: float,
+    clip: float,
+    rule: str,
+    min_range: float,
+    uniform_groups: str,
+) -> Tensor:
+    if r.shape[1] == 0:
+        return r
+    low, high = _range(nu, usable)
+    span = high - low
+    changes = usable & (span >= min_range) & (span > 0)
+    if uniform_groups == "drop":
+        lowest, highest = _range(r, usable)
+        changes &= lowest < highest
+    nubar = (nu - low) / torch.where(span > 0, span, 1)
+    if rule == "scale":
+        factor = 1 + strength * nubar
+    elif rule == "centered":
+        factor = 1 + strength * (2 * nubar - 1)
+    else:
+        factor = 1 + strength * r * nubar
+    return torch.where(changes, (r * factor).clamp(-clip, clip), r)
+
+
+def _range(values: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest usable value of each group [G, 1]; equal where nothing is usable."""
+    low = torch.where(usable, values, torch.inf).amin(1, keepdim=True)
+    high = torch.where(usable, values, -torch.inf).amax(1, keepdim=True)
+    any_usable = usable.any(1, keepdim=True)
+    return torch.where(any_usable, low, 0), torch.where(any_usable, high, 0)
+
+
+def group_advantages(rewards: Tensor, cu_groups: Tensor, normalize: str) -> Tensor:
+    layout = _Layout(cu_groups, rewards.shape[0], _largest_group(cu_groups))
+    return layout.gather(_advantages(layout.spread(_wide(rewards)), layout.member, normalize)).to(rewards.dtype)
+
+
+def _advantages(r: Tensor, member: Tensor, normalize: str) -> Tensor:
+    if r.shape[1] == 0:
+        return r
+    # Relative to the first response, equal rewards centre to exactly 0 whatever their value.
+    relative = torch.where(member, r - r[:, :1], 0)
+    sizes = member.sum(1, keepdim=True).clamp(min=1)
+    centered = torch.where(member, relative - relative.sum(1, keepdim=True) / sizes, 0)
+    if normalize == "std":
+        centered = centered / (centered.square().sum(1, keepdim=True) / sizes + 1e-6).sqrt()
+    return centered
+
+
+def g2rl_advantages(
+    features: Tensor,
+    rewards: Tensor,
+    cu_groups: Tensor,
+    m_max: int,
+    valid: Tensor | None,
+    strength: float,
+    clip: float,
+    rule: str,
+    min_range: float,
+    uniform_groups: str,
+    normalize: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout = _Layout(cu_groups, rewards.shape[0], m_max)
+    phi = _wide(features)
+    S = _similarity(phi, layout)
+    nonzero = (features != 0).any(1)
+    usable = layout.spread(nonzero if valid is None else nonzero & valid)
+    r = layout.spread(_wide(rewards))
+    nu = _scores(S, r, usable)
+    shaped = _shape(r, nu, usable, strength, clip, rule, min_range, uniform_groups)
+    A = _advantages(shaped, layout.member, normalize)
+    per_response = (layout.gather(x).to(features.dtype) for x in (A, shaped, nu))
+    return (*per_response, S.to(features.dtype))

@@ -1,0 +1,282 @@
+"""Head ops in chunks of tokens, with residuals summed in vocabulary space.
+
+    R[b] = sum_{t in b} a_t (e_y - p_t) dz/dz_raw      [B, V], responses and not tokens
+    Phi  = logit_scale R @ W / sum a                   [B, d]
+
+so that features cost one product of B rows on top of the one that log-probabilities need. Sums over the vocabulary
+leave the target out: S_rest = sum_{v != y} e_v gives 1 - p_y = S_rest / S and log p_y = -log1p(S_rest / e_y) without
+cancellation for confident tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from g2rl_kernels.backends.eager.products import mm, mm_fp32_left
+
+# Rows are handled in slices of this size after the product: on a CPU a slice stays in cache over its passes.
+_SLICE_BYTES = {"cpu": 4 << 20}
+_SLICE_BYTES_DEFAULT = 32 << 20
+# Library products of fewer rows may sum in another order: blocks are padded to a multiple, so that a token's result does
+# not depend on how many others come along.
+_ROW_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The head's tensors and options, and how many rows of logits and of weight fit the workspace."""
+
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    logit_scale: float
+    softcap: float
+    workspace_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    @property
+    def token_rows(self) -> int:
+        """Tokens whose logits take half of the workspace."""
+        rows = self.workspace_bytes // 2 // (self.dtype.itemsize * self.weight.shape[0])
+        return max(1, rows // _ROW_MULTIPLE * _ROW_MULTIPLE if rows >= _ROW_MULTIPLE else rows)
+
+    @property
+    def response_rows(self) -> int:
+        """Responses whose R takes a quarter of the workspace."""
+        return max(1, self.workspace_bytes // 4 // (self.dtype.itemsize * self.weight.shape[0]))
+
+    def vocab_tiles(self) -> Iterator[slice]:
+        """Vocabulary in tiles whose weight, cast to fp32, takes an eighth of the workspace."""
+        rows = max(1, self.workspace_bytes // 8 // (self.dtype.itemsize * self.weight.shape[1]))
+        for start in range(0, self.weight.shape[0], rows):
+            yield slice(start, min(start + rows, self.weight.shape[0]))
+
+    def slices(self, rows: int) -> Iterator[slice]:
+        limit = _SLICE_BYTES.get(self.weight.device.type, _SLICE_BYTES_DEFAULT)
+        step = max(1, limit // (self.dtype.itemsize * self.weight.shape[0]))
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """W h [n, V] without bias and options."""
+        n = hidden.shape[0]
+        padding = -n % min(_ROW_MULTIPLE, self.token_rows)
+        if padding:
+            hidden = torch.cat((hidden, hidden.new_zeros(padding, hidden.shape[1])))
+        z = torch.empty(hidden.shape[0], self.weight.shape[0], dtype=self.dtype, device=hidden.device)
+        for tile in self.vocab_tiles():
+            z[:, tile] = mm(hidden, self.weight[tile].T)
+        return z[:n]
+
+    def apply_options(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """u = z / T in place of raw logits, and the slope of the soft cap (None: one everywhere)."""
+        if self.bias is not None:
+            z += self.bias.to(self.dtype)
+        if self.softcap > 0:
+            capped = z.mul_(self.logit_scale / self.softcap).tanh_()
+            slope = 1 - capped * capped
+            return capped.mul_(self.softcap / self.temperature), slope
+        scale = self.logit_scale / self.temperature
+        return (z if scale == 1 else z.mul_(scale)), None
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_bytes)
+    results = torch.empty(3, hidden.shape[0], dtype=head.dtype, device=hidden.device)
+    for start in range(0, hidden.shape[0], head.token_rows):
+        tokens = slice(start, start + head.token_rows)
+        z = head.raw_logits(hidden[tokens])
+        for rows in head.slices(z.shape[0]):
+            y = targets[tokens][rows]
+            u, _ = head.apply_options(z[rows])
+            e, statistics = _exponentials(u, y, None)
+            results[:, tokens][:, rows] = torch.stack(statistics[:3])
+    logps, entropy, lse = results.unbind()
+    return logps.clone(), entropy.clone(), lse.clone()
+
+
+def sequence_features(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    token_weights: Tensor | None,
+    lse: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_bytes)
+    N, d = hidden.shape
+    offsets = cu_seqlens.tolist()
+    a = torch.ones(N, dtype=head.dtype, device=hidden.device) if token_weights is None else token_weights.to(head.dtype)
+    results = torch.empty(3, N, dtype=head.dtype, device=hidden.device)
+    features = torch.zeros(len(offsets) - 1, d, dtype=head.dtype, device=hidden.device)
+
+    for responses, blocks in _plan(offsets, head.token_rows, head.response_rows):
+        first = responses.start
+        R = torch.zeros(len(responses), weight.shape[0], dtype=head.dtype, device=hidden.device)
+        for start, end, segments in blocks:
+            z = head.raw_logits(hidden[start:end])
+            for rows in head.slices(z.shape[0]):
+                tokens = slice(start + rows.start, start + rows.stop)
+                y = targets[tokens]
+                u, slope = head.apply_options(z[rows])
+                shift = None if lse is None else lse[tokens].to(head.dtype)
+                e, statistics = _exponentials(u, y, shift)
+                results[:, tokens] = torch.stack(statistics[:3])
+                z[rows] = _weighted_residuals(e, y, slope, a[tokens], statistics[3], statistics[4])
+            for b, s, t in segments:
+                R[b - first] += z[s - start : t - start].sum(0)
+        for tile in head.vocab_tiles():
+            features[first : responses.stop] += _rows_times_weight(R[:, tile], weight[tile])
+
+    totals = torch.stack([a[s:t].sum() for s, t in zip(offsets[:-1], offsets[1:], strict=True)] or [a.new_zeros(())])
+    totals = totals[: len(offsets) - 1]
+    features *= torch.where(totals > 0, logit_scale / totals, 0)[:, None]
+    logps, entropy, lse_out = results.unbind()
+    return features, logps.clone(), entropy.clone(), lse_out.clone()
+
+
+def _rows_times_weight(R: Tensor, weight: Tensor) -> Tensor:
+    """R @ W in fp32, rows padded so that a response's result does not depend on how many come along."""
+    padding = -R.shape[0] % _ROW_MULTIPLE
+    padded = torch.cat((R, R.new_zeros(padding, R.shape[1])))
+    return mm_fp32_left(padded, weight)[: R.shape[0]]
+
+
+def _exponentials(u: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """e = exp(u - shift) [n, V] with e_y set to 0 (u is overwritten), and (logps, entropy, lse, S_rest / S, 1 / S), each [n].
+
+    `shift` is the row maximum unless given; the results are normalised by the sum found here either way.
+    """
+    column = y[:, None]
+    shift = u.amax(1) if shift is None else shift
+    x = u.sub_(shift[:, None])
+    x_y = x.gather(1, column)[:, 0]
+    e = x.exp()
+    weighted = (x.mul_(e)).sum(1)
+    e_y = e.gather(1, column)[:, 0]
+    e.scatter_(1, column, 0)
+    S_rest = e.sum(1)
+    S = S_rest + e_y
+    log_S = S.log()
+    logps = torch.where(e_y > S_rest, -torch.log1p(S_rest / e_y), x_y - log_S)
+    return e, (logps, log_S - weighted / S, shift + log_S, S_rest / S, S.reciprocal())
+
+
+def _weighted_residuals(
+    e: Tensor, y: Tensor, slope: Tensor | None, a: Tensor, rest_share: Tensor, inverse_S: Tensor
+) -> Tensor:
+    """a_t (e_y - p_t) dz/dz_raw [n, V], from exponentials without the target's; in place."""
+    residuals = e.mul_((-a * inverse_S)[:, None]).scatter_(1, y[:, None], (a * rest_share)[:, None])
+    return residuals if slope is None else residuals.mul_(slope)
+
+
+Segment = tuple[int, int, int]
+Block = tuple[int, int, list[Segment]]
+
+
+def _plan(offsets: list[int], token_rows: int, response_rows: int) -> Iterator[tuple[range, list[Block]]]:
+    """Group responses whose R fits the workspace, and their tokens into blocks (start, end, segments).
+
+    A segment (b, s, t) says that tokens s to t belong to response b. Only a response of more than `token_rows` tokens is
+    split, counted from its own start, so that its sums do not depend on its neighbours.
+    """
+    for first in range(0, len(offsets) - 1, response_rows):
+        responses = range(first, min(first + response_rows, len(offsets) - 1))
+        blocks: list[Block] = []
+        for b in responses:
+            for s in range(offsets[b], offsets[b + 1], token_rows):
+                t = min(s + token_rows, offsets[b + 1])
+                if blocks and t - blocks[-1][0] <= token_rows and s == offsets[b]:
+                    start, _, segments = blocks[-1]
+                    blocks[-1] = (start, t, [*segments, (b, s, t)])
+                else:
+                    blocks.append((s, t, [(b, s, t)]))
+        yield responses, blocks
+
+
+def logprobs_backward(
+    grad_logps: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logps: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    workspace_bytes: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Recompute logits block by block; the gradient of z is rounded once to the model's dtype, sums are fp32."""
+    head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_bytes)
+    need_bias = need_bias and bias is not None
+    grad_hidden = torch.empty_like(hidden) if need_hidden else None
+    grad_weight = torch.zeros(weight.shape, dtype=head.dtype, device=weight.device) if need_weight else None
+    grad_bias = torch.zeros(weight.shape[0], dtype=head.dtype, device=weight.device) if need_bias else None
+    for start in range(0, hidden.shape[0], head.token_rows):
+        tokens = slice(start, start + head.token_rows)
+        z = head.raw_logits(hidden[tokens])
+        for rows in head.slices(z.shape[0]):
+            at = slice(start + rows.start, start + rows.stop)
+            u, slope = head.apply_options(z[rows])
+            grad = _grad_logits(u, targets[at], grad_logps[at], grad_entropy[at], logps[at], entropy[at], lse[at])
+            grad.mul_(logit_scale / temperature)
+            z[rows] = grad if slope is None else grad.mul_(slope)
+        if grad_bias is not None:
+            grad_bias += z.sum(0)
+        g = z.to(weight.dtype)
+        grad_h = None
+        for tile in head.vocab_tiles():
+            if need_hidden:
+                part = mm(g[:, tile], weight[tile])
+                grad_h = part if grad_h is None else grad_h.add_(part)
+            if grad_weight is not None:
+                grad_weight[tile] += mm(g[:, tile].T, hidden[tokens])
+        if grad_hidden is not None:
+            grad_hidden[tokens] = grad_h
+    return (
+        grad_hidden,
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def _grad_logits(
+    u: Tensor, y: Tensor, grad_logps: Tensor, grad_entropy: Tensor, logps: Tensor, entropy: Tensor, lse: Tensor
+) -> Tensor:
+    """g_logp (e_y - p) - g_H p (log p + H) [n, V]; u is overwritten.
+
+    The target's 1 - p_y is -expm1(log p_y), exact where log p_y is.
+    """
+    log_p = u.sub_(lse[:, None])
+    p = log_p.exp()
+    p_y = logps.exp()
+    grad_y = grad_logps * -torch.expm1(logps) - grad_entropy * p_y * (logps + entropy)
+    factor = log_p.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_logps[:, None])
+    return p.mul_(factor).neg_().scatter_(1, y[:, None], grad_y[:, None])

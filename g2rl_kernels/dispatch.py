@@ -1,0 +1,159 @@
+"""The only place that decides which backend runs an op.
+
+A backend is a module with one plain function for each op that it serves, named as the op is, and a function
+``unavailable(device, dtype) -> str | None`` that says why it cannot serve here. `resolve` takes the first that can, in
+the order of `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+
+import torch
+
+ENVIRONMENT_VARIABLE = "G2RL_KERNELS_BACKEND"
+
+OPS = (
+    "token_logprobs",
+    "sequence_features",
+    "logprobs_backward",
+    "group_similarity",
+    "exploration_scores",
+    "shape_rewards",
+    "group_advantages",
+    "g2rl_advantages",
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the backend table.
+
+    Attributes:
+        name: what `use_backend` takes.
+        module: the module that holds its functions; loaded when first asked for.
+        automatic: whether it is chosen without being named.
+        missing: what to say where the module does not exist in this installation.
+    """
+
+    name: str
+    module: str
+    automatic: bool = True
+    missing: str = "not part of this version"
+
+
+# Fastest first.
+BACKENDS = (
+    Backend("cuda", "g2rl_kernels.backends.cuda", missing="this version has no CUDA C++ kernels"),
+    Backend("triton", "g2rl_kernels.backends.triton", missing="this version has no Triton kernels"),
+    Backend("native", "g2rl_kernels.backends.native", missing="this version has no compiled CPU kernels"),
+    Backend("torch", "g2rl_kernels.backends.eager"),
+    Backend("reference", "g2rl_kernels.backends.reference", automatic=False),
+)
+
+# One variable for the process and not a context variable: autograd runs backward passes on threads of its own, which
+# must see the same choice.
+_forced: str | None = None
+
+
+def _backend(name: str) -> Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"backend: expected one of {', '.join(b.name for b in BACKENDS)}, found {name!r}")
+
+
+def _load(backend: Backend) -> ModuleType | None:
+    if importlib.util.find_spec(backend.module) is None:
+        return None
+    return importlib.import_module(backend.module)
+
+
+def _refusal(backend: Backend, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run `op` on tensors of this device and dtype; None when it can."""
+    module = _load(backend)
+    if module is None:
+        return backend.missing
+    reason = module.unavailable(device, dtype)
+    if reason is None and not hasattr(module, op):
+        reason = "does not have this op"
+    return reason
+
+
+def resolve(op: str, device: torch.device, dtype: torch.dtype) -> Callable:
+    """The function that runs `op` on tensors of this device and dtype.
+
+    Raises:
+        RuntimeError: a backend was asked for by name and cannot serve; the message says why.
+    """
+    forced = _forced or os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced:
+        backend = _backend(forced)
+        reason = _refusal(backend, op, device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend {forced!r} cannot run {op} on {device.type} {dtype}: {reason}")
+        return getattr(_load(backend), op)
+    for backend in BACKENDS:
+        if backend.automatic and _refusal(backend, op, device, dtype) is None:
+            return getattr(_load(backend), op)
+    raise AssertionError("the torch backend serves every op on every device")
+
+
+class use_backend:
+    """Choose the backend by name, for the process or for a ``with`` block.
+
+    ``use_backend("reference")`` holds from the call on; as a context manager it ends with the block. ``use_backend(None)``
+    returns to the automatic choice. The environment variable ``G2RL_KERNELS_BACKEND`` sets the initial choice.
+
+    Raises:
+        ValueError: no backend of that name.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None:
+            _backend(name)
+        self._previous = _forced
+        _forced = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._previous
+
+
+def explain() -> str:
+    """Which backend serves which op on this machine, by device and dtype, and why the faster ones do not."""
+    devices = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: {', '.join(map(str, devices))}"]
+    forced = _forced or os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced:
+        lines.append(f"backend set by name: {forced}")
+    for device in devices:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            lines.append(f"\n{device.type}, {str(dtype).removeprefix('torch.')}")
+            served: dict[str, list[str]] = {}
+            reasons: dict[str, list[str]] = {}
+            for op in OPS:
+                for backend in BACKENDS:
+                    reason = _refusal(backend, op, device, dtype)
+                    if (backend.name == forced) if forced else (backend.automatic and reason is None):
+                        served.setdefault(backend.name, []).append(op)
+                        break
+                    why = reason or ("only on request" if not forced else f"{forced} was asked for")
+                    reasons.setdefault(f"{backend.name}: {why}", []).append(op)
+            for name, ops in served.items():
+                lines.append(f"  {name:10s} serves {', '.join(ops)}")
+            for why, ops in reasons.items():
+                scope = "" if len(ops) == len(OPS) else f" ({', '.join(ops)})"
+                lines.append(f"  not {why}{scope}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The public functions and their registration with PyTorch: one schema, one fake and one autograd formula per op."""

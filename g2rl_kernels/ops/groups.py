@@ -1,0 +1,416 @@
+"""From sequence features and rewards to shaped rewards and advantages, group by group (paper eq. 2, 9 to 13).
+
+With S_ij the cosine of responses i and j of a group (B responses, G groups, m the size of a group):
+
+    w_ij  = exp(r_j) / sum_{k != i} exp(r_k)                eq. 10, over peers j != i
+    nu_i  = sqrt(max(1 - sum_j w_ij S_ij^2, 0))             eq. 11, in [0, 1]
+    nubar = (nu - min nu) / (max nu - min nu)               eq. 13, inside the group
+    r~_i  = clip(r_i (1 + lambda nubar_i), -c, c)           eq. 12, rule "scale"
+    A_i   = (r~_i - mean r~) / sqrt(var r~ + eps)           eq. 2
+
+A response without gradient (empty, fully masked: Phi = 0) is invalid: no peer to others, left out of min and max, and its
+reward stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from g2rl_kernels.checks import check_offsets, check_tensor, values_readable
+from g2rl_kernels.dispatch import resolve
+
+RULES = ("scale", "centered", "literal")
+UNIFORM_GROUPS = ("shape", "drop")
+NORMALIZATIONS = ("std", "none")
+
+_REAL = (torch.float32, torch.float64)
+_OFFSETS = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How scores shape rewards; the paper leaves the starred choices open.
+
+    Attributes:
+        strength: lambda* of eq. 12, >= 0.
+        clip: c of section 2.5, > 0: shaped rewards stay in [-c, c].
+        rule: reading of eq. 12*: "scale" r (1 + lambda nubar); "centered" r (1 + lambda (2 nubar - 1)), where a dull right
+            answer loses and a wrong answer close to its peers suffers less; "literal" r (1 + lambda r nubar).
+        min_range: a group whose scores span less keeps its rewards: min-max would amplify rounding to [0, 1].
+        uniform_groups: groups whose raw rewards are all equal* are shaped ("shape") or keep their rewards ("drop").
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    strength: float = 1.0
+    clip: float = 3.0
+    rule: Literal["scale", "centered", "literal"] = "scale"
+    min_range: float = 1e-2
+    uniform_groups: Literal["shape", "drop"] = "shape"
+
+    def __post_init__(self) -> None:
+        if not (self.strength >= 0 and math.isfinite(self.strength)):
+            raise ValueError(f"shaping.strength: expected a finite number >= 0, found {self.strength}")
+        if not self.clip > 0:
+            raise ValueError(f"shaping.clip: expected a number > 0, found {self.clip}")
+        if self.rule not in RULES:
+            raise ValueError(f"shaping.rule: expected one of {', '.join(RULES)}, found {self.rule!r}")
+        if not self.min_range >= 0:
+            raise ValueError(f"shaping.min_range: expected a number >= 0, found {self.min_range}")
+        if self.uniform_groups not in UNIFORM_GROUPS:
+            raise ValueError(
+                f"shaping.uniform_groups: expected one of {', '.join(UNIFORM_GROUPS)}, found {self.uniform_groups!r}"
+            )
+
+
+class GroupAdvantages(NamedTuple):
+    """What `g2rl_advantages` returns; fp32 unless features are fp64.
+
+    Attributes:
+        advantages: [B].
+        shaped_rewards: [B], r~.
+        scores: [B], nu in [0, 1].
+        similarity: [G, m_max, m_max], cosines, 0 beyond a group's size.
+    """
+
+    advantages: torch.Tensor
+    shaped_rewards: torch.Tensor
+    scores: torch.Tensor
+    similarity: torch.Tensor
+
+
+def group_similarity(features: torch.Tensor, groups: int | torch.Tensor) -> torch.Tensor:
+    """Cosine similarities inside each group (eq. 9); differentiable in features.
+
+    Equivalent, for groups of m, to ``u = F.normalize(features.view(G, m, d), dim=-1); u @ u.mT``.
+
+    Args:
+        features: [B, d], fp32 or fp64.
+        groups: the size m of every group, or offsets cu_groups [G + 1] int32 or int64 from 0 to B.
+
+    Returns:
+        [G, m_max, m_max]; rows and columns of zero features, and entries beyond a group's size, are 0. Under
+        ``torch.compile(fullgraph=True)`` m_max is a number if `groups` is one, otherwise a size known only at run time.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape or range.
+    """
+    check_tensor("features", features, ("B", "d"), _REAL)
+    cu_groups, m_max = _offsets(groups, features.shape[0], features.device)
+    return _group_similarity(features, cu_groups, m_max)
+
+
+def exploration_scores(
+    similarity: torch.Tensor,
+    rewards: torch.Tensor,
+    groups: int | torch.Tensor,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How far each response's gradient direction lies from its rewarded peers' (eq. 10, 11).
+
+    Args:
+        similarity: [G, m_max, m_max], from `group_similarity`.
+        rewards: [B] float, raw.
+        groups: as in `group_similarity`.
+        valid: [B] bool; None takes responses whose similarity to themselves is not 0.
+
+    Returns:
+        nu [B] in [0, 1]; 0 for an invalid response and for one without a valid peer. Data, not differentiable.
+    """
+    B = rewards.shape[0] if isinstance(rewards, torch.Tensor) else "B"
+    check_tensor("rewards", rewards, (B,))
+    check_tensor("similarity", similarity, ("G", "m_max", "m_max"), _REAL, rewards.device)
+    cu_groups, m_max = _offsets(groups, rewards.shape[0], rewards.device)
+    wanted = (cu_groups.shape[0] - 1, m_max if m_max is not None else similarity.shape[1], similarity.shape[1])
+    check_tensor("similarity", similarity, wanted)
+    _check_valid(valid, rewards)
+    return _exploration_scores(similarity, rewards.to(similarity.dtype), cu_groups, valid)
+
+
+def shape_rewards(
+    rewards: torch.Tensor,
+    scores: torch.Tensor,
+    groups: int | torch.Tensor,
+    shaping: Shaping | None = None,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rewards scaled by normalised scores and clipped (eq. 12, 13, section 2.5).
+
+    Args:
+        rewards: [B] float, raw; -1 / +1 in the paper. With 0 / 1, scaling cannot move wrong answers: a warning says so.
+        scores: [B] fp32 or fp64, nu.
+        groups: as in `group_similarity`.
+        shaping: None takes ``Shaping()``.
+        valid: [B] bool; invalid responses keep their reward and take no part in min and max. None: all are valid.
+
+    Returns:
+        r~ [B] of scores' dtype. Data, not differentiable.
+    """
+    check_tensor("scores", scores, ("B",), _REAL)
+    check_tensor("rewards", rewards, (scores.shape[0],), None, scores.device)
+    cu_groups, _ = _offsets(groups, scores.shape[0], scores.device)
+    _check_valid(valid, scores)
+    s = shaping or Shaping()
+    return _shape_rewards(
+        rewards.to(scores.dtype), scores, cu_groups, valid, s.strength, s.clip, s.rule, s.min_range, s.uniform_groups
+    )
+
+
+def group_advantages(
+    rewards: torch.Tensor, groups: int | torch.Tensor, normalize: Literal["std", "none"] = "std"
+) -> torch.Tensor:
+    """Rewards relative to their group (eq. 2).
+
+    Args:
+        rewards: [B] float, raw or shaped.
+        groups: as in `group_similarity`.
+        normalize: "std" divides by sqrt(variance + 1e-6), the variance over the group's m (GRPO); "none" does not (Dr. GRPO).
+
+    Returns:
+        A [B], fp64 for fp64 rewards, else fp32; exactly 0 where a group's rewards are all equal. Not differentiable.
+    """
+    check_tensor("rewards", rewards, ("B",))
+    _check_normalize(normalize)
+    cu_groups, _ = _offsets(groups, rewards.shape[0], rewards.device)
+    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    return _group_advantages(rewards.to(dtype), cu_groups, normalize)
+
+
+def g2rl_advantages(
+    features: torch.Tensor,
+    rewards: torch.Tensor,
+    groups: int | torch.Tensor,
+    shaping: Shaping | None = None,
+    valid: torch.Tensor | None = None,
+    *,
+    normalize: Literal["std", "none"] = "std",
+) -> GroupAdvantages:
+    """All of the above in one op: similarity, scores, shaped rewards, advantages.
+
+    Equivalent to::
+
+        S = group_similarity(features, groups)
+        nu = exploration_scores(S, rewards, groups, valid)
+        r = shape_rewards(rewards, nu, groups, shaping, valid)
+        A = group_advantages(r, groups, normalize)
+
+    with `valid` narrowed to responses whose features are not all 0.
+
+    Args:
+        features: [B, d] fp32 or fp64, from `sequence_features`.
+        rewards: [B] float, raw.
+        groups, shaping, valid, normalize: as in the functions above.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape, device or range.
+    """
+    check_tensor("features", features, ("B", "d"), _REAL)
+    check_tensor("rewards", rewards, (features.shape[0],), None, features.device)
+    _check_normalize(normalize)
+    _check_valid(valid, rewards)
+    cu_groups, m_max = _offsets(groups, features.shape[0], features.device)
+    s = shaping or Shaping()
+    return GroupAdvantages(
+        *_g2rl_advantages(
+            features,
+            rewards.to(features.dtype),
+            cu_groups,
+            m_max,
+            valid,
+            s.strength,
+            s.clip,
+            s.rule,
+            s.min_range,
+            s.uniform_groups,
+            normalize,
+        )
+    )
+
+
+def _offsets(groups: int | torch.Tensor, B: int, device: torch.device) -> tuple[torch.Tensor, int | None]:
+    """cu_groups [G + 1] and the size of every group, None where they may differ."""
+    if isinstance(groups, torch.Tensor):
+        check_tensor("groups", groups, ("G + 1",), _OFFSETS, device)
+        if groups.shape[0] == 0:
+            raise ValueError("groups: expected at least the offset 0, found an empty tensor")
+        return groups, None
+    if isinstance(groups, bool) or not isinstance(groups, int | torch.SymInt):
+        raise TypeError(f"groups: expected an int or a tensor of offsets, found {type(groups).__name__}")
+    if groups <= 0 or B % groups:
+        raise ValueError(f"groups: expected a divisor of B = {B}, found {groups}")
+    return torch.arange(0, B + 1, groups, device=device), groups
+
+
+def _check_valid(valid: torch.Tensor | None, like: torch.Tensor) -> None:
+    if valid is not None:
+        check_tensor("valid", valid, (like.shape[0],), (torch.bool,), like.device)
+
+
+def _check_normalize(normalize: str) -> None:
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)}, found {normalize!r}")
+
+
+def _check_rewards(rewards: torch.Tensor) -> None:
+    if rewards.numel() == 0 or not values_readable(rewards):
+        return
+    if not bool(torch.isfinite(rewards).all()):
+        raise ValueError("rewards: expected finite values, found NaN or inf")
+    low, high = (float(bound) for bound in torch.aminmax(rewards))
+    if low == 0 and high == 1 and bool(((rewards == 0) | (rewards == 1)).all()):
+        warnings.warn(
+            "rewards: found only 0 and 1; shaping multiplies rewards, so wrong answers cannot move. Map them to -1 and +1.",
+            stacklevel=2,
+        )
+
+
+def _largest(cu_groups: torch.Tensor, m_max: int | None) -> int:
+    if m_max is not None:
+        return m_max
+    return int(cu_groups.diff().max()) if cu_groups.shape[0] > 1 else 0
+
+
+@torch.library.custom_op("g2rl::group_similarity", mutates_args=())
+def _group_similarity(features: torch.Tensor, cu_groups: torch.Tensor, m_max: int | None) -> torch.Tensor:
+    check_offsets("groups", cu_groups, features.shape[0], "B")
+    run = resolve("group_similarity", features.device, features.dtype)
+    return run(features, cu_groups, _largest(cu_groups, m_max))
+
+
+@_group_similarity.register_fake
+def _(features, cu_groups, m_max):
+    size = torch.library.get_ctx().new_dynamic_size() if m_max is None else m_max
+    return features.new_empty((cu_groups.shape[0] - 1, size, size))
+
+
+def _save_features(ctx, inputs, output):
+    features, cu_groups, _ = inputs
+    ctx.save_for_backward(features, cu_groups)
+
+
+def _similarity_backward(ctx, grad):
+    """With u_i = Phi_i / |Phi_i| and S = u u^T: du = (dS + dS^T) u, dPhi_i = (du_i - u_i <u_i, du_i>) / |Phi_i|."""
+    features, cu_groups = ctx.saved_tensors
+    size = grad.shape[1]
+    position = torch.arange(features.shape[0], device=features.device)
+    group = torch.searchsorted(cu_groups.to(position.dtype), position, right=True) - 1
+    member = position - cu_groups[group]
+    norm = features.norm(dim=1, keepdim=True)
+    inverse = torch.where(norm > 0, norm.reciprocal(), 0)
+    u = features * inverse
+    padded = features.new_zeros(grad.shape[0] * size, features.shape[1]).index_copy(0, group * size + member, u)
+    grad_u = (grad + grad.mT) @ padded.view(grad.shape[0], size, -1)
+    grad_u = grad_u.reshape(-1, features.shape[1])[group * size + member]
+    return (grad_u - u * (u * grad_u).sum(1, keepdim=True)) * inverse, None, None
+
+
+_group_similarity.register_autograd(_similarity_backward, setup_context=_save_features)
+
+
+@torch.library.custom_op("g2rl::exploration_scores", mutates_args=())
+def _exploration_scores(
+    similarity: torch.Tensor, rewards: torch.Tensor, cu_groups: torch.Tensor, valid: torch.Tensor | None
+) -> torch.Tensor:
+    check_offsets("groups", cu_groups, rewards.shape[0], "B")
+    _check_rewards(rewards)
+    run = resolve("exploration_scores", similarity.device, similarity.dtype)
+    return run(similarity, rewards, cu_groups, valid)
+
+
+@_exploration_scores.register_fake
+def _(similarity, rewards, cu_groups, valid):
+    return torch.empty_like(rewards)
+
+
+@torch.library.custom_op("g2rl::shape_rewards", mutates_args=())
+def _shape_rewards(
+    rewards: torch.Tensor,
+    scores: torch.Tensor,
+    cu_groups: torch.Tensor,
+    valid: torch.Tensor | None,
+    strength: float,
+    clip: float,
+    rule: str,
+    min_range: float,
+    uniform_groups: str,
+) -> torch.Tensor:
+    check_offsets("groups", cu_groups, rewards.shape[0], "B")
+    _check_rewards(rewards)
+    run = resolve("shape_rewards", rewards.device, rewards.dtype)
+    return run(rewards, scores, cu_groups, valid, strength, clip, rule, min_range, uniform_groups)
+
+
+@_shape_rewards.register_fake
+def _(rewards, scores, cu_groups, valid, strength, clip, rule, min_range, uniform_groups):
+    return torch.empty_like(rewards)
+
+
+@torch.library.custom_op("g2rl::group_advantages", mutates_args=())
+def _group_advantages(rewards: torch.Tensor, cu_groups: torch.Tensor, normalize: str) -> torch.Tensor:
+    check_offsets("groups", cu_groups, rewards.shape[0], "B")
+    run = resolve("group_advantages", rewards.device, rewards.dtype)
+    return run(rewards, cu_groups, normalize)
+
+
+@_group_advantages.register_fake
+def _(rewards, cu_groups, normalize):
+    return torch.empty_like(rewards)
+
+
+@torch.library.custom_op("g2rl::g2rl_advantages", mutates_args=())
+def _g2rl_advantages(
+    features: torch.Tensor,
+    rewards: torch.Tensor,
+    cu_groups: torch.Tensor,
+    m_max: int | None,
+    valid: torch.Tensor | None,
+    strength: float,
+    clip: float,
+    rule: str,
+    min_range: float,
+    uniform_groups: str,
+    normalize: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_offsets("groups", cu_groups, features.shape[0], "B")
+    _check_rewards(rewards)
+    run = resolve("g2rl_advantages", features.device, features.dtype)
+    return run(
+        features,
+        rewards,
+        cu_groups,
+        _largest(cu_groups, m_max),
+        valid,
+        strength,
+        clip,
+        rule,
+        min_range,
+        uniform_groups,
+        normalize,
+    )
+
+
+@_g2rl_advantages.register_fake
+def _(features, rewards, cu_groups, m_max, valid, strength, clip, rule, min_range, uniform_groups, normalize):
+    size = torch.library.get_ctx().new_dynamic_size() if m_max is None else m_max
+    similarity = features.new_empty((cu_groups.shape[0] - 1, size, size))
+    return (*(torch.empty_like(rewards) for _ in range(3)), similarity)
+
+
+def _mark_as_data(ctx, inputs, output):
+    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+    ctx.count = len(inputs)
+
+
+def _no_gradient(ctx, *grads):
+    return (None,) * ctx.count
+
+
+# Scores, shaped rewards and advantages are data for the loss: gradients end here by contract.
+for _op in (_exploration_scores, _shape_rewards, _group_advantages, _g2rl_advantages):
+    _op.register_autograd(_no_gradient, setup_context=_mark_as_data)

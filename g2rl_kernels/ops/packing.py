@@ -1,0 +1,49 @@
+"""Between padded [B, L, ...] batches and the packed layout [N, ...] + cu_seqlens that the ops take."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from g2rl_kernels.checks import check_tensor
+
+
+def unpad(tensor: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep the positions where `mask` holds, row after row.
+
+    Args:
+        tensor: [B, L, ...], any dtype.
+        mask: [B, L], bool or integer; non-zero marks a token. Marked positions need not be contiguous.
+
+    Returns:
+        packed [N, ...] with N marked positions, and cu_seqlens [B + 1] int32: row b owns packed[cu[b]:cu[b + 1]].
+
+    Equivalent to ``tensor[mask.bool()]`` and ``F.pad(mask.bool().sum(1).cumsum(0), (1, 0))``; differentiable.
+    """
+    check_tensor("mask", mask, ("B", "L"))
+    if tensor.shape[:2] != mask.shape:
+        raise ValueError(f"tensor: expected shape [{mask.shape[0]}, {mask.shape[1]}, ...], found {list(tensor.shape)}")
+    keep = mask.bool()
+    return tensor[keep], F.pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+
+
+def pad(packed: torch.Tensor, mask: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+    """Put packed tokens back where `mask` holds; the inverse of `unpad`.
+
+    Args:
+        packed: [N, ...], N the number of marked positions.
+        mask: [B, L], bool or integer.
+        value: what unmarked positions hold.
+
+    Returns:
+        [B, L, ...] of packed's dtype; differentiable.
+
+    Raises:
+        ValueError: `packed` has another number of tokens than `mask` marks.
+    """
+    check_tensor("mask", mask, ("B", "L"))
+    keep = mask.bool()
+    if not torch.compiler.is_compiling() and packed.shape[0] != int(keep.sum()):
+        raise ValueError(f"packed: expected {int(keep.sum())} tokens, as marked by mask, found {packed.shape[0]}")
+    padded = packed.new_full((*mask.shape, *packed.shape[1:]), value)
+    return padded.index_put((keep,), packed)

@@ -1,0 +1,266 @@
+"""Typed configuration: YAML files and ``key=value`` overrides, read through OmegaConf.
+
+An unknown key, a value of the wrong type or one out of range raises `ConfigError`, which names the key,
+before a model or data set is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = "smollm2"
+    """Hugging Face hub name or local folder of a causal language model, or `smollm2` for the embedded default."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the master weights that the optimiser updates."""
+    autocast: Literal["bfloat16", "none"] = "bfloat16"
+    """Type of the matrix products in the training forward and backward pass."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU when there is one."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    name: str = "arithmetic"
+    """`arithmetic`, `jsonl`, or the name of a reasoning-gym task (needs the extra `reasoning-gym`)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The task's own options; the task names the ones it does not know."""
+    system_prompt: str | None = None
+    """System message; None leaves the chat template's own default."""
+    held_out: int = 64
+    """Problems kept out of training, for evaluation."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    name: str = "correct"
+    """`correct` (-1 / +1), `boxed` (0 / 1), `finished` (0 / 1), or `module:function` for one of your own."""
+    weight: float = 1.0
+    """Factor in the sum of rewards."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    prompts: int = 8
+    """Problems (groups) a step."""
+    group_size: int = 8
+    """Responses sampled for each problem."""
+    max_new_tokens: int = 24
+    """Token limit of a response."""
+    temperature: float = 1.0
+    """Divides the logits in sampling, and in the policy that is trained."""
+    top_p: float = 1.0
+    """Nucleus sampling: probability mass kept; 1 keeps all."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the weights' copy that generates; bfloat16 halves the bytes read for each token."""
+    batch_size: int = 64
+    """Responses generated at once."""
+
+
+@dataclass(frozen=True)
+class ShapingConfig:
+    """See `g2rl_kernels.Shaping`, which these values go to unchanged."""
+
+    strength: float = 1.0
+    """lambda of the paper's eq. 12."""
+    clip: float = 3.0
+    """Shaped rewards stay in [-clip, clip]."""
+    rule: Literal["scale", "centered", "literal"] = "scale"
+    """Which reading of eq. 12."""
+    min_range: float = 1e-2
+    """A group whose scores span less than this is left unshaped."""
+    uniform_groups: Literal["shape", "drop"] = "shape"
+    """Whether groups whose raw rewards are all equal are shaped or left without advantage."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    clip_low: float = 0.2
+    """Lower clip range of the probability ratio (eq. 4)."""
+    clip_high: float = 0.2
+    """Upper clip range."""
+    kl_coef: float = 0.0
+    """Weight of the KL term (k3 estimator) to the frozen initial model; 0 loads no second model."""
+    normalize: Literal["std", "none"] = "std"
+    """Divide advantages by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
+    updates: int = 1
+    """Optimiser updates on the same rollouts; with more than one, the ratio is against log-probabilities of before the first."""
+    micro_batch_groups: int = 8
+    """Whole groups in one forward and backward pass; gradients accumulate over the step's groups."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 2e-5
+    """Peak learning rate of AdamW."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    warmup_steps: int = 2
+    """Steps of linear warm-up."""
+    decay: Literal["constant", "linear"] = "constant"
+    """After warm-up: constant, or linear to zero at the last step."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 10
+    """Evaluate before the first step, every so many steps, and at the end; 0 never."""
+    samples: int = 4
+    """Responses sampled for each held-out problem."""
+    temperature: float = 0.8
+    top_p: float = 1.0
+    ks: tuple[int, ...] = (1, 4)
+    """k of pass@k and maj@k; none above `samples`."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 10
+    """Save every so many steps, and at the end; 0 only at the end."""
+    keep: int = 2
+    """Checkpoints kept; older ones are removed."""
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "run"
+    """The run's folder below `runs_dir`."""
+    runs_dir: str = "runs"
+    method: Literal["g2rl", "grpo"] = "g2rl"
+    """How rewards become advantages."""
+    steps: int = 30
+    """Training steps; a step is one round of rollouts."""
+    seed: int = 0
+    backend: Literal["auto", "reference", "torch", "native", "triton", "cuda"] = "auto"
+    """Kernel backend; `auto` takes the fastest that serves the device."""
+    profile: bool = False
+    """Print and log the time of every stage of a step."""
+    resume: str | None = None
+    """Folder of a run to continue; its configuration is taken, and overrides apply on top."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+# Ranges by key: (key, what a value must be, test).
+_POSITIVE = ("greater than 0", lambda v: v > 0)
+_NOT_NEGATIVE = ("0 or greater", lambda v: v >= 0)
+_PROBABILITY = ("in (0, 1]", lambda v: 0 < v <= 1)
+_RANGES = {
+    "steps": _POSITIVE,
+    "task.held_out": _NOT_NEGATIVE,
+    "rollout.prompts": _POSITIVE,
+    "rollout.group_size": ("2 or greater: advantages compare the responses of a group", lambda v: v >= 2),
+    "rollout.max_new_tokens": _POSITIVE,
+    "rollout.temperature": _POSITIVE,
+    "rollout.top_p": _PROBABILITY,
+    "rollout.batch_size": _POSITIVE,
+    "shaping.strength": _NOT_NEGATIVE,
+    "shaping.clip": _POSITIVE,
+    "shaping.min_range": _NOT_NEGATIVE,
+    "objective.clip_low": ("in [0, 1)", lambda v: 0 <= v < 1),
+    "objective.clip_high": _NOT_NEGATIVE,
+    "objective.kl_coef": _NOT_NEGATIVE,
+    "objective.updates": _POSITIVE,
+    "objective.micro_batch_groups": _POSITIVE,
+    "optim.lr": _POSITIVE,
+    "optim.beta1": ("in [0, 1)", lambda v: 0 <= v < 1),
+    "optim.beta2": ("in [0, 1)", lambda v: 0 <= v < 1),
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.warmup_steps": _NOT_NEGATIVE,
+    "optim.max_grad_norm": _POSITIVE,
+    "eval.every": _NOT_NEGATIVE,
+    "eval.samples": _POSITIVE,
+    "eval.temperature": _NOT_NEGATIVE,
+    "eval.top_p": _PROBABILITY,
+    "checkpoint.every": _NOT_NEGATIVE,
+    "checkpoint.keep": _POSITIVE,
+}
+
+
+def _walk(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a configuration by its dotted key."""
+    leaves = {}
+    for item in fields(value):
+        child = getattr(value, item.name)
+        if is_dataclass(child):
+            leaves.update(_walk(child, f"{prefix}{item.name}."))
+        else:
+            leaves[prefix + item.name] = child
+    return leaves
+
+
+def validate(config: Config) -> Config:
+    """Return `config`, or raise `ConfigError` naming the first key whose value is out of range."""
+    leaves = _walk(config)
+    for key, (expected, holds) in _RANGES.items():
+        if not holds(leaves[key]):
+            raise ConfigError(f"{key}: expected a value {expected}, found {leaves[key]!r}")
+    if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
+        raise ConfigError(f"name: expected a plain folder name, found {config.name!r}")
+    if not config.rewards:
+        raise ConfigError("rewards: expected at least one reward function, found none")
+    wrong = [k for k in config.eval.ks if not 1 <= k <= config.eval.samples]
+    if wrong:
+        raise ConfigError(f"eval.ks: expected values from 1 to eval.samples = {config.eval.samples}, found {wrong[0]}")
+    return config
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: YAML file; None starts from the defaults.
+        overrides: ``key=value`` strings, values in YAML syntax, applied in order.
+
+    Raises:
+        ConfigError: the file does not exist or is not YAML, a key is unknown, a value has the wrong type or is out of range.
+    """
+    node = OmegaConf.structured(Config)
+    try:
+        if path is not None:
+            if not Path(path).is_file():
+                raise ConfigError(f"configuration file: expected a YAML file, found nothing at {str(path)!r}")
+            node = OmegaConf.merge(node, OmegaConf.load(path))
+        for override in overrides:
+            if "=" not in override:
+                raise ConfigError(f"override: expected key=value, found {override!r}")
+        node = OmegaConf.merge(node, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "configuration"
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    return validate(config)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write `config` as YAML that `load_config` reads back to the same values."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
