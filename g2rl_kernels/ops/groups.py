@@ -265,7 +265,7 @@ def _check_rewards(rewards: torch.Tensor) -> None:
     low, high = (float(bound) for bound in torch.aminmax(rewards))
     if low == 0 and high == 1 and bool(((rewards == 0) | (rewards == 1)).all()):
         warnings.warn(
-            "rewards: found only 0 and 1; shaping multiplies rewards, so wrong answers cannot move. Map them to -1 and +1.",
+            "rewards: found only 0 and 1; shaping scales rewards and cannot move wrong answers. Map them to -1 and +1.",
             stacklevel=2,
         )
 

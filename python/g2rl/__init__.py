@@ -1,1 +1,1 @@
-"""Train language models with G2RL: GRPO whose rewards are shaped by the novelty of each response's gradient direction."""
+"""Train language models with G2RL: GRPO with rewards shaped by the novelty of each response's gradient direction."""

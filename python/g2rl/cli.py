@@ -1,0 +1,135 @@
+"""Command line: ``g2rl train``, ``g2rl eval``, ``g2rl report``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from g2rl.config import Config, ConfigError, load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 for a run that failed, 2 for a bad command or configuration."""
+    parser = argparse.ArgumentParser(prog="g2rl", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a model")
+    train.add_argument("config", nargs="?", help="YAML file; may be left out with resume=RUN")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-5 or resume=runs/quickstart"
+    )
+    evaluation = commands.add_parser("eval", help="evaluate a checkpoint, a run's newest checkpoint, or any model")
+    evaluation.add_argument(
+        "checkpoint", help="checkpoint or run folder, or a model path for the default configuration"
+    )
+    evaluation.add_argument("overrides", nargs="*", metavar="key=value")
+    report = commands.add_parser("report", help="write report.md with plots for a run")
+    report.add_argument("run", type=Path, help="the run's folder")
+    options = parser.parse_args(arguments)
+    # Before torch loads OpenMP: threads that spin while they wait slow decoding several times on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    try:
+        if options.command == "train":
+            return _train(options.config, options.overrides)
+        if options.command == "eval":
+            return _evaluate(options.checkpoint, options.overrides)
+        return _report(options.run)
+    except ConfigError as error:
+        print(f"g2rl: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(path: str | None, overrides: list[str]) -> int:
+    overrides = [*([path] if path and "=" in path else []), *overrides]
+    path = None if path and "=" in path else path
+    config = _resumed(overrides) or _fresh(path, overrides)
+    # The trainer loads torch and transformers: only after the configuration has been found good.
+    from g2rl.trainer import Trainer, TrainingError
+
+    print(
+        f"g2rl: {config.method} on {config.task.name} with {config.model.path}, {config.steps} steps, in {config.run_dir}"
+    )
+    try:
+        Trainer(config).run()
+    except TrainingError as error:
+        print(f"g2rl: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ng2rl: stopped; continue with: g2rl train resume={config.run_dir}", file=sys.stderr)
+        return 130
+    return _report(config.run_dir)
+
+
+def _fresh(path: str | None, overrides: list[str]) -> Config:
+    """The configuration of a new run, in a folder of its own."""
+    if path is None:
+        raise ConfigError("config: expected a YAML file or resume=RUN, found neither")
+    config = load_config(path, overrides)
+    name, number = config.name, 1
+    while (config.run_dir / "metrics.jsonl").exists():
+        number += 1
+        config = replace(config, name=f"{name}-{number}")
+    return config
+
+
+def _resumed(overrides: list[str]) -> Config | None:
+    """The configuration of a run to continue: its own, with overrides on top; None when no run is named."""
+    runs = [override.partition("=")[2] for override in overrides if override.startswith("resume=")]
+    if not runs:
+        return None
+    folder = Path(runs[-1])
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}")
+    config = load_config(folder / "config.yaml", overrides)
+    folder = folder if folder.name else folder.resolve()
+    return replace(config, name=folder.name, runs_dir=str(folder.parent))
+
+
+def _evaluate(checkpoint: str, overrides: list[str]) -> int:
+    from g2rl.checkpoint import find_checkpoint
+    from g2rl.evaluate import evaluate
+    from g2rl.model import load_model
+    from g2rl.rollout import Sampler
+    from g2rl.tasks import make_task
+
+    folder = Path(checkpoint)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        folder = find_checkpoint(folder)
+    settings = folder.parent.parent / "config.yaml"
+    config = load_config(settings if settings.is_file() else None, overrides)
+    path = str(folder) if folder.is_dir() else checkpoint
+    task = make_task(config.task, config.seed)
+    problems = task.held_out()
+    if not problems:
+        raise ConfigError("task.held_out: expected a number > 0 to evaluate on, found 0")
+    model, tokenizer = load_model(replace(config.model, path=path))
+    sampler = Sampler(model, tokenizer, config.rollout, config.task.system_prompt)
+    sampler.sync()
+    result = evaluate(sampler, task, problems, config.eval, config.seed)
+    task.close()
+    print(f"{path}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each")
+    for key, value in result.metrics.items():
+        print(f"  {key.removeprefix('eval/'):18s} {value:.4f}")
+    if folder.is_dir():
+        (folder / "eval.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
+    return 0
+
+
+def _report(run_dir: Path) -> int:
+    from g2rl.report import write_report
+
+    try:
+        path = write_report(run_dir)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"report: {error}") from error
+    print(f"g2rl: the report is in {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Held-out evaluation: pass@1, pass@k (unbiased) and maj@k."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from g2rl.config import EvalConfig
+from g2rl.rollout import Sampler
+from g2rl.tasks.answers import canonical
+from g2rl.tasks.base import Task
+from g2rl.types import Episode, Problem
+
+# maj@k averages over all subsets of k responses up to this number, and over as many random ones beyond.
+_MAX_SUBSETS = 1000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation's metrics by key, and every sampled response with its judgement."""
+
+    metrics: dict[str, float]
+    episodes: list[Episode]
+    correct: list[bool]
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that k of n responses, drawn without replacement, hold one of the c correct ones.
+
+    1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al., arXiv 2107.03374.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"k: expected a value from 1 to n = {n}, found {k}")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:
+    """Probability that the majority answer of k responses, drawn without replacement, is correct.
+
+    Args:
+        answers: each response's answer in canonical form; None has no vote. Ties are broken by lot.
+        correct: each response's judgement; an answer is correct when one of the responses that give it is.
+        k: 1 to the number of responses. Averaged over all subsets, or over 1000 drawn ones when there are more.
+    """
+    n = len(answers)
+    if not 1 <= k <= n:
+        raise ValueError(f"k: expected a value from 1 to n = {n}, found {k}")
+    right = {answer for answer, good in zip(answers, correct, strict=True) if good and answer is not None}
+    subsets: Sequence[Sequence[int]]
+    if math.comb(n, k) <= _MAX_SUBSETS:
+        subsets = list(itertools.combinations(range(n), k))
+    else:
+        draw = random.Random(0)
+        subsets = [draw.sample(range(n), k) for _ in range(_MAX_SUBSETS)]
+    return sum(_vote([answers[i] for i in subset], right) for subset in subsets) / len(subsets)
+
+
+def _vote(answers: Sequence[str | None], right: set[str]) -> float:
+    """1 if the most frequent answer is right, 0 if not; the share of right ones among equally frequent answers."""
+    counts: dict[str, int] = defaultdict(int)
+    for answer in answers:
+        if answer is not None:
+            counts[answer] += 1
+    if not counts:
+        return 0.0
+    most = max(counts.values())
+    leaders = [answer for answer, count in counts.items() if count == most]
+    return sum(answer in right for answer in leaders) / len(leaders)
+
+
+def evaluate(sampler: Sampler, task: Task, problems: Sequence[Problem], config: EvalConfig, seed: int) -> Evaluation:
+    """Sample `config.samples` responses to each problem and score them.
+
+    Args:
+        problems: held-out problems, at least one.
+        seed: of the draws.
+    """
+    n = config.samples
+    episodes = sampler.sample(problems, n, config.temperature, config.top_p, seed)
+    correct = task.judge([e.problem for e in episodes], [e.text for e in episodes])
+    extracted = (task.extract(e.text) for e in episodes)
+    answers = [None if answer is None else canonical(answer) for answer in extracted]
+    groups = [slice(i, i + n) for i in range(0, len(episodes), n)]
+    metrics: dict[str, float] = {}
+    for k in config.ks:
+        metrics[f"eval/pass@{k}"] = _mean(pass_at_k(n, sum(correct[g]), k) for g in groups)
+        metrics[f"eval/maj@{k}"] = _mean(maj_at_k(answers[g], correct[g], k) for g in groups)
+    metrics["eval/response_length"] = _mean(len(e.response_ids) for e in episodes)
+    metrics["eval/finished_share"] = _mean(e.finished for e in episodes)
+    return Evaluation(metrics, episodes, correct)
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)

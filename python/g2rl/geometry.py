@@ -1,0 +1,62 @@
+"""What a step's features look like: the numbers that tell whether exploration has anything to work with."""
+
+from __future__ import annotations
+
+import torch
+
+from g2rl.config import Config
+from g2rl_kernels import GroupAdvantages
+
+
+def pair_cosines(similarity: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Cosines of all pairs i < j of valid responses, [pairs], over all groups.
+
+    Args:
+        similarity: [G, m, m].
+        valid: [G, m] bool.
+    """
+    pairs = torch.triu(valid[:, :, None] & valid[:, None, :], diagonal=1)
+    return similarity[pairs]
+
+
+def geometry_metrics(
+    features: torch.Tensor, rewards: torch.Tensor, result: GroupAdvantages, group_size: int, config: Config
+) -> dict[str, float]:
+    """Diagnostics of one step's groups, keyed as in the log.
+
+    Args:
+        features: [B, d]; rewards: [B], raw; result: what the method made of them; group_size: m.
+    """
+    norms = features.norm(dim=1)
+    valid = (norms > 0).view(-1, group_size)
+    grouped_rewards = rewards.view(-1, group_size)
+    scores = result.scores.view(-1, group_size)
+    span = _span(scores, valid)
+    degenerate = (span < config.shaping.min_range) | (valid.sum(1) < 2)
+    cosines = pair_cosines(result.similarity, valid)
+    shaped = result.shaped_rewards
+    metrics = {
+        "groups/zero_variance_share": (grouped_rewards == grouped_rewards[:, :1]).all(1).float().mean(),
+        "groups/degenerate_share": degenerate.float().mean(),
+        "geometry/feature_norm_min": norms.min(),
+        "geometry/feature_norm_mean": norms.mean(),
+        "geometry/feature_norm_max": norms.max(),
+        "geometry/zero_features": (norms == 0).sum(),
+        "geometry/score_min": scores.min(),
+        "geometry/score_mean": scores.mean(),
+        "geometry/score_max": scores.max(),
+        "geometry/shaped_reward_min": shaped.min(),
+        "geometry/shaped_reward_max": shaped.max(),
+        "geometry/clip_share": (shaped.abs() >= config.shaping.clip).float().mean(),
+    }
+    if cosines.numel():
+        metrics["geometry/mean_cosine"] = cosines.mean()
+        metrics["geometry/negative_share"] = (cosines < 0).float().mean()
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def _span(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Largest minus smallest valid score of each group [G]; -inf without a valid response."""
+    low = torch.where(valid, scores, torch.inf).amin(1)
+    high = torch.where(valid, scores, -torch.inf).amax(1)
+    return high - low

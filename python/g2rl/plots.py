@@ -1,0 +1,363 @@
+"""The plots of a run's report, from the files that `g2rl.log` writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from omegaconf import OmegaConf
+
+from g2rl.log import METRICS, duration, metric, printable, read_records
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; series differ by marker or line style as well.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
+STYLE: Any = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e0e0e0",
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "savefig.dpi": 130,
+}
+SCATTER_POINTS = 4000
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds.
+
+    Attributes:
+        dir: the folder.
+        metrics: records of ``metrics.jsonl``.
+        samples: the completions of the first and of the last step that has any.
+        scored: (exploration score, shaped reward, correct) of every completion with a score.
+        groups: records of ``groups.jsonl``.
+        config: contents of ``config.yaml``; empty without one.
+        environment: contents of ``environment.json``; empty without one.
+    """
+
+    dir: Path
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    scored: list[tuple[float, float, bool]]
+    groups: list[dict[str, Any]]
+    config: dict[str, Any]
+    environment: dict[str, str]
+
+    def keys(self, prefix: str) -> list[str]:
+        """Logged metrics that begin with `prefix`, in the order of `METRICS` and of k."""
+        logged = {key for record in self.metrics for key in record if "/" in key and key.startswith(prefix)}
+        order = {item.key: position for position, item in enumerate(METRICS)}
+        return sorted(logged, key=lambda key: (order[metric(key).key], int(key.partition("@")[2] or 0)))
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it was logged and finite."""
+        points = [(record["step"], record[key]) for record in self.metrics if record.get(key) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def total(self, key: str) -> float:
+        """Sum of a metric over all steps."""
+        return math.fsum(self.series(key)[1])
+
+    @property
+    def last_step(self) -> int:
+        return int(self.metrics[-1]["step"])
+
+
+def load_run(run_dir: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        FileNotFoundError: there is no ``metrics.jsonl``, or it has no full line.
+        ValueError: a log file is damaged before its last line.
+    """
+    path = run_dir / "metrics.jsonl"
+    metrics = list(read_records(path)) if path.is_file() else []
+    if not metrics:
+        raise FileNotFoundError(f"{path}: expected the metrics of a run, found none")
+    first: list[dict[str, Any]] = []
+    last: list[dict[str, Any]] = []
+    scored = []
+    completions, groups = run_dir / "completions.jsonl", run_dir / "groups.jsonl"
+    for row in read_records(completions) if completions.is_file() else ():
+        # One pass that keeps two steps only: completions of a long run may not fit into memory.
+        if not first or row["step"] == first[0]["step"]:
+            first.append(row)
+        elif last and row["step"] == last[0]["step"]:
+            last.append(row)
+        else:
+            last = [row]
+        if row["score"] is not None and row["shaped"] is not None:
+            scored.append((row["score"], row["shaped"], row["correct"]))
+    config, environment = run_dir / "config.yaml", run_dir / "environment.json"
+    return Run(
+        dir=run_dir,
+        metrics=metrics,
+        samples=first + last,
+        scored=scored,
+        groups=list(read_records(groups)) if groups.is_file() else [],
+        config=plain(OmegaConf.load(config)) if config.is_file() else {},
+        environment=json.loads(environment.read_text()) if environment.is_file() else {},
+    )
+
+
+def plain(node: Any) -> dict[str, Any]:
+    container = OmegaConf.to_container(node)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+# --- plots: each takes a run and returns a figure, or None where the run has nothing to draw ---
+
+
+def _panels(rows: int, columns: int = 1, height: float = 3.0, width: float = 8.0) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=rows > 1 and columns == 1)
+    return figure, [axes for row in grid for axes in row]
+
+
+def _line(axes: Axes, run: Run, key: str, label: str, color: str, style: str = "-") -> None:
+    """A metric over steps; long series get a moving average, their raw values stay behind it."""
+    steps, values = run.series(key)
+    if not steps:
+        return
+    if len(values) < 20:
+        axes.plot(steps, values, style, color=color, label=label, marker="o", markersize=4)
+        return
+    half = max(2, len(values) // 30)
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+    axes.plot(steps, [sum(w) / len(w) for w in windows], style, color=color, label=label, linewidth=2)
+
+
+def _held_out(axes: Axes, run: Run, prefix: str, marker: str, style: str) -> None:
+    for color, key in zip(CYCLE[1:] * 9, run.keys(prefix), strict=False):
+        if key == "eval/maj@1":
+            continue  # the same as pass@1, which it would cover
+        steps, values = run.series(key)
+        size = 6 if len(steps) <= 15 else 3
+        axes.plot(steps, values, style, color=color, marker=marker, markersize=size, label=f"held-out {key[5:]}")
+
+
+def _finish(axes: Axes, ylabel: str, xlabel: str = "training step") -> None:
+    """Labels, whole steps on the x axis, and a legend beside the data, which it cannot hide there."""
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def plot_learning(run: Run) -> Figure | None:
+    if not run.keys("train/") and not run.keys("eval/"):
+        return None
+    figure, (accuracy, reward) = _panels(2)
+    _line(accuracy, run, "train/accuracy", "training", BLUE)
+    _held_out(accuracy, run, "eval/pass@", "o", "-")
+    _held_out(accuracy, run, "eval/maj@", "s", "--")
+    accuracy.set_ylim(-0.03, 1.03)
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _finish(accuracy, "correct responses")
+    _line(reward, run, "train/reward", "base reward", BLUE)
+    _line(reward, run, "train/shaped_reward", "shaped reward", RED, "--")
+    _finish(reward, "mean reward")
+    accuracy.label_outer()
+    return figure
+
+
+def plot_behaviour(run: Run) -> Figure | None:
+    if not run.series("train/entropy")[0] and not run.series("train/response_length")[0]:
+        return None
+    figure, (entropy, length) = _panels(2)
+    _line(entropy, run, "train/entropy", "training", BLUE)
+    entropy.set_ylim(bottom=0)
+    _finish(entropy, "token entropy [nats]")
+    _line(length, run, "train/response_length", "training", BLUE)
+    steps, values = run.series("eval/response_length")
+    if steps:
+        length.plot(steps, values, "o--", color=ORANGE, label="held-out")
+    limit = run.config.get("rollout", {}).get("max_new_tokens")
+    if limit:
+        length.axhline(limit, color="black", linestyle=":", label="token limit")
+    length.set_ylim(bottom=0)
+    _finish(length, "response length [tokens]")
+    entropy.label_outer()
+    return figure
+
+
+def plot_groups(run: Run) -> Figure | None:
+    """Heat maps of up to four groups: two of the first and two of the last step that has any."""
+    if not run.groups:
+        return None
+    shown = []
+    for step in sorted({run.groups[0]["step"], run.groups[-1]["step"]}):
+        groups = [group for group in run.groups if group["step"] == step]
+        shown += sorted(groups, key=lambda group: len(set(group["rewards"])) == 1)[:2]  # mixed rewards first
+    rows = (len(shown) + 1) // 2
+    figure, panels = _panels(rows, min(2, len(shown)), height=4.4, width=9.5 if len(shown) > 1 else 5.5)
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    for axes, group in zip(panels, shown, strict=False):
+        # Best rewards first, so that correct and wrong responses form blocks.
+        order = sorted(range(len(group["rewards"])), key=lambda i: -(group["rewards"][i] or 0.0))
+        cosines = [[number_of(group["similarity"][i][j]) for j in order] for i in order]
+        image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1)
+        if len(order) <= 8:
+            for i, row in enumerate(cosines):
+                for j, value in enumerate(row):
+                    ink = "white" if abs(value) > 0.6 else "black"
+                    axes.text(j, i, f"{value:z.2f}", ha="center", va="center", fontsize=8, color=ink)
+        size = 10 if len(order) <= 8 else 8
+        rewards = [f"{number_of(group['rewards'][i]):+.3g}" for i in order]
+        scores = [f"{number_of(group['scores'][i]):.2f}" for i in order]
+        axes.set_yticks(range(len(order)), rewards, fontsize=size)
+        axes.set_xticks(range(len(order)), scores, fontsize=size, rotation=90 if len(order) > 8 else 0)
+        axes.set(ylabel="reward of the response", xlabel="its exploration score ν")
+        axes.grid(False)
+        # A problem's id may hold "$", which is mathematics to matplotlib unless told otherwise.
+        title = f"step {group['step']}, problem {printable(str(group['problem']), 24)}"
+        axes.set_title(title, parse_math=False)
+    figure.colorbar(image, ax=panels, label="cosine of the responses' features", shrink=0.7)
+    figure.set_layout_engine("compressed")  # square panels would leave gaps otherwise
+    return figure
+
+
+def number_of(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def valid_part(group: dict[str, Any]) -> list[list[float]]:
+    """The similarity matrix without responses that have no feature: those are not similar even to themselves."""
+    rows = group["similarity"]
+    kept = [i for i, row in enumerate(rows) if row[i] is not None and row[i] > 0.5]
+    return [[number_of(rows[i][j]) for j in kept] for i in kept]
+
+
+def pairs_of(groups: Sequence[dict[str, Any]]) -> list[float]:
+    rows = [row[:i] for group in groups for i, row in enumerate(valid_part(group))]
+    return [value for row in rows for value in row if math.isfinite(value)]
+
+
+def periods(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The groups of the first and of the last third of the logged steps, by name; one period for a single step."""
+    steps = sorted({group["step"] for group in run.groups})
+    third = max(1, len(steps) // 3)
+    periods = [steps[:third]] if len(steps) == 1 else [steps[:third], steps[-third:]]
+    names = [f"step {p[0]}" if p[0] == p[-1] else f"steps {p[0]} to {p[-1]}" for p in periods]
+    return [
+        (name, [group for group in run.groups if p[0] <= group["step"] <= p[-1]])
+        for name, p in zip(names, periods, strict=True)
+    ]
+
+
+def plot_cosines(run: Run) -> Figure | None:
+    if not pairs_of(run.groups):
+        return None
+    figure, (axes,) = _panels(1, height=3.6)
+    bins = [i / 20 for i in range(-20, 21)]
+    for (name, groups), color, style in zip(periods(run), (BLUE, RED), ("-", "--"), strict=False):
+        pairs = pairs_of(groups)
+        if not pairs:
+            continue
+        mean = sum(pairs) / len(pairs)
+        weights, label = [1 / len(pairs)] * len(pairs), f"{name}\n(mean {mean:.2f})"
+        axes.hist(pairs, bins, weights=weights, color=color, alpha=0.25)
+        axes.hist(pairs, bins, weights=weights, color=color, linestyle=style, histtype="step", lw=1.6, label=label)
+        axes.axvline(mean, color=color, linestyle=style, linewidth=1.2)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _finish(axes, "share of pairs", "cosine of two responses of a group")
+    axes.set_xlim(-1, 1)
+    axes.xaxis.set_major_locator(MaxNLocator(9))
+    return figure
+
+
+def plot_scores(run: Run) -> Figure | None:
+    if not run.scored:
+        return None
+    figure, (axes,) = _panels(1, height=4.0)
+    points = run.scored[:: -(-len(run.scored) // SCATTER_POINTS)]
+    alpha = max(0.15, min(0.8, 200 / len(points)))
+    for correct, color, marker, label in ((True, BLUE, "o", "correct"), (False, RED, "x", "wrong")):
+        x = [score for score, _, right in points if right is correct]
+        y = [shaped for _, shaped, right in points if right is correct]
+        axes.scatter(x, y, s=22, color=color, marker=marker, alpha=alpha)
+        axes.scatter([], [], color=color, marker=marker, label=label)  # an opaque mark for the legend
+    _finish(axes, "shaped reward", "exploration score ν")
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    return figure
+
+
+def plot_diagnostics(run: Run) -> Figure | None:
+    if not run.keys("geometry/"):
+        return None
+    figure, (cosine, score, norm, groups) = _panels(2, 2, height=3.4, width=10)
+    _line(cosine, run, "geometry/mean_cosine", "mean cosine", BLUE)
+    _line(cosine, run, "geometry/negative_share", "share of negative pairs", RED, "--")
+    _finish(cosine, "cosine, share")
+    for axes, stem, label in ((score, "score", "exploration score ν"), (norm, "feature_norm", "norm of Φ")):
+        _line(axes, run, f"geometry/{stem}_mean", "mean", BLUE)
+        (steps, least), (same, most) = [run.series(f"geometry/{stem}_{end}") for end in ("min", "max")]
+        if steps and steps == same:
+            edge = 4 if len(steps) == 1 else 0  # a band one step wide has only its edge to show
+            axes.fill_between(steps, least, most, color=SKY, alpha=0.3, linewidth=edge, label="least to greatest")
+        axes.set_ylim(bottom=0)
+        _finish(axes, label)
+    _line(groups, run, "groups/zero_variance_share", "equal rewards", BLUE)
+    _line(groups, run, "groups/degenerate_share", "unshaped", RED, "--")
+    groups.set_ylim(-0.03, 1.03)
+    _finish(groups, "share of groups")
+    for axes in (cosine, score, norm, groups):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return figure
+
+
+STAGES = ("time/rollout", "time/reward", "time/update", "time/eval", "time/checkpoint")
+UPDATE_PARTS = ("time/forward", "time/head", "time/backward", "time/optimizer")
+
+
+def plot_time(run: Run) -> Figure | None:
+    bars = []
+    for key in STAGES:
+        bars.append((metric(key).title, run.total(key), BLUE))
+        if key == "time/update":
+            bars += [(f"of it: {metric(part).title.lower()}", run.total(part), SKY) for part in UPDATE_PARTS]
+    bars = [bar for bar in bars if bar[1] > 0]
+    if not bars:
+        return None
+    whole = sum(run.total(key) for key in STAGES)
+    unit, seconds = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if whole >= 3 * s or u == "s")
+    figure, (axes,) = _panels(1, height=0.8 + 0.42 * len(bars))
+    names, totals, colors = zip(*bars, strict=True)
+    drawn = axes.barh(range(len(bars)), [total / seconds for total in totals], color=colors)
+    axes.bar_label(drawn, [f"{duration(t) if t >= 60 else f'{t:.2g} s'}, {t / whole:.1%}" for t in totals], padding=4)
+    axes.set_yticks(range(len(bars)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.25)
+    axes.set_xlabel(f"time over the run [{unit}]")
+    return figure
+
+
+PLOTS = (
+    ("learning", "Accuracy and reward", plot_learning, "From 20 steps on: single steps faint, moving averages strong."),
+    ("behaviour", "Entropy and response length", plot_behaviour, "Entropy near 0 means that sampling repeats itself."),
+    ("diagnostics", "Geometry over steps", plot_diagnostics, "A norm of 0 belongs to a response without tokens."),
+    ("groups", "Groups", plot_groups, "Cosines of the responses' gradient features; responses sorted by reward."),
+    ("cosines", "Pairwise cosines", plot_cosines, "Lower and negative cosines: responses pull the model apart."),
+    ("scores", "Exploration score and shaped reward", plot_scores, "Shaping uses ν relative to its group."),
+    ("time", "Time per stage", plot_time, "Summed over the logged steps."),
+)
+"""File stem, heading, drawing function and caption of every plot, in the report's order."""

@@ -1,0 +1,234 @@
+"""A run's report: ``report/report.md`` with its plots, from the files that `g2rl.log` writes.
+
+Everything but ``metrics.jsonl`` may be missing, and the run may still be going on: the report then says what it lacks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from omegaconf import OmegaConf
+
+from g2rl.config import Config
+from g2rl.log import METRICS, duration, metric, printable
+from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, plain, plot_cosines, valid_part
+
+SAMPLE_CHARACTERS = 1200
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _value(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if metric(key).unit == "share" else f"{value:.4g}"
+
+
+def _code(value: object) -> str:
+    return "`" + printable(str(value), 200).replace("`", "'") + "`"
+
+
+def _fenced(text: str, language: str = "text") -> str:
+    """A code block that no run of backticks inside `text` can end."""
+    fence = "`" * max([3] + [len(run) + 1 for run in re.findall("`+", text)])
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _excerpt(text: str) -> str:
+    half = SAMPLE_CHARACTERS // 2
+    left_out = len(text) - 2 * half
+    return text if left_out <= 0 else f"{text[:half]}\n[... {left_out} characters left out ...]\n{text[-half:]}"
+
+
+def _headline(run: Run) -> str:
+    lead, name = ("eval/pass@1", "Held-out pass@1")
+    if not run.series(lead)[0]:
+        lead = next(iter(run.keys("eval/pass@")), "train/accuracy")
+        name = f"Held-out {lead[5:]}" if lead.startswith("eval/") else "Training accuracy (no evaluation was logged)"
+    steps, values = run.series(lead)
+    if not steps:
+        result = "Neither an evaluation nor a training accuracy was logged."
+    elif len(steps) == 1:
+        result = f"{name}: {_value(lead, values[0])} at step {steps[0]}."
+    else:
+        first, last = _value(lead, values[0]), _value(lead, values[-1])
+        result = f"{name}: {first} at step {steps[0]}, {last} at step {steps[-1]}."
+    config = run.config
+    model, task = config.get("model", {}), config.get("task", {})
+    planned = config.get("steps")
+    state = "" if planned is None else f" of {planned}" + ("" if run.last_step >= planned else ", not finished")
+    seconds = sum(run.total(key) for key in ("time/step", "time/eval", "time/checkpoint"))
+    device = run.environment.get("device") or f"{model.get('device', 'unknown')} (as configured)"
+    facts = [
+        ("method", config.get("method", "unknown")),
+        ("model", model.get("path", "unknown")),
+        ("task", task.get("name", "unknown")),
+        ("steps", f"{run.last_step}{state}"),
+        ("duration", f"{duration(seconds)} (steps, evaluations and checkpoints)" if seconds else "not logged"),
+        ("device", device),
+        *((key, text) for key, text in run.environment.items() if key != "device"),
+    ]
+    return f"**{result}**\n\n" + _table(("", ""), [(key, str(value)) for key, value in facts])
+
+
+def _missing(run: Run) -> list[str]:
+    """What a reader may look for and will not find, in sentences."""
+    said = []
+    if not run.config:
+        said.append("No `config.yaml`: method, model and planned steps are unknown.")
+    if not run.environment:
+        said.append("No `environment.json`: the device is not known beyond the configuration.")
+    if not run.keys("train/"):
+        said.append("No training step is logged.")
+    if not run.keys("eval/"):
+        off = run.config.get("eval", {}).get("every") == 0
+        said.append("No evaluation is logged" + (": it is turned off (`eval.every` is 0)." if off else "."))
+    if not run.keys("geometry/"):
+        said.append("No feature geometry is logged.")
+    if run.config.get("method") == "grpo":
+        said.append("No shaping: method grpo trains on the base rewards; geometry and scores only describe them.")
+    if not run.groups:
+        said.append("No groups are logged: no heat maps and no distribution of cosines.")
+    if not run.samples:
+        said.append("No completions are logged.")
+    elif not run.scored:
+        said.append("The completions have no exploration scores.")
+    for key in run.keys(""):
+        steps = [str(record["step"]) for record in run.metrics if key in record and record[key] is None]
+        if steps:
+            listed = ", ".join(steps[:5]) + (", ..." if len(steps) > 5 else "")
+            said.append(f"`{key}` was NaN or infinite at {len(steps)} step(s): {listed}.")
+    return said
+
+
+def _evaluation(run: Run) -> str:
+    keys = run.keys("eval/")
+    records = [record for record in run.metrics if any(record.get(key) is not None for key in keys)]
+    if not records:
+        return "No evaluation is logged."
+    lead = next((key for key in keys if key.startswith("eval/pass@")), keys[0])
+    best = max(records, key=lambda record: number_of(record.get(lead)) if record.get(lead) is not None else -math.inf)
+    if len(records) == 1:
+        chosen = [("only", records[0])]
+    else:
+        chosen = [("first", records[0]), (f"best {lead[5:]}", best), ("last", records[-1])]
+    rows = [(name, str(record["step"]), *(_value(key, record.get(key)) for key in keys)) for name, record in chosen]
+    head = ["evaluation", "step"]
+    head += [key[5:] if "@" in key else f"{metric(key).title.removeprefix('Held-out ')}" for key in keys]
+    return _table(head, rows)
+
+
+def _geometry(run: Run) -> str:
+    """Early against late: mean cosine, share of negative pairs, effective dimension of the logged groups."""
+    rows = []
+    for name, groups in periods(run):
+        pairs = pairs_of(groups)
+        # Participation ratio of the eigenvalues of S: (sum of S_ii)^2 / sum of S_ij^2.
+        matrices = [matrix for matrix in map(valid_part, groups) if matrix]
+        sizes = [len(s) ** 2 / math.fsum(value**2 for row in s for value in row) for s in matrices]
+        if pairs:
+            negative = sum(value < 0 for value in pairs) / len(pairs)
+            mean = f"{sum(pairs) / len(pairs):.3f}"
+            rows.append((name, str(len(pairs)), mean, f"{100 * negative:.1f} %", f"{sum(sizes) / len(sizes):.2f}"))
+    header = ("logged groups of", "pairs", "mean cosine", "negative pairs", "effective dimension")
+    note = "Effective dimension: participation ratio of the eigenvalues of S, 1 to the group's size, mean over groups."
+    return f"{_table(header, rows)}\n\n{note}" if rows else ""
+
+
+def _samples(run: Run) -> str:
+    """A correct and a wrong response of the first and of the last step that has completions."""
+    parts = []
+    for step in sorted({row["step"] for row in run.samples}):
+        rows = [row for row in run.samples if row["step"] == step]
+        for correct in (True, False):
+            row = next((row for row in rows if row["correct"] is correct), None)
+            if row is None:
+                continue
+            names = (("reward", "reward"), ("score", "ν"), ("shaped", "shaped reward"), ("advantage", "advantage"))
+            numbers = ", ".join(f"{name} {row[key]:.3g}" for key, name in names if row[key] is not None)
+            judged = "correct" if correct else "wrong"
+            parts.append(f"### Step {step}, {judged}\n\nProblem {_code(row['problem'])}; {numbers}.")
+            parts.append(f"{_fenced(_excerpt(row['prompt']))}\n\n{_fenced(_excerpt(row['response']))}")
+    return "\n\n".join(parts) or "No completions are logged."
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in node.items():
+        value = list(value) if isinstance(value, tuple) else value  # YAML knows lists only
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _configuration(run: Run) -> str:
+    if not run.config:
+        return "No `config.yaml` in the run's folder."
+    defaults = _leaves(plain(OmegaConf.structured(Config)))
+    changed = [
+        (_code(key), _code(value), _code(defaults[key]) if key in defaults else "-")
+        for key, value in _leaves(run.config).items()
+        if key not in defaults or defaults[key] != value
+    ]
+    table = _table(("key", "value", "default"), changed) if changed else "All values are the defaults."
+    full = _fenced((run.dir / "config.yaml").read_text(encoding="utf-8").strip(), "yaml")
+    return f"{table}\n\n<details><summary>All values</summary>\n\n{full}\n\n</details>"
+
+
+def _metrics(run: Run) -> str:
+    rows = []
+    for key in run.keys(""):
+        values = run.series(key)[1]
+        ends = [_value(key, value) for value in (values[0], values[-1])] if values else ["-", "-"]
+        rows.append((f"`{key}`", *ends, metric(key).unit if metric(key).unit != "share" else "", metric(key).meaning))
+    absent = [f"`{item.key}`" for item in METRICS if item.key not in {metric(key).key for key in run.keys("")}]
+    table = _table(("metric", "first", "last", "unit", "meaning"), rows)
+    return table + (f"\n\nDefined but not logged by this run: {', '.join(absent)}." if absent else "")
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write a run's report, in place of an older one.
+
+    Args:
+        run_dir: the run's folder; its run may still be going on.
+
+    Returns:
+        The path of the report, ``run_dir/report/report.md``; its plots lie beside it.
+
+    Raises:
+        FileNotFoundError: `run_dir` has no metrics; the message names the file looked for.
+        ValueError: a log file is damaged before its last line.
+    """
+    run = load_run(run_dir)
+    folder = run_dir / "report"
+    folder.mkdir(exist_ok=True)
+    plots = []
+    with rc_context(STYLE):
+        for stem, heading, draw, caption in PLOTS:
+            figure = draw(run)
+            if figure is not None:
+                figure.savefig(folder / f"{stem}.png")
+                extra = _geometry(run) if draw is plot_cosines else ""
+                plots.append("\n\n".join(filter(None, (f"### {heading}", f"![{heading}]({stem}.png)", caption, extra))))
+    missing = _missing(run)
+    sections = [
+        f"# Run `{run.config.get('name', run_dir.name)}`",
+        _headline(run),
+        "## What is missing\n\n" + "\n".join(f"- {sentence}" for sentence in missing) if missing else "",
+        f"## Evaluation\n\n{_evaluation(run)}",
+        "## Plots\n\n" + ("\n\n".join(plots) or "Nothing that could be drawn is logged."),
+        f"## Sample completions\n\n{_samples(run)}",
+        f"## Configuration\n\n{_configuration(run)}",
+        f"## Metrics\n\n{_metrics(run)}",
+    ]
+    path = folder / "report.md"
+    # "replace": a model's text may hold halves of surrogate pairs, which UTF-8 cannot encode.
+    path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8", errors="replace")
+    return path

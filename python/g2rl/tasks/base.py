@@ -1,0 +1,151 @@
+"""What the trainer asks of a task, and what tasks share: validated options, endless shuffled training problems."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from g2rl.config import ConfigError
+from g2rl.types import Problem
+
+Options = TypeVar("Options")
+
+_SPLIT_SEED = "g2rl held-out split"  # not the run's seed: runs that differ in it are compared on the same problems
+_ENUMERABLE = 2**60  # a longer range has no length in Python; draws below so large a number hardly ever repeat
+
+
+class Task(ABC):
+    """Problems to train on, problems held out from training, and the judgement of answers to them.
+
+    Attributes:
+        name: the task's name in the configuration.
+    """
+
+    name: str
+
+    @abstractmethod
+    def train_problem(self, index: int) -> Problem:
+        """Return training problem `index`, 0 or greater without end; the same one for the same seed and index."""
+
+    @abstractmethod
+    def held_out(self) -> list[Problem]:
+        """Return the evaluation problems: distinct by content, and none of them among the training problems."""
+
+    @abstractmethod
+    def extract(self, response: str) -> str | None:
+        """Return the final answer in a response, None if it has none."""
+
+    @abstractmethod
+    def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:
+        """Return for each response whether its final answer to the problem beside it is right."""
+
+    def close(self) -> None:
+        """Free what judging needed, such as worker processes. Safe to call twice."""
+
+    def __enter__(self) -> Task:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class FiniteTask(Task):
+    """A task over a list of problems, which training goes through in a new order each epoch.
+
+    Args:
+        name: the task's name in the configuration.
+        train: distinct training problems, at least one.
+        held_out: evaluation problems.
+        seed: of the order of training.
+    """
+
+    def __init__(self, name: str, train: Sequence[Problem], held_out: Sequence[Problem], seed: int) -> None:
+        self.name = name
+        self._train = train
+        self._held_out = list(held_out)
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def __len__(self) -> int:
+        """Number of distinct training problems: the length of an epoch."""
+        return len(self._train)
+
+    def train_problem(self, index: int) -> Problem:
+        epoch, position = divmod(check_index(index), len(self._train))
+        if epoch != self._epoch:
+            self._order = list(range(len(self._train)))
+            random.Random(f"{self._seed} {epoch}").shuffle(self._order)
+            self._epoch = epoch
+        return self._train[self._order[position]]
+
+    def held_out(self) -> list[Problem]:
+        return list(self._held_out)
+
+
+def check_index(index: int) -> int:
+    """Return `index`, or raise IndexError if it is negative."""
+    if index < 0:
+        raise IndexError(f"train_problem: expected an index of 0 or greater, found {index}")
+    return index
+
+
+def content(question: str) -> str:
+    """Return what makes a question the same as another: its text, whatever the blanks."""
+    return " ".join(question.split())
+
+
+def sample_indices(total: int, count: int) -> list[int]:
+    """Return `count` distinct numbers below `total` (all of them, shuffled, if it has fewer), the same in every run."""
+    rng = random.Random(_SPLIT_SEED)
+    if total <= _ENUMERABLE:
+        return rng.sample(range(total), min(total, count))
+    drawn: dict[int, None] = {}
+    while len(drawn) < count:
+        drawn[rng.randrange(total)] = None
+    return list(drawn)
+
+
+def check_held_out(held_out: int, distinct: int) -> None:
+    """Raise ConfigError unless holding out `held_out` of `distinct` problems leaves some to train on."""
+    if held_out >= distinct:
+        raise ConfigError(
+            f"task.held_out: expected fewer than the task's {distinct} distinct problems, found {held_out}"
+        )
+
+
+def option(default: Any, expected: str, holds: Callable[[Any], bool]) -> Any:
+    """A field of a task's options dataclass: its default, what a value must be in words, and the test of it."""
+    return dataclasses.field(default=default, metadata={"expected": expected, "holds": holds})
+
+
+def text_option(default: str | None) -> Any:
+    """An `option` that takes text; with None as its default, null as well."""
+    if default is None:
+        return option(None, "text or null", lambda v: v is None or (isinstance(v, str) and bool(v)))
+    return option(default, "text", lambda v: isinstance(v, str))
+
+
+def read_options(cls: type[Options], options: Mapping[str, Any]) -> Options:
+    """Return the options dataclass `cls` with the values of `options`; lists become tuples.
+
+    Raises:
+        ConfigError: naming ``task.options.<key>`` of an option that is unknown or whose value its test rejects.
+    """
+    known = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"task.options.{key}: expected one of {', '.join(known)}, found an unknown option")
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    for key, item in known.items():
+        value = values.get(key, item.default)
+        if not item.metadata["holds"](value):
+            found = repr(options[key]) if key in options else "nothing"
+            raise ConfigError(f"task.options.{key}: expected {item.metadata['expected']}, found {found}")
+    return cls(**values)

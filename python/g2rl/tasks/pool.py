@@ -1,0 +1,181 @@
+"""Judging in worker processes with a hard time limit for each answer.
+
+Model text can make a computer algebra system run for ever or take all memory, and no exception handling stops that:
+an answer is judged in a process that can be killed. Workers are plain `subprocess` children that import only the
+judge. `multiprocessing` would import the caller's `__main__` there as well, and with it torch in most training scripts.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any
+
+LIMIT_S = 3.0
+"""Default time limit of one judgement, seconds."""
+_START_LIMIT_S = 60.0  # imports on a busy machine; a worker's start does not count against any answer
+
+
+class PoolError(RuntimeError):
+    """The workers cannot be started, or the pool is closed."""
+
+
+class _Worker:
+    """One child process, asked one thing at a time."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self._process = process
+        self._requests: IO[bytes] = process.stdin
+        self._replies: IO[bytes] = process.stdout
+
+    def exchange(self, message: bytes, limit_s: float) -> bytes:
+        """Return the reply to `message`, or nothing if the worker died or was killed at the limit."""
+        # Killing the process is what ends a blocked write or read here, whatever state the worker is in.
+        timer = threading.Timer(limit_s, self._process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            self._requests.write(message)
+            self._requests.flush()
+            return self._replies.readline()
+        except BrokenPipeError:
+            return b""
+        finally:
+            timer.cancel()
+
+    def stop(self) -> None:
+        _stop(self._process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Kill a child and wait for it, so that no zombie stays. A dead or stopped one does no harm."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        try:
+            if pipe is not None:
+                pipe.close()
+        except BrokenPipeError:  # closing flushes what a dead worker did not read
+            pass
+
+
+def _stop_all(processes: set[subprocess.Popen[bytes]], owner: int) -> None:
+    if os.getpid() == owner:  # a forked copy of the trainer must not end the original's workers
+        while processes:
+            _stop(processes.pop())
+
+
+def _default_workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores))
+
+
+class JudgePool:
+    """Worker processes that score answers; started when first needed, usable from any thread.
+
+    A worker that overruns the limit is killed and replaced, and so is one that dies; what it worked on scores 0, in
+    the second case after one more attempt on a fresh worker. Workers end with the pool, at the latest with the
+    interpreter, and by themselves should the trainer be killed.
+
+    Args:
+        factory: called in each worker without arguments, returns the judge, a function from a request to a score.
+            Pickled by reference, so its module must be importable and should be light.
+        limit_s: seconds for one request.
+        workers: processes at most; None takes one a core, eight at most.
+    """
+
+    def __init__(
+        self, factory: Callable[[], Callable[..., Any]], *, limit_s: float = LIMIT_S, workers: int | None = None
+    ) -> None:
+        if not limit_s > 0:
+            raise ValueError(f"limit_s: expected a value greater than 0, found {limit_s!r}")
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers: expected 1 or more, found {workers!r}")
+        self.limit_s = limit_s
+        self.workers = workers or _default_workers()
+        self._greeting = pickle.dumps((factory, limit_s))
+        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        self._slots = threading.Semaphore(self.workers)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._finalizer = weakref.finalize(self, _stop_all, self._processes, os.getpid())
+
+    def scores(self, requests: Sequence[tuple[Any, ...]]) -> list[float]:
+        """Return the judge's score of each request (its positional arguments, picklable), in order.
+
+        Raises:
+            PoolError: a worker cannot be started, for want of a package for example, or the pool is closed.
+        """
+        threads = min(self.workers, len(requests))
+        if threads <= 1:
+            return [self._score(request) for request in requests]
+        with ThreadPoolExecutor(threads, thread_name_prefix="judge") as executor:
+            return list(executor.map(self._score, requests))
+
+    def close(self) -> None:
+        """End the workers. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+        self._finalizer()
+
+    def _score(self, request: tuple[Any, ...]) -> float:
+        message = pickle.dumps(request)
+        with self._slots:
+            for _ in range(2):
+                worker = self._take()
+                start = time.monotonic()
+                reply = b""
+                try:
+                    reply = worker.exchange(message, self.limit_s)
+                finally:
+                    if reply:
+                        self._idle.put(worker)
+                    else:
+                        worker.stop()
+                if reply:
+                    return float(reply)
+                if time.monotonic() - start >= self.limit_s:
+                    break
+        return 0.0
+
+    def _take(self) -> _Worker:
+        try:
+            worker = self._idle.get_nowait()
+        except queue.Empty:
+            return self._start()
+        return worker
+
+    def _start(self) -> _Worker:
+        # The child gets this interpreter's module path as it is now, whatever has changed it since start-up.
+        code = f"import sys; sys.path[:] = {sys.path!r}; from g2rl.tasks.judges import serve; serve()"
+        # One thread each: the workers are the parallelism, and idle thread pools cost address space.
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        with self._lock:
+            if self._closed:
+                raise PoolError("the judging workers are closed")
+            process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, **threads},
+            )
+            for ended in [p for p in self._processes if p.poll() is not None]:
+                self._processes.discard(ended)
+            self._processes.add(process)
+        worker = _Worker(process)
+        reply = worker.exchange(self._greeting, _START_LIMIT_S).decode(errors="replace").strip()
+        if reply != "ready":
+            worker.stop()
+            raise PoolError(f"a judging worker did not start: {reply or f'it ended with status {process.returncode}'}")
+        return worker

@@ -1,0 +1,157 @@
+"""Any data set of reasoning-gym by its name (optional package): generated problems, without end."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from g2rl.config import ConfigError
+from g2rl.tasks.answers import extract_boxed, extract_tagged, unwrap_text
+from g2rl.tasks.base import Task, check_index, content
+from g2rl.tasks.judges import reasoning_gym_judge
+from g2rl.tasks.pool import JudgePool
+from g2rl.types import Problem
+
+RIGHT = 0.99
+"""Lowest score that counts as right: many data sets pay a part for an answer that merely contains the right one."""
+INSTRUCTION = "Put your final answer within \\boxed{}."
+
+# reasoning-gym seeds problem i of a data set with `seed + i`. Held-out problems take the seeds from 0, training those
+# from a start that depends on the run's seed; all stay below 2**32, numpy's limit. Data sets are made in chunks since
+# some of them allocate, or refuse, a large size.
+_CHUNK = 500
+_TRAIN_START = 10**6
+_TRAIN_SPAN = 10**9
+_ATTEMPTS = 100
+
+
+class ReasoningGymTask(Task):
+    """One reasoning-gym data set.
+
+    The answer is the last box of a response, else its last ``<answer>`` element, else its last line. It is right from
+    a score of `RIGHT`; scoring runs in worker processes with a time limit, since it evaluates model text. A few of
+    the generators iterate over sets: exact repetition of those across processes takes a fixed ``PYTHONHASHSEED``.
+
+    Args:
+        name: the data set's name in reasoning-gym.
+        options: fields of its configuration except `seed` and `size`; also `instruction`, text added to each question
+            on a line of its own.
+        held_out: number of problems for evaluation.
+        seed: chooses the training problems.
+
+    Raises:
+        ConfigError: the package is missing, there is no such data set, or it does not take the options.
+    """
+
+    def __init__(self, name: str, options: Mapping[str, Any], held_out: int, seed: int) -> None:
+        self.name = name
+        self._classes = _find(name)
+        options = dict(options)
+        self._instruction = options.pop("instruction", INSTRUCTION)
+        if not isinstance(self._instruction, str):
+            raise ConfigError(f"task.options.instruction: expected text, found {self._instruction!r}")
+        _check_options(self._classes[1], options)
+        self._options = options
+        self._start = _TRAIN_START + random.Random(f"{name} {seed}").randrange(2 * 10**9)
+        self._chunk = functools.lru_cache(maxsize=4)(self._make_chunk)
+        self._held_out: dict[str, Problem] = {}
+        for index in range(_ATTEMPTS * held_out):
+            if len(self._held_out) == held_out:
+                break
+            problem = self._problem(index)
+            self._held_out.setdefault(content(problem.prompt), problem)
+        if len(self._held_out) < held_out:
+            raise ConfigError(
+                f"task.held_out: expected at most {len(self._held_out)}, all distinct problems that {name} made in "
+                f"{_ATTEMPTS * held_out} attempts, found {held_out}"
+            )
+        self._pool = JudgePool(functools.partial(reasoning_gym_judge, name, options))
+
+    def train_problem(self, index: int) -> Problem:
+        # An index whose problem is held out moves far on, the same way every time.
+        for attempt in range(_ATTEMPTS):
+            offset = (check_index(index) + attempt * 7_654_321) % _TRAIN_SPAN
+            problem = self._problem(self._start + offset)
+            if content(problem.prompt) not in self._held_out:
+                return problem
+        raise ConfigError(
+            f"task.held_out: expected fewer than {len(self._held_out)}: {self.name} makes hardly any other problems"
+        )
+
+    def held_out(self) -> list[Problem]:
+        return list(self._held_out.values())
+
+    def extract(self, response: str) -> str | None:
+        boxed = extract_boxed(response)
+        if boxed is not None:
+            return unwrap_text(boxed)
+        tagged = extract_tagged(response)
+        if tagged is not None:
+            return tagged
+        return response.strip().rpartition("\n")[2].strip() or None
+
+    def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:
+        answers = [self.extract(response) for response in responses]
+        right: dict[tuple[str, str], bool] = {}
+        asked: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
+        for problem, answer in zip(problems, answers, strict=True):
+            entry = problem.data["entry"]
+            if answer is None or answer == entry["answer"]:
+                right[problem.id, answer or ""] = answer is not None
+            else:
+                asked[problem.id, answer] = (answer, entry)
+        scores = self._pool.scores(list(asked.values()))
+        right.update(zip(asked, [score >= RIGHT for score in scores], strict=True))
+        return [right[problem.id, answer or ""] for problem, answer in zip(problems, answers, strict=True)]
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _make_chunk(self, start: int) -> Any:
+        data_set, config = self._classes
+        return data_set(config(**self._options, seed=start, size=_CHUNK))
+
+    def _problem(self, seed: int) -> Problem:
+        chunk, position = divmod(seed, _CHUNK)
+        entry = self._chunk(chunk * _CHUNK)[position]
+        prompt = entry["question"] + (f"\n{self._instruction}" if self._instruction else "")
+        # Data sets with many right answers give none: their score decides alone.
+        return Problem(id=f"{self.name}:{seed}", prompt=prompt, answer=entry["answer"] or "", data={"entry": entry})
+
+
+def _find(name: str) -> tuple[Any, Any]:
+    """Return the data set's class and that of its configuration."""
+    try:
+        known: dict[str, tuple[Any, Any]] = importlib.import_module("reasoning_gym.factory").DATASETS
+    except ImportError as error:
+        raise ConfigError(
+            f"task.name: expected arithmetic, jsonl or a reasoning-gym data set, found {name!r}; the latter need "
+            f"the package: pip install 'g2rl-kernels[reasoning-gym]' ({error})"
+        ) from error
+    if name not in known:
+        close = difflib.get_close_matches(name, [*known, "arithmetic", "jsonl"], n=5, cutoff=0.5)
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        raise ConfigError(f"task.name: expected arithmetic, jsonl or a reasoning-gym data set, found {name!r}{hint}")
+    return known[name]
+
+
+def _check_options(config: Any, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless the configuration class takes the options."""
+    fields = [item.name for item in dataclasses.fields(config) if item.name not in ("seed", "size")]
+    for key in options:
+        if key not in fields:
+            expected = ", ".join([*fields, "instruction"])
+            raise ConfigError(f"task.options.{key}: expected one of {expected}, found an unknown option")
+    try:
+        made = config(**options, seed=0, size=_CHUNK)
+        if hasattr(made, "validate"):
+            made.validate()
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:  # a value they cannot work with
+        culprits = [key for key in options if key in str(error)]
+        found = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise ConfigError(f"task.options{'.' + culprits[0] if culprits else ''}: {error}, found {found}") from error

@@ -1,0 +1,181 @@
+"""g2rl.report: the report of full, short and sparse runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from g2rl.config import load_config, save_config
+from g2rl.log import METRICS, Completion, GroupGeometry, RunLog
+from g2rl.report import write_report
+
+SAME = [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+APART = [[1.0, -0.5, 0.0], [-0.5, 1.0, 0.0], [0.0, 0.0, 0.0]]  # the third response has no feature
+
+
+def start(run_dir: Path, *overrides: str) -> RunLog:
+    log = RunLog(run_dir, console=Console(quiet=True))
+    save_config(load_config(overrides=[f"name={run_dir.name}", *overrides]), run_dir / "config.yaml")
+    log.environment({"device": "a test machine", "torch": "2.0"})
+    return log
+
+
+def train_step(log: RunLog, step: int, **more: float) -> None:
+    correct = Completion("$p|1$", "Q?", "right ````\n", 1.0, True, 0.9, 1.75, 0.5)
+    wrong = Completion("$p|1$", "Q?", f"wrong at {step}", -1.0, False, 0.2, -1.25, -0.5)
+    log.completions(step, [wrong, correct])
+    log.groups(step, [GroupGeometry("$p|1$", [-1.0, 1.0, -1.0], [0.2, 0.9, 0.0], SAME if step == 1 else APART)])
+    values = {
+        "train/reward": step / 50,
+        "train/accuracy": 0.25,
+        "train/entropy": 1.0,
+        "train/response_length": 9.0,
+        "geometry/mean_cosine": 0.5,
+        "geometry/score_min": 0.1,
+        "geometry/score_mean": 0.2,
+        "geometry/score_max": 0.3,
+        "time/step": 30.0,
+        "time/rollout": 20.0,
+        "time/update": 10.0,
+        "time/backward": 6.0,
+    }
+    log.metrics(step, values | {key.replace("__", "/").replace("_at_", "@"): value for key, value in more.items()})
+
+
+def plots(report: Path) -> set[str]:
+    """The stems of the plots that the report shows, each checked to be a picture of something."""
+    linked = re.findall(r"!\[.*?\]\((.*?)\.png\)", report.read_text(encoding="utf-8"))
+    for stem in linked:
+        image = imread(report.parent / f"{stem}.png")
+        assert image.shape[0] > 200
+        assert image.shape[1] > 600
+        assert image[..., :3].std() > 0.05, f"{stem} is all but blank"
+    return set(linked)
+
+
+def section(text: str, heading: str) -> str:
+    return text.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def test_full_run(tmp_path: Path) -> None:
+    log = start(tmp_path / "full", "steps=30", "optim.lr=0.001", "task.system_prompt='a | b'")
+    log.metrics(0, {"eval/pass@1": 0.125, "eval/pass@4": 0.25, "eval/maj@4": 0.2, "time/eval": 10.0})
+    for step in range(1, 31):
+        held_out = {10: 0.75, 30: 0.5}.get(step)
+        evaluation = {} if held_out is None else {"eval__pass_at_1": held_out, "eval__pass_at_4": 0.875}
+        train_step(log, step, **evaluation, **({"train__loss": float("nan")} if step == 7 else {}))
+    log.close()
+    report = write_report(tmp_path / "full")
+    assert report == tmp_path / "full" / "report" / "report.md"
+    assert plots(report) == {"learning", "behaviour", "diagnostics", "groups", "cosines", "scores", "time"}
+    text = report.read_text(encoding="utf-8")
+    assert "**Held-out pass@1: 12.5 % at step 0, 50.0 % at step 30.**" in text
+    assert "| method | g2rl |" in text
+    assert "| model | smollm2 |" in text
+    assert "| device | a test machine |" in text
+    assert "| steps | 30 of 30 |" in text
+    assert "| duration | 15:10 (steps, evaluations and checkpoints) |" in text  # 30 * 30 s + 10 s
+    assert section(text, "What is missing").strip() == "- `train/loss` was NaN or infinite at 1 step(s): 7."
+    assert section(text, "Evaluation").strip().splitlines()[2:] == [
+        "| first | 0 | 12.5 % | 25.0 % | 20.0 % |",
+        "| best pass@1 | 10 | 75.0 % | 87.5 % | - |",
+        "| last | 30 | 50.0 % | 87.5 % | - |",
+    ]
+    samples = section(text, "Sample completions")
+    assert re.findall("### (.*)", samples) == ["Step 1, correct", "Step 1, wrong", "Step 30, correct", "Step 30, wrong"]
+    assert "`````text\nright ````\n\n`````" in samples
+    assert "wrong at 30" in samples
+    assert "wrong at 2\n" not in samples
+    assert "Problem `$p|1$`; reward 1, ν 0.9, shaped reward 1.75, advantage 0.5." in samples
+    assert "| `optim.lr` | `0.001` | `2e-05` |" in text
+    assert "| `task.system_prompt` | `a \\| b` | `None` |" in text
+    assert "`eval.ks`" not in section(text, "Configuration").split("<details>")[0]
+    metrics = section(text, "Metrics")
+    assert "| `train/reward` | 0.02 | 0.6 | reward | mean base reward r of the step's responses |" in metrics
+    assert "| `eval/maj@4` | 20.0 % | 20.0 % |" in metrics
+    assert "| `train/loss` | - | - |" in metrics
+    for item in METRICS:
+        assert f"`{item.key}" in metrics.replace("@4", "@k")
+
+
+def test_geometry_early_and_late(tmp_path: Path) -> None:
+    log = start(tmp_path / "run")
+    for step in (1, 2, 3):
+        train_step(log, step)
+    log.close()
+    text = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    # Early: three equal features, one dimension. Late: two at cosine -1/2, 2^2 / (2 + 2 / 4) dimensions.
+    assert "| step 1 | 3 | 1.000 | 0.0 % | 1.00 |\n| step 3 | 1 | -0.500 | 100.0 % | 1.60 |" in text
+
+
+def test_one_step_of_a_run_in_progress(tmp_path: Path) -> None:
+    log = start(tmp_path / "run", "steps=30")
+    train_step(log, 1, **{"eval__pass_at_2": 0.5})
+    log.close()
+    for name in RunLog.FILES:
+        with (tmp_path / "run" / name).open("a") as file:
+            file.write('{"step": 2, "tra')  # the next step is being written
+    report = write_report(tmp_path / "run")
+    assert plots(report) == {"learning", "behaviour", "diagnostics", "groups", "cosines", "scores", "time"}
+    text = report.read_text(encoding="utf-8")
+    assert "**Held-out pass@2: 50.0 % at step 1.**" in text
+    assert "| steps | 1 of 30, not finished |" in text
+    assert "| only | 1 | 50.0 % |" in text
+    assert "What is missing" not in text
+
+
+def test_a_run_with_metrics_only(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/accuracy": 0.25}\n{"step": 2, "train/accuracy": 0.5}\n')
+    report = write_report(tmp_path)
+    assert plots(report) == {"learning"}
+    text = report.read_text(encoding="utf-8")
+    assert "**Training accuracy (no evaluation was logged): 25.0 % at step 1, 50.0 % at step 2.**" in text
+    assert "| method | unknown |" in text
+    assert "| duration | not logged |" in text
+    assert section(text, "What is missing").strip().splitlines() == [
+        "- No `config.yaml`: method, model and planned steps are unknown.",
+        "- No `environment.json`: the device is not known beyond the configuration.",
+        "- No evaluation is logged.",
+        "- No feature geometry is logged.",
+        "- No groups are logged: no heat maps and no distribution of cosines.",
+        "- No completions are logged.",
+    ]
+
+
+def test_grpo_without_evaluation(tmp_path: Path) -> None:
+    log = start(tmp_path / "run", "method=grpo", "eval.every=0")
+    log.completions(1, [Completion("p", "Q?", "x" * 5000 + "\ud800", -1.0, False, None, -1.0, 0.0)])
+    log.metrics(1, {"train/entropy": 1.0, "time/step": 2.0})
+    log.close()
+    report = write_report(tmp_path / "run")
+    assert plots(report) == {"learning", "behaviour"}
+    text = report.read_text(encoding="utf-8")
+    assert "Neither an evaluation nor a training accuracy was logged." in text
+    missing = section(text, "What is missing")
+    assert "No feature geometry is logged." in missing
+    assert "No shaping: method grpo trains on the base rewards" in missing
+    assert "it is turned off (`eval.every` is 0)." in missing
+    assert "no exploration scores" in missing
+    assert "[... 3801 characters left out ...]" in text
+    assert "Problem `p`; reward -1, shaped reward -1" in text
+
+
+def test_only_an_evaluation_before_training(tmp_path: Path) -> None:
+    log = start(tmp_path / "run")
+    log.metrics(0, {"eval/pass@1": 0.5, "eval/response_length": 7.0})
+    log.close()
+    report = write_report(tmp_path / "run")
+    assert plots(report) == {"learning"}
+    assert "No training step is logged." in report.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("contents", [None, "", '{"step": 1, "train'])
+def test_no_metrics(tmp_path: Path, contents: str | None) -> None:
+    if contents is not None:
+        (tmp_path / "metrics.jsonl").write_text(contents)
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "metrics.jsonl"))):
+        write_report(tmp_path)

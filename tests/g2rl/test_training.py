@@ -1,0 +1,222 @@
+"""The whole loop on a tiny model: what it logs, that it learns, that a killed run resumes exactly, and that it stops on NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from g2rl.checkpoint import checkpoints
+from g2rl.cli import main
+from g2rl.config import Config, load_config
+from g2rl.trainer import Trainer, TrainingError
+
+SMALL = (
+    "steps=4",
+    "model.autocast=none",
+    "rollout.dtype=float32",
+    "task.options={digits: [1, 1]}",
+    "task.held_out=6",
+    "rollout.prompts=3",
+    "rollout.group_size=4",
+    "rollout.max_new_tokens=6",
+    "eval.every=2",
+    "eval.samples=2",
+    "eval.ks=[1, 2]",
+    "checkpoint.every=1",
+    "optim.lr=1e-3",
+    "rewards=[{name: tests_reward:digits}]",
+)
+
+
+@pytest.fixture(autouse=True)
+def reward_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward that a random model can earn: the share of digits in the response, mapped to [-1, 1]."""
+    (tmp_path / "tests_reward.py").write_text(
+        "def digits(problem, response, finished):\n"
+        "    return 2 * sum(c.isdigit() for c in response) / max(len(response), 1) - 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+
+def config(tiny_model: Path, tmp_path: Path, *overrides: str) -> Config:
+    return load_config(None, [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, *overrides])
+
+
+def lines(run_dir: Path) -> list[dict]:
+    """A run's metrics without the times, which no two runs share."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+
+
+def test_logs_every_step(tiny_model: Path, tmp_path: Path) -> None:
+    run = config(tiny_model, tmp_path)
+    Trainer(run).run()
+    records = lines(run.run_dir)
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert [record["step"] for record in records if "eval/pass@1" in record] == [0, 2, 4]
+    last = records[-1]
+    assert last["train/lr"] == pytest.approx(1e-3)
+    assert 0 < last["train/entropy"] < math.log(len("x" * 80))
+    assert last["geometry/zero_features"] == 0
+    assert -3 <= last["geometry/shaped_reward_min"] <= last["geometry/shaped_reward_max"] <= 3
+    assert 0 <= last["geometry/score_min"] <= last["geometry/score_mean"] <= last["geometry/score_max"] <= 1
+    # On-policy, the ratio is 1, advantages of a group sum to 0 and so does the loss.
+    assert abs(last["train/loss"]) < 1e-5
+    completions = [json.loads(line) for line in (run.run_dir / "completions.jsonl").read_text().splitlines()]
+    assert len(completions) == 4 * 12
+
+
+@pytest.mark.parametrize("method", ["g2rl", "grpo"])
+def test_learns(tiny_model: Path, tmp_path: Path, method: str) -> None:
+    """Reward must rise far beyond its spread between steps (about 0.05)."""
+    run = config(
+        tiny_model, tmp_path, f"method={method}", "steps=25", "eval.every=0", "checkpoint.every=0", "optim.lr=5e-3",
+        "rollout.prompts=6",
+    )  # fmt: skip
+    Trainer(run).run()
+    rewards = [record["train/reward"] for record in lines(run.run_dir)]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.5
+
+
+def test_micro_batches_do_not_change_the_update(tiny_model: Path, tmp_path: Path) -> None:
+    """Accumulated over groups, the gradient is the whole batch's: fp32 sums in another order, hence 1e-4."""
+    whole = config(tiny_model, tmp_path, "name=whole", "steps=2")
+    parts = config(tiny_model, tmp_path, "name=parts", "steps=2", "objective.micro_batch_groups=1")
+    Trainer(whole).run()
+    Trainer(parts).run()
+    for a, b in zip(lines(whole.run_dir), lines(parts.run_dir), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+
+
+def test_several_updates_and_kl(tiny_model: Path, tmp_path: Path) -> None:
+    run = config(tiny_model, tmp_path, "steps=3", "objective.updates=3", "objective.kl_coef=0.1", "optim.lr=1e-2")
+    Trainer(run).run()
+    records = lines(run.run_dir)
+    assert records[-1]["train/kl"] > 0
+    # After the first update the policy differs from the one that sampled.
+    assert any(record["train/ratio_clip_share"] > 0 for record in records[1:])
+
+
+def test_killed_run_resumes_to_the_same_numbers(tiny_model: Path, tmp_path: Path) -> None:
+    """SIGKILL between two checkpoints; then the resumed run's log equals an uninterrupted one's."""
+    steps = ("steps=12", "checkpoint.every=3", "eval.every=4")
+    whole = config(tiny_model, tmp_path, "name=whole", *steps)
+    Trainer(whole).run()
+
+    overrides = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, "name=killed", *steps]
+    (tmp_path / "empty.yaml").write_text("seed: 0\n")
+    command = [sys.executable, "-m", "g2rl.cli", "train", str(tmp_path / "empty.yaml"), *overrides]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 6):  # steps 0 to 5: past the checkpoint of step 3
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(lines(tmp_path / "killed")) < 13
+
+    assert main(["train", f"resume={tmp_path / 'killed'}"]) == 0
+    assert lines(tmp_path / "killed") == lines(whole.run_dir)
+    assert (tmp_path / "killed" / "completions.jsonl").read_text() == (
+        whole.run_dir / "completions.jsonl"
+    ).read_text()
+
+
+def test_nan_stops_and_keeps_the_checkpoint(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tiny_model, tmp_path)
+    trainer = Trainer(run)
+    forward = trainer.model.base_model.forward
+    calls = []
+
+    def poisoned(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        calls.append(1)
+        if trainer.step == 2 and trainer.model.training:
+            output.last_hidden_state = output.last_hidden_state * torch.nan
+        return output
+
+    monkeypatch.setattr(trainer.model.base_model, "forward", poisoned)
+    with pytest.raises(TrainingError, match="step 3: NaN or infinity in the features"):
+        trainer.run()
+    assert [step for step, _ in checkpoints(run.run_dir)] == [1, 2]
+
+
+def test_resume_of_a_finished_run_with_more_steps(tiny_model: Path, tmp_path: Path) -> None:
+    run = config(tiny_model, tmp_path, "steps=2")
+    Trainer(run).run()
+    assert main(["train", f"resume={run.run_dir}", "steps=3"]) == 0
+    assert [record["step"] for record in lines(run.run_dir)] == [0, 1, 2, 3]
+
+
+def test_cli_eval_and_report(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = config(tiny_model, tmp_path, "steps=1")
+    Trainer(run).run()
+    assert main(["eval", str(run.run_dir), "eval.samples=3", "eval.ks=[1, 3]"]) == 0
+    printed = capsys.readouterr().out
+    assert "pass@1" in printed
+    assert "maj@3" in printed
+    assert main(["report", str(run.run_dir)]) == 0
+    assert (run.run_dir / "report" / "report.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "missing.yaml"], "expected a YAML file, found nothing at 'missing.yaml'"),
+        (["train"], "expected a YAML file or resume=RUN"),
+        (["train", "resume=nowhere"], "expected the folder of a run"),
+        (["train", "configs/quickstart.yaml", "optim.rate=1"], "Key 'rate' not in 'OptimConfig'"),
+        (["eval", "nowhere/at-all"], "model.path: expected a causal language model"),
+        (["report", "nowhere"], "expected the metrics of a run"),
+    ],
+)
+def test_bad_commands(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_second_run_gets_a_folder_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    settings = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, "steps=1"]
+    (tmp_path / "empty.yaml").write_text("seed: 0\n")
+    assert main(["train", str(tmp_path / "empty.yaml"), *settings]) == 0
+    assert main(["train", str(tmp_path / "empty.yaml"), *settings]) == 0
+    assert lines(tmp_path / "run") == lines(tmp_path / "run-2")
+
+
+def test_features_come_from_the_policy_forward(tiny_model: Path, tmp_path: Path) -> None:
+    """Log-probabilities of the trainer's forward pass equal those of the model's own logits."""
+    from g2rl.rollout import make_batch
+
+    run = replace(config(tiny_model, tmp_path), steps=1)
+    trainer = Trainer(run)
+    problems = [trainer.task.train_problem(i) for i in range(2)]
+    episodes = trainer.sampler.sample(problems, 2, 1.0, 1.0, seed=3)
+    batch = make_batch(episodes, [0.0] * 4, 2, trainer.tokenizer.pad_token_id, trainer.device)
+    out, cu_seqlens = trainer._forward(batch, trainer._times())
+    for b, episode in enumerate(episodes):
+        ids = torch.tensor([episode.prompt_ids + episode.response_ids])
+        logits = trainer.model(ids).logits[0, len(episode.prompt_ids) - 1 : -1]
+        expected = logits.log_softmax(-1)[torch.arange(len(episode.response_ids)), list(episode.response_ids)]
+        got = out.logps[cu_seqlens[b] : cu_seqlens[b + 1]]
+        # Padding changes the order of fp32 sums in attention, nothing else.
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
