@@ -45,11 +45,18 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     """
     device = resolve_device(config.device)
     path = str(smollm2_folder()) if config.path == "smollm2" else config.path
+    if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+        raise ConfigError(f"model.path: expected a causal language model, found no folder {path!r}")
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: expected a causal language model at {config.path!r}: {error}") from error
+    except ImportError as error:
+        raise ConfigError(f"model.attention: {config.attention!r} is not installed: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.use_cache = False

@@ -101,9 +101,8 @@ def _import(name: str, key: str) -> RewardFunction:
         module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may raise anything while it is imported
         hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
-        raise ConfigError(
-            f"{key}: expected a module that can be imported, found {module_name!r}: {type(error).__name__}: {error}{hint}"
-        ) from error
+        found = f"{module_name!r}: {type(error).__name__}: {error}{hint}"
+        raise ConfigError(f"{key}: expected a module that can be imported, found {found}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         found = repr(function) if hasattr(module, attribute) else f"no {attribute!r} in {module_name}"

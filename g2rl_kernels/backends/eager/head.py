@@ -16,14 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from g2rl_kernels.backends.eager.products import mm, mm_fp32_left
+from g2rl_kernels.backends.eager.products import exact_products, mm, mm_fp32_left, mm_in_blocks
 
 # Rows are handled in slices of this size after the product: on a CPU a slice stays in cache over its passes.
 _SLICE_BYTES = {"cpu": 4 << 20}
 _SLICE_BYTES_DEFAULT = 32 << 20
-# Library products of fewer rows may sum in another order: blocks are padded to a multiple, so that a token's result does
-# not depend on how many others come along.
-_ROW_MULTIPLE = 16
+# Rows of every product. Products and reductions always see the same shapes, so that their bits do not depend on how many
+# tokens or responses come along; 64 rows (of cached weight tiles) cost a CPU little against as many as fit.
+_PRODUCT_ROWS = {"cpu": 64}
+_PRODUCT_ROWS_DEFAULT = 256
+_SMALLEST_TILE = 64
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,14 @@ class _Head:
 
     @property
     def token_rows(self) -> int:
-        """Tokens whose logits take half of the workspace."""
-        rows = self.workspace_bytes // 2 // (self.dtype.itemsize * self.weight.shape[0])
-        return max(1, rows // _ROW_MULTIPLE * _ROW_MULTIPLE if rows >= _ROW_MULTIPLE else rows)
+        """Tokens whose logits take half of the workspace: a power of two, or a multiple of `_PRODUCT_ROWS`."""
+        rows = max(1, self.workspace_bytes // 2 // (self.dtype.itemsize * self.weight.shape[0]))
+        most = _PRODUCT_ROWS.get(self.weight.device.type, _PRODUCT_ROWS_DEFAULT)
+        return rows // most * most if rows >= most else _power_of_two(rows)
+
+    @property
+    def product_rows(self) -> int:
+        return min(self.token_rows, _PRODUCT_ROWS.get(self.weight.device.type, _PRODUCT_ROWS_DEFAULT))
 
     @property
     def response_rows(self) -> int:
@@ -53,38 +60,46 @@ class _Head:
         return max(1, self.workspace_bytes // 4 // (self.dtype.itemsize * self.weight.shape[0]))
 
     def vocab_tiles(self) -> Iterator[slice]:
-        """Vocabulary in tiles whose weight, cast to fp32, takes an eighth of the workspace."""
-        rows = max(1, self.workspace_bytes // 8 // (self.dtype.itemsize * self.weight.shape[1]))
+        """Vocabulary in tiles whose weight, cast to fp32, takes an eighth of the workspace, on a CPU a slice's bytes at most."""
+        limit = min(self.workspace_bytes // 8, _SLICE_BYTES.get(self.weight.device.type, self.workspace_bytes))
+        rows = max(_SMALLEST_TILE, limit // (self.dtype.itemsize * self.weight.shape[1]))
         for start in range(0, self.weight.shape[0], rows):
             yield slice(start, min(start + rows, self.weight.shape[0]))
 
+    def block(self, start: int, end: int) -> Tensor:
+        """Indices of tokens `start` to `end`, the last one repeated up to a multiple of `product_rows`."""
+        padding = (start - end) % self.product_rows
+        return torch.arange(start, end + padding, device=self.weight.device).clamp(max=end - 1)
+
     def slices(self, rows: int) -> Iterator[slice]:
         limit = _SLICE_BYTES.get(self.weight.device.type, _SLICE_BYTES_DEFAULT)
-        step = max(1, limit // (self.dtype.itemsize * self.weight.shape[0]))
+        step = min(self.product_rows, _power_of_two(max(1, limit // (self.dtype.itemsize * self.weight.shape[0]))))
         for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows))
+            yield slice(start, start + step)
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
-        """W h [n, V] without bias and options."""
-        n = hidden.shape[0]
-        padding = -n % min(_ROW_MULTIPLE, self.token_rows)
-        if padding:
-            hidden = torch.cat((hidden, hidden.new_zeros(padding, hidden.shape[1])))
+        """W h [n, V] without bias and options, n a multiple of `product_rows`."""
         z = torch.empty(hidden.shape[0], self.weight.shape[0], dtype=self.dtype, device=hidden.device)
         for tile in self.vocab_tiles():
-            z[:, tile] = mm(hidden, self.weight[tile].T)
-        return z[:n]
+            z[:, tile] = mm_in_blocks(hidden, self.weight[tile].T, self.product_rows)
+        return z
 
     def apply_options(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """u = z / T in place of raw logits, and the slope of the soft cap (None: one everywhere)."""
         if self.bias is not None:
             z += self.bias.to(self.dtype)
         if self.softcap > 0:
-            capped = z.mul_(self.logit_scale / self.softcap).tanh_()
-            slope = 1 - capped * capped
-            return capped.mul_(self.softcap / self.temperature), slope
+            x = z.mul_(self.logit_scale / self.softcap)
+            # 1 / cosh^2 and not 1 - tanh^2, which has no digits left where the cap saturates.
+            slope = x.cosh().square_().reciprocal_()
+            return x.tanh_().mul_(self.softcap / self.temperature), slope
         scale = self.logit_scale / self.temperature
         return (z if scale == 1 else z.mul_(scale)), None
+
+
+def _power_of_two(n: int) -> int:
+    """The largest that is no more than n."""
+    return 1 << (n.bit_length() - 1)
 
 
 def token_logprobs(
@@ -98,15 +113,18 @@ def token_logprobs(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_bytes)
-    results = torch.empty(3, hidden.shape[0], dtype=head.dtype, device=hidden.device)
-    for start in range(0, hidden.shape[0], head.token_rows):
-        tokens = slice(start, start + head.token_rows)
-        z = head.raw_logits(hidden[tokens])
-        for rows in head.slices(z.shape[0]):
-            y = targets[tokens][rows]
-            u, _ = head.apply_options(z[rows])
-            e, statistics = _exponentials(u, y, None)
-            results[:, tokens][:, rows] = torch.stack(statistics[:3])
+    N = hidden.shape[0]
+    results = torch.empty(3, N, dtype=head.dtype, device=hidden.device)
+    with exact_products(weight):
+        for start in range(0, N, head.token_rows):
+            end = min(start + head.token_rows, N)
+            tokens = head.block(start, end)
+            z = head.raw_logits(hidden[tokens])
+            parts = []
+            for rows in head.slices(z.shape[0]):
+                u, _ = head.apply_options(z[rows])
+                parts.append(torch.stack(_exponentials(u, targets[tokens[rows]], None)[1][:3]))
+            results[:, start:end] = torch.cat(parts, 1)[:, : end - start]
     logps, entropy, lse = results.unbind()
     return logps.clone(), entropy.clone(), lse.clone()
 
@@ -131,23 +149,26 @@ def sequence_features(
     results = torch.empty(3, N, dtype=head.dtype, device=hidden.device)
     features = torch.zeros(len(offsets) - 1, d, dtype=head.dtype, device=hidden.device)
 
-    for responses, blocks in _plan(offsets, head.token_rows, head.response_rows):
-        first = responses.start
-        R = torch.zeros(len(responses), weight.shape[0], dtype=head.dtype, device=hidden.device)
-        for start, end, segments in blocks:
-            z = head.raw_logits(hidden[start:end])
-            for rows in head.slices(z.shape[0]):
-                tokens = slice(start + rows.start, start + rows.stop)
-                y = targets[tokens]
-                u, slope = head.apply_options(z[rows])
-                shift = None if lse is None else lse[tokens].to(head.dtype)
-                e, statistics = _exponentials(u, y, shift)
-                results[:, tokens] = torch.stack(statistics[:3])
-                z[rows] = _weighted_residuals(e, y, slope, a[tokens], statistics[3], statistics[4])
-            for b, s, t in segments:
-                R[b - first] += z[s - start : t - start].sum(0)
-        for tile in head.vocab_tiles():
-            features[first : responses.stop] += _rows_times_weight(R[:, tile], weight[tile])
+    with exact_products(weight):
+        for responses, blocks in _plan(offsets, head.token_rows, head.response_rows):
+            first = responses.start
+            R = torch.zeros(len(responses), weight.shape[0], dtype=head.dtype, device=hidden.device)
+            for start, end, segments in blocks:
+                tokens = head.block(start, end)
+                z = head.raw_logits(hidden[tokens])
+                parts = []
+                for rows in head.slices(z.shape[0]):
+                    at = tokens[rows]
+                    u, slope = head.apply_options(z[rows])
+                    shift = None if lse is None else lse[at].to(head.dtype)
+                    e, statistics = _exponentials(u, targets[at], shift)
+                    parts.append(torch.stack(statistics[:3]))
+                    z[rows] = _weighted_residuals(e, targets[at], slope, a[at], statistics[3], statistics[4])
+                results[:, start:end] = torch.cat(parts, 1)[:, : end - start]
+                for b, s, t in segments:
+                    R[b - first] += z[s - start : t - start].sum(0)
+            for tile in head.vocab_tiles():
+                features[first : responses.stop] += mm_fp32_left(R[:, tile], weight[tile], head.product_rows)
 
     totals = torch.stack([a[s:t].sum() for s, t in zip(offsets[:-1], offsets[1:], strict=True)] or [a.new_zeros(())])
     totals = totals[: len(offsets) - 1]
@@ -156,31 +177,28 @@ def sequence_features(
     return features, logps.clone(), entropy.clone(), lse_out.clone()
 
 
-def _rows_times_weight(R: Tensor, weight: Tensor) -> Tensor:
-    """R @ W in fp32, rows padded so that a response's result does not depend on how many come along."""
-    padding = -R.shape[0] % _ROW_MULTIPLE
-    padded = torch.cat((R, R.new_zeros(padding, R.shape[1])))
-    return mm_fp32_left(padded, weight)[: R.shape[0]]
-
-
 def _exponentials(u: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """e = exp(u - shift) [n, V] with e_y set to 0 (u is overwritten), and (logps, entropy, lse, S_rest / S, 1 / S), each [n].
 
-    `shift` is the row maximum unless given; the results are normalised by the sum found here either way.
+    `shift` is the row maximum unless given; the results are normalised by the sum found here either way. The entropy, too,
+    leaves the target out of its sums: for confident tokens its gradient needs log p_y + H, both small, to the last digit.
     """
     column = y[:, None]
     shift = u.amax(1) if shift is None else shift
     x = u.sub_(shift[:, None])
     x_y = x.gather(1, column)[:, 0]
     e = x.exp()
-    weighted = (x.mul_(e)).sum(1)
     e_y = e.gather(1, column)[:, 0]
     e.scatter_(1, column, 0)
     S_rest = e.sum(1)
+    weighted_rest = (x.mul_(e)).sum(1)
     S = S_rest + e_y
-    log_S = S.log()
-    logps = torch.where(e_y > S_rest, -torch.log1p(S_rest / e_y), x_y - log_S)
-    return e, (logps, log_S - weighted / S, shift + log_S, S_rest / S, S.reciprocal())
+    confident = e_y > S_rest
+    logps = -torch.log1p(S_rest / e_y)
+    log_S = torch.where(confident, x_y - logps, S.log())
+    logps = torch.where(confident, logps, x_y - log_S)
+    entropy = (S_rest * log_S - weighted_rest - e_y * logps) / S
+    return e, (logps, entropy, shift + log_S, S_rest / S, S.reciprocal())
 
 
 def _weighted_residuals(
@@ -235,31 +253,35 @@ def logprobs_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Recompute logits block by block; the gradient of z is rounded once to the model's dtype, sums are fp32."""
     head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_bytes)
+    N = hidden.shape[0]
     need_bias = need_bias and bias is not None
-    grad_hidden = torch.empty_like(hidden) if need_hidden else None
+    grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
     grad_weight = torch.zeros(weight.shape, dtype=head.dtype, device=weight.device) if need_weight else None
     grad_bias = torch.zeros(weight.shape[0], dtype=head.dtype, device=weight.device) if need_bias else None
-    for start in range(0, hidden.shape[0], head.token_rows):
-        tokens = slice(start, start + head.token_rows)
-        z = head.raw_logits(hidden[tokens])
-        for rows in head.slices(z.shape[0]):
-            at = slice(start + rows.start, start + rows.stop)
-            u, slope = head.apply_options(z[rows])
-            grad = _grad_logits(u, targets[at], grad_logps[at], grad_entropy[at], logps[at], entropy[at], lse[at])
-            grad.mul_(logit_scale / temperature)
-            z[rows] = grad if slope is None else grad.mul_(slope)
-        if grad_bias is not None:
-            grad_bias += z.sum(0)
-        g = z.to(weight.dtype)
-        grad_h = None
-        for tile in head.vocab_tiles():
-            if need_hidden:
-                part = mm(g[:, tile], weight[tile])
-                grad_h = part if grad_h is None else grad_h.add_(part)
-            if grad_weight is not None:
-                grad_weight[tile] += mm(g[:, tile].T, hidden[tokens])
-        if grad_hidden is not None:
-            grad_hidden[tokens] = grad_h
+    # fp16 holds no gradients: 1e-8 and 1e5 are both beyond it. They stay fp32, and so do their products.
+    operand = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+    with exact_products(weight):
+        for start in range(0, N, head.token_rows):
+            end = min(start + head.token_rows, N)
+            tokens = head.block(start, end)
+            z = head.raw_logits(hidden[tokens])
+            for rows in head.slices(z.shape[0]):
+                at = tokens[rows]
+                u, slope = head.apply_options(z[rows])
+                grad = _grad_logits(u, targets[at], grad_logps[at], grad_entropy[at], logps[at], entropy[at], lse[at])
+                grad.mul_(logit_scale / temperature)
+                z[rows] = grad if slope is None else grad.mul_(slope)
+            if grad_bias is not None:
+                grad_bias += z[: end - start].sum(0)
+            g, h = z.to(operand), hidden[start:end].to(operand)
+            grad_h = torch.zeros(z.shape[0], hidden.shape[1], dtype=head.dtype, device=hidden.device)
+            for tile in head.vocab_tiles():
+                if grad_hidden is not None:
+                    grad_h += mm_in_blocks(g[:, tile], weight[tile].to(operand), head.product_rows)
+                if grad_weight is not None:
+                    grad_weight[tile] += mm(g[: end - start, tile].T, h)
+            if grad_hidden is not None:
+                grad_hidden[start:end] = grad_h[: end - start]
     return (
         grad_hidden,
         None if grad_weight is None else grad_weight.to(weight.dtype),

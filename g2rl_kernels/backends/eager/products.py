@@ -1,45 +1,72 @@
 """Matrix products that take the model's dtype and accumulate and return fp32 (or fp64), whatever the global settings.
 
-PyTorch's own ``bf16 @ bf16`` rounds its result to bf16, and a global "tf32" or "bf16" setting makes fp32 products
-inexact. Both would break the numerics contract, so every product of the backend goes through this file.
+PyTorch's own ``bf16 @ bf16`` rounds its result to bf16, autocast rounds fp32 operands, and a global "tf32" or "bf16" setting
+makes fp32 products inexact. All would break the numerics contract, so every product of the backend goes through this file.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+# The settings are the process's: two threads that changed them at once could leave one's behind for good.
+_settings_lock = threading.RLock()
+
 
 @contextmanager
-def fp32_precision(precision: str) -> Iterator[None]:
-    """What fp32 products compute with inside the block: "ieee", or "bf16" (operands rounded, fp32 sums; CPU only)."""
-    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
-    before = cpu.fp32_precision, cuda.fp32_precision
-    cpu.fp32_precision, cuda.fp32_precision = precision, "ieee"
-    try:
-        yield
-    finally:
-        cpu.fp32_precision, cuda.fp32_precision = before
+def exact_products(weight: Tensor) -> Iterator[None]:
+    """Inside the block, `mm` and `mm_fp32_left` are exact for models whose weight is like this one.
+
+    For bf16 on a CPU that means the setting "bf16": fp32 operands that hold bf16 values lose nothing when the product rounds
+    them to bf16, which is the processor's bf16 unit with an fp32 result, and four times as fast as a true fp32 product.
+    """
+    on_cuda = weight.is_cuda
+    matmul = torch.backends.cuda.matmul if on_cuda else torch.backends.mkldnn.matmul
+    device_wide = torch.backends.cudnn if on_cuda else torch.backends.mkldnn
+    with _settings_lock, torch.autocast(weight.device.type, enabled=False):
+        before = matmul.fp32_precision
+        # Read back, a setting that follows the device's looks like one of its own: it is handed back as a follower.
+        restored = "none" if before == device_wide.fp32_precision else before
+        matmul.fp32_precision = "bf16" if weight.dtype == torch.bfloat16 and not on_cuda else "ieee"
+        fp16_sums = torch.backends.cuda.matmul.allow_fp16_accumulation
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = restored
+            torch.backends.cuda.matmul.allow_fp16_accumulation = fp16_sums
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for equal dtypes with fp32 sums and result (fp64 for fp64)."""
     if a.dtype in (torch.float32, torch.float64):
-        with fp32_precision("ieee"):
-            return a @ b
+        return torch.mm(a, b)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
-    # fp32 operands that hold bf16 values lose nothing when the product rounds them to bf16: this is the processor's bf16
-    # unit with an fp32 result, and four times as fast as a true fp32 product.
-    with fp32_precision("bf16" if a.dtype == torch.bfloat16 else "ieee"):
-        return a.float() @ b.float()
+    return torch.mm(a.float(), b.float())
 
 
-def mm_fp32_left(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for fp32 `a` and `b` of the model's dtype, exact to fp32.
+def mm_in_blocks(a: Tensor, b: Tensor, rows: int) -> Tensor:
+    """`mm` in blocks of exactly `rows` rows, the last one padded.
+
+    Libraries choose the order of their sums by the shapes of a product. With one shape for all, a row of the result does not
+    depend on how many others come along.
+    """
+    b = b if b.is_cuda or b.dtype == torch.float64 else b.float()
+    a = a.to(b.dtype)
+    n = a.shape[0]
+    padding = -n % rows
+    if padding:
+        a = torch.cat((a, a.new_zeros(padding, a.shape[1])))
+    return torch.cat([mm(block, b) for block in a.split(rows)])[:n]
+
+
+def mm_fp32_left(a: Tensor, b: Tensor, rows: int) -> Tensor:
+    """a @ b in blocks of rows for fp32 (fp64) `a` and `b` of the model's dtype, exact to fp32.
 
     For bf16, `a` is split into three bf16 terms, 8 bits of its significand each: nothing of it is lost.
     """
@@ -48,6 +75,6 @@ def mm_fp32_left(a: Tensor, b: Tensor) -> Tensor:
         rest = a - high.float()
         middle = rest.bfloat16()
         low = (rest - middle.float()).bfloat16()
-        terms = mm(torch.cat((low, middle, high)), b).view(3, a.shape[0], b.shape[1])
+        terms = mm_in_blocks(torch.cat((low, middle, high)), b, rows).view(3, a.shape[0], b.shape[1])
         return terms.sum(0)
-    return mm(a.to(torch.promote_types(a.dtype, b.dtype)), b.to(a.dtype))
+    return mm_in_blocks(a, b.to(a.dtype), rows)

