@@ -107,8 +107,9 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype) -> Callable:
 class use_backend:
     """Choose the backend by name, for the process or for a ``with`` block.
 
-    ``use_backend("reference")`` holds from the call on; as a context manager it ends with the block. ``use_backend(None)``
-    returns to the automatic choice. The environment variable ``G2RL_KERNELS_BACKEND`` sets the initial choice.
+    ``use_backend("reference")`` holds from the call on; as a context manager it ends with the block.
+    ``use_backend(None)`` returns to the automatic choice. The environment variable ``G2RL_KERNELS_BACKEND`` sets the
+    initial choice.
 
     Raises:
         ValueError: no backend of that name.

@@ -8,8 +8,8 @@ With S_ij the cosine of responses i and j of a group (B responses, G groups, m t
     r~_i  = clip(r_i (1 + lambda nubar_i), -c, c)           eq. 12, rule "scale"
     A_i   = (r~_i - mean r~) / sqrt(var r~ + eps)           eq. 2
 
-A response without gradient (empty, fully masked: Phi = 0) is invalid: no peer to others, left out of min and max, and its
-reward stays as it is.
+A response without gradient (empty, fully masked: Phi = 0) is invalid: no peer to others, left out of min and max, and
+its reward stays as it is.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Shaping:
     Attributes:
         strength: lambda* of eq. 12, >= 0.
         clip: c of section 2.5, > 0: shaped rewards stay in [-c, c].
-        rule: reading of eq. 12*: "scale" r (1 + lambda nubar); "centered" r (1 + lambda (2 nubar - 1)), where a dull right
-            answer loses and a wrong answer close to its peers suffers less; "literal" r (1 + lambda r nubar).
+        rule: reading of eq. 12*: "scale" r (1 + lambda nubar); "centered" r (1 + lambda (2 nubar - 1)), where a dull
+            right answer loses and a wrong answer close to its peers suffers less; "literal" r (1 + lambda r nubar).
         min_range: a group whose scores span less keeps its rewards: min-max would amplify rounding to [0, 1].
         uniform_groups: groups whose raw rewards are all equal* are shaped ("shape") or keep their rewards ("drop").
 
@@ -170,7 +170,8 @@ def group_advantages(
     Args:
         rewards: [B] float, raw or shaped.
         groups: as in `group_similarity`.
-        normalize: "std" divides by sqrt(variance + 1e-6), the variance over the group's m (GRPO); "none" does not (Dr. GRPO).
+        normalize: "std" divides by sqrt(variance + 1e-6), the variance over the group's m (GRPO); "none" does not
+            (Dr. GRPO).
 
     Returns:
         A [B], fp64 for fp64 rewards, else fp32; exactly 0 where a group's rewards are all equal. Not differentiable.

@@ -45,22 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(path: str | None, overrides: list[str]) -> int:
-    overrides = [*([path] if path and "=" in path else []), *overrides]
-    path = None if path and "=" in path else path
-    config = _resumed(overrides) or _fresh(path, overrides)
+    if path and "=" in path:
+        path, overrides = None, [path, *overrides]
+    config = _resumed(path, overrides) or _fresh(path, overrides)
     # The trainer loads torch and transformers: only after the configuration has been found good.
     from g2rl.trainer import Trainer, TrainingError
 
-    print(
-        f"g2rl: {config.method} on {config.task.name} with {config.model.path}, {config.steps} steps, in {config.run_dir}"
-    )
+    what = f"{config.method} on {config.task.name} with {config.model.path}"
+    print(f"g2rl: {what}, {config.steps} steps, in {config.run_dir}", flush=True)
     try:
         Trainer(config).run()
     except TrainingError as error:
         print(f"g2rl: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ng2rl: stopped; continue with: g2rl train resume={config.run_dir}", file=sys.stderr)
+        print(f"\ng2rl: stopped; continue from its last checkpoint with: g2rl train resume={config.run_dir}")
         return 130
     return _report(config.run_dir)
 
@@ -77,17 +76,19 @@ def _fresh(path: str | None, overrides: list[str]) -> Config:
     return config
 
 
-def _resumed(overrides: list[str]) -> Config | None:
+def _resumed(path: str | None, overrides: list[str]) -> Config | None:
     """The configuration of a run to continue: its own, with overrides on top; None when no run is named."""
     runs = [override.partition("=")[2] for override in overrides if override.startswith("resume=")]
     if not runs:
         return None
     folder = Path(runs[-1])
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}")
-    config = load_config(folder / "config.yaml", overrides)
     folder = folder if folder.name else folder.resolve()
-    return replace(config, name=folder.name, runs_dir=str(folder.parent))
+    settings = folder / "config.yaml"
+    if not settings.is_file():
+        raise ConfigError(f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}")
+    if path is not None:
+        print(f"g2rl: resume takes the run's own configuration, {settings}; {path} is not read")
+    return replace(load_config(settings, overrides), name=folder.name, runs_dir=str(folder.parent))
 
 
 def _evaluate(checkpoint: str, overrides: list[str]) -> int:

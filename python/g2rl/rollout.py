@@ -52,8 +52,8 @@ class Sampler:
         self.system_prompt = system_prompt
         dtype = getattr(torch, config.dtype)
         self.model: Any = model if model.dtype == dtype else copy.deepcopy(model).to(dtype).requires_grad_(False)
-        # transformers hands the head a slice of the prompt's hidden states. PyTorch multiplies such a strided [B, 1, d] as B
-        # products and copies the weight for each of them, which took longer than all decoding.
+        # transformers hands the head a slice of the prompt's hidden states. PyTorch multiplies such a strided [B, 1, d]
+        # as B products and copies the weight for each of them, which took longer than all decoding.
         self.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         stop = model.generation_config.eos_token_id if model.generation_config else None
         stop = tokenizer.eos_token_id if stop is None else stop

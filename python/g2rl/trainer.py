@@ -353,7 +353,7 @@ class Trainer:
 
 
 def _lr_factor(config: Config, update: int) -> float:
-    """Share of `optim.lr` for an update, counted from 0: linear warm-up that starts above 0, then constant or linear."""
+    """Share of `optim.lr` for an update, counted from 0: linear warm-up from above 0, then constant or linear."""
     updates = config.objective.updates
     warmup, total = config.optim.warmup_steps * updates, config.steps * updates
     if update < warmup:

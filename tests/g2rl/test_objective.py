@@ -20,7 +20,8 @@ def test_loss_by_hand() -> None:
     old = torch.tensor([-1.0, -2.0, -3.0])
     logps = (old + torch.tensor([1.5, 0.5, 0.5]).log()).requires_grad_()
     loss, terms = policy_loss(logps, old, None, torch.tensor([2.0, -1.0]), CU, ObjectiveConfig())
-    # Response 1: mean of -min(1.5 * 2, 1.2 * 2) = -2.4 and -min(0.5 * 2, 0.8 * 2) = -1; response 2: -min(-0.5, -0.8) = 0.8.
+    # Response 1: mean of -min(1.5 * 2, 1.2 * 2) = -2.4 and -min(0.5 * 2, 0.8 * 2) = -1.
+    # Response 2: -min(-0.5, -0.8) = 0.8.
     assert loss.item() == pytest.approx((-2.4 - 1.0) / 2 + 0.8)
     assert terms["ratio_clip_share"].item() == pytest.approx(0.5 + 1.0)
     loss.backward()

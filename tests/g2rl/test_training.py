@@ -1,4 +1,4 @@
-"""The whole loop on a tiny model: what it logs, that it learns, that a killed run resumes exactly, and that it stops on NaN."""
+"""The whole loop on a tiny model: what it logs, that it learns, exact resumption of a killed run, stopping on NaN."""
 
 from __future__ import annotations
 
