@@ -147,8 +147,9 @@ def head_sample(
         # Logits deviate from the offset by 8 at most, as their standard deviation is 2.
         bias = bias * 0.1 + sign * (LARGEST_LOGIT - 8)
     elif kind.startswith("hidden"):
-        common = F.normalize(torch.randn(d, generator=random), dim=0) * (LARGEST_LOGIT - 20) ** 0.5
-        weight, hidden = weight / 4 + common, hidden / 4 + sign * common
+        # |W_v - common| = 2 and |common| = 10: logits deviate from the offset with a standard deviation of 2 to 3.
+        common = F.normalize(torch.randn(d, generator=random), dim=0) * 10
+        weight, hidden = weight + common, hidden / 4 + sign * common
     elif kind == "flat":
         hidden = hidden * 1e-3
         hidden[:1] = 0

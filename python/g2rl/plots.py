@@ -315,7 +315,7 @@ def plot_diagnostics(run: Run) -> Figure | None:
         axes.set_ylim(bottom=0)
         _finish(axes, label)
     _line(groups, run, "groups/zero_variance_share", "equal rewards", BLUE)
-    _line(groups, run, "groups/degenerate_share", "unshaped", RED, "--")
+    _line(groups, run, "groups/degenerate_share", "degenerate scores", RED, "--")
     groups.set_ylim(-0.03, 1.03)
     _finish(groups, "share of groups")
     for axes in (cosine, score, norm, groups):

@@ -84,16 +84,10 @@ def sequence_features(
         else:
             features.append(sum(a[t] * phis[t] for t in range(start, end)) / total)
 
-    def stack(rows: list[Tensor], empty: Tensor) -> Tensor:
-        return _result(torch.stack(rows) if rows else empty, hidden)
+    def stack(rows: list[Tensor], *empty: int) -> Tensor:
+        return _result(torch.stack(rows) if rows else h.new_zeros(0, *empty), hidden)
 
-    per_token = h.new_zeros(0)
-    return (
-        stack(features, h.new_zeros(0, h.shape[1])),
-        stack(logps, per_token),
-        stack(entropy, per_token),
-        stack(lses, per_token),
-    )
+    return stack(features, h.shape[1]), stack(logps), stack(entropy), stack(lses)
 
 
 def logprobs_backward(

@@ -1,0 +1,278 @@
+"""Clocks, memory, the machine's description and the best rate that its matrix product reaches."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Run = Callable[[], Any]
+
+# Calls shorter than this are repeated inside one sample: the clock and the call around it cost a microsecond.
+_SHORTEST_SAMPLE_S = 2e-3
+# More than the last-level cache of any GPU so far.
+_FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one candidate by round; round i of all candidates of a case ran side by side.
+
+    Attributes:
+        by_round: one entry a round; None where a slow candidate sat out.
+    """
+
+    by_round: tuple[float | None, ...]
+
+    @property
+    def samples(self) -> list[float]:
+        return [seconds for seconds in self.by_round if seconds is not None]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float | None:
+        """Interquartile range; None of fewer than three samples."""
+        return interquartile_range(self.samples)
+
+    @property
+    def fastest(self) -> float:
+        return min(self.samples)
+
+    def ratio(self, other: Timing) -> tuple[float, float | None]:
+        """Median and spread of this over `other`, round by round: a machine that slows down slows both."""
+        ratios = [
+            mine / theirs
+            for mine, theirs in zip(self.by_round, other.by_round, strict=True)
+            if mine is not None and theirs is not None
+        ]
+        return statistics.median(ratios), interquartile_range(ratios)
+
+
+def interquartile_range(values: list[float]) -> float | None:
+    if len(values) < 3:
+        return None
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def interleave(runs: Mapping[str, Run], device: torch.device, rounds: int, limit_s: float) -> dict[str, Timing]:
+    """Time several callables in one go: every round runs each of them once, starting one further along.
+
+    Args:
+        runs: by name; each has run once before, so that nothing is loaded or compiled here.
+        rounds: samples of each.
+        limit_s: a candidate that has used more than this sits out the remaining rounds; everyone gets one sample.
+    """
+    clock = _CudaClock() if device.type == "cuda" else _CpuClock()
+    names = list(runs)
+    repeats = {name: max(1, round(_SHORTEST_SAMPLE_S / max(clock(runs[name], 1), 1e-7))) for name in names}
+    seconds: dict[str, list[float | None]] = {name: [] for name in names}
+    spent = dict.fromkeys(names, 0.0)
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                if i > 0 and spent[name] > limit_s:
+                    seconds[name].append(None)
+                    continue
+                sample = clock(runs[name], repeats[name])
+                seconds[name].append(sample)
+                spent[name] += sample * repeats[name]
+    finally:
+        gc.enable()
+    return {name: Timing(tuple(samples)) for name, samples in seconds.items()}
+
+
+class _CpuClock:
+    """Seconds of one call, the release of its results included."""
+
+    def __call__(self, run: Run, repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) / repeats
+
+
+class _CudaClock:
+    """Seconds of one call between CUDA events, with a cold L2 cache: in training, other layers run in between."""
+
+    def __init__(self) -> None:
+        self.cache = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, run: Run, repeats: int) -> float:
+        events = []
+        for _ in range(repeats):
+            self.cache.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) / repeats / 1e3
+
+
+def kernel_launches(run: Run) -> int:
+    """CUDA kernels that one call launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def extra_memory(run: Run, device: torch.device) -> tuple[int | None, Any]:
+    """Bytes that one call takes at its peak beyond what was there before, its results included; and what it returns.
+
+    On a CPU that is the growth of the process's resident memory, which counts every allocator and library's scratch space:
+    free memory is handed back to the kernel, and the kernel's own high-water mark is reset, right before. It is exact to
+    about 1 MB. None where the kernel offers no such mark.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before, result
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return None, run()
+    before = _status("VmRSS")
+    result = run()
+    return max(0, _status("VmHWM") - before), result
+
+
+def _status(key: str) -> int:
+    """A size in bytes from the kernel's account of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) << 10
+    raise KeyError(key)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that a candidate may still take; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    path = Path("/proc/meminfo")
+    if not path.is_file():
+        return None
+    lines = dict(line.split(":") for line in path.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) << 10
+
+
+def best_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of the fastest square product found here: the library's own, weight packed where it can be."""
+    sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 3072)
+    runs: dict[str, Run] = {}
+    work: dict[str, int] = {}
+    for n in sizes:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty(n, n, dtype=dtype, device=device)
+        runs[f"mm {n}"] = lambda a=a, b=b, out=out: torch.mm(a, b, out=out)
+        work[f"mm {n}"] = 2 * n**3
+        if device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+            from torch.utils.mkldnn import to_mkldnn
+
+            layer = to_mkldnn(torch.nn.Linear(n, n, bias=False), dtype)
+            runs[f"packed {n}"] = lambda a=a, layer=layer: layer(a)
+            work[f"packed {n}"] = 2 * n**3
+    with torch.no_grad():
+        timings = interleave(runs, device, rounds=5, limit_s=3.0)
+    return max(work[name] / timing.fastest for name, timing in timings.items())
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a reading depends on beside the code: device, threads, instruction set, versions, commit, load and date."""
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": _instruction_sets(),
+        "memory_gb": round(_total_memory(device) / 1e9, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **_commit(),
+    }
+    if device.type == "cuda":
+        facts["cuda"] = torch.version.cuda
+        facts["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return facts
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _instruction_sets() -> str:
+    """PyTorch's own choice, and the matrix units that decide what a bf16 product costs."""
+    path = Path("/proc/cpuinfo")
+    flags = path.read_text().split() if path.is_file() else []
+    found = [flag for flag in ("avx512_bf16", "amx_bf16", "avx512_fp16") if flag in flags]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *found])
+
+
+def _total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _version(distribution: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, Any]:
+    """The checkout's commit, and whether files differ from it; empty outside of a repository."""
+    root = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def machine_line(facts: Mapping[str, Any]) -> str:
+    """One line for above a table."""
+    commit = f"{facts['commit']}{' with changes' if facts['dirty'] else ''}" if facts["commit"] else "no commit"
+    triton = f", triton {facts['triton']}" if facts["triton"] else ""
+    where = f"{facts['name']} ({facts['isa']}), {facts['cores']} cores, {facts['threads']} threads"
+    if facts["device"] == "cuda":
+        where = f"{facts['name']} (sm {facts['compute_capability']}, CUDA {facts['cuda']})"
+    return f"{where}, {facts['memory_gb']} GB; torch {facts['torch']}{triton}; commit {commit}; {facts['date']}"

@@ -1,0 +1,37 @@
+"""What all tests share: the `gpu` marker, the choice of backend put back after each test, and poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from g2rl_kernels import dispatch, use_backend
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def automatic_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test starts from the automatic choice of backend and leaves no other behind."""
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    use_backend(None)
+    yield
+    use_backend(None)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory that nobody wrote reads as NaN, also where compiled code allocates it: PyTorch's deterministic mode."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    assert torch.empty_like(torch.ones(3).bfloat16()).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

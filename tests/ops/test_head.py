@@ -1,0 +1,570 @@
+"""The contract of `token_logprobs` and `sequence_features`, forward and backward, for every backend that runs here.
+
+Backends and dtypes come from `dispatch`: a new backend is tested by existing. Bounds and inputs are g2rl_kernels.testing's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from g2rl_kernels import LMHead, SequenceFeatures, sequence_features, testing, token_logprobs, use_backend
+from g2rl_kernels.backends import reference
+from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.testing import HEAD_SHAPES, KINDS, OPTIONS, SMALL, Gradients, HeadSample, Options, Shape
+
+HEAD_OPS = ("token_logprobs", "sequence_features", "logprobs_backward")
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+CASES = [
+    pytest.param(
+        backend, device, dtype, id=f"{backend}-{device}-{dtype}", marks=[pytest.mark.gpu] if device == "cuda" else []
+    )
+    for device in DEVICES
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    for backend in testing.available_backends(device, dtype, HEAD_OPS)
+]
+every_case = pytest.mark.parametrize(("backend", "device", "dtype"), CASES)
+
+sample = functools.cache(testing.head_sample)
+
+
+@functools.cache
+def oracle(shape: Shape, dtype: torch.dtype, device: str, kind: str, options: Options) -> SequenceFeatures:
+    return testing.oracle(sample(shape, dtype, device, kind=kind, options=options))
+
+
+def features(s: HeadSample, backend: str, **changes: object) -> SequenceFeatures:
+    arguments = {
+        "hidden": s.hidden,
+        "head": s.head,
+        "targets": s.targets,
+        "cu_seqlens": s.cu_seqlens,
+        "token_weights": s.token_weights,
+    }
+    with use_backend(backend):
+        return sequence_features(**(arguments | changes))
+
+
+def check(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    shape: Shape = SMALL,
+    kind: str = "random",
+    options: Options = OPTIONS["plain"],
+    **changes: object,
+) -> SequenceFeatures:
+    """Run `sequence_features` and hold it to the contract."""
+    s = sample(shape, dtype, device, kind=kind, options=options)
+    result = features(s, backend, **changes)
+    unavoidable = testing.accumulation_error(s) if kind.startswith("hidden") else None
+    testing.assert_bounds(result, oracle(shape, dtype, device, kind, options), s.cu_seqlens, unavoidable)
+    return result
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+# The oracle, checked without itself.
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_features_are_gradients_of_the_mean_logprob(options: Options) -> None:
+    """Phi = T d(sum_t a_t log p_t / sum_t a_t) / dh, by autograd through F.log_softmax, summed over a response's tokens."""
+    s = testing.head_sample(Shape((3, 4), 7, 29, ""), torch.float64, options=options)
+    hidden = s.hidden.clone().requires_grad_()
+    z = s.head.logit_scale * F.linear(hidden, s.head.weight, None if s.head.bias is None else s.head.bias.double())
+    if s.head.softcap is not None:
+        z = s.head.softcap * torch.tanh(z / s.head.softcap)
+    logps = F.log_softmax(z / s.head.temperature, 1)[torch.arange(7), s.targets]
+    expected = []
+    for start, end in ((0, 3), (3, 7)):
+        a = s.token_weights[start:end].double()
+        mean = (a * logps[start:end]).sum() / a.sum()
+        (gradient,) = torch.autograd.grad(mean, hidden, retain_graph=True)
+        # Token t enters the mean through h_t alone: the gradient with respect to a shift of all h_t is the sum.
+        expected.append(s.head.temperature * gradient.sum(0))
+    entropy = torch.distributions.Categorical(logits=z / s.head.temperature).entropy()
+    found = testing.oracle(s)
+    # Both are float64, a dozen roundings apart.
+    torch.testing.assert_close(found.features, torch.stack(expected), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.logps, logps, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.entropy, entropy, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.lse, torch.logsumexp(z / s.head.temperature, 1), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_backward_of_the_reference_is_the_gradient_of_its_forward(options: Options) -> None:
+    s = testing.head_sample(Shape((3, 2), 5, 13, ""), torch.float64, options=options)
+    leaves = [x for x in (s.hidden, s.head.weight, s.head.bias) if x is not None]
+    leaves = [x.double().clone().requires_grad_() for x in leaves]
+    hidden, weight, bias = (*leaves, None)[:3]
+    logps, entropy, lse = reference.token_logprobs(hidden, weight, bias, s.targets, *s.options)
+    g_logps, g_entropy = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad((g_logps * logps + g_entropy * entropy).sum(), leaves)
+    found = reference.logprobs_backward(
+        g_logps, g_entropy, hidden, weight, bias, s.targets, logps, entropy, lse, *s.options, 0, True, True, True
+    )
+    for got, want in zip(found, expected, strict=False):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+
+
+def test_peaked_sample_reaches_its_confidence() -> None:
+    rest = -torch.expm1(oracle(SMALL, torch.bfloat16, "cpu", "peaked", OPTIONS["plain"]).logps)
+    assert rest[0] > 0.8
+    assert 5e-7 < rest[-1] < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["bias+", "bias-", "hidden+", "hidden-"])
+def test_offset_sample_reaches_its_offset(kind: str) -> None:
+    s = sample(SMALL, torch.float32, "cpu", kind=kind)
+    z = F.linear(s.hidden, s.head.weight, s.head.bias) * (1 if kind.endswith("+") else -1)
+    assert 80 < float(z.min())
+    assert 110 < float(z.max()) < 125
+
+
+def test_bounds_name_what_fails() -> None:
+    s = sample(SMALL, torch.float32, "cpu")
+    good = oracle(SMALL, torch.float32, "cpu", "random", OPTIONS["plain"])
+    testing.assert_bounds(good, good, s.cu_seqlens)
+    logps, phi = good.logps.clone(), good.features.clone()
+    logps[7] += 2e-5
+    phi[2] *= 1 + 2e-5
+    with pytest.raises(AssertionError, match=r"logp, absolute: token 7 is off by 2e-05 > 1e-05 \(1 of 23 fail\)"):
+        testing.assert_bounds(good._replace(logps=logps), good, s.cu_seqlens)
+    with pytest.raises(AssertionError, match=r"Phi, relative: response 2 of 9 tokens is off by 2e-05 > 1e-05"):
+        testing.assert_bounds(good._replace(features=phi), good, s.cu_seqlens)
+    phi[1, 0] = 1e-30
+    with pytest.raises(AssertionError, match=r"response 1 of 0 tokens is off by 1e-30 > 0"):
+        testing.assert_bounds(good._replace(features=phi), good, s.cu_seqlens)
+    with pytest.raises(AssertionError, match="entropy, absolute: token 0 is off by nan"):
+        testing.assert_bounds(good._replace(entropy=logps * torch.nan), good, s.cu_seqlens)
+
+
+# Forward.
+
+
+@every_case
+@pytest.mark.parametrize("shape", HEAD_SHAPES, ids=lambda shape: f"N{shape.N}-d{shape.d}-V{shape.V}")
+def test_shapes(backend: str, device: str, dtype: torch.dtype, shape: Shape) -> None:
+    result = check(backend, device, dtype, shape)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [x.dtype for x in result] == [wide] * 4
+    s = sample(shape, dtype, device, kind="random", options=OPTIONS["plain"])
+    with use_backend(backend):
+        without_features = token_logprobs(s.hidden, s.head, s.targets)
+    testing.assert_bounds(without_features, oracle(shape, dtype, device, "random", OPTIONS["plain"]))
+
+
+@every_case
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lse", ["unknown", "given", "perturbed"])
+def test_kinds_of_logits(backend: str, device: str, dtype: torch.dtype, kind: str, lse: str) -> None:
+    given = None
+    if lse != "unknown":
+        given = oracle(SMALL, dtype, device, kind, OPTIONS["plain"]).lse.float()
+    if lse == "perturbed":
+        # Another pass, of other kernels, may be off by more than rounding; it only steers the shift of exponents.
+        noise = torch.randn(SMALL.N, generator=torch.Generator().manual_seed(1)).to(given.device)
+        given = given + 1e-4 * noise.sign()
+    result = check(backend, device, dtype, SMALL, kind, lse=given)
+    assert all(bool(x.isfinite().all()) for x in result)
+
+
+@every_case
+@pytest.mark.parametrize("kind", ["random", "peaked"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(backend: str, device: str, dtype: torch.dtype, kind: str, options: Options) -> None:
+    check(backend, device, dtype, SMALL, kind, options)
+    given = oracle(SMALL, dtype, device, kind, options).lse.float()
+    check(backend, device, dtype, SMALL, kind, options, lse=given)
+
+
+@every_case
+@pytest.mark.parametrize("kind", ["bias+", "bias-"])
+def test_saturated_softcap(backend: str, device: str, dtype: torch.dtype, kind: str) -> None:
+    """At |z| = 4 caps the slope 1 - tanh^2 is 1e-3: formed from a rounded tanh it has lost four digits."""
+    check(backend, device, dtype, SMALL, kind, Options(softcap=30.0))
+
+
+@every_case
+def test_entropy_of_confident_tokens_is_relatively_exact(backend: str, device: str, dtype: torch.dtype) -> None:
+    """The gradient of H has a factor log p_y + H, both of the order of 1 - p_y there: an absolute bound would not do."""
+    result = check(backend, device, dtype, SMALL, "peaked")
+    expected = oracle(SMALL, dtype, device, "peaked", OPTIONS["plain"])
+    confident = expected.logps.exp() > 0.5
+    assert int(confident.sum()) > 15
+    relative = ((result.entropy - expected.entropy).abs() / expected.entropy)[confident]
+    assert float(relative.max()) <= testing.ENTROPY_RELATIVE
+
+
+@every_case
+def test_responses_without_weight(backend: str, device: str, dtype: torch.dtype) -> None:
+    s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["plain"])
+    weights = s.token_weights.clone()
+    weights[5:14] = 0
+    result = features(s, backend, token_weights=weights)
+    assert torch.equal(result.features[1:3], torch.zeros_like(result.features[1:3]))
+    expected = oracle(SMALL, dtype, device, "random", OPTIONS["plain"])
+    others = torch.tensor([True, True, False, True, True], device=device)[:, None]
+    testing.assert_bounds(result, expected._replace(features=torch.where(others, expected.features, 0)), s.cu_seqlens)
+
+
+@every_case
+def test_defaults(backend: str, device: str, dtype: torch.dtype) -> None:
+    """No weights means ones; a bare weight is a head; offsets may be int64."""
+    s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["plain"])
+    result = features(s, backend, head=s.head.weight, token_weights=None, cu_seqlens=s.cu_seqlens.long())
+    explicit = features(s, backend, token_weights=torch.ones_like(s.token_weights))
+    for found, expected in zip(result, explicit, strict=True):
+        assert same_bits(found, expected)
+
+
+def strided_views(s: HeadSample) -> list[tuple[str, HeadSample]]:
+    """The sample's values in memory of other layouts."""
+
+    def columns(x: Tensor) -> Tensor:
+        return F.pad(x, (1, 2), value=float("nan"))[:, 1:-2]
+
+    def every_other_row(x: Tensor) -> Tensor:
+        spread = x.new_full((2 * x.shape[0], x.shape[1]), float("nan"))
+        spread[::2] = x
+        return spread[::2]
+
+    def transposed(x: Tensor) -> Tensor:
+        return x.T.contiguous().T
+
+    def view(layout: Callable[[Tensor], Tensor]) -> HeadSample:
+        bias = None if s.head.bias is None else layout(s.head.bias[:, None])[:, 0]
+        head = LMHead(layout(s.head.weight), bias, s.head.temperature, s.head.logit_scale, s.head.softcap)
+        assert not head.weight.is_contiguous()
+        weights = layout(s.token_weights[:, None])[:, 0]
+        return HeadSample(layout(s.hidden), head, every_other(s.targets), s.cu_seqlens, weights)
+
+    def every_other(x: Tensor) -> Tensor:
+        return torch.stack((x, x - x - 1), 1)[:, 0]
+
+    return [(layout.__name__, view(layout)) for layout in (columns, every_other_row, transposed)]
+
+
+@every_case
+def test_strided_inputs(backend: str, device: str, dtype: torch.dtype) -> None:
+    options = OPTIONS["bias"]
+    original = sample(SMALL, dtype, device, kind="random", options=options)
+    expected = oracle(SMALL, dtype, device, "random", options)
+    for _, s in strided_views(original):
+        testing.assert_bounds(features(s, backend), expected, s.cu_seqlens)
+
+
+@every_case
+def test_unwritten_memory_is_not_read(backend: str, device: str, dtype: torch.dtype, poisoned_memory: None) -> None:
+    for shape in (SMALL, HEAD_SHAPES[1], HEAD_SHAPES[7]):
+        check(backend, device, dtype, shape, options=OPTIONS["together"])
+    result, exact, allowed, _ = gradients(sample(SMALL, dtype, device, kind="random"), backend)
+    testing.assert_gradients(result, exact, allowed)
+
+
+@every_case
+def test_parts_of_a_response_add_up(backend: str, device: str, dtype: torch.dtype) -> None:
+    """As ranks of a context-parallel group, or several calls, do: Phi is a weighted mean of the parts' Phi."""
+    s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["plain"])
+    whole = features(s, backend)
+    for b, cut, end in ((0, 2, 5), (2, 6, 14), (4, 22, 23)):
+        start = int(s.cu_seqlens[b])
+        parts = [
+            features(
+                s,
+                backend,
+                hidden=s.hidden[i:j],
+                targets=s.targets[i:j],
+                cu_seqlens=torch.tensor([0, j - i], device=device),
+                token_weights=s.token_weights[i:j],
+            ).features[0].double()
+            for i, j in ((start, cut), (cut, end))
+        ]
+        totals = [s.token_weights[i:j].double().sum() for i, j in ((start, cut), (cut, end))]
+        combined = (totals[0] * parts[0] + totals[1] * parts[1]) / (totals[0] + totals[1])
+        # Each part and the whole are exact to PHI_RELATIVE of their own length.
+        allowed = testing.PHI_RELATIVE * (
+            (totals[0] * parts[0].norm() + totals[1] * parts[1].norm()) / (totals[0] + totals[1])
+            + whole.features[b].double().norm()
+        )
+        assert float((combined - whole.features[b]).norm()) <= float(allowed)
+
+
+@every_case
+@pytest.mark.parametrize("rows", [0, 1, 3, 17], ids=["tiny", "one-row", "three-rows", "seventeen-rows"])
+def test_any_workspace(backend: str, device: str, dtype: torch.dtype, rows: int) -> None:
+    """A workspace of a byte, and of sizes that cut tokens, responses and vocabulary at odd places."""
+    itemsize = 8 if dtype == torch.float64 else 4
+    workspace_bytes = max(1, rows * SMALL.V * itemsize)
+    check(backend, device, dtype, SMALL, options=OPTIONS["together"], workspace_bytes=workspace_bytes)
+    s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["together"])
+    result, exact, allowed, _ = gradients(s, backend, workspace_bytes=workspace_bytes)
+    testing.assert_gradients(result, exact, allowed)
+
+
+class LargestOverVocabulary(TorchDispatchMode):
+    """Remembers the largest new tensor, in bytes, that has a dimension of V; weights and their gradients aside."""
+
+    def __init__(self, V: int, d: int) -> None:
+        super().__init__()
+        self.V, self.d, self.bytes = V, d, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor) and self.V in x.shape and self.d not in x.shape:
+                self.bytes = max(self.bytes, x.numel() * x.element_size())
+        return out
+
+
+@every_case
+def test_logits_never_exist_as_a_whole(backend: str, device: str, dtype: torch.dtype) -> None:
+    """No tensor with a dimension of V is larger than the workspace, though [N, V] would be four times its size."""
+    shape = Shape((50, 100, 1, 49), 16, 1105, "N = 200, for a workspace of 50 rows")
+    s = sample(shape, dtype, device, kind="random", options=OPTIONS["bias"])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    workspace_bytes = 50 * shape.V * wide.itemsize
+    ones = torch.ones(shape.N, dtype=wide, device=device)
+    tail = (*s.options, workspace_bytes)
+    with use_backend(backend):
+        run, logprobs, backward = (resolve(op, torch.device(device), dtype) for op in ("sequence_features", *HEAD_OPS[::2]))
+    inputs = (s.hidden, s.head.weight, s.head.bias, s.targets)
+    for call in (
+        lambda: logprobs(*inputs, *tail),
+        lambda: run(*inputs, s.cu_seqlens, s.token_weights, None, *tail),
+        lambda: backward(ones, ones, *inputs, ones, ones, ones, *tail, True, True, True),
+    ):
+        with LargestOverVocabulary(shape.V, shape.d) as seen:
+            call()
+        assert seen.bytes <= workspace_bytes
+
+
+@every_case
+@pytest.mark.parametrize(
+    "shape",
+    [
+        SMALL,
+        Shape((67, 3, 64), 129, 257, "more tokens than a tile has rows"),
+        Shape((3, 70, 1), 1030, 96, "a hidden size over which libraries cut their sums, at places that depend on the rows"),
+        Shape((1, 2), 4, 33001, "a vocabulary over which PyTorch cuts a single row's sums between threads"),
+    ],
+    ids=lambda shape: f"d{shape.d}-V{shape.V}",
+)
+def test_responses_do_not_depend_on_their_batch(backend: str, device: str, dtype: torch.dtype, shape: Shape) -> None:
+    """Bit for bit: alone, among others, and among others in another order."""
+    s = sample(shape, dtype, device, kind="random", options=OPTIONS["bias"])
+    together = features(s, backend)
+    cu = s.cu_seqlens.tolist()
+    ranges = list(zip(cu[:-1], cu[1:], strict=True))
+
+    def of(order: list[int]) -> SequenceFeatures:
+        tokens = torch.cat([torch.arange(*ranges[b]) for b in order]).to(device)
+        offsets = torch.tensor([0, *(ranges[b][1] - ranges[b][0] for b in order)], device=device).cumsum(0)
+        return features(
+            s,
+            backend,
+            hidden=s.hidden[tokens],
+            targets=s.targets[tokens],
+            cu_seqlens=offsets,
+            token_weights=s.token_weights[tokens],
+        )
+
+    for b, (start, end) in enumerate(ranges):
+        alone = of([b])
+        assert same_bits(alone.features[0], together.features[b])
+        for found, expected in zip(alone[1:], together[1:], strict=True):
+            assert same_bits(found, expected[start:end])
+    backwards = of(list(range(len(ranges)))[::-1])
+    assert same_bits(backwards.features.flip(0), together.features)
+
+
+@every_case
+def test_same_inputs_same_bits(backend: str, device: str, dtype: torch.dtype) -> None:
+    s = sample(HEAD_SHAPES[7], dtype, device, kind="random", options=OPTIONS["plain"])
+    for found, expected in zip(features(s, backend), features(s, backend), strict=True):
+        assert same_bits(found, expected)
+    for found, expected in zip(gradients(s, backend)[0], gradients(s, backend)[0], strict=True):
+        assert found is expected is None or same_bits(found, expected)
+
+
+@pytest.fixture
+def restore_precision():  # noqa: ANN201
+    """Puts every setting of fp32 products back."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = "none"
+    for matmul in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
+        matmul.fp32_precision = "none"
+
+
+def settings() -> tuple[str, ...]:
+    backends = torch.backends
+    return (
+        backends.fp32_precision,
+        backends.mkldnn.fp32_precision,
+        backends.mkldnn.matmul.fp32_precision,
+        backends.cuda.matmul.fp32_precision,
+    )
+
+
+@every_case
+def test_global_precision_settings_change_nothing(
+    backend: str, device: str, dtype: torch.dtype, restore_precision: None
+) -> None:
+    s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["plain"])
+    expected = features(s, backend)
+    expected_gradients = gradients(s, backend)[0]
+
+    def unchanged() -> None:
+        before = settings()
+        for found, want in zip(features(s, backend), expected, strict=True):
+            assert same_bits(found, want)
+        assert same_bits(gradients(s, backend)[0].hidden, expected_gradients.hidden)
+        assert settings() == before
+
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    unchanged()
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+    unchanged()
+    # A product's setting that followed the global one must go on following it.
+    torch.backends.fp32_precision = "ieee"
+    assert torch.backends.mkldnn.matmul.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
+    torch.set_float32_matmul_precision("medium")
+    unchanged()
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+@every_case
+def test_autocast_changes_nothing(backend: str, device: str, dtype: torch.dtype) -> None:
+    s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["plain"])
+    expected, expected_gradients = features(s, backend), gradients(s, backend)[0]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        result, result_gradients = features(s, backend), gradients(s, backend)[0]
+    for found, want in zip((*result, *result_gradients[:2]), (*expected, *expected_gradients[:2]), strict=True):
+        assert same_bits(found, want)
+
+
+# Backward.
+
+
+def upstream(s: HeadSample, seed: int = 3) -> tuple[Tensor, Tensor]:
+    """Gradients of logps and entropy [N], of both signs and sizes from 1e-6 to 1e6."""
+    random = torch.Generator().manual_seed(seed)
+    sizes = 10 ** (12 * torch.rand(2, s.hidden.shape[0], generator=random, dtype=torch.float64) - 6)
+    signs = torch.randn(2, s.hidden.shape[0], generator=random).sign()
+    wide = torch.float64 if s.hidden.dtype == torch.float64 else torch.float32
+    g_logps, g_entropy = (sizes * signs).to(s.hidden.device, wide)
+    return g_logps, g_entropy
+
+
+def gradients(
+    s: HeadSample, backend: str, g_logps: Tensor | None = None, g_entropy: Tensor | None = None, **options: int
+) -> tuple[Gradients, Gradients, Gradients, dict[str, Tensor]]:
+    """Of a backend; exact; the errors allowed; and what the oracle found on its way."""
+    if g_logps is None:
+        g_logps, g_entropy = upstream(s)
+    hidden, weight = s.hidden.detach().requires_grad_(), s.head.weight.detach().requires_grad_()
+    bias = None if s.head.bias is None else s.head.bias.detach().requires_grad_()
+    head = LMHead(weight, bias, s.head.temperature, s.head.logit_scale, s.head.softcap)
+    with use_backend(backend):
+        out = token_logprobs(hidden, head, s.targets, **options)
+        torch.autograd.backward((out.logps, out.entropy), (g_logps, g_entropy))
+    found = Gradients(hidden.grad, weight.grad, None if bias is None else bias.grad)
+    hidden.grad = weight.grad = None
+    return found, *testing.oracle_gradients(s, g_logps, g_entropy)
+
+
+@every_case
+@pytest.mark.parametrize("kind", ["random", "peaked", "flat", "bias+"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradients(backend: str, device: str, dtype: torch.dtype, kind: str, options: Options) -> None:
+    s = sample(SMALL, dtype, device, kind=kind, options=options)
+    result, exact, allowed, _ = gradients(s, backend)
+    assert [None if x is None else x.dtype for x in result] == [dtype, dtype, None if s.head.bias is None else s.head.bias.dtype]
+    testing.assert_gradients(result, exact, allowed)
+
+
+@every_case
+@pytest.mark.parametrize("shape", HEAD_SHAPES, ids=lambda shape: f"N{shape.N}-d{shape.d}-V{shape.V}")
+def test_gradients_of_shapes(backend: str, device: str, dtype: torch.dtype, shape: Shape) -> None:
+    s = sample(shape, dtype, device, kind="random", options=OPTIONS["bias"])
+    result, exact, allowed, _ = gradients(s, backend)
+    testing.assert_gradients(result, exact, allowed)
+
+
+@every_case
+@pytest.mark.parametrize("which", ["logps", "entropy"])
+def test_gradients_of_one_output(backend: str, device: str, dtype: torch.dtype, which: str) -> None:
+    """Through `sequence_features`, by the loss alone that a caller writes; the other output takes no part."""
+    for kind in ("random", "peaked"):
+        s = sample(SMALL, dtype, device, kind=kind, options=OPTIONS["plain"])
+        g = upstream(s)[0]
+        hidden, weight = s.hidden.detach().requires_grad_(), s.head.weight.detach().requires_grad_()
+        (getattr(features(s, backend, hidden=hidden, head=weight), which) * g).sum().backward()
+        nothing = torch.zeros_like(g)
+        exact, allowed, _ = testing.oracle_gradients(s, *((g, nothing) if which == "logps" else (nothing, g)))
+        testing.assert_gradients(Gradients(hidden.grad, weight.grad, None), exact, allowed)
+
+
+@every_case
+def test_gradients_of_confident_tokens_keep_their_size(backend: str, device: str, dtype: torch.dtype) -> None:
+    """d log p_y / dh of a token of 1 - p_y = 1e-6, which p_y - 1 from a rounded p_y makes wrong by 6 %, or 0."""
+    s = sample(SMALL, dtype, device, kind="peaked", options=OPTIONS["plain"])
+    ones = torch.ones_like(upstream(s)[0])
+    result, exact, _, _ = gradients(s, backend, ones, torch.zeros_like(ones))
+    relative = (result.hidden.double() - exact.hidden).norm(dim=1) / exact.hidden.norm(dim=1)
+    # One rounding of G, one of the result, and the contract's relative error of log p.
+    assert float(relative.max()) <= 2 * testing.ROUNDOFF[dtype] + testing.LOGP_RELATIVE
+
+
+@every_case
+@pytest.mark.parametrize("wanted", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
+def test_only_some_inputs_need_gradients(backend: str, device: str, dtype: torch.dtype, wanted: tuple[str, ...]) -> None:
+    s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["bias"])
+    inputs = {"hidden": s.hidden, "weight": s.head.weight, "bias": s.head.bias}
+    inputs = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
+    g_logps, g_entropy = upstream(s)
+    with use_backend(backend):
+        out = token_logprobs(inputs["hidden"], LMHead(inputs["weight"], inputs["bias"]), s.targets)
+        torch.autograd.backward((out.logps, out.entropy), (g_logps, g_entropy))
+    assert tuple(name for name, x in inputs.items() if x.grad is not None) == wanted
+    exact, allowed, _ = testing.oracle_gradients(s, g_logps, g_entropy)
+    testing.assert_gradients(Gradients(**{name: x.grad for name, x in inputs.items()}), exact, allowed)
+
+
+@every_case
+def test_gradients_of_strided_inputs(backend: str, device: str, dtype: torch.dtype) -> None:
+    original = sample(SMALL, dtype, device, kind="random", options=OPTIONS["bias"])
+    for _, s in strided_views(original):
+        result, exact, allowed, _ = gradients(s, backend)
+        testing.assert_gradients(result, exact, allowed)
+
+
+@every_case
+def test_what_needs_no_gradient_has_none(backend: str, device: str, dtype: torch.dtype) -> None:
+    s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["plain"])
+    result = features(s, backend, hidden=s.hidden.detach().requires_grad_())
+    assert [x.requires_grad for x in result] == [False, True, True, False]
+    assert not any(x.requires_grad for x in features(s, backend))
+    with torch.inference_mode():
+        inferred = features(s, backend)
+    assert all(same_bits(found, want.detach()) for found, want in zip(inferred, result, strict=True))
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Not silently zero."""
+    s = sample(SMALL, torch.float64, "cpu", kind="random", options=OPTIONS["plain"])
+    hidden = s.hidden.detach().requires_grad_()
+    (first,) = torch.autograd.grad(token_logprobs(hidden, s.head, s.targets).logps.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        first.sum().backward()
