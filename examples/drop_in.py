@@ -1,0 +1,50 @@
+"""One GRPO update with gradient-guided rewards, in plain PyTorch: what to change in a training loop of your own.
+
+    python examples/drop_in.py [model]
+
+`model` is any Hugging Face causal language model whose head is `lm_head` and whose body is `model`; without it, a small
+random one. Four made-up responses to each of two prompts stand for rollouts.
+"""
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from g2rl_kernels import LMHead, g2rl_advantages, sequence_features, unpad
+
+torch.manual_seed(0)
+if len(sys.argv) > 1:
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+else:
+    sizes = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).bfloat16()
+
+# Rollouts: B = 8 responses in two groups of 4; prompts of 6 tokens, responses of up to 10, padded behind.
+B, prompt, limit = 8, 6, 10
+ids = torch.randint(model.config.vocab_size, (B, prompt + limit))
+lengths = torch.tensor([10, 7, 9, 10, 4, 10, 8, 6])
+position = torch.arange(prompt + limit)
+mask = position < prompt + lengths[:, None]
+response_mask = mask & (position >= prompt)
+rewards = torch.tensor([1.0, -1, -1, 1, -1, -1, 1, -1])
+
+# One forward pass gives log-probabilities with gradient, entropy, and features: no logits, no extra pass.
+hidden, cu_seqlens = unpad(model.model(ids, mask.long()).last_hidden_state[:, :-1], response_mask[:, 1:])
+targets = ids[:, 1:][response_mask[:, 1:]]
+out = sequence_features(hidden, LMHead(model.lm_head.weight), targets, cu_seqlens)
+result = g2rl_advantages(out.features, rewards, groups=4)
+
+# The policy gradient, each response's tokens weighing 1 / length. On-policy, the probability ratio is 1.
+advantages = result.advantages.repeat_interleave(lengths)
+weights = (1 / lengths).repeat_interleave(lengths)
+ratio = (out.logps - out.logps.detach()).exp()
+loss = -(weights * ratio * advantages).sum() / B
+loss.backward()
+
+print("rewards         ", rewards.tolist())
+print("scores nu       ", [round(x, 3) for x in result.scores.tolist()])
+print("shaped rewards  ", [round(x, 3) for x in result.shaped_rewards.tolist()])
+print("advantages      ", [round(x, 3) for x in result.advantages.tolist()])
+print(f"mean entropy     {out.entropy.mean():.3f} nats")
+print(f"head gradient    {model.lm_head.weight.grad.float().norm():.3f}")
