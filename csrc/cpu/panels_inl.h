@@ -1,0 +1,39 @@
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <atomic>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace g2rl {
+
+// Subnormal products cost a trap to microcode each, and mean nothing next to sums of order one.
+class FlushSubnormals {
+ public:
+#if defined(__SSE__)
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+template <typename Make, typename Body>
+void for_tasks(int64_t tasks, const Make& make, const Body& body) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    FlushSubnormals flush;
+    auto state = make();
+    for (int64_t task = next++; task < tasks; task = next++) body(state, task);
+    at::native::cpublas::brgemm_release();  // once per thread: the tile configuration is dear to load
+  });
+}
+
+}  // namespace g2rl

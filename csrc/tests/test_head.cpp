@@ -1,0 +1,128 @@
+// Kernels against double loops over the definitions, in every dtype and with every head option.
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "../cpu/head.h"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const char* what, double got, double limit) {
+  if (ok) return;
+  std::printf("FAILED %s: %.3g exceeds %.3g\n", what, got, limit);
+  ++failures;
+}
+
+struct Case {
+  int64_t N, d, V;
+  at::ScalarType dtype;
+  double temperature, scale, cap;
+  bool bias;
+};
+
+struct Row {
+  std::vector<double> residual;  // [V], (e_y - p) D
+  double logp, entropy;
+};
+
+Row row_by_definition(const double* h, const double* w, const double* b, int64_t y, const Case& c) {
+  std::vector<double> u(c.V), slope(c.V, 1.0);
+  double top = -INFINITY;
+  for (int64_t v = 0; v < c.V; ++v) {
+    double z = b ? b[v] : 0.0;
+    for (int64_t i = 0; i < c.d; ++i) z += h[i] * w[v * c.d + i];
+    z *= c.scale;
+    if (c.cap > 0) {
+      slope[v] = 1 / std::pow(std::cosh(z / c.cap), 2);
+      z = c.cap * std::tanh(z / c.cap);
+    }
+    u[v] = z / c.temperature;
+    top = std::max(top, u[v]);
+  }
+  double rest = 0, all = 0;
+  for (int64_t v = 0; v < c.V; ++v) {
+    all += std::exp(u[v] - top);
+    if (v != y) rest += std::exp(u[v] - top);
+  }
+  const double lse = top + std::log(all);
+  Row out{std::vector<double>(c.V), u[y] - lse, 0};
+  for (int64_t v = 0; v < c.V; ++v) {
+    const double p = std::exp(u[v] - lse);
+    out.entropy -= p * (u[v] - lse);
+    out.residual[v] = (v == y ? rest / all : -p) * slope[v];
+  }
+  return out;
+}
+
+void check(const Case& c) {
+  at::manual_seed(c.N + c.d);
+  const at::Tensor hidden = at::randn({c.N, c.d}).to(c.dtype), weight = (at::randn({c.V, c.d}) * 0.3).to(c.dtype);
+  const at::Tensor bias = at::randn({c.V}), targets = at::randint(c.V, {c.N}, at::kLong), weights = at::rand({c.N}) + 0.1;
+  const int64_t split = c.N / 3;
+  const at::Tensor cu = at::tensor({int64_t{0}, split, split, c.N}, at::kLong);  // the middle response is empty
+  const g2rl::Head head{weight, c.bias ? std::optional<at::Tensor>(bias) : std::nullopt, c.temperature, c.scale, c.cap};
+  const auto [features, stats] = g2rl::sequence_features(hidden, head, targets, cu, weights, std::nullopt, 0);
+  const auto [one_pass, again] = g2rl::sequence_features(hidden, head, targets, cu, weights, stats.lse, 0);
+
+  const at::Tensor h = hidden.to(at::kDouble), w = weight.to(at::kDouble), b = bias.to(at::kDouble);
+  std::vector<Row> rows;
+  for (int64_t t = 0; t < c.N; ++t) {
+    rows.push_back(row_by_definition(h.const_data_ptr<double>() + t * c.d, w.const_data_ptr<double>(), c.bias ? b.const_data_ptr<double>() : nullptr,
+                                     targets.const_data_ptr<int64_t>()[t], c));
+    for (const g2rl::TokenStats* s : {&stats, &again}) {
+      const double logp = std::abs(s->logps.const_data_ptr<float>()[t] - rows.back().logp);
+      const double entropy = std::abs(s->entropy.const_data_ptr<float>()[t] - rows.back().entropy);
+      expect(logp <= 1e-5, "log p", logp, 1e-5);
+      expect(entropy <= 1e-5, "entropy", entropy, 1e-5);
+    }
+  }
+  for (int64_t r = 0; r < 3; ++r) {
+    const int64_t begin = cu.const_data_ptr<int64_t>()[r], end = cu.const_data_ptr<int64_t>()[r + 1];
+    double sum = 0, error = 0, error_one_pass = 0, norm = 0;
+    for (int64_t t = begin; t < end; ++t) sum += weights.const_data_ptr<float>()[t];
+    for (int64_t i = 0; i < c.d; ++i) {
+      double phi = 0;
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t v = 0; v < c.V; ++v)
+          phi += c.scale * weights.const_data_ptr<float>()[t] / sum * rows[t].residual[v] * w.const_data_ptr<double>()[v * c.d + i];
+      error += std::pow(features.const_data_ptr<float>()[r * c.d + i] - phi, 2);
+      error_one_pass += std::pow(one_pass.const_data_ptr<float>()[r * c.d + i] - phi, 2);
+      norm += phi * phi;
+    }
+    const double limit = 1e-5 * std::sqrt(norm);
+    expect(std::sqrt(error) <= limit, "features", std::sqrt(error), limit);
+    expect(std::sqrt(error_one_pass) <= limit, "features with lse", std::sqrt(error_one_pass), limit);
+  }
+
+  // dhidden is linear in residuals: with a gradient of log p alone it is scale / T * W^T residual.
+  const auto grads = g2rl::logprobs_backward(at::ones({c.N}), at::zeros({c.N}), hidden, head, targets, stats, 0, {true, true, c.bias});
+  const at::Tensor dh = grads[0].to(at::kDouble);
+  double error = 0, norm = 0;
+  for (int64_t t = 0; t < c.N; ++t)
+    for (int64_t i = 0; i < c.d; ++i) {
+      double expected = 0;
+      for (int64_t v = 0; v < c.V; ++v) expected += c.scale / c.temperature * rows[t].residual[v] * w.const_data_ptr<double>()[v * c.d + i];
+      error += std::pow(dh.const_data_ptr<double>()[t * c.d + i] - expected, 2);
+      norm += expected * expected;
+    }
+  const double tolerance = c.dtype == at::kFloat ? 1e-5 : c.dtype == at::kHalf ? 1e-3 : 6e-3;  // a rounding of the output and one of g
+  expect(std::sqrt(error / norm) <= tolerance, "dhidden", std::sqrt(error / norm), tolerance);
+}
+
+}  // namespace
+
+int main() {
+  for (const at::ScalarType dtype : {at::kBFloat16, at::kHalf, at::kFloat}) {
+    check({70, 40, 301, dtype, 1.0, 1.0, 0.0, false});   // a block of tokens and a bit, ragged everything
+    check({3, 1, 2, dtype, 1.0, 1.0, 0.0, false});       // the smallest head
+    check({64, 64, 256, dtype, 0.7, 1.3, 0.0, true});    // exact tiles, bias
+    check({65, 33, 257, dtype, 1.2, 0.8, 5.0, true});    // one past the tiles, a cap that saturates
+    check({5, 700, 129, dtype, 1.0, -1.0, 0.0, false});  // hidden in two chunks, negative scale
+  }
+  if (failures == 0) std::puts("all head tests passed");
+  return failures != 0;
+}

@@ -1,0 +1,62 @@
+// The exponential's accuracy and the layouts, for the instruction set in use.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <vector>
+
+#include "../cpu/rowwise.h"
+
+int main() {
+  const g2rl::RowKernels& k = g2rl::rowwise();
+  int failures = 0;
+  const auto expect = [&](bool ok, const char* what, double value) {
+    if (!ok) std::printf("FAILED %s (%s): %.3g\n", what, k.name, value), ++failures;
+  };
+
+  constexpr int kWidth = 1 << 16;
+  std::vector<float> x(kWidth), sum(16), sum_x(16);
+  for (int i = 0; i < kWidth; ++i) x[i] = -80.0f * i / kWidth;
+  std::vector<float> e = x;
+  const float zero = 0;
+  k.exponentials({e.data(), kWidth, 1, kWidth, kWidth}, 1.0f, true, &zero, sum.data(), sum_x.data());
+  double worst = 0;
+  for (int i = 0; i < kWidth; ++i) worst = std::max(worst, std::abs(e[i] / std::exp(static_cast<double>(x[i])) - 1));
+  expect(worst < 1.5e-7, "exp relative error", worst);
+
+  std::vector<float> masked(16, -std::numeric_limits<float>::infinity());
+  float ref = 0;
+  k.stats({masked.data(), 16, 1, 1, 16}, 1.0f, true, &ref, sum.data(), sum_x.data());
+  expect(std::isfinite(k.lane_sum(sum.data())) && std::isfinite(k.lane_sum(sum_x.data())), "fully masked tile", k.lane_sum(sum.data()));
+
+  // A later tile far above the first moves the reference.
+  std::vector<float> low(16, -100.0f), high(16, 100.0f);
+  k.stats({low.data(), 16, 1, 16, 16}, 1.0f, true, &ref, sum.data(), sum_x.data());
+  k.stats({high.data(), 16, 1, 16, 16}, 1.0f, false, &ref, sum.data(), sum_x.data());
+  expect(ref == 100.0f && std::abs(k.lane_sum(sum.data()) - 16) < 1e-5, "moved reference", k.lane_sum(sum.data()));
+
+  std::vector<uint32_t> in(16 * 32), out(32 * 16);
+  const uint32_t* rows[16];
+  for (int i = 0; i < 16 * 32; ++i) in[i] = i;
+  for (int r = 0; r < 16; ++r) rows[r] = in.data() + r * 32;
+  k.transpose16(rows, 32, out.data(), 16);
+  for (int r = 0; r < 16; ++r)
+    for (int c = 0; c < 32; ++c) expect(out[c * 16 + r] == in[r * 32 + c], "transpose", c);
+
+  // Every finite half survives widening, splitting into two parts and narrowing.
+  for (int h = 0; h < 0x7c00; ++h) {
+    const uint16_t half = static_cast<uint16_t>(h);
+    float wide;
+    uint16_t back, hi, lo, *parts[2] = {&hi, &lo};
+    k.widen(&half, g2rl::Dtype::kHalf, 1, &wide);
+    expect(wide == std::ldexp(h < 0x400 ? h : 0x400 + (h & 0x3ff), (h < 0x400 ? 1 : h >> 10) - 25), "widen", h);
+    k.narrow(&wide, g2rl::Dtype::kHalf, 1, &back);
+    expect(back == half, "narrow", h);
+    k.split(&half, g2rl::Dtype::kHalf, 1, 2, parts);
+    float a, b;
+    k.widen(&hi, g2rl::Dtype::kBFloat16, 1, &a);
+    k.widen(&lo, g2rl::Dtype::kBFloat16, 1, &b);
+    expect(a + b == wide, "split", h);
+  }
+  if (failures == 0) std::printf("all row kernels passed (%s)\n", k.name);
+  return failures != 0;
+}
