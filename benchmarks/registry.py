@@ -58,8 +58,8 @@ def _shape(name: str, head: tuple[str, int, int], N: int, B: int) -> Shape:
     return Shape(name, model, N, B, d, V)
 
 
-# On a CPU, N is what lets eager PyTorch finish one call in seconds on two cores; 64 tokens a response, as on real runs R @ W
-# is a small share of the work.
+# On a CPU, N is what lets eager PyTorch finish one call in seconds on two cores. 64 tokens a response: R @ W is a small
+# share of the work, as on real runs.
 CPU_SHAPES = (
     _shape("smollm2", SMOLLM2, 1024, 16),
     _shape("qwen3-0.6b", QWEN3_06B, 512, 8),
@@ -88,12 +88,16 @@ GROUPS = Groups("16x16", 16, 16, 2048)
 SWEEPS: dict[str, dict[str, tuple[Shape, ...]]] = {
     "cpu": {
         "N": tuple(_shape(f"N={N}", SMOLLM2, N, 16) for N in (64, 128, 256, 512, 1024, 2048)),
-        "V": tuple(_shape(f"V={V}", ("", 576, V), 512, 8) for V in (8192, 16384, 32768, 65536, 131072)),
+        "V": tuple(
+            _shape(f"V={V}", ("d of SmolLM2-135M", 576, V), 512, 8) for V in (8192, 16384, 32768, 65536, 131072)
+        ),
         "B": tuple(_shape(f"B={B}", SMOLLM2, 1024, B) for B in (1, 4, 16, 64, 256, 1024)),
     },
     "cuda": {
         "N": tuple(_shape(f"N={N}", QWEN3_4B, N, 64) for N in (1024, 2048, 4096, 8192, 16384, 32768, 65536)),
-        "V": tuple(_shape(f"V={V}", ("", 2560, V), 8192, 64) for V in (16384, 32768, 65536, 131072, 262144)),
+        "V": tuple(
+            _shape(f"V={V}", ("d of Qwen3-4B", 2560, V), 8192, 64) for V in (16384, 32768, 65536, 131072, 262144)
+        ),
         "B": tuple(_shape(f"B={B}", QWEN3_4B, 16384, B) for B in (1, 16, 64, 256, 1024)),
     },
 }
@@ -103,6 +107,7 @@ KINDS = {
     "random": "logits of standard deviation 2, random targets",
     "real": "hidden states of SmolLM2-135M-Instruct on responses that it sampled",
 }
+GROUP_KIND = "responses of a group share a direction in part"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,11 @@ def kernel_launches(run: Run) -> int:
 def extra_memory(run: Run, device: torch.device) -> tuple[int | None, Any]:
     """Bytes that one call takes at its peak beyond what was there before, its results included; and what it returns.
 
-    On a CPU that is the growth of the process's resident memory, which counts every allocator and library's scratch space:
-    free memory is handed back to the kernel, and the kernel's own high-water mark is reset, right before. It is exact to
-    about 1 MB. None where the kernel offers no such mark.
+    On a CPU that is the growth of the process's resident memory, which counts every allocator and library's scratch
+    space: free memory is handed back to the kernel, and the kernel's own high-water mark is reset, right before. It is
+    exact to about 1 MB. None where the kernel offers no such mark.
     """
-    gc.collect()
+    release_free_memory()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -152,13 +153,27 @@ def extra_memory(run: Run, device: torch.device) -> tuple[int | None, Any]:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, result
     try:
-        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
+    except OSError:
         return None, run()
     before = _status("VmRSS")
     result = run()
     return max(0, _status("VmHWM") - before), result
+
+
+def release_free_memory() -> None:
+    """Hand memory that nobody uses back to the kernel, where the C library can."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def memory_in_use(device: torch.device) -> int | None:
+    """Bytes that this process holds now: resident on a CPU, in tensors on a GPU; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS") if Path("/proc/self/status").is_file() else None
 
 
 def _status(key: str) -> int:
@@ -181,23 +196,14 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def best_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of the fastest square product found here: the library's own, weight packed where it can be."""
-    sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 3072)
+    """Operations a second of the library's fastest square product."""
     runs: dict[str, Run] = {}
     work: dict[str, int] = {}
-    for n in sizes:
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        out = torch.empty(n, n, dtype=dtype, device=device)
-        runs[f"mm {n}"] = lambda a=a, b=b, out=out: torch.mm(a, b, out=out)
-        work[f"mm {n}"] = 2 * n**3
-        if device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
-            from torch.utils.mkldnn import to_mkldnn
-
-            layer = to_mkldnn(torch.nn.Linear(n, n, bias=False), dtype)
-            runs[f"packed {n}"] = lambda a=a, layer=layer: layer(a)
-            work[f"packed {n}"] = 2 * n**3
-    with torch.no_grad():
-        timings = interleave(runs, device, rounds=5, limit_s=3.0)
+    for n in (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 3072):
+        a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+        runs[f"{n}"] = partial(torch.mm, a, b, out=out)
+        work[f"{n}"] = 2 * n**3
+    timings = interleave(runs, device, rounds=9, limit_s=3.0)
     return max(work[name] / timing.fastest for name, timing in timings.items())
 
 
@@ -213,7 +219,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "busy_cores": busy_cores(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **_commit(),
     }
@@ -246,6 +252,21 @@ def _total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def busy_cores(seconds: float = 0.5) -> float | None:
+    """Cores that other processes keep busy while this one waits; they make every reading on a CPU unreliable."""
+
+    def jiffies() -> tuple[int, int]:
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]
+
+    if not Path("/proc/stat").is_file():
+        return None
+    total, idle = jiffies()
+    time.sleep(seconds)
+    total, idle = (after - before for after, before in zip(jiffies(), (total, idle), strict=True))
+    return round((1 - idle / total) * (os.cpu_count() or 1), 2) if total else None
+
+
 def _version(distribution: str) -> str | None:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -263,7 +284,10 @@ def _commit() -> dict[str, Any]:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        # What the suite itself writes does not change what it measures.
+        code = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)README.md")
+        changes = git("status", "--porcelain", "--", *code)
+        return {"commit": git("rev-parse", "--short=12", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
 

@@ -1,0 +1,121 @@
+"""Times of small shapes for tracking regressions: ``pytest benchmarks --benchmark-only``.
+
+No time is asserted; results are, against float64. Every test uses the `benchmark` fixture, so that none is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import readme, run
+from benchmarks.accuracy import broken_bounds, errors, expected_groups, expected_head
+from benchmarks.candidates import Case, candidates
+from benchmarks.measure import Settings
+from benchmarks.plots import draw_cases, draw_sweep
+from benchmarks.registry import GROUP_OP, GROUPS, HEAD_OPS, OPS, Op, Shape
+from benchmarks.reports import Report
+from benchmarks.workloads import group_workload, head_workload, lengths
+from g2rl_kernels import testing
+
+CPU = torch.device("cpu")
+SMALL = Shape("small", "small", 64, 4, 128, 8192)
+TINY = Shape("tiny", "tiny", 24, 3, 32, 1105)
+BACKENDS = testing.available_backends(CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", HEAD_OPS, ids=lambda op: op.name)
+def test_head_op(benchmark, op: Op, backend: str) -> None:
+    ((case, expected),) = run.head_cases(SMALL, "peaked", [op], CPU, torch.bfloat16)
+    call = _ours(case, backend)
+    assert broken_bounds(errors(benchmark(call), expected)) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_group_op(benchmark, backend: str) -> None:
+    sample = group_workload(GROUPS, CPU)
+    results = benchmark(_ours(Case(GROUP_OP, sample), backend))
+    assert broken_bounds(errors(results, expected_groups(sample.features, sample.rewards, sample.m))) == []
+
+
+def _ours(case: Case, backend: str):
+    (ours,) = [c for c in candidates(case, with_peers=False, backends=[backend]) if c.role == "ours"]
+    return ours.prepare(case)
+
+
+@pytest.mark.parametrize("kind", ("random", "peaked"))
+def test_oracle_agrees_with_token_by_token(benchmark, kind: str) -> None:
+    sample = head_workload(TINY, kind, torch.float32, CPU)
+    found = benchmark.pedantic(expected_head, (sample,), rounds=1).results
+    for name, want in testing.oracle(sample)._asdict().items():
+        torch.testing.assert_close(found[name], want, rtol=1e-10, atol=1e-12)
+
+
+def test_gradient_oracle_agrees_with_autograd(benchmark) -> None:
+    sample = head_workload(TINY, "peaked", torch.float32, CPU)
+    upstream = (torch.randn(TINY.N), torch.randn(TINY.N))
+    found = benchmark.pedantic(expected_head, (sample, upstream), rounds=1)
+    exact, _ = testing.oracle_gradients(sample, *upstream)
+    torch.testing.assert_close(found.results["hidden"], exact.hidden, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.results["weight"], exact.weight, rtol=1e-6, atol=1e-7, check_dtype=False)
+    # An error of a hundredth in one row is beyond the bounds of fp32, and found.
+    wrong = {"hidden": found.results["hidden"].clone()}
+    wrong["hidden"][3] *= 1.01
+    assert "hidden_of_bound" in " ".join(broken_bounds(errors(wrong, found)))
+    wrong["hidden"][3] = torch.nan
+    assert "hidden_of_bound nan" in " ".join(broken_bounds(errors(wrong, found)))
+
+
+def test_runner_reports_every_candidate(benchmark, tmp_path: Path) -> None:
+    """A run over all ops, its JSON, its tables and its plots."""
+    plan = run.Plan(tuple(OPS.values()), (TINY,), ("random",))
+    settings = Settings(rounds=2, limit_s=1.0, backends=["torch", "cuda"])
+    path = tmp_path / "run.json"
+    benchmark.pedantic(run.measure_all, (plan, settings, path, Console(quiet=True)), rounds=1)
+    report = Report("run", json.loads(path.read_text()))
+    assert len(report.cases()) == len(OPS)
+    for rows in report.cases():
+        status = {row["candidate"]: row["status"] for row in rows}
+        assert status["g2rl torch"] == "ok"
+        assert status["eager"] in ("ok", "outside bounds", "unavailable")
+        assert status["g2rl cuda"] == "unavailable"
+        ours = next(row for row in rows if row["candidate"] == "g2rl torch")
+        assert ours["median_s"] >= ours["fastest_s"] > 0 and ours["gflops"] > 0
+    assert "`g2rl_advantages`" in readme.summary([report])
+    assert "Not timed" in readme.details([report])
+    assert draw_cases(report) is not None
+    report.content["sweep"] = "N"
+    assert draw_sweep(report) is not None
+
+
+def test_wrong_result_has_no_time(benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend beyond its bounds is shown as failed, and the run's status says so."""
+    import g2rl_kernels.backends.eager as eager
+
+    right = eager.token_logprobs
+    monkeypatch.setattr(eager, "token_logprobs", lambda *a: (right(*a)[0] - 1e-3, *right(*a)[1:]))
+    plan = run.Plan((OPS["token_logprobs"],), (TINY,), ("random",))
+    settings = Settings(rounds=2, limit_s=1.0, backends=["torch"])
+    report = benchmark.pedantic(run.measure_all, (plan, settings, None, Console(quiet=True)), rounds=1)
+    (ours,) = [row for row in report["rows"] if row["role"] == "ours"]
+    assert ours["status"] == "failed" and "logp_absolute" in ours["reason"] and "median_s" not in ours
+
+
+def test_readme_block_is_replaced(benchmark) -> None:
+    text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    replaced = benchmark.pedantic(readme.replaced, (text, "new", "README.md"), rounds=1)
+    assert replaced == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter\n"
+    assert readme.replaced(replaced, "new", "README.md") == replaced
+    with pytest.raises(ValueError, match="README.md: expected"):
+        readme.replaced("no markers", "new", "README.md")
+
+
+def test_lengths_sum_to_tokens(benchmark) -> None:
+    benchmark.pedantic(lengths, (1024, 16), rounds=1)
+    for N, B in ((1024, 16), (256, 8), (64, 16), (5, 8), (1, 1)):
+        assert sum(lengths(N, B)) == N and len(lengths(N, B)) == B and min(lengths(N, B)) >= 0
