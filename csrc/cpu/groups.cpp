@@ -1,7 +1,8 @@
-// Similarities of all groups are one batched product of unit vectors; the rest is a few passes over [m, m] for each group.
+// Group by group: unit vectors and their products in fp64, then a few passes over [m, m].
 #include "groups.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -20,32 +21,44 @@ struct Group {
   const double* S;  // [m, stride]
   int64_t stride;
   const double* r;
-  const bool* usable;
+  const char* usable;
   double *scores, *shaped, *advantages;
 };
 
-// Unit vectors [G, m_max, d], zero for responses without a feature and in empty slots; usable [B] for those with one.
-at::Tensor directions(const at::Tensor& features, const int64_t* cu, int64_t G, int64_t m_max, std::vector<char>& usable) {
-  const int64_t d = features.size(1);
-  at::Tensor units = at::zeros({G, m_max, d}, features.options().dtype(at::kDouble));
-  const at::Tensor phi = features.to(at::kDouble).contiguous();
-  const double* from = phi.const_data_ptr<double>();
-  double* to = units.data_ptr<double>();
-  at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      for (int64_t b = cu[g]; b < cu[g + 1]; ++b) {
-        const double* x = from + b * d;
-        double square = 0;
-        for (int64_t k = 0; k < d; ++k) square += x[k] * x[k];
-        usable[b] = usable[b] && square > 0;
-        if (!(square > 0)) continue;
-        const double inverse = 1 / std::sqrt(square);
-        double* unit = to + (g * m_max + b - cu[g]) * d;
-        for (int64_t k = 0; k < d; ++k) unit[k] = x[k] * inverse;
-      }
-    }
-  });
-  return units;
+// Compiled once for each instruction set, the best chosen at run time.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define G2RL_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define G2RL_VECTOR_CLONES
+#endif
+
+constexpr int kLanes = 16;  // independent sums, so that additions need not wait for each other
+
+G2RL_VECTOR_CLONES
+double dot(const double* x, const double* y, int64_t n) {
+  double sums[kLanes] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += x[k + lane] * y[k + lane];
+  double total = 0;
+  for (; k < n; ++k) total += x[k] * y[k];
+  for (double sum : sums) total += sum;
+  return total;
+}
+
+// Cosines [m, stride] of a group's features [m, d]; those of zero features are 0, and they are not usable.
+template <typename T>
+void similarity(const T* features, int64_t m, int64_t d, double* S, int64_t stride, char* usable, std::vector<double>& units) {
+  units.resize(m * d);
+  for (int64_t i = 0; i < m; ++i) {
+    double* unit = units.data() + i * d;
+    for (int64_t k = 0; k < d; ++k) unit[k] = features[i * d + k];
+    const double square = dot(unit, unit, d);
+    if (!(square > 0)) usable[i] = 0;
+    const double inverse = square > 0 ? 1 / std::sqrt(square) : 0;
+    for (int64_t k = 0; k < d; ++k) unit[k] *= inverse;
+    for (int64_t j = 0; j <= i; ++j) S[i * stride + j] = S[j * stride + i] = dot(unit, units.data() + j * d, d);
+  }
 }
 
 // nu of eq. 11; 0 for unusable responses and those without a usable peer.
@@ -105,24 +118,24 @@ void center(const Group& g, bool divide_by_std) {
 
 GroupAdvantages g2rl_advantages(const at::Tensor& features, const at::Tensor& rewards, const at::Tensor& cu_groups,
                                 int64_t m_max, const std::optional<at::Tensor>& valid, const Shaping& shaping) {
-  const int64_t B = features.size(0), G = cu_groups.size(0) - 1;
+  const int64_t B = features.size(0), d = features.size(1), G = cu_groups.size(0) - 1;
   const int64_t* cu = cu_groups.const_data_ptr<int64_t>();
   std::vector<char> usable(B, 1);
   if (valid) std::copy_n(valid->const_data_ptr<bool>(), B, usable.begin());
 
-  const at::Tensor units = directions(features, cu, G, m_max, usable);
-  const at::Tensor S = at::bmm(units, units.transpose(1, 2));
-  const at::Tensor r = rewards.to(at::kDouble).contiguous();
-  at::Tensor results = at::empty({3, B}, r.options());
-  double* out = results.data_ptr<double>();
-  const double *s = S.const_data_ptr<double>(), *raw = r.const_data_ptr<double>();
-  static_assert(sizeof(bool) == sizeof(char));
-  const bool* used = reinterpret_cast<const bool*>(usable.data());
+  const at::Tensor phi = features.contiguous(), r = rewards.to(at::kDouble).contiguous();
+  at::Tensor S = at::zeros({G, m_max, m_max}, r.options()), results = at::empty({3, B}, r.options());
+  double *s = S.data_ptr<double>(), *out = results.data_ptr<double>();
+  const double* raw = r.const_data_ptr<double>();
   at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> units;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = cu[i];
-      const Group group{cu[i + 1] - b, s + i * m_max * m_max, m_max,       raw + b,
-                        used + b,      out + b,               out + B + b, out + 2 * B + b};
+      const int64_t b = cu[i], m = cu[i + 1] - b;
+      double* of_group = s + i * m_max * m_max;
+      AT_DISPATCH_FLOATING_TYPES(phi.scalar_type(), "g2rl_advantages", [&] {
+        similarity(phi.const_data_ptr<scalar_t>() + b * d, m, d, of_group, m_max, usable.data() + b, units);
+      });
+      const Group group{m, of_group, m_max, raw + b, usable.data() + b, out + b, out + B + b, out + 2 * B + b};
       score(group);
       shape(group, shaping);
       center(group, shaping.divide_by_std);

@@ -127,8 +127,8 @@ def exploration_scores(
     check_tensor("rewards", rewards, (B,))
     check_tensor("similarity", similarity, ("G", "m_max", "m_max"), _REAL, rewards.device)
     cu_groups, m_max = _offsets(groups, rewards.shape[0], rewards.device)
-    wanted = (cu_groups.shape[0] - 1, m_max if m_max is not None else similarity.shape[1], similarity.shape[1])
-    check_tensor("similarity", similarity, wanted)
+    m_max = similarity.shape[1] if m_max is None else m_max
+    check_tensor("similarity", similarity, (cu_groups.shape[0] - 1, m_max, m_max))
     _check_valid(valid, rewards)
     return _exploration_scores(similarity, rewards.to(similarity.dtype), cu_groups, valid)
 
@@ -258,11 +258,15 @@ def _check_normalize(normalize: str) -> None:
         raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)}, found {normalize!r}")
 
 
+def _check_finite(rewards: torch.Tensor) -> None:
+    if values_readable(rewards) and not bool(torch.isfinite(rewards).all()):
+        raise ValueError("rewards: expected finite values, found NaN or inf")
+
+
 def _check_rewards(rewards: torch.Tensor) -> None:
+    _check_finite(rewards)
     if rewards.numel() == 0 or not values_readable(rewards):
         return
-    if not bool(torch.isfinite(rewards).all()):
-        raise ValueError("rewards: expected finite values, found NaN or inf")
     low, high = (float(bound) for bound in torch.aminmax(rewards))
     if low == 0 and high == 1 and bool(((rewards == 0) | (rewards == 1)).all()):
         warnings.warn(
@@ -296,18 +300,19 @@ def _save_features(ctx, inputs, output):
 
 
 def _similarity_backward(ctx, grad):
-    """With u_i = Phi_i / |Phi_i| and S = u u^T: du = (dS + dS^T) u, dPhi_i = (du_i - u_i <u_i, du_i>) / |Phi_i|."""
+    """With u_i = Phi_i / |Phi_i| and S = u u^T: du = (dS + dS^T) u, dPhi_i = (du_i - u_i <u_i, du_i>) / |Phi_i|.
+
+    dS is spread to [B, B], so that nothing here depends on m_max: compilers may know it at run time alone.
+    """
     features, cu_groups = ctx.saved_tensors
-    size = grad.shape[1]
     position = torch.arange(features.shape[0], device=features.device)
     group = torch.searchsorted(cu_groups.to(position.dtype), position, right=True) - 1
     member = position - cu_groups[group]
     norm = features.norm(dim=1, keepdim=True)
     inverse = torch.where(norm > 0, norm.reciprocal(), 0)
     u = features * inverse
-    padded = features.new_zeros(grad.shape[0] * size, features.shape[1]).index_copy(0, group * size + member, u)
-    grad_u = (grad + grad.mT) @ padded.view(grad.shape[0], size, -1)
-    grad_u = grad_u.reshape(-1, features.shape[1])[group * size + member]
+    spread = torch.where(group[:, None] == group, grad[group[:, None], member[:, None], member], 0)
+    grad_u = (spread + spread.T) @ u
     return (grad_u - u * (u * grad_u).sum(1, keepdim=True)) * inverse, None, None
 
 
@@ -319,6 +324,9 @@ def _exploration_scores(
     similarity: torch.Tensor, rewards: torch.Tensor, cu_groups: torch.Tensor, valid: torch.Tensor | None
 ) -> torch.Tensor:
     check_offsets("groups", cu_groups, rewards.shape[0], "B")
+    if values_readable(cu_groups) and _largest(cu_groups, None) > similarity.shape[1]:
+        found = f"{list(similarity.shape)} and a group of {_largest(cu_groups, None)}"
+        raise ValueError(f"similarity: expected shape [G, m_max, m_max] with m_max of the largest group, found {found}")
     _check_rewards(rewards)
     run = resolve("exploration_scores", similarity.device, similarity.dtype)
     return run(similarity, rewards, cu_groups, valid)
@@ -355,6 +363,7 @@ def _(rewards, scores, cu_groups, valid, strength, clip, rule, min_range, unifor
 @torch.library.custom_op("g2rl::group_advantages", mutates_args=())
 def _group_advantages(rewards: torch.Tensor, cu_groups: torch.Tensor, normalize: str) -> torch.Tensor:
     check_offsets("groups", cu_groups, rewards.shape[0], "B")
+    _check_finite(rewards)
     run = resolve("group_advantages", rewards.device, rewards.dtype)
     return run(rewards, cu_groups, normalize)
 

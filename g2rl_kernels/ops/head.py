@@ -330,7 +330,8 @@ def _logprobs_backward(
         workspace_bytes,
         *needs,
     )
-    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
+    grad_hidden, grad_weight, grad_bias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_hidden, grad_weight, grad_bias
 
 
 @_logprobs_backward.register_fake

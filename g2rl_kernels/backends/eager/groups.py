@@ -160,5 +160,5 @@ def g2rl_advantages(
     nu = _scores(S, r, usable)
     shaped = _shape(r, nu, usable, strength, clip, rule, min_range, uniform_groups)
     A = _advantages(shaped, layout.member, normalize)
-    per_response = (layout.gather(x).to(features.dtype) for x in (A, shaped, nu))
-    return (*per_response, S.to(features.dtype))
+    A, shaped, nu = (layout.gather(x).to(features.dtype) for x in (A, shaped, nu))
+    return A, shaped, nu, S.to(features.dtype)

@@ -21,8 +21,8 @@ from g2rl_kernels.backends.eager.products import exact_products, mm, mm_fp32_lef
 # Rows are handled in slices of this size after the product: on a CPU a slice stays in cache over its passes.
 _SLICE_BYTES = {"cpu": 4 << 20}
 _SLICE_BYTES_DEFAULT = 32 << 20
-# Rows of every product. Products and reductions always see the same shapes, so that their bits do not depend on how many
-# tokens or responses come along; 64 rows (of cached weight tiles) cost a CPU little against as many as fit.
+# Rows of every product. Products and reductions always see the same shapes, so that their bits do not depend on how
+# many tokens or responses come along; 64 rows (of cached weight tiles) cost a CPU little against as many as fit.
 _PRODUCT_ROWS = {"cpu": 64}
 _PRODUCT_ROWS_DEFAULT = 256
 _SMALLEST_TILE = 64
@@ -60,7 +60,7 @@ class _Head:
         return max(1, self.workspace_bytes // 4 // (self.dtype.itemsize * self.weight.shape[0]))
 
     def vocab_tiles(self) -> Iterator[slice]:
-        """Vocabulary in tiles whose weight, cast to fp32, takes an eighth of the workspace, on a CPU a slice's bytes at most."""
+        """Vocabulary in tiles whose weight in fp32 takes an eighth of the workspace; on a CPU, no more than a slice."""
         limit = min(self.workspace_bytes // 8, _SLICE_BYTES.get(self.weight.device.type, self.workspace_bytes))
         rows = max(_SMALLEST_TILE, limit // (self.dtype.itemsize * self.weight.shape[1]))
         for start in range(0, self.weight.shape[0], rows):
@@ -178,10 +178,11 @@ def sequence_features(
 
 
 def _exponentials(u: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """e = exp(u - shift) [n, V] with e_y set to 0 (u is overwritten), and (logps, entropy, lse, S_rest / S, 1 / S), each [n].
+    """e = exp(u - shift) [n, V] with e_y set to 0 (u is overwritten), and (logps, entropy, lse, S_rest / S, 1 / S) [n].
 
-    `shift` is the row maximum unless given; the results are normalised by the sum found here either way. The entropy, too,
-    leaves the target out of its sums: for confident tokens its gradient needs log p_y + H, both small, to the last digit.
+    `shift` is the row maximum unless given; the results are normalised by the sum found here either way. The entropy,
+    too, leaves the target out of its sums: the gradient of a confident token needs log p_y + H, both small, to the last
+    digit.
     """
     column = y[:, None]
     shift = u.amax(1) if shift is None else shift
@@ -216,8 +217,8 @@ Block = tuple[int, int, list[Segment]]
 def _plan(offsets: list[int], token_rows: int, response_rows: int) -> Iterator[tuple[range, list[Block]]]:
     """Group responses whose R fits the workspace, and their tokens into blocks (start, end, segments).
 
-    A segment (b, s, t) says that tokens s to t belong to response b. Only a response of more than `token_rows` tokens is
-    split, counted from its own start, so that its sums do not depend on its neighbours.
+    A segment (b, s, t) says that tokens s to t belong to response b. Only a response of more than `token_rows` tokens
+    is split, counted from its own start, so that its sums do not depend on its neighbours.
     """
     for first in range(0, len(offsets) - 1, response_rows):
         responses = range(first, min(first + response_rows, len(offsets) - 1))

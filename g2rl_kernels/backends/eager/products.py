@@ -1,7 +1,8 @@
 """Matrix products that take the model's dtype and accumulate and return fp32 (or fp64), whatever the global settings.
 
-PyTorch's own ``bf16 @ bf16`` rounds its result to bf16, autocast rounds fp32 operands, and a global "tf32" or "bf16" setting
-makes fp32 products inexact. All would break the numerics contract, so every product of the backend goes through this file.
+PyTorch's own ``bf16 @ bf16`` rounds its result to bf16, autocast rounds fp32 operands, and a global "tf32" or "bf16"
+setting makes fp32 products inexact. All would break the numerics contract, so every product of the backend goes through
+this file.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ _settings_lock = threading.RLock()
 def exact_products(weight: Tensor) -> Iterator[None]:
     """Inside the block, `mm` and `mm_fp32_left` are exact for models whose weight is like this one.
 
-    For bf16 on a CPU that means the setting "bf16": fp32 operands that hold bf16 values lose nothing when the product rounds
-    them to bf16, which is the processor's bf16 unit with an fp32 result, and four times as fast as a true fp32 product.
+    For bf16 on a CPU that means the setting "bf16": fp32 operands that hold bf16 values lose nothing when the product
+    rounds them to bf16, which is the processor's bf16 unit with an fp32 result, and four times as fast as a true fp32
+    product.
     """
     on_cuda = weight.is_cuda
-    matmul = torch.backends.cuda.matmul if on_cuda else torch.backends.mkldnn.matmul
+    matmul = torch.backends.cuda.matmul if on_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     device_wide = torch.backends.cudnn if on_cuda else torch.backends.mkldnn
     with _settings_lock, torch.autocast(weight.device.type, enabled=False):
         before = matmul.fp32_precision
@@ -53,8 +55,8 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 def mm_in_blocks(a: Tensor, b: Tensor, rows: int) -> Tensor:
     """`mm` in blocks of exactly `rows` rows, the last one padded.
 
-    Libraries choose the order of their sums by the shapes of a product. With one shape for all, a row of the result does not
-    depend on how many others come along.
+    Libraries choose the order of their sums by the shapes of a product. With one shape for all, a row of the result
+    does not depend on how many others come along.
     """
     b = b if b.is_cuda or b.dtype == torch.float64 else b.float()
     a = a.to(b.dtype)

@@ -111,7 +111,7 @@ def logprobs_backward(
     """With u = z / T: dlogp/du = e_y - p and dH/du = -p (log p + H). The forward's results are recomputed, not used."""
     h, W = hidden.double(), weight.double()
     b = None if bias is None else bias.double()
-    grad_h, grad_W, grad_b = torch.zeros_like(h), torch.zeros_like(W), torch.zeros_like(W[:, 0])
+    grad_h, grad_W, grad_b = (h.new_zeros(shape) for shape in (h.shape, W.shape, W.shape[:1]))
     for t in range(h.shape[0]):
         u, slope = _logits(h[t], W, b, temperature, logit_scale, softcap)
         log_p = torch.log_softmax(u, 0)

@@ -1,0 +1,505 @@
+"""What each public function refuses, and how it says so; and the choice of backends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import g2rl_kernels
+from g2rl_kernels import (
+    LMHead,
+    Shaping,
+    dispatch,
+    explain,
+    exploration_scores,
+    g2rl_advantages,
+    group_advantages,
+    group_similarity,
+    sequence_features,
+    shape_rewards,
+    testing,
+    token_logprobs,
+    use_backend,
+)
+
+N, D, V, B = 6, 4, 9, 2
+
+
+class TwoRanks:
+    """Stands in for a process group, of which only the size is asked."""
+
+    def size(self) -> int:
+        return 2
+
+
+def weight(**options: Any) -> torch.Tensor:
+    return torch.zeros(V, D, **options)
+
+
+def head_call(function: Callable, **changes: Any) -> None:
+    arguments = {"hidden": torch.zeros(N, D), "head": weight(), "targets": torch.zeros(N, dtype=torch.int64)}
+    if function is sequence_features:
+        arguments["cu_seqlens"] = torch.tensor([0, 2, N])
+    function(**(arguments | changes))
+
+
+def group_call(function: Callable, **changes: Any) -> None:
+    rewards = torch.tensor([1.0, -1, 1, -1, 1, -1])
+    arguments = {
+        group_similarity: {"features": torch.ones(N, D)},
+        exploration_scores: {"similarity": torch.ones(2, 3, 3), "rewards": rewards},
+        shape_rewards: {"rewards": rewards, "scores": torch.zeros(N)},
+        group_advantages: {"rewards": rewards},
+        g2rl_advantages: {"features": torch.ones(N, D), "rewards": rewards},
+    }[function]
+    function(**({"groups": 3} | arguments | changes))
+
+
+def offsets(*values: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+META = "meta"
+
+HEADS = [
+    (lambda: LMHead("weight"), TypeError, "head.weight: expected a tensor, found str"),
+    (lambda: LMHead(torch.zeros(3)), ValueError, "head.weight: expected shape [V, d], found [3]"),
+    (lambda: LMHead(weight(dtype=torch.int64)), TypeError, "or float64, found int64"),
+    (lambda: LMHead(torch.zeros(0, 3)), ValueError, "head.weight: expected V > 0 and d > 0, found shape [0, 3]"),
+    (lambda: LMHead(torch.zeros(3, 0)), ValueError, "head.weight: expected V > 0 and d > 0, found shape [3, 0]"),
+    (lambda: LMHead(weight(), torch.zeros(3)), ValueError, "head.bias: expected shape [9], found [3]"),
+    (
+        lambda: LMHead(weight(dtype=torch.bfloat16), torch.zeros(V, dtype=torch.float16)),
+        TypeError,
+        "head.bias: expected dtype bfloat16 or float32, found float16",
+    ),
+    (lambda: LMHead(weight(), torch.zeros(V, device=META)), ValueError, "head.bias: expected device cpu, found meta"),
+    (
+        lambda: LMHead(weight(), temperature=0.0),
+        ValueError,
+        "head.temperature: expected a finite number > 0, found 0.0",
+    ),
+    (
+        lambda: LMHead(weight(), temperature=-1.0),
+        ValueError,
+        "head.temperature: expected a finite number > 0, found -1.0",
+    ),
+    (lambda: LMHead(weight(), temperature=float("nan")), ValueError, "head.temperature: expected a finite number > 0"),
+    (lambda: LMHead(weight(), temperature=float("inf")), ValueError, "head.temperature: expected a finite number > 0"),
+    (lambda: LMHead(weight(), logit_scale=0.0), ValueError, "head.logit_scale: expected a finite number other than 0"),
+    (lambda: LMHead(weight(), logit_scale=float("inf")), ValueError, "head.logit_scale: expected a finite number"),
+    (
+        lambda: LMHead(weight(), softcap=0.0),
+        ValueError,
+        "head.softcap: expected None or a finite number > 0, found 0.0",
+    ),
+    (lambda: LMHead(weight(), softcap=float("inf")), ValueError, "head.softcap: expected None or a finite number > 0"),
+    (
+        lambda: LMHead(weight(), process_group=TwoRanks()),
+        NotImplementedError,
+        "head.process_group: expected one rank, found 2",
+    ),
+]
+
+HEAD_FUNCTIONS = [
+    (changes, error, message, function)
+    for changes, error, message in [
+        ({"hidden": "h"}, TypeError, "hidden: expected a tensor, found str"),
+        ({"hidden": torch.zeros(N, D + 1)}, ValueError, "hidden: expected shape [N, 4], found [6, 5]"),
+        ({"hidden": torch.zeros(2, 3, D)}, ValueError, "hidden: expected shape [N, 4], found [2, 3, 4]"),
+        ({"hidden": torch.zeros(N, D).bfloat16()}, TypeError, "hidden: expected dtype float32, found bfloat16"),
+        ({"hidden": torch.zeros(N, D, device=META)}, ValueError, "hidden: expected device cpu, found meta"),
+        ({"head": [1, 2]}, TypeError, "head.weight: expected a tensor, found list"),
+        ({"targets": None}, TypeError, "targets: expected a tensor, found NoneType"),
+        ({"targets": offsets(0)}, ValueError, "targets: expected shape [6], found [1]"),
+        ({"targets": torch.zeros(N)}, TypeError, "targets: expected dtype int64, found float32"),
+        ({"targets": torch.zeros(N, dtype=torch.int64, device=META)}, ValueError, "targets: expected device cpu"),
+        ({"targets": offsets(0, 1, 2, 3, 4, V)}, IndexError, "targets: expected values in [0, 9), found 9"),
+        ({"targets": offsets(0, 1, -100, 3, 4, 5)}, IndexError, "targets: expected values in [0, 9), found -100"),
+        ({"workspace_bytes": 0}, ValueError, "workspace_bytes: expected a number of bytes > 0, found 0"),
+        (
+            {"hidden": torch.tensor([[0.0] * D] * 2 + [[float("nan")] * D] * 4), "check_finite": True},
+            ValueError,
+            "hidden: expected finite values, found NaN or inf in row 2",
+        ),
+        (
+            {"hidden": torch.tensor([[0.0, float("-inf")] * 2] * N), "check_finite": True},
+            ValueError,
+            "hidden: expected finite values, found NaN or inf in row 0",
+        ),
+    ]
+    for function in (token_logprobs, sequence_features)
+]
+
+RESPONSES = [
+    ({"cu_seqlens": [0, N]}, TypeError, "cu_seqlens: expected a tensor, found list"),
+    ({"cu_seqlens": offsets(0, N)[None]}, ValueError, "cu_seqlens: expected shape [B + 1], found [1, 2]"),
+    ({"cu_seqlens": offsets(0, N).float()}, TypeError, "cu_seqlens: expected dtype int32 or int64, found float32"),
+    ({"cu_seqlens": offsets()}, ValueError, "cu_seqlens: expected at least the offset 0, found an empty tensor"),
+    ({"cu_seqlens": offsets(1, N)}, ValueError, "cu_seqlens: expected to start at 0 and end at N = 6, found 1 and 6"),
+    ({"cu_seqlens": offsets(0, 5)}, ValueError, "cu_seqlens: expected to start at 0 and end at N = 6, found 0 and 5"),
+    ({"cu_seqlens": offsets(0, 7)}, ValueError, "cu_seqlens: expected to start at 0 and end at N = 6, found 0 and 7"),
+    (
+        {"cu_seqlens": offsets(0, 4, 3, N, dtype=torch.int32)},
+        ValueError,
+        "cu_seqlens: expected values that never decrease, found 4 then 3 at 1",
+    ),
+    ({"cu_seqlens": offsets(0, 2, N).to(META)}, ValueError, "cu_seqlens: expected device cpu, found meta"),
+    ({"token_weights": torch.ones(5)}, ValueError, "token_weights: expected shape [6], found [5]"),
+    ({"token_weights": torch.ones(N).long()}, TypeError, "token_weights: expected dtype bfloat16 or"),
+    ({"token_weights": torch.ones(N, device=META)}, ValueError, "token_weights: expected device cpu, found meta"),
+    ({"token_weights": -torch.ones(N)}, ValueError, "token_weights: expected values >= 0, found -1.0"),
+    ({"token_weights": torch.full((N,), float("nan"))}, ValueError, "token_weights: expected values >= 0, found nan"),
+    ({"lse": torch.ones(5)}, ValueError, "lse: expected shape [6], found [5]"),
+    ({"lse": torch.ones(N).int()}, TypeError, "lse: expected dtype bfloat16 or"),
+]
+
+ALL_GROUP_FUNCTIONS = (group_similarity, exploration_scores, shape_rewards, group_advantages, g2rl_advantages)
+TAKE_REWARDS = ALL_GROUP_FUNCTIONS[1:]
+TAKE_VALID = (exploration_scores, shape_rewards, g2rl_advantages)
+
+GROUPS = [
+    (function, changes, error, message)
+    for functions, changes, error, message in [
+        (ALL_GROUP_FUNCTIONS, {"groups": 4}, ValueError, "groups: expected a divisor of B = 6, found 4"),
+        (ALL_GROUP_FUNCTIONS, {"groups": 0}, ValueError, "groups: expected a divisor of B = 6, found 0"),
+        (ALL_GROUP_FUNCTIONS, {"groups": -3}, ValueError, "groups: expected a divisor of B = 6, found -3"),
+        (
+            ALL_GROUP_FUNCTIONS,
+            {"groups": True},
+            TypeError,
+            "groups: expected an int or a tensor of offsets, found bool",
+        ),
+        (
+            ALL_GROUP_FUNCTIONS,
+            {"groups": [3, 3]},
+            TypeError,
+            "groups: expected an int or a tensor of offsets, found list",
+        ),
+        (ALL_GROUP_FUNCTIONS, {"groups": offsets()}, ValueError, "groups: expected at least the offset 0"),
+        (ALL_GROUP_FUNCTIONS, {"groups": offsets(0, 6)[None]}, ValueError, "groups: expected shape [G + 1]"),
+        (
+            ALL_GROUP_FUNCTIONS,
+            {"groups": offsets(0, 6).half()},
+            TypeError,
+            "groups: expected dtype int32 or int64, found float16",
+        ),
+        (
+            ALL_GROUP_FUNCTIONS,
+            {"groups": offsets(0, 3, 6).to(META)},
+            ValueError,
+            "groups: expected device cpu, found meta",
+        ),
+        (
+            ALL_GROUP_FUNCTIONS,
+            {"groups": offsets(0, 3, 5)},
+            ValueError,
+            "groups: expected to start at 0 and end at B = 6",
+        ),
+        (
+            ALL_GROUP_FUNCTIONS,
+            {"groups": offsets(0, 7, 6)},
+            ValueError,
+            "groups: expected values that never decrease, found 7",
+        ),
+        (TAKE_REWARDS, {"rewards": [1.0] * N}, TypeError, "rewards: expected a tensor, found list"),
+        (TAKE_REWARDS, {"rewards": torch.ones(N, 1)}, ValueError, "found [6, 1]"),
+        (
+            TAKE_REWARDS,
+            {"rewards": torch.full((N,), float("nan"))},
+            ValueError,
+            "rewards: expected finite values, found NaN",
+        ),
+        (
+            TAKE_REWARDS,
+            {"rewards": torch.full((N,), float("inf"))},
+            ValueError,
+            "rewards: expected finite values, found NaN or inf",
+        ),
+        (TAKE_VALID, {"valid": torch.ones(N)}, TypeError, "valid: expected dtype bool, found float32"),
+        (TAKE_VALID, {"valid": torch.ones(5).bool()}, ValueError, "valid: expected shape [6], found [5]"),
+        (TAKE_VALID, {"valid": [True] * N}, TypeError, "valid: expected a tensor, found list"),
+        (
+            TAKE_VALID,
+            {"valid": torch.ones(N, device=META).bool()},
+            ValueError,
+            "valid: expected device cpu, found meta",
+        ),
+        (
+            (group_similarity, g2rl_advantages),
+            {"features": torch.ones(N)},
+            ValueError,
+            "features: expected shape [B, d], found [6]",
+        ),
+        (
+            (group_similarity, g2rl_advantages),
+            {"features": torch.ones(N, D).half()},
+            TypeError,
+            "features: expected dtype float32 or float64, found float16",
+        ),
+        ((g2rl_advantages,), {"rewards": torch.ones(5)}, ValueError, "rewards: expected shape [6], found [5]"),
+        (
+            (g2rl_advantages,),
+            {"rewards": torch.ones(N, device=META)},
+            ValueError,
+            "rewards: expected device cpu, found meta",
+        ),
+        ((shape_rewards,), {"rewards": torch.ones(5)}, ValueError, "rewards: expected shape [6], found [5]"),
+        (
+            (shape_rewards,),
+            {"scores": torch.ones(N).long()},
+            TypeError,
+            "scores: expected dtype float32 or float64, found int64",
+        ),
+        (
+            (exploration_scores,),
+            {"similarity": torch.ones(2, 3)},
+            ValueError,
+            "similarity: expected shape [G, m_max, m_max]",
+        ),
+        (
+            (exploration_scores,),
+            {"similarity": torch.ones(3, 3, 3)},
+            ValueError,
+            "similarity: expected shape [2, 3, 3]",
+        ),
+        (
+            (exploration_scores,),
+            {"similarity": torch.ones(2, 4, 4)},
+            ValueError,
+            "similarity: expected shape [2, 3, 3]",
+        ),
+        (
+            (exploration_scores,),
+            {"similarity": torch.ones(2, 3, 3), "groups": offsets(0, 4, 6)},
+            ValueError,
+            "with m_max of the largest group, found [2, 3, 3] and a group of 4",
+        ),
+        (
+            (group_advantages, g2rl_advantages),
+            {"normalize": "mean"},
+            ValueError,
+            "normalize: expected one of std, none, found 'mean'",
+        ),
+    ]
+    for function in functions
+]
+
+SHAPINGS = [
+    ({"strength": -0.1}, "shaping.strength: expected a finite number >= 0, found -0.1"),
+    ({"strength": float("inf")}, "shaping.strength: expected a finite number >= 0, found inf"),
+    ({"clip": 0.0}, "shaping.clip: expected a number > 0, found 0.0"),
+    ({"clip": float("nan")}, "shaping.clip: expected a number > 0, found nan"),
+    ({"rule": "square"}, "shaping.rule: expected one of scale, centered, literal, found 'square'"),
+    ({"min_range": -1.0}, "shaping.min_range: expected a number >= 0, found -1.0"),
+    ({"min_range": float("nan")}, "shaping.min_range: expected a number >= 0, found nan"),
+    ({"uniform_groups": "keep"}, "shaping.uniform_groups: expected one of shape, drop, found 'keep'"),
+]
+
+
+def raises(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
+        call()
+    assert message in str(raised.value)
+    assert type(raised.value) is error
+
+
+@pytest.mark.parametrize(("call", "error", "message"), HEADS, ids=[message for *_, message in HEADS])
+def test_head(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    raises(call, error, message)
+
+
+@pytest.mark.parametrize(("changes", "error", "message", "function"), HEAD_FUNCTIONS)
+def test_head_functions(changes: dict, error: type[Exception], message: str, function: Callable) -> None:
+    raises(lambda: head_call(function, **changes), error, message)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), RESPONSES)
+def test_responses(changes: dict, error: type[Exception], message: str) -> None:
+    raises(lambda: head_call(sequence_features, **changes), error, message)
+
+
+@pytest.mark.parametrize(("function", "changes", "error", "message"), GROUPS)
+def test_group_functions(function: Callable, changes: dict, error: type[Exception], message: str) -> None:
+    raises(lambda: group_call(function, **changes), error, message)
+
+
+@pytest.mark.parametrize(("changes", "message"), SHAPINGS)
+def test_shaping(changes: dict, message: str) -> None:
+    raises(lambda: Shaping(**changes), ValueError, message)
+
+
+def test_what_is_accepted() -> None:
+    """The base cases of the tables above; NaN in hidden passes where nobody asked to look."""
+    for function in (token_logprobs, sequence_features):
+        head_call(function)
+        head_call(function, hidden=torch.full((N, D), float("nan")))
+        head_call(function, check_finite=True)
+        head_call(function, head=LMHead(weight(), torch.zeros(V)))
+    head_call(sequence_features, cu_seqlens=offsets(0, 0, N, N, dtype=torch.int32))
+    head_call(sequence_features, token_weights=torch.zeros(N).bfloat16(), lse=torch.zeros(N).double())
+    for function in ALL_GROUP_FUNCTIONS:
+        group_call(function)
+        if function is not exploration_scores:
+            group_call(function, groups=offsets(0, 6, 6, dtype=torch.int32))
+
+
+# Backends.
+
+
+def resolved(op: str = "sequence_features", dtype: torch.dtype = torch.float32) -> str:
+    """The module that an op resolves to."""
+    return dispatch.resolve(op, torch.device("cpu"), dtype).__module__
+
+
+def test_use_backend_as_a_context_manager() -> None:
+    automatic = resolved()
+    with use_backend("reference"):
+        assert resolved() == "g2rl_kernels.backends.reference.head"
+        with use_backend("torch"):
+            assert resolved() == "g2rl_kernels.backends.eager.head"
+            with use_backend(None):
+                assert resolved() == automatic
+            assert resolved() == "g2rl_kernels.backends.eager.head"
+        assert resolved() == "g2rl_kernels.backends.reference.head"
+    assert resolved() == automatic
+
+
+def test_use_backend_ends_with_its_block_also_by_an_error() -> None:
+    automatic = resolved()
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert resolved() == automatic
+
+
+def test_use_backend_for_the_process() -> None:
+    automatic = resolved()
+    use_backend("reference")
+    assert resolved() == "g2rl_kernels.backends.reference.head"
+    use_backend(None)
+    assert resolved() == automatic
+
+
+def test_backend_holds_in_backward_passes() -> None:
+    """Autograd may run them on threads of its own."""
+    hidden = torch.randn(3, D, requires_grad=True)
+    seen = []
+
+    def spy(*args: Any) -> Any:
+        seen.append(args)
+        return original(*args)
+
+    from g2rl_kernels.backends import reference
+
+    original = reference.logprobs_backward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "logprobs_backward", spy)
+        with use_backend("reference"):
+            token_logprobs(hidden, weight(), offsets(0, 1, 2)).logps.sum().backward()
+    assert len(seen) == 1
+
+
+def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "backend: expected one of cuda, triton, native, torch, reference, found 'cpu'"
+    raises(lambda: use_backend("cpu"), ValueError, message)
+    assert resolved() == resolved()
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "cpu")
+    raises(resolved, ValueError, message)
+
+
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("G2RL_KERNELS_BACKEND", "reference")
+    assert resolved() == "g2rl_kernels.backends.reference.head"
+    assert "backend set by name: reference" in explain()
+    with use_backend("torch"):
+        assert resolved() == "g2rl_kernels.backends.eager.head"
+    monkeypatch.setenv("G2RL_KERNELS_BACKEND", "")
+    assert "set by name" not in explain()
+
+
+def test_backend_that_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend of this table or another: absent, refusing, or without the op. Asked for by name, it says why."""
+    table = (
+        dispatch.Backend("absent", "g2rl_kernels.backends.absent", missing="nobody wrote it"),
+        dispatch.Backend("refusing", "g2rl_kernels.backends.refusing"),
+        dispatch.Backend("torch", "g2rl_kernels.backends.eager"),
+    )
+
+    class Module:
+        @staticmethod
+        def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+            return None if dtype == torch.float32 else "only float32 today"
+
+    monkeypatch.setattr(dispatch, "BACKENDS", table)
+    load = dispatch._load
+    monkeypatch.setattr(dispatch, "_load", lambda backend: Module if backend.name == "refusing" else load(backend))
+    with use_backend("absent"):
+        message = "backend 'absent' cannot run sequence_features on cpu torch.float32: nobody wrote it"
+        raises(resolved, RuntimeError, message)
+        raises(lambda: head_call(sequence_features), RuntimeError, message)
+    with use_backend("refusing"):
+        raises(
+            lambda: resolved(dtype=torch.bfloat16),
+            RuntimeError,
+            "backend 'refusing' cannot run sequence_features on cpu torch.bfloat16: only float32 today",
+        )
+        raises(resolved, RuntimeError, "cannot run sequence_features on cpu torch.float32: does not have this op")
+    assert resolved() == "g2rl_kernels.backends.eager.head"
+    report = explain().split("\n\n")
+    assert report[1].splitlines() == [
+        "cpu, bfloat16",
+        f"  torch      serves {', '.join(dispatch.OPS)}",
+        "  not absent: nobody wrote it",
+        "  not refusing: only float32 today",
+    ]
+    assert "  not refusing: does not have this op" in report[3].splitlines()
+
+
+def test_backends_serve_what_the_table_promises() -> None:
+    """The torch backend serves everything, and nothing is automatic that is slower; the reference only by name."""
+    for op in dispatch.OPS:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            available = testing.available_backends("cpu", dtype, (op,))
+            assert available[-2:] == ["torch", "reference"]
+            with use_backend(available[0]):
+                fastest = resolved(op, dtype)
+            assert resolved(op, dtype) == fastest
+            assert ".reference" not in fastest
+
+
+def test_explain() -> None:
+    text = explain()
+    assert text.startswith(f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: cpu")
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert f"\ncpu, {dtype}\n" in text
+    section = text.split("\n\n")[1]
+    served = ", ".join(line.split(" serves ")[1] for line in section.splitlines() if " serves " in line)
+    assert sorted(served.split(", ")) == sorted(dispatch.OPS)
+    with use_backend("reference"):
+        section = explain().split("\n\n")[1]
+    assert f"  reference  serves {', '.join(dispatch.OPS)}" in section.splitlines()
+    assert any(line.startswith("  not torch: reference was asked for") for line in section.splitlines())
+
+
+def test_command_line() -> None:
+    """The module prints what `explain` says, of its own process."""
+    environment = os.environ | {"G2RL_KERNELS_BACKEND": "reference"}
+    run = subprocess.run(
+        [sys.executable, "-m", "g2rl_kernels"], capture_output=True, text=True, env=environment, check=True
+    )
+    assert run.stdout.splitlines()[1] == "backend set by name: reference"
+    assert run.stdout.count(f"reference  serves {', '.join(dispatch.OPS)}") >= 3
+
+
+def test_public_names() -> None:
+    assert len(set(g2rl_kernels.__all__)) == len(g2rl_kernels.__all__)
+    assert all(hasattr(g2rl_kernels, name) for name in g2rl_kernels.__all__)
+    public = {name for name in vars(g2rl_kernels) if not name.startswith("_") and name not in sys.modules}
+    modules = {"backends", "checks", "dispatch", "ops", "testing", "version"}
+    assert public - modules <= set(g2rl_kernels.__all__)
