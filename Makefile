@@ -13,7 +13,7 @@ ARGS ?=
 
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ctest bench lint clean
+.PHONY: setup train test ctest bench bench-report lint clean
 
 setup: $(READY)
 
@@ -40,10 +40,16 @@ ctest: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run --quick $(ARGS)
 
+# Plots and the README's tables, from benchmarks/results.
+bench-report: $(READY)
+	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.readme
+
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python -m benchmarks.readme --check
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """Two packages from one tree: `g2rl_kernels` (the ops) and `g2rl` (the trainer, below python/).
 
 The CPU kernels, `g2rl_kernels._native`, are built with CMake where a compiler is at hand. Without one the package still
-installs and works on its other backends. G2RL_SKIP_NATIVE=1 does not try; G2RL_REQUIRE_NATIVE=1 makes a failure an error.
+installs and works on its other backends. G2RL_SKIP_NATIVE=1 does not try; G2RL_REQUIRE_NATIVE=1 makes failure an error.
 """
 
 import os

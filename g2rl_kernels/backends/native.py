@@ -20,7 +20,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("g2rl_kernels._native"), None
     except ModuleNotFoundError:
-        return None, "not compiled: reinstall with a C++20 compiler and CMake at hand (pip install --no-build-isolation)"
+        return None, "not compiled: reinstall with a C++20 compiler and CMake (pip install --no-build-isolation)"
     except ImportError as error:  # built against another torch or C++ runtime
         return None, f"compiled for another installation ({error}): reinstall to build it again"
 

@@ -45,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(path: str | None, overrides: list[str]) -> int:
-    if path and "=" in path:
-        path, overrides = None, [path, *overrides]
+    if path is not None and "=" in path:
+        overrides = [path, *overrides]
+        path = None
     config = _resumed(path, overrides) or _fresh(path, overrides)
     # The trainer loads torch and transformers: only after the configuration has been found good.
     from g2rl.trainer import Trainer, TrainingError

@@ -132,14 +132,10 @@ def test_killed_run_resumes_to_the_same_numbers(tiny_model: Path, tmp_path: Path
 
     assert main(["train", f"resume={tmp_path / 'killed'}"]) == 0
     assert lines(tmp_path / "killed") == lines(whole.run_dir)
-    assert (tmp_path / "killed" / "completions.jsonl").read_text() == (
-        whole.run_dir / "completions.jsonl"
-    ).read_text()
+    assert (tmp_path / "killed" / "completions.jsonl").read_text() == (whole.run_dir / "completions.jsonl").read_text()
 
 
-def test_nan_stops_and_keeps_the_checkpoint(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_stops_and_keeps_the_checkpoint(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config(tiny_model, tmp_path)
     trainer = Trainer(run)
     forward = trainer.model.base_model.forward
