@@ -37,23 +37,27 @@ class Backend:
     Attributes:
         name: what `use_backend` takes.
         module: the module that holds its functions; loaded when first asked for.
-        automatic: whether it is chosen without being named.
+        automatic: device types on which it is chosen without being named; None stands for all of them.
         missing: what to say where the module does not exist in this installation.
     """
 
     name: str
     module: str
-    automatic: bool = True
+    automatic: tuple[str, ...] | None = None
     missing: str = "not part of this version"
+
+    def is_automatic(self, device: torch.device) -> bool:
+        return self.automatic is None or device.type in self.automatic
 
 
 # Fastest first.
 BACKENDS = (
     Backend("cuda", "g2rl_kernels.backends.cuda", missing="this version has no CUDA C++ kernels"),
-    Backend("triton", "g2rl_kernels.backends.triton", missing="this version has no Triton kernels"),
+    # On request until measured: compiled for each chip and run in Triton's interpreter, not yet on a GPU.
+    Backend("triton", "g2rl_kernels.backends.triton", automatic=()),
     Backend("native", "g2rl_kernels.backends.native", missing="this version has no compiled CPU kernels"),
     Backend("torch", "g2rl_kernels.backends.eager"),
-    Backend("reference", "g2rl_kernels.backends.reference", automatic=False),
+    Backend("reference", "g2rl_kernels.backends.reference", automatic=()),
 )
 
 # One variable for the process and not a context variable: autograd runs backward passes on threads of its own, which
@@ -99,7 +103,7 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype) -> Callable:
             raise RuntimeError(f"backend {forced!r} cannot run {op} on {device.type} {dtype}: {reason}")
         return getattr(_load(backend), op)
     for backend in BACKENDS:
-        if backend.automatic and _refusal(backend, op, device, dtype) is None:
+        if backend.is_automatic(device) and _refusal(backend, op, device, dtype) is None:
             return getattr(_load(backend), op)
     raise AssertionError("the torch backend serves every op on every device")
 
@@ -147,7 +151,7 @@ def explain() -> str:
             for op in OPS:
                 for backend in BACKENDS:
                     reason = _refusal(backend, op, device, dtype)
-                    if (backend.name == forced) if forced else (backend.automatic and reason is None):
+                    if (backend.name == forced) if forced else (backend.is_automatic(device) and reason is None):
                         served.setdefault(backend.name, []).append(op)
                         break
                     why = reason or ("only on request" if not forced else f"{forced} was asked for")

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from g2rl_kernels.backends.eager.products import exact_products, mm, mm_fp32_left, mm_in_blocks
+from g2rl_kernels.backends.eager.products import mm_fp32_left, mm_in_blocks
+from g2rl_kernels.products import exact_products, mm
 
 # Rows are handled in slices of this size after the product: on a CPU a slice stays in cache over its passes.
 _SLICE_BYTES = {"cpu": 4 << 20}

@@ -1,0 +1,111 @@
+"""Backward of log-probabilities and entropy: gradients of logits in strips of the vocabulary, two products for each.
+
+    dH += G W[strip],   dW[strip] = G^T H,   dbias[strip] = sum_t G_t          G [N, strip], see `grad_logits`
+
+Sums are fp32 and their order is fixed; G takes the workspace and no more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from g2rl_kernels.backends.triton.grad_logits import grad_logits
+from g2rl_kernels.backends.triton.inputs import Head, on_device_of, unit_stride
+from g2rl_kernels.products import exact_products, mm
+
+# Columns of strips are multiples of this where the workspace allows, tokens of chunks too.
+_STEP = 128
+# fp16 ends at 65504; entries are at most 1 before scaling by this.
+_FP16_RANGE = 2.0**15
+
+
+def logprobs_backward(
+    grad_logps: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logps: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    workspace_bytes: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    head = Head.of(weight, bias, temperature, logit_scale, softcap)
+    hidden, targets = unit_stride(hidden), targets.contiguous()
+    (N, d), V, dtype, device = hidden.shape, head.V, weight.dtype, hidden.device
+    need_bias = need_bias and bias is not None
+    scaled = dtype == torch.float16
+    rows_in, even_scale = _rows_in(head, grad_logps, grad_entropy, logps, entropy, lse, scaled)
+    row_unit, even_unit = rows_in[5].reciprocal()[:, None], even_scale.reciprocal()
+
+    grad_hidden = torch.zeros(N, d, dtype=torch.float32, device=device) if need_hidden else None
+    grad_weight = torch.zeros(V, d, dtype=dtype, device=device) if need_weight else None
+    grad_bias = torch.zeros(V, dtype=torch.float32, device=device) if need_bias else None
+    rows, columns = _chunks(N, V, workspace_bytes // ((2 if scaled else 1) * dtype.itemsize))
+    with exact_products(weight), on_device_of(hidden):
+        for v0 in range(0, V if N else 0, columns):
+            strip = range(v0, min(v0 + columns, V))
+            of_strip = slice(strip.start, strip.stop)
+            grad_w = None
+            for n0 in range(0, N, rows):
+                at = slice(n0, min(n0 + rows, N))
+                h = hidden[at]
+                G = torch.empty(h.shape[0], len(strip), dtype=dtype, device=device)
+                G_even = torch.empty_like(G) if scaled else None
+                grad_logits(h, head, targets[at], rows_in[:, at], strip, G, G_even, even_scale)
+                if grad_hidden is not None:
+                    part = mm(G, head.weight[of_strip])
+                    grad_hidden[at] += part * row_unit[at] if scaled else part
+                even = G if G_even is None else G_even
+                if grad_weight is not None:
+                    part = mm(even.T, h)
+                    grad_w = part if grad_w is None else grad_w.add_(part)
+                if grad_bias is not None:
+                    grad_bias[of_strip] += even.sum(0, dtype=torch.float32)
+            if grad_weight is not None and grad_w is not None:
+                grad_weight[of_strip] = grad_w * even_unit if scaled else grad_w
+    if grad_bias is not None and scaled:
+        grad_bias *= even_unit
+    return (
+        None if grad_hidden is None else grad_hidden.to(dtype),
+        grad_weight,
+        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def _chunks(N: int, V: int, entries: int) -> tuple[int, int]:
+    """Tokens and columns of a strip of at most `entries` (at least V: a row always fits); all tokens if possible."""
+    entries = max(entries, V)
+    rows = max(1, min(N, entries // min(_STEP, V)))
+    if _STEP < rows < N:
+        rows = rows // _STEP * _STEP
+    columns = min(V, entries // rows)
+    return rows, columns // _STEP * _STEP if columns > _STEP else columns
+
+
+def _rows_in(
+    head: Head, grad_logps: Tensor, grad_entropy: Tensor, logps: Tensor, entropy: Tensor, lse: Tensor, scaled: bool
+) -> tuple[Tensor, Tensor]:
+    """What `grad_logits` takes of each token [6, N], and the scale for all of G."""
+    factor = head.logit_scale / head.temperature
+    g, g_entropy = grad_logps.float() * factor, grad_entropy.float() * factor
+    # 1 - p_y by expm1: exact where log p_y is.
+    of_target = g * -torch.expm1(logps) - g_entropy * logps.exp() * (logps + entropy)
+    rows_in = torch.stack((lse, entropy, g, g_entropy, of_target, torch.ones_like(lse)))
+    if not scaled:
+        return rows_in, lse.new_ones(())
+    # |p log p| <= 1 / e, and p, slope <= 1: no entry of a row is larger than this.
+    largest = g.abs() + g_entropy.abs() * (entropy + 0.5)
+    # A row of zeros keeps the scale 1; the smallest unit keeps its reciprocal finite.
+    tiny = torch.finfo(torch.float32).tiny * 2.0**32
+    rows_in[5] = torch.where(largest > 0, _FP16_RANGE / largest.clamp(min=tiny), 1.0)
+    overall = largest.amax() if largest.numel() else largest.new_zeros(())
+    return rows_in, torch.where(overall > 0, _FP16_RANGE / overall.clamp(min=tiny), 1.0)

@@ -1,0 +1,111 @@
+"""Launch configurations: tile sizes, warps and stages of every kernel, by compute capability and dtype.
+
+Chosen by table and never by a timing at run time: the order of a sum, and with it the bits of a result, follows the
+tile, so a choice that varies between runs or with the batch would break "same inputs, same bits". The tests compile
+every entry for its chips and refuse one that spills or does not fit.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Of kernels with a product inside: rows x columns x depth of a step, warps, stages, and TMA for loads.
+
+    `N` counts tokens or responses, `V` vocabulary, `D` hidden; which of them are rows depends on the kernel.
+    """
+
+    BLOCK_N: int
+    BLOCK_V: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+    USE_TMA: bool = False
+
+    def kwargs(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# Columns of one vocabulary split of the statistics pass and of the projection. They depend on nothing, so that a
+# token's sums are grouped alike in every batch. At V = 152k they make 75 and 19 splits: enough programs for 128 tokens.
+STATISTICS_SPLIT = 2048
+PROJECTION_SPLIT = 8192
+# Programs of so many row blocks are launched next to each other: 16 x 8 tiles of H and W are in L2 at one time.
+GROUP = 16
+
+# Kernel, 16-bit inputs or not, oldest capability -> tile. "+" marks a kernel that does more after its product (keeps
+# logits, finds statistics, scales gradients, applies a soft cap): its tile is smaller where registers would spill to
+# memory. fp32 products run on CUDA cores.
+TILES: dict[tuple[str, bool, int], Tile] = {
+    ("statistics", True, 80): Tile(128, 128, 32, 8, 4),
+    ("statistics", True, 90): Tile(128, 128, 64, 8, 4, USE_TMA=True),
+    ("statistics+", True, 80): Tile(64, 128, 32, 8, 4),
+    ("statistics+", True, 90): Tile(64, 128, 64, 8, 4, USE_TMA=True),
+    ("residuals", True, 80): Tile(128, 128, 32, 8, 4),
+    ("residuals", True, 90): Tile(128, 128, 64, 8, 4, USE_TMA=True),
+    ("residuals", True, 100): Tile(64, 128, 64, 8, 4, USE_TMA=True),
+    ("residuals+", True, 80): Tile(64, 128, 32, 8, 4),
+    ("residuals+", True, 90): Tile(64, 128, 64, 8, 4, USE_TMA=True),
+    ("grad_logits", True, 80): Tile(128, 128, 32, 8, 4),
+    ("grad_logits", True, 90): Tile(128, 128, 64, 8, 4, USE_TMA=True),
+    ("grad_logits+", True, 80): Tile(64, 128, 32, 8, 4),
+    ("grad_logits+", True, 90): Tile(64, 128, 64, 8, 4, USE_TMA=True),
+    ("projection", True, 80): Tile(64, 64, 64, 4, 3),
+    ("statistics", False, 80): Tile(64, 64, 16, 8, 2),
+    ("statistics+", False, 80): Tile(32, 64, 16, 4, 2),
+    ("residuals", False, 80): Tile(64, 64, 16, 8, 2),
+    ("residuals+", False, 80): Tile(32, 64, 16, 4, 2),
+    ("grad_logits", False, 80): Tile(64, 64, 16, 8, 2),
+    ("grad_logits+", False, 80): Tile(32, 64, 16, 4, 2),
+    ("projection", False, 80): Tile(64, 32, 64, 8, 2),
+}
+# On chips with TMA, for rows that it cannot address.
+_UNALIGNED = Tile(64, 64, 64, 8, 3)
+# Chips of capability 12 have TMA, but neither wgmma nor the shared memory of 9.0 and 10.0.
+_LIKE_AMPERE = 120
+_TMA_ALIGNMENT = 16
+# The interpreter takes a time per operation and not per element, but ragged edges need some tiles.
+_INTERPRETED = Tile(16, 64, 32, 1, 1)
+INTERPRETED_SPLIT = 256
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def tile(kernel: str, hidden: torch.Tensor, weight: torch.Tensor, heavy: bool = False) -> Tile:
+    """The tile in use for these inputs; `heavy` for the work that "+" marks."""
+    if not hidden.is_cuda:
+        return _INTERPRETED
+    major, minor = torch.cuda.get_device_capability(hidden.device)
+    tma = _tma_addressable(hidden) and _tma_addressable(weight)
+    return tile_for(kernel + "+" * heavy, hidden.element_size() == 2, 10 * major + minor, tma)
+
+
+def tile_for(kernel: str, half: bool, capability: int, tma: bool = True) -> Tile:
+    """The newest entry that a chip can use; `tma` says whether TMA can address the rows."""
+    if capability >= _LIKE_AMPERE:
+        capability = 80
+    newest = max(
+        oldest for name, is_half, oldest in TILES if (name, is_half) == (kernel, half) and oldest <= capability
+    )
+    tile = TILES[kernel, half, newest]
+    return tile if tma or not tile.USE_TMA else _UNALIGNED
+
+
+def _tma_addressable(x: torch.Tensor) -> bool:
+    return x.data_ptr() % _TMA_ALIGNMENT == 0 and x.stride(0) * x.element_size() % _TMA_ALIGNMENT == 0
+
+
+def statistics_split(like: torch.Tensor) -> int:
+    return STATISTICS_SPLIT if like.is_cuda else INTERPRETED_SPLIT
+
+
+def projection_split(like: torch.Tensor) -> int:
+    return PROJECTION_SPLIT if like.is_cuda else INTERPRETED_SPLIT

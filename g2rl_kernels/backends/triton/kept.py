@@ -1,0 +1,83 @@
+"""Residuals summed in vocabulary space from logits that pass 1 kept, for a chunk of tokens.
+
+    R[b, v] += sum_{t in b and chunk} a_t slope_tv ([v = y_t] S_rest_t / S_t  -  [v != y_t] exp(u_tv - m_t) / S_t)
+
+One program owns (response, vocabulary tile) and adds tokens one by one: chunks can end anywhere without changing a bit.
+Logits are kept in fp32. Exponentials in 16 bits, with a scale for each row and tile, round by up to 2^-12 of themselves
+in fp16 and 2^-9 in bf16. A response of one token with few likely words shows that in full: Phi was off by 3e-5 in fp16
+and by 2e-4 in bf16, of 64 tokens by 9e-6 and 6e-5, where 1e-5 is allowed for all errors together.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from g2rl_kernels.backends.triton.inputs import Head
+from g2rl_kernels.backends.triton.tiles import apply_options
+
+_BLOCK_V = 512
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def _kept_kernel(
+    kept,
+    targets,
+    cu_seqlens,
+    terms,
+    R,
+    first,
+    last,
+    V,
+    tiles,
+    stride_kept,
+    stride_terms,
+    inner_scale,
+    scale,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    b = tl.program_id(0) // tiles
+    v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
+    start = tl.maximum(tl.load(cu_seqlens + b).to(tl.int32), first)
+    end = tl.minimum(tl.load(cu_seqlens + b + 1).to(tl.int32), last)
+    at = R + b.to(tl.int64) * V + v
+    r = tl.load(at, mask=v < V, other=0.0)
+    for n in range(start, end):
+        # Rows of `kept` and columns of `terms` count from the chunk's first token.
+        t = n - first
+        z = tl.load(kept + tl.cast(t, tl.int64) * stride_kept + v, mask=v < V, other=0.0)
+        y = tl.load(targets + n).to(tl.int32)
+        m = tl.load(terms + t)
+        a = tl.load(terms + stride_terms + t)
+        of_target = tl.load(terms + 2 * stride_terms + t)
+        u, slope = apply_options(z, inner_scale, scale, SOFTCAP)
+        r += tl.where(v == y, of_target, -(tl.exp(u - m) * slope * a))
+    tl.store(at, r, mask=v < V)
+
+
+def add_kept(
+    kept: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor, terms: Tensor, R: Tensor, first: int, last: int
+) -> None:
+    """Add tokens first to last, n of them, with raw logits `kept` [n, V] and `terms` [4, n], to R [B, V]."""
+    B, V = R.shape
+    tiles = triton.cdiv(V, _BLOCK_V)
+    _kept_kernel[(B * tiles,)](
+        kept,
+        targets,
+        cu_seqlens,
+        terms,
+        R,
+        first,
+        last,
+        V,
+        tiles,
+        kept.stride(0),
+        terms.stride(0),
+        head.inner_scale,
+        head.scale,
+        SOFTCAP=head.softcap > 0,
+        BLOCK_V=_BLOCK_V,
+        num_warps=4,
+    )

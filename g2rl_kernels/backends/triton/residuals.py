@@ -1,0 +1,172 @@
+"""Pass 2: residuals of each response's tokens summed in vocabulary space, from recomputed logits.
+
+    R[b, v] = sum_{t in b} a_t slope_tv ([v = y_t] S_rest_t / S_t  -  [v != y_t] exp(u_tv - m_t) / S_t)     [B, V]
+
+One program owns (response, vocabulary tile), loops over the response's tokens in blocks counted from its first one, and
+writes its part of R once: no atomics, and nothing depends on other responses. Vocabulary lies along the rows of a tile,
+so that a sum over tokens stays inside a thread but for its last two steps.
+
+With a given lse in place of m, sums that pass 1 would find come out of the same product (STATISTICS): S and X of each
+(vocabulary tile, token) in `partials` [4, tiles, N], as `merge` takes them. S_t is not known then, so it is taken as 1
+and targets are left out; `targets.add_targets` adds them, and ONLY_FLAGGED recomputes responses where lse was too far
+off.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from g2rl_kernels.backends.triton import configs
+from g2rl_kernels.backends.triton.inputs import Head, operands
+from g2rl_kernels.backends.triton.tiles import LOWEST, apply_options, dot_rows, grouped, load_rows
+
+
+@triton.jit(do_not_specialize=["B", "N"])
+def _residuals_kernel(
+    hidden,
+    weight,
+    bias,
+    targets,
+    cu_seqlens,
+    shift,
+    others,
+    target_terms,
+    flags,
+    R,
+    partials,
+    B,
+    N,
+    V,
+    D,
+    stride_h,
+    stride_w,
+    inner_scale,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    ONLY_FLAGGED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tiles = tl.cdiv(V, BLOCK_V)
+    b, tile = grouped(tl.program_id(0), B, tiles, GROUP)
+    if ONLY_FLAGGED:
+        if tl.load(flags + b) == 0:
+            return
+    start = tl.load(cu_seqlens + b).to(tl.int32)
+    end = tl.load(cu_seqlens + b + 1).to(tl.int32)
+    v0 = tile * BLOCK_V
+    v = v0 + tl.arange(0, BLOCK_V)
+    if HAS_BIAS:
+        offset = tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)[:, None]
+
+    r = tl.zeros((BLOCK_V,), tl.float32)
+    for n0 in range(start, end, BLOCK_N):
+        z = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
+        for k in range(0, D, BLOCK_D):
+            w = load_rows(weight, v0, V, k, D, stride_w, USE_TMA, BLOCK_V, BLOCK_D)
+            h = load_rows(hidden, n0, end, k, D, stride_h, USE_TMA, BLOCK_N, BLOCK_D)
+            z = dot_rows(w, h, z, UPCAST)
+        if HAS_BIAS:
+            z += offset
+        n = n0 + tl.arange(0, BLOCK_N)
+        inside = n < end
+        y = tl.load(targets + n, mask=inside, other=-1).to(tl.int32)
+        # Beyond the response a shift of inf makes every exponential 0, whatever follows in memory.
+        m = tl.load(shift + n, mask=inside, other=float("inf")).to(tl.float32)
+        a = tl.load(others + n, mask=inside, other=0.0).to(tl.float32)
+        u, slope = apply_options(z, inner_scale, scale, SOFTCAP)
+        x = tl.maximum(u - m[None, :], LOWEST)
+        is_target = v[:, None] == y[None, :]
+        if STATISTICS:
+            e = tl.where(is_target | (v >= V)[:, None], 0.0, tl.exp(x))
+            row = tile.to(tl.int64)
+            z_y = tl.sum(tl.where(is_target, z, 0.0), 0)
+            tl.store(partials + (row + tiles) * N + n, tl.sum(e, 0), mask=inside)
+            tl.store(partials + (row + 2 * tiles) * N + n, tl.sum(x * e, 0), mask=inside)
+            tl.store(partials + (row + 3 * tiles) * N + n, z_y, mask=inside)
+            r -= tl.sum(e * slope * a[None, :], 1)
+        else:
+            of_target = tl.load(target_terms + n, mask=inside, other=0.0)
+            r += tl.sum(tl.where(is_target, of_target[None, :], -(tl.exp(x) * slope * a[None, :])), 1)
+    tl.store(R + b.to(tl.int64) * V + v, r, mask=v < V)
+
+
+def residuals(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    terms: Tensor,
+    R: Tensor,
+    flags: Tensor | None = None,
+) -> None:
+    """Write R [B, V] of responses cu_seqlens [B + 1] from terms [4, N]; with flags [B], only where they are not 0."""
+    _launch(hidden, head, targets, cu_seqlens, terms[0], terms[1], terms[2], R, flags=flags)
+
+
+def residuals_and_statistics(
+    hidden: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor, token_weights: Tensor, lse: Tensor, R: Tensor
+) -> Tensor:
+    """Write R [B, V] without targets, taking lse [N] for exact; returns partials [4, tiles, N], all set but m."""
+    tiles = triton.cdiv(head.V, configs.tile("residuals", hidden, head.weight, heavy=True).BLOCK_V)
+    partials = torch.empty(4, tiles, hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    _launch(hidden, head, targets, cu_seqlens, lse, token_weights, token_weights, R, partials=partials)
+    return partials
+
+
+def statistics_bytes(hidden: Tensor, head: Head) -> int:
+    """Of `partials`, for one token."""
+    return 4 * 4 * triton.cdiv(head.V, configs.tile("residuals", hidden, head.weight, heavy=True).BLOCK_V)
+
+
+def _launch(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    shift: Tensor,
+    others: Tensor,
+    target_terms: Tensor,
+    R: Tensor,
+    flags: Tensor | None = None,
+    partials: Tensor | None = None,
+) -> None:
+    B = R.shape[0]
+    N, D = hidden.shape
+    tile = configs.tile("residuals", hidden, head.weight, heavy=partials is not None or head.softcap > 0)
+    h, w = operands(hidden, head.weight, tile)
+    _residuals_kernel[(B * triton.cdiv(head.V, tile.BLOCK_V),)](
+        h,
+        w,
+        head.bias_or_weight,
+        targets,
+        cu_seqlens,
+        shift,
+        others,
+        target_terms,
+        cu_seqlens if flags is None else flags,
+        R,
+        R if partials is None else partials,
+        B,
+        N,
+        head.V,
+        D,
+        hidden.stride(0),
+        head.weight.stride(0),
+        head.inner_scale,
+        head.scale,
+        STATISTICS=partials is not None,
+        ONLY_FLAGGED=flags is not None,
+        GROUP=configs.GROUP,
+        **head.constants(),
+        **tile.kwargs(),
+    )

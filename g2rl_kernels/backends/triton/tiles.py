@@ -1,0 +1,81 @@
+"""Device functions that several kernels share: a tile of raw logits, the head's options, functions Triton lacks.
+
+Symbols of all kernels: N tokens, d hidden, V vocab, B responses; z = W h + b raw logits, u = z / T with scale and soft
+cap applied, `slope` = dz/dz_raw of the soft cap.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Stands for -inf where a product with 0 follows: -inf * 0 would be NaN.
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def dot_rows(a, b, acc, UPCAST: tl.constexpr):
+    """acc + a b^T in fp32, exact for fp32 operands. UPCAST: the interpreter's product of bf16 tiles returns garbage."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+
+
+@triton.jit
+def load_rows(x, first_row, end_row, k, D, stride, USE_TMA: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x[first_row : first_row + ROWS, k : k + BLOCK_D], 0 beyond D and, without TMA, beyond `end_row`.
+
+    `x` is a tensor descriptor under USE_TMA, else a pointer. TMA gives whatever follows `end_row` inside the tensor:
+    what such rows lead to is masked by the caller.
+    """
+    if USE_TMA:
+        return x.load([first_row, k])
+    else:
+        rows = tl.arange(0, ROWS)
+        columns = k + tl.arange(0, BLOCK_D)
+        inside = (first_row + rows < end_row)[:, None] & (columns < D)[None, :]
+        at = x + tl.cast(first_row, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+        return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def tanh_and_slope(x):
+    """tanh x, to about one unit in the last place, and 1 / cosh^2 x, which 1 - tanh^2 is not where tanh is near 1."""
+    t = tl.exp(-2.0 * tl.abs(x))
+    large = 1.0 - 2.0 * t / (1.0 + t)
+    s = x * x
+    # Taylor series below 1/4, where 1 - 2t / (1 + t) cancels; the next term is under 1e-8 of the sum.
+    small = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
+    value = tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))
+    return value, 4.0 * t / ((1.0 + t) * (1.0 + t))
+
+
+@triton.jit
+def apply_options(z, inner_scale, scale, SOFTCAP: tl.constexpr):
+    """u from raw logits: scale * z, or scale * tanh(inner_scale * z) under a soft cap; and the cap's slope."""
+    if SOFTCAP:
+        value, slope = tanh_and_slope(z * inner_scale)
+        return value * scale, slope
+    else:
+        return z * scale, 1.0
+
+
+@triton.jit
+def log1p_of_ratio(q):
+    """log(1 + q) for q in [0, 1] to about one unit in the last place: 2 atanh(q / (2 + q)) by its series."""
+    s = q / (2.0 + q)
+    x = s * s
+    series = 1.0 / 13 + x * (1.0 / 15)
+    series = 1.0 / 9 + x * (1.0 / 11 + x * series)
+    series = 1.0 / 5 + x * (1.0 / 7 + x * series)
+    return 2.0 * s * (1.0 + x * (1.0 / 3 + x * series))
+
+
+@triton.jit
+def grouped(pid, rows, columns, GROUP: tl.constexpr):
+    """(row, column) of a program, such that consecutive programs share few rows and columns: both stay in L2."""
+    per_group = GROUP * columns
+    first = pid // per_group * GROUP
+    size = tl.minimum(rows - first, GROUP)
+    return first + pid % per_group % size, pid % per_group // size

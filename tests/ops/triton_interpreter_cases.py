@@ -1,0 +1,195 @@
+"""Triton kernels in Triton's interpreter, on CPU tensors, held to the contract.
+
+Run by test_triton_interpreter.py in a process of its own, with TRITON_INTERPRET=1 from the start. The interpreter takes
+a time per tile and per operation: shapes are small, and each is ragged against tiles of 16 tokens, 64 words and 32
+dimensions and against splits of 256 words.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from g2rl_kernels import LMHead, Shaping, g2rl_advantages, sequence_features, testing, token_logprobs, use_backend
+from g2rl_kernels.backends.triton import head as plans
+from g2rl_kernels.ops.head import SequenceFeatures
+from g2rl_kernels.testing import OPTIONS, Gradients, HeadSample, Options, Shape
+
+RAGGED = Shape((5, 0, 9, 1, 8), 63, 321, "N = 23 prime, odd d, two splits of V, an empty and a one-token response")
+LONG = Shape((37, 1), 17, 70, "a response over three tiles of tokens, one ragged tile of V beyond a whole one")
+SHAPES = (
+    Shape((), 16, 64, "no responses"),
+    Shape((0,), 16, 64, "no tokens, one empty response"),
+    Shape((3, 2), 1, 1, "a vocabulary of one: splits and tiles without any word but the target"),
+    Shape((16, 1, 15), 64, 256, "nothing ragged in d and V; responses end on and off a tile edge"),
+    LONG,
+)
+# bf16 products are made in fp32 there, as the interpreter's own are wrong; one case shows that loads and splits are
+# right.
+DTYPES = (torch.float32, torch.float16)
+PLANS = ("recomputed", "kept", "given", "perturbed")
+
+sample = functools.cache(testing.head_sample)
+
+
+@functools.cache
+def oracle(shape: Shape, dtype: torch.dtype, kind: str, options: Options) -> SequenceFeatures:
+    return testing.oracle(sample(shape, dtype, kind=kind, options=options))
+
+
+@pytest.fixture(autouse=True)
+def triton_backend():  # noqa: ANN201
+    torch.set_num_threads(1)
+    with use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are kept at any size, not only where that pays."""
+    monkeypatch.setattr(plans, "KEEP_FROM_D", 0)
+    monkeypatch.setattr(plans, "KEEP_FROM_ROWS", 0)
+
+
+def features(s: HeadSample, **changes: object) -> SequenceFeatures:
+    return sequence_features(s.hidden, s.head, s.targets, s.cu_seqlens, s.token_weights, **changes)
+
+
+def check(shape: Shape, dtype: torch.dtype, kind: str, options: str, **changes: object) -> None:
+    s, expected = (
+        sample(shape, dtype, kind=kind, options=OPTIONS[options]),
+        oracle(shape, dtype, kind, OPTIONS[options]),
+    )
+    unavoidable = testing.accumulation_error(s) if kind.startswith("hidden") else None
+    testing.assert_bounds(features(s, **changes), expected, s.cu_seqlens, unavoidable)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["random", "peaked", "bias+", "hidden-"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_plans_and_logits(plan: str, kind: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    """An lse that is off by 1e-4 makes the kernel compute the response again; one that is exact does not."""
+    lse = None
+    if plan == "kept":
+        request.getfixturevalue("kept")
+    elif plan != "recomputed":
+        lse = oracle(RAGGED, dtype, kind, OPTIONS["plain"]).lse.float()
+        lse = lse + 1e-4 * (plan == "perturbed")
+    check(RAGGED, dtype, kind, "plain", lse=lse)
+
+
+def test_bf16(kept: None) -> None:
+    check(RAGGED, torch.bfloat16, "peaked", "together")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"N{shape.N}-d{shape.d}-V{shape.V}")
+@pytest.mark.parametrize("plan", ["recomputed", "kept", "given"])
+def test_shapes(plan: str, shape: Shape, request: pytest.FixtureRequest) -> None:
+    if plan == "kept":
+        request.getfixturevalue("kept")
+    lse = oracle(shape, torch.float16, "random", OPTIONS["plain"]).lse.float() if plan == "given" else None
+    check(shape, torch.float16, "random", "plain", lse=lse)
+    s = sample(shape, torch.float16, kind="random", options=OPTIONS["plain"])
+    testing.assert_bounds(
+        token_logprobs(s.hidden, s.head, s.targets), oracle(shape, torch.float16, "random", OPTIONS["plain"])
+    )
+
+
+@pytest.mark.parametrize("options", ["temperature", "logit-scale", "softcap", "together"])
+@pytest.mark.parametrize("plan", ["recomputed", "kept", "given"])
+def test_options(plan: str, options: str, request: pytest.FixtureRequest) -> None:
+    if plan == "kept":
+        request.getfixturevalue("kept")
+    lse = oracle(LONG, torch.float32, "peaked", OPTIONS[options]).lse.float() if plan == "given" else None
+    check(LONG, torch.float32, "peaked", options, lse=lse)
+
+
+@pytest.mark.parametrize("rows", [0, 3, 17])
+@pytest.mark.parametrize("plan", ["recomputed", "kept", "given"])
+def test_any_workspace(plan: str, rows: int, request: pytest.FixtureRequest) -> None:
+    if plan == "kept":
+        request.getfixturevalue("kept")
+    lse = oracle(LONG, torch.float32, "random", OPTIONS["bias"]).lse.float() if plan == "given" else None
+    check(LONG, torch.float32, "random", "bias", lse=lse, workspace_bytes=max(1, rows * LONG.V * 6))
+
+
+@pytest.mark.parametrize("plan", ["recomputed", "kept", "given"])
+def test_responses_do_not_depend_on_their_batch(plan: str, request: pytest.FixtureRequest) -> None:
+    """Bit for bit. Chunks of kept logits end inside responses, at other tokens of them when they stand elsewhere."""
+    if plan == "kept":
+        request.getfixturevalue("kept")
+    s = sample(LONG, torch.float16, kind="random", options=OPTIONS["plain"])
+    lse = oracle(LONG, torch.float16, "random", OPTIONS["plain"]).lse.float() if plan == "given" else None
+    limit = 2**28 if plan == "given" else 11 * LONG.V * 6
+    together = features(s, lse=lse, workspace_bytes=limit)
+    order = torch.cat((torch.arange(37, 38), torch.arange(37)))
+    swapped = sequence_features(
+        s.hidden[order],
+        s.head,
+        s.targets[order],
+        torch.tensor([0, 1, 38]),
+        s.token_weights[order],
+        None if lse is None else lse[order],
+        workspace_bytes=limit,
+    )
+    assert torch.equal(swapped.features.flip(0), together.features)
+    for found, expected in zip(swapped[1:], together[1:], strict=True):
+        assert torch.equal(found, expected[order])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "options", "rows"),
+    [
+        (torch.float32, "random", "together", 1000),
+        (torch.float32, "peaked", "plain", 1000),
+        (torch.float16, "random", "bias", 9),
+        (torch.float16, "peaked", "softcap", 1000),
+        (torch.bfloat16, "bias+", "plain", 1000),
+    ],
+)
+def test_gradients(dtype: torch.dtype, kind: str, options: str, rows: int) -> None:
+    """Upstream gradients of both signs, from 1e-6 to 1e6, which fp16 cannot hold; workspaces that cut both ways."""
+    s = sample(RAGGED, dtype, kind=kind, options=OPTIONS[options])
+    random = torch.Generator().manual_seed(3)
+    sizes = 10 ** (12 * torch.rand(2, RAGGED.N, generator=random, dtype=torch.float64) - 6)
+    upstream = (sizes * torch.randn(2, RAGGED.N, generator=random).sign()).float()
+    hidden, weight = s.hidden.detach().requires_grad_(), s.head.weight.detach().requires_grad_()
+    bias = None if s.head.bias is None else s.head.bias.detach().requires_grad_()
+    head = LMHead(weight, bias, s.head.temperature, s.head.logit_scale, s.head.softcap)
+    out = token_logprobs(hidden, head, s.targets, workspace_bytes=rows * RAGGED.V * dtype.itemsize)
+    torch.autograd.backward((out.logps, out.entropy), tuple(upstream))
+    found = Gradients(hidden.grad, weight.grad, None if bias is None else bias.grad)
+    exact, allowed = testing.oracle_gradients(s, *upstream)
+    testing.assert_gradients(found, exact, allowed)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "d"), [((3, 1, 0, 2), 37), ((16, 16), 64), ((40, 7), 33)], ids=["ragged", "tile", "two-tiles-of-rows"]
+)
+def test_group_op(sizes: tuple[int, ...], d: int) -> None:
+    """All rules and options against the reference; near-equal directions, a Phi of 0, invalid rows, equal rewards."""
+    random = torch.Generator().manual_seed(0)
+    B = sum(sizes)
+    phi = torch.randn(B, d, generator=random)
+    phi[1::4] = phi[0] * (1 + 1e-4) + 1e-4 * torch.randn(d, generator=random)
+    phi[2] = 0
+    rewards = torch.randint(0, 2, (B,), generator=random).float() * 2 - 1
+    rewards[: sizes[0]] = 0.3
+    cu_groups = torch.tensor([0, *sizes]).cumsum(0)
+    valid = torch.rand(B, generator=random) > 0.2
+    for rule, uniform, normalize in itertools.product(
+        ("scale", "centered", "literal"), ("shape", "drop"), ("std", "none")
+    ):
+        shaping = Shaping(0.7, 1.5, rule, 1e-2, uniform)
+        for mask in (None, valid) if normalize == "std" else (valid,):
+            found = g2rl_advantages(phi, rewards, cu_groups, shaping, mask, normalize=normalize)
+            with use_backend("reference"):
+                expected = g2rl_advantages(phi, rewards, cu_groups, shaping, mask, normalize=normalize)
+            for name, got, want in zip(found._fields, found, expected, strict=True):
+                # Both are float64 rounded to fp32; strength and clip reach the kernel as fp32.
+                torch.testing.assert_close(
+                    got, want, rtol=3e-7, atol=3e-7, msg=lambda text, name=name: f"{name}: {text}"
+                )
