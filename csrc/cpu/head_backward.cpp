@@ -161,7 +161,7 @@ std::array<at::Tensor, 3> logprobs_backward(const at::Tensor& grad_logps, const 
     if (needs.weight) out[1].zero_();
     if (dbias.defined()) dbias.zero_();
   } else {
-    const RowPanels rows(p.hidden, p.format, p.depth);
+    const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
     const TokenGradients grads(p, grad_logps, grad_entropy, stats);
     if (needs.hidden) hidden_gradient(p, rows, grads, out[0]);
     if (needs.weight || dbias.defined())

@@ -11,7 +11,7 @@ constexpr int64_t kSlabs = 32;
 
 VocabCut cut_vocabulary(int64_t V, const Depth& depth, const Format& format) {
   const int64_t column_bytes = depth.padded() * format.parts * sizeof(uint32_t);
-  const int64_t width = std::clamp<int64_t>(kPanelBytes / column_bytes / 64 * 64, 64, 256);
+  const int64_t width = std::clamp<int64_t>(kPanelBytes / column_bytes / 64 * 64, 64, kMaxWidth);
   const int64_t tiles = std::max<int64_t>(1, (V + width - 1) / width);
   return {width, tiles, std::min(tiles, kSlabs)};
 }
@@ -78,9 +78,9 @@ void LogitTile::load(int64_t tile, bool straight) {
 
 void LogitTile::compute(const RowPanels& rows, int64_t block, bool want_slope, float* target_acc) {
   constexpr float kMasked = -std::numeric_limits<float>::infinity();
-  multiply_rows(problem_.format, problem_.depth, rows.block(block), panel_, tile_.acc);
-  const int64_t first_token = block * kRows;
-  tile_.rows = static_cast<int>(std::min(kRows, problem_.N - first_token));
+  multiply_rows(problem_.format, problem_.depth, rows.block(block), rows.rows(block), panel_, tile_.acc);
+  const int64_t first_token = rows.first(block);
+  tile_.rows = static_cast<int>(rows.rows(block));
   if (target_acc) {
     for (int r = 0; r < tile_.rows; ++r) {
       const int64_t c = problem_.targets[first_token + r] - first_;

@@ -13,6 +13,7 @@ namespace g2rl {
 struct VocabCut {
   int64_t width, tiles, slabs;
   int64_t slab_begin(int64_t s) const { return s * tiles / slabs; }
+  int64_t cols(int64_t tile, int64_t V) const { return std::min(width, V - tile * width); }
 };
 
 // One call's head and tokens.
@@ -41,7 +42,7 @@ class LogitTile {
  public:
   explicit LogitTile(const HeadProblem& problem);
   void load(int64_t tile, bool straight);
-  // Logits of token block `block`. The targets' columns become -inf, so that every sum below is over the other entries;
+  // Logits of the tokens in a block of `rows`. The targets' columns become -inf, so that every sum below is over the other entries;
   // their raw products go to target_acc[N] if it is not null.
   void compute(const RowPanels& rows, int64_t block, bool want_slope, float* target_acc);
 

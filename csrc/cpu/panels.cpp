@@ -4,6 +4,10 @@
 #include <cstring>
 #include <new>
 
+#if defined(__unix__)
+#include <sys/mman.h>
+#endif
+
 namespace g2rl {
 namespace {
 
@@ -13,6 +17,8 @@ namespace blas = at::native::cpublas;
 // less than one long sum.
 constexpr int64_t kChunkAmx = 640, kChunkFloat = 128;
 constexpr int64_t kColumnBlockUnits = 64 * 1024;  // 256 KB of right operand
+constexpr int64_t kBlocksPerTask = 8;
+constexpr int64_t kMappedBytes = 4 << 20;
 constexpr int64_t kLine = 16;    // 32-bit units per cache line
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -62,11 +68,28 @@ Format choose_format(at::ScalarType dtype) {
   return {amx, !amx || d == Dtype::kBFloat16 ? 1 : d == Dtype::kHalf ? 2 : 3, d};
 }
 
-Buffer::Buffer(int64_t bytes) : data_(std::aligned_alloc(64, round_up(std::max<int64_t>(bytes, 64), 64))) {
+Buffer::Buffer(int64_t bytes) {
+#if defined(__unix__)
+  if (bytes >= kMappedBytes) {
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    data_ = std::unique_ptr<void, Free>(p, Free{bytes});
+    return;
+  }
+#endif
+  data_ = std::unique_ptr<void, Free>(std::aligned_alloc(64, round_up(std::max<int64_t>(bytes, 64), 64)), Free{0});
   if (!data_) throw std::bad_alloc();
 }
 
-void Buffer::Free::operator()(void* p) const { std::free(p); }
+void Buffer::Free::operator()(void* p) const {
+#if defined(__unix__)
+  if (mapped_bytes) {
+    munmap(p, mapped_bytes);
+    return;
+  }
+#endif
+  std::free(p);
+}
 
 MatrixView view(const at::Tensor& t) {
   return {static_cast<const char*>(t.const_data_ptr()), t.size(0), t.size(1), static_cast<int64_t>(t.stride(0) * t.element_size())};
@@ -79,24 +102,30 @@ Depth split_depth(int64_t d, const Format& format) {
   return {chunks, units, units + kLine};
 }
 
-RowPanels::RowPanels(const MatrixView& m, const Format& format, const Depth& depth)
-    : blocks_((m.rows + kRows - 1) / kRows),
+RowPanels::RowPanels(const MatrixView& m, const Format& format, const Depth& depth, int64_t first, int64_t count)
+    : first_(first),
+      count_(count),
+      blocks_((count + kRows - 1) / kRows),
       block_units_(depth.chunks * format.parts * kRows * depth.stride),
       data_(blocks_ * block_units_ * sizeof(uint32_t)) {
   const int64_t part_units = kRows * depth.stride;
+  const auto pack = [&](int64_t i) {
+    for (int64_t r = 0; r < kRows; ++r) {
+      const int64_t row = first_ + i * kRows + r, end = first_ + count_;
+      for (int64_t c = 0; c < depth.chunks; ++c) {
+        uint32_t* dst = data_.units() + i * block_units_ + c * format.parts * part_units + r * depth.stride;
+        const int64_t col = c * depth.units * format.per_unit();
+        const int64_t n = row < end ? std::clamp<int64_t>(m.cols - col, 0, depth.units * format.per_unit()) : 0;
+        const char* src = n ? m.row(row) + col * element_size(format.dtype) : nullptr;
+        convert_row(format, src, n, depth.units, part_units, dst);
+      }
+    }
+  };
+  // A few blocks are packed sooner than a second thread wakes.
   for_tasks(
-      blocks_, [] { return 0; },
-      [&](int, int64_t i) {
-        for (int64_t r = 0; r < kRows; ++r) {
-          const int64_t row = i * kRows + r;
-          for (int64_t c = 0; c < depth.chunks; ++c) {
-            uint32_t* dst = data_.units() + i * block_units_ + c * format.parts * part_units + r * depth.stride;
-            const int64_t first = c * depth.units * format.per_unit();
-            const int64_t n = row < m.rows ? std::clamp<int64_t>(m.cols - first, 0, depth.units * format.per_unit()) : 0;
-            const char* src = n ? m.row(row) + first * element_size(format.dtype) : nullptr;
-            convert_row(format, src, n, depth.units, part_units, dst);
-          }
-        }
+      (blocks_ + kBlocksPerTask - 1) / kBlocksPerTask, [] { return 0; },
+      [&](int, int64_t task) {
+        for (int64_t i = task * kBlocksPerTask; i < std::min((task + 1) * kBlocksPerTask, blocks_); ++i) pack(i);
       });
 }
 
@@ -145,12 +174,12 @@ void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, boo
   }
 }
 
-void multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, const ColumnPanels& panel, float* out) {
+void multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows, const ColumnPanels& panel, float* out) {
   const int64_t a_part = kRows * depth.stride, b_part = depth.units * panel.width();
   bool add = false;
   for_part_pairs(format.parts, format.parts, [&](int i, int j) {
     for (int64_t c = 0; c < depth.chunks; ++c) {
-      gemm(format, kRows, panel.width(), depth.units, depth.stride, panel.width(), panel.width(), add, row_block + (c * format.parts + i) * a_part,
+      gemm(format, round_up(rows, kRowStep), panel.width(), depth.units, depth.stride, panel.width(), panel.width(), add, row_block + (c * format.parts + i) * a_part,
            panel.transposed() + (c * format.parts + j) * b_part, out);
       add = true;
     }

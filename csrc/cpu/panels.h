@@ -9,6 +9,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
@@ -16,7 +17,8 @@
 
 namespace g2rl {
 
-constexpr int64_t kRows = 64;  // tokens per product: enough to hide the call, and a tile of logits stays in L2
+constexpr int64_t kRows = 64;     // tokens per product: enough to hide the call, and a tile of logits stays in L2
+constexpr int64_t kRowStep = 16;  // the last product of a block of tokens has a multiple of these
 
 struct Format {
   bool amx;
@@ -27,7 +29,8 @@ struct Format {
 
 Format choose_format(at::ScalarType dtype);
 
-// Uninitialised memory on a cache line boundary.
+// Uninitialised memory on a cache line boundary. Large blocks come from the system and go back to it at once: malloc would hold on to them, and the
+// next plan's would lie beside them.
 class Buffer {
  public:
   Buffer() = default;
@@ -38,9 +41,10 @@ class Buffer {
 
  private:
   struct Free {
+    int64_t mapped_bytes;  // 0: from malloc
     void operator()(void* p) const;
   };
-  std::unique_ptr<void, Free> data_;
+  std::unique_ptr<void, Free> data_{nullptr, Free{0}};
 };
 
 // A row-major matrix of the caller: rows may be any distance apart, columns are adjacent.
@@ -67,15 +71,17 @@ Depth split_depth(int64_t d, const Format& format);
 // Rows of a straight panel and of what is computed from it lie this far apart: a power of two would put them all in one cache set.
 inline int64_t straight_stride(int64_t cols) { return cols + 16; }
 
-// Left operand of the logits: [block of 64 rows][chunk][part][64][stride], missing rows zero.
+// Left operand of the logits for `count` rows of m from `first` on: [block of 64 rows][chunk][part][64][stride], missing rows zero.
 class RowPanels {
  public:
-  RowPanels(const MatrixView& m, const Format& format, const Depth& depth);
+  RowPanels(const MatrixView& m, const Format& format, const Depth& depth, int64_t first, int64_t count);
   const uint32_t* block(int64_t i) const { return data_.units() + i * block_units_; }
   int64_t blocks() const { return blocks_; }
+  int64_t first(int64_t block) const { return first_ + block * kRows; }
+  int64_t rows(int64_t block) const { return std::min(kRows, count_ - block * kRows); }
 
  private:
-  int64_t blocks_, block_units_;
+  int64_t first_, count_, blocks_, block_units_;
   Buffer data_;
 };
 
@@ -97,8 +103,8 @@ class ColumnPanels {
   Buffer transposed_, straight_, stage_;
 };
 
-// out[64, width] = 64 rows of `rows` times the transposed panel; leading dimension of out is `width`.
-void multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, const ColumnPanels& panel, float* out);
+// out[rows, width] = the first rows of a block, rounded up to kRowStep, times the transposed panel; leading dimension of out is `width`.
+void multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows, const ColumnPanels& panel, float* out);
 
 // A left operand computed in fp32, as `parts` parts: row r of part p at data + p * part_units + r * stride.
 struct LeftParts {

@@ -9,6 +9,7 @@
 namespace g2rl {
 
 constexpr int kLanes = 16;
+constexpr int kMaxWidth = 256;  // of a tile
 
 // `rows` tokens by `cols` vocabulary entries, rows `ld` apart; `width` is cols rounded up to 16. Columns in cols..width hold -inf.
 struct Tile {
@@ -26,6 +27,15 @@ struct LogitMap {
   float cap_over_t;    // cap / temperature; 0 = no cap
 };
 
+// Exponentials in 16 bits: q = round(65535 exp((u - m) / 2)) with m the row's maximum in this tile, so exp(u - m) = (q / 65535)^2.
+// The square root spends the bits where they count: the error of a square grows with its root, so all entries of a row together are off by at most
+// 8e-6 of their sum, whether one dominates or many share it. (Half precision is off by up to 2.4e-4 where one dominates.)
+struct Kept {
+  uint16_t* data;  // null: nothing is kept
+  int64_t ld;
+};
+constexpr float kKeptMax = 65535.0f;
+
 enum class Dtype { kFloat, kBFloat16, kHalf };
 
 struct RowKernels {
@@ -36,11 +46,17 @@ struct RowKernels {
   void (*logits)(const Tile&, const LogitMap&, float* dcap);
   // Adds a tile to running sums of e = exp(u - ref[row]) and of e (u - ref[row]), 16 lanes of each per row. ref is the row's maximum in the first
   // tile and moves, with the sums, when a later entry is far above it; far below it is harmless.
-  void (*stats)(const Tile&, float alpha, bool first, float* ref, float* sum, float* sum_x);
+  // top[row], if wanted, becomes the tile's largest (u - ref) / 2, and `kept`, if wanted, gets the tile in 16 bits.
+  void (*stats)(const Tile&, float alpha, bool first, float* ref, float* sum, float* sum_x, float* top, Kept kept);
   // acc <- e = exp(u - ref[row]) in place, and the same running sums.
   void (*exponentials)(const Tile&, float alpha, bool first, const float* ref, float* sum, float* sum_x);
   // out[col] += sum over rows of coef[row] exp(u - ref[row]) dcap[row, col], rows in order. dcap may be null.
   void (*residual)(const Tile&, float alpha, const float* ref, const float* coef, const float* dcap, float* out);
+  // The same with exponentials rounded to 16 bits, once from logits and once from what stats() kept: same bits. unit and coef are kept_scales'.
+  void (*rounded_residual)(const Tile&, float alpha, const float* ref, const float* unit, const float* coef, float* out);
+  void (*kept_residual)(Kept kept, int rows, int width, const float* coef, float* out);
+  // unit = what makes the tile's largest exp((u - ref) / 2) kKeptMax, and coef = value exp(u - lse) / q^2 of every entry, per row.
+  void (*kept_scales)(int rows, const float* ref, const float* top, const float* lse, const float* value, float* unit, float* coef);
   // out[col] += sum over rows of coef[row] acc[row, col] dcap[row, col], rows in order. dcap may be null.
   void (*weighted_sum)(const Tile&, const float* coef, const float* dcap, float* out);
   // acc <- exp(u - lse[row]) (c0[row] + c1[row] (u - lse[row])) slope[row, col]. slope may be null.

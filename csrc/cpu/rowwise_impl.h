@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "rowwise.h"
 #include "simd.h"
@@ -31,16 +32,40 @@ void logits(const Tile& t, const LogitMap& map, float* dcap) {
 
 // A later entry may exceed ref by this much before the sums are moved: little enough that the entropy keeps its digits.
 constexpr float kHeadroom = 16.0f;
-
 float row_max(const float* row, int width) {
   f32x16 m = splat(-1.0e30f);
   for (int c = 0; c < width; c += kLanes) m = max(m, load(row + c));
   return max_lane(m);
 }
 
-void stats(const Tile& t, float alpha, bool first, float* ref, float* sum, float* sum_x) {
+// A float whose low 16 bits hold round(h unit), 0 <= h unit <= kKeptMax, and that number itself.
+inline f32x16 with_rounded_bits(f32x16 h, f32x16 unit) { return h * unit + kRound; }
+inline f32x16 rounded(f32x16 h, f32x16 unit) { return with_rounded_bits(h, unit) - kRound; }
+
+inline f32x16 unit_of(f32x16 top) { return kKeptMax / exp_in_range(top); }
+
+// Up to 16 rows of exp((u - ref) / 2), kMaxWidth apart, with their largest (u - ref) / 2, into rows begin..end of `kept`.
+void keep_rows(int width, int begin, int end, const float* halves, const float* tops, Kept kept) {
+  alignas(64) float units[kLanes];
+  store(units, unit_of(load(tops)));
+  for (int r = begin; r < end; ++r) {
+    const f32x16 unit = splat(units[r - begin]);
+    const float* half = halves + (r - begin) * kMaxWidth;
+    uint16_t* out = kept.data + r * kept.ld;
+    for (int c = 0; c < width; c += kLanes) store_low16(out + c, with_rounded_bits(load(half + c), unit));
+  }
+}
+
+// Works with halves: exp((u - ref) / 2) is what may be kept, its square what is summed. Rows are kept 16 at a time, since the chain from a row's
+// largest to its unit is long.
+template <bool kTop, bool kKeep>
+void stats_of(const Tile& t, float alpha, bool first, float* ref, float* sum, float* sum_x, float* top, Kept kept) {
+  const float half_alpha = 0.5f * alpha;
+  const f32x16 lowest = splat(0.5f * kExpMin);
+  alignas(64) float halves[kKeep ? kLanes * kMaxWidth : 1], tops[kLanes] = {};
   for (int r = 0; r < t.rows; ++r) {
     const float* row = t.acc + r * t.ld;
+    float* half = halves + (kKeep ? r % kLanes * kMaxWidth : 0);
     f32x16 s0{}, x0{};
     if (first) {
       ref[r] = alpha * row_max(row, t.width);
@@ -48,28 +73,40 @@ void stats(const Tile& t, float alpha, bool first, float* ref, float* sum, float
       s0 = load(sum + r * kLanes);
       x0 = load(sum_x + r * kLanes);
     }
+    f32x16 most;
     for (;;) {
-      const float m = ref[r];
-      f32x16 s = s0, sx = x0, top = splat(0.0f);
+      const float m = 0.5f * ref[r];
+      f32x16 s = s0, sy{};
+      most = lowest;
       for (int c = 0; c < t.width; c += kLanes) {
-        const f32x16 x = max(load(row + c) * alpha - m, splat(kExpMin));
-        top = max(top, x);
-        const f32x16 e = exp_in_range(x);
+        const f32x16 y = max(load(row + c) * half_alpha - m, lowest);
+        most = max(most, y);
+        const f32x16 h = exp_in_range(y);
+        if constexpr (kKeep) store(half + c, h);
+        const f32x16 e = h * h;
         s += e;
-        sx += e * x;
+        sy += e * y;
       }
-      if (__builtin_expect(!any_above(top, kHeadroom), 1)) {
+      if (__builtin_expect(!any_above(most, 0.5f * kHeadroom), 1)) {
         store(sum + r * kLanes, s);
-        store(sum_x + r * kLanes, sx);
+        store(sum_x + r * kLanes, x0 + 2.0f * sy);
         break;
       }
       ref[r] = alpha * row_max(row, t.width);
-      const f32x16 up = splat(ref[r] - m);
+      const f32x16 up = splat(ref[r] - 2.0f * m);
       const f32x16 f = exp(-up);
       x0 = (x0 - up * s0) * f;
       s0 *= f;
     }
+    if constexpr (kTop) top[r] = tops[r % kLanes] = max_lane(most);
+    if constexpr (kKeep) {
+      if (r % kLanes == kLanes - 1 || r == t.rows - 1) keep_rows(t.width, r / kLanes * kLanes, r + 1, halves, tops, kept);
+    }
   }
+}
+
+void stats(const Tile& t, float alpha, bool first, float* ref, float* sum, float* sum_x, float* top, Kept kept) {
+  (kept.data ? stats_of<true, true> : top ? stats_of<true, false> : stats_of<false, false>)(t, alpha, first, ref, sum, sum_x, top, kept);
 }
 
 void exponentials(const Tile& t, float alpha, bool first, const float* ref, float* sum, float* sum_x) {
@@ -96,6 +133,17 @@ void exponentials(const Tile& t, float alpha, bool first, const float* ref, floa
 
 float lane_sum(const float* lanes) { return sum(load(lanes)); }
 
+// For groups of 256 columns, 64, then 16: f(columns as a constant, first column).
+template <int kMost, typename F>
+void for_columns(int width, const F& f) {
+  int c = 0;
+  if constexpr (kMost == 16) {
+    for (; c + 16 * kLanes <= width; c += 16 * kLanes) f(std::integral_constant<int, 16>{}, c);
+  }
+  for (; c + 4 * kLanes <= width; c += 4 * kLanes) f(std::integral_constant<int, 4>{}, c);
+  for (; c < width; c += kLanes) f(std::integral_constant<int, 1>{}, c);
+}
+
 // kVectors columns of 16 at a time stay in registers while the rows go by.
 template <int kVectors, bool kExp, bool kCap>
 void column_sum(const Tile& t, int c, float alpha, const float* ref, const float* coef, const float* dcap, float* out) {
@@ -116,9 +164,58 @@ void column_sum(const Tile& t, int c, float alpha, const float* ref, const float
 
 template <bool kExp, bool kCap>
 void column_sums(const Tile& t, float alpha, const float* ref, const float* coef, const float* dcap, float* out) {
-  int c = 0;
-  for (; c + 4 * kLanes <= t.width; c += 4 * kLanes) column_sum<4, kExp, kCap>(t, c, alpha, ref, coef, dcap, out);
-  for (; c < t.width; c += kLanes) column_sum<1, kExp, kCap>(t, c, alpha, ref, coef, dcap, out);
+  for_columns<4>(t.width, [&](auto vectors, int c) { column_sum<vectors, kExp, kCap>(t, c, alpha, ref, coef, dcap, out); });
+}
+
+// Square of a kept number, times its row's coefficient, onto the column sums: one function, so that plans agree to the bit.
+inline f32x16 add_square(f32x16 total, f32x16 q, f32x16 coef) { return total + coef * (q * q); }
+
+void rounded_residual(const Tile& t, float alpha, const float* ref, const float* unit, const float* coef, float* out) {
+  for_columns<4>(t.width, [&, half_alpha = 0.5f * alpha](auto vectors, int c) {
+    f32x16 total[vectors];
+    for (int j = 0; j < vectors; ++j) total[j] = load(out + c + j * kLanes);
+    for (int r = 0; r < t.rows; ++r) {
+      const float* row = t.acc + r * t.ld + c;
+      const float m = 0.5f * ref[r];
+      const f32x16 k = splat(coef[r]), scale = splat(unit[r]);
+      for (int j = 0; j < vectors; ++j) {
+        const f32x16 y = max(load(row + j * kLanes) * half_alpha - m, splat(0.5f * kExpMin));
+        total[j] = add_square(total[j], rounded(exp_in_range(y), scale), k);
+      }
+    }
+    for (int j = 0; j < vectors; ++j) store(out + c + j * kLanes, total[j]);
+  });
+}
+
+// Whole rows at a time read memory in order; 16 sums fit AVX-512's registers.
+constexpr int kMostColumns = kWide ? 16 : 4;
+void kept_residual(Kept kept, int rows, int width, const float* coef, float* out) {
+  for_columns<kMostColumns>(width, [&](auto vectors, int c) {
+    f32x16 total[vectors];
+    for (int j = 0; j < vectors; ++j) total[j] = load(out + c + j * kLanes);
+    for (int r = 0; r < rows; ++r) {
+      const uint16_t* row = kept.data + r * kept.ld + c;
+      const f32x16 k = splat(coef[r]);
+      for (int j = 0; j < vectors; ++j) total[j] = add_square(total[j], load_u16(row + j * kLanes), k);
+    }
+    for (int j = 0; j < vectors; ++j) store(out + c + j * kLanes, total[j]);
+  });
+}
+
+void kept_scales(int rows, const float* ref, const float* top, const float* lse, const float* value, float* unit, float* coef) {
+  alignas(64) float in[4][kLanes], u[kLanes], k[kLanes];
+  for (int r = 0; r < rows; r += kLanes) {
+    const int n = rows - r < kLanes ? rows - r : kLanes;
+    std::memset(in, 0, sizeof(in));
+    const float* from[4] = {ref + r, top + r, lse + r, value + r};
+    for (int i = 0; i < 4; ++i) std::memcpy(in[i], from[i], n * sizeof(float));
+    store(u, unit_of(load(in[1])));
+    // ref - lse first: both are near each other and may be large.
+    const f32x16 lead = (load(in[0]) - load(in[2])) + 2.0f * load(in[1]);
+    store(k, exp(min(lead, splat(80.0f))) * load(in[3]) * (1.0f / (kKeptMax * kKeptMax)));
+    std::memcpy(unit + r, u, n * sizeof(float));
+    std::memcpy(coef + r, k, n * sizeof(float));
+  }
 }
 
 void residual(const Tile& t, float alpha, const float* ref, const float* coef, const float* dcap, float* out) {
@@ -294,7 +391,7 @@ void interleave(const uint16_t* a, const uint16_t* b, int64_t n, uint16_t* dst) 
 }  // namespace
 
 const RowKernels& table() {
-  static const RowKernels kernels{G2RL_ISA_NAME, logits, stats, exponentials, residual, weighted_sum, gradient, split, widen, narrow, transpose16, lane_sum, interleave};
+  static const RowKernels kernels{G2RL_ISA_NAME, logits, stats, exponentials, residual, rounded_residual, kept_residual, kept_scales, weighted_sum, gradient, split, widen, narrow, transpose16, lane_sum, interleave};
   return kernels;
 }
 

@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "../cpu/head.h"
+#include "../cpu/head_features.h"
 
 namespace {
 
@@ -113,6 +113,22 @@ void check(const Case& c) {
   expect(std::sqrt(error / norm) <= tolerance, "dhidden", std::sqrt(error / norm), tolerance);
 }
 
+// Enough tokens for the plan with one product, which must agree with two products to the bit, responses across blocks, empty and of one token included.
+void check_plans(at::ScalarType dtype, bool bias) {
+  constexpr int64_t N = 3000, d = 64, V = 4001;
+  at::manual_seed(7);
+  const at::Tensor hidden = (at::randn({N, d}) * 0.5).to(dtype), weight = at::randn({V, d}).to(dtype), targets = at::randint(V, {N}, at::kLong);
+  const at::Tensor cu = at::tensor({int64_t{0}, int64_t{1}, int64_t{1}, int64_t{250}, int64_t{777}, N}, at::kLong), weights = at::rand({N}) + 0.1;
+  const g2rl::Head head{weight, bias ? std::optional<at::Tensor>(at::randn({V})) : std::nullopt, 0.9, 1.1, 0.0};
+  constexpr int64_t kPlenty = 1 << 30, kNone = 1;
+  const g2rl::KeptPlan plan = g2rl::plan_kept(g2rl::HeadProblem(hidden, head, targets), cu.const_data_ptr<int64_t>(), 5, kPlenty);
+  expect(plan.tokens > 0 && plan.tokens < N, "tokens per block", plan.tokens, N);
+  const auto [kept, kept_stats] = g2rl::sequence_features(hidden, head, targets, cu, weights, std::nullopt, kPlenty);
+  const auto [twice, twice_stats] = g2rl::sequence_features(hidden, head, targets, cu, weights, std::nullopt, kNone);
+  expect(at::equal(kept, twice), "features of both plans", (kept - twice).abs().max().item<double>(), 0);
+  expect(at::equal(kept_stats.logps, twice_stats.logps) && at::equal(kept_stats.entropy, twice_stats.entropy), "statistics of both plans", 1, 0);
+}
+
 }  // namespace
 
 int main() {
@@ -122,6 +138,7 @@ int main() {
     check({64, 64, 256, dtype, 0.7, 1.3, 0.0, true});    // exact tiles, bias
     check({65, 33, 257, dtype, 1.2, 0.8, 5.0, true});    // one past the tiles, a cap that saturates
     check({5, 700, 129, dtype, 1.0, -1.0, 0.0, false});  // hidden in two chunks, negative scale
+    check_plans(dtype, dtype == at::kBFloat16);
   }
   if (failures == 0) std::puts("all head tests passed");
   return failures != 0;

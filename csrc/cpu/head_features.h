@@ -1,0 +1,83 @@
+// From weighted sums in vocabulary space to features, and the plan that keeps the exponentials of a block of tokens instead of computing them twice.
+#pragma once
+
+#include <algorithm>
+
+#include "head_sums.h"
+
+namespace g2rl {
+
+// Responses first..last of the batch, and each token's normalised weight.
+struct Responses {
+  const int64_t* cu;
+  const double* weight;  // [N]
+  int64_t first, last;
+  int64_t token_begin() const { return cu[first]; }
+  int64_t token_end() const { return cu[last]; }
+  int64_t padded() const { return (last - first + 15) / 16 * 16; }  // rows of a product
+};
+
+// Calls f(b, t0, t1) for the runs of one response's tokens inside t_begin..t_end, in order.
+template <typename F>
+void for_segments(const Responses& r, int64_t t_begin, int64_t t_end, const F& f) {
+  int64_t b = std::upper_bound(r.cu + r.first, r.cu + r.last + 1, t_begin) - r.cu - 1;
+  for (int64_t t = t_begin; t < t_end; ++b) {
+    const int64_t end = std::min(r.cu[b + 1], t_end);
+    if (end > t) f(b, t, end);
+    t = std::max(t, end);
+  }
+}
+
+// What a token's exponentials exp(u - ref) are multiplied by, ref being its lse as a float.
+struct Coefficients {
+  explicit Coefficients(int64_t N) : ref(N), value(N) {}
+  void set(const Responses& r, const std::vector<Token>& tokens, int64_t begin, int64_t end);
+  std::vector<float> ref, value;
+};
+
+// A thread's product of one tile of R with its tile of W: R in bf16 parts, or as it is.
+class ResidualProduct {
+ public:
+  ResidualProduct(const HeadProblem& p, int64_t responses);
+  // out[responses, d] += sums[responses, width] W, and totals[responses] += the rows' sums
+  void add(const HeadProblem& p, const float* sums, const ColumnPanels& panel, float* out, double* totals);
+
+ private:
+  int64_t rows_, width_;
+  Buffer part_data_;
+  LeftParts left_;
+};
+
+// Every slab's part of Phi, one after the other; a slab's rows are padded.
+class SlabFeatures {
+ public:
+  SlabFeatures(const HeadProblem& p, const Responses& r)
+      : row_stride_(straight_stride(p.depth.padded() * p.format.per_unit())), slab_units_(r.padded() * row_stride_),
+        rows_(r.padded()), data_(p.cut.slabs * slab_units_ * sizeof(float)), totals_(p.cut.slabs * rows_) {}
+  float* clear(int64_t slab) const;
+  const float* row(int64_t slab, int64_t b) const { return data_.floats() + slab * slab_units_ + b * row_stride_; }
+  // Sums of a slab's rows of R.
+  double* totals(int64_t slab) { return totals_.data() + slab * rows_; }
+  double total(int64_t slab, int64_t b) const { return totals_[slab * rows_ + b]; }
+
+ private:
+  int64_t row_stride_, slab_units_, rows_;
+  Buffer data_;
+  std::vector<double> totals_;
+};
+
+// Phi_b = scale * (slabs' parts in order + weight sums of the target rows).
+void finish_features(const HeadProblem& p, const Responses& r, const std::vector<Token>& tokens, const SlabFeatures& slabs, float* features);
+
+// How the plan that keeps exponentials goes about a batch: at most so many tokens at a time, and rows of R for so many responses.
+struct KeptPlan {
+  int64_t tokens = 0;  // 0: two products serve better
+  int64_t responses = 0;
+};
+KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t workspace_bytes);
+
+// Statistics and features of all responses, which must cover all tokens, with one product per token.
+void kept_features(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const KeptPlan& plan, const TokenStats& stats,
+                   std::vector<Token>& tokens, float* features);
+
+}  // namespace g2rl

@@ -1,0 +1,189 @@
+// The plan with one product per token. For a block of tokens: go over the vocabulary once, collecting the statistics and keeping every exponential in 16
+// bits; then, with the tokens' lse known, add the kept numbers up into R. After the last block R meets W, once for a group of responses.
+//
+// W is streamed once per block, so this pays when a block is large, and a block is what fits in 5 % of the logits: about N / 13 tokens.
+// Column sums take a response's tokens in order whatever the blocks, and two products round to the same 16 bits: the plan does not change a bit of a result.
+#include <atomic>
+#include <cstring>
+#include <memory>
+
+#include "head_features.h"
+
+namespace g2rl {
+namespace {
+
+constexpr double kShareOfLogits = 0.049;   // of N V fp32 numbers: what this plan may allocate
+constexpr int64_t kGroupShare = 4;         // of that, one part in so many for R
+constexpr int64_t kResponses = 256;
+
+// Tokens served by each streaming of W below which two products are faster: what streaming and packing an entry of W costs over what a second product
+// of it with a token does. Measured: 147 (bf16, d = 576), 105 (bf16, d = 2048), 95 (fp32, which does more products per byte).
+int64_t least_tokens_per_stream(const Format& format) { return format.parts == 1 ? 128 : 96; }
+
+int64_t padded_vocabulary(const HeadProblem& p) { return p.cut.tiles * p.cut.width; }
+
+// Responses whose R fits: at least one product's worth of rows.
+int64_t group_size(const HeadProblem& p, int64_t limit) {
+  const int64_t rows = limit / kGroupShare / (padded_vocabulary(p) * static_cast<int64_t>(sizeof(float))) / 16 * 16;
+  return std::clamp<int64_t>(rows, 16, kResponses);
+}
+
+int64_t allowed_bytes(const HeadProblem& p, int64_t workspace_bytes) {
+  const int64_t share = static_cast<int64_t>(kShareOfLogits * p.N * p.V * sizeof(float));
+  return workspace_bytes > 0 ? std::min(share, workspace_bytes) : share;
+}
+
+// Calls f(group) for consecutive responses, as many at a time as may have rows of R at once.
+template <typename F>
+void for_groups(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, int64_t size, const F& f) {
+  for (int64_t b = 0; b < B; b += size) {
+    const Responses group{cu, weight, b, std::min(b + size, B)};
+    if (group.token_end() > group.token_begin()) f(group);
+  }
+}
+
+// `tokens` in equal blocks of at most `most`, whole AMX tiles each.
+int64_t even_block(int64_t tokens, int64_t most) {
+  const int64_t blocks = (tokens + most - 1) / most;
+  return (tokens + blocks * kRowStep - 1) / (blocks * kRowStep) * kRowStep;
+}
+
+}  // namespace
+
+KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t workspace_bytes) {
+  if (p.cap > 0) return {};  // the cap's slopes would have to be kept too
+  const int64_t limit = allowed_bytes(p, workspace_bytes), group = group_size(p, limit);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), p.cut.slabs), unit = sizeof(float);
+  const int64_t row_units = p.depth.padded() * p.format.parts;
+  const int64_t fixed = threads * p.cut.width * (row_units + kRows) * unit + std::min(group, (B + 15) / 16 * 16) * padded_vocabulary(p) * unit;
+  const int64_t per_token = padded_vocabulary(p) * 2 + p.cut.tiles * 2 * unit + row_units * unit + p.cut.slabs * 3 * unit + threads * 2 * kLanes * unit;
+  const int64_t most = (limit - fixed) / per_token / kRowStep * kRowStep;
+  if (most <= 0) return {};
+  int64_t streams = 0;
+  for_groups(p, cu, B, nullptr, group, [&](const Responses& r) { streams += (r.token_end() - r.token_begin() + most - 1) / most + 1; });
+  if (p.N < streams * least_tokens_per_stream(p.format)) return {};
+  return {most, group};
+}
+
+namespace {
+
+struct Span {
+  int64_t begin = 0, end = 0;
+  int64_t size() const { return end - begin; }
+};
+
+// One group of responses under way. A tile of vocabulary is visited once per block: what it kept of the block before, whose lse are known by now, is added
+// up while it makes room for this block's.
+class KeptPass {
+ public:
+  KeptPass(const HeadProblem& p, const Responses& r, int64_t block, std::vector<float>& target_acc, std::vector<Token>& tokens)
+      : p_(p), r_(r), block_(block), target_acc_(target_acc), tokens_(tokens), coef_(p.N), scales_(p.cut.tiles, block),
+        kept_(p.cut.tiles * block * p.cut.width * sizeof(uint16_t)), residual_(r.padded() * padded_vocabulary(p) * sizeof(float)), workers_(at::get_num_threads()) {}
+
+  // Keeps the exponentials of `now` in place of the block before; their tokens' results go to `stats`.
+  void statistics(Span now, const TokenStats& stats) {
+    const RowPanels rows(p_.hidden, p_.format, p_.depth, now.begin, now.size());
+    const Partials partials(p_.cut.slabs, now.begin, now.size());
+    std::atomic<int64_t> started{0};
+    for_tasks(
+        p_.cut.slabs, [&] { return worker(started++); },
+        [&](Worker* w, int64_t slab) {
+          const RunningSums& sums = w->sums;
+          const int64_t first_tile = p_.cut.slab_begin(slab);
+          for (int64_t tile = first_tile; tile < p_.cut.slab_begin(slab + 1); ++tile) {
+            add_kept(tile);
+            w->logits.load(tile, /*straight=*/false);
+            for (int64_t b = 0; b < rows.blocks(); ++b) {
+              w->logits.compute(rows, b, /*want_slope=*/false, target_acc_.data());
+              const int64_t t = rows.first(b), i = t - now.begin;
+              float* ref = partials.ref(slab, t);
+              rowwise().stats(w->logits.tile(), p_.alpha, tile == first_tile, ref, sums.sum(i), sums.sum_x(i), scales_.top(tile, i), kept(tile, i));
+              std::copy_n(ref, rows.rows(b), scales_.ref(tile, i));
+            }
+          }
+          sums.fold(partials, slab, now.begin, now.end, now.begin);
+        });
+    merge_slabs(p_, partials, target_acc_, now.begin, now.end, stats, tokens_.data());
+    coef_.set(r_, tokens_, now.begin, now.end);
+    last_ = now;
+  }
+
+  // R W, after the last block, whose memory goes first: the slabs' features take its place.
+  SlabFeatures product() {
+    for_tasks(p_.cut.tiles, [] { return 0; }, [&](int, int64_t tile) { add_kept(tile); });
+    workers_.clear();
+    kept_ = Buffer();
+    SlabFeatures slabs(p_, r_);
+    struct State {
+      ColumnPanels panel;
+      ResidualProduct product;
+    };
+    for_tasks(
+        p_.cut.slabs, [&] { return State{ColumnPanels(p_.format, p_.depth, p_.cut.width), ResidualProduct(p_, r_.padded())}; },
+        [&](State& s, int64_t slab) {
+          float* out = slabs.clear(slab);
+          for (int64_t tile = p_.cut.slab_begin(slab); tile < p_.cut.slab_begin(slab + 1); ++tile) {
+            s.panel.pack(p_.weight, tile * p_.cut.width, /*transposed=*/false, /*straight=*/true);
+            s.product.add(p_, residual(tile), s.panel, out, slabs.totals(slab));
+          }
+        });
+    return slabs;
+  }
+
+ private:
+  struct Worker {
+    LogitTile logits;
+    RunningSums sums;
+  };
+
+  // A thread's buffers, made once: fresh memory per block would cost page faults.
+  Worker* worker(int64_t i) {
+    if (!workers_[i]) workers_[i].reset(new Worker{LogitTile(p_), RunningSums(block_)});
+    return workers_[i].get();
+  }
+
+  Kept kept(int64_t tile, int64_t i) const { return {kept_.halves() + (tile * block_ + i) * p_.cut.width, p_.cut.width}; }
+  float* residual(int64_t tile) const { return residual_.floats() + tile * r_.padded() * p_.cut.width; }
+
+  // A tile of R += what is kept of the last block.
+  void add_kept(int64_t tile) const {
+    if (last_.begin == r_.token_begin()) std::memset(residual(tile), 0, r_.padded() * p_.cut.width * sizeof(float));
+    const int width = static_cast<int>((p_.cut.cols(tile, p_.V) + kLanes - 1) / kLanes * kLanes);
+    for_segments(r_, last_.begin, last_.end, [&](int64_t b, int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t += kRows) {
+        const int rows = static_cast<int>(std::min(kRows, end - t));
+        const int64_t i = t - last_.begin;
+        float unit[kRows], k[kRows];
+        rowwise().kept_scales(rows, scales_.ref(tile, i), scales_.top(tile, i), coef_.ref.data() + t, coef_.value.data() + t, unit, k);
+        rowwise().kept_residual(kept(tile, i), rows, width, k, residual(tile) + (b - r_.first) * p_.cut.width);
+      }
+    });
+  }
+
+  const HeadProblem& p_;
+  const Responses& r_;
+  const int64_t block_;
+  std::vector<float>& target_acc_;
+  std::vector<Token>& tokens_;
+  Coefficients coef_;
+  TileScales scales_;
+  Buffer kept_;      // [tile][block][width]
+  Buffer residual_;  // R, [tile][response][width]
+  std::vector<std::unique_ptr<Worker>> workers_;
+  Span last_;
+};
+
+}  // namespace
+
+void kept_features(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const KeptPlan& plan, const TokenStats& stats,
+                   std::vector<Token>& tokens, float* features) {
+  std::vector<float> target_acc(p.N, 0.0f);
+  for_groups(p, cu, B, weight, plan.responses, [&](const Responses& r) {
+    const int64_t block = even_block(r.token_end() - r.token_begin(), plan.tokens);
+    KeptPass pass(p, r, block, target_acc, tokens);
+    for (int64_t t = r.token_begin(); t < r.token_end(); t += block) pass.statistics({t, std::min(t + block, r.token_end())}, stats);
+    finish_features(p, r, tokens, pass.product(), features);
+  });
+}
+
+}  // namespace g2rl
