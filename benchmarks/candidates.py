@@ -78,8 +78,14 @@ def candidates(case: Case, with_peers: bool, backends: list[str] | None) -> list
         backends: names; None takes all but the reference, which goes token by token.
     """
     op = case.op.name
-    found = [Candidate(FLOOR, "floor", _floor, note=_FLOOR_NOTES[case.op.products])] if case.op.products else []
-    for backend in backends or [backend.name for backend in BACKENDS if backend.automatic]:
+    found = []
+    if case.op.products:
+        note = _FLOOR_NOTES[case.op.products]
+        found = [
+            Candidate(FLOOR, "floor", partial(_floor, False), note=note),
+            Candidate(f"{FLOOR}, out=", "floor", partial(_floor, True), note=f"{note}, into memory already there"),
+        ]
+    for backend in backends or [backend.name for backend in BACKENDS if backend.name != "reference"]:
         prepare = partial(_OURS[op], backend)
         found.append(Candidate(f"g2rl {backend}", "ours", prepare, _backend_refusal(backend, case)))
     for peer in PEERS:
@@ -105,12 +111,16 @@ def _backend_refusal(backend: str, case: Case) -> str | None:
 
 
 def _our_features(backend: str, case: Case) -> Run:
-    s = case.head
+    s, lse = case.head, case.lse
+    if lse is not None:
+        # As in training: of the pass for old log-probabilities, which the same backend made.
+        with use_backend(backend), torch.no_grad():
+            lse = token_logprobs(s.hidden, s.head, s.targets).lse
 
     @torch.no_grad()
     def run() -> Results:
         with use_backend(backend):
-            return sequence_features(s.hidden, s.head, s.targets, s.cu_seqlens, s.token_weights, case.lse)._asdict()
+            return sequence_features(s.hidden, s.head, s.targets, s.cu_seqlens, s.token_weights, lse)._asdict()
 
     return run
 
@@ -232,18 +242,27 @@ _THEIRS: dict[str, Callable[[Peer, Case], Run]] = {
 _FLOOR_NOTES = {1: "H W^T", 3: "3 products"}
 
 
-def _floor(case: Case) -> Run:
-    """The op's products alone, by the device's library, in the model's dtype, into memory that is there already."""
+def _floor(given_memory: bool, case: Case) -> Run:
+    """The op's products alone, by the device's library, in the model's dtype.
+
+    Args:
+        given_memory: results go where results went before. A plain call, which is the floor, allocates them; on a CPU,
+            first touching so much memory costs as much again as the product.
+    """
     hidden, weight = case.head.hidden, case.head.head.weight
     logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
     if case.op.products == 1:
-        return lambda: {"logits": torch.mm(hidden, weight.T, out=logits)}
-    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+        if given_memory:
+            return lambda: {"logits": torch.mm(hidden, weight.T, out=logits)}
+        del logits
+        return lambda: {"logits": torch.mm(hidden, weight.T)}
+    logits.zero_()
+    out = {"hidden": torch.empty_like(hidden), "weight": torch.empty_like(weight), "logits": logits}
 
     def run() -> Results:
-        torch.mm(hidden, weight.T, out=logits)
-        torch.mm(logits, weight, out=grad_hidden)
-        torch.mm(logits.T, hidden, out=grad_weight)
+        torch.mm(hidden, weight.T, **({"out": out["logits"]} if given_memory else {}))
+        torch.mm(logits, weight, **({"out": out["hidden"]} if given_memory else {}))
+        torch.mm(logits.T, hidden, **({"out": out["weight"]} if given_memory else {}))
         return {}
 
     return run

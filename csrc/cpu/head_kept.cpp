@@ -12,7 +12,7 @@
 namespace g2rl {
 namespace {
 
-constexpr double kShareOfLogits = 0.049;   // of N V fp32 numbers: what this plan may allocate
+constexpr double kShareOfLogits = 0.046;   // of N V fp32 numbers: what this plan may allocate
 constexpr int64_t kGroupShare = 4;         // of that, one part in so many for R
 constexpr int64_t kResponses = 256;
 
