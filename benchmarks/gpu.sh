@@ -47,13 +47,13 @@ measure() { # name, seconds, further arguments of benchmarks.run
 }
 
 part bounds 120 "$PYTHON" -m pytest tests/ops -m gpu -q -x --maxfail=20 -k "triton and (bfloat16 or float32)"
-measure features 120 --op sequence_features --op token_logprobs --kind peaked --shape qwen3-1.7b-8k
-measure lse 60 --op sequence_features_lse --kind peaked --shape qwen3-1.7b-8k
-measure backward 60 --op logprobs_backward --kind peaked --shape qwen3-1.7b-8k
+measure features 120 --op sequence_features --op token_logprobs --kind peaked --shape qwen3-1.7b-8192
+measure lse 60 --op sequence_features_lse --kind peaked --shape qwen3-1.7b-8192
+measure backward 60 --op logprobs_backward --kind peaked --shape qwen3-1.7b-8192
 measure groups 20 --op g2rl_advantages
 part tests 100 "$PYTHON" -m pytest tests/ops -m gpu -q --maxfail=20
-measure large 60 --op sequence_features --kind peaked --shape qwen3-4b-32k --shape llama3-8b-32k
-measure peers 60 --peers --op token_logprobs --op sequence_features --kind peaked --shape qwen3-1.7b-8k
+measure large 60 --op sequence_features --kind peaked --shape qwen3-4b-32768 --shape llama3-8b-32768
+measure peers 60 --peers --op token_logprobs --op sequence_features --kind peaked --shape qwen3-1.7b-8192
 part step 60 "$PYTHON" -m benchmarks.e2e --json "$OUT/$DEVICE-step.json"
 
 echo "=== results in $OUT after $SECONDS s"

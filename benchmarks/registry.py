@@ -58,14 +58,17 @@ def _shape(name: str, head: tuple[str, int, int], N: int, B: int) -> Shape:
     return Shape(name, model, N, B, d, V)
 
 
-# On a CPU, N is what lets eager PyTorch finish one call in seconds on two cores. 64 tokens a response: R @ W is a small
-# share of the work, as on real runs.
+# On a CPU, N is what lets eager PyTorch finish one call in seconds on two cores (ten for the last). 64 tokens a
+# response: R @ W is a small share of the work, as on real runs.
 CPU_SHAPES = (
     _shape("smollm2", SMOLLM2, 1024, 16),
     _shape("qwen3-0.6b", QWEN3_06B, 512, 8),
     _shape("qwen3-1.7b", QWEN3_17B, 256, 4),
     _shape("qwen3-4b", QWEN3_4B, 256, 4),
     _shape("llama3-8b", LLAMA3_8B, 256, 4),
+    # A training step's tokens, where more of them share each pass over the weight.
+    _shape("smollm2-4096", SMOLLM2, 4096, 64),
+    _shape("qwen3-1.7b-4096", QWEN3_17B, 4096, 64),
 )
 # On a GPU, what a training step holds: a micro-batch of 8192 tokens, and 16 prompts with 16 responses of 128 tokens.
 GPU_SHAPES = tuple(
