@@ -2,7 +2,8 @@
 # make test     run the tests
 # make ctest    build and run the C++ kernels' own tests
 # make bench    the short benchmark suite
-# make lint     ruff and mypy
+# make gpu      on a machine with a GPU: its tests and benchmarks, with the python3 that is there
+# make lint     ruff, mypy, and whether the README says what the results say
 # make setup    build .venv; the others do it first, and redo nothing that is up to date
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ ARGS ?=
 
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ctest bench bench-report lint clean
+.PHONY: setup train test ctest bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -39,6 +40,9 @@ ctest: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run --quick $(ARGS)
+
+gpu:
+	benchmarks/gpu.sh
 
 # Plots and the README's tables, from benchmarks/results.
 bench-report: $(READY)
