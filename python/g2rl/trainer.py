@@ -12,8 +12,8 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -72,14 +72,14 @@ class _Sums:
     loss: float = 0.0
     entropy: float = 0.0
     tokens: int = 0
-    terms: dict[str, float] | None = None
+    terms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, loss: torch.Tensor, entropy: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
         self.loss += float(loss.detach())
         self.entropy += float(entropy.detach().sum())
         self.tokens += entropy.shape[0]
-        old = self.terms or {}
-        self.terms = {key: old.get(key, 0.0) + float(value) for key, value in terms.items()}
+        for key, value in terms.items():
+            self.terms[key] += float(value)
 
 
 class Trainer:
@@ -131,7 +131,7 @@ class Trainer:
         try:
             with TrainingProgress(config.steps, self.step) as progress:
                 if resume_step is None and config.eval.every:
-                    metrics = self._evaluate(0, self._times())
+                    metrics = self._evaluate(self._times())
                     log.metrics(0, metrics)
                     progress.message(f"before training: {_held_out_numbers(metrics)}")
                 while self.step < config.steps:
@@ -167,7 +167,7 @@ class Trainer:
         last = step == config.steps
         evaluates = config.eval.every > 0 and (last or step % config.eval.every == 0)
         if evaluates:
-            metrics |= self._evaluate(step, times)
+            metrics |= self._evaluate(times)
         log.metrics(step, metrics)
         rows = completion_rows(episodes, verdicts, results)
         log.completions(step, rows, shown=3 if evaluates or step == 1 else 0)
@@ -190,6 +190,8 @@ class Trainer:
         if config.objective.updates > 1:
             with torch.no_grad():
                 old = [self._forward(batch, times)[0] for batch in batches]
+        # The reference is frozen: one pass serves all updates.
+        references = [self._reference_logps(batch) for batch in batches]
         results: list[GroupAdvantages] = []
         features: list[torch.Tensor] = []
         sums, grad_norm, lr = _Sums(), 0.0, 0.0
@@ -211,7 +213,7 @@ class Trainer:
                 loss, terms = policy_loss(
                     out.logps,
                     old_out.logps.detach(),
-                    self._reference_logps(batch),
+                    references[i],
                     results[i].advantages,
                     cu_seqlens,
                     config.objective,
@@ -240,7 +242,7 @@ class Trainer:
             "train/grad_norm": grad_norm,
             "train/lr": lr,
         }
-        metrics |= {f"train/{key}": value / len(episodes) for key, value in (sums.terms or {}).items()}
+        metrics |= {f"train/{key}": value / len(episodes) for key, value in sums.terms.items()}
         return metrics, result
 
     def _micro_batches(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> list[Batch]:
@@ -272,21 +274,16 @@ class Trainer:
 
     def _hidden(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states [N, d] that predict the response tokens, those tokens [N], and cu_seqlens [B + 1]."""
-        autocast = self._autocast()
         positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
-        with autocast:
+        in_bf16 = self.config.model.autocast == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16):
             output = model.base_model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions
             )
         predicts = batch.response_mask[:, 1:]
         hidden, cu_seqlens = unpad(output.last_hidden_state[:, :-1], predicts)
-        dtype = torch.bfloat16 if self.config.model.autocast == "bfloat16" else self.model.dtype
+        dtype = torch.bfloat16 if in_bf16 else self.model.dtype
         return hidden.to(dtype), batch.input_ids[:, 1:][predicts], cu_seqlens
-
-    def _autocast(self) -> Any:
-        if self.config.model.autocast == "none":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
 
     @torch.no_grad()
     def _reference_logps(self, batch: Batch) -> torch.Tensor | None:
@@ -296,7 +293,7 @@ class Trainer:
         head = lm_head(self.reference, self.config.rollout.temperature, hidden.dtype)
         return token_logprobs(hidden, head, targets).logps
 
-    def _evaluate(self, step: int, times: StageTimes) -> dict[str, float]:
+    def _evaluate(self, times: StageTimes) -> dict[str, float]:
         if not self.held_out:
             return {}
         with times.stage("eval"):
