@@ -68,5 +68,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("sequence_features", &sequence_features);
   m.def("logprobs_backward", &logprobs_backward);
   m.def("g2rl_advantages", &g2rl_advantages);
-  m.def("instruction_set", [] { return std::string(g2rl::rowwise().name) + (g2rl::choose_format(at::kBFloat16).amx ? "+AMX" : ""); });
+  m.def("instruction_set", [] { return std::string(g2rl::rowwise().name); });
 }

@@ -32,17 +32,32 @@ struct TokenGradients {
     }
   }
 
-  // Turns a tile of logits into g.
-  void apply(const HeadProblem& p, const LogitTile& logits, int64_t block) const {
-    const Tile& tile = logits.tile();
-    const int64_t t0 = block * kRows;
-    rowwise().gradient(tile, p.alpha, lse.data() + t0, c0.data() + t0, c1.data() + t0, logits.slope());
-    for (int r = 0; r < tile.rows; ++r) {
-      const int64_t c = p.targets[t0 + r] - logits.first();
-      if (c >= 0 && c < tile.cols) tile.acc[r * tile.ld + c] = target[t0 + r] * (logits.slope() ? logits.slope()[r * tile.ld + c] : 1.0f);
+  // Turns a tile of logits, the first of them of token t, into g; `finish` then sets the targets' entries.
+  GradientJob job(const HeadProblem& p, const LogitTile& logits, const Tile& tile, int64_t t) const {
+    return {.tile = tile, .alpha = p.alpha, .lse = lse.data() + t, .c0 = c0.data() + t, .c1 = c1.data() + t, .slope = logits.slope()};
+  }
+  void finish(const HeadProblem& p, const LogitTile& logits, const GradientJob& job, int64_t t) const {
+    for (int r = 0; r < job.tile.rows; ++r) {
+      const int64_t c = p.targets[t + r] - logits.first();
+      if (c >= 0 && c < job.tile.cols) job.tile.acc[r * job.tile.ld + c] = target[t + r] * (job.slope ? job.slope[r * job.tile.ld + c] : 1.0f);
     }
   }
 };
+
+// Calls f(g, block) with the gradients of the loaded tile's logits for blocks begin..end of tokens; each product goes on while the block before it is
+// turned into gradients.
+template <typename F>
+void for_gradients(const HeadProblem& p, const RowPanels& rows, const TokenGradients& grads, LogitTile& logits, int64_t begin, int64_t end, const F& f) {
+  GradientJob pending;
+  for (int64_t block = begin; block <= end; ++block) {
+    rowwise().gradient(pending, block < end ? logits.start(rows, block) : TileProduct{});
+    if (block > begin) {
+      grads.finish(p, logits, pending, rows.first(block - 1));
+      f(pending.tile, block - 1);
+    }
+    if (block < end) pending = grads.job(p, logits, logits.finish(/*want_slope=*/true, nullptr), rows.first(block));
+  }
+}
 
 int64_t padded_columns(const HeadProblem& p) { return p.depth.padded() * p.format.per_unit(); }
 
@@ -77,14 +92,11 @@ void weight_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGra
       [&](State& s, int64_t tile) {
         s.logits.load(tile, /*straight=*/false);
         std::memset(s.sum.floats(), 0, width * stride * sizeof(float));
-        std::vector<float> ones(kRows, 1.0f), bias_sum(width, 0.0f);
+        std::vector<float> bias_sum(width, 0.0f);
         for (int64_t t = 0; t < p.N; t += kTokens) {
-          for (int64_t block = t / kRows; block < std::min((t + kTokens) / kRows, rows.blocks()); ++block) {
-            s.logits.compute(rows, block, /*want_slope=*/true, nullptr);
-            grads.apply(p, s.logits, block);
-            const Tile& g = s.logits.tile();
-            if (dbias) rowwise().weighted_sum(g, ones.data(), nullptr, bias_sum.data());
-            if (!dweight) continue;
+          for_gradients(p, rows, grads, s.logits, t / kRows, std::min((t + kTokens) / kRows, rows.blocks()), [&](const Tile& g, int64_t block) {
+            if (dbias) rowwise().column_sums(g, bias_sum.data());
+            if (!dweight) return;
             std::memset(g.acc + g.rows * g.ld, 0, (kRows - g.rows) * g.ld * sizeof(float));
             for (int64_t r = 0; r < kRows; r += 16) {
               const uint32_t* src[16];
@@ -92,14 +104,14 @@ void weight_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGra
               rowwise().transpose16(src, g.width, s.turned.units() + r, kRows);
             }
             for (int64_t v = 0; v < g.width; ++v) s.parts.left.fill(p.format, s.turned.floats() + v * kRows, v, block * kRows - t, kRows);
-          }
+          });
           if (!dweight) continue;
           const int64_t tokens = std::min(kTokens, (p.N - t + kRows - 1) / kRows * kRows);
-          multiply_straight(p.format, s.parts.left, s.logits.tile().width, hidden[t / kTokens].straight(), kTokens / p.format.per_unit(),
+          multiply_straight(p.format, s.parts.left, s.logits.width(), hidden[t / kTokens].straight(), kTokens / p.format.per_unit(),
                             tokens / p.format.per_unit(), cols, s.sum.floats());
         }
         const int64_t first = s.logits.first();
-        for (int64_t v = 0; v < s.logits.tile().cols; ++v) {
+        for (int64_t v = 0; v < s.logits.cols(); ++v) {
           if (dbias) dbias[first + v] = bias_sum[v];
           if (!dweight) continue;
           char* out = static_cast<char*>(dweight->mutable_data_ptr()) + (first + v) * p.d * element;
@@ -126,10 +138,7 @@ void hidden_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGra
         std::memset(s.sum.floats(), 0, blocks * kRows * stride * sizeof(float));
         for (int64_t tile = 0; tile < p.cut.tiles; ++tile) {
           s.logits.load(tile, /*straight=*/true);
-          for (int64_t block = first; block < end; ++block) {
-            s.logits.compute(rows, block, /*want_slope=*/true, nullptr);
-            grads.apply(p, s.logits, block);
-            const Tile& g = s.logits.tile();
+          for_gradients(p, rows, grads, s.logits, first, end, [&](const Tile& g, int64_t block) {
             for (int r = 0; r < kRows; ++r) {
               float* row = g.acc + r * g.ld;
               const int64_t keep = r < g.rows ? g.cols : 0;
@@ -138,7 +147,7 @@ void hidden_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGra
             }
             multiply_straight(p.format, s.parts.left, kRows, s.logits.panel().straight(), width / p.format.per_unit(), width / p.format.per_unit(), cols,
                               s.sum.floats() + (block - first) * kRows * stride);
-          }
+          });
         }
         for (int64_t t = first * kRows; t < std::min(end * kRows, p.N); ++t) {
           char* out = static_cast<char*>(dhidden.mutable_data_ptr()) + t * p.d * element;

@@ -26,6 +26,8 @@ constexpr double kLseSlack = 4e-6;
 constexpr double kLseBelief = 0.5;  // beyond this the sums themselves may have overflowed: the given lse is not of this head
 constexpr int64_t kResponses = 256;  // per feature pass: their rows of R share the cache with a panel
 
+Tile rows_of(const Tile& t, int64_t begin, int64_t end) { return {t.acc + begin * t.ld, t.ld, static_cast<int>(end - begin), t.cols, t.width}; }
+
 // Log-probabilities and the rest for all tokens. `scales`, if not null, is what the features of the same tokens will be rounded by.
 void statistics_pass(const HeadProblem& p, const RowPanels& rows, const TokenStats& stats, Token* tokens, const TileScales* scales) {
   const Partials partials(p.cut.slabs, 0, p.N);
@@ -38,22 +40,22 @@ void statistics_pass(const HeadProblem& p, const RowPanels& rows, const TokenSta
       p.cut.slabs, [&] { return State{LogitTile(p), RunningSums(p.N)}; },
       [&](State& s, int64_t slab) {
         const int64_t first_tile = p.cut.slab_begin(slab);
+        StatsJob pending;
         for (int64_t tile = first_tile; tile < p.cut.slab_begin(slab + 1); ++tile) {
           s.logits.load(tile, /*straight=*/false);
           for (int64_t b = 0; b < rows.blocks(); ++b) {
-            s.logits.compute(rows, b, /*want_slope=*/false, target_acc.data());
             const int64_t t = rows.first(b);
-            float* ref = partials.ref(slab, t);
-            rowwise().stats(s.logits.tile(), p.alpha, tile == first_tile, ref, s.sums.sum(t), s.sums.sum_x(t), scales ? scales->top(tile, t) : nullptr, {});
-            if (scales) std::copy_n(ref, s.logits.tile().rows, scales->ref(tile, t));
+            rowwise().stats(pending, {}, s.logits.start(rows, b));
+            pending = {.tile = s.logits.finish(/*want_slope=*/false, target_acc.data()), .alpha = p.alpha, .first = tile == first_tile,
+                       .ref = partials.ref(slab, t), .sum = s.sums.sum(t), .sum_x = s.sums.sum_x(t)};
+            if (scales) pending.tile_ref = scales->ref(tile, t), pending.tile_top = scales->top(tile, t);
           }
         }
+        rowwise().stats(pending, {}, {});
         s.sums.fold(partials, slab, 0, p.N, 0);
       });
   merge_slabs(p, partials, target_acc, 0, p.N, stats, tokens);
 }
-
-Tile rows_of(const Tile& t, int64_t begin, int64_t end) { return {t.acc + begin * t.ld, t.ld, static_cast<int>(end - begin), t.cols, t.width}; }
 
 // The sums a feature pass collects when the lse it uses is only believed.
 struct Collected {
@@ -81,27 +83,30 @@ SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Res
         for (int64_t tile = first_tile; tile < p.cut.slab_begin(slab + 1); ++tile) {
           s.logits.load(tile, /*straight=*/true);
           std::memset(s.residual.floats(), 0, B * width * sizeof(float));
+          ResidualJob pending;
           for (int64_t block = r.token_begin() / kRows; block * kRows < r.token_end(); ++block) {
-            s.logits.compute(rows, block, /*want_slope=*/true, collect ? collect->target_acc.data() : nullptr);
-            const int64_t first = rows.first(block);
-            const int64_t begin = std::max(first, r.token_begin()), end = std::min({first + kRows, p.N, r.token_end()});
+            rowwise().residual(pending, s.logits.start(rows, block));
+            const Tile whole = s.logits.finish(/*want_slope=*/true, collect ? collect->target_acc.data() : nullptr);
+            const int64_t first = rows.first(block), begin = std::max(first, r.token_begin()), end = std::min(first + whole.rows, r.token_end());
+            pending.tile = rows_of(whole, begin - first, end - first);
+            pending.alpha = p.alpha;
+            pending.slope = s.logits.slope() ? s.logits.slope() + (begin - first) * whole.ld : nullptr;
+            pending.ref = coef.ref.data() + begin;
+            std::copy_n(coef.value.data() + begin, end - begin, pending.coef);
             for_segments(r, begin, end, [&](int64_t b, int64_t t0, int64_t t1) {
-              const Tile part = rows_of(s.logits.tile(), t0 - first, t1 - first);
-              const float* slope = s.logits.slope() ? s.logits.slope() + (t0 - first) * part.ld : nullptr;
-              float* sums = s.residual.floats() + (b - r.first) * width;
-              const float *ref = coef.ref.data() + t0, *value = coef.value.data() + t0;
-              if (collect) {
-                rowwise().exponentials(part, p.alpha, tile == first_tile, ref, s.sums.sum(t0), s.sums.sum_x(t0));
-                rowwise().weighted_sum(part, value, slope, sums);
-              } else if (scales) {
-                float unit[kRows], k[kRows];
-                rowwise().kept_scales(part.rows, scales->ref(tile, t0), scales->top(tile, t0), ref, value, unit, k);
-                rowwise().rounded_residual(part, p.alpha, scales->ref(tile, t0), unit, k, sums);
-              } else {
-                rowwise().residual(part, p.alpha, ref, value, slope, sums);
-              }
+              std::fill(pending.out + (t0 - begin), pending.out + (t1 - begin), s.residual.floats() + (b - r.first) * width);
             });
+            if (collect) {
+              pending.first = tile == first_tile;
+              pending.sum = s.sums.sum(begin), pending.sum_x = s.sums.sum_x(begin);
+            } else if (scales) {
+              pending.rounded = true;
+              pending.ref = scales->ref(tile, begin);
+              rowwise().kept_scales(pending.tile.rows, pending.ref, scales->top(tile, begin), coef.ref.data() + begin, coef.value.data() + begin, pending.unit,
+                                    pending.coef);
+            }
           }
+          rowwise().residual(pending, {});
           s.product.add(p, s.residual.floats(), s.logits.panel(), out, slabs.totals(slab));
         }
         if (collect) s.sums.fold(collect->partials, slab, r.token_begin(), r.token_end(), 0);

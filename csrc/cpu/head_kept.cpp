@@ -90,17 +90,20 @@ class KeptPass {
         [&](Worker* w, int64_t slab) {
           const RunningSums& sums = w->sums;
           const int64_t first_tile = p_.cut.slab_begin(slab);
+          StatsJob pending;
           for (int64_t tile = first_tile; tile < p_.cut.slab_begin(slab + 1); ++tile) {
-            add_kept(tile);
+            clear_before_first(tile);
             w->logits.load(tile, /*straight=*/false);
             for (int64_t b = 0; b < rows.blocks(); ++b) {
-              w->logits.compute(rows, b, /*want_slope=*/false, target_acc_.data());
               const int64_t t = rows.first(b), i = t - now.begin;
-              float* ref = partials.ref(slab, t);
-              rowwise().stats(w->logits.tile(), p_.alpha, tile == first_tile, ref, sums.sum(i), sums.sum_x(i), scales_.top(tile, i), kept(tile, i));
-              std::copy_n(ref, rows.rows(b), scales_.ref(tile, i));
+              rowwise().stats(pending, sum_of_kept(tile, b), w->logits.start(rows, b));
+              pending = {.tile = w->logits.finish(/*want_slope=*/false, target_acc_.data()), .alpha = p_.alpha, .first = tile == first_tile,
+                         .ref = partials.ref(slab, t), .sum = sums.sum(i), .sum_x = sums.sum_x(i),
+                         .tile_ref = scales_.ref(tile, i), .tile_top = scales_.top(tile, i), .kept = kept(tile, i)};
             }
+            add_kept(tile, rows.blocks());
           }
+          rowwise().stats(pending, {}, {});
           sums.fold(partials, slab, now.begin, now.end, now.begin);
         });
     merge_slabs(p_, partials, target_acc_, now.begin, now.end, stats, tokens_.data());
@@ -110,7 +113,12 @@ class KeptPass {
 
   // R W, after the last block, whose memory goes first: the slabs' features take its place.
   SlabFeatures product() {
-    for_tasks(p_.cut.tiles, [] { return 0; }, [&](int, int64_t tile) { add_kept(tile); });
+    for_tasks(
+        p_.cut.tiles, [] { return 0; },
+        [&](int, int64_t tile) {
+          clear_before_first(tile);
+          add_kept(tile, 0);
+        });
     workers_.clear();
     kept_ = Buffer();
     SlabFeatures slabs(p_, r_);
@@ -145,19 +153,30 @@ class KeptPass {
   Kept kept(int64_t tile, int64_t i) const { return {kept_.halves() + (tile * block_ + i) * p_.cut.width, p_.cut.width}; }
   float* residual(int64_t tile) const { return residual_.floats() + tile * r_.padded() * p_.cut.width; }
 
-  // A tile of R += what is kept of the last block.
-  void add_kept(int64_t tile) const {
+  // R starts from zero when the first block's numbers are about to be added.
+  void clear_before_first(int64_t tile) const {
     if (last_.begin == r_.token_begin()) std::memset(residual(tile), 0, r_.padded() * p_.cut.width * sizeof(float));
-    const int width = static_cast<int>((p_.cut.cols(tile, p_.V) + kLanes - 1) / kLanes * kLanes);
-    for_segments(r_, last_.begin, last_.end, [&](int64_t b, int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; t += kRows) {
-        const int rows = static_cast<int>(std::min(kRows, end - t));
-        const int64_t i = t - last_.begin;
-        float unit[kRows], k[kRows];
-        rowwise().kept_scales(rows, scales_.ref(tile, i), scales_.top(tile, i), coef_.ref.data() + t, coef_.value.data() + t, unit, k);
-        rowwise().kept_residual(kept(tile, i), rows, width, k, residual(tile) + (b - r_.first) * p_.cut.width);
-      }
+  }
+
+  // What a tile of R gets from a block of the tokens kept last.
+  KeptJob sum_of_kept(int64_t tile, int64_t block) const {
+    KeptJob job;
+    const int64_t begin = std::min(last_.begin + block * kRows, last_.end), end = std::min(begin + kRows, last_.end), i = begin - last_.begin;
+    if (begin == end) return job;
+    job.kept = kept(tile, i);
+    job.rows = static_cast<int>(end - begin);
+    job.width = static_cast<int>((p_.cut.cols(tile, p_.V) + kUnit - 1) / kUnit * kUnit);
+    float unit[kRows];
+    rowwise().kept_scales(job.rows, scales_.ref(tile, i), scales_.top(tile, i), coef_.ref.data() + begin, coef_.value.data() + begin, unit, job.coef);
+    for_segments(r_, begin, end, [&](int64_t b, int64_t t0, int64_t t1) {
+      std::fill(job.out + (t0 - begin), job.out + (t1 - begin), residual(tile) + (b - r_.first) * p_.cut.width);
     });
+    return job;
+  }
+
+  // The blocks from `block` on.
+  void add_kept(int64_t tile, int64_t block) const {
+    for (; block * kRows < last_.size(); ++block) rowwise().stats({}, sum_of_kept(tile, block), {});
   }
 
   const HeadProblem& p_;

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kPanelBytes = 1024 * 1024;  // a packed panel of weights, to share L2 with the rows that meet it
 constexpr int64_t kSlabs = 32;
+constexpr int64_t kFetchBytes = 512 * 1024;  // the rows of W for the next tile are fetched early if no more than this: L2 then holds them too
 
 VocabCut cut_vocabulary(int64_t V, const Depth& depth, const Format& format) {
   const int64_t column_bytes = depth.padded() * format.parts * sizeof(uint32_t);
@@ -63,41 +64,56 @@ double HeadProblem::cap_slope(double acc, int64_t v) const {
 }
 
 LogitTile::LogitTile(const HeadProblem& problem)
-    : problem_(problem), panel_(problem.format, problem.depth, problem.cut.width), acc_(kRows * problem.cut.width * sizeof(float)) {
-  if (problem.cap > 0) slope_ = Buffer(kRows * problem.cut.width * sizeof(float));
+    : problem_(problem), panel_(problem.format, problem.depth, problem.cut.width), acc_(2 * kRows * straight_stride(problem.cut.width) * sizeof(float)) {
+  if (problem.cap > 0) slope_ = Buffer(kRows * straight_stride(problem.cut.width) * sizeof(float));
 }
 
 void LogitTile::load(int64_t tile, bool straight) {
   first_ = tile * problem_.cut.width;
   panel_.pack(problem_.weight, first_, /*transposed=*/true, straight);
-  tile_.acc = acc_.floats();
-  tile_.ld = problem_.cut.width;
-  tile_.cols = static_cast<int>(std::min(problem_.cut.width, problem_.V - first_));
-  tile_.width = (tile_.cols + 15) / 16 * 16;
+  tile_.ld = straight_stride(problem_.cut.width);
+  tile_.cols = static_cast<int>(problem_.cut.cols(tile, problem_.V));
+  tile_.width = (tile_.cols + kUnit - 1) / kUnit * kUnit;
 }
 
-void LogitTile::compute(const RowPanels& rows, int64_t block, bool want_slope, float* target_acc) {
-  constexpr float kMasked = -std::numeric_limits<float>::infinity();
-  multiply_rows(problem_.format, problem_.depth, rows.block(block), rows.rows(block), panel_, tile_.acc);
-  const int64_t first_token = rows.first(block);
+TileProduct LogitTile::start(const RowPanels& rows, int64_t block) {
+  turn_ = 1 - turn_;
+  tile_.acc = acc_.floats() + turn_ * kRows * tile_.ld;
   tile_.rows = static_cast<int>(rows.rows(block));
-  if (target_acc) {
-    for (int r = 0; r < tile_.rows; ++r) {
-      const int64_t c = problem_.targets[first_token + r] - first_;
-      if (c >= 0 && c < tile_.cols) target_acc[first_token + r] = tile_.acc[r * tile_.ld + c];
-    }
+  first_token_ = rows.first(block);
+  TileProduct product = multiply_rows(problem_.format, problem_.depth, rows.block(block), tile_.rows, panel_, tile_.acc, tile_.ld);
+  const MatrixView& w = problem_.weight;
+  const int64_t next = first_ + tile_.cols, bytes = (std::min(next + tile_.cols, w.rows) - next) * w.row_bytes;
+  if (bytes <= kFetchBytes) {
+    const auto line = [&](int64_t b) { return bytes / 64 * b / rows.blocks(); };
+    product.soon = w.data + next * w.row_bytes + line(block) * 64;
+    product.soon_lines = line(block + 1) - line(block);
   }
-  if (!problem_.bias.empty()) {
+  return product;
+}
+
+Tile LogitTile::finish(bool want_slope, float* target_acc) {
+  constexpr float kMasked = -std::numeric_limits<float>::infinity();
+  const bool mapped = !problem_.bias.empty();
+  const auto for_targets = [&](const auto& f) {
+    for (int r = 0; r < tile_.rows; ++r) {
+      const int64_t c = problem_.targets[first_token_ + r] - first_;
+      if (c >= 0 && c < tile_.cols) f(r, tile_.acc[r * tile_.ld + c]);
+    }
+  };
+  for_targets([&](int r, float& raw) {
+    if (target_acc) target_acc[first_token_ + r] = raw;
+    if (!mapped) raw = kMasked;
+  });
+  if (mapped) {
     LogitMap map = problem_.map;
     map.bias = problem_.bias.data() + first_;
     rowwise().logits(tile_, map, want_slope ? slope_.floats() : nullptr);
+    for_targets([&](int, float& u) { u = kMasked; });
   }
-  for (int r = 0; r < tile_.rows; ++r) {
-    float* row = tile_.acc + r * tile_.ld;
-    for (int c = tile_.cols; c < tile_.width; ++c) row[c] = kMasked;
-    const int64_t c = problem_.targets[first_token + r] - first_;
-    if (c >= 0 && c < tile_.cols) row[c] = kMasked;
-  }
+  if (tile_.cols < tile_.width)
+    for (int r = 0; r < tile_.rows; ++r) std::fill(tile_.acc + r * tile_.ld + tile_.cols, tile_.acc + r * tile_.ld + tile_.width, kMasked);
+  return tile_;
 }
 
 }  // namespace g2rl

@@ -37,26 +37,37 @@ struct HeadProblem {
   double cap_slope(double acc, int64_t v) const;
 };
 
-// A thread's panel of weights and the tile of logits computed from it.
+// A thread's panel of weights and the tiles of logits computed from it. Two take turns: while one is multiplied, the one before it is worked on.
+//
+//   pending = {};
+//   for each block of tokens:
+//     product = logits.start(rows, block)
+//     a row kernel does `pending` and `product`
+//     pending = the job on logits.finish(...)
+//   a row kernel does `pending` alone
 class LogitTile {
  public:
   explicit LogitTile(const HeadProblem& problem);
   void load(int64_t tile, bool straight);
-  // Logits of the tokens in a block of `rows`. The targets' columns become -inf, so that every sum below is over the other entries;
-  // their raw products go to target_acc[N] if it is not null.
-  void compute(const RowPanels& rows, int64_t block, bool want_slope, float* target_acc);
+  // The raw products of a block of `rows`, which may be for a row kernel to compute.
+  TileProduct start(const RowPanels& rows, int64_t block);
+  // The logits, once the products are there. The targets' columns become -inf, so that every sum is over the other entries; their raw products
+  // go to target_acc[N] if it is not null.
+  Tile finish(bool want_slope, float* target_acc);
 
-  const Tile& tile() const { return tile_; }
-  const float* slope() const { return slope_.floats(); }  // null without a cap
+  const float* slope() const { return slope_.floats(); }  // of the last tile finished; null without a cap
   const ColumnPanels& panel() const { return panel_; }
   int64_t first() const { return first_; }
+  int cols() const { return tile_.cols; }
+  int width() const { return tile_.width; }
 
  private:
   const HeadProblem& problem_;
   ColumnPanels panel_;
   Buffer acc_, slope_;
   Tile tile_{};
-  int64_t first_ = 0;
+  int64_t first_ = 0, first_token_ = 0;
+  int turn_ = 0;
 };
 
 }  // namespace g2rl

@@ -13,9 +13,7 @@ namespace {
 
 namespace blas = at::native::cpublas;
 
-// Elements of the summed dimension per product. On AMX as many as stay near the core; in fp32 few, since partial sums of short runs, added up, round
-// less than one long sum.
-constexpr int64_t kChunkAmx = 640, kChunkFloat = 128;
+constexpr int64_t kChunkFloat = 128;               // elements of the summed dimension per product
 constexpr int64_t kColumnBlockUnits = 64 * 1024;  // 256 KB of right operand
 constexpr int64_t kBlocksPerTask = 8;
 constexpr int64_t kMappedBytes = 4 << 20;
@@ -24,25 +22,6 @@ constexpr int64_t kLine = 16;    // 32-bit units per cache line
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 size_t element_size(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
-
-// Calls f(i, j) for the products of parts i and j that count in fp32, small ones first. A part is 2^-8 of the one before it: fp32 (three parts) drops
-// what is 2^-24 of the whole.
-template <typename F>
-void for_part_pairs(int left, int right, const F& f) {
-  for (int order = std::min(left + right - 2, 2); order >= 0; --order)
-    for (int i = 0; i < left; ++i)
-      if (order - i >= 0 && order - i < right) f(i, order - i);
-}
-
-void gemm(const Format& format, int64_t m, int64_t n, int64_t k_units, int64_t lda, int64_t ldb, int64_t ldc, bool add, const uint32_t* a,
-          const uint32_t* b, float* c) {
-  if (format.amx) {
-    blas::brgemm(m, n, k_units * 2, lda * 2, ldb, ldc, add, reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(b), c,
-                 /*is_vnni=*/true);
-  } else {
-    blas::brgemm(m, n, k_units, lda, ldb, ldc, add, reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), c, /*is_vnni=*/false);
-  }
-}
 
 // One row of the caller's matrix as parts, zero beyond its columns; part p starts at dst + p * part_units.
 void convert_row(const Format& format, const char* src, int64_t n, int64_t padded_units, int64_t part_units, uint32_t* dst) {
@@ -64,7 +43,7 @@ void convert_row(const Format& format, const char* src, int64_t n, int64_t padde
 
 Format choose_format(at::ScalarType dtype) {
   const Dtype d = dtype == at::kBFloat16 ? Dtype::kBFloat16 : dtype == at::kHalf ? Dtype::kHalf : Dtype::kFloat;
-  const bool amx = blas::could_pack(at::kBFloat16);
+  const bool amx = rowwise().amx;
   return {amx, !amx || d == Dtype::kBFloat16 ? 1 : d == Dtype::kHalf ? 2 : 3, d};
 }
 
@@ -96,8 +75,7 @@ MatrixView view(const at::Tensor& t) {
 }
 
 Depth split_depth(int64_t d, const Format& format) {
-  const int64_t most = format.amx ? kChunkAmx : kChunkFloat;
-  const int64_t chunks = (d + most - 1) / most;
+  const int64_t chunks = format.amx ? 1 : (d + kChunkFloat - 1) / kChunkFloat;
   const int64_t units = round_up((d + chunks - 1) / chunks, kLine * format.per_unit()) / format.per_unit();
   return {chunks, units, units + kLine};
 }
@@ -158,7 +136,8 @@ void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, boo
       for (int64_t c = 0; transposed && c < depth_.chunks; ++c) {
         const uint32_t* src[16];
         for (int i = 0; i < 16; ++i) src[i] = rows[i][p] + c * depth_.units;
-        rowwise().transpose16(src, depth_.units, transposed_.units() + (c * format_.parts + p) * depth_.units * width_ + r, width_);
+        uint32_t* dst = transposed_.units() + (c + p) * depth_.units * width_ + (format_.amx ? r * depth_.units : r);
+        rowwise().transpose16(src, depth_.units, dst, format_.amx ? 16 : width_);
       }
       if (!straight) continue;
       for (int i = 0; i < 16; i += static_cast<int>(format_.per_unit())) {
@@ -174,31 +153,39 @@ void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, boo
   }
 }
 
-void multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows, const ColumnPanels& panel, float* out) {
-  const int64_t a_part = kRows * depth.stride, b_part = depth.units * panel.width();
-  bool add = false;
-  for_part_pairs(format.parts, format.parts, [&](int i, int j) {
-    for (int64_t c = 0; c < depth.chunks; ++c) {
-      gemm(format, round_up(rows, kRowStep), panel.width(), depth.units, depth.stride, panel.width(), panel.width(), add, row_block + (c * format.parts + i) * a_part,
-           panel.transposed() + (c * format.parts + j) * b_part, out);
-      add = true;
-    }
-  });
+TileProduct multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows, const ColumnPanels& panel, float* out, int64_t ld) {
+  const int64_t width = panel.width();
+  rows = round_up(rows, kRowStep);
+  if (format.amx) {
+    return {.rows = static_cast<int>(rows), .cols = static_cast<int>(width), .steps = depth.units / 16, .a_parts = format.parts, .b_parts = format.parts,
+            .a = row_block, .a_part = kRows * depth.stride, .a_stride = depth.stride,
+            .b = panel.transposed(), .b_part = depth.units * width, .b_block = depth.units * 16, .b_step = 16 * 16, .b_stride = 16,
+            .out = out, .ld = ld};
+  }
+  for (int64_t c = 0; c < depth.chunks; ++c) {
+    blas::brgemm(rows, width, depth.units, depth.stride, width, ld, /*add_C=*/c > 0, reinterpret_cast<const float*>(row_block) + c * kRows * depth.stride,
+                 reinterpret_cast<const float*>(panel.transposed()) + c * depth.units * width, out, /*is_vnni=*/false);
+  }
+  return {};
 }
 
 void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, const uint32_t* b, int64_t b_units, int64_t depth_units,
                        int64_t cols, float* out) {
   const int64_t stride = straight_stride(cols);
   // A block of columns of b stays in L2 while the rows of a pass by.
-  const int64_t block = std::max<int64_t>(kColumnBlockUnits / depth_units / kLine * kLine, 64);
+  const int64_t block = std::max<int64_t>(kColumnBlockUnits / depth_units / 32 * 32, 64);
   for (int64_t c = 0; c < cols; c += block) {
     const int64_t n = std::min(block, cols - c);
+    if (format.amx) {
+      rowwise().multiply({.rows = static_cast<int>(rows), .cols = static_cast<int>(n), .steps = depth_units / 16, .a_parts = a.parts, .b_parts = format.parts,
+                          .a = a.data, .a_part = a.part_units, .a_stride = a.stride,
+                          .b = b + c, .b_part = b_units * stride, .b_block = 16, .b_step = 16 * stride, .b_stride = stride,
+                          .out = out + c, .ld = stride, .add = true});
+      continue;
+    }
     for (int64_t r = 0; r < rows; r += kRows) {
-      const int64_t m = std::min(kRows, rows - r);
-      for_part_pairs(a.parts, format.parts, [&](int i, int j) {
-        gemm(format, m, n, depth_units, a.stride, stride, stride, /*add=*/true, a.data + i * a.part_units + r * a.stride, b + j * b_units * stride + c,
-             out + r * stride + c);
-      });
+      blas::brgemm(std::min<int64_t>(kRows, rows - r), n, depth_units, a.stride, stride, stride, /*add_C=*/true,
+                   reinterpret_cast<const float*>(a.data) + r * a.stride, reinterpret_cast<const float*>(b) + c, out + r * stride + c, /*is_vnni=*/false);
     }
   }
 }

@@ -1,9 +1,9 @@
-// Operands of the matrix products, laid out as ATen's `brgemm` reads them fastest, and the products themselves.
+// Operands of the matrix products, and the products themselves.
 //
 // Two formats, chosen once per call:
-//   bf16 parts  (AMX): a number is a sum of bf16 parts: 1 for bf16, 2 for fp16 (exact), 3 for fp32 (24 bits). A product of two numbers is
+//   bf16 parts  (AMX, amx.h): a number is a sum of bf16 parts: 1 for bf16, 2 for fp16 (exact), 3 for fp32 (24 bits). A product of two numbers is
 //                      the products of their parts that matter in fp32, each at bf16 speed, summed in fp32.
-//   float       (any CPU): one fp32 part.
+//   float       (any CPU, ATen's `brgemm`): one fp32 part.
 // Storage is counted in 32-bit units: a pair of bf16 neighbours along the summed dimension, or one float.
 #pragma once
 
@@ -17,7 +17,6 @@
 
 namespace g2rl {
 
-constexpr int64_t kRows = 64;     // tokens per product: enough to hide the call, and a tile of logits stays in L2
 constexpr int64_t kRowStep = 16;  // the last product of a block of tokens has a multiple of these
 
 struct Format {
@@ -58,7 +57,7 @@ struct MatrixView {
 
 MatrixView view(const at::Tensor& t);
 
-// The summed dimension of length d, cut into equal chunks so that 64 rows of one operand stay near the core.
+// The summed dimension of length d: in one piece on AMX, elsewhere in equal chunks, whose partial sums, added up, round less than one long sum.
 struct Depth {
   int64_t chunks;
   int64_t units;   // per chunk
@@ -90,7 +89,7 @@ class ColumnPanels {
  public:
   ColumnPanels(const Format& format, const Depth& depth, int64_t width);
   void pack(const MatrixView& m, int64_t first, bool transposed, bool straight);
-  // [chunk][part][units][width]: the product's columns are the matrix's rows.
+  // The product's columns are the matrix's rows. AMX: [part][block of 16 columns][units][16]; else [chunk][units][width].
   const uint32_t* transposed() const { return transposed_.units(); }
   // [part][width / per_unit][straight_stride(padded columns)]: the product's columns are the matrix's columns. Only if asked for.
   const uint32_t* straight() const { return straight_.units(); }
@@ -103,8 +102,9 @@ class ColumnPanels {
   Buffer transposed_, straight_, stage_;
 };
 
-// out[rows, width] = the first rows of a block, rounded up to kRowStep, times the transposed panel; leading dimension of out is `width`.
-void multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows, const ColumnPanels& panel, float* out);
+// out[rows, width] = the first rows of a block, rounded up to kRowStep, times the transposed panel; rows of out are ld apart.
+// On AMX it is still to be done, by one of the row kernels or by their `multiply`; elsewhere it is done, and what is returned is empty.
+TileProduct multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows, const ColumnPanels& panel, float* out, int64_t ld);
 
 // A left operand computed in fp32, as `parts` parts: row r of part p at data + p * part_units + r * stride.
 struct LeftParts {

@@ -31,8 +31,10 @@ void for_tasks(int64_t tasks, const Make& make, const Body& body) {
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     FlushSubnormals flush;
     auto state = make();
+    rowwise().enter();
     for (int64_t task = next++; task < tasks; task = next++) body(state, task);
-    at::native::cpublas::brgemm_release();  // once per thread: the tile configuration is dear to load
+    rowwise().leave();
+    at::native::cpublas::brgemm_release();
   });
 }
 

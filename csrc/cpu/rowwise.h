@@ -1,5 +1,8 @@
-// Element-wise work on tiles of logits that sit in cache, and the layouts that products read.
+// Element-wise work on tiles of logits that sit in cache, the layouts that products read, and on AMX the products themselves.
 // One table of functions per instruction set; `rowwise()` returns the one for this machine.
+//
+// A product and the element-wise work on the tile before it go on at the same time where there is AMX: its matrix unit and the vector units are
+// different parts of a core, and either alone leaves the other idle. So functions that work on a tile also take the next tile's product.
 //
 // Letters: acc = raw products W h, u = logits / temperature as softmax sees them, y = target, lse = log sum exp u.
 #pragma once
@@ -9,9 +12,11 @@
 namespace g2rl {
 
 constexpr int kLanes = 16;
-constexpr int kMaxWidth = 256;  // of a tile
+constexpr int kUnit = 4 * kLanes;  // columns worked on at a time
+constexpr int kMaxWidth = 256;     // of a tile
+constexpr int64_t kRows = 64;      // of a tile, at most
 
-// `rows` tokens by `cols` vocabulary entries, rows `ld` apart; `width` is cols rounded up to 16. Columns in cols..width hold -inf.
+// `rows` tokens by `cols` vocabulary entries, rows `ld` apart; `width` is cols rounded up to kUnit. Columns in cols..width hold -inf.
 struct Tile {
   float* acc;
   int64_t ld;
@@ -38,29 +43,83 @@ constexpr float kKeptMax = 65535.0f;
 
 enum class Dtype { kFloat, kBFloat16, kHalf };
 
+// out[rows, cols] (+)= the sum over pairs of parts (i, j) that count in fp32 of A_i B_j, for AMX. Counted in 32-bit units: two bf16 neighbours
+// along the summed dimension.
+struct TileProduct {
+  int rows = 0, cols = 0;  // multiples of 16 and 32; no rows: nothing to do
+  int64_t steps = 0;       // of 16 units
+  int a_parts = 1, b_parts = 1;
+  const uint32_t* a = nullptr;  // row r of part i at a + i * a_part + r * a_stride
+  int64_t a_part = 0, a_stride = 0;
+  const uint32_t* b = nullptr;  // sixteen columns c and step k of part j at b + j * b_part + c * b_block + k * b_step: 16 rows, b_stride apart
+  int64_t b_part = 0, b_block = 0, b_step = 0, b_stride = 0;
+  float* out = nullptr;
+  int64_t ld = 0;
+  bool add = false;
+  const char* soon = nullptr;  // cache lines from here on to fetch into L2 meanwhile
+  int64_t soon_lines = 0;
+};
+
+// Adds a tile to running sums of e = exp(u - ref[row]) and of e (u - ref[row]), 16 lanes of each per row. ref is the row's maximum in the first
+// tile and moves, with the sums, when a later entry is far above it; far below it is harmless.
+struct StatsJob {
+  Tile tile{};
+  float alpha = 1;
+  bool first = false;
+  float *ref = nullptr, *sum = nullptr, *sum_x = nullptr;
+  float *tile_ref = nullptr, *tile_top = nullptr;  // if wanted, get the reference this tile had and its largest (u - ref) / 2
+  Kept kept{};                                     // if wanted, gets the tile in 16 bits; only with tile_top
+};
+
+// out[row] [col] += coef[row] exp(u - ref[row]) slope[row, col], rows in order.
+struct ResidualJob {
+  Tile tile{};
+  float alpha = 1;
+  const float* ref = nullptr;
+  const float* slope = nullptr;  // null: no cap
+  bool rounded = false;          // exponentials as StatsJob would have kept them; unit and coef are then kept_scales'
+  bool first = false;            // with sum not null: the tile's statistics too, whatever ref is
+  float *sum = nullptr, *sum_x = nullptr;
+  float coef[kRows], unit[kRows];
+  float* out[kRows];
+};
+
+// out[row] [col] += coef[row] q^2 for kept rows, in order: to the bit what a rounded ResidualJob adds.
+struct KeptJob {
+  Kept kept{};
+  int rows = 0, width = 0;
+  float coef[kRows];
+  float* out[kRows];
+};
+
+// acc <- exp(u - lse[row]) (c0[row] + c1[row] (u - lse[row])) slope[row, col]. slope may be null.
+struct GradientJob {
+  Tile tile{};
+  float alpha = 1;
+  const float *lse = nullptr, *c0 = nullptr, *c1 = nullptr, *slope = nullptr;
+};
+
 struct RowKernels {
   const char* name;
+  bool amx;
+
+  // A thread calls these before its first and after its last product on AMX; they do nothing elsewhere.
+  void (*enter)();
+  void (*leave)();
+
+  // Each does its job and, only where there is AMX, the product meanwhile.
+  void (*multiply)(const TileProduct& meanwhile);
+  void (*stats)(const StatsJob&, const KeptJob& before, const TileProduct& meanwhile);  // `before` comes first and may lie where `kept` will
+  void (*residual)(const ResidualJob&, const TileProduct& meanwhile);
+  void (*gradient)(const GradientJob&, const TileProduct& meanwhile);
 
   // acc <- u in place, and dcap[row, col] <- 1 - tanh^2 when there is a cap (dcap may be null). Only for a bias, a cap or alpha <= 0:
-  // a positive alpha alone is folded into the functions below, which then see u = alpha * acc.
+  // a positive alpha alone is folded into the functions above, which then see u = alpha * acc.
   void (*logits)(const Tile&, const LogitMap&, float* dcap);
-  // Adds a tile to running sums of e = exp(u - ref[row]) and of e (u - ref[row]), 16 lanes of each per row. ref is the row's maximum in the first
-  // tile and moves, with the sums, when a later entry is far above it; far below it is harmless.
-  // top[row], if wanted, becomes the tile's largest (u - ref) / 2, and `kept`, if wanted, gets the tile in 16 bits.
-  void (*stats)(const Tile&, float alpha, bool first, float* ref, float* sum, float* sum_x, float* top, Kept kept);
-  // acc <- e = exp(u - ref[row]) in place, and the same running sums.
-  void (*exponentials)(const Tile&, float alpha, bool first, const float* ref, float* sum, float* sum_x);
-  // out[col] += sum over rows of coef[row] exp(u - ref[row]) dcap[row, col], rows in order. dcap may be null.
-  void (*residual)(const Tile&, float alpha, const float* ref, const float* coef, const float* dcap, float* out);
-  // The same with exponentials rounded to 16 bits, once from logits and once from what stats() kept: same bits. unit and coef are kept_scales'.
-  void (*rounded_residual)(const Tile&, float alpha, const float* ref, const float* unit, const float* coef, float* out);
-  void (*kept_residual)(Kept kept, int rows, int width, const float* coef, float* out);
   // unit = what makes the tile's largest exp((u - ref) / 2) kKeptMax, and coef = value exp(u - lse) / q^2 of every entry, per row.
   void (*kept_scales)(int rows, const float* ref, const float* top, const float* lse, const float* value, float* unit, float* coef);
-  // out[col] += sum over rows of coef[row] acc[row, col] dcap[row, col], rows in order. dcap may be null.
-  void (*weighted_sum)(const Tile&, const float* coef, const float* dcap, float* out);
-  // acc <- exp(u - lse[row]) (c0[row] + c1[row] (u - lse[row])) slope[row, col]. slope may be null.
-  void (*gradient)(const Tile&, float alpha, const float* lse, const float* c0, const float* c1, const float* slope);
+  // out[col] += sum over rows of acc[row, col], rows in order.
+  void (*column_sums)(const Tile&, float* out);
 
   // n numbers -> `parts` bf16 rows whose sum is the number to 8 bits per part.
   void (*split)(const void* src, Dtype dtype, int64_t n, int parts, uint16_t* const* dst);

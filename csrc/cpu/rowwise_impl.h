@@ -7,6 +7,10 @@
 #include "rowwise.h"
 #include "simd.h"
 
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
+
 namespace g2rl {
 namespace G2RL_ISA {
 namespace {
@@ -30,8 +34,13 @@ void logits(const Tile& t, const LogitMap& map, float* dcap) {
   }
 }
 
+float lane_sum(const float* lanes) { return sum(load(lanes)); }
+
+// The jobs below as work that a product can be interrupted for: kUnit columns of a row per step, row after row.
+
 // A later entry may exceed ref by this much before the sums are moved: little enough that the entropy keeps its digits.
 constexpr float kHeadroom = 16.0f;
+
 float row_max(const float* row, int width) {
   f32x16 m = splat(-1.0e30f);
   for (int c = 0; c < width; c += kLanes) m = max(m, load(row + c));
@@ -44,162 +53,277 @@ inline f32x16 rounded(f32x16 h, f32x16 unit) { return with_rounded_bits(h, unit)
 
 inline f32x16 unit_of(f32x16 top) { return kKeptMax / exp_in_range(top); }
 
-// Up to 16 rows of exp((u - ref) / 2), kMaxWidth apart, with their largest (u - ref) / 2, into rows begin..end of `kept`.
-void keep_rows(int width, int begin, int end, const float* halves, const float* tops, Kept kept) {
-  alignas(64) float units[kLanes];
-  store(units, unit_of(load(tops)));
-  for (int r = begin; r < end; ++r) {
-    const f32x16 unit = splat(units[r - begin]);
-    const float* half = halves + (r - begin) * kMaxWidth;
-    uint16_t* out = kept.data + r * kept.ld;
-    for (int c = 0; c < width; c += kLanes) store_low16(out + c, with_rounded_bits(load(half + c), unit));
-  }
-}
+// Works with halves: exp((u - ref) / 2) is what may be kept, its square what is summed. A row is kept while the next one is summed, since the chain
+// from a row's largest entry to its unit is long.
+template <bool kKeep>
+class StatsWork {
+ public:
+  explicit StatsWork(const StatsJob& job)
+      : job_(job), half_alpha_(0.5f * job.alpha), left_((job.tile.rows + (kKeep && job.tile.rows > 0)) * (job.tile.width / kUnit)) {}
+  int64_t left() const { return left_; }
 
-// Works with halves: exp((u - ref) / 2) is what may be kept, its square what is summed. Rows are kept 16 at a time, since the chain from a row's
-// largest to its unit is long.
-template <bool kTop, bool kKeep>
-void stats_of(const Tile& t, float alpha, bool first, float* ref, float* sum, float* sum_x, float* top, Kept kept) {
-  const float half_alpha = 0.5f * alpha;
-  const f32x16 lowest = splat(0.5f * kExpMin);
-  alignas(64) float halves[kKeep ? kLanes * kMaxWidth : 1], tops[kLanes] = {};
-  for (int r = 0; r < t.rows; ++r) {
-    const float* row = t.acc + r * t.ld;
-    float* half = halves + (kKeep ? r % kLanes * kMaxWidth : 0);
-    f32x16 s0{}, x0{};
-    if (first) {
-      ref[r] = alpha * row_max(row, t.width);
-    } else {
-      s0 = load(sum + r * kLanes);
-      x0 = load(sum_x + r * kLanes);
+  void step() {
+    const bool summing = !kKeep || row_ < job_.tile.rows;
+    if (summing) {
+      if (col_ == 0) begin_row();
+      add(col_);
     }
-    f32x16 most;
-    for (;;) {
-      const float m = 0.5f * ref[r];
-      f32x16 s = s0, sy{};
-      most = lowest;
-      for (int c = 0; c < t.width; c += kLanes) {
-        const f32x16 y = max(load(row + c) * half_alpha - m, lowest);
-        most = max(most, y);
-        const f32x16 h = exp_in_range(y);
-        if constexpr (kKeep) store(half + c, h);
-        const f32x16 e = h * h;
-        s += e;
-        sy += e * y;
-      }
-      if (__builtin_expect(!any_above(most, 0.5f * kHeadroom), 1)) {
-        store(sum + r * kLanes, s);
-        store(sum_x + r * kLanes, x0 + 2.0f * sy);
-        break;
-      }
-      ref[r] = alpha * row_max(row, t.width);
-      const f32x16 up = splat(ref[r] - 2.0f * m);
-      const f32x16 f = exp(-up);
-      x0 = (x0 - up * s0) * f;
-      s0 *= f;
-    }
-    if constexpr (kTop) top[r] = tops[r % kLanes] = max_lane(most);
     if constexpr (kKeep) {
-      if (r % kLanes == kLanes - 1 || r == t.rows - 1) keep_rows(t.width, r / kLanes * kLanes, r + 1, halves, tops, kept);
+      if (row_ > 0) keep(row_ - 1, col_);
     }
+    --left_;
+    col_ += kUnit;
+    if (col_ < job_.tile.width) return;
+    if (summing) end_row();
+    col_ = 0;
+    ++row_;
   }
-}
 
-void stats(const Tile& t, float alpha, bool first, float* ref, float* sum, float* sum_x, float* top, Kept kept) {
-  (kept.data ? stats_of<true, true> : top ? stats_of<true, false> : stats_of<false, false>)(t, alpha, first, ref, sum, sum_x, top, kept);
-}
+ private:
+  const float* acc() const { return job_.tile.acc + row_ * job_.tile.ld; }
 
-void exponentials(const Tile& t, float alpha, bool first, const float* ref, float* sum, float* sum_x) {
-  for (int r = 0; r < t.rows; ++r) {
-    float* row = t.acc + r * t.ld;
-    const float m = ref[r];
-    f32x16 s{}, sx{};
-    if (!first) {
-      s = load(sum + r * kLanes);
-      sx = load(sum_x + r * kLanes);
+  void begin_row() {
+    s0_ = x0_ = f32x16{};
+    if (job_.first) {
+      job_.ref[row_] = job_.alpha * row_max(acc(), job_.tile.width);
+    } else {
+      s0_ = load(job_.sum + row_ * kLanes);
+      x0_ = load(job_.sum_x + row_ * kLanes);
     }
-    for (int c = 0; c < t.width; c += kLanes) {
-      // A ref that is no lse of this row must not overflow: the caller sees the sum and starts again.
-      const f32x16 x = min(max(load(row + c) * alpha - m, splat(kExpMin)), splat(60.0f));
-      const f32x16 e = exp_in_range(x);
-      store(row + c, e);
+    start_sums();
+  }
+
+  void start_sums() {
+    half_ref_ = 0.5f * job_.ref[row_];
+    s_ = s0_;
+    sy_ = f32x16{};
+    most_ = splat(0.5f * kExpMin);
+  }
+
+  void add(int col) {
+    const float* row = acc() + col;
+    f32x16 s = s_, sy = sy_, most = most_;
+    for (int c = 0; c < kUnit; c += kLanes) {
+      const f32x16 y = max(load(row + c) * half_alpha_ - half_ref_, splat(0.5f * kExpMin));
+      most = max(most, y);
+      const f32x16 h = exp_in_range(y);
+      if constexpr (kKeep) store(halves_[row_ % 2] + col + c, h);
+      const f32x16 e = h * h;
       s += e;
-      sx += e * x;
+      sy += e * y;
     }
-    store(sum + r * kLanes, s);
-    store(sum_x + r * kLanes, sx);
+    s_ = s, sy_ = sy, most_ = most;
   }
-}
 
-float lane_sum(const float* lanes) { return sum(load(lanes)); }
-
-// For groups of 256 columns, 64, then 16: f(columns as a constant, first column).
-template <int kMost, typename F>
-void for_columns(int width, const F& f) {
-  int c = 0;
-  if constexpr (kMost == 16) {
-    for (; c + 16 * kLanes <= width; c += 16 * kLanes) f(std::integral_constant<int, 16>{}, c);
-  }
-  for (; c + 4 * kLanes <= width; c += 4 * kLanes) f(std::integral_constant<int, 4>{}, c);
-  for (; c < width; c += kLanes) f(std::integral_constant<int, 1>{}, c);
-}
-
-// kVectors columns of 16 at a time stay in registers while the rows go by.
-template <int kVectors, bool kExp, bool kCap>
-void column_sum(const Tile& t, int c, float alpha, const float* ref, const float* coef, const float* dcap, float* out) {
-  f32x16 total[kVectors];
-  for (int j = 0; j < kVectors; ++j) total[j] = load(out + c + j * kLanes);
-  for (int r = 0; r < t.rows; ++r) {
-    const float* row = t.acc + r * t.ld + c;
-    const f32x16 k = splat(coef[r]);
-    for (int j = 0; j < kVectors; ++j) {
-      f32x16 e = load(row + j * kLanes);
-      if constexpr (kExp) e = exp(e * alpha - ref[r]);
-      if constexpr (kCap) e *= load(dcap + r * t.ld + c + j * kLanes);
-      total[j] += k * e;
+  void end_row() {
+    while (__builtin_expect(any_above(most_, 0.5f * kHeadroom), 0)) {
+      const float before = job_.ref[row_];
+      job_.ref[row_] = job_.alpha * row_max(acc(), job_.tile.width);
+      const f32x16 up = splat(job_.ref[row_] - before);
+      const f32x16 f = exp(-up);
+      x0_ = (x0_ - up * s0_) * f;
+      s0_ *= f;
+      start_sums();
+      for (int c = 0; c < job_.tile.width; c += kUnit) add(c);
     }
+    store(job_.sum + row_ * kLanes, s_);
+    store(job_.sum_x + row_ * kLanes, x0_ + 2.0f * sy_);
+    if (!job_.tile_top) return;
+    const float top = max_lane(most_);
+    job_.tile_ref[row_] = job_.ref[row_];
+    job_.tile_top[row_] = top;
+    if constexpr (kKeep) unit_ = unit_of(splat(top));
   }
-  for (int j = 0; j < kVectors; ++j) store(out + c + j * kLanes, total[j]);
-}
 
-template <bool kExp, bool kCap>
-void column_sums(const Tile& t, float alpha, const float* ref, const float* coef, const float* dcap, float* out) {
-  for_columns<4>(t.width, [&](auto vectors, int c) { column_sum<vectors, kExp, kCap>(t, c, alpha, ref, coef, dcap, out); });
-}
+  void keep(int row, int col) {
+    uint16_t* out = job_.kept.data + row * job_.kept.ld + col;
+    for (int c = 0; c < kUnit; c += kLanes) store_low16(out + c, with_rounded_bits(load(halves_[row % 2] + col + c), unit_));
+  }
+
+  const StatsJob& job_;
+  const float half_alpha_;
+  int64_t left_;
+  int row_ = 0, col_ = 0;
+  float half_ref_ = 0;
+  f32x16 s0_, x0_, s_, sy_, most_, unit_;
+  alignas(64) float halves_[2][kKeep ? kMaxWidth : 1];
+};
 
 // Square of a kept number, times its row's coefficient, onto the column sums: one function, so that plans agree to the bit.
 inline f32x16 add_square(f32x16 total, f32x16 q, f32x16 coef) { return total + coef * (q * q); }
 
-void rounded_residual(const Tile& t, float alpha, const float* ref, const float* unit, const float* coef, float* out) {
-  for_columns<4>(t.width, [&, half_alpha = 0.5f * alpha](auto vectors, int c) {
-    f32x16 total[vectors];
-    for (int j = 0; j < vectors; ++j) total[j] = load(out + c + j * kLanes);
-    for (int r = 0; r < t.rows; ++r) {
-      const float* row = t.acc + r * t.ld + c;
-      const float m = 0.5f * ref[r];
-      const f32x16 k = splat(coef[r]), scale = splat(unit[r]);
-      for (int j = 0; j < vectors; ++j) {
-        const f32x16 y = max(load(row + j * kLanes) * half_alpha - m, splat(0.5f * kExpMin));
-        total[j] = add_square(total[j], rounded(exp_in_range(y), scale), k);
+// Rows of a job with `tile` columns, and the position in them.
+class Walk {
+ public:
+  Walk(int rows, int width) : width_(width), left_(static_cast<int64_t>(rows) * (width / kUnit)) {}
+  int64_t left() const { return left_; }
+  int row() const { return row_; }
+  int col() const { return col_; }
+  void next() {
+    --left_;
+    col_ += kUnit;
+    if (col_ < width_) return;
+    col_ = 0;
+    ++row_;
+  }
+
+ private:
+  int width_, row_ = 0, col_ = 0;
+  int64_t left_;
+};
+
+class KeptWork {
+ public:
+  explicit KeptWork(const KeptJob& job) : job_(job), at_(job.rows, job.width) {}
+  int64_t left() const { return at_.left(); }
+
+  void step() {
+    const uint16_t* q = job_.kept.data + at_.row() * job_.kept.ld + at_.col();
+    float* out = job_.out[at_.row()] + at_.col();
+    const f32x16 k = splat(job_.coef[at_.row()]);
+    for (int c = 0; c < kUnit; c += kLanes) store(out + c, add_square(load(out + c), load_u16(q + c), k));
+    at_.next();
+  }
+
+ private:
+  const KeptJob& job_;
+  Walk at_;
+};
+
+enum class Exponentials { kRounded, kExact, kSummed };
+
+template <Exponentials kKind>
+class ResidualWork {
+ public:
+  explicit ResidualWork(const ResidualJob& job) : job_(job), at_(job.tile.rows, job.tile.width), half_alpha_(0.5f * job.alpha) {}
+  int64_t left() const { return at_.left(); }
+
+  void step() {
+    const int r = at_.row();
+    const float* row = job_.tile.acc + r * job_.tile.ld + at_.col();
+    float* out = job_.out[r] + at_.col();
+    const f32x16 k = splat(job_.coef[r]);
+    if constexpr (kKind == Exponentials::kRounded) {
+      const f32x16 unit = splat(job_.unit[r]);
+      const float m = 0.5f * job_.ref[r];
+      for (int c = 0; c < kUnit; c += kLanes) {
+        const f32x16 y = max(load(row + c) * half_alpha_ - m, splat(0.5f * kExpMin));
+        store(out + c, add_square(load(out + c), rounded(exp_in_range(y), unit), k));
+      }
+    } else {
+      if (kKind == Exponentials::kSummed && at_.col() == 0) {
+        s_ = job_.first ? f32x16{} : load(job_.sum + r * kLanes);
+        x_ = job_.first ? f32x16{} : load(job_.sum_x + r * kLanes);
+      }
+      const float* slope = job_.slope ? job_.slope + r * job_.tile.ld + at_.col() : nullptr;
+      for (int c = 0; c < kUnit; c += kLanes) {
+        // A ref that is no lse of this row must not overflow: the caller sees the sum and starts again.
+        const f32x16 x = min(max(load(row + c) * job_.alpha - job_.ref[r], splat(kExpMin)), splat(60.0f));
+        f32x16 e = exp_in_range(x);
+        if constexpr (kKind == Exponentials::kSummed) {
+          s_ += e;
+          x_ += e * x;
+        }
+        if (slope) e *= load(slope + c);
+        store(out + c, load(out + c) + k * e);
+      }
+      if (kKind == Exponentials::kSummed && at_.col() + kUnit == job_.tile.width) {
+        store(job_.sum + r * kLanes, s_);
+        store(job_.sum_x + r * kLanes, x_);
       }
     }
-    for (int j = 0; j < vectors; ++j) store(out + c + j * kLanes, total[j]);
-  });
+    at_.next();
+  }
+
+ private:
+  const ResidualJob& job_;
+  Walk at_;
+  const float half_alpha_;
+  f32x16 s_, x_;
+};
+
+class GradientWork {
+ public:
+  explicit GradientWork(const GradientJob& job) : job_(job), at_(job.tile.rows, job.tile.width) {}
+  int64_t left() const { return at_.left(); }
+
+  void step() {
+    const int r = at_.row();
+    const int64_t offset = r * job_.tile.ld + at_.col();
+    float* row = job_.tile.acc + offset;
+    for (int c = 0; c < kUnit; c += kLanes) {
+      const f32x16 x = max(load(row + c) * job_.alpha - job_.lse[r], splat(kExpMin));
+      f32x16 g = exp_in_range(x) * (x * job_.c1[r] + job_.c0[r]);
+      if (job_.slope) g *= load(job_.slope + offset + c);
+      store(row + c, g);
+    }
+    at_.next();
+  }
+
+ private:
+  const GradientJob& job_;
+  Walk at_;
+};
+
+struct NoWork {
+  int64_t left() const { return 0; }
+  void step() {}
+};
+
+// One after the other.
+template <typename First, typename Second>
+class Chain {
+ public:
+  Chain(First& first, Second& second) : first_(first), second_(second) {}
+  int64_t left() const { return first_.left() + second_.left(); }
+  void step() { first_.left() ? first_.step() : second_.step(); }
+
+ private:
+  First& first_;
+  Second& second_;
+};
+
+#if !defined(__AMX_BF16__)
+void enter() {}
+void leave() {}
+#endif
+
+template <typename Work>
+void perform(Work&& work, [[maybe_unused]] const TileProduct& meanwhile) {
+#if defined(__AMX_BF16__)
+  if (meanwhile.rows > 0) multiply_while(meanwhile, work);
+#endif
+  while (work.left()) work.step();
 }
 
-// Whole rows at a time read memory in order; 16 sums fit AVX-512's registers.
-constexpr int kMostColumns = kWide ? 16 : 4;
-void kept_residual(Kept kept, int rows, int width, const float* coef, float* out) {
-  for_columns<kMostColumns>(width, [&](auto vectors, int c) {
-    f32x16 total[vectors];
-    for (int j = 0; j < vectors; ++j) total[j] = load(out + c + j * kLanes);
-    for (int r = 0; r < rows; ++r) {
-      const uint16_t* row = kept.data + r * kept.ld + c;
-      const f32x16 k = splat(coef[r]);
-      for (int j = 0; j < vectors; ++j) total[j] = add_square(total[j], load_u16(row + j * kLanes), k);
-    }
-    for (int j = 0; j < vectors; ++j) store(out + c + j * kLanes, total[j]);
-  });
+void multiply(const TileProduct& product) { perform(NoWork{}, product); }
+
+template <bool kKeep>
+void stats_and_kept(const StatsJob& job, const KeptJob& before, const TileProduct& meanwhile) {
+  KeptWork first(before);
+  StatsWork<kKeep> second(job);
+  perform(Chain(first, second), meanwhile);
+}
+
+void stats(const StatsJob& job, const KeptJob& before, const TileProduct& meanwhile) {
+  (job.kept.data ? stats_and_kept<true> : stats_and_kept<false>)(job, before, meanwhile);
+}
+
+void residual(const ResidualJob& job, const TileProduct& meanwhile) {
+  if (job.rounded) {
+    perform(ResidualWork<Exponentials::kRounded>(job), meanwhile);
+  } else if (job.sum) {
+    perform(ResidualWork<Exponentials::kSummed>(job), meanwhile);
+  } else {
+    perform(ResidualWork<Exponentials::kExact>(job), meanwhile);
+  }
+}
+
+void gradient(const GradientJob& job, const TileProduct& meanwhile) { perform(GradientWork(job), meanwhile); }
+
+void column_sums(const Tile& t, float* out) {
+  for (int r = 0; r < t.rows; ++r)
+    for (int c = 0; c < t.width; c += kLanes) store(out + c, load(out + c) + load(t.acc + r * t.ld + c));
 }
 
 void kept_scales(int rows, const float* ref, const float* top, const float* lse, const float* value, float* unit, float* coef) {
@@ -215,26 +339,6 @@ void kept_scales(int rows, const float* ref, const float* top, const float* lse,
     store(k, exp(min(lead, splat(80.0f))) * load(in[3]) * (1.0f / (kKeptMax * kKeptMax)));
     std::memcpy(unit + r, u, n * sizeof(float));
     std::memcpy(coef + r, k, n * sizeof(float));
-  }
-}
-
-void residual(const Tile& t, float alpha, const float* ref, const float* coef, const float* dcap, float* out) {
-  dcap ? column_sums<true, true>(t, alpha, ref, coef, dcap, out) : column_sums<true, false>(t, alpha, ref, coef, dcap, out);
-}
-
-void weighted_sum(const Tile& t, const float* coef, const float* dcap, float* out) {
-  dcap ? column_sums<false, true>(t, 1.0f, nullptr, coef, dcap, out) : column_sums<false, false>(t, 1.0f, nullptr, coef, dcap, out);
-}
-
-void gradient(const Tile& t, float alpha, const float* lse, const float* c0, const float* c1, const float* slope) {
-  for (int r = 0; r < t.rows; ++r) {
-    float* row = t.acc + r * t.ld;
-    for (int c = 0; c < t.width; c += kLanes) {
-      const f32x16 x = max(load(row + c) * alpha - lse[r], splat(kExpMin));
-      f32x16 g = exp_in_range(x) * (x * c1[r] + c0[r]);
-      if (slope) g *= load(slope + r * t.ld + c);
-      store(row + c, g);
-    }
   }
 }
 
@@ -391,7 +495,13 @@ void interleave(const uint16_t* a, const uint16_t* b, int64_t n, uint16_t* dst) 
 }  // namespace
 
 const RowKernels& table() {
-  static const RowKernels kernels{G2RL_ISA_NAME, logits, stats, exponentials, residual, rounded_residual, kept_residual, kept_scales, weighted_sum, gradient, split, widen, narrow, transpose16, lane_sum, interleave};
+#if defined(__AMX_BF16__)
+  constexpr bool amx = true;
+#else
+  constexpr bool amx = false;
+#endif
+  static const RowKernels kernels{G2RL_ISA_NAME, amx, enter, leave, multiply, stats, residual, gradient, logits, kept_scales, column_sums,
+                                  split, widen, narrow, transpose16, lane_sum, interleave};
   return kernels;
 }
 

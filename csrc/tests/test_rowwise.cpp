@@ -17,23 +17,25 @@ int main() {
   std::vector<float> x(kWidth), sum(16), sum_x(16);
   for (int i = 0; i < kWidth; ++i) x[i] = -80.0f * i / kWidth;
   std::vector<float> e = x;
-  const float zero = 0;
-  k.exponentials({e.data(), kWidth, 1, kWidth, kWidth}, 1.0f, true, &zero, sum.data(), sum_x.data());
+  const float zero = 0, one = 1;
+  k.gradient({.tile = {e.data(), kWidth, 1, kWidth, kWidth}, .lse = &zero, .c0 = &one, .c1 = &zero}, {});
   double worst = 0;
   for (int i = 0; i < kWidth; ++i)
     worst = std::max(worst, std::abs(e[i] / std::exp(static_cast<double>(x[i])) - 1) - 3e-9 * std::abs(x[i]));
   expect(worst < 1.5e-7, "exp relative error", worst);
 
-  std::vector<float> masked(16, -std::numeric_limits<float>::infinity());
   float ref = 0;
-  k.stats({masked.data(), 16, 1, 1, 16}, 1.0f, true, &ref, sum.data(), sum_x.data(), nullptr, {});
+  const auto stats = [&](float fill, bool first) {
+    std::vector<float> tile(g2rl::kUnit, fill);
+    k.stats({.tile = {tile.data(), g2rl::kUnit, 1, g2rl::kUnit, g2rl::kUnit}, .first = first, .ref = &ref, .sum = sum.data(), .sum_x = sum_x.data()}, {}, {});
+  };
+  stats(-std::numeric_limits<float>::infinity(), true);
   expect(std::isfinite(k.lane_sum(sum.data())) && std::isfinite(k.lane_sum(sum_x.data())), "fully masked tile", k.lane_sum(sum.data()));
 
   // A later tile far above the first moves the reference.
-  std::vector<float> low(16, -100.0f), high(16, 100.0f);
-  k.stats({low.data(), 16, 1, 16, 16}, 1.0f, true, &ref, sum.data(), sum_x.data(), nullptr, {});
-  k.stats({high.data(), 16, 1, 16, 16}, 1.0f, false, &ref, sum.data(), sum_x.data(), nullptr, {});
-  expect(ref == 100.0f && std::abs(k.lane_sum(sum.data()) - 16) < 1e-5, "moved reference", k.lane_sum(sum.data()));
+  stats(-100.0f, true);
+  stats(100.0f, false);
+  expect(ref == 100.0f && std::abs(k.lane_sum(sum.data()) - g2rl::kUnit) < 1e-5, "moved reference", k.lane_sum(sum.data()));
 
   std::vector<uint32_t> in(16 * 32), out(32 * 16);
   const uint32_t* rows[16];
