@@ -4,7 +4,7 @@
 
 Three variants take turns on every round's episodes, so that a machine that slows down slows all of them:
 
-- "grpo": log-probabilities and entropy alone; nothing of G2RL is computed;
+- "grpo": log-probabilities and entropy alone (`log.geometry=false`); nothing of G2RL is computed;
 - "grpo, geometry logged": features and similarities are computed for the log and not used, as `method=grpo` trains;
 - "g2rl": rewards shaped by them.
 
@@ -38,42 +38,26 @@ from benchmarks.timing import (
     memory_in_use,
     release_free_memory,
 )
-from g2rl.config import Config, load_config
+from g2rl.config import Config, LogConfig, load_config
 from g2rl.rewards import judge_episodes
-from g2rl.trainer import StageTimes, Trainer
-from g2rl.types import Batch
-from g2rl_kernels import SequenceFeatures
+from g2rl.trainer import Trainer
 
 PLAIN = "grpo"
-# By name: the method, and whether features are computed.
+# By name: method and log.geometry.
 VARIANTS = {PLAIN: ("grpo", False), "grpo, geometry logged": ("grpo", True), "g2rl": ("g2rl", True)}
 STAGES = ("rollout", "reward", "forward", "head", "backward", "optimizer", "update")
 
 
-class VariantTrainer(Trainer):
-    """The trainer, able to leave features out."""
-
-    with_features = True
-
-    def choose(self, variant: str) -> None:
-        """Train as `variant` does from the next update on."""
-        method, self.with_features = VARIANTS[variant]
-        self.config: Config = replace(self.config, method=method)
-
-    def _forward(
-        self, batch: Batch, times: StageTimes, with_features: bool = True
-    ) -> tuple[SequenceFeatures, torch.Tensor]:
-        out, cu_seqlens = super()._forward(batch, times, with_features and self.with_features)
-        if not self.with_features:
-            # What logs and metrics make of one zero a response costs microseconds.
-            out = out._replace(features=out.logps.new_zeros(cu_seqlens.shape[0] - 1, 1))
-        return out, cu_seqlens
+def choose(trainer: Trainer, variant: str) -> None:
+    """Train as `variant` does from the next update on."""
+    method, geometry = VARIANTS[variant]
+    trainer.config = replace(trainer.config, method=method, log=LogConfig(geometry))
 
 
 def measure_step(config: Config, rounds: int) -> dict[str, Any]:
     """Seconds of every stage by variant and round, peak memory of the update by variant, and tokens a round."""
     torch.manual_seed(config.seed)
-    trainer = VariantTrainer(config)
+    trainer = Trainer(config)
     seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in VARIANTS}
     memory: dict[str, int | None] = {}
     tokens: list[int] = []
@@ -83,10 +67,10 @@ def measure_step(config: Config, rounds: int) -> dict[str, Any]:
         episodes, verdicts, common = _rollout(trainer, i)
         tokens.append(sum(len(episode.response_ids) for episode in episodes))
         if i == 0:
-            trainer.choose("g2rl")
+            choose(trainer, "g2rl")
             trainer._update(1, episodes, verdicts, trainer._times())
             for variant in order:
-                trainer.choose(variant)
+                choose(trainer, variant)
                 release_free_memory()
                 before = memory_in_use(trainer.device)
                 extra, _ = extra_memory(
@@ -95,7 +79,7 @@ def measure_step(config: Config, rounds: int) -> dict[str, Any]:
                 memory[variant] = None if extra is None or before is None else before + extra
             continue
         for variant in order[i % 3 :] + order[: i % 3]:
-            trainer.choose(variant)
+            choose(trainer, variant)
             times = trainer._times()
             with times.stage("update"):
                 trainer._update(i, episodes, verdicts, times)

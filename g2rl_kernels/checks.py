@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 
@@ -62,12 +64,10 @@ def check_offsets(name: str, offsets: torch.Tensor, total: int, total_name: str)
     """Raise ValueError unless offsets start at 0, never decrease, and end at `total`."""
     if not values_readable(offsets):
         return
-    first, last = int(offsets[0]), int(offsets[-1])
-    if first != 0 or last != total:
-        raise ValueError(f"{name}: expected to start at 0 and end at {total_name} = {total}, found {first} and {last}")
-    steps = offsets.diff()
-    if steps.numel() and int(steps.min()) < 0:
-        at = int((steps < 0).nonzero()[0])
-        raise ValueError(
-            f"{name}: expected values that never decrease, found {int(offsets[at])} then {int(offsets[at + 1])} at {at}"
-        )
+    values = offsets.tolist()
+    if values[0] != 0 or values[-1] != total:
+        found = f"{values[0]} and {values[-1]}"
+        raise ValueError(f"{name}: expected to start at 0 and end at {total_name} = {total}, found {found}")
+    for at, (here, following) in enumerate(itertools.pairwise(values)):
+        if following < here:
+            raise ValueError(f"{name}: expected values that never decrease, found {here} then {following} at {at}")

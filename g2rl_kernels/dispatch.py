@@ -7,6 +7,7 @@ the order of `BACKENDS`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -72,6 +73,7 @@ def _backend(name: str) -> Backend:
     raise ValueError(f"backend: expected one of {', '.join(b.name for b in BACKENDS)}, found {name!r}")
 
 
+@functools.cache  # looking for a module that does not exist goes through the file system each time
 def _load(backend: Backend) -> ModuleType | None:
     if importlib.util.find_spec(backend.module) is None:
         return None

@@ -1,5 +1,7 @@
-// Group by group: unit vectors and their products in fp64, then a few passes over [m, m].
+// Products of features in fp64, in blocks; then, group by group, a few passes over [m, m].
 #include "groups.h"
+
+#include "dots.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -8,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
 #include <vector>
 
 namespace g2rl {
@@ -18,66 +21,85 @@ constexpr double kVarianceEps = 1e-6;
 // One group's part of the inputs and outputs; i and j count its members from 0.
 struct Group {
   int64_t m;
-  const double* S;  // [m, stride]
+  double* S;  // [m, stride]
   int64_t stride;
   const double* r;
-  const char* usable;
+  char* usable;
   double *scores, *shaped, *advantages;
 };
 
-// Compiled once for each instruction set, the best chosen at run time.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define G2RL_VECTOR_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define G2RL_VECTOR_CLONES
-#endif
+// Additions and multiplications that are worth waking a thread for.
+constexpr int64_t kWorthThread = 1 << 18;
 
-constexpr int kLanes = 16;  // independent sums, so that additions need not wait for each other
-
-G2RL_VECTOR_CLONES
-double dot(const double* x, const double* y, int64_t n) {
-  double sums[kLanes] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= n; k += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += x[k + lane] * y[k + lane];
-  double total = 0;
-  for (; k < n; ++k) total += x[k] * y[k];
-  for (double sum : sums) total += sum;
-  return total;
+// Products of each response with itself and those before it in its group, into S [G, m_max, m_max]. Threads share
+// blocks of products, so that one large group keeps all of them busy.
+template <typename T>
+void products(const T* features, const int64_t* cu, int64_t G, int64_t d, double* S, int64_t m_max) {
+  const int64_t rows = dots().rows;
+  const auto dot_block = std::get<DotBlock<T>>(dots().blocks);
+  std::vector<int64_t> first(G + 1);  // number of each group's first block
+  int64_t work = 0;
+  for (int64_t g = 0; g < G; ++g) {
+    const int64_t m = cu[g + 1] - cu[g], across = (m + rows - 1) / rows;
+    first[g + 1] = first[g] + across * (across + 1) / 2;
+    work += m * (m + 1) / 2 * d;
+  }
+  at::parallel_for(0, first[G], 1 + first[G] * kWorthThread / (work + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t g = 0; g < G; ++g) {
+      if (first[g + 1] <= begin || first[g] >= end) continue;
+      const int64_t m = cu[g + 1] - cu[g];
+      int64_t number = first[g];
+      for (int64_t i = 0; i < m; i += rows)
+        for (int64_t j = 0; j <= i; j += rows, ++number)
+          if (number >= begin && number < end)
+            dot_block(features + cu[g] * d, m, d, i, j, S + g * m_max * m_max, m_max);
+    }
+  });
 }
 
-// Cosines [m, stride] of a group's features [m, d]; those of zero features are 0, and they are not usable.
-template <typename T>
-void similarity(const T* features, int64_t m, int64_t d, double* S, int64_t stride, char* usable, std::vector<double>& units) {
-  units.resize(m * d);
-  for (int64_t i = 0; i < m; ++i) {
-    double* unit = units.data() + i * d;
-    for (int64_t k = 0; k < d; ++k) unit[k] = features[i * d + k];
-    const double square = dot(unit, unit, d);
-    if (!(square > 0)) usable[i] = 0;
-    const double inverse = square > 0 ? 1 / std::sqrt(square) : 0;
-    for (int64_t k = 0; k < d; ++k) unit[k] *= inverse;
-    for (int64_t j = 0; j <= i; ++j) S[i * stride + j] = S[j * stride + i] = dot(unit, units.data() + j * d, d);
+// Products to cosines; those of zero features are 0, and they are not usable.
+void normalize(const Group& g) {
+  std::vector<double> inverse(g.m);
+  for (int64_t i = 0; i < g.m; ++i) {
+    const double square = g.S[i * g.stride + i];
+    if (!(square > 0)) g.usable[i] = 0;
+    inverse[i] = square > 0 ? 1 / std::sqrt(square) : 0;
   }
+  for (int64_t i = 0; i < g.m; ++i)
+    for (int64_t j = 0; j <= i; ++j)
+      g.S[j * g.stride + i] = g.S[i * g.stride + j] = g.S[i * g.stride + j] * inverse[i] * inverse[j];
 }
 
 // nu of eq. 11; 0 for unusable responses and those without a usable peer.
 void score(const Group& g) {
-  for (int64_t i = 0; i < g.m; ++i) {
-    g.scores[i] = 0;
-    if (!g.usable[i]) continue;
-    double largest = -std::numeric_limits<double>::infinity();
-    for (int64_t j = 0; j < g.m; ++j)
-      if (j != i && g.usable[j]) largest = std::max(largest, g.r[j]);
+  // Exponents are relative to the largest reward of one's peers: the group's largest, for the one who has it the next.
+  constexpr double inf = std::numeric_limits<double>::infinity();
+  int64_t best = -1;
+  double largest = -inf, next = -inf;
+  for (int64_t j = 0; j < g.m; ++j) {
+    if (!g.usable[j]) continue;
+    next = std::max(next, std::min(largest, g.r[j]));
+    if (g.r[j] > largest) best = j, largest = g.r[j];
+  }
+  std::vector<double> w(g.m);
+  const auto weigh = [&](double reference) {
+    for (int64_t j = 0; j < g.m; ++j) w[j] = g.usable[j] ? std::exp(g.r[j] - reference) : 0;
+  };
+  const auto novelty = [&](int64_t i) {
     double weights = 0, similar = 0;
     for (int64_t j = 0; j < g.m; ++j) {
-      if (j == i || !g.usable[j]) continue;
-      const double w = std::exp(g.r[j] - largest), s = g.S[i * g.stride + j];
-      weights += w;
-      similar += w * s * s;
+      if (j == i) continue;
+      const double s = g.S[i * g.stride + j];
+      weights += w[j];
+      similar += w[j] * s * s;
     }
-    if (weights > 0) g.scores[i] = std::sqrt(std::max(1 - similar / weights, 0.0));
-  }
+    return weights > 0 ? std::sqrt(std::max(1 - similar / weights, 0.0)) : 0;
+  };
+  weigh(largest);
+  for (int64_t i = 0; i < g.m; ++i) g.scores[i] = g.usable[i] && i != best ? novelty(i) : 0;
+  if (best < 0) return;
+  weigh(next);
+  g.scores[best] = novelty(best);
 }
 
 // Eq. 12 and 13; a group without spread keeps its rewards, as unusable responses do.
@@ -118,31 +140,42 @@ void center(const Group& g, bool divide_by_std) {
 
 GroupAdvantages g2rl_advantages(const at::Tensor& features, const at::Tensor& rewards, const at::Tensor& cu_groups,
                                 int64_t m_max, const std::optional<at::Tensor>& valid, const Shaping& shaping) {
-  const int64_t B = features.size(0), d = features.size(1), G = cu_groups.size(0) - 1;
+  const int64_t B = features.size(0), d = features.size(1), G = cu_groups.size(0) - 1, entries = m_max * m_max;
   const int64_t* cu = cu_groups.const_data_ptr<int64_t>();
   std::vector<char> usable(B, 1);
   if (valid) std::copy_n(valid->const_data_ptr<bool>(), B, usable.begin());
 
   const at::Tensor phi = features.contiguous(), r = rewards.to(at::kDouble).contiguous();
-  at::Tensor S = at::zeros({G, m_max, m_max}, r.options()), results = at::empty({3, B}, r.options());
-  double *s = S.data_ptr<double>(), *out = results.data_ptr<double>();
+  const at::Tensor wide_S = at::empty({G, m_max, m_max}, r.options()), wide = at::empty({3, B}, r.options());
   const double* raw = r.const_data_ptr<double>();
-  at::parallel_for(0, G, 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> units;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = cu[i], m = cu[i + 1] - b;
-      double* of_group = s + i * m_max * m_max;
-      AT_DISPATCH_FLOATING_TYPES(phi.scalar_type(), "g2rl_advantages", [&] {
-        similarity(phi.const_data_ptr<scalar_t>() + b * d, m, d, of_group, m_max, usable.data() + b, units);
-      });
-      const Group group{m, of_group, m_max, raw + b, usable.data() + b, out + b, out + B + b, out + 2 * B + b};
-      score(group);
-      shape(group, shaping);
-      center(group, shaping.divide_by_std);
-    }
+  double *of_S = wide_S.data_ptr<double>(), *of_scores = wide.data_ptr<double>(), *of_shaped = of_scores + B;
+  const auto result = [&](at::IntArrayRef sizes) { return at::empty(sizes, phi.options()); };
+  const GroupAdvantages out{result({B}), result({B}), result({B}), result({G, m_max, m_max})};
+
+  AT_DISPATCH_FLOATING_TYPES(phi.scalar_type(), "g2rl_advantages", [&] {
+    products(phi.const_data_ptr<scalar_t>(), cu, G, d, of_S, m_max);
+    scalar_t *advantages = out.advantages.data_ptr<scalar_t>(), *shaped = out.shaped_rewards.data_ptr<scalar_t>();
+    scalar_t *scores = out.scores.data_ptr<scalar_t>(), *similarity = out.similarity.data_ptr<scalar_t>();
+    // An entry of S costs a dozen operations.
+    at::parallel_for(0, G, 1 + kWorthThread / (12 * entries + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = cu[i], m = cu[i + 1] - b;
+        const Group g{m, of_S + i * entries, m_max, raw + b, usable.data() + b,
+                      of_scores + b, of_shaped + b, of_shaped + B + b};
+        normalize(g);
+        score(g);
+        shape(g, shaping);
+        center(g, shaping.divide_by_std);
+        std::copy_n(g.advantages, m, advantages + b);
+        std::copy_n(g.shaped, m, shaped + b);
+        std::copy_n(g.scores, m, scores + b);
+        scalar_t* S = similarity + i * entries;
+        std::fill_n(S, entries, scalar_t(0));
+        for (int64_t row = 0; row < m; ++row) std::copy_n(g.S + row * m_max, m, S + row * m_max);
+      }
+    });
   });
-  const auto dtype = features.scalar_type();
-  return {results[2].to(dtype, false, true), results[1].to(dtype, false, true), results[0].to(dtype, false, true), S.to(dtype)};
+  return out;
 }
 
 }  // namespace g2rl

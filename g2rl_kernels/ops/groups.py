@@ -258,17 +258,18 @@ def _check_normalize(normalize: str) -> None:
         raise ValueError(f"normalize: expected one of {', '.join(NORMALIZATIONS)}, found {normalize!r}")
 
 
-def _check_finite(rewards: torch.Tensor) -> None:
-    if values_readable(rewards) and not bool(torch.isfinite(rewards).all()):
+def _check_finite(rewards: torch.Tensor) -> tuple[float, float] | None:
+    """Smallest and largest reward, where there are any and they may be read."""
+    if rewards.numel() == 0 or not values_readable(rewards):
+        return None
+    low, high = (float(bound) for bound in torch.aminmax(rewards))  # both NaN if any reward is
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("rewards: expected finite values, found NaN or inf")
+    return low, high
 
 
 def _check_rewards(rewards: torch.Tensor) -> None:
-    _check_finite(rewards)
-    if rewards.numel() == 0 or not values_readable(rewards):
-        return
-    low, high = (float(bound) for bound in torch.aminmax(rewards))
-    if low == 0 and high == 1 and bool(((rewards == 0) | (rewards == 1)).all()):
+    if _check_finite(rewards) == (0, 1) and bool(((rewards == 0) | (rewards == 1)).all()):
         warnings.warn(
             "rewards: found only 0 and 1; shaping scales rewards and cannot move wrong answers. Map them to -1 and +1.",
             stacklevel=2,

@@ -142,6 +142,12 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    geometry: bool = True
+    """Log norms, scores and cosines of the features. `false`, with method grpo only, computes none."""
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = "run"
     """The run's folder below `runs_dir`."""
@@ -166,6 +172,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     @property
     def run_dir(self) -> Path:
@@ -228,6 +235,8 @@ def validate(config: Config) -> Config:
             raise ConfigError(f"{key}: expected a value {expected}, found {leaves[key]!r}")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name: expected a plain folder name, found {config.name!r}")
+    if config.method == "g2rl" and not config.log.geometry:
+        raise ConfigError("log.geometry: expected true with method g2rl, which needs the features, found false")
     if not config.rewards:
         raise ConfigError("rewards: expected at least one reward function, found none")
     wrong = [k for k in config.eval.ks if not 1 <= k <= config.eval.samples]

@@ -20,23 +20,26 @@ def pair_cosines(similarity: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def geometry_metrics(
-    features: torch.Tensor, rewards: torch.Tensor, result: GroupAdvantages, group_size: int, config: Config
+    features: torch.Tensor | None, rewards: torch.Tensor, result: GroupAdvantages, group_size: int, config: Config
 ) -> dict[str, float]:
-    """Diagnostics of one step's groups, keyed as in the log.
+    """Diagnostics of one step's groups, keyed as in the log; without features, of the rewards alone.
 
     Args:
-        features: [B, d]; rewards: [B], raw; result: what the method made of them; group_size: m.
+        features: [B, d] or None; rewards: [B], raw; result: what the method made of them; group_size: m.
     """
+    grouped_rewards = rewards.view(-1, group_size)
+    equal = (grouped_rewards == grouped_rewards[:, :1]).all(1).float().mean()
+    if features is None:
+        return {"groups/zero_variance_share": float(equal)}
     norms = features.norm(dim=1)
     valid = (norms > 0).view(-1, group_size)
-    grouped_rewards = rewards.view(-1, group_size)
     scores = result.scores.view(-1, group_size)
     span = _span(scores, valid)
     degenerate = (span < config.shaping.min_range) | (valid.sum(1) < 2)
     cosines = pair_cosines(result.similarity, valid)
     shaped = result.shaped_rewards
     metrics = {
-        "groups/zero_variance_share": (grouped_rewards == grouped_rewards[:, :1]).all(1).float().mean(),
+        "groups/zero_variance_share": equal,
         "groups/degenerate_share": degenerate.float().mean(),
         "geometry/feature_norm_min": norms.min(),
         "geometry/feature_norm_mean": norms.mean(),

@@ -21,22 +21,24 @@ from g2rl_kernels import (
     group_similarity,
 )
 
-Advantages = Callable[[torch.Tensor, torch.Tensor, int, Config], GroupAdvantages]
+Advantages = Callable[[torch.Tensor | None, torch.Tensor, int, Config], GroupAdvantages]
 
 
-def g2rl(features: torch.Tensor, rewards: torch.Tensor, group_size: int, config: Config) -> GroupAdvantages:
+def g2rl(features: torch.Tensor | None, rewards: torch.Tensor, group_size: int, config: Config) -> GroupAdvantages:
     """Advantages of rewards shaped by the novelty of each response's feature."""
+    assert features is not None
     shaping = Shaping(**asdict(config.shaping))
     return g2rl_advantages(features, rewards, group_size, shaping, normalize=config.objective.normalize)
 
 
-def grpo(features: torch.Tensor, rewards: torch.Tensor, group_size: int, config: Config) -> GroupAdvantages:
-    """Advantages of the rewards alone; features only describe the groups."""
+def grpo(features: torch.Tensor | None, rewards: torch.Tensor, group_size: int, config: Config) -> GroupAdvantages:
+    """Advantages of the rewards alone; features only describe the groups. Without them scores are NaN, cosines none."""
+    advantages = group_advantages(rewards, group_size, config.objective.normalize)
+    if features is None:
+        return GroupAdvantages(advantages, rewards, torch.full_like(rewards, torch.nan), rewards.new_empty(0, 0, 0))
     similarity = group_similarity(features, group_size)
     scores = exploration_scores(similarity, rewards, group_size)
-    return GroupAdvantages(
-        group_advantages(rewards, group_size, config.objective.normalize), rewards, scores, similarity
-    )
+    return GroupAdvantages(advantages, rewards, scores, similarity)
 
 
 METHODS: dict[str, Advantages] = {"g2rl": g2rl, "grpo": grpo}

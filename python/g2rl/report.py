@@ -92,9 +92,11 @@ def _missing(run: Run) -> list[str]:
         off = run.config.get("eval", {}).get("every") == 0
         said.append("No evaluation is logged" + (": it is turned off (`eval.every` is 0)." if off else "."))
     if not run.keys("geometry/"):
-        said.append("No feature geometry is logged.")
+        off = run.config.get("log", {}).get("geometry") is False
+        said.append("No feature geometry is logged" + (": it is turned off (`log.geometry` is false)." if off else "."))
     if run.config.get("method") == "grpo":
-        said.append("No shaping: method grpo trains on the base rewards; geometry and scores only describe them.")
+        described = "; geometry and scores only describe them" if run.keys("geometry/") else ""
+        said.append(f"No shaping: method grpo trains on the base rewards{described}.")
     if not run.groups:
         said.append("No groups are logged: no heat maps and no distribution of cosines.")
     if not run.samples:

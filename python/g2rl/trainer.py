@@ -185,11 +185,12 @@ class Trainer:
     ) -> tuple[dict[str, float], GroupAdvantages]:
         """`objective.updates` optimiser updates on the step's groups."""
         config = self.config
+        geometry = config.log.geometry
         batches = self._micro_batches(episodes, verdicts)
         old: list[SequenceFeatures] | None = None
         if config.objective.updates > 1:
             with torch.no_grad():
-                old = [self._forward(batch, times)[0] for batch in batches]
+                old = [self._forward(batch, times, geometry)[0] for batch in batches]
         # The reference is frozen: one pass serves all updates.
         references = [self._reference_logps(batch) for batch in batches]
         results: list[GroupAdvantages] = []
@@ -200,7 +201,7 @@ class Trainer:
             for i, batch in enumerate(batches):
                 if update == 0 and old is None:
                     # The gradient pass itself yields the features: nothing is computed twice.
-                    out, cu_seqlens = self._forward(batch, times)
+                    out, cu_seqlens = self._forward(batch, times, geometry)
                     old_out = out
                 else:
                     assert old is not None
@@ -209,7 +210,8 @@ class Trainer:
                 if update == 0:
                     self._require_finite(step, "features", old_out.features)
                     features.append(old_out.features)
-                    results.append(METHODS[config.method](old_out.features, batch.rewards, batch.group_size, config))
+                    known = old_out.features if geometry else None
+                    results.append(METHODS[config.method](known, batch.rewards, batch.group_size, config))
                 loss, terms = policy_loss(
                     out.logps,
                     old_out.logps.detach(),
@@ -233,7 +235,8 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
         result = GroupAdvantages(*(torch.cat(parts) for parts in zip(*results, strict=True)))
         rewards = torch.cat([batch.rewards for batch in batches])
-        metrics = geometry_metrics(torch.cat(features), rewards, result, config.rollout.group_size, config)
+        known = torch.cat(features) if geometry else None
+        metrics = geometry_metrics(known, rewards, result, config.rollout.group_size, config)
         metrics |= {
             "train/loss": sums.loss,
             "train/entropy": sums.entropy / max(sums.tokens, 1),
@@ -262,7 +265,10 @@ class Trainer:
     def _forward(
         self, batch: Batch, times: StageTimes, with_features: bool = True
     ) -> tuple[SequenceFeatures, torch.Tensor]:
-        """Log-probabilities, entropy and features of a batch's response tokens, and cu_seqlens [B + 1]."""
+        """Log-probabilities, entropy and features of a batch's response tokens, and cu_seqlens [B + 1].
+
+        Without features, that field is empty.
+        """
         with times.stage("forward", fine=True):
             hidden, targets, cu_seqlens = self._hidden(self.model, batch)
         with times.stage("head", fine=True):
@@ -377,7 +383,7 @@ def completion_rows(
             response=episode.text,
             reward=verdict.reward,
             correct=verdict.correct,
-            score=score,
+            score=None if math.isnan(score) else score,
             shaped=shaped,
             advantage=advantage,
         )

@@ -49,6 +49,7 @@ def test_shipped_configurations_load(path: Path) -> None:
         ("rewards=[]", "rewards: expected at least one"),
         ("rewards=[{nam: correct}]", "Key 'nam' not in 'RewardConfig'"),
         ("name=a/b", "name: expected a plain folder name, found 'a/b'"),
+        ("log.geometry=false", "log.geometry: expected true with method g2rl"),
         ("objective.clip_low=1", r"objective.clip_low: expected a value in \[0, 1\)"),
     ],
 )

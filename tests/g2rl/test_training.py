@@ -18,6 +18,7 @@ import torch
 from g2rl.checkpoint import checkpoints
 from g2rl.cli import main
 from g2rl.config import Config, load_config
+from g2rl.report import write_report
 from g2rl.trainer import Trainer, TrainingError
 
 SMALL = (
@@ -87,6 +88,30 @@ def test_learns(tiny_model: Path, tmp_path: Path, method: str) -> None:
     Trainer(run).run()
     rewards = [record["train/reward"] for record in lines(run.run_dir)]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.5
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_grpo_without_geometry(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
+    """No features are computed, everything else is the same, and the report says what is missing."""
+    common = ("method=grpo", "steps=2", f"objective.updates={updates}")
+    full = config(tiny_model, tmp_path, "name=full", *common)
+    Trainer(full).run()
+    monkeypatch.setattr("g2rl.trainer.sequence_features", None)
+    bare = config(tiny_model, tmp_path, "name=bare", "log.geometry=false", *common)
+    Trainer(bare).run()
+    described = ("geometry/", "groups/degenerate_share")
+    for a, b in zip(lines(full.run_dir), lines(bare.run_dir), strict=True):
+        assert not any(key.startswith(described) for key in b)
+        assert {key for key in a if not key.startswith(described)} == b.keys()
+        for key, value in b.items():
+            # Both passes over the head round log-probabilities: fp32, through two steps of Adam.
+            assert value == pytest.approx(a[key], rel=1e-3, abs=1e-5), key
+    assert (bare.run_dir / "groups.jsonl").read_text() == ""
+    rows = [json.loads(line) for line in (bare.run_dir / "completions.jsonl").read_text().splitlines()]
+    assert {row["score"] for row in rows} == {None}
+    report = write_report(bare.run_dir).read_text(encoding="utf-8")
+    assert "it is turned off (`log.geometry` is false)" in report
+    assert "no heat maps" in report
 
 
 def test_micro_batches_do_not_change_the_update(tiny_model: Path, tmp_path: Path) -> None:

@@ -393,6 +393,64 @@ def test_backends_agree_with_the_reference(call: Caller, sizes: list[int], shapi
     torch.testing.assert_close(found.advantages.double(), expected.advantages, rtol=0, atol=1600 * tolerance)
 
 
+any_size = pytest.mark.parametrize(
+    ("sizes", "d"),
+    [
+        ([40, 3, 0, 17, 1], 301),  # groups of several blocks of 16 and of parts of one; columns that fill no vector
+        ([130], 128),  # one group alone, which threads share
+        ([2, 2], 3),  # fewer columns than a vector has
+    ],
+    ids=str,
+)
+
+
+def long_and_short(call: Caller, sizes: list[int], d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Features 1e-18 to 1e30 long: fp32 holds them, and not their squares."""
+    features, rewards, groups = random_groups(0, sizes, d)
+    lengths = torch.tensor([1e-18, 1.0, 1e30], dtype=torch.float64).repeat(len(features))[: len(features), None]
+    return (features * lengths).to(call.device, call.dtype), rewards.to(call.device), groups.to(call.device)
+
+
+@over_wide_backends("g2rl_advantages")
+@any_size
+def test_cosines_of_any_size(call: Caller, sizes: list[int], d: int) -> None:
+    features, rewards, groups = long_and_short(call, sizes, d)
+    found = call(g2rl_advantages, features, rewards, groups).similarity
+    for own, m, S in zip(features.split(sizes), sizes, found, strict=True):
+        u = F.normalize(own.double(), dim=1, eps=1e-300)
+        torch.testing.assert_close(S[:m, :m].double(), u @ u.mT, rtol=0, atol=COSINE[call.dtype])
+        assert S[m:].count_nonzero() == S[:, m:].count_nonzero() == 0
+
+
+@pytest.mark.skipif(
+    "native" not in testing.available_backends("cpu", torch.float32, ("g2rl_advantages",)), reason="not compiled"
+)
+@any_size
+def test_bits_depend_on_the_group_alone(sizes: list[int], d: int) -> None:
+    """Not on other groups, the number of threads, nor, for cosines, the order of members."""
+    call = Caller("native", "cpu", torch.float32)
+    features, rewards, groups = long_and_short(call, sizes, d)
+    together = call(g2rl_advantages, features, rewards, groups)
+    threads = torch.get_num_threads()
+    starts = groups.tolist()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        for x, y in zip(call(g2rl_advantages, features, rewards, groups), together, strict=True):
+            assert torch.equal(x, y)
+        for start, m, S in zip(starts, sizes, together.similarity, strict=False):
+            if m == 0:
+                continue
+            own = slice(start, start + m)
+            *alone, cosines = call(g2rl_advantages, features[own], rewards[own], m)
+            assert torch.equal(cosines[0], S[:m, :m])
+            for x, y in zip(alone, together[:3], strict=True):
+                assert torch.equal(x, y[own])
+            backwards = call(g2rl_advantages, features[own].flip(0), rewards[own].flip(0), m).similarity[0]
+            assert torch.equal(backwards, S[:m, :m].flip(0, 1))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @over_wide_backends("group_similarity")
 @pytest.mark.parametrize("equal", [True, False], ids=["equal", "ragged"])
 def test_gradient_of_similarity(call: Caller, equal: bool) -> None:

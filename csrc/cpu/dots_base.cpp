@@ -1,0 +1,2 @@
+#define G2RL_ISA base
+#include "dots_impl.h"
