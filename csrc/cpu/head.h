@@ -1,6 +1,7 @@
 // The LM head without its logits: log-probabilities, entropy, sequence features and their gradients, for CPUs. MATH.md has the formulas.
 //
 // N tokens, d hidden, V vocabulary, B responses; u = logits / temperature, y = target, p = softmax(u), lse = log sum exp u.
+// workspace_bytes: what a pass may allocate, 0 for 5 % of fp32 logits; only sequence_features trades memory for time.
 // Every result is the same whatever the number of threads, and a response's results do not depend on its neighbours in the batch.
 #pragma once
 

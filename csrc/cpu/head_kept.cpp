@@ -1,7 +1,7 @@
 // The plan with one product per token. For a block of tokens: go over the vocabulary once, collecting the statistics and keeping every exponential in 16
 // bits; then, with the tokens' lse known, add the kept numbers up into R. After the last block R meets W, once for a group of responses.
 //
-// W is streamed once per block, so this pays when a block is large, and a block is what fits in 5 % of the logits: about N / 13 tokens.
+// W is streamed once per block, so this pays when a block is large. A block is what fits in the workspace: by default 5 % of the logits, about N / 13 tokens.
 // Column sums take a response's tokens in order whatever the blocks, and two products round to the same 16 bits: the plan does not change a bit of a result.
 #include <atomic>
 #include <cstring>
@@ -12,7 +12,7 @@
 namespace g2rl {
 namespace {
 
-constexpr double kShareOfLogits = 0.046;   // of N V fp32 numbers: what this plan may allocate
+constexpr double kShareOfLogits = 0.046;   // of N V fp32 numbers: what this plan allocates if the caller sets no limit
 constexpr int64_t kGroupShare = 4;         // of that, one part in so many for R
 constexpr int64_t kResponses = 256;
 
@@ -29,8 +29,7 @@ int64_t group_size(const HeadProblem& p, int64_t limit) {
 }
 
 int64_t allowed_bytes(const HeadProblem& p, int64_t workspace_bytes) {
-  const int64_t share = static_cast<int64_t>(kShareOfLogits * p.N * p.V * sizeof(float));
-  return workspace_bytes > 0 ? std::min(share, workspace_bytes) : share;
+  return workspace_bytes > 0 ? workspace_bytes : static_cast<int64_t>(kShareOfLogits * p.N * p.V * sizeof(float));
 }
 
 // Calls f(group) for consecutive responses, as many at a time as may have rows of R at once.
@@ -55,7 +54,7 @@ KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t w
   const int64_t limit = allowed_bytes(p, workspace_bytes), group = group_size(p, limit);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), p.cut.slabs), unit = sizeof(float);
   const int64_t row_units = p.depth.padded() * p.format.parts;
-  const int64_t fixed = threads * p.cut.width * (row_units + kRows) * unit + std::min(group, (B + 15) / 16 * 16) * padded_vocabulary(p) * unit;
+  const int64_t fixed = threads * (p.cut.width * row_units + 2 * kRows * straight_stride(p.cut.width)) * unit + std::min(group, (B + 15) / 16 * 16) * padded_vocabulary(p) * unit;
   const int64_t per_token = padded_vocabulary(p) * 2 + p.cut.tiles * 2 * unit + row_units * unit + p.cut.slabs * 3 * unit + threads * 2 * kLanes * unit;
   const int64_t most = (limit - fixed) / per_token / kRowStep * kRowStep;
   if (most <= 0) return {};

@@ -309,6 +309,22 @@ def test_any_workspace(backend: str | None, device: str, dtype: torch.dtype, row
     testing.assert_gradients(result, exact, allowed)
 
 
+@every_case
+def test_any_plan(backend: str | None, device: str, dtype: torch.dtype) -> None:
+    """Workspaces for every plan that saves a product, and for none: each within bounds; in C++ the same bits."""
+    shape = Shape((130, 0, 77, 1, 256, 64, 72), 40, 1531, "several blocks of 64 tokens and of vocabulary")
+    s = sample(shape, dtype, device, kind="peaked", options=OPTIONS["plain"])
+    logits = 4 * shape.N * shape.V
+    found = []
+    for workspace_bytes in (1, logits // 4, logits // 2, 4 * logits):
+        check(backend, device, dtype, shape, kind="peaked", workspace_bytes=workspace_bytes)
+        found.append(features(s, backend, workspace_bytes=workspace_bytes))
+    if backend == "native":
+        for other in found[1:]:
+            for x, y in zip(other, found[0], strict=True):
+                assert same_bits(x, y)
+
+
 class LargestOverVocabulary(TorchDispatchMode):
     """Remembers the largest new tensor, in bytes, that has a dimension of V; weights and their gradients aside."""
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from g2rl_kernels.backends.eager.products import mm_fp32_left, mm_in_blocks
 from g2rl_kernels.products import exact_products, mm
+from g2rl_kernels.workspace import workspace_or_default
 
 # Rows are handled in slices of this size after the product: on a CPU a slice stays in cache over its passes.
 _SLICE_BYTES = {"cpu": 4 << 20}
@@ -113,7 +114,7 @@ def token_logprobs(
     softcap: float,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_bytes)
+    head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_or_default(workspace_bytes))
     N = hidden.shape[0]
     results = torch.empty(3, N, dtype=head.dtype, device=hidden.device)
     with exact_products(weight):
@@ -143,7 +144,7 @@ def sequence_features(
     softcap: float,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_bytes)
+    head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_or_default(workspace_bytes))
     N, d = hidden.shape
     offsets = cu_seqlens.tolist()
     a = torch.ones(N, dtype=head.dtype, device=hidden.device) if token_weights is None else token_weights.to(head.dtype)
@@ -254,7 +255,7 @@ def logprobs_backward(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Recompute logits block by block; the gradient of z is rounded once to the model's dtype, sums are fp32."""
-    head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_bytes)
+    head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_or_default(workspace_bytes))
     N = hidden.shape[0]
     need_bias = need_bias and bias is not None
     grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None

@@ -13,6 +13,7 @@ from torch import Tensor
 from g2rl_kernels.backends.triton.grad_logits import grad_logits
 from g2rl_kernels.backends.triton.inputs import Head, on_device_of, unit_stride
 from g2rl_kernels.products import exact_products, mm
+from g2rl_kernels.workspace import workspace_or_default
 
 # Columns of strips are multiples of this where the workspace allows, tokens of chunks too.
 _STEP = 128
@@ -49,7 +50,7 @@ def logprobs_backward(
     grad_hidden = torch.zeros(N, d, dtype=torch.float32, device=device) if need_hidden else None
     grad_weight = torch.zeros(V, d, dtype=dtype, device=device) if need_weight else None
     grad_bias = torch.zeros(V, dtype=torch.float32, device=device) if need_bias else None
-    rows, columns = _chunks(N, V, workspace_bytes // ((2 if scaled else 1) * dtype.itemsize))
+    rows, columns = _chunks(N, V, workspace_or_default(workspace_bytes) // ((2 if scaled else 1) * dtype.itemsize))
     with exact_products(weight), on_device_of(hidden):
         for v0 in range(0, V if N else 0, columns):
             strip = range(v0, min(v0 + columns, V))

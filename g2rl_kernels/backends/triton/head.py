@@ -29,6 +29,7 @@ from g2rl_kernels.backends.triton.residuals import statistics_bytes as residual_
 from g2rl_kernels.backends.triton.responses import responses
 from g2rl_kernels.backends.triton.statistics import room_for_logits, statistics, statistics_bytes
 from g2rl_kernels.backends.triton.targets import add_targets
+from g2rl_kernels.workspace import workspace_or_default
 
 # From here on 8 bytes of traffic cost less than 2 d operations: at 3 TB/s and 600 TFLOP/s where d = 800.
 KEEP_FROM_D = 1024
@@ -49,7 +50,7 @@ def token_logprobs(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head.of(weight, bias, temperature, logit_scale, softcap)
-    batch = _Batch(unit_stride(hidden), head, targets.contiguous(), workspace_bytes)
+    batch = _Batch(unit_stride(hidden), head, targets.contiguous(), workspace_or_default(workspace_bytes))
     with on_device_of(hidden):
         _merged_statistics(batch, None)
     return _separate(batch.results)
@@ -69,7 +70,7 @@ def sequence_features(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     head = Head.of(weight, bias, temperature, logit_scale, softcap)
-    batch = _Batch(unit_stride(hidden), head, targets.contiguous(), workspace_bytes)
+    batch = _Batch(unit_stride(hidden), head, targets.contiguous(), workspace_or_default(workspace_bytes))
     N, d = hidden.shape
     cu_seqlens = cu_seqlens.contiguous()
     a = hidden.new_ones(N, dtype=torch.float32) if token_weights is None else token_weights.float().contiguous()
