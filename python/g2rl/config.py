@@ -160,7 +160,7 @@ class Config:
     backend: Literal["auto", "reference", "torch", "native", "triton", "cuda"] = "auto"
     """Kernel backend; `auto` takes the fastest that serves the device."""
     profile: bool = False
-    """Print and log the time of every stage of a step."""
+    """Log the time of every stage of a step, and print their medians and tokens per second at the end."""
     resume: str | None = None
     """Folder of a run to continue; its configuration is taken, and overrides apply on top."""
     model: ModelConfig = field(default_factory=ModelConfig)

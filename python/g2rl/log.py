@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
@@ -91,6 +92,18 @@ METRICS = (
     Metric("time/tokens_per_second", "Throughput", "response tokens of the step over time/step", "tokens/s"),
 )
 """Every number that may be logged, once."""
+
+STAGES = {
+    "time/rollout": "",
+    "time/reward": "",
+    "time/update": "",
+    "time/forward": "  ",
+    "time/head": "  ",
+    "time/backward": "  ",
+    "time/optimizer": "  ",
+    "time/step": "",
+}
+"""What a step's time is divided into, and how far each is indented as a part of the one above."""
 
 _BY_KEY = {metric.key: metric for metric in METRICS}
 
@@ -223,6 +236,7 @@ class RunLog:
                 _write_durably(path, kept)
         metrics = run_dir / "metrics.jsonl"
         steps = [record["step"] for record in read_records(metrics)] if metrics.exists() else []
+        self._steps: list[dict[str, float]] = []
         self._last_step = steps[-1] if steps else -1
         self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in self.FILES}
         purge = None if resume_step is None else resume_step + 1
@@ -245,9 +259,32 @@ class RunLog:
         numbers = {key: float(value) for key, value in values.items()}
         self._append("metrics.jsonl", [{"step": step} | {key: _finite(value) for key, value in numbers.items()}])
         self._last_step = step
+        if "time/step" in numbers:
+            self._steps.append({key: value for key, value in numbers.items() if key.startswith("time/")})
         for key, value in numbers.items():
             self._board.add_scalar(key, value, step)
         self._board.flush()
+
+    def stages(self) -> None:
+        """Print where the time of the steps logged so far went: each stage's median, share and response tokens per second.
+
+        The first step warms caches up and is left out if there are others.
+        """
+        steps = self._steps[1:] or self._steps
+        if not steps:
+            return
+        table = Table(title=f"Stages, median of {len(steps)} steps", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("stage")
+        for name in ("s", "share of step", "tokens/s"):
+            table.add_column(name, justify="right")
+        step_seconds = median(times["time/step"] for times in steps)
+        tokens = median(times["time/step"] * times["time/tokens_per_second"] for times in steps)
+        for key, indent in STAGES.items():
+            if all(key in times for times in steps):
+                seconds = median(times[key] for times in steps)
+                rate = f"{tokens / seconds:.0f}" if seconds > 0 else "-"
+                table.add_row(indent + key[5:], f"{seconds:.3f}", f"{seconds / step_seconds:.1%}", rate)
+        self._console.print(table)
 
     def completions(self, step: int, rows: Sequence[Completion], shown: int = 3) -> None:
         """Write responses of one step, and print the first `shown` of them as a table."""

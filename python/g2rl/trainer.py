@@ -136,6 +136,8 @@ class Trainer:
                     progress.message(f"before training: {_held_out_numbers(metrics)}")
                 while self.step < config.steps:
                     self._one_step(log, progress)
+            if config.profile:
+                log.stages()
         finally:
             log.close()
             self.task.close()

@@ -226,3 +226,23 @@ def test_progress_is_one_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
     assert "acc 0.500  reward -0.250  entropy 1.50" in final
     assert text.count("saved [/x]") == 1
     assert text.count("acc 0.500") == 1
+
+
+def test_stages_are_medians_after_the_first_step(tmp_path: Path) -> None:
+    out = io.StringIO()
+    log = RunLog(tmp_path, console=Console(file=out, width=80, force_terminal=False))
+    log.stages()
+    assert out.getvalue() == ""
+    for step, seconds in enumerate((9.0, 2.0, 4.0, 4.0), start=1):
+        times = {"time/rollout": seconds / 4, "time/reward": 0.0, "time/head": seconds / 8, "time/step": seconds}
+        log.metrics(step, {**times, "time/tokens_per_second": 800 / seconds, "train/loss": 0.0})
+    log.stages()
+    log.close()
+    rows = [line.split() for line in out.getvalue().splitlines() if line.strip()]
+    assert rows[0] == "Stages, median of 3 steps".split()
+    assert rows[-4:] == [
+        ["rollout", "1.000", "25.0%", "800"],
+        ["reward", "0.000", "0.0%", "-"],
+        ["head", "0.500", "12.5%", "1600"],
+        ["step", "4.000", "100.0%", "200"],
+    ]
