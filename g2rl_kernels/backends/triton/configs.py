@@ -128,7 +128,9 @@ def tile_for(kernel: str, half: bool, chip: Chip, tma: bool = True) -> Tile:
 
 
 def _tma_addressable(x: torch.Tensor) -> bool:
-    return x.data_ptr() % _TMA_ALIGNMENT == 0 and x.stride(0) * x.element_size() % _TMA_ALIGNMENT == 0
+    """Base and rows aligned, and rows that do not overlap, as those of an expanded tensor do."""
+    row_bytes = x.stride(0) * x.element_size()
+    return x.data_ptr() % _TMA_ALIGNMENT == 0 and row_bytes % _TMA_ALIGNMENT == 0 and x.stride(0) >= x.shape[1]
 
 
 def statistics_split(like: torch.Tensor) -> int:
