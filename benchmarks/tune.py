@@ -309,15 +309,14 @@ def compile_all(kernels: Sequence[str], dtype: str, chip: Chip, console: Console
     return rows
 
 
-def tune(rows: dict[str, list[Row]], shape: Shape, dtype: str, seconds: float, report: Report) -> None:
+def tune(rows: dict[str, list[Row]], shape: Shape, dtype: str, deadline: float, report: Report) -> None:
     """Time kernel by kernel until the time is up."""
-    deadline = time.perf_counter() + seconds
     device = torch.device("cuda", torch.cuda.current_device())
     chip = configs.chip_of(device)
     sample = head_workload(shape, "random", DTYPES[dtype], device)
     for kernel, of_kernel in rows.items():
         if time.perf_counter() > deadline:
-            report.left_out(f"{kernel}: the {seconds:.0f} s were over")
+            report.left_out(f"{kernel}: no time left for it")
             continue
         try:
             time_rows(kernel, of_kernel, sample)
@@ -365,6 +364,7 @@ class Report:
 
 def main() -> int:
     arguments = _parser().parse_args()
+    deadline = time.perf_counter() + arguments.seconds
     kernels = arguments.kernel or KERNELS
     console = Console(width=max(Console().width, 140))
     try:
@@ -379,7 +379,7 @@ def main() -> int:
         console.print(machine_line(facts["machine"]))
         report = Report(facts, console, arguments.json)
         rows = compile_all(kernels, arguments.dtype, configs.chip_of(torch.device("cuda")), console)
-        tune(rows, shape, arguments.dtype, arguments.seconds, report)
+        tune(rows, shape, arguments.dtype, deadline, report)
         return int(report.wrong)
     report = Report({"chip": chip_name(chip), "dtype": arguments.dtype}, console, arguments.json)
     rows = compile_all(kernels, arguments.dtype, chip, console)

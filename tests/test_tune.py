@@ -14,6 +14,7 @@ from g2rl_kernels.backends.triton.candidates import KERNELS, candidates
 from g2rl_kernels.backends.triton.compilation import Case, Compiled, parse_chip
 from g2rl_kernels.backends.triton.configs import Chip, Tile
 
+readme = pytest.importorskip("benchmarks.readme", reason="needs rich")
 tune = pytest.importorskip("benchmarks.tune", reason="needs rich")
 
 CHIPS: tuple[Chip, ...] = (80, 86, 89, 90, 100, 103, 120, "gfx90a", "gfx942", "gfx950")
@@ -94,6 +95,10 @@ def test_report_is_written_after_each_kernel(tmp_path: Path) -> None:
     assert not report.wrong
     report.add("residuals", "title", rows())
     assert report.wrong and len(json.loads(path.read_text())["kernels"]) == 2
+    # Among the results of other runs, it does not disturb what is made of them.
+    plots = pytest.importorskip("benchmarks.plots", reason="needs matplotlib")
+    (written,) = readme.load(tmp_path)
+    assert readme.details([written]) == "No files yet." and plots.draw_cases(written) is None
 
 
 def test_tile_that_does_not_compile_or_fit_is_shown() -> None:
