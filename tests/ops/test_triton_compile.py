@@ -14,7 +14,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from g2rl_kernels.backends.triton import configs
+from g2rl_kernels.backends.triton import configs, triton_version
 from g2rl_kernels.backends.triton.candidates import candidates
 from g2rl_kernels.backends.triton.compilation import Case, Compiled, compiled_in_parallel, misfits, product_case
 from g2rl_kernels.backends.triton.configs import Chip
@@ -118,6 +118,8 @@ def compiled() -> Iterator[dict[Case, Future[Compiled]]]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_fits_the_chip(case: Case, compiled: dict[Case, Future[Compiled]]) -> None:
+    if case.kernel == "groups._group_kernel" and case.chip == "gfx942" and triton_version() < (3, 8):
+        pytest.skip("this Triton does not compile fp64 products for gfx942")
     result = compiled[case].result()
     assert not misfits(case, result)
     if case.kernel != "groups._group_kernel":

@@ -65,6 +65,9 @@ def test_amd_chips_are_served_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.7.1+rocm7"))
+    assert unavailable("gfx942", torch.bfloat16) == "Triton before 3.8 does not compile fp64 products for gfx942"
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.10.0"))
     assert unavailable("gfx942:sramecc+:xnack-", torch.float16) is None
     assert unavailable("gfx90a:sramecc+:xnack-", torch.bfloat16) is None
     assert unavailable("gfx90a", torch.float16) == "matrix cores of gfx90a take fp16 numbers below 6e-5 for 0"

@@ -49,6 +49,13 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if chip >= _OLDEST_CAPABILITY else f"needs compute capability 8.0 or higher, found {major}.{minor}"
     if chip not in _AMD_CHIPS:
         return f"expected an AMD GPU of {', '.join(_AMD_CHIPS)}, found {chip}"
+    if chip == "gfx942" and triton_version() < (3, 8):
+        return "Triton before 3.8 does not compile fp64 products for gfx942"
     if chip == "gfx90a" and dtype == torch.float16:
         return "matrix cores of gfx90a take fp16 numbers below 6e-5 for 0"
     return None
+
+
+def triton_version() -> tuple[int, int]:
+    major, minor = importlib.import_module("triton").__version__.split(".")[:2]
+    return int(major), int(minor)
