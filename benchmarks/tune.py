@@ -48,6 +48,7 @@ from g2rl_kernels.ops.head import DEFAULT_WORKSPACE_BYTES
 from g2rl_kernels.testing import ROUNDOFF, HeadSample
 
 Row = dict[str, Any]
+Where = tuple[torch.device, Chip]
 
 FLOOR = "torch.mm"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -309,10 +310,9 @@ def compile_all(kernels: Sequence[str], dtype: str, chip: Chip, console: Console
     return rows
 
 
-def tune(rows: dict[str, list[Row]], shape: Shape, dtype: str, deadline: float, report: Report) -> None:
+def tune(rows: dict[str, list[Row]], shape: Shape, dtype: str, where: Where, deadline: float, report: Report) -> None:
     """Time kernel by kernel until the time is up."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    chip = configs.chip_of(device)
+    device, chip = where
     sample = head_workload(shape, "random", DTYPES[dtype], device)
     for kernel, of_kernel in rows.items():
         if time.perf_counter() > deadline:
@@ -375,11 +375,13 @@ def main() -> int:
     if chip is None:
         if not torch.cuda.is_available():
             sys.exit("no GPU here: --compile sm_90 (or another chip) shows what tiles take, without times")
-        facts = {"machine": machine(torch.device("cuda")), "shape": shape._asdict(), "dtype": arguments.dtype}
+        device = torch.device("cuda", torch.cuda.current_device())
+        where = (device, configs.chip_of(device))
+        facts = {"machine": machine(device), "shape": shape._asdict(), "dtype": arguments.dtype}
         console.print(machine_line(facts["machine"]))
         report = Report(facts, console, arguments.json)
-        rows = compile_all(kernels, arguments.dtype, configs.chip_of(torch.device("cuda")), console)
-        tune(rows, shape, arguments.dtype, deadline, report)
+        rows = compile_all(kernels, arguments.dtype, where[1], console)
+        tune(rows, shape, arguments.dtype, where, deadline, report)
         return int(report.wrong)
     report = Report({"chip": chip_name(chip), "dtype": arguments.dtype}, console, arguments.json)
     rows = compile_all(kernels, arguments.dtype, chip, console)

@@ -206,3 +206,18 @@ def test_tuner_compares_like_with_like(kernel: str) -> None:
     tune.time_rows(kernel, rows, sample(RAGGED, torch.float32), rounds=1)
     for row in rows:
         assert row["status"] == "ok" and row["median_s"] > 0 and row["times_floor"] > 0, row
+
+
+def test_tuner_prints_a_line_until_its_time_is_up() -> None:
+    tune = pytest.importorskip("benchmarks.tune", reason="needs rich")
+    tile = Tile(16, 64, 32, 1, 1)
+    rows = {kernel: [{"tile": tile, "role": "table", "status": "ok"}] for kernel in ("projection", "statistics")}
+    report = tune.Report({}, tune.Console(quiet=True), None)
+    place = (torch.device("cpu"), 90)
+    shape = tune.Shape("tiny", "tiny", 24, 3, 32, 321)
+    tune.tune(rows, shape, "fp32", place, float("inf"), report)
+    assert report.content["lines"] == [
+        f'("{kernel}", False, 90): Tile(16, 64, 32, 1, 1),' for kernel in ("projection", "statistics")
+    ]
+    tune.tune(rows, shape, "fp32", place, 0.0, report)
+    assert len(report.content["left_out"]) == 2 and not report.wrong
