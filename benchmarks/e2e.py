@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -38,7 +39,7 @@ from benchmarks.timing import (
     memory_in_use,
     release_free_memory,
 )
-from g2rl.config import Config, LogConfig, load_config
+from g2rl.config import Config, ConfigError, LogConfig, load_config
 from g2rl.rewards import judge_episodes
 from g2rl.trainer import Trainer
 
@@ -148,8 +149,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as runs:
         overrides = [*arguments.overrides, f"runs_dir={runs}", "profile=true"]
-        config = load_config(arguments.config, overrides)
-        measured = measure_step(config, arguments.rounds)
+        try:
+            config = load_config(arguments.config, overrides)
+            measured = measure_step(config, arguments.rounds)
+        except ConfigError as error:
+            sys.exit(f"benchmarks.e2e: {error}")
     device = torch.device("cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu")
     facts = machine(device)
     console = Console(width=max(Console().width, 120))

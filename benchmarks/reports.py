@@ -1,4 +1,4 @@
-"""Result files: what `run` and `e2e` wrote to results/, and what README and plots ask of them."""
+"""Result files: what `run`, `e2e` and `tune` wrote to results/, and what README and plots ask of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Report:
 
     Attributes:
         name: the file's, without its ending; plots carry it.
-        content: "rows" of `run`, one a candidate and case, or "step" of `e2e`.
+        content: "rows" of `run`, one a candidate and case, or "step" of `e2e`, or "kernels" of `tune`, shown nowhere.
     """
 
     name: str

@@ -266,7 +266,7 @@ class RunLog:
         self._board.flush()
 
     def stages(self) -> None:
-        """Print where the time of the steps logged so far went: each stage's median, share and response tokens per second.
+        """Print where the time of the steps logged so far went: each stage's median, share and tokens/s.
 
         The first step warms caches up and is left out if there are others.
         """

@@ -158,6 +158,12 @@ def test_shapes(backend: str | None, device: str, dtype: torch.dtype, shape: Sha
 
 
 @every_forward
+def test_long_products(backend: str | None, device: str, dtype: torch.dtype) -> None:
+    """d of a real model, with partial sums that grow evenly: units that truncate them, as tensor cores do, drift."""
+    check(backend, device, dtype, Shape((9, 3), 2048, 300, "128 additions in units that take 16 products"), "peaked")
+
+
+@every_forward
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lse", ["unknown", "given", "perturbed"])
 def test_kinds_of_logits(backend: str | None, device: str, dtype: torch.dtype, kind: str, lse: str) -> None:

@@ -15,6 +15,8 @@ import torch
 
 from g2rl_kernels import LMHead, Shaping, g2rl_advantages, sequence_features, testing, token_logprobs, use_backend
 from g2rl_kernels.backends.triton import head as plans
+from g2rl_kernels.backends.triton.candidates import KERNELS
+from g2rl_kernels.backends.triton.configs import Tile
 from g2rl_kernels.ops.head import SequenceFeatures
 from g2rl_kernels.testing import OPTIONS, Gradients, HeadSample, Options, Shape
 
@@ -193,3 +195,29 @@ def test_group_op(sizes: tuple[int, ...], d: int) -> None:
                 torch.testing.assert_close(
                     got, want, rtol=3e-7, atol=3e-7, msg=lambda text, name=name: f"{name}: {text}"
                 )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_tuner_compares_like_with_like(kernel: str) -> None:
+    """What benchmarks.tune runs has the same results with every tile, and gets a time."""
+    tune = pytest.importorskip("benchmarks.tune", reason="needs rich")
+    tiles = (Tile(16, 64, 32, 1, 1), Tile(32, 16, 64, 1, 1))
+    rows = [{"tile": tile, "role": role, "status": "ok"} for tile, role in zip(tiles, ("table", "other"), strict=True)]
+    tune.time_rows(kernel, rows, sample(RAGGED, torch.float32), rounds=1)
+    for row in rows:
+        assert row["status"] == "ok" and row["median_s"] > 0 and row["times_floor"] > 0, row
+
+
+def test_tuner_prints_a_line_until_its_time_is_up() -> None:
+    tune = pytest.importorskip("benchmarks.tune", reason="needs rich")
+    tile = Tile(16, 64, 32, 1, 1)
+    rows = {kernel: [{"tile": tile, "role": "table", "status": "ok"}] for kernel in ("projection", "statistics")}
+    report = tune.Report({}, tune.Console(quiet=True), None)
+    place = (torch.device("cpu"), 90)
+    shape = tune.Shape("tiny", "tiny", 24, 3, 32, 321)
+    tune.tune(rows, shape, "fp32", place, float("inf"), report)
+    assert report.content["lines"] == [
+        f'("{kernel}", False, 90): Tile(16, 64, 32, 1, 1),' for kernel in ("projection", "statistics")
+    ]
+    tune.tune(rows, shape, "fp32", place, 0.0, report)
+    assert len(report.content["left_out"]) == 2 and not report.wrong

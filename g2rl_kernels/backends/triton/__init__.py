@@ -1,4 +1,4 @@
-"""Triton kernels for NVIDIA GPUs. Triton is loaded when an op is first asked for, not by importing this package.
+"""Triton kernels for NVIDIA and AMD GPUs. Triton is loaded when an op is first asked for, and not by an import of this.
 
 With ``TRITON_INTERPRET=1`` in the environment Triton's interpreter runs the same kernels on CPU tensors, for tests.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from g2rl_kernels.backends.triton.configs import interpreted
+from g2rl_kernels.backends.triton.configs import chip_of, interpreted
 
 _MODULES = {
     "token_logprobs": "head",
@@ -20,7 +20,9 @@ _MODULES = {
     "g2rl_advantages": "groups",
 }
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_OLDEST_CAPABILITY = (8, 0)
+_OLDEST_CAPABILITY = 80
+# Those with matrix cores for bf16 that sum in fp32.
+_AMD_CHIPS = ("gfx90a", "gfx942", "gfx950")
 
 __all__ = [*_MODULES, "unavailable"]
 
@@ -39,9 +41,21 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return "Triton is not installed: pip install triton"
     if device.type == "cpu":
         return None if interpreted() else "needs a CUDA device, or TRITON_INTERPRET=1 for tests on a CPU"
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "needs an NVIDIA GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _OLDEST_CAPABILITY:
-        return f"needs compute capability 8.0 or higher, found {capability[0]}.{capability[1]}"
+    if device.type != "cuda":
+        return "needs an NVIDIA or AMD GPU"
+    chip = chip_of(device)
+    if isinstance(chip, int):
+        major, minor = divmod(chip, 10)
+        return None if chip >= _OLDEST_CAPABILITY else f"needs compute capability 8.0 or higher, found {major}.{minor}"
+    if chip not in _AMD_CHIPS:
+        return f"expected an AMD GPU of {', '.join(_AMD_CHIPS)}, found {chip}"
+    if chip == "gfx942" and triton_version() < (3, 8):
+        return "Triton before 3.8 does not compile fp64 products for gfx942"
+    if chip == "gfx90a" and dtype == torch.float16:
+        return "matrix cores of gfx90a take fp16 numbers below 6e-5 for 0"
     return None
+
+
+def triton_version() -> tuple[int, int]:
+    major, minor = importlib.import_module("triton").__version__.split(".")[:2]
+    return int(major), int(minor)

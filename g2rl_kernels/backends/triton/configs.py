@@ -1,8 +1,9 @@
-"""Launch configurations: tile sizes, warps and stages of every kernel, by compute capability and dtype.
+"""Launch configurations: tile sizes, warps and stages of every kernel, by chip and dtype.
 
 Chosen by table and never by a timing at run time: the order of a sum, and with it the bits of a result, follows the
-tile, so a choice that varies between runs or with the batch would break "same inputs, same bits". The tests compile
-every entry for its chips and refuse one that spills or does not fit.
+tile, so a choice that varies between runs or with the batch would break "same inputs, same bits". `benchmarks.tune`
+times other tiles and prints lines for this table. The tests compile every entry for its chips and refuse one that
+spills or does not fit.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+
+# Compute capability of an NVIDIA chip (90 for 9.0), architecture of an AMD one ("gfx942").
+Chip = int | str
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,23 @@ TILES: dict[tuple[str, bool, int], Tile] = {
     ("grad_logits+", False, 80): Tile(32, 64, 16, 4, 2),
     ("projection", False, 80): Tile(64, 32, 64, 8, 2),
 }
+# The same for AMD chips, whichever: warps of 64 lanes, 64 KB of shared memory, two stages, no TMA.
+AMD_TILES: dict[tuple[str, bool], Tile] = {
+    ("statistics", True): Tile(128, 128, 64, 8, 2),
+    ("statistics+", True): Tile(64, 128, 64, 8, 2),
+    ("residuals", True): Tile(128, 128, 64, 8, 2),
+    ("residuals+", True): Tile(64, 128, 64, 8, 2),
+    ("grad_logits", True): Tile(128, 128, 64, 8, 2),
+    ("grad_logits+", True): Tile(64, 128, 64, 8, 2),
+    ("projection", True): Tile(64, 64, 64, 8, 2),
+    ("statistics", False): Tile(64, 64, 16, 8, 2),
+    ("statistics+", False): Tile(64, 64, 16, 8, 2),
+    ("residuals", False): Tile(64, 64, 16, 8, 2),
+    ("residuals+", False): Tile(64, 64, 16, 8, 2),
+    ("grad_logits", False): Tile(64, 64, 16, 8, 2),
+    ("grad_logits+", False): Tile(64, 64, 16, 8, 2),
+    ("projection", False): Tile(64, 32, 64, 8, 2),
+}
 # On chips with TMA, for rows that it cannot address.
 _UNALIGNED = Tile(64, 64, 64, 8, 3)
 # Chips of capability 12 have TMA, but neither wgmma nor the shared memory of 9.0 and 10.0.
@@ -83,24 +104,33 @@ def tile(kernel: str, hidden: torch.Tensor, weight: torch.Tensor, heavy: bool = 
     """The tile in use for these inputs; `heavy` for the work that "+" marks."""
     if not hidden.is_cuda:
         return _INTERPRETED
-    major, minor = torch.cuda.get_device_capability(hidden.device)
     tma = _tma_addressable(hidden) and _tma_addressable(weight)
-    return tile_for(kernel + "+" * heavy, hidden.element_size() == 2, 10 * major + minor, tma)
+    return tile_for(kernel + "+" * heavy, hidden.element_size() == 2, chip_of(hidden.device), tma)
 
 
-def tile_for(kernel: str, half: bool, capability: int, tma: bool = True) -> Tile:
+def chip_of(device: torch.device) -> Chip:
+    if torch.version.hip is not None:
+        # Features follow the name: gfx942:sramecc+:xnack-.
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def tile_for(kernel: str, half: bool, chip: Chip, tma: bool = True) -> Tile:
     """The newest entry that a chip can use; `tma` says whether TMA can address the rows."""
-    if capability >= _LIKE_AMPERE:
-        capability = 80
-    newest = max(
-        oldest for name, is_half, oldest in TILES if (name, is_half) == (kernel, half) and oldest <= capability
-    )
+    if isinstance(chip, str):
+        return AMD_TILES[kernel, half]
+    if chip >= _LIKE_AMPERE:
+        chip = 80
+    newest = max(oldest for name, is_half, oldest in TILES if (name, is_half) == (kernel, half) and oldest <= chip)
     tile = TILES[kernel, half, newest]
     return tile if tma or not tile.USE_TMA else _UNALIGNED
 
 
 def _tma_addressable(x: torch.Tensor) -> bool:
-    return x.data_ptr() % _TMA_ALIGNMENT == 0 and x.stride(0) * x.element_size() % _TMA_ALIGNMENT == 0
+    """Base and rows aligned, and rows that do not overlap, as those of an expanded tensor do."""
+    row_bytes = x.stride(0) * x.element_size()
+    return x.data_ptr() % _TMA_ALIGNMENT == 0 and row_bytes % _TMA_ALIGNMENT == 0 and x.stride(0) >= x.shape[1]
 
 
 def statistics_split(like: torch.Tensor) -> int:

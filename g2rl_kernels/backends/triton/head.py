@@ -76,15 +76,15 @@ def sequence_features(
     a = hidden.new_ones(N, dtype=torch.float32) if token_weights is None else token_weights.float().contiguous()
     features = torch.zeros(cu_seqlens.shape[0] - 1, d, dtype=torch.float32, device=hidden.device)
     if N:
-        # Plans that cut tokens read offsets on the host, which a graph under capture cannot.
-        capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
-        if lse is not None and not capturing:
-            plan = _from_lse(batch, cu_seqlens, a, lse.float().contiguous())
-        elif d >= KEEP_FROM_D and batch.kept_rows >= KEEP_FROM_ROWS and not capturing:
-            plan = _from_kept(batch, cu_seqlens, a)
-        else:
-            plan = _from_recomputed(batch, cu_seqlens, a)
         with on_device_of(hidden):
+            # Plans that cut tokens read offsets on the host, which a graph under capture cannot.
+            capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+            if lse is not None and not capturing:
+                plan = _from_lse(batch, cu_seqlens, a, lse.float().contiguous())
+            elif d >= KEEP_FROM_D and batch.kept_rows >= KEEP_FROM_ROWS and not capturing:
+                plan = _from_kept(batch, cu_seqlens, a)
+            else:
+                plan = _from_recomputed(batch, cu_seqlens, a)
             for first, R, inverse in plan:
                 project(R, inverse, head, features[first : first + R.shape[0]])
     return features, *_separate(batch.results)

@@ -15,11 +15,19 @@ LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def dot_rows(a, b, acc, UPCAST: tl.constexpr):
-    """acc + a b^T in fp32, exact for fp32 operands. UPCAST: the interpreter's product of bf16 tiles returns garbage."""
+    """acc + a b^T in fp32, exact for fp32 operands. UPCAST: the interpreter's product of bf16 tiles returns garbage.
+
+    Units for 16-bit products truncate their fp32 sums, each time they add 16 products. Over d = 2048 that makes all
+    logits 4e-6 of themselves too small, five times what Phi may be off by; so each tile starts from 0 and is added to
+    `acc` by an addition that rounds. Without an explicit limit the compiler would undo that.
+    """
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    if a.dtype == tl.float32:
+        return tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    else:
+        return acc + tl.dot(a, tl.trans(b), max_num_imprecise_acc=a.shape[1])
 
 
 @triton.jit
