@@ -93,7 +93,7 @@ def _first_call(candidate: Candidate, case: Case, expected: Expected, settings: 
     row: Row = {"first_call_s": time.perf_counter() - start, "extra_bytes": extra, "status": "ok"}
     row["errors"] = found = errors(results, expected)
     if isinstance(case.sample, HeadSample) and extra is not None:
-        logits = case.head.hidden.shape[0] * case.head.head.weight.shape[0] * settings.torch_dtype.itemsize
+        logits = case.head.hidden.shape[0] * case.head.head.weight.shape[0] * torch.float32.itemsize
         row["percent_of_logits"] = 100 * extra / logits
     broken = broken_bounds(found)
     wrong = broken if candidate.role == "ours" else implausible(found, expected, settings.torch_dtype)

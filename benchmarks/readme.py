@@ -35,8 +35,9 @@ def summary(reports: list[Report]) -> str:
         return "Nothing has been measured on this version yet: `make bench`."
     blocks.append(
         "Times are medians; `x mm` is the ratio to `torch.mm` of the same shapes (three of them for the backward pass) "
-        "in the same run; memory is the peak beyond the inputs, as a share of the logits' bytes; errors are the worst "
-        "of any response or token against float64, and those of peers are by design: they round logits. Every "
+        "in the same run; memory is the peak beyond the inputs, as a share of the logits' bytes in fp32; "
+        "errors are the worst of any response or token against float64, and those of peers are by design: they round "
+        "logits. Every "
         "candidate, input and error: [results](benchmarks/results/README.md); how to measure: "
         "[benchmarks](benchmarks/README.md)."
     )
@@ -122,7 +123,7 @@ def _details_table(rows: list[Row]) -> str:
     measures = [measure for measure in ERRORS if any(measure in row.get("errors", {}) for row in rows)]
     ratio = "times_floor" if OPS[rows[0]["op"]].products else "times_eager"
     heads = ["candidate", "ms", "± IQR", "x mm" if ratio == "times_floor" else "x eager", "GFLOP/s", "% best"]
-    heads += ["extra MB", "% logits", *(ERRORS[measure] for measure in measures), "bounds"]
+    heads += ["extra MB", "% fp32 logits", *(ERRORS[measure] for measure in measures), "bounds"]
     lines = [heads, ["---", *["---:"] * (len(heads) - 2), "---"]]
     for row in rows:
         if row["status"] == "unavailable":

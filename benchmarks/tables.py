@@ -36,7 +36,15 @@ def case_table(op: Op, label: str, kind: str, rows: list[dict[str, Any]]) -> Tab
     launches = any("launches" in row for row in rows)
     table = Table(title=f"\n{op.name} ({op.summary}), {label}; {KINDS.get(kind, kind)}", title_justify="left")
     table.add_column("candidate", no_wrap=True)
-    heads = ["ms", "± IQR", "x torch.mm" if op.products else "x eager", "GFLOP/s", "% best", "extra MB", "% logits"]
+    heads = [
+        "ms",
+        "± IQR",
+        "x torch.mm" if op.products else "x eager",
+        "GFLOP/s",
+        "% best",
+        "extra MB",
+        "% fp32 logits",
+    ]
     for head in [*heads, *(["launches"] if launches else []), *(ERRORS[measure] for measure in measures)]:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("bounds", no_wrap=True)

@@ -44,8 +44,8 @@ from g2rl_kernels.backends.triton.compilation import (
     product_case,
 )
 from g2rl_kernels.backends.triton.configs import Chip, Tile
-from g2rl_kernels.ops.head import DEFAULT_WORKSPACE_BYTES
 from g2rl_kernels.testing import ROUNDOFF, HeadSample
+from g2rl_kernels.workspace import DEFAULT_WORKSPACE_BYTES
 
 Row = dict[str, Any]
 Where = tuple[torch.device, Chip]
