@@ -44,7 +44,7 @@ def test_group_op(benchmark, backend: str) -> None:
 
 
 def _ours(case: Case, backend: str):
-    (ours,) = [c for c in candidates(case, with_peers=False, backends=[backend]) if c.role == "ours"]
+    (ours,) = [c for c in candidates(case, with_peers=False, backends=[backend]) if c.name == f"g2rl {backend}"]
     return ours.prepare(case)
 
 
