@@ -3,7 +3,7 @@
 # make ctest    build and run the C++ kernels' own tests
 # make bench    the short benchmark suite
 # make gpu      on a machine with a GPU: its tests and benchmarks, with the python3 that is there
-# make lint     ruff, mypy, and whether the README says what the results say
+# make lint     ruff, mypy, clang-format, and whether the README says what the results say
 # make setup    build .venv; the others do it first, and redo nothing that is up to date
 
 PYTHON ?= python3
@@ -52,6 +52,7 @@ bench-report: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks.readme --check
 

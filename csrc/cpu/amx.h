@@ -1,8 +1,10 @@
-// Products of bf16 tiles on AMX with other work in their gaps. Included by rowwise_impl.h for the instruction set that has it.
+// Products of bf16 tiles on AMX with other work in their gaps. Included by rowwise_impl.h for the instruction set that
+// has it.
 //
-// A tile product occupies the matrix unit for sixteen cycles, in which the core can issue some sixty other instructions. So after every four of them
-// comes a piece of work on vectors, short enough that the next four are in the core's window before the last are done: products and exponentials then
-// take little more time than the longer of the two.
+// A tile product occupies the matrix unit for sixteen cycles, in which the core can issue some sixty other
+// instructions. So after every four of them comes a piece of work on vectors, short enough that the next four are in
+// the core's window before the last are done: products and exponentials then take little more time than the longer of
+// the two.
 #pragma once
 
 #include <immintrin.h>
@@ -25,12 +27,18 @@ constexpr TileConfig kAllTiles;
 void enter() { _tile_loadconfig(&kAllTiles); }
 void leave() { _tile_release(); }
 
-// What goes on between a product's steps, spread evenly over them: units of some work, and fetching what is needed soon.
+// What goes on between a product's steps, spread evenly over them: units of some work, and fetching what is needed
+// soon.
 template <typename Work>
 class Meanwhile {
  public:
   Meanwhile(const TileProduct& p, Work& work, int64_t steps)
-      : work_(work), units_(work.left()), steps_(steps), soon_(p.soon), lines_(p.soon_lines), lines_per_step_((p.soon_lines + steps - 1) / steps) {}
+      : work_(work),
+        units_(work.left()),
+        steps_(steps),
+        soon_(p.soon),
+        lines_(p.soon_lines),
+        lines_per_step_((p.soon_lines + steps - 1) / steps) {}
   G2RL_INLINE void step() {
     for (due_ += units_; due_ >= steps_; due_ -= steps_) work_.step();
     if (lines_ <= 0) return;
@@ -48,8 +56,8 @@ class Meanwhile {
   const int64_t lines_per_step_;
 };
 
-// Calls f(i, j) for the products of parts i and j that count in fp32, small ones first. A part is 2^-8 of the one before it: fp32 (three parts) drops
-// what is 2^-24 of the whole.
+// Calls f(i, j) for the products of parts i and j that count in fp32, small ones first. A part is 2^-8 of the one
+// before it: fp32 (three parts) drops what is 2^-24 of the whole.
 template <typename F>
 G2RL_INLINE void for_part_pairs(int left, int right, const F& f) {
   for (int order = left + right - 2 < 2 ? left + right - 2 : 2; order >= 0; --order)
@@ -63,7 +71,8 @@ inline int64_t part_pairs(int left, int right) {
   return count;
 }
 
-// 32 columns of 32 rows, or of the last 16: four sums in tiles 0-3, two rows' operands in 4 and 5, two columns' in 6 and 7.
+// 32 columns of 32 rows, or of the last 16: four sums in tiles 0-3, two rows' operands in 4 and 5, two columns' in 6
+// and 7.
 template <bool kBothRows, typename Work>
 G2RL_INLINE void multiply_block(const TileProduct& p, int64_t r, int64_t c, Meanwhile<Work>& meanwhile) {
   float *upper = p.out + r * p.ld + c, *lower = upper + 16 * p.ld;

@@ -160,8 +160,8 @@ GroupAdvantages g2rl_advantages(const at::Tensor& features, const at::Tensor& re
     at::parallel_for(0, G, 1 + kWorthThread / (12 * entries + 1), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = cu[i], m = cu[i + 1] - b;
-        const Group g{m, of_S + i * entries, m_max, raw + b, usable.data() + b,
-                      of_scores + b, of_shaped + b, of_shaped + B + b};
+        const Group g{
+            m, of_S + i * entries, m_max, raw + b, usable.data() + b, of_scores + b, of_shaped + b, of_shaped + B + b};
         normalize(g);
         score(g);
         shape(g, shaping);

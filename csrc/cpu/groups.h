@@ -12,8 +12,8 @@ namespace g2rl {
 enum class Rule { scale, centered, literal };
 
 struct Shaping {
-  double strength;    // lambda
-  double clip;        // c
+  double strength;  // lambda
+  double clip;      // c
   Rule rule;
   double min_range;   // groups whose scores span less keep their rewards
   bool drop_uniform;  // so do groups whose raw rewards are all equal
@@ -25,7 +25,8 @@ struct GroupAdvantages {
   at::Tensor similarity;                          // [G, m_max, m_max] of features' dtype
 };
 
-// features [B, d] fp32 or fp64; rewards [B] of the same dtype; cu_groups [G + 1] int64; valid [B] bool. Computed in fp64.
+// features [B, d] fp32 or fp64; rewards [B] of the same dtype; cu_groups [G + 1] int64; valid [B] bool. Computed in
+// fp64.
 GroupAdvantages g2rl_advantages(const at::Tensor& features, const at::Tensor& rewards, const at::Tensor& cu_groups,
                                 int64_t m_max, const std::optional<at::Tensor>& valid, const Shaping& shaping);
 

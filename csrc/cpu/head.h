@@ -1,8 +1,10 @@
-// The LM head without its logits: log-probabilities, entropy, sequence features and their gradients, for CPUs. MATH.md has the formulas.
+// The LM head without its logits: log-probabilities, entropy, sequence features and their gradients, for CPUs. MATH.md
+// has the formulas.
 //
-// N tokens, d hidden, V vocabulary, B responses; u = logits / temperature, y = target, p = softmax(u), lse = log sum exp u.
-// workspace_bytes: what a pass may allocate, 0 for 5 % of fp32 logits; only sequence_features trades memory for time.
-// Every result is the same whatever the number of threads, and a response's results do not depend on its neighbours in the batch.
+// N tokens, d hidden, V vocabulary, B responses; u = logits / temperature, y = target, p = softmax(u), lse = log sum
+// exp u. workspace_bytes: what a pass may allocate, 0 for 5 % of fp32 logits; only sequence_features trades memory for
+// time. Every result is the same whatever the number of threads, and a response's results do not depend on its
+// neighbours in the batch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,30 +16,34 @@
 namespace g2rl {
 
 struct Head {
-  at::Tensor weight;                // [V, d] bf16, fp16 or fp32
-  std::optional<at::Tensor> bias;   // [V]
+  at::Tensor weight;               // [V, d] bf16, fp16 or fp32
+  std::optional<at::Tensor> bias;  // [V]
   double temperature;
   double logit_scale;
-  double softcap;                   // 0 = none
+  double softcap;  // 0 = none
 };
 
 struct TokenStats {
-  at::Tensor logps, entropy, lse;   // [N] fp32
+  at::Tensor logps, entropy, lse;  // [N] fp32
 };
 
 // hidden [N, d] of the weight's dtype, targets [N] int64.
-TokenStats token_logprobs(const at::Tensor& hidden, const Head& head, const at::Tensor& targets, int64_t workspace_bytes);
+TokenStats token_logprobs(const at::Tensor& hidden, const Head& head, const at::Tensor& targets,
+                          int64_t workspace_bytes);
 
-// cu_seqlens [B + 1] int64; token_weights [N] fp32; lse [N] fp32 of the same head, good to about 1e-4, saves one of two passes. features [B, d] fp32.
-std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, const Head& head, const at::Tensor& targets, const at::Tensor& cu_seqlens,
-                                                     const std::optional<at::Tensor>& token_weights, const std::optional<at::Tensor>& lse,
-                                                     int64_t workspace_bytes);
+// cu_seqlens [B + 1] int64; token_weights [N] fp32; lse [N] fp32 of the same head, good to about 1e-4, saves one of two
+// passes. features [B, d] fp32.
+std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, const Head& head,
+                                                     const at::Tensor& targets, const at::Tensor& cu_seqlens,
+                                                     const std::optional<at::Tensor>& token_weights,
+                                                     const std::optional<at::Tensor>& lse, int64_t workspace_bytes);
 
 // Gradients of sum(grad_logps * logps + grad_entropy * entropy); a tensor that is not needed is undefined.
 struct Needs {
   bool hidden, weight, bias;
 };
-std::array<at::Tensor, 3> logprobs_backward(const at::Tensor& grad_logps, const at::Tensor& grad_entropy, const at::Tensor& hidden, const Head& head,
-                                            const at::Tensor& targets, const TokenStats& stats, int64_t workspace_bytes, Needs needs);
+std::array<at::Tensor, 3> logprobs_backward(const at::Tensor& grad_logps, const at::Tensor& grad_entropy,
+                                            const at::Tensor& hidden, const Head& head, const at::Tensor& targets,
+                                            const TokenStats& stats, int64_t workspace_bytes, Needs needs);
 
 }  // namespace g2rl

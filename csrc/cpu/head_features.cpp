@@ -23,9 +23,11 @@ ResidualProduct::ResidualProduct(const HeadProblem& p, int64_t responses)
     : rows_(responses),
       width_(p.cut.width),
       part_data_((p.format.amx ? 3 : 1) * rows_ * width_ * sizeof(uint32_t) / p.format.per_unit()),
-      left_{part_data_.units(), p.format.amx ? 3 : 1, rows_ * width_ / p.format.per_unit(), width_ / p.format.per_unit()} {}
+      left_{part_data_.units(), p.format.amx ? 3 : 1, rows_ * width_ / p.format.per_unit(),
+            width_ / p.format.per_unit()} {}
 
-void ResidualProduct::add(const HeadProblem& p, const float* sums, const ColumnPanels& panel, float* out, double* totals) {
+void ResidualProduct::add(const HeadProblem& p, const float* sums, const ColumnPanels& panel, float* out,
+                          double* totals) {
   for (int64_t b = 0; b < rows_; ++b) {
     const float* row = sums + b * width_;
     left_.fill(p.format, row, b, 0, width_);
@@ -34,8 +36,8 @@ void ResidualProduct::add(const HeadProblem& p, const float* sums, const ColumnP
       for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += row[i + lane];
     for (float lane : lanes) totals[b] += lane;
   }
-  multiply_straight(p.format, left_, rows_, panel.straight(), width_ / p.format.per_unit(), width_ / p.format.per_unit(),
-                    p.depth.padded() * p.format.per_unit(), out);
+  multiply_straight(p.format, left_, rows_, panel.straight(), width_ / p.format.per_unit(),
+                    width_ / p.format.per_unit(), p.depth.padded() * p.format.per_unit(), out);
 }
 
 float* SlabFeatures::clear(int64_t slab) const {
@@ -44,7 +46,8 @@ float* SlabFeatures::clear(int64_t slab) const {
   return out;
 }
 
-void finish_features(const HeadProblem& p, const Responses& r, const std::vector<Token>& tokens, const SlabFeatures& slabs, float* features) {
+void finish_features(const HeadProblem& p, const Responses& r, const std::vector<Token>& tokens,
+                     const SlabFeatures& slabs, float* features) {
   at::parallel_for(r.first, r.last, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> row(p.d);
     std::vector<double> total(p.d);
@@ -54,8 +57,9 @@ void finish_features(const HeadProblem& p, const Responses& r, const std::vector
         const float* part = slabs.row(s, b - r.first);
         for (int64_t i = 0; i < p.d; ++i) total[i] += part[i];
       }
-      // Without a cap a row of R sums to zero, and what all rows of W share, large in real models, cancels: the targets' entries are made to balance the
-      // others to the last digit, whatever rounding or a believed lse did to those.
+      // Without a cap a row of R sums to zero, and what all rows of W share, large in real models, cancels: the
+      // targets' entries are made to balance the others to the last digit, whatever rounding or a believed lse did to
+      // those.
       double rest = 0, others = 0, balance = 1;
       for (int64_t t = r.cu[b]; t < r.cu[b + 1]; ++t) rest += r.weight[t] * tokens[t].rest;
       for (int64_t s = 0; s < p.cut.slabs; ++s) others -= slabs.total(s, b - r.first);

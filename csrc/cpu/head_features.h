@@ -1,4 +1,5 @@
-// From weighted sums in vocabulary space to features, and the plan that keeps the exponentials of a block of tokens instead of computing them twice.
+// From weighted sums in vocabulary space to features, and the plan that keeps the exponentials of a block of tokens
+// instead of computing them twice.
 #pragma once
 
 #include <algorithm>
@@ -52,8 +53,11 @@ class ResidualProduct {
 class SlabFeatures {
  public:
   SlabFeatures(const HeadProblem& p, const Responses& r)
-      : row_stride_(straight_stride(p.depth.padded() * p.format.per_unit())), slab_units_(r.padded() * row_stride_),
-        rows_(r.padded()), data_(p.cut.slabs * slab_units_ * sizeof(float)), totals_(p.cut.slabs * rows_) {}
+      : row_stride_(straight_stride(p.depth.padded() * p.format.per_unit())),
+        slab_units_(r.padded() * row_stride_),
+        rows_(r.padded()),
+        data_(p.cut.slabs * slab_units_ * sizeof(float)),
+        totals_(p.cut.slabs * rows_) {}
   float* clear(int64_t slab) const;
   const float* row(int64_t slab, int64_t b) const { return data_.floats() + slab * slab_units_ + b * row_stride_; }
   // Sums of a slab's rows of R.
@@ -67,9 +71,11 @@ class SlabFeatures {
 };
 
 // Phi_b = scale * (slabs' parts in order + weight sums of the target rows).
-void finish_features(const HeadProblem& p, const Responses& r, const std::vector<Token>& tokens, const SlabFeatures& slabs, float* features);
+void finish_features(const HeadProblem& p, const Responses& r, const std::vector<Token>& tokens,
+                     const SlabFeatures& slabs, float* features);
 
-// How the plan that keeps exponentials goes about a batch: at most so many tokens at a time, and rows of R for so many responses.
+// How the plan that keeps exponentials goes about a batch: at most so many tokens at a time, and rows of R for so many
+// responses.
 struct KeptPlan {
   int64_t tokens = 0;  // 0: two products serve better
   int64_t responses = 0;
@@ -77,7 +83,7 @@ struct KeptPlan {
 KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t workspace_bytes);
 
 // Statistics and features of all responses, which must cover all tokens, with one product per token.
-void kept_features(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const KeptPlan& plan, const TokenStats& stats,
-                   std::vector<Token>& tokens, float* features);
+void kept_features(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const KeptPlan& plan,
+                   const TokenStats& stats, std::vector<Token>& tokens, float* features);
 
 }  // namespace g2rl

@@ -1,15 +1,17 @@
 // Forward passes of the head.
 //
-// Statistics pass: every (slab of vocabulary, block of tokens) gives per row and tile the maximum and the sums of e = exp(u - max) and e (u - max),
-// the target's own entry left out. They merge, in double precision and in tile order, into log p, entropy, lse and 1 - p_y = S_rest / S.
+// Statistics pass: every (slab of vocabulary, block of tokens) gives per row and tile the maximum and the sums of e =
+// exp(u - max) and e (u - max), the target's own entry left out. They merge, in double precision and in tile order,
+// into log p, entropy, lse and 1 - p_y = S_rest / S.
 //
-// Feature pass: the logits once more, now with lse known; the weighted sums over a response's tokens stay in vocabulary space,
+// Feature pass: the logits once more, now with lse known; the weighted sums over a response's tokens stay in vocabulary
+// space,
 //   R[b, v] = - sum_t a_t p_tv D_tv        for v != y_t,
 // and each tile of R meets its tile of W while both are in cache: Phi_b = scale (R W + sum_t a_t (1 - p_y) D_y W[y_t]).
 // Where the batch is large enough, head_kept.cpp saves this second product.
 //
-// With lse given the feature pass comes first and alone: its own sums say how far the given lse was off, and a response for which that matters
-// is done again with the right one.
+// With lse given the feature pass comes first and alone: its own sums say how far the given lse was off, and a response
+// for which that matters is done again with the right one.
 #include <cmath>
 #include <cstring>
 
@@ -23,13 +25,18 @@ namespace {
 
 // exp(u - lse) sums to 1 within this, or the response is done again: about the rounding of an fp32 lse near 100.
 constexpr double kLseSlack = 4e-6;
-constexpr double kLseBelief = 0.5;  // beyond this the sums themselves may have overflowed: the given lse is not of this head
+constexpr double kLseBelief =
+    0.5;  // beyond this the sums themselves may have overflowed: the given lse is not of this head
 constexpr int64_t kResponses = 256;  // per feature pass: their rows of R share the cache with a panel
 
-Tile rows_of(const Tile& t, int64_t begin, int64_t end) { return {t.acc + begin * t.ld, t.ld, static_cast<int>(end - begin), t.cols, t.width}; }
+Tile rows_of(const Tile& t, int64_t begin, int64_t end) {
+  return {t.acc + begin * t.ld, t.ld, static_cast<int>(end - begin), t.cols, t.width};
+}
 
-// Log-probabilities and the rest for all tokens. `scales`, if not null, is what the features of the same tokens will be rounded by.
-void statistics_pass(const HeadProblem& p, const RowPanels& rows, const TokenStats& stats, Token* tokens, const TileScales* scales) {
+// Log-probabilities and the rest for all tokens. `scales`, if not null, is what the features of the same tokens will be
+// rounded by.
+void statistics_pass(const HeadProblem& p, const RowPanels& rows, const TokenStats& stats, Token* tokens,
+                     const TileScales* scales) {
   const Partials partials(p.cut.slabs, 0, p.N);
   std::vector<float> target_acc(p.N, 0.0f);
   struct State {
@@ -46,8 +53,12 @@ void statistics_pass(const HeadProblem& p, const RowPanels& rows, const TokenSta
           for (int64_t b = 0; b < rows.blocks(); ++b) {
             const int64_t t = rows.first(b);
             rowwise().stats(pending, {}, s.logits.start(rows, b));
-            pending = {.tile = s.logits.finish(/*want_slope=*/false, target_acc.data()), .alpha = p.alpha, .first = tile == first_tile,
-                       .ref = partials.ref(slab, t), .sum = s.sums.sum(t), .sum_x = s.sums.sum_x(t)};
+            pending = {.tile = s.logits.finish(/*want_slope=*/false, target_acc.data()),
+                       .alpha = p.alpha,
+                       .first = tile == first_tile,
+                       .ref = partials.ref(slab, t),
+                       .sum = s.sums.sum(t),
+                       .sum_x = s.sums.sum_x(t)};
             if (scales) pending.tile_ref = scales->ref(tile, t), pending.tile_top = scales->top(tile, t);
           }
         }
@@ -63,10 +74,11 @@ struct Collected {
   std::vector<float> target_acc;
 };
 
-// One pass over the vocabulary for the responses in r: every slab's part of their features. With `scales` the exponentials are rounded as the plan that
-// keeps them would round them; with `collect` the statistics of the tokens come too.
-SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Responses& r, const Coefficients& coef, const TileScales* scales,
-                          Collected* collect) {
+// One pass over the vocabulary for the responses in r: every slab's part of their features. With `scales` the
+// exponentials are rounded as the plan that keeps them would round them; with `collect` the statistics of the tokens
+// come too.
+SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Responses& r, const Coefficients& coef,
+                          const TileScales* scales, Collected* collect) {
   const int64_t B = r.padded(), width = p.cut.width;
   SlabFeatures slabs(p, r);
   struct State {
@@ -76,7 +88,11 @@ SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Res
     RunningSums sums;
   };
   for_tasks(
-      p.cut.slabs, [&] { return State{LogitTile(p), Buffer(B * width * sizeof(float)), ResidualProduct(p, B), RunningSums(collect ? p.N : 0)}; },
+      p.cut.slabs,
+      [&] {
+        return State{LogitTile(p), Buffer(B * width * sizeof(float)), ResidualProduct(p, B),
+                     RunningSums(collect ? p.N : 0)};
+      },
       [&](State& s, int64_t slab) {
         float* out = slabs.clear(slab);
         const int64_t first_tile = p.cut.slab_begin(slab);
@@ -87,14 +103,16 @@ SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Res
           for (int64_t block = r.token_begin() / kRows; block * kRows < r.token_end(); ++block) {
             rowwise().residual(pending, s.logits.start(rows, block));
             const Tile whole = s.logits.finish(/*want_slope=*/true, collect ? collect->target_acc.data() : nullptr);
-            const int64_t first = rows.first(block), begin = std::max(first, r.token_begin()), end = std::min(first + whole.rows, r.token_end());
+            const int64_t first = rows.first(block), begin = std::max(first, r.token_begin()),
+                          end = std::min(first + whole.rows, r.token_end());
             pending.tile = rows_of(whole, begin - first, end - first);
             pending.alpha = p.alpha;
             pending.slope = s.logits.slope() ? s.logits.slope() + (begin - first) * whole.ld : nullptr;
             pending.ref = coef.ref.data() + begin;
             std::copy_n(coef.value.data() + begin, end - begin, pending.coef);
             for_segments(r, begin, end, [&](int64_t b, int64_t t0, int64_t t1) {
-              std::fill(pending.out + (t0 - begin), pending.out + (t1 - begin), s.residual.floats() + (b - r.first) * width);
+              std::fill(pending.out + (t0 - begin), pending.out + (t1 - begin),
+                        s.residual.floats() + (b - r.first) * width);
             });
             if (collect) {
               pending.first = tile == first_tile;
@@ -102,8 +120,8 @@ SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Res
             } else if (scales) {
               pending.rounded = true;
               pending.ref = scales->ref(tile, begin);
-              rowwise().kept_scales(pending.tile.rows, pending.ref, scales->top(tile, begin), coef.ref.data() + begin, coef.value.data() + begin, pending.unit,
-                                    pending.coef);
+              rowwise().kept_scales(pending.tile.rows, pending.ref, scales->top(tile, begin), coef.ref.data() + begin,
+                                    coef.value.data() + begin, pending.unit, pending.coef);
             }
           }
           rowwise().residual(pending, {});
@@ -115,17 +133,17 @@ SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Res
 }
 
 // Features of responses whose tokens' lse is known.
-void exact_features(const HeadProblem& p, const RowPanels& rows, const Responses& r, const std::vector<Token>& tokens, const TileScales* scales,
-                    float* features) {
+void exact_features(const HeadProblem& p, const RowPanels& rows, const Responses& r, const std::vector<Token>& tokens,
+                    const TileScales* scales, float* features) {
   Coefficients coef(p.N);
   coef.set(r, tokens, r.token_begin(), r.token_end());
   finish_features(p, r, tokens, feature_pass(p, rows, r, coef, scales, nullptr), features);
 }
 
-// Features and statistics in one pass, believing `lse`; responses it serves badly are done again with the one just computed.
-// False, and nothing usable, if lse is nowhere near.
-bool believing_features(const HeadProblem& p, const RowPanels& rows, const Responses& r, const float* lse, const TokenStats& stats,
-                        std::vector<Token>& tokens, float* features) {
+// Features and statistics in one pass, believing `lse`; responses it serves badly are done again with the one just
+// computed. False, and nothing usable, if lse is nowhere near.
+bool believing_features(const HeadProblem& p, const RowPanels& rows, const Responses& r, const float* lse,
+                        const TokenStats& stats, std::vector<Token>& tokens, float* features) {
   Coefficients coef(p.N);
   Collected collected{Partials(p.cut.slabs, 0, p.N), std::vector<float>(p.N)};
   for (int64_t t = r.token_begin(); t < r.token_end(); ++t) {
@@ -179,9 +197,10 @@ TokenStats token_logprobs(const at::Tensor& hidden, const Head& head, const at::
   return stats;
 }
 
-std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, const Head& head, const at::Tensor& targets, const at::Tensor& cu_seqlens,
-                                                     const std::optional<at::Tensor>& token_weights, const std::optional<at::Tensor>& lse,
-                                                     int64_t workspace_bytes) {
+std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, const Head& head,
+                                                     const at::Tensor& targets, const at::Tensor& cu_seqlens,
+                                                     const std::optional<at::Tensor>& token_weights,
+                                                     const std::optional<at::Tensor>& lse, int64_t workspace_bytes) {
   const HeadProblem p(hidden, head, targets);
   const int64_t B = cu_seqlens.size(0) - 1;
   const int64_t* cu = cu_seqlens.const_data_ptr<int64_t>();
@@ -189,7 +208,8 @@ std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, c
   const at::Tensor features = at::zeros({B, p.d}, at::kFloat);
   if (p.N == 0) return {features, stats};
   std::vector<Token> tokens(p.N);
-  const std::vector<double> weight = normalised_weights(cu, B, p.N, token_weights ? token_weights->const_data_ptr<float>() : nullptr);
+  const std::vector<double> weight =
+      normalised_weights(cu, B, p.N, token_weights ? token_weights->const_data_ptr<float>() : nullptr);
   float* out = features.mutable_data_ptr<float>();
   // Tokens outside every response still get their statistics, which only the statistics pass gives.
   const bool covered = cu[0] == 0 && cu[B] == p.N;
@@ -206,8 +226,9 @@ std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, c
     }
     return true;
   };
-  if (lse && covered &&
-      each_group([&](const Responses& r) { return believing_features(p, rows, r, lse->const_data_ptr<float>(), stats, tokens, out); })) {
+  if (lse && covered && each_group([&](const Responses& r) {
+        return believing_features(p, rows, r, lse->const_data_ptr<float>(), stats, tokens, out);
+      })) {
     return {features, stats};
   }
   std::optional<TileScales> scales;

@@ -1,8 +1,10 @@
-// The plan with one product per token. For a block of tokens: go over the vocabulary once, collecting the statistics and keeping every exponential in 16
-// bits; then, with the tokens' lse known, add the kept numbers up into R. After the last block R meets W, once for a group of responses.
+// The plan with one product per token. For a block of tokens: go over the vocabulary once, collecting the statistics
+// and keeping every exponential in 16 bits; then, with the tokens' lse known, add the kept numbers up into R. After the
+// last block R meets W, once for a group of responses.
 //
-// W is streamed once per block, so this pays when a block is large. A block is what fits in the workspace: by default 5 % of the logits, about N / 13 tokens.
-// Column sums take a response's tokens in order whatever the blocks, and two products round to the same 16 bits: the plan does not change a bit of a result.
+// W is streamed once per block, so this pays when a block is large. A block is what fits in the workspace: by default 5
+// % of the logits, about N / 13 tokens. Column sums take a response's tokens in order whatever the blocks, and two
+// products round to the same 16 bits: the plan does not change a bit of a result.
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -12,13 +14,14 @@
 namespace g2rl {
 namespace {
 
-constexpr double kShareOfLogits = 0.046;   // of N V fp32 numbers: what this plan allocates if the caller sets no limit
-constexpr int64_t kGroupShare = 4;         // of that, one part in so many for R
+constexpr double kShareOfLogits = 0.044;  // of N V fp32 numbers: what this plan allocates if the caller sets no limit
+constexpr int64_t kGroupShare = 4;        // of that, one part in so many for R
 constexpr int64_t kResponses = 256;
 
-// Tokens served by each streaming of W below which two products are faster: what streaming and packing an entry of W costs over what a second product
-// of it with a token does. Measured: 147 (bf16, d = 576), 105 (bf16, d = 2048), 95 (fp32, which does more products per byte).
-int64_t least_tokens_per_stream(const Format& format) { return format.parts == 1 ? 128 : 96; }
+// Two products stream W twice. Tokens for which each further streaming of it must spare a second product: what
+// streaming and packing an entry of W costs over what a product of it with a token does, less keeping that. Fewer for
+// fp16 and fp32, which do more products per byte.
+int64_t least_tokens_per_stream(const Format& format) { return format.parts == 1 ? 150 : 110; }
 
 int64_t padded_vocabulary(const HeadProblem& p) { return p.cut.tiles * p.cut.width; }
 
@@ -54,13 +57,16 @@ KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t w
   const int64_t limit = allowed_bytes(p, workspace_bytes), group = group_size(p, limit);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), p.cut.slabs), unit = sizeof(float);
   const int64_t row_units = p.depth.padded() * p.format.parts;
-  const int64_t fixed = threads * (p.cut.width * row_units + 2 * kRows * straight_stride(p.cut.width)) * unit + std::min(group, (B + 15) / 16 * 16) * padded_vocabulary(p) * unit;
-  const int64_t per_token = padded_vocabulary(p) * 2 + p.cut.tiles * 2 * unit + row_units * unit + p.cut.slabs * 3 * unit + threads * 2 * kLanes * unit;
+  const int64_t fixed = threads * (p.cut.width * row_units + 2 * kRows * straight_stride(p.cut.width)) * unit +
+                        std::min(group, (B + 15) / 16 * 16) * padded_vocabulary(p) * unit;
+  const int64_t per_token = padded_vocabulary(p) * 2 + p.cut.tiles * 2 * unit + row_units * unit +
+                            p.cut.slabs * 3 * unit + threads * 2 * kLanes * unit;
   const int64_t most = (limit - fixed) / per_token / kRowStep * kRowStep;
   if (most <= 0) return {};
   int64_t streams = 0;
-  for_groups(p, cu, B, nullptr, group, [&](const Responses& r) { streams += (r.token_end() - r.token_begin() + most - 1) / most + 1; });
-  if (p.N < streams * least_tokens_per_stream(p.format)) return {};
+  for_groups(p, cu, B, nullptr, group,
+             [&](const Responses& r) { streams += (r.token_end() - r.token_begin() + most - 1) / most + 1; });
+  if (p.N < (streams - 2) * least_tokens_per_stream(p.format)) return {};
   return {most, group};
 }
 
@@ -71,13 +77,22 @@ struct Span {
   int64_t size() const { return end - begin; }
 };
 
-// One group of responses under way. A tile of vocabulary is visited once per block: what it kept of the block before, whose lse are known by now, is added
-// up while it makes room for this block's.
+// One group of responses under way. A tile of vocabulary is visited once per block: what it kept of the block before,
+// whose lse are known by now, is added up while it makes room for this block's.
 class KeptPass {
  public:
-  KeptPass(const HeadProblem& p, const Responses& r, int64_t block, std::vector<float>& target_acc, std::vector<Token>& tokens)
-      : p_(p), r_(r), block_(block), target_acc_(target_acc), tokens_(tokens), coef_(p.N), scales_(p.cut.tiles, block),
-        kept_(p.cut.tiles * block * p.cut.width * sizeof(uint16_t)), residual_(r.padded() * padded_vocabulary(p) * sizeof(float)), workers_(at::get_num_threads()) {}
+  KeptPass(const HeadProblem& p, const Responses& r, int64_t block, std::vector<float>& target_acc,
+           std::vector<Token>& tokens)
+      : p_(p),
+        r_(r),
+        block_(block),
+        target_acc_(target_acc),
+        tokens_(tokens),
+        coef_(p.N),
+        scales_(p.cut.tiles, block),
+        kept_(p.cut.tiles * block * p.cut.width * sizeof(uint16_t)),
+        residual_(r.padded() * padded_vocabulary(p) * sizeof(float)),
+        workers_(at::get_num_threads()) {}
 
   // Keeps the exponentials of `now` in place of the block before; their tokens' results go to `stats`.
   void statistics(Span now, const TokenStats& stats) {
@@ -96,9 +111,15 @@ class KeptPass {
             for (int64_t b = 0; b < rows.blocks(); ++b) {
               const int64_t t = rows.first(b), i = t - now.begin;
               rowwise().stats(pending, sum_of_kept(tile, b), w->logits.start(rows, b));
-              pending = {.tile = w->logits.finish(/*want_slope=*/false, target_acc_.data()), .alpha = p_.alpha, .first = tile == first_tile,
-                         .ref = partials.ref(slab, t), .sum = sums.sum(i), .sum_x = sums.sum_x(i),
-                         .tile_ref = scales_.ref(tile, i), .tile_top = scales_.top(tile, i), .kept = kept(tile, i)};
+              pending = {.tile = w->logits.finish(/*want_slope=*/false, target_acc_.data()),
+                         .alpha = p_.alpha,
+                         .first = tile == first_tile,
+                         .ref = partials.ref(slab, t),
+                         .sum = sums.sum(i),
+                         .sum_x = sums.sum_x(i),
+                         .tile_ref = scales_.ref(tile, i),
+                         .tile_top = scales_.top(tile, i),
+                         .kept = kept(tile, i)};
             }
             add_kept(tile, rows.blocks());
           }
@@ -126,7 +147,8 @@ class KeptPass {
       ResidualProduct product;
     };
     for_tasks(
-        p_.cut.slabs, [&] { return State{ColumnPanels(p_.format, p_.depth, p_.cut.width), ResidualProduct(p_, r_.padded())}; },
+        p_.cut.slabs,
+        [&] { return State{ColumnPanels(p_.format, p_.depth, p_.cut.width), ResidualProduct(p_, r_.padded())}; },
         [&](State& s, int64_t slab) {
           float* out = slabs.clear(slab);
           for (int64_t tile = p_.cut.slab_begin(slab); tile < p_.cut.slab_begin(slab + 1); ++tile) {
@@ -149,7 +171,9 @@ class KeptPass {
     return workers_[i].get();
   }
 
-  Kept kept(int64_t tile, int64_t i) const { return {kept_.halves() + (tile * block_ + i) * p_.cut.width, p_.cut.width}; }
+  Kept kept(int64_t tile, int64_t i) const {
+    return {kept_.halves() + (tile * block_ + i) * p_.cut.width, p_.cut.width};
+  }
   float* residual(int64_t tile) const { return residual_.floats() + tile * r_.padded() * p_.cut.width; }
 
   // R starts from zero when the first block's numbers are about to be added.
@@ -160,13 +184,15 @@ class KeptPass {
   // What a tile of R gets from a block of the tokens kept last.
   KeptJob sum_of_kept(int64_t tile, int64_t block) const {
     KeptJob job;
-    const int64_t begin = std::min(last_.begin + block * kRows, last_.end), end = std::min(begin + kRows, last_.end), i = begin - last_.begin;
+    const int64_t begin = std::min(last_.begin + block * kRows, last_.end), end = std::min(begin + kRows, last_.end),
+                  i = begin - last_.begin;
     if (begin == end) return job;
     job.kept = kept(tile, i);
     job.rows = static_cast<int>(end - begin);
     job.width = static_cast<int>((p_.cut.cols(tile, p_.V) + kUnit - 1) / kUnit * kUnit);
     float unit[kRows];
-    rowwise().kept_scales(job.rows, scales_.ref(tile, i), scales_.top(tile, i), coef_.ref.data() + begin, coef_.value.data() + begin, unit, job.coef);
+    rowwise().kept_scales(job.rows, scales_.ref(tile, i), scales_.top(tile, i), coef_.ref.data() + begin,
+                          coef_.value.data() + begin, unit, job.coef);
     for_segments(r_, begin, end, [&](int64_t b, int64_t t0, int64_t t1) {
       std::fill(job.out + (t0 - begin), job.out + (t1 - begin), residual(tile) + (b - r_.first) * p_.cut.width);
     });
@@ -193,13 +219,14 @@ class KeptPass {
 
 }  // namespace
 
-void kept_features(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const KeptPlan& plan, const TokenStats& stats,
-                   std::vector<Token>& tokens, float* features) {
+void kept_features(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const KeptPlan& plan,
+                   const TokenStats& stats, std::vector<Token>& tokens, float* features) {
   std::vector<float> target_acc(p.N, 0.0f);
   for_groups(p, cu, B, weight, plan.responses, [&](const Responses& r) {
     const int64_t block = even_block(r.token_end() - r.token_begin(), plan.tokens);
     KeptPass pass(p, r, block, target_acc, tokens);
-    for (int64_t t = r.token_begin(); t < r.token_end(); t += block) pass.statistics({t, std::min(t + block, r.token_end())}, stats);
+    for (int64_t t = r.token_begin(); t < r.token_end(); t += block)
+      pass.statistics({t, std::min(t + block, r.token_end())}, stats);
     finish_features(p, r, tokens, pass.product(), features);
   });
 }

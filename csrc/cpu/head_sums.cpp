@@ -7,7 +7,8 @@
 namespace g2rl {
 namespace {
 
-// log p, entropy, lse and 1 - p_y from the sums over the other entries, relative to m: S_rest = sum exp(u - m), X_rest = sum exp(u - m) (u - m).
+// log p, entropy, lse and 1 - p_y from the sums over the other entries, relative to m: S_rest = sum exp(u - m), X_rest
+// = sum exp(u - m) (u - m).
 struct Merged {
   double logp, entropy, lse, rest;
 };
@@ -45,10 +46,12 @@ void RunningSums::fold(const Partials& out, int64_t slab, int64_t begin, int64_t
   }
 }
 
-TokenStats empty_stats(int64_t N) { return {at::empty({N}, at::kFloat), at::empty({N}, at::kFloat), at::empty({N}, at::kFloat)}; }
+TokenStats empty_stats(int64_t N) {
+  return {at::empty({N}, at::kFloat), at::empty({N}, at::kFloat), at::empty({N}, at::kFloat)};
+}
 
-void merge_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, int64_t begin, int64_t end, const TokenStats& stats,
-                 Token* tokens) {
+void merge_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, int64_t begin,
+                 int64_t end, const TokenStats& stats, Token* tokens) {
   at::parallel_for(begin, end, 512, [&](int64_t t0, int64_t t1) {
     for (int64_t t = t0; t < t1; ++t) {
       double m = -INFINITY, s = 0, x = 0;

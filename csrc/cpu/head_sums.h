@@ -12,16 +12,20 @@ struct Token {
   double slope;  // D_y
 };
 
-// Per slab and token: a reference m and sums of exp(u - m) and exp(u - m) (u - m) over the slab without the target, for `count` tokens from `first` on.
+// Per slab and token: a reference m and sums of exp(u - m) and exp(u - m) (u - m) over the slab without the target, for
+// `count` tokens from `first` on.
 class Partials {
  public:
-  Partials(int64_t slabs, int64_t first, int64_t count) : first_(first), count_(count), data_(slabs * 3 * count * sizeof(float)) {}
+  Partials(int64_t slabs, int64_t first, int64_t count)
+      : first_(first), count_(count), data_(slabs * 3 * count * sizeof(float)) {}
   float* ref(int64_t slab, int64_t t) const { return at(slab, 0, t); }
   float* sum(int64_t slab, int64_t t) const { return at(slab, 1, t); }
   float* sum_x(int64_t slab, int64_t t) const { return at(slab, 2, t); }
 
  private:
-  float* at(int64_t slab, int64_t which, int64_t t) const { return data_.floats() + (slab * 3 + which) * count_ + t - first_; }
+  float* at(int64_t slab, int64_t which, int64_t t) const {
+    return data_.floats() + (slab * 3 + which) * count_ + t - first_;
+  }
   int64_t first_, count_;
   Buffer data_;
 };
@@ -40,7 +44,8 @@ class RunningSums {
   Buffer data_;
 };
 
-// Per tile and token of a block: the reference the tile's exponentials had and the largest of them, from which their rounding to 16 bits follows.
+// Per tile and token of a block: the reference the tile's exponentials had and the largest of them, from which their
+// rounding to 16 bits follows.
 class TileScales {
  public:
   TileScales(int64_t tiles, int64_t tokens) : tokens_(tokens), data_(tiles * 2 * tokens * sizeof(float)) {}
@@ -55,7 +60,7 @@ class TileScales {
 TokenStats empty_stats(int64_t N);
 
 // Sums of all slabs -> results of tokens begin..end. `tokens` may be null.
-void merge_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, int64_t begin, int64_t end, const TokenStats& stats,
-                 Token* tokens);
+void merge_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, int64_t begin,
+                 int64_t end, const TokenStats& stats, Token* tokens);
 
 }  // namespace g2rl

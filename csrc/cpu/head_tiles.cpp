@@ -7,12 +7,16 @@ namespace g2rl {
 namespace {
 
 constexpr int64_t kPanelBytes = 1024 * 1024;  // a packed panel of weights, to share L2 with the rows that meet it
+constexpr int64_t kPartsBytes =
+    768 * 1024;  // the same in several parts, where two panels a thread are most of an op's memory
 constexpr int64_t kSlabs = 32;
-constexpr int64_t kFetchBytes = 512 * 1024;  // the rows of W for the next tile are fetched early if no more than this: L2 then holds them too
+constexpr int64_t kFetchBytes =
+    512 * 1024;  // the rows of W for the next tile are fetched early if no more than this: L2 then holds them too
 
 VocabCut cut_vocabulary(int64_t V, const Depth& depth, const Format& format) {
   const int64_t column_bytes = depth.padded() * format.parts * sizeof(uint32_t);
-  const int64_t width = std::clamp<int64_t>(kPanelBytes / column_bytes / 64 * 64, 64, kMaxWidth);
+  const int64_t width =
+      std::clamp<int64_t>((format.parts > 1 ? kPartsBytes : kPanelBytes) / column_bytes / 64 * 64, 64, kMaxWidth);
   const int64_t tiles = std::max<int64_t>(1, (V + width - 1) / width);
   return {width, tiles, std::min(tiles, kSlabs)};
 }
@@ -64,7 +68,9 @@ double HeadProblem::cap_slope(double acc, int64_t v) const {
 }
 
 LogitTile::LogitTile(const HeadProblem& problem)
-    : problem_(problem), panel_(problem.format, problem.depth, problem.cut.width), acc_(2 * kRows * straight_stride(problem.cut.width) * sizeof(float)) {
+    : problem_(problem),
+      panel_(problem.format, problem.depth, problem.cut.width),
+      acc_(2 * kRows * straight_stride(problem.cut.width) * sizeof(float)) {
   if (problem.cap > 0) slope_ = Buffer(kRows * straight_stride(problem.cut.width) * sizeof(float));
 }
 
@@ -81,7 +87,8 @@ TileProduct LogitTile::start(const RowPanels& rows, int64_t block) {
   tile_.acc = acc_.floats() + turn_ * kRows * tile_.ld;
   tile_.rows = static_cast<int>(rows.rows(block));
   first_token_ = rows.first(block);
-  TileProduct product = multiply_rows(problem_.format, problem_.depth, rows.block(block), tile_.rows, panel_, tile_.acc, tile_.ld);
+  TileProduct product =
+      multiply_rows(problem_.format, problem_.depth, rows.block(block), tile_.rows, panel_, tile_.acc, tile_.ld);
   const MatrixView& w = problem_.weight;
   const int64_t next = first_ + tile_.cols, bytes = (std::min(next + tile_.cols, w.rows) - next) * w.row_bytes;
   if (bytes <= kFetchBytes) {
@@ -112,7 +119,8 @@ Tile LogitTile::finish(bool want_slope, float* target_acc) {
     for_targets([&](int, float& u) { u = kMasked; });
   }
   if (tile_.cols < tile_.width)
-    for (int r = 0; r < tile_.rows; ++r) std::fill(tile_.acc + r * tile_.ld + tile_.cols, tile_.acc + r * tile_.ld + tile_.width, kMasked);
+    for (int r = 0; r < tile_.rows; ++r)
+      std::fill(tile_.acc + r * tile_.ld + tile_.cols, tile_.acc + r * tile_.ld + tile_.width, kMasked);
   return tile_;
 }
 

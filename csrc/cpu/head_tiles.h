@@ -8,8 +8,8 @@
 
 namespace g2rl {
 
-// The vocabulary in tiles of equal width, and tiles in slabs: a slab is one task and owns its partial sums. Both depend on V, d and the dtype
-// alone, never on the batch or the threads, so that sums have one order.
+// The vocabulary in tiles of equal width, and tiles in slabs: a slab is one task and owns its partial sums. Both depend
+// on V, d and the dtype alone, never on the batch or the threads, so that sums have one order.
 struct VocabCut {
   int64_t width, tiles, slabs;
   int64_t slab_begin(int64_t s) const { return s * tiles / slabs; }
@@ -26,9 +26,9 @@ struct HeadProblem {
   VocabCut cut;
   MatrixView hidden, weight;
   const int64_t* targets;
-  std::vector<float> bias;   // [tiles * width] times alpha; empty when the logits need no more than alpha
+  std::vector<float> bias;  // [tiles * width] times alpha; empty when the logits need no more than alpha
   LogitMap map;
-  float alpha;               // what multiplies a tile after finish(): map.alpha, or 1 once logits() has run
+  float alpha;  // what multiplies a tile after finish(): map.alpha, or 1 once logits() has run
   double scale, temperature, cap;
   std::vector<double> raw_bias;
 
@@ -37,7 +37,8 @@ struct HeadProblem {
   double cap_slope(double acc, int64_t v) const;
 };
 
-// A thread's panel of weights and the tiles of logits computed from it. Two take turns: while one is multiplied, the one before it is worked on.
+// A thread's panel of weights and the tiles of logits computed from it. Two take turns: while one is multiplied, the
+// one before it is worked on.
 //
 //   pending = {};
 //   for each block of tokens:
@@ -51,8 +52,8 @@ class LogitTile {
   void load(int64_t tile, bool straight);
   // The raw products of a block of `rows`, which may be for a row kernel to compute.
   TileProduct start(const RowPanels& rows, int64_t block);
-  // The logits, once the products are there. The targets' columns become -inf, so that every sum is over the other entries; their raw products
-  // go to target_acc[N] if it is not null.
+  // The logits, once the products are there. The targets' columns become -inf, so that every sum is over the other
+  // entries; their raw products go to target_acc[N] if it is not null.
   Tile finish(bool want_slope, float* target_acc);
 
   const float* slope() const { return slope_.floats(); }  // of the last tile finished; null without a cap

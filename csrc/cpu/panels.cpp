@@ -13,18 +13,19 @@ namespace {
 
 namespace blas = at::native::cpublas;
 
-constexpr int64_t kChunkFloat = 128;               // elements of the summed dimension per product
+constexpr int64_t kChunkFloat = 128;              // elements of the summed dimension per product
 constexpr int64_t kColumnBlockUnits = 64 * 1024;  // 256 KB of right operand
 constexpr int64_t kBlocksPerTask = 8;
 constexpr int64_t kMappedBytes = 4 << 20;
-constexpr int64_t kLine = 16;    // 32-bit units per cache line
+constexpr int64_t kLine = 16;  // 32-bit units per cache line
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 size_t element_size(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
 
 // One row of the caller's matrix as parts, zero beyond its columns; part p starts at dst + p * part_units.
-void convert_row(const Format& format, const char* src, int64_t n, int64_t padded_units, int64_t part_units, uint32_t* dst) {
+void convert_row(const Format& format, const char* src, int64_t n, int64_t padded_units, int64_t part_units,
+                 uint32_t* dst) {
   const RowKernels& k = rowwise();
   const int64_t padded = padded_units * format.per_unit();
   if (!format.amx) {
@@ -74,7 +75,8 @@ void Buffer::Free::operator()(void* p) const {
 }
 
 MatrixView view(const at::Tensor& t) {
-  return {static_cast<const char*>(t.const_data_ptr()), t.size(0), t.size(1), static_cast<int64_t>(t.stride(0) * t.element_size())};
+  return {static_cast<const char*>(t.const_data_ptr()), t.size(0), t.size(1),
+          static_cast<int64_t>(t.stride(0) * t.element_size())};
 }
 
 Depth split_depth(int64_t d, const Format& format) {
@@ -103,11 +105,10 @@ RowPanels::RowPanels(const MatrixView& m, const Format& format, const Depth& dep
     }
   };
   // A few blocks are packed sooner than a second thread wakes.
-  for_tasks(
-      (blocks_ + kBlocksPerTask - 1) / kBlocksPerTask, [] { return 0; },
-      [&](int, int64_t task) {
-        for (int64_t i = task * kBlocksPerTask; i < std::min((task + 1) * kBlocksPerTask, blocks_); ++i) pack(i);
-      });
+  for_tasks((blocks_ + kBlocksPerTask - 1) / kBlocksPerTask, [] { return 0; },
+            [&](int, int64_t task) {
+              for (int64_t i = task * kBlocksPerTask; i < std::min((task + 1) * kBlocksPerTask, blocks_); ++i) pack(i);
+            });
 }
 
 ColumnPanels::ColumnPanels(const Format& format, const Depth& depth, int64_t width)
@@ -120,7 +121,8 @@ ColumnPanels::ColumnPanels(const Format& format, const Depth& depth, int64_t wid
 void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, bool straight) {
   const int64_t cols = row_units_ * format_.per_unit();
   if (transposed && !transposed_.units()) transposed_ = Buffer(format_.parts * row_units_ * width_ * sizeof(uint32_t));
-  if (straight && !straight_.units()) straight_ = Buffer(format_.parts * (width_ / format_.per_unit()) * straight_stride(cols) * sizeof(uint32_t));
+  if (straight && !straight_.units())
+    straight_ = Buffer(format_.parts * (width_ / format_.per_unit()) * straight_stride(cols) * sizeof(uint32_t));
   // A bf16 matrix of full rows is its own single part.
   const bool direct = format_.amx && format_.dtype == Dtype::kBFloat16 && m.cols == cols;
   for (int64_t r = 0; r < width_; r += 16) {
@@ -146,7 +148,8 @@ void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, boo
       for (int i = 0; i < 16; i += static_cast<int>(format_.per_unit())) {
         uint32_t* dst = straight_.units() + (p * width_ + r + i) / format_.per_unit() * straight_stride(cols);
         if (format_.amx) {
-          rowwise().interleave(reinterpret_cast<const uint16_t*>(rows[i][p]), reinterpret_cast<const uint16_t*>(rows[i + 1][p]), cols,
+          rowwise().interleave(reinterpret_cast<const uint16_t*>(rows[i][p]),
+                               reinterpret_cast<const uint16_t*>(rows[i + 1][p]), cols,
                                reinterpret_cast<uint16_t*>(dst));
         } else {
           std::memcpy(dst, rows[i][p], cols * sizeof(uint32_t));
@@ -156,39 +159,65 @@ void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, boo
   }
 }
 
-TileProduct multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows, const ColumnPanels& panel, float* out, int64_t ld) {
+TileProduct multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows,
+                          const ColumnPanels& panel, float* out, int64_t ld) {
   const int64_t width = panel.width();
   rows = round_up(rows, kRowStep);
   if (format.amx) {
-    return {.rows = static_cast<int>(rows), .cols = static_cast<int>(width), .steps = depth.units / 16, .a_parts = format.parts, .b_parts = format.parts,
-            .a = row_block, .a_part = kRows * depth.stride, .a_stride = depth.stride,
-            .b = panel.transposed(), .b_part = depth.units * width, .b_block = depth.units * 16, .b_step = 16 * 16, .b_stride = 16,
-            .out = out, .ld = ld};
+    return {.rows = static_cast<int>(rows),
+            .cols = static_cast<int>(width),
+            .steps = depth.units / 16,
+            .a_parts = format.parts,
+            .b_parts = format.parts,
+            .a = row_block,
+            .a_part = kRows * depth.stride,
+            .a_stride = depth.stride,
+            .b = panel.transposed(),
+            .b_part = depth.units * width,
+            .b_block = depth.units * 16,
+            .b_step = 16 * 16,
+            .b_stride = 16,
+            .out = out,
+            .ld = ld};
   }
   for (int64_t c = 0; c < depth.chunks; ++c) {
-    blas::brgemm(rows, width, depth.units, depth.stride, width, ld, /*add_C=*/c > 0, reinterpret_cast<const float*>(row_block) + c * kRows * depth.stride,
+    blas::brgemm(rows, width, depth.units, depth.stride, width, ld, /*add_C=*/c > 0,
+                 reinterpret_cast<const float*>(row_block) + c * kRows * depth.stride,
                  reinterpret_cast<const float*>(panel.transposed()) + c * depth.units * width, out, /*is_vnni=*/false);
   }
   return {};
 }
 
-void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, const uint32_t* b, int64_t b_units, int64_t depth_units,
-                       int64_t cols, float* out) {
+void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, const uint32_t* b, int64_t b_units,
+                       int64_t depth_units, int64_t cols, float* out) {
   const int64_t stride = straight_stride(cols);
   // A block of columns of b stays in L2 while the rows of a pass by.
   const int64_t block = std::max<int64_t>(kColumnBlockUnits / depth_units / 32 * 32, 64);
   for (int64_t c = 0; c < cols; c += block) {
     const int64_t n = std::min(block, cols - c);
     if (format.amx) {
-      rowwise().multiply({.rows = static_cast<int>(rows), .cols = static_cast<int>(n), .steps = depth_units / 16, .a_parts = a.parts, .b_parts = format.parts,
-                          .a = a.data, .a_part = a.part_units, .a_stride = a.stride,
-                          .b = b + c, .b_part = b_units * stride, .b_block = 16, .b_step = 16 * stride, .b_stride = stride,
-                          .out = out + c, .ld = stride, .add = true});
+      rowwise().multiply({.rows = static_cast<int>(rows),
+                          .cols = static_cast<int>(n),
+                          .steps = depth_units / 16,
+                          .a_parts = a.parts,
+                          .b_parts = format.parts,
+                          .a = a.data,
+                          .a_part = a.part_units,
+                          .a_stride = a.stride,
+                          .b = b + c,
+                          .b_part = b_units * stride,
+                          .b_block = 16,
+                          .b_step = 16 * stride,
+                          .b_stride = stride,
+                          .out = out + c,
+                          .ld = stride,
+                          .add = true});
       continue;
     }
     for (int64_t r = 0; r < rows; r += kRows) {
       blas::brgemm(std::min<int64_t>(kRows, rows - r), n, depth_units, a.stride, stride, stride, /*add_C=*/true,
-                   reinterpret_cast<const float*>(a.data) + r * a.stride, reinterpret_cast<const float*>(b) + c, out + r * stride + c, /*is_vnni=*/false);
+                   reinterpret_cast<const float*>(a.data) + r * a.stride, reinterpret_cast<const float*>(b) + c,
+                   out + r * stride + c, /*is_vnni=*/false);
     }
   }
 }

@@ -1,7 +1,8 @@
 // Operands of the matrix products, and the products themselves.
 //
 // Two formats, chosen once per call:
-//   bf16 parts  (AMX, amx.h): a number is a sum of bf16 parts: 1 for bf16, 2 for fp16 (exact), 3 for fp32 (24 bits). A product of two numbers is
+//   bf16 parts  (AMX, amx.h): a number is a sum of bf16 parts: 1 for bf16, 2 for fp16 (exact), 3 for fp32 (24 bits). A
+//   product of two numbers is
 //                      the products of their parts that matter in fp32, each at bf16 speed, summed in fp32.
 //   float       (any CPU, ATen's `brgemm`): one fp32 part.
 // Storage is counted in 32-bit units: a pair of bf16 neighbours along the summed dimension, or one float.
@@ -28,8 +29,8 @@ struct Format {
 
 Format choose_format(at::ScalarType dtype);
 
-// Uninitialised memory on a cache line boundary. Large blocks come from the system and go back to it at once: malloc would hold on to them, and the
-// next plan's would lie beside them.
+// Uninitialised memory on a cache line boundary. Large blocks come from the system and go back to it at once: malloc
+// would hold on to them, and the next plan's would lie beside them.
 class Buffer {
  public:
   Buffer() = default;
@@ -57,20 +58,24 @@ struct MatrixView {
 
 MatrixView view(const at::Tensor& t);
 
-// The summed dimension of length d: in one piece on AMX, elsewhere in equal chunks, whose partial sums, added up, round less than one long sum.
+// The summed dimension of length d: in one piece on AMX, elsewhere in equal chunks, whose partial sums, added up, round
+// less than one long sum.
 struct Depth {
   int64_t chunks;
-  int64_t units;   // per chunk
-  int64_t stride;  // between rows of the left operand: `units` and a cache line or so, against rows that share a cache set
+  int64_t units;  // per chunk
+  int64_t
+      stride;  // between rows of the left operand: `units` and a cache line or so, against rows that share a cache set
   int64_t padded() const { return chunks * units; }
 };
 
 Depth split_depth(int64_t d, const Format& format);
 
-// Rows of a straight panel and of what is computed from it lie this far apart: a power of two would put them all in one cache set.
+// Rows of a straight panel and of what is computed from it lie this far apart: a power of two would put them all in one
+// cache set.
 inline int64_t straight_stride(int64_t cols) { return cols + 16; }
 
-// Left operand of the logits for `count` rows of m from `first` on: [block of 64 rows][chunk][part][64][stride], missing rows zero.
+// Left operand of the logits for `count` rows of m from `first` on: [block of 64 rows][chunk][part][64][stride],
+// missing rows zero.
 class RowPanels {
  public:
   RowPanels(const MatrixView& m, const Format& format, const Depth& depth, int64_t first, int64_t count);
@@ -84,14 +89,17 @@ class RowPanels {
   Buffer data_;
 };
 
-// Right operands made from `width` rows of a matrix, for one thread at a time; rows past the end of the matrix are zero.
+// Right operands made from `width` rows of a matrix, for one thread at a time; rows past the end of the matrix are
+// zero.
 class ColumnPanels {
  public:
   ColumnPanels(const Format& format, const Depth& depth, int64_t width);
   void pack(const MatrixView& m, int64_t first, bool transposed, bool straight);
-  // The product's columns are the matrix's rows. AMX: [part][block of 16 columns][units][16]; else [chunk][units][width].
+  // The product's columns are the matrix's rows. AMX: [part][block of 16 columns][units][16]; else
+  // [chunk][units][width].
   const uint32_t* transposed() const { return transposed_.units(); }
-  // [part][width / per_unit][straight_stride(padded columns)]: the product's columns are the matrix's columns. Only if asked for.
+  // [part][width / per_unit][straight_stride(padded columns)]: the product's columns are the matrix's columns. Only if
+  // asked for.
   const uint32_t* straight() const { return straight_.units(); }
   int64_t width() const { return width_; }
 
@@ -102,9 +110,11 @@ class ColumnPanels {
   Buffer transposed_, straight_, stage_;
 };
 
-// out[rows, width] = the first rows of a block, rounded up to kRowStep, times the transposed panel; rows of out are ld apart.
-// On AMX it is still to be done, by one of the row kernels or by their `multiply`; elsewhere it is done, and what is returned is empty.
-TileProduct multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows, const ColumnPanels& panel, float* out, int64_t ld);
+// out[rows, width] = the first rows of a block, rounded up to kRowStep, times the transposed panel; rows of out are ld
+// apart. On AMX it is still to be done, by one of the row kernels or by their `multiply`; elsewhere it is done, and
+// what is returned is empty.
+TileProduct multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows,
+                          const ColumnPanels& panel, float* out, int64_t ld);
 
 // A left operand computed in fp32, as `parts` parts: row r of part p at data + p * part_units + r * stride.
 struct LeftParts {
@@ -114,12 +124,13 @@ struct LeftParts {
   void fill(const Format& format, const float* src, int64_t row, int64_t col, int64_t n) const;
 };
 
-// out[rows, cols], straight_stride(cols) apart, += a [rows, depth] b [depth, cols], b a straight panel of b_units rows of units, of which the first depth_units count.
-void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, const uint32_t* b, int64_t b_units, int64_t depth_units, int64_t cols,
-                       float* out);
+// out[rows, cols], straight_stride(cols) apart, += a [rows, depth] b [depth, cols], b a straight panel of b_units rows
+// of units, of which the first depth_units count.
+void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, const uint32_t* b, int64_t b_units,
+                       int64_t depth_units, int64_t cols, float* out);
 
-// Runs body(task) for 0 <= task < tasks on ATen's threads, each thread taking the next one: nothing a task computes may depend on the thread.
-// make() builds a thread's own state; body(state, task) uses it.
+// Runs body(task) for 0 <= task < tasks on ATen's threads, each thread taking the next one: nothing a task computes may
+// depend on the thread. make() builds a thread's own state; body(state, task) uses it.
 template <typename Make, typename Body>
 void for_tasks(int64_t tasks, const Make& make, const Body& body);
 

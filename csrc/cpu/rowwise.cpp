@@ -1,4 +1,5 @@
-// Chooses the instruction set, by ATen's and oneDNN's own tests so that ATEN_CPU_CAPABILITY and DNNL_MAX_CPU_ISA steer this library too.
+// Chooses the instruction set, by ATen's and oneDNN's own tests so that ATEN_CPU_CAPABILITY and DNNL_MAX_CPU_ISA steer
+// this library too.
 #include "rowwise.h"
 
 #include <ATen/Version.h>

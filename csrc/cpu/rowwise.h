@@ -1,8 +1,9 @@
-// Element-wise work on tiles of logits that sit in cache, the layouts that products read, and on AMX the products themselves.
-// One table of functions per instruction set; `rowwise()` returns the one for this machine.
+// Element-wise work on tiles of logits that sit in cache, the layouts that products read, and on AMX the products
+// themselves. One table of functions per instruction set; `rowwise()` returns the one for this machine.
 //
-// A product and the element-wise work on the tile before it go on at the same time where there is AMX: its matrix unit and the vector units are
-// different parts of a core, and either alone leaves the other idle. So functions that work on a tile also take the next tile's product.
+// A product and the element-wise work on the tile before it go on at the same time where there is AMX: its matrix unit
+// and the vector units are different parts of a core, and either alone leaves the other idle. So functions that work on
+// a tile also take the next tile's product.
 //
 // Letters: acc = raw products W h, u = logits / temperature as softmax sees them, y = target, lse = log sum exp u.
 #pragma once
@@ -16,7 +17,8 @@ constexpr int kUnit = 4 * kLanes;  // columns worked on at a time
 constexpr int kMaxWidth = 256;     // of a tile
 constexpr int64_t kRows = 64;      // of a tile, at most
 
-// `rows` tokens by `cols` vocabulary entries, rows `ld` apart; `width` is cols rounded up to kUnit. Columns in cols..width hold -inf.
+// `rows` tokens by `cols` vocabulary entries, rows `ld` apart; `width` is cols rounded up to kUnit. Columns in
+// cols..width hold -inf.
 struct Tile {
   float* acc;
   int64_t ld;
@@ -25,16 +27,18 @@ struct Tile {
   int width;
 };
 
-// How a raw product becomes a logit: z = scale * (acc + bias), then cap * tanh(z / cap) if cap > 0, and u = z / temperature.
+// How a raw product becomes a logit: z = scale * (acc + bias), then cap * tanh(z / cap) if cap > 0, and u = z /
+// temperature.
 struct LogitMap {
-  float alpha;         // scale / temperature; with a cap, scale / cap
-  const float* bias;   // [width], already times alpha
-  float cap_over_t;    // cap / temperature; 0 = no cap
+  float alpha;        // scale / temperature; with a cap, scale / cap
+  const float* bias;  // [width], already times alpha
+  float cap_over_t;   // cap / temperature; 0 = no cap
 };
 
-// Exponentials in 16 bits: q = round(65535 exp((u - m) / 2)) with m the row's maximum in this tile, so exp(u - m) = (q / 65535)^2.
-// The square root spends the bits where they count: the error of a square grows with its root, so all entries of a row together are off by at most
-// 8e-6 of their sum, whether one dominates or many share it. (Half precision is off by up to 2.4e-4 where one dominates.)
+// Exponentials in 16 bits: q = round(65535 exp((u - m) / 2)) with m the row's maximum in this tile, so exp(u - m) = (q
+// / 65535)^2. The square root spends the bits where they count: the error of a square grows with its root, so all
+// entries of a row together are off by at most 8e-6 of their sum, whether one dominates or many share it. (Half
+// precision is off by up to 2.4e-4 where one dominates.)
 struct Kept {
   uint16_t* data;  // null: nothing is kept
   int64_t ld;
@@ -43,15 +47,16 @@ constexpr float kKeptMax = 65535.0f;
 
 enum class Dtype { kFloat, kBFloat16, kHalf };
 
-// out[rows, cols] (+)= the sum over pairs of parts (i, j) that count in fp32 of A_i B_j, for AMX. Counted in 32-bit units: two bf16 neighbours
-// along the summed dimension.
+// out[rows, cols] (+)= the sum over pairs of parts (i, j) that count in fp32 of A_i B_j, for AMX. Counted in 32-bit
+// units: two bf16 neighbours along the summed dimension.
 struct TileProduct {
   int rows = 0, cols = 0;  // multiples of 16 and 32; no rows: nothing to do
   int64_t steps = 0;       // of 16 units
   int a_parts = 1, b_parts = 1;
   const uint32_t* a = nullptr;  // row r of part i at a + i * a_part + r * a_stride
   int64_t a_part = 0, a_stride = 0;
-  const uint32_t* b = nullptr;  // sixteen columns c and step k of part j at b + j * b_part + c * b_block + k * b_step: 16 rows, b_stride apart
+  const uint32_t* b = nullptr;  // sixteen columns c and step k of part j at b + j * b_part + c * b_block + k * b_step:
+                                // 16 rows, b_stride apart
   int64_t b_part = 0, b_block = 0, b_step = 0, b_stride = 0;
   float* out = nullptr;
   int64_t ld = 0;
@@ -60,15 +65,17 @@ struct TileProduct {
   int64_t soon_lines = 0;
 };
 
-// Adds a tile to running sums of e = exp(u - ref[row]) and of e (u - ref[row]), 16 lanes of each per row. ref is the row's maximum in the first
-// tile and moves, with the sums, when a later entry is far above it; far below it is harmless.
+// Adds a tile to running sums of e = exp(u - ref[row]) and of e (u - ref[row]), 16 lanes of each per row. ref is the
+// row's maximum in the first tile and moves, with the sums, when a later entry is far above it; far below it is
+// harmless.
 struct StatsJob {
   Tile tile{};
   float alpha = 1;
   bool first = false;
   float *ref = nullptr, *sum = nullptr, *sum_x = nullptr;
-  float *tile_ref = nullptr, *tile_top = nullptr;  // if wanted, get the reference this tile had and its largest (u - ref) / 2
-  Kept kept{};                                     // if wanted, gets the tile in 16 bits; only with tile_top
+  float *tile_ref = nullptr,
+        *tile_top = nullptr;  // if wanted, get the reference this tile had and its largest (u - ref) / 2
+  Kept kept{};                // if wanted, gets the tile in 16 bits; only with tile_top
 };
 
 // out[row] [col] += coef[row] exp(u - ref[row]) slope[row, col], rows in order.
@@ -109,15 +116,18 @@ struct RowKernels {
 
   // Each does its job and, only where there is AMX, the product meanwhile.
   void (*multiply)(const TileProduct& meanwhile);
-  void (*stats)(const StatsJob&, const KeptJob& before, const TileProduct& meanwhile);  // `before` comes first and may lie where `kept` will
+  void (*stats)(const StatsJob&, const KeptJob& before,
+                const TileProduct& meanwhile);  // `before` comes first and may lie where `kept` will
   void (*residual)(const ResidualJob&, const TileProduct& meanwhile);
   void (*gradient)(const GradientJob&, const TileProduct& meanwhile);
 
-  // acc <- u in place, and dcap[row, col] <- 1 - tanh^2 when there is a cap (dcap may be null). Only for a bias, a cap or alpha <= 0:
-  // a positive alpha alone is folded into the functions above, which then see u = alpha * acc.
+  // acc <- u in place, and dcap[row, col] <- 1 - tanh^2 when there is a cap (dcap may be null). Only for a bias, a cap
+  // or alpha <= 0: a positive alpha alone is folded into the functions above, which then see u = alpha * acc.
   void (*logits)(const Tile&, const LogitMap&, float* dcap);
-  // unit = what makes the tile's largest exp((u - ref) / 2) kKeptMax, and coef = value exp(u - lse) / q^2 of every entry, per row.
-  void (*kept_scales)(int rows, const float* ref, const float* top, const float* lse, const float* value, float* unit, float* coef);
+  // unit = what makes the tile's largest exp((u - ref) / 2) kKeptMax, and coef = value exp(u - lse) / q^2 of every
+  // entry, per row.
+  void (*kept_scales)(int rows, const float* ref, const float* top, const float* lse, const float* value, float* unit,
+                      float* coef);
   // out[col] += sum over rows of acc[row, col], rows in order.
   void (*column_sums)(const Tile&, float* out);
 

@@ -1,4 +1,5 @@
-// Bodies of the functions in rowwise.h. Included once per instruction set, by a file that defines G2RL_ISA and is compiled for it.
+// Bodies of the functions in rowwise.h. Included once per instruction set, by a file that defines G2RL_ISA and is
+// compiled for it.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -53,13 +54,15 @@ inline f32x16 rounded(f32x16 h, f32x16 unit) { return with_rounded_bits(h, unit)
 
 inline f32x16 unit_of(f32x16 top) { return kKeptMax / exp_in_range(top); }
 
-// Works with halves: exp((u - ref) / 2) is what may be kept, its square what is summed. A row is kept while the next one is summed, since the chain
-// from a row's largest entry to its unit is long.
+// Works with halves: exp((u - ref) / 2) is what may be kept, its square what is summed. A row is kept while the next
+// one is summed, since the chain from a row's largest entry to its unit is long.
 template <bool kKeep>
 class StatsWork {
  public:
   explicit StatsWork(const StatsJob& job)
-      : job_(job), half_alpha_(0.5f * job.alpha), left_((job.tile.rows + (kKeep && job.tile.rows > 0)) * (job.tile.width / kUnit)) {}
+      : job_(job),
+        half_alpha_(0.5f * job.alpha),
+        left_((job.tile.rows + (kKeep && job.tile.rows > 0)) * (job.tile.width / kUnit)) {}
   int64_t left() const { return left_; }
 
   void step() {
@@ -137,7 +140,8 @@ class StatsWork {
 
   void keep(int row, int col) {
     uint16_t* out = job_.kept.data + row * job_.kept.ld + col;
-    for (int c = 0; c < kUnit; c += kLanes) store_low16(out + c, with_rounded_bits(load(halves_[row % 2] + col + c), unit_));
+    for (int c = 0; c < kUnit; c += kLanes)
+      store_low16(out + c, with_rounded_bits(load(halves_[row % 2] + col + c), unit_));
   }
 
   const StatsJob& job_;
@@ -149,7 +153,8 @@ class StatsWork {
   alignas(64) float halves_[2][kKeep ? kMaxWidth : 1];
 };
 
-// Square of a kept number, times its row's coefficient, onto the column sums: one function, so that plans agree to the bit.
+// Square of a kept number, times its row's coefficient, onto the column sums: one function, so that plans agree to the
+// bit.
 inline f32x16 add_square(f32x16 total, f32x16 q, f32x16 coef) { return total + coef * (q * q); }
 
 // Rows of a job with `tile` columns, and the position in them.
@@ -195,7 +200,8 @@ enum class Exponentials { kRounded, kExact, kSummed };
 template <Exponentials kKind>
 class ResidualWork {
  public:
-  explicit ResidualWork(const ResidualJob& job) : job_(job), at_(job.tile.rows, job.tile.width), half_alpha_(0.5f * job.alpha) {}
+  explicit ResidualWork(const ResidualJob& job)
+      : job_(job), at_(job.tile.rows, job.tile.width), half_alpha_(0.5f * job.alpha) {}
   int64_t left() const { return at_.left(); }
 
   void step() {
@@ -326,7 +332,8 @@ void column_sums(const Tile& t, float* out) {
     for (int c = 0; c < t.width; c += kLanes) store(out + c, load(out + c) + load(t.acc + r * t.ld + c));
 }
 
-void kept_scales(int rows, const float* ref, const float* top, const float* lse, const float* value, float* unit, float* coef) {
+void kept_scales(int rows, const float* ref, const float* top, const float* lse, const float* value, float* unit,
+                 float* coef) {
   alignas(64) float in[4][kLanes], u[kLanes], k[kLanes];
   for (int r = 0; r < rows; r += kLanes) {
     const int n = rows - r < kLanes ? rows - r : kLanes;
@@ -361,7 +368,8 @@ inline uint16_t round_bf16(float x) {
 
 inline float widen_bf16(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
 
-// fp16 bits -> float. Integer arithmetic up to the last step: a subnormal half must survive a thread that flushes subnormal floats.
+// fp16 bits -> float. Integer arithmetic up to the last step: a subnormal half must survive a thread that flushes
+// subnormal floats.
 inline float widen_half(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
@@ -390,7 +398,9 @@ void split(const void* src, Dtype dtype, int64_t n, int parts, uint16_t* const* 
     return;
   }
   // Constant counts and one array per part let the compiler vectorise the loop.
-  uint16_t *__restrict a = dst[0], *__restrict b = parts > 1 ? dst[1] : nullptr, *__restrict c = parts > 2 ? dst[2] : nullptr;
+  uint16_t* __restrict a = dst[0];
+  uint16_t* __restrict b = parts > 1 ? dst[1] : nullptr;
+  uint16_t* __restrict c = parts > 2 ? dst[2] : nullptr;
   if (dtype == Dtype::kHalf && parts == 2) {
     const uint16_t* s = static_cast<const uint16_t*>(src);
     for (int64_t i = 0; i < n; ++i) {
@@ -463,7 +473,8 @@ void narrow(const float* src, Dtype dtype, int64_t n, void* dst) {
   }
 }
 
-// Four rounds of perfect shuffles: row i meets row i + 8 each time, and after log2(16) rounds rows and columns have changed places.
+// Four rounds of perfect shuffles: row i meets row i + 8 each time, and after log2(16) rounds rows and columns have
+// changed places.
 inline void transpose_block(u32x16* a) {
   u32x16 b[16];
   for (int round = 0; round < 2; ++round) {
@@ -500,8 +511,9 @@ const RowKernels& table() {
 #else
   constexpr bool amx = false;
 #endif
-  static const RowKernels kernels{G2RL_ISA_NAME, amx, enter, leave, multiply, stats, residual, gradient, logits, kept_scales, column_sums,
-                                  split, widen, narrow, transpose16, lane_sum, interleave};
+  static const RowKernels kernels{G2RL_ISA_NAME, amx,      enter,       leave,       multiply,    stats,
+                                  residual,      gradient, logits,      kept_scales, column_sums, split,
+                                  widen,         narrow,   transpose16, lane_sum,    interleave};
   return kernels;
 }
 

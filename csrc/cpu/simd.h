@@ -1,5 +1,5 @@
-// Sixteen floats at a time, in plain GCC/Clang vector extensions: one 512-bit register, two of 256 bits, or whatever the target has.
-// Included only by rowwise_impl.h, which is compiled once per instruction set.
+// Sixteen floats at a time, in plain GCC/Clang vector extensions: one 512-bit register, two of 256 bits, or whatever
+// the target has. Included only by rowwise_impl.h, which is compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -98,8 +98,9 @@ inline bool any_above(f32x16 v, float limit) {
 #endif
 }
 
-// exp(x) for x <= 88, relative error below 1.3e-7 + 3e-9 |x|. Arguments under -87.3 (the mask, -inf, included) give 1.2e-38, which no sum here can see:
-// a result of zero would need a further instruction, a subnormal one a slow path of the processor.
+// exp(x) for x <= 88, relative error below 1.3e-7 + 3e-9 |x|. Arguments under -87.3 (the mask, -inf, included)
+// give 1.2e-38, which no sum here can see: a result of zero would need a further instruction, a subnormal one a slow
+// path of the processor.
 constexpr float kExpMin = -87.3f;
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits

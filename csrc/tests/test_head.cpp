@@ -61,7 +61,8 @@ Row row_by_definition(const double* h, const double* w, const double* b, int64_t
 void check(const Case& c) {
   at::manual_seed(c.N + c.d);
   const at::Tensor hidden = at::randn({c.N, c.d}).to(c.dtype), weight = (at::randn({c.V, c.d}) * 0.3).to(c.dtype);
-  const at::Tensor bias = at::randn({c.V}), targets = at::randint(c.V, {c.N}, at::kLong), weights = at::rand({c.N}) + 0.1;
+  const at::Tensor bias = at::randn({c.V}), targets = at::randint(c.V, {c.N}, at::kLong),
+                   weights = at::rand({c.N}) + 0.1;
   const int64_t split = c.N / 3;
   const at::Tensor cu = at::tensor({int64_t{0}, split, split, c.N}, at::kLong);  // the middle response is empty
   const g2rl::Head head{weight, c.bias ? std::optional<at::Tensor>(bias) : std::nullopt, c.temperature, c.scale, c.cap};
@@ -71,7 +72,8 @@ void check(const Case& c) {
   const at::Tensor h = hidden.to(at::kDouble), w = weight.to(at::kDouble), b = bias.to(at::kDouble);
   std::vector<Row> rows;
   for (int64_t t = 0; t < c.N; ++t) {
-    rows.push_back(row_by_definition(h.const_data_ptr<double>() + t * c.d, w.const_data_ptr<double>(), c.bias ? b.const_data_ptr<double>() : nullptr,
+    rows.push_back(row_by_definition(h.const_data_ptr<double>() + t * c.d, w.const_data_ptr<double>(),
+                                     c.bias ? b.const_data_ptr<double>() : nullptr,
                                      targets.const_data_ptr<int64_t>()[t], c));
     for (const g2rl::TokenStats* s : {&stats, &again}) {
       const double logp = std::abs(s->logps.const_data_ptr<float>()[t] - rows.back().logp);
@@ -88,7 +90,8 @@ void check(const Case& c) {
       double phi = 0;
       for (int64_t t = begin; t < end; ++t)
         for (int64_t v = 0; v < c.V; ++v)
-          phi += c.scale * weights.const_data_ptr<float>()[t] / sum * rows[t].residual[v] * w.const_data_ptr<double>()[v * c.d + i];
+          phi += c.scale * weights.const_data_ptr<float>()[t] / sum * rows[t].residual[v] *
+                 w.const_data_ptr<double>()[v * c.d + i];
       error += std::pow(features.const_data_ptr<float>()[r * c.d + i] - phi, 2);
       error_one_pass += std::pow(one_pass.const_data_ptr<float>()[r * c.d + i] - phi, 2);
       norm += phi * phi;
@@ -99,34 +102,45 @@ void check(const Case& c) {
   }
 
   // dhidden is linear in residuals: with a gradient of log p alone it is scale / T * W^T residual.
-  const auto grads = g2rl::logprobs_backward(at::ones({c.N}), at::zeros({c.N}), hidden, head, targets, stats, 0, {true, true, c.bias});
+  const auto grads =
+      g2rl::logprobs_backward(at::ones({c.N}), at::zeros({c.N}), hidden, head, targets, stats, 0, {true, true, c.bias});
   const at::Tensor dh = grads[0].to(at::kDouble);
   double error = 0, norm = 0;
   for (int64_t t = 0; t < c.N; ++t)
     for (int64_t i = 0; i < c.d; ++i) {
       double expected = 0;
-      for (int64_t v = 0; v < c.V; ++v) expected += c.scale / c.temperature * rows[t].residual[v] * w.const_data_ptr<double>()[v * c.d + i];
+      for (int64_t v = 0; v < c.V; ++v)
+        expected += c.scale / c.temperature * rows[t].residual[v] * w.const_data_ptr<double>()[v * c.d + i];
       error += std::pow(dh.const_data_ptr<double>()[t * c.d + i] - expected, 2);
       norm += expected * expected;
     }
-  const double tolerance = c.dtype == at::kFloat ? 1e-5 : c.dtype == at::kHalf ? 1e-3 : 6e-3;  // a rounding of the output and one of g
+  const double tolerance = c.dtype == at::kFloat  ? 1e-5
+                           : c.dtype == at::kHalf ? 1e-3
+                                                  : 6e-3;  // a rounding of the output and one of g
   expect(std::sqrt(error / norm) <= tolerance, "dhidden", std::sqrt(error / norm), tolerance);
 }
 
-// Enough tokens for the plan with one product, which must agree with two products to the bit, responses across blocks, empty and of one token included.
+// The plan with one product, in one block of tokens and in several, which must agree with two products to the bit,
+// responses across blocks, empty and of one token included.
 void check_plans(at::ScalarType dtype, bool bias) {
   constexpr int64_t N = 3000, d = 64, V = 4001;
   at::manual_seed(7);
-  const at::Tensor hidden = (at::randn({N, d}) * 0.5).to(dtype), weight = at::randn({V, d}).to(dtype), targets = at::randint(V, {N}, at::kLong);
-  const at::Tensor cu = at::tensor({int64_t{0}, int64_t{1}, int64_t{1}, int64_t{250}, int64_t{777}, N}, at::kLong), weights = at::rand({N}) + 0.1;
+  const at::Tensor hidden = (at::randn({N, d}) * 0.5).to(dtype), weight = at::randn({V, d}).to(dtype),
+                   targets = at::randint(V, {N}, at::kLong);
+  const at::Tensor cu = at::tensor({int64_t{0}, int64_t{1}, int64_t{1}, int64_t{250}, int64_t{777}, N}, at::kLong),
+                   weights = at::rand({N}) + 0.1;
   const g2rl::Head head{weight, bias ? std::optional<at::Tensor>(at::randn({V})) : std::nullopt, 0.9, 1.1, 0.0};
-  constexpr int64_t kPlenty = 1 << 30, kNone = 1;
-  const g2rl::KeptPlan plan = g2rl::plan_kept(g2rl::HeadProblem(hidden, head, targets), cu.const_data_ptr<int64_t>(), 5, kPlenty);
+  constexpr int64_t kSome = N * V / 2, kPlenty = 1 << 30, kNone = 1;
+  const g2rl::KeptPlan plan =
+      g2rl::plan_kept(g2rl::HeadProblem(hidden, head, targets), cu.const_data_ptr<int64_t>(), 5, kSome);
   expect(plan.tokens > 0 && plan.tokens < N, "tokens per block", plan.tokens, N);
-  const auto [kept, kept_stats] = g2rl::sequence_features(hidden, head, targets, cu, weights, std::nullopt, kPlenty);
   const auto [twice, twice_stats] = g2rl::sequence_features(hidden, head, targets, cu, weights, std::nullopt, kNone);
-  expect(at::equal(kept, twice), "features of both plans", (kept - twice).abs().max().item<double>(), 0);
-  expect(at::equal(kept_stats.logps, twice_stats.logps) && at::equal(kept_stats.entropy, twice_stats.entropy), "statistics of both plans", 1, 0);
+  for (const int64_t workspace : {kSome, kPlenty}) {
+    const auto [kept, stats] = g2rl::sequence_features(hidden, head, targets, cu, weights, std::nullopt, workspace);
+    expect(at::equal(kept, twice), "features of both plans", (kept - twice).abs().max().item<double>(), 0);
+    expect(at::equal(stats.logps, twice_stats.logps) && at::equal(stats.entropy, twice_stats.entropy),
+           "statistics of both plans", 1, 0);
+  }
 }
 
 }  // namespace

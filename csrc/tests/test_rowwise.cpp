@@ -27,15 +27,22 @@ int main() {
   float ref = 0;
   const auto stats = [&](float fill, bool first) {
     std::vector<float> tile(g2rl::kUnit, fill);
-    k.stats({.tile = {tile.data(), g2rl::kUnit, 1, g2rl::kUnit, g2rl::kUnit}, .first = first, .ref = &ref, .sum = sum.data(), .sum_x = sum_x.data()}, {}, {});
+    k.stats({.tile = {tile.data(), g2rl::kUnit, 1, g2rl::kUnit, g2rl::kUnit},
+             .first = first,
+             .ref = &ref,
+             .sum = sum.data(),
+             .sum_x = sum_x.data()},
+            {}, {});
   };
   stats(-std::numeric_limits<float>::infinity(), true);
-  expect(std::isfinite(k.lane_sum(sum.data())) && std::isfinite(k.lane_sum(sum_x.data())), "fully masked tile", k.lane_sum(sum.data()));
+  expect(std::isfinite(k.lane_sum(sum.data())) && std::isfinite(k.lane_sum(sum_x.data())), "fully masked tile",
+         k.lane_sum(sum.data()));
 
   // A later tile far above the first moves the reference.
   stats(-100.0f, true);
   stats(100.0f, false);
-  expect(ref == 100.0f && std::abs(k.lane_sum(sum.data()) - g2rl::kUnit) < 1e-5, "moved reference", k.lane_sum(sum.data()));
+  expect(ref == 100.0f && std::abs(k.lane_sum(sum.data()) - g2rl::kUnit) < 1e-5, "moved reference",
+         k.lane_sum(sum.data()));
 
   std::vector<uint32_t> in(16 * 32), out(32 * 16);
   const uint32_t* rows[16];
