@@ -49,7 +49,7 @@ def draw_cases(report: Report) -> Figure | None:
         axes[2].axvline(BOUNDS["phi_relative"], color="black", linewidth=0.8, linestyle=":")
         axes[0].axvline(1, color="black", linewidth=0.8, linestyle=":")
         axes[0].set_title(f"{label(rows[0])}, {rows[0]['kind']}", loc="left", fontsize=10)
-    names = ("time / torch.mm of the same shapes", "peak extra memory, % of logits", "Phi, worst relative error")
+    names = ("time / torch.mm of the same shapes", "peak extra memory, % of fp32 logits", "Phi, worst relative error")
     for axes, name in zip(grid[-1], names, strict=True):
         axes.set_xlabel(name)
     _title(figure, "log p, entropy and Phi; dotted: goal or bound", report)
@@ -74,7 +74,7 @@ def draw_sweep(report: Report) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     curves: dict[str, list[Row]] = {}
     for rows in report.cases():
-        for row in timed(rows) if report.sweep in rows[0]["sizes"] else ():
+        for row in timed(rows) if rows[0]["op"] == report.rows[0]["op"] else ():
             curves.setdefault(row["candidate"], []).append(row)
     styles = {role: cycle(_STYLES) for role in COLOURS}
     for name, rows in curves.items():

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.candidates import BASELINE
 from benchmarks.registry import GROUP_KIND, OPS
@@ -24,12 +25,17 @@ _SUMMARY_KINDS = ("peaked", GROUP_KIND)
 
 
 def summary(reports: list[Report]) -> str:
-    """For the README: ours, eager and the fastest peer, one line a case."""
-    blocks = []
+    """For the README: ours, eager and the fastest peer, one line a case; one table and one plot a machine."""
+    machines: dict[str, list[tuple[Report, list[Row]]]] = {}
     for report in reports:
-        cases = [c for c in report.cases() if c[0]["op"] in _SUMMARY_OPS and c[0]["kind"] in _SUMMARY_KINDS]
-        if cases and report.sweep is None:
-            blocks.append(f"{report.machine}\n\n{_summary_table(cases)}\n\n{_plot(report, 'benchmarks/results/')}")
+        for case in report.cases() if report.sweep is None else ():
+            if case[0]["op"] in _SUMMARY_OPS and case[0]["kind"] in _SUMMARY_KINDS:
+                machines.setdefault(report.hardware, []).append((report, case))
+    blocks = []
+    for hardware, found in machines.items():
+        richest, _ = max(found, key=lambda of: len(timed(of[1])))
+        cases = sorted((case for _, case in found), key=_summary_order)
+        blocks.append(f"{hardware}\n\n{_summary_table(cases)}\n\n{_plot(richest, 'benchmarks/results/')}")
     blocks += [_step(report) for report in reports if "step" in report.content]
     if not blocks:
         return "Nothing has been measured on this version yet: `make bench`."
@@ -44,10 +50,17 @@ def summary(reports: list[Report]) -> str:
     return "\n\n".join(blocks)
 
 
+def _summary_order(case: list[Row]) -> tuple[Any, ...]:
+    """By op, then as the sizes grow."""
+    sizes = case[0]["sizes"]
+    return _SUMMARY_OPS.index(case[0]["op"]), case[0]["dtype"], sizes["d"], sizes.get("N", 0)
+
+
 def _summary_table(cases: list[list[Row]]) -> str:
     heads = [
         "op",
         "head",
+        "dtype",
         "g2rl, ms",
         "x mm",
         "eager, ms",
@@ -55,7 +68,7 @@ def _summary_table(cases: list[list[Row]]) -> str:
         "memory: g2rl / eager",
         "error: g2rl / eager",
     ]
-    lines = [heads, ["---", "---", *["---:"] * 6]]
+    lines = [heads, ["---", "---", "---", *["---:"] * 6]]
     for rows in cases:
         eager = named(rows, BASELINE)
         peers = [row for row in timed(rows, "peer") if row["candidate"] != BASELINE]
@@ -64,6 +77,7 @@ def _summary_table(cases: list[list[Row]]) -> str:
                 [
                     f"`{ours['op']}`",
                     label(ours),
+                    ours["dtype"],
                     f"**{milliseconds(ours['median_s'])}** ({ours['candidate'].removeprefix('g2rl ')})",
                     digits(ours.get("times_floor")),
                     "" if eager is None else milliseconds(eager["median_s"]),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.registry import OPS, Groups, Shape
-from benchmarks.timing import machine_line
+from benchmarks.timing import hardware_line, machine_line
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -39,6 +39,10 @@ class Report:
     @property
     def machine(self) -> str:
         return machine_line(self.content["machine"])
+
+    @property
+    def hardware(self) -> str:
+        return hardware_line(self.content["machine"])
 
     def cases(self) -> list[list[Row]]:
         """Rows of each case, in the order of the file."""

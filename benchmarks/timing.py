@@ -293,10 +293,15 @@ def _commit() -> dict[str, Any]:
 
 
 def machine_line(facts: Mapping[str, Any]) -> str:
-    """One line for above a table."""
+    """One line for above a table: what ran, and when."""
     commit = f"{facts['commit']}{' with changes' if facts['dirty'] else ''}" if facts["commit"] else "no commit"
+    return f"{hardware_line(facts)}; commit {commit}; {facts['date']}"
+
+
+def hardware_line(facts: Mapping[str, Any]) -> str:
+    """The device, and the libraries that decide how fast it is."""
     triton = f", triton {facts['triton']}" if facts["triton"] else ""
     where = f"{facts['name']} ({facts['isa']}), {facts['cores']} cores, {facts['threads']} threads"
     if facts["device"] == "cuda":
         where = f"{facts['name']} (sm {facts['compute_capability']}, CUDA {facts['cuda']})"
-    return f"{where}, {facts['memory_gb']} GB; torch {facts['torch']}{triton}; commit {commit}; {facts['date']}"
+    return f"{where}, {facts['memory_gb']} GB; torch {facts['torch']}{triton}"

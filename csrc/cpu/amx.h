@@ -11,8 +11,7 @@
 
 #include "rowwise.h"
 
-#define G2RL_INLINE inline __attribute__((always_inline))
-#define G2RL_INLINE_LAMBDA __attribute__((always_inline))
+#define G2RL_ALWAYS_INLINE __attribute__((always_inline))
 
 namespace g2rl {
 namespace {
@@ -39,7 +38,7 @@ class Meanwhile {
         soon_(p.soon),
         lines_(p.soon_lines),
         lines_per_step_((p.soon_lines + steps - 1) / steps) {}
-  G2RL_INLINE void step() {
+  G2RL_ALWAYS_INLINE void step() {
     for (due_ += units_; due_ >= steps_; due_ -= steps_) work_.step();
     if (lines_ <= 0) return;
     for (int64_t i = 0; i < lines_per_step_; ++i) _mm_prefetch(soon_ + i * 64, _MM_HINT_T1);
@@ -59,7 +58,7 @@ class Meanwhile {
 // Calls f(i, j) for the products of parts i and j that count in fp32, small ones first. A part is 2^-8 of the one
 // before it: fp32 (three parts) drops what is 2^-24 of the whole.
 template <typename F>
-G2RL_INLINE void for_part_pairs(int left, int right, const F& f) {
+G2RL_ALWAYS_INLINE inline void for_part_pairs(int left, int right, const F& f) {
   for (int order = left + right - 2 < 2 ? left + right - 2 : 2; order >= 0; --order)
     for (int i = 0; i < left; ++i)
       if (order - i >= 0 && order - i < right) f(i, order - i);
@@ -74,7 +73,7 @@ inline int64_t part_pairs(int left, int right) {
 // 32 columns of 32 rows, or of the last 16: four sums in tiles 0-3, two rows' operands in 4 and 5, two columns' in 6
 // and 7.
 template <bool kBothRows, typename Work>
-G2RL_INLINE void multiply_block(const TileProduct& p, int64_t r, int64_t c, Meanwhile<Work>& meanwhile) {
+G2RL_ALWAYS_INLINE inline void multiply_block(const TileProduct& p, int64_t r, int64_t c, Meanwhile<Work>& meanwhile) {
   float *upper = p.out + r * p.ld + c, *lower = upper + 16 * p.ld;
   const int64_t out_bytes = p.ld * 4, a_bytes = p.a_stride * 4, b_bytes = p.b_stride * 4;
   if (p.add) {
@@ -90,7 +89,7 @@ G2RL_INLINE void multiply_block(const TileProduct& p, int64_t r, int64_t c, Mean
     _tile_zero(2);
     _tile_zero(3);
   }
-  for_part_pairs(p.a_parts, p.b_parts, [&](int i, int j) G2RL_INLINE_LAMBDA {
+  for_part_pairs(p.a_parts, p.b_parts, [&](int i, int j) G2RL_ALWAYS_INLINE {
     const uint32_t* a = p.a + i * p.a_part + r * p.a_stride;
     const uint32_t* b = p.b + j * p.b_part + c / 16 * p.b_block;
     for (int64_t k = 0; k < p.steps; ++k, a += 16, b += p.b_step) {

@@ -84,7 +84,7 @@ constexpr int64_t kTokens =
 
 void weight_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGradients& grads,
                      const at::Tensor* dweight, float* dbias) {
-  const int64_t cols = padded_columns(p), stride = straight_stride(cols), width = p.cut.width,
+  const int64_t cols = padded_columns(p), stride = row_stride(cols), width = p.cut.width,
                 element = p.format.dtype == Dtype::kFloat ? 4 : 2;
   // hidden as a right operand, one panel of kTokens rows after the other
   std::vector<ColumnPanels> hidden;
@@ -141,7 +141,7 @@ void weight_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGra
 
 void hidden_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGradients& grads,
                      const at::Tensor& dhidden) {
-  const int64_t cols = padded_columns(p), stride = straight_stride(cols), width = p.cut.width,
+  const int64_t cols = padded_columns(p), stride = row_stride(cols), width = p.cut.width,
                 element = p.format.dtype == Dtype::kFloat ? 4 : 2;
   // Tokens per task: many share a packed panel of weights, few keep every thread busy. Rows never mix, so the choice
   // cannot change a result.

@@ -53,7 +53,7 @@ class ResidualProduct {
 class SlabFeatures {
  public:
   SlabFeatures(const HeadProblem& p, const Responses& r)
-      : row_stride_(straight_stride(p.depth.padded() * p.format.per_unit())),
+      : row_stride_(row_stride(p.depth.padded() * p.format.per_unit())),
         slab_units_(r.padded() * row_stride_),
         rows_(r.padded()),
         data_(p.cut.slabs * slab_units_ * sizeof(float)),

@@ -57,7 +57,7 @@ KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t w
   const int64_t limit = allowed_bytes(p, workspace_bytes), group = group_size(p, limit);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), p.cut.slabs), unit = sizeof(float);
   const int64_t row_units = p.depth.padded() * p.format.parts;
-  const int64_t fixed = threads * (p.cut.width * row_units + 2 * kRows * straight_stride(p.cut.width)) * unit +
+  const int64_t fixed = threads * (p.cut.width * row_units + 2 * kRows * row_stride(p.cut.width)) * unit +
                         std::min(group, (B + 15) / 16 * 16) * padded_vocabulary(p) * unit;
   const int64_t per_token = padded_vocabulary(p) * 2 + p.cut.tiles * 2 * unit + row_units * unit +
                             p.cut.slabs * 3 * unit + threads * 2 * kLanes * unit;

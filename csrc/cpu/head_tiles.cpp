@@ -70,14 +70,14 @@ double HeadProblem::cap_slope(double acc, int64_t v) const {
 LogitTile::LogitTile(const HeadProblem& problem)
     : problem_(problem),
       panel_(problem.format, problem.depth, problem.cut.width),
-      acc_(2 * kRows * straight_stride(problem.cut.width) * sizeof(float)) {
-  if (problem.cap > 0) slope_ = Buffer(kRows * straight_stride(problem.cut.width) * sizeof(float));
+      acc_(2 * kRows * row_stride(problem.cut.width) * sizeof(float)) {
+  if (problem.cap > 0) slope_ = Buffer(kRows * row_stride(problem.cut.width) * sizeof(float));
 }
 
 void LogitTile::load(int64_t tile, bool straight) {
   first_ = tile * problem_.cut.width;
   panel_.pack(problem_.weight, first_, /*transposed=*/true, straight);
-  tile_.ld = straight_stride(problem_.cut.width);
+  tile_.ld = row_stride(problem_.cut.width);
   tile_.cols = static_cast<int>(problem_.cut.cols(tile, problem_.V));
   tile_.width = (tile_.cols + kUnit - 1) / kUnit * kUnit;
 }

@@ -82,7 +82,7 @@ MatrixView view(const at::Tensor& t) {
 Depth split_depth(int64_t d, const Format& format) {
   const int64_t chunks = format.amx ? 1 : (d + kChunkFloat - 1) / kChunkFloat;
   const int64_t units = round_up((d + chunks - 1) / chunks, kLine * format.per_unit()) / format.per_unit();
-  return {chunks, units, units + kLine};
+  return {chunks, units, row_stride(units)};
 }
 
 RowPanels::RowPanels(const MatrixView& m, const Format& format, const Depth& depth, int64_t first, int64_t count)
@@ -122,7 +122,7 @@ void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, boo
   const int64_t cols = row_units_ * format_.per_unit();
   if (transposed && !transposed_.units()) transposed_ = Buffer(format_.parts * row_units_ * width_ * sizeof(uint32_t));
   if (straight && !straight_.units())
-    straight_ = Buffer(format_.parts * (width_ / format_.per_unit()) * straight_stride(cols) * sizeof(uint32_t));
+    straight_ = Buffer(format_.parts * (width_ / format_.per_unit()) * row_stride(cols) * sizeof(uint32_t));
   // A bf16 matrix of full rows is its own single part.
   const bool direct = format_.amx && format_.dtype == Dtype::kBFloat16 && m.cols == cols;
   for (int64_t r = 0; r < width_; r += 16) {
@@ -146,7 +146,7 @@ void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, boo
       }
       if (!straight) continue;
       for (int i = 0; i < 16; i += static_cast<int>(format_.per_unit())) {
-        uint32_t* dst = straight_.units() + (p * width_ + r + i) / format_.per_unit() * straight_stride(cols);
+        uint32_t* dst = straight_.units() + (p * width_ + r + i) / format_.per_unit() * row_stride(cols);
         if (format_.amx) {
           rowwise().interleave(reinterpret_cast<const uint16_t*>(rows[i][p]),
                                reinterpret_cast<const uint16_t*>(rows[i + 1][p]), cols,
@@ -190,7 +190,7 @@ TileProduct multiply_rows(const Format& format, const Depth& depth, const uint32
 
 void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, const uint32_t* b, int64_t b_units,
                        int64_t depth_units, int64_t cols, float* out) {
-  const int64_t stride = straight_stride(cols);
+  const int64_t stride = row_stride(cols);
   // A block of columns of b stays in L2 while the rows of a pass by.
   const int64_t block = std::max<int64_t>(kColumnBlockUnits / depth_units / 32 * 32, 64);
   for (int64_t c = 0; c < cols; c += block) {

@@ -62,17 +62,15 @@ MatrixView view(const at::Tensor& t);
 // less than one long sum.
 struct Depth {
   int64_t chunks;
-  int64_t units;  // per chunk
-  int64_t
-      stride;  // between rows of the left operand: `units` and a cache line or so, against rows that share a cache set
+  int64_t units;   // per chunk
+  int64_t stride;  // between rows of the left operand
   int64_t padded() const { return chunks * units; }
 };
 
 Depth split_depth(int64_t d, const Format& format);
 
-// Rows of a straight panel and of what is computed from it lie this far apart: a power of two would put them all in one
-// cache set.
-inline int64_t straight_stride(int64_t cols) { return cols + 16; }
+// How far apart rows of so many units lie: high powers of two would put them all in one cache set.
+inline int64_t row_stride(int64_t units) { return units % 64 ? units : units + 16; }
 
 // Left operand of the logits for `count` rows of m from `first` on: [block of 64 rows][chunk][part][64][stride],
 // missing rows zero.
@@ -98,7 +96,7 @@ class ColumnPanels {
   // The product's columns are the matrix's rows. AMX: [part][block of 16 columns][units][16]; else
   // [chunk][units][width].
   const uint32_t* transposed() const { return transposed_.units(); }
-  // [part][width / per_unit][straight_stride(padded columns)]: the product's columns are the matrix's columns. Only if
+  // [part][width / per_unit][row_stride(padded columns)]: the product's columns are the matrix's columns. Only if
   // asked for.
   const uint32_t* straight() const { return straight_.units(); }
   int64_t width() const { return width_; }
@@ -124,7 +122,7 @@ struct LeftParts {
   void fill(const Format& format, const float* src, int64_t row, int64_t col, int64_t n) const;
 };
 
-// out[rows, cols], straight_stride(cols) apart, += a [rows, depth] b [depth, cols], b a straight panel of b_units rows
+// out[rows, cols], row_stride(cols) apart, += a [rows, depth] b [depth, cols], b a straight panel of b_units rows
 // of units, of which the first depth_units count.
 void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, const uint32_t* b, int64_t b_units,
                        int64_t depth_units, int64_t cols, float* out);
