@@ -81,6 +81,8 @@ SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Res
                           const TileScales* scales, Collected* collect) {
   const int64_t B = r.padded(), width = p.cut.width;
   SlabFeatures slabs(p, r);
+  // In several parts a second panel would be much of the op's memory, and converting W again little of its time.
+  const bool both_layouts = p.format.parts == 1;
   struct State {
     LogitTile logits;
     Buffer residual;  // [B, width], a tile of R
@@ -97,7 +99,7 @@ SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Res
         float* out = slabs.clear(slab);
         const int64_t first_tile = p.cut.slab_begin(slab);
         for (int64_t tile = first_tile; tile < p.cut.slab_begin(slab + 1); ++tile) {
-          s.logits.load(tile, /*straight=*/true);
+          s.logits.load(tile, both_layouts);
           std::memset(s.residual.floats(), 0, B * width * sizeof(float));
           ResidualJob pending;
           for (int64_t block = r.token_begin() / kRows; block * kRows < r.token_end(); ++block) {
@@ -125,6 +127,7 @@ SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Res
             }
           }
           rowwise().residual(pending, {});
+          if (!both_layouts) s.logits.straighten();
           s.product.add(p, s.residual.floats(), s.logits.panel(), out, slabs.totals(slab));
         }
         if (collect) s.sums.fold(collect->partials, slab, r.token_begin(), r.token_end(), 0);

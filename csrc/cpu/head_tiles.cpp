@@ -7,16 +7,13 @@ namespace g2rl {
 namespace {
 
 constexpr int64_t kPanelBytes = 1024 * 1024;  // a packed panel of weights, to share L2 with the rows that meet it
-constexpr int64_t kPartsBytes =
-    768 * 1024;  // the same in several parts, where two panels a thread are most of an op's memory
 constexpr int64_t kSlabs = 32;
-constexpr int64_t kFetchBytes =
-    512 * 1024;  // the rows of W for the next tile are fetched early if no more than this: L2 then holds them too
+// The rows of W for the next tile are fetched early if no more than this: L2 then holds them too.
+constexpr int64_t kFetchBytes = 512 * 1024;
 
 VocabCut cut_vocabulary(int64_t V, const Depth& depth, const Format& format) {
   const int64_t column_bytes = depth.padded() * format.parts * sizeof(uint32_t);
-  const int64_t width =
-      std::clamp<int64_t>((format.parts > 1 ? kPartsBytes : kPanelBytes) / column_bytes / 64 * 64, 64, kMaxWidth);
+  const int64_t width = std::clamp<int64_t>(kPanelBytes / column_bytes / 64 * 64, 64, kMaxWidth);
   const int64_t tiles = std::max<int64_t>(1, (V + width - 1) / width);
   return {width, tiles, std::min(tiles, kSlabs)};
 }
@@ -81,6 +78,8 @@ void LogitTile::load(int64_t tile, bool straight) {
   tile_.cols = static_cast<int>(problem_.cut.cols(tile, problem_.V));
   tile_.width = (tile_.cols + kUnit - 1) / kUnit * kUnit;
 }
+
+void LogitTile::straighten() { panel_.pack(problem_.weight, first_, /*transposed=*/false, /*straight=*/true); }
 
 TileProduct LogitTile::start(const RowPanels& rows, int64_t block) {
   turn_ = 1 - turn_;

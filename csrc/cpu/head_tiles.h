@@ -50,6 +50,8 @@ class LogitTile {
  public:
   explicit LogitTile(const HeadProblem& problem);
   void load(int64_t tile, bool straight);
+  // The loaded rows of W as a straight panel alone: the next product needs a load().
+  void straighten();
   // The raw products of a block of `rows`, which may be for a row kernel to compute.
   TileProduct start(const RowPanels& rows, int64_t block);
   // The logits, once the products are there. The targets' columns become -inf, so that every sum is over the other

@@ -116,13 +116,16 @@ ColumnPanels::ColumnPanels(const Format& format, const Depth& depth, int64_t wid
       depth_(depth),
       width_(width),
       row_units_(depth.padded()),
+      bytes_(format.parts * (width / format.per_unit()) * row_stride(row_units_ * format.per_unit()) *
+             sizeof(uint32_t)),
       stage_(16 * format.parts * depth.padded() * sizeof(uint32_t)) {}
 
 void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, bool straight) {
   const int64_t cols = row_units_ * format_.per_unit();
-  if (transposed && !transposed_.units()) transposed_ = Buffer(format_.parts * row_units_ * width_ * sizeof(uint32_t));
-  if (straight && !straight_.units())
-    straight_ = Buffer(format_.parts * (width_ / format_.per_unit()) * row_stride(cols) * sizeof(uint32_t));
+  if (!first_.units()) first_ = Buffer(bytes_);
+  if (transposed && straight && !second_.units()) second_ = Buffer(bytes_);
+  transposed_ = transposed ? first_.units() : nullptr;
+  straight_ = !straight ? nullptr : transposed ? second_.units() : first_.units();
   // A bf16 matrix of full rows is its own single part.
   const bool direct = format_.amx && format_.dtype == Dtype::kBFloat16 && m.cols == cols;
   for (int64_t r = 0; r < width_; r += 16) {
@@ -141,12 +144,12 @@ void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, boo
       for (int64_t c = 0; transposed && c < depth_.chunks; ++c) {
         const uint32_t* src[16];
         for (int i = 0; i < 16; ++i) src[i] = rows[i][p] + c * depth_.units;
-        uint32_t* dst = transposed_.units() + (c + p) * depth_.units * width_ + (format_.amx ? r * depth_.units : r);
+        uint32_t* dst = transposed_ + (c + p) * depth_.units * width_ + (format_.amx ? r * depth_.units : r);
         rowwise().transpose16(src, depth_.units, dst, format_.amx ? 16 : width_);
       }
       if (!straight) continue;
       for (int i = 0; i < 16; i += static_cast<int>(format_.per_unit())) {
-        uint32_t* dst = straight_.units() + (p * width_ + r + i) / format_.per_unit() * row_stride(cols);
+        uint32_t* dst = straight_ + (p * width_ + r + i) / format_.per_unit() * row_stride(cols);
         if (format_.amx) {
           rowwise().interleave(reinterpret_cast<const uint16_t*>(rows[i][p]),
                                reinterpret_cast<const uint16_t*>(rows[i + 1][p]), cols,

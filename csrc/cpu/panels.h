@@ -70,7 +70,7 @@ struct Depth {
 Depth split_depth(int64_t d, const Format& format);
 
 // How far apart rows of so many units lie: high powers of two would put them all in one cache set.
-inline int64_t row_stride(int64_t units) { return units % 64 ? units : units + 16; }
+inline int64_t row_stride(int64_t units) { return units + 16; }
 
 // Left operand of the logits for `count` rows of m from `first` on: [block of 64 rows][chunk][part][64][stride],
 // missing rows zero.
@@ -88,24 +88,25 @@ class RowPanels {
 };
 
 // Right operands made from `width` rows of a matrix, for one thread at a time; rows past the end of the matrix are
-// zero.
+// zero. Both layouts at once take twice the memory.
 class ColumnPanels {
  public:
   ColumnPanels(const Format& format, const Depth& depth, int64_t width);
   void pack(const MatrixView& m, int64_t first, bool transposed, bool straight);
   // The product's columns are the matrix's rows. AMX: [part][block of 16 columns][units][16]; else
   // [chunk][units][width].
-  const uint32_t* transposed() const { return transposed_.units(); }
+  const uint32_t* transposed() const { return transposed_; }
   // [part][width / per_unit][row_stride(padded columns)]: the product's columns are the matrix's columns. Only if
   // asked for.
-  const uint32_t* straight() const { return straight_.units(); }
+  const uint32_t* straight() const { return straight_; }
   int64_t width() const { return width_; }
 
  private:
   Format format_;
   Depth depth_;
-  int64_t width_, row_units_;
-  Buffer transposed_, straight_, stage_;
+  int64_t width_, row_units_, bytes_;
+  Buffer first_, second_, stage_;
+  uint32_t *transposed_ = nullptr, *straight_ = nullptr;
 };
 
 // out[rows, width] = the first rows of a block, rounded up to kRowStep, times the transposed panel; rows of out are ld
