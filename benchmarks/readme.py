@@ -19,9 +19,10 @@ from benchmarks.tables import ERRORS, digits, milliseconds
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-# The README's rows: hard inputs, and the ops that a training step calls.
+# The README's rows: hard inputs in the models' own dtype, enough tokens for a step, and the ops that a step calls.
 _SUMMARY_OPS = ("sequence_features", "token_logprobs", "logprobs_backward", "g2rl_advantages")
 _SUMMARY_KINDS = ("peaked", GROUP_KIND)
+_SUMMARY_TOKENS = 1024
 
 
 def summary(reports: list[Report]) -> str:
@@ -29,7 +30,7 @@ def summary(reports: list[Report]) -> str:
     machines: dict[str, list[tuple[Report, list[Row]]]] = {}
     for report in reports:
         for case in report.cases() if report.sweep is None else ():
-            if case[0]["op"] in _SUMMARY_OPS and case[0]["kind"] in _SUMMARY_KINDS:
+            if _in_summary(case[0]):
                 machines.setdefault(report.hardware, []).append((report, case))
     blocks = []
     for hardware, found in machines.items():
@@ -50,17 +51,25 @@ def summary(reports: list[Report]) -> str:
     return "\n\n".join(blocks)
 
 
+def _in_summary(row: Row) -> bool:
+    return (
+        row["op"] in _SUMMARY_OPS
+        and row["kind"] in _SUMMARY_KINDS
+        and row["dtype"] == "bfloat16"
+        and row["sizes"].get("N", _SUMMARY_TOKENS) >= _SUMMARY_TOKENS
+    )
+
+
 def _summary_order(case: list[Row]) -> tuple[Any, ...]:
     """By op, then as the sizes grow."""
     sizes = case[0]["sizes"]
-    return _SUMMARY_OPS.index(case[0]["op"]), case[0]["dtype"], sizes["d"], sizes.get("N", 0)
+    return _SUMMARY_OPS.index(case[0]["op"]), sizes["d"], sizes.get("N", 0)
 
 
 def _summary_table(cases: list[list[Row]]) -> str:
     heads = [
         "op",
         "head",
-        "dtype",
         "g2rl, ms",
         "x mm",
         "eager, ms",
@@ -68,7 +77,7 @@ def _summary_table(cases: list[list[Row]]) -> str:
         "memory: g2rl / eager",
         "error: g2rl / eager",
     ]
-    lines = [heads, ["---", "---", "---", *["---:"] * 6]]
+    lines = [heads, ["---", "---", *["---:"] * 6]]
     for rows in cases:
         eager = named(rows, BASELINE)
         peers = [row for row in timed(rows, "peer") if row["candidate"] != BASELINE]
@@ -77,7 +86,6 @@ def _summary_table(cases: list[list[Row]]) -> str:
                 [
                     f"`{ours['op']}`",
                     label(ours),
-                    ours["dtype"],
                     f"**{milliseconds(ours['median_s'])}** ({ours['candidate'].removeprefix('g2rl ')})",
                     digits(ours.get("times_floor")),
                     "" if eager is None else milliseconds(eager["median_s"]),

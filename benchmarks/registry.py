@@ -68,6 +68,7 @@ CPU_SHAPES = (
     _shape("llama3-8b", LLAMA3_8B, 256, 4),
     # A training step's tokens, where more of them share each pass over the weight.
     _shape("smollm2-4096", SMOLLM2, 4096, 64),
+    _shape("qwen3-1.7b-1024", QWEN3_17B, 1024, 16),
     _shape("qwen3-1.7b-4096", QWEN3_17B, 4096, 64),
 )
 # On a GPU, what a training step holds: a micro-batch of 8192 tokens, and 16 prompts with 16 responses of 128 tokens.
