@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.accuracy import Expected, Results, broken_bounds, errors
+from benchmarks.candidates import FLOOR
 from benchmarks.registry import Shape, parse_shape
 from benchmarks.tables import milliseconds
 from benchmarks.timing import Run, interleave, machine, machine_line
@@ -50,7 +51,6 @@ from g2rl_kernels.workspace import DEFAULT_WORKSPACE_BYTES
 Row = dict[str, Any]
 Where = tuple[torch.device, Chip]
 
-FLOOR = "torch.mm"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SOFTCAP = 30.0
 _ROUNDS = 9

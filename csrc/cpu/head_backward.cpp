@@ -68,24 +68,12 @@ void for_gradients(const HeadProblem& p, const RowPanels& rows, const TokenGradi
   }
 }
 
-int64_t padded_columns(const HeadProblem& p) { return p.depth.padded() * p.format.per_unit(); }
-
-// A left operand of `rows` by `cols` numbers in as many parts as the inputs have.
-struct GradientParts {
-  GradientParts(const Format& format, int64_t rows, int64_t cols)
-      : data(format.parts * rows * cols * sizeof(uint32_t) / format.per_unit()),
-        left{data.units(), format.parts, rows * cols / format.per_unit(), cols / format.per_unit()} {}
-  Buffer data;
-  LeftParts left;
-};
-
 constexpr int64_t kTokens =
     512;  // summed per product of dweight: the fp32 tile of dweight is read and written once for that many
 
 void weight_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGradients& grads,
                      const at::Tensor* dweight, float* dbias) {
-  const int64_t cols = padded_columns(p), stride = row_stride(cols), width = p.cut.width,
-                element = p.format.dtype == Dtype::kFloat ? 4 : 2;
+  const int64_t cols = p.padded_d(), stride = row_stride(cols), width = p.cut.width, element = p.format.element_size();
   // hidden as a right operand, one panel of kTokens rows after the other
   std::vector<ColumnPanels> hidden;
   if (dweight) {
@@ -96,14 +84,14 @@ void weight_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGra
   }
   struct State {
     LogitTile logits;
-    GradientParts parts;
+    LeftParts left;
     Buffer turned, sum;
   };
   for_tasks(
       p.cut.tiles,
       [&] {
-        return State{LogitTile(p), GradientParts(p.format, width, kTokens), Buffer(width * kRows * sizeof(float)),
-                     Buffer(width * stride * sizeof(float))};
+        return State{LogitTile(p), LeftParts(p.format, p.format.parts, width, kTokens),
+                     Buffer(width * kRows * sizeof(float)), Buffer(width * stride * sizeof(float))};
       },
       [&](State& s, int64_t tile) {
         s.logits.load(tile, /*straight=*/false);
@@ -122,11 +110,11 @@ void weight_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGra
                             rowwise().transpose16(src, g.width, s.turned.units() + r, kRows);
                           }
                           for (int64_t v = 0; v < g.width; ++v)
-                            s.parts.left.fill(p.format, s.turned.floats() + v * kRows, v, block * kRows - t, kRows);
+                            s.left.fill(p.format, s.turned.floats() + v * kRows, v, block * kRows - t, kRows);
                         });
           if (!dweight) continue;
           const int64_t tokens = std::min(kTokens, (p.N - t + kRows - 1) / kRows * kRows);
-          multiply_straight(p.format, s.parts.left, s.logits.width(), hidden[t / kTokens].straight(),
+          multiply_straight(p.format, s.left, s.logits.width(), hidden[t / kTokens].straight(),
                             kTokens / p.format.per_unit(), tokens / p.format.per_unit(), cols, s.sum.floats());
         }
         const int64_t first = s.logits.first();
@@ -141,20 +129,19 @@ void weight_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGra
 
 void hidden_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGradients& grads,
                      const at::Tensor& dhidden) {
-  const int64_t cols = padded_columns(p), stride = row_stride(cols), width = p.cut.width,
-                element = p.format.dtype == Dtype::kFloat ? 4 : 2;
+  const int64_t cols = p.padded_d(), stride = row_stride(cols), width = p.cut.width, element = p.format.element_size();
   // Tokens per task: many share a packed panel of weights, few keep every thread busy. Rows never mix, so the choice
   // cannot change a result.
   const int64_t threads = at::get_num_threads(), most = kTokens / kRows;
   const int64_t blocks = std::clamp<int64_t>((rows.blocks() + threads - 1) / threads, 1, most);
   struct State {
     LogitTile logits;
-    GradientParts parts;
+    LeftParts left;
     Buffer sum;
   };
   for_tasks((rows.blocks() + blocks - 1) / blocks,
             [&] {
-              return State{LogitTile(p), GradientParts(p.format, kRows, width),
+              return State{LogitTile(p), LeftParts(p.format, p.format.parts, kRows, width),
                            Buffer(blocks * kRows * stride * sizeof(float))};
             },
             [&](State& s, int64_t task) {
@@ -167,10 +154,10 @@ void hidden_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGra
                     float* row = g.acc + r * g.ld;
                     const int64_t keep = r < g.rows ? g.cols : 0;
                     std::memset(row + keep, 0, (width - keep) * sizeof(float));
-                    s.parts.left.fill(p.format, row, r, 0, width);
+                    s.left.fill(p.format, row, r, 0, width);
                   }
-                  multiply_straight(p.format, s.parts.left, kRows, s.logits.panel().straight(),
-                                    width / p.format.per_unit(), width / p.format.per_unit(), cols,
+                  multiply_straight(p.format, s.left, kRows, s.logits.panel().straight(), width / p.format.per_unit(),
+                                    width / p.format.per_unit(), cols,
                                     s.sum.floats() + (block - first) * kRows * stride);
                 });
               }

@@ -20,11 +20,7 @@ void Coefficients::set(const Responses& r, const std::vector<Token>& tokens, int
 }
 
 ResidualProduct::ResidualProduct(const HeadProblem& p, int64_t responses)
-    : rows_(responses),
-      width_(p.cut.width),
-      part_data_((p.format.amx ? 3 : 1) * rows_ * width_ * sizeof(uint32_t) / p.format.per_unit()),
-      left_{part_data_.units(), p.format.amx ? 3 : 1, rows_ * width_ / p.format.per_unit(),
-            width_ / p.format.per_unit()} {}
+    : rows_(responses), width_(p.cut.width), left_(p.format, p.format.amx ? 3 : 1, rows_, width_) {}
 
 void ResidualProduct::add(const HeadProblem& p, const float* sums, const ColumnPanels& panel, float* out,
                           double* totals) {
@@ -37,7 +33,7 @@ void ResidualProduct::add(const HeadProblem& p, const float* sums, const ColumnP
     for (float lane : lanes) totals[b] += lane;
   }
   multiply_straight(p.format, left_, rows_, panel.straight(), width_ / p.format.per_unit(),
-                    width_ / p.format.per_unit(), p.depth.padded() * p.format.per_unit(), out);
+                    width_ / p.format.per_unit(), p.padded_d(), out);
 }
 
 float* SlabFeatures::clear(int64_t slab) const {

@@ -29,6 +29,27 @@ void for_segments(const Responses& r, int64_t t_begin, int64_t t_end, const F& f
   }
 }
 
+constexpr int64_t kResponses = 256;  // in a group, at most: their rows of R share the cache with a panel
+
+// Calls f(group) for up to `size` consecutive responses at a time, those without tokens left out; stops, and returns
+// false, when f does.
+template <typename F>
+bool for_groups(const int64_t* cu, int64_t B, const double* weight, int64_t size, const F& f) {
+  for (int64_t b = 0; b < B; b += size) {
+    const Responses group{cu, weight, b, std::min(b + size, B)};
+    if (group.token_end() > group.token_begin() && !f(group)) return false;
+  }
+  return true;
+}
+
+// Where in a tile of R [response][width] each of the tokens t_begin..t_end adds up.
+inline void point_to_responses(const Responses& r, int64_t t_begin, int64_t t_end, float* residual, int64_t width,
+                               float** out) {
+  for_segments(r, t_begin, t_end, [&](int64_t b, int64_t t0, int64_t t1) {
+    std::fill(out + (t0 - t_begin), out + (t1 - t_begin), residual + (b - r.first) * width);
+  });
+}
+
 // What a token's exponentials exp(u - ref) are multiplied by, ref being its lse as a float.
 struct Coefficients {
   explicit Coefficients(int64_t N) : ref(N), value(N) {}
@@ -45,7 +66,6 @@ class ResidualProduct {
 
  private:
   int64_t rows_, width_;
-  Buffer part_data_;
   LeftParts left_;
 };
 
@@ -53,7 +73,7 @@ class ResidualProduct {
 class SlabFeatures {
  public:
   SlabFeatures(const HeadProblem& p, const Responses& r)
-      : row_stride_(row_stride(p.depth.padded() * p.format.per_unit())),
+      : row_stride_(row_stride(p.padded_d())),
         slab_units_(r.padded() * row_stride_),
         rows_(r.padded()),
         data_(p.cut.slabs * slab_units_ * sizeof(float)),

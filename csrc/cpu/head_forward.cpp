@@ -27,7 +27,6 @@ namespace {
 constexpr double kLseSlack = 4e-6;
 constexpr double kLseBelief =
     0.5;  // beyond this the sums themselves may have overflowed: the given lse is not of this head
-constexpr int64_t kResponses = 256;  // per feature pass: their rows of R share the cache with a panel
 
 Tile rows_of(const Tile& t, int64_t begin, int64_t end) {
   return {t.acc + begin * t.ld, t.ld, static_cast<int>(end - begin), t.cols, t.width};
@@ -46,24 +45,7 @@ void statistics_pass(const HeadProblem& p, const RowPanels& rows, const TokenSta
   for_tasks(
       p.cut.slabs, [&] { return State{LogitTile(p), RunningSums(p.N)}; },
       [&](State& s, int64_t slab) {
-        const int64_t first_tile = p.cut.slab_begin(slab);
-        StatsJob pending;
-        for (int64_t tile = first_tile; tile < p.cut.slab_begin(slab + 1); ++tile) {
-          s.logits.load(tile, /*straight=*/false);
-          for (int64_t b = 0; b < rows.blocks(); ++b) {
-            const int64_t t = rows.first(b);
-            rowwise().stats(pending, {}, s.logits.start(rows, b));
-            pending = {.tile = s.logits.finish(/*want_slope=*/false, target_acc.data()),
-                       .alpha = p.alpha,
-                       .first = tile == first_tile,
-                       .ref = partials.ref(slab, t),
-                       .sum = s.sums.sum(t),
-                       .sum_x = s.sums.sum_x(t)};
-            if (scales) pending.tile_ref = scales->ref(tile, t), pending.tile_top = scales->top(tile, t);
-          }
-        }
-        rowwise().stats(pending, {}, {});
-        s.sums.fold(partials, slab, 0, p.N, 0);
+        slab_statistics(p, rows, slab, s.logits, s.sums, partials, target_acc.data(), scales, KeepNothing{});
       });
   merge_slabs(p, partials, target_acc, 0, p.N, stats, tokens);
 }
@@ -112,10 +94,7 @@ SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Res
             pending.slope = s.logits.slope() ? s.logits.slope() + (begin - first) * whole.ld : nullptr;
             pending.ref = coef.ref.data() + begin;
             std::copy_n(coef.value.data() + begin, end - begin, pending.coef);
-            for_segments(r, begin, end, [&](int64_t b, int64_t t0, int64_t t1) {
-              std::fill(pending.out + (t0 - begin), pending.out + (t1 - begin),
-                        s.residual.floats() + (b - r.first) * width);
-            });
+            point_to_responses(r, begin, end, s.residual.floats(), width, pending.out);
             if (collect) {
               pending.first = tile == first_tile;
               pending.sum = s.sums.sum(begin), pending.sum_x = s.sums.sum_x(begin);
@@ -222,13 +201,7 @@ std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, c
     return {features, stats};
   }
   const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
-  const auto each_group = [&](auto&& f) {
-    for (int64_t b = 0; b < B; b += kResponses) {
-      const Responses group{cu, weight.data(), b, std::min(b + kResponses, B)};
-      if (group.token_end() > group.token_begin() && !f(group)) return false;
-    }
-    return true;
-  };
+  const auto each_group = [&](auto&& f) { return for_groups(cu, B, weight.data(), kResponses, f); };
   if (lse && covered && each_group([&](const Responses& r) {
         return believing_features(p, rows, r, lse->const_data_ptr<float>(), stats, tokens, out);
       })) {

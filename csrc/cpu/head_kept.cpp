@@ -16,32 +16,20 @@ namespace {
 
 constexpr double kShareOfLogits = 0.044;  // of N V fp32 numbers: what this plan allocates if the caller sets no limit
 constexpr int64_t kGroupShare = 4;        // of that, one part in so many for R
-constexpr int64_t kResponses = 256;
 
 // Two products stream W twice. Tokens for which each further streaming of it must spare a second product: what
 // streaming and packing an entry of W costs over what a product of it with a token does, less keeping that. Fewer for
 // fp16 and fp32, which do more products per byte.
 int64_t least_tokens_per_stream(const Format& format) { return format.parts == 1 ? 150 : 110; }
 
-int64_t padded_vocabulary(const HeadProblem& p) { return p.cut.tiles * p.cut.width; }
-
 // Responses whose R fits: at least one product's worth of rows.
 int64_t group_size(const HeadProblem& p, int64_t limit) {
-  const int64_t rows = limit / kGroupShare / (padded_vocabulary(p) * static_cast<int64_t>(sizeof(float))) / 16 * 16;
+  const int64_t rows = limit / kGroupShare / (p.cut.padded() * static_cast<int64_t>(sizeof(float))) / 16 * 16;
   return std::clamp<int64_t>(rows, 16, kResponses);
 }
 
 int64_t allowed_bytes(const HeadProblem& p, int64_t workspace_bytes) {
   return workspace_bytes > 0 ? workspace_bytes : static_cast<int64_t>(kShareOfLogits * p.N * p.V * sizeof(float));
-}
-
-// Calls f(group) for consecutive responses, as many at a time as may have rows of R at once.
-template <typename F>
-void for_groups(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, int64_t size, const F& f) {
-  for (int64_t b = 0; b < B; b += size) {
-    const Responses group{cu, weight, b, std::min(b + size, B)};
-    if (group.token_end() > group.token_begin()) f(group);
-  }
 }
 
 // `tokens` in equal blocks of at most `most`, whole AMX tiles each.
@@ -58,14 +46,16 @@ KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t w
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), p.cut.slabs), unit = sizeof(float);
   const int64_t row_units = p.depth.padded() * p.format.parts;
   const int64_t fixed = threads * (p.cut.width * row_units + 2 * kRows * row_stride(p.cut.width)) * unit +
-                        std::min(group, (B + 15) / 16 * 16) * padded_vocabulary(p) * unit;
-  const int64_t per_token = padded_vocabulary(p) * 2 + p.cut.tiles * 2 * unit + row_units * unit +
-                            p.cut.slabs * 3 * unit + threads * 2 * kLanes * unit;
+                        std::min(group, (B + 15) / 16 * 16) * p.cut.padded() * unit;
+  const int64_t per_token = p.cut.padded() * 2 + p.cut.tiles * 2 * unit + row_units * unit + p.cut.slabs * 3 * unit +
+                            threads * 2 * kLanes * unit;
   const int64_t most = (limit - fixed) / per_token / kRowStep * kRowStep;
   if (most <= 0) return {};
   int64_t streams = 0;
-  for_groups(p, cu, B, nullptr, group,
-             [&](const Responses& r) { streams += (r.token_end() - r.token_begin() + most - 1) / most + 1; });
+  for_groups(cu, B, nullptr, group, [&](const Responses& r) {
+    streams += (r.token_end() - r.token_begin() + most - 1) / most + 1;
+    return true;
+  });
   if (p.N < (streams - 2) * least_tokens_per_stream(p.format)) return {};
   return {most, group};
 }
@@ -91,7 +81,7 @@ class KeptPass {
         coef_(p.N),
         scales_(p.cut.tiles, block),
         kept_(p.cut.tiles * block * p.cut.width * sizeof(uint16_t)),
-        residual_(r.padded() * padded_vocabulary(p) * sizeof(float)),
+        residual_(r.padded() * p.cut.padded() * sizeof(float)),
         workers_(at::get_num_threads()) {}
 
   // Keeps the exponentials of `now` in place of the block before; their tokens' results go to `stats`.
@@ -102,33 +92,43 @@ class KeptPass {
     for_tasks(
         p_.cut.slabs, [&] { return worker(started++); },
         [&](Worker* w, int64_t slab) {
-          const RunningSums& sums = w->sums;
-          const int64_t first_tile = p_.cut.slab_begin(slab);
-          StatsJob pending;
-          for (int64_t tile = first_tile; tile < p_.cut.slab_begin(slab + 1); ++tile) {
-            clear_before_first(tile);
-            w->logits.load(tile, /*straight=*/false);
-            for (int64_t b = 0; b < rows.blocks(); ++b) {
-              const int64_t t = rows.first(b), i = t - now.begin;
-              rowwise().stats(pending, sum_of_kept(tile, b), w->logits.start(rows, b));
-              pending = {.tile = w->logits.finish(/*want_slope=*/false, target_acc_.data()),
-                         .alpha = p_.alpha,
-                         .first = tile == first_tile,
-                         .ref = partials.ref(slab, t),
-                         .sum = sums.sum(i),
-                         .sum_x = sums.sum_x(i),
-                         .tile_ref = scales_.ref(tile, i),
-                         .tile_top = scales_.top(tile, i),
-                         .kept = kept(tile, i)};
-            }
-            add_kept(tile, rows.blocks());
-          }
-          rowwise().stats(pending, {}, {});
-          sums.fold(partials, slab, now.begin, now.end, now.begin);
+          slab_statistics(p_, rows, slab, w->logits, w->sums, partials, target_acc_.data(), &scales_, *this);
         });
     merge_slabs(p_, partials, target_acc_, now.begin, now.end, stats, tokens_.data());
     coef_.set(r_, tokens_, now.begin, now.end);
     last_ = now;
+  }
+
+  // The keeper's part in slab_statistics.
+
+  // R starts from zero when the first block's numbers are about to be added.
+  void open(int64_t tile) const {
+    if (last_.begin == r_.token_begin()) std::memset(residual(tile), 0, r_.padded() * p_.cut.width * sizeof(float));
+  }
+
+  // What a tile of R gets from a block of the tokens kept last.
+  KeptJob before(int64_t tile, int64_t block) const {
+    KeptJob job;
+    const int64_t begin = std::min(last_.begin + block * kRows, last_.end), end = std::min(begin + kRows, last_.end),
+                  i = begin - last_.begin;
+    if (begin == end) return job;
+    job.kept = kept(tile, i);
+    job.rows = static_cast<int>(end - begin);
+    job.width = static_cast<int>(p_.cut.whole_units(tile, p_.V));
+    float unit[kRows];
+    rowwise().kept_scales(job.rows, scales_.ref(tile, i), scales_.top(tile, i), coef_.ref.data() + begin,
+                          coef_.value.data() + begin, unit, job.coef);
+    point_to_responses(r_, begin, end, residual(tile), p_.cut.width, job.out);
+    return job;
+  }
+
+  Kept kept(int64_t tile, int64_t i) const {
+    return {kept_.halves() + (tile * block_ + i) * p_.cut.width, p_.cut.width};
+  }
+
+  // The same for the blocks from `block` on, with no product to go along.
+  void close(int64_t tile, int64_t block) const {
+    for (; block * kRows < last_.size(); ++block) rowwise().stats({}, before(tile, block), {});
   }
 
   // R W, after the last block, whose memory goes first: the slabs' features take its place.
@@ -136,8 +136,8 @@ class KeptPass {
     for_tasks(
         p_.cut.tiles, [] { return 0; },
         [&](int, int64_t tile) {
-          clear_before_first(tile);
-          add_kept(tile, 0);
+          open(tile);
+          close(tile, 0);
         });
     workers_.clear();
     kept_ = Buffer();
@@ -171,38 +171,7 @@ class KeptPass {
     return workers_[i].get();
   }
 
-  Kept kept(int64_t tile, int64_t i) const {
-    return {kept_.halves() + (tile * block_ + i) * p_.cut.width, p_.cut.width};
-  }
   float* residual(int64_t tile) const { return residual_.floats() + tile * r_.padded() * p_.cut.width; }
-
-  // R starts from zero when the first block's numbers are about to be added.
-  void clear_before_first(int64_t tile) const {
-    if (last_.begin == r_.token_begin()) std::memset(residual(tile), 0, r_.padded() * p_.cut.width * sizeof(float));
-  }
-
-  // What a tile of R gets from a block of the tokens kept last.
-  KeptJob sum_of_kept(int64_t tile, int64_t block) const {
-    KeptJob job;
-    const int64_t begin = std::min(last_.begin + block * kRows, last_.end), end = std::min(begin + kRows, last_.end),
-                  i = begin - last_.begin;
-    if (begin == end) return job;
-    job.kept = kept(tile, i);
-    job.rows = static_cast<int>(end - begin);
-    job.width = static_cast<int>((p_.cut.cols(tile, p_.V) + kUnit - 1) / kUnit * kUnit);
-    float unit[kRows];
-    rowwise().kept_scales(job.rows, scales_.ref(tile, i), scales_.top(tile, i), coef_.ref.data() + begin,
-                          coef_.value.data() + begin, unit, job.coef);
-    for_segments(r_, begin, end, [&](int64_t b, int64_t t0, int64_t t1) {
-      std::fill(job.out + (t0 - begin), job.out + (t1 - begin), residual(tile) + (b - r_.first) * p_.cut.width);
-    });
-    return job;
-  }
-
-  // The blocks from `block` on.
-  void add_kept(int64_t tile, int64_t block) const {
-    for (; block * kRows < last_.size(); ++block) rowwise().stats({}, sum_of_kept(tile, block), {});
-  }
 
   const HeadProblem& p_;
   const Responses& r_;
@@ -222,12 +191,13 @@ class KeptPass {
 void kept_features(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const KeptPlan& plan,
                    const TokenStats& stats, std::vector<Token>& tokens, float* features) {
   std::vector<float> target_acc(p.N, 0.0f);
-  for_groups(p, cu, B, weight, plan.responses, [&](const Responses& r) {
+  for_groups(cu, B, weight, plan.responses, [&](const Responses& r) {
     const int64_t block = even_block(r.token_end() - r.token_begin(), plan.tokens);
     KeptPass pass(p, r, block, target_acc, tokens);
     for (int64_t t = r.token_begin(); t < r.token_end(); t += block)
       pass.statistics({t, std::min(t + block, r.token_end())}, stats);
     finish_features(p, r, tokens, pass.product(), features);
+    return true;
   });
 }
 

@@ -57,6 +57,45 @@ class TileScales {
   Buffer data_;
 };
 
+// One slab's statistics of the tokens in `rows`, the first of them the first of `sums`, `partials` and `scales` (which
+// may be null). Keeper says what becomes of the exponentials: open(tile) before a tile's products, before(tile, block)
+// what to add up of what is kept where this block will be, kept(tile, i) where token i's go, close(tile, blocks) after
+// them.
+template <typename Keeper>
+void slab_statistics(const HeadProblem& p, const RowPanels& rows, int64_t slab, LogitTile& logits,
+                     const RunningSums& sums, const Partials& partials, float* target_acc, const TileScales* scales,
+                     const Keeper& keeper) {
+  const int64_t first_tile = p.cut.slab_begin(slab), begin = rows.first(0);
+  StatsJob pending;
+  for (int64_t tile = first_tile; tile < p.cut.slab_begin(slab + 1); ++tile) {
+    keeper.open(tile);
+    logits.load(tile, /*straight=*/false);
+    for (int64_t b = 0; b < rows.blocks(); ++b) {
+      const int64_t t = rows.first(b), i = t - begin;
+      rowwise().stats(pending, keeper.before(tile, b), logits.start(rows, b));
+      pending = {.tile = logits.finish(/*want_slope=*/false, target_acc),
+                 .alpha = p.alpha,
+                 .first = tile == first_tile,
+                 .ref = partials.ref(slab, t),
+                 .sum = sums.sum(i),
+                 .sum_x = sums.sum_x(i),
+                 .tile_ref = scales ? scales->ref(tile, i) : nullptr,
+                 .tile_top = scales ? scales->top(tile, i) : nullptr,
+                 .kept = keeper.kept(tile, i)};
+    }
+    keeper.close(tile, rows.blocks());
+  }
+  rowwise().stats(pending, {}, {});
+  sums.fold(partials, slab, begin, begin + rows.count(), begin);
+}
+
+struct KeepNothing {
+  void open(int64_t) const {}
+  KeptJob before(int64_t, int64_t) const { return {}; }
+  Kept kept(int64_t, int64_t) const { return {}; }
+  void close(int64_t, int64_t) const {}
+};
+
 TokenStats empty_stats(int64_t N);
 
 // Sums of all slabs -> results of tokens begin..end. `tokens` may be null.

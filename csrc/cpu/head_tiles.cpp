@@ -39,7 +39,7 @@ HeadProblem::HeadProblem(const at::Tensor& hidden_, const Head& head, const at::
   alpha = map.alpha;
   if (head.bias || cap > 0 || map.alpha <= 0) {
     alpha = 1.0f;
-    bias.assign(cut.tiles * cut.width, 0.0f);
+    bias.assign(cut.padded(), 0.0f);
     raw_bias.assign(V, 0.0);
     if (head.bias) {
       const at::Tensor b = head.bias->to(at::kDouble).contiguous();
@@ -76,7 +76,7 @@ void LogitTile::load(int64_t tile, bool straight) {
   panel_.pack(problem_.weight, first_, /*transposed=*/true, straight);
   tile_.ld = row_stride(problem_.cut.width);
   tile_.cols = static_cast<int>(problem_.cut.cols(tile, problem_.V));
-  tile_.width = (tile_.cols + kUnit - 1) / kUnit * kUnit;
+  tile_.width = static_cast<int>(problem_.cut.whole_units(tile, problem_.V));
 }
 
 void LogitTile::straighten() { panel_.pack(problem_.weight, first_, /*transposed=*/false, /*straight=*/true); }

@@ -14,6 +14,8 @@ struct VocabCut {
   int64_t width, tiles, slabs;
   int64_t slab_begin(int64_t s) const { return s * tiles / slabs; }
   int64_t cols(int64_t tile, int64_t V) const { return std::min(width, V - tile * width); }
+  int64_t whole_units(int64_t tile, int64_t V) const { return (cols(tile, V) + kUnit - 1) / kUnit * kUnit; }
+  int64_t padded() const { return tiles * width; }
 };
 
 // One call's head and tokens.
@@ -32,6 +34,7 @@ struct HeadProblem {
   double scale, temperature, cap;
   std::vector<double> raw_bias;
 
+  int64_t padded_d() const { return depth.padded() * format.per_unit(); }
   // u of a raw product, and d z / d raw product without the scale.
   double logit(double acc, int64_t v) const;
   double cap_slope(double acc, int64_t v) const;

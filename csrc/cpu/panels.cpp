@@ -21,8 +21,6 @@ constexpr int64_t kLine = 16;  // 32-bit units per cache line
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-size_t element_size(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
-
 // One row of the caller's matrix as parts, zero beyond its columns; part p starts at dst + p * part_units.
 void convert_row(const Format& format, const char* src, int64_t n, int64_t padded_units, int64_t part_units,
                  uint32_t* dst) {
@@ -99,7 +97,7 @@ RowPanels::RowPanels(const MatrixView& m, const Format& format, const Depth& dep
         uint32_t* dst = data_.units() + i * block_units_ + c * format.parts * part_units + r * depth.stride;
         const int64_t col = c * depth.units * format.per_unit();
         const int64_t n = row < end ? std::clamp<int64_t>(m.cols - col, 0, depth.units * format.per_unit()) : 0;
-        const char* src = n ? m.row(row) + col * element_size(format.dtype) : nullptr;
+        const char* src = n ? m.row(row) + col * format.element_size() : nullptr;
         convert_row(format, src, n, depth.units, part_units, dst);
       }
     }
@@ -204,7 +202,7 @@ void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, c
                           .steps = depth_units / 16,
                           .a_parts = a.parts,
                           .b_parts = format.parts,
-                          .a = a.data,
+                          .a = a.data.units(),
                           .a_part = a.part_units,
                           .a_stride = a.stride,
                           .b = b + c,
@@ -219,19 +217,26 @@ void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, c
     }
     for (int64_t r = 0; r < rows; r += kRows) {
       blas::brgemm(std::min<int64_t>(kRows, rows - r), n, depth_units, a.stride, stride, stride, /*add_C=*/true,
-                   reinterpret_cast<const float*>(a.data) + r * a.stride, reinterpret_cast<const float*>(b) + c,
-                   out + r * stride + c, /*is_vnni=*/false);
+                   a.data.floats() + r * a.stride, reinterpret_cast<const float*>(b) + c, out + r * stride + c,
+                   /*is_vnni=*/false);
     }
   }
 }
 
+LeftParts::LeftParts(const Format& format, int parts_, int64_t rows, int64_t cols)
+    : data(parts_ * rows * cols / format.per_unit() * sizeof(uint32_t)),
+      parts(parts_),
+      part_units(rows * cols / format.per_unit()),
+      stride(cols / format.per_unit()) {}
+
 void LeftParts::fill(const Format& format, const float* src, int64_t row, int64_t col, int64_t n) const {
   if (!format.amx) {
-    std::memcpy(data + row * stride + col, src, n * sizeof(float));
+    std::memcpy(data.floats() + row * stride + col, src, n * sizeof(float));
     return;
   }
   uint16_t* dst[3];
-  for (int p = 0; p < parts; ++p) dst[p] = reinterpret_cast<uint16_t*>(data + p * part_units + row * stride) + col;
+  for (int p = 0; p < parts; ++p)
+    dst[p] = reinterpret_cast<uint16_t*>(data.units() + p * part_units + row * stride) + col;
   rowwise().split(src, Dtype::kFloat, n, parts, dst);
 }
 

@@ -25,6 +25,7 @@ struct Format {
   int parts;
   Dtype dtype;
   int64_t per_unit() const { return amx ? 2 : 1; }
+  int64_t element_size() const { return dtype == Dtype::kFloat ? 4 : 2; }
 };
 
 Format choose_format(at::ScalarType dtype);
@@ -79,6 +80,7 @@ class RowPanels {
   RowPanels(const MatrixView& m, const Format& format, const Depth& depth, int64_t first, int64_t count);
   const uint32_t* block(int64_t i) const { return data_.units() + i * block_units_; }
   int64_t blocks() const { return blocks_; }
+  int64_t count() const { return count_; }
   int64_t first(int64_t block) const { return first_ + block * kRows; }
   int64_t rows(int64_t block) const { return std::min(kRows, count_ - block * kRows); }
 
@@ -117,7 +119,8 @@ TileProduct multiply_rows(const Format& format, const Depth& depth, const uint32
 
 // A left operand computed in fp32, as `parts` parts: row r of part p at data + p * part_units + r * stride.
 struct LeftParts {
-  uint32_t* data;
+  LeftParts(const Format& format, int parts, int64_t rows, int64_t cols);
+  Buffer data;
   int parts;
   int64_t part_units, stride;
   void fill(const Format& format, const float* src, int64_t row, int64_t col, int64_t n) const;

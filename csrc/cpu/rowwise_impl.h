@@ -3,7 +3,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 
 #include "rowwise.h"
 #include "simd.h"
@@ -39,6 +38,25 @@ float lane_sum(const float* lanes) { return sum(load(lanes)); }
 
 // The jobs below as work that a product can be interrupted for: kUnit columns of a row per step, row after row.
 
+// The position in a job's rows.
+class Walk {
+ public:
+  Walk(int rows, int width) : width_(width), left_(static_cast<int64_t>(rows) * (width / kUnit)) {}
+  int64_t left() const { return left_; }
+  int row() const { return row_; }
+  int col() const { return col_; }
+  bool ends_row() const { return col_ + kUnit == width_; }
+  void next() {
+    --left_;
+    row_ += ends_row();
+    col_ = ends_row() ? 0 : col_ + kUnit;
+  }
+
+ private:
+  int width_, row_ = 0, col_ = 0;
+  int64_t left_;
+};
+
 // A later entry may exceed ref by this much before the sums are moved: little enough that the entropy keeps its digits.
 constexpr float kHeadroom = 16.0f;
 
@@ -60,44 +78,38 @@ template <bool kKeep>
 class StatsWork {
  public:
   explicit StatsWork(const StatsJob& job)
-      : job_(job),
-        half_alpha_(0.5f * job.alpha),
-        left_((job.tile.rows + (kKeep && job.tile.rows > 0)) * (job.tile.width / kUnit)) {}
-  int64_t left() const { return left_; }
+      : job_(job), half_alpha_(0.5f * job.alpha), at_(job.tile.rows + (kKeep && job.tile.rows > 0), job.tile.width) {}
+  int64_t left() const { return at_.left(); }
 
   void step() {
-    const bool summing = !kKeep || row_ < job_.tile.rows;
+    const bool summing = !kKeep || at_.row() < job_.tile.rows;
     if (summing) {
-      if (col_ == 0) begin_row();
-      add(col_);
+      if (at_.col() == 0) begin_row();
+      add(at_.col());
     }
     if constexpr (kKeep) {
-      if (row_ > 0) keep(row_ - 1, col_);
+      if (at_.row() > 0) keep(at_.row() - 1, at_.col());
     }
-    --left_;
-    col_ += kUnit;
-    if (col_ < job_.tile.width) return;
-    if (summing) end_row();
-    col_ = 0;
-    ++row_;
+    if (summing && at_.ends_row()) end_row();
+    at_.next();
   }
 
  private:
-  const float* acc() const { return job_.tile.acc + row_ * job_.tile.ld; }
+  const float* acc() const { return job_.tile.acc + at_.row() * job_.tile.ld; }
 
   void begin_row() {
     s0_ = x0_ = f32x16{};
     if (job_.first) {
-      job_.ref[row_] = job_.alpha * row_max(acc(), job_.tile.width);
+      job_.ref[at_.row()] = job_.alpha * row_max(acc(), job_.tile.width);
     } else {
-      s0_ = load(job_.sum + row_ * kLanes);
-      x0_ = load(job_.sum_x + row_ * kLanes);
+      s0_ = load(job_.sum + at_.row() * kLanes);
+      x0_ = load(job_.sum_x + at_.row() * kLanes);
     }
     start_sums();
   }
 
   void start_sums() {
-    half_ref_ = 0.5f * job_.ref[row_];
+    half_ref_ = 0.5f * job_.ref[at_.row()];
     s_ = s0_;
     sy_ = f32x16{};
     most_ = splat(0.5f * kExpMin);
@@ -110,7 +122,7 @@ class StatsWork {
       const f32x16 y = max(load(row + c) * half_alpha_ - half_ref_, splat(0.5f * kExpMin));
       most = max(most, y);
       const f32x16 h = exp_in_range(y);
-      if constexpr (kKeep) store(halves_[row_ % 2] + col + c, h);
+      if constexpr (kKeep) store(halves_[at_.row() % 2] + col + c, h);
       const f32x16 e = h * h;
       s += e;
       sy += e * y;
@@ -120,21 +132,21 @@ class StatsWork {
 
   void end_row() {
     while (__builtin_expect(any_above(most_, 0.5f * kHeadroom), 0)) {
-      const float before = job_.ref[row_];
-      job_.ref[row_] = job_.alpha * row_max(acc(), job_.tile.width);
-      const f32x16 up = splat(job_.ref[row_] - before);
+      const float before = job_.ref[at_.row()];
+      job_.ref[at_.row()] = job_.alpha * row_max(acc(), job_.tile.width);
+      const f32x16 up = splat(job_.ref[at_.row()] - before);
       const f32x16 f = exp(-up);
       x0_ = (x0_ - up * s0_) * f;
       s0_ *= f;
       start_sums();
       for (int c = 0; c < job_.tile.width; c += kUnit) add(c);
     }
-    store(job_.sum + row_ * kLanes, s_);
-    store(job_.sum_x + row_ * kLanes, x0_ + 2.0f * sy_);
+    store(job_.sum + at_.row() * kLanes, s_);
+    store(job_.sum_x + at_.row() * kLanes, x0_ + 2.0f * sy_);
     if (!job_.tile_top) return;
     const float top = max_lane(most_);
-    job_.tile_ref[row_] = job_.ref[row_];
-    job_.tile_top[row_] = top;
+    job_.tile_ref[at_.row()] = job_.ref[at_.row()];
+    job_.tile_top[at_.row()] = top;
     if constexpr (kKeep) unit_ = unit_of(splat(top));
   }
 
@@ -146,36 +158,15 @@ class StatsWork {
 
   const StatsJob& job_;
   const float half_alpha_;
-  int64_t left_;
-  int row_ = 0, col_ = 0;
+  Walk at_;
   float half_ref_ = 0;
-  f32x16 s0_, x0_, s_, sy_, most_, unit_;
+  f32x16 s0_{}, x0_{}, s_{}, sy_{}, most_{}, unit_{};
   alignas(64) float halves_[2][kKeep ? kMaxWidth : 1];
 };
 
 // Square of a kept number, times its row's coefficient, onto the column sums: one function, so that plans agree to the
 // bit.
 inline f32x16 add_square(f32x16 total, f32x16 q, f32x16 coef) { return total + coef * (q * q); }
-
-// Rows of a job with `tile` columns, and the position in them.
-class Walk {
- public:
-  Walk(int rows, int width) : width_(width), left_(static_cast<int64_t>(rows) * (width / kUnit)) {}
-  int64_t left() const { return left_; }
-  int row() const { return row_; }
-  int col() const { return col_; }
-  void next() {
-    --left_;
-    col_ += kUnit;
-    if (col_ < width_) return;
-    col_ = 0;
-    ++row_;
-  }
-
- private:
-  int width_, row_ = 0, col_ = 0;
-  int64_t left_;
-};
 
 class KeptWork {
  public:
@@ -233,7 +224,7 @@ class ResidualWork {
         if (slope) e *= load(slope + c);
         store(out + c, load(out + c) + k * e);
       }
-      if (kKind == Exponentials::kSummed && at_.col() + kUnit == job_.tile.width) {
+      if (kKind == Exponentials::kSummed && at_.ends_row()) {
         store(job_.sum + r * kLanes, s_);
         store(job_.sum_x + r * kLanes, x_);
       }
@@ -245,7 +236,7 @@ class ResidualWork {
   const ResidualJob& job_;
   Walk at_;
   const float half_alpha_;
-  f32x16 s_, x_;
+  f32x16 s_{}, x_{};
 };
 
 class GradientWork {

@@ -14,12 +14,6 @@
 namespace g2rl {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr bool kWide = true;  // a vector is one register of 32
-#else
-constexpr bool kWide = false;
-#endif
-
 using f32x16 = float __attribute__((vector_size(64)));
 using i32x16 = int32_t __attribute__((vector_size(64)));
 using u32x16 = uint32_t __attribute__((vector_size(64)));
