@@ -1,0 +1,128 @@
+// Kernels of the head: log-probabilities, entropy and features, forward and backward. MATH.md has the formulas.
+//
+// Symbols: N tokens, d hidden, V vocabulary, B responses, y targets. z = W h + b raw logits; u = scale * z, or
+// scale * tanh(inner_scale * z) under a soft cap; slope = dz/dz_raw of the cap, 1 without one. Exponents are kept in
+// units of log 2: t = u / ln 2.
+//
+// All pointers are memory of the current device. Rows of hidden and weight have unit stride. Every function launches on
+// `stream` and returns 0 or CUDA's error code; none allocates or waits.
+#pragma once
+
+#include "platform.h"
+
+namespace g2rl::cuda {
+
+enum class Dtype : int { bf16, fp16, fp32 };
+
+struct Head {
+  const void* weight;       // [V, d]
+  const void* bias;         // [V], or null
+  int64_t stride;           // elements from one row of weight to the next
+  int V, d;                 //
+  Dtype dtype, bias_dtype;  // dtype: of weight and hidden
+  float inner_scale, scale;
+  bool softcap;
+};
+
+struct Tokens {
+  const void* hidden;  // [N, d]
+  const int64_t* targets;
+  int64_t stride;  // elements from one row of hidden to the next
+  int N;
+};
+
+// Response b owns tokens cu_seqlens[b] to cu_seqlens[b + 1].
+struct Responses {
+  const int* cu_seqlens;  // [B + 1]
+  int B;
+};
+
+// Sums over the vocabulary that leave the target out, for each token in `splits` parts: planes [4, splits, N] of
+//   m = max t_v,  S = sum 2^(t_v - m),  X = sum 2^(t_v - m) (t_v - m)  over v != y;  z_y, 0 in parts without y.
+// A part in which nothing is left has m <= kNoMaximum and S = X = 0.
+struct Partials {
+  float* planes;
+  int splits;
+};
+constexpr float kNoMaximum = -1e29f;
+// Stands for a logit that is left out: 2^(kMasked - m) = 0 for every m, and 0 * (kMasked - m) is no NaN.
+constexpr float kMasked = -1e30f;
+
+// What features need to know of each token, fp32 [N] each. S is 1 where a given lse that served as shift was exact.
+struct Terms {
+  float* shift;   // of exponents, in units of log 2
+  float* weight;  // a / S, of the others' 2^(t - shift)
+  float* target;  // a slope_y S_rest / S, what the target's residual adds
+  float* S;
+};
+
+// Raw logits of a chunk of tokens, [rows, stride] fp32, with room for whole tiles: `kept_shape`. Null: none are kept.
+struct Kept {
+  float* logits;
+  int64_t stride;
+};
+
+// Gradients of raw logits for columns v_start to v_end, [N, stride] each in the head's dtype.
+struct Strip {
+  void* G;       // rows scaled by row 5 of `rows_in` where `even` is not null
+  void* G_even;  // all scaled by *even_scale; null but for fp16
+  const float* even_scale;
+  int64_t stride;
+  int v_start, v_end;
+};
+
+// ---- kernels with a product over d, for each generation of tensor cores
+// ----------------------------------------------
+//
+// sm90: TMA and wgmma; 16-bit inputs whose rows are aligned to 16 bytes (`sm90::serves`).
+// sm80: mma.sync for 16-bit inputs, FMA for fp32; any stride, any alignment.
+
+#define G2RL_HEAD_KERNELS                                                                                              \
+  /* Parts of the vocabulary in Partials; fixed by V, so that a token's sums do not depend on its batch. */            \
+  int splits(int V);                                                                                                   \
+  /* Rows and columns of memory for the logits of `rows` tokens. */                                                    \
+  int64_t kept_rows(int rows);                                                                                         \
+  int64_t kept_columns(int V);                                                                                         \
+  int statistics(const Head&, const Tokens&, const Partials&, const Kept&, Stream);                                    \
+  /* R[b, v] = sum over tokens t of b of: target_t at v = y_t, else -weight_t slope_tv 2^(t_tv - shift_t); [B, V]. */  \
+  int residuals(const Head&, const Tokens&, const Responses&, const Terms&, float* R, Stream);                         \
+  /* The same with lse (natural units) for shift, a for weight and no targets, and Partials but for m, of              \
+     `residual_splits(V)` parts. */                                                                                    \
+  int residual_splits(int V);                                                                                          \
+  int residuals_and_statistics(const Head&, const Tokens&, const Responses&, const float* lse, const float* a,         \
+                               float* R, const Partials&, Stream);                                                     \
+  /* rows_in [6, rows_stride]: lse, H, g, g', the target's gradient, row scale; see grad_logits.py for the formula. */ \
+  int grad_logits(const Head&, const Tokens&, const float* rows_in, int64_t rows_stride, const Strip&, Stream);
+
+namespace sm90 {
+bool serves(const Head&, const Tokens&);
+G2RL_HEAD_KERNELS
+}  // namespace sm90
+namespace sm80 {
+G2RL_HEAD_KERNELS
+}  // namespace sm80
+
+// ---- kernels of single tokens and responses (tokens.cu)
+// --------------------------------------------------------------
+
+// Joins parts: writes log p, entropy and lse to results [3, stride]; with token weights a [N] also `terms`, else null.
+// `lse`: the shift that the partials were made with, where one was given; else null.
+int merge(const Head&, const Partials&, int N, const float* lse, const float* a, float* results, int64_t stride,
+          const Terms&, Stream);
+// inverse[b] = 1 / sum a (0 without weight); flags[b] = 1 where a token of weight has S too far from 1 for its lse.
+int responses(const Responses&, const float* a, const float* S, const float* lse, float* inverse, int* flags, Stream);
+// R [B, V] += residuals of tokens first to last, whose logits `kept` holds; terms count from `first`.
+int add_kept(const Head&, const Kept&, const int64_t* targets, const Responses&, const Terms&, int first, int last,
+             float* R, Stream);
+// R [B, V] += target_t S_t at y_t, for responses whose flag is 0.
+int add_targets(const int64_t* targets, const Responses&, const Terms&, const int* flags, int V, float* R, Stream);
+
+// ---- features from residuals (projection.cu)
+// -------------------------------------------------------------------------
+
+// features [B, d] = logit_scale * (R * inverse) W, by way of partials [projection_splits(V), B, d].
+int projection_splits(int V);
+int project(const Head&, const float* R, const float* inverse, int B, float logit_scale, float* partials,
+            float* features, Stream);
+
+}  // namespace g2rl::cuda

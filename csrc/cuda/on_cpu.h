@@ -1,0 +1,249 @@
+// CUDA's execution model on one CPU thread, so that kernels run, and are tested, on a machine without a GPU.
+//
+// Every CUDA thread is a fibre. Fibres of a cluster's blocks run in turn and give way where CUDA threads wait for each
+// other: at barriers, exchanges between the lanes of a warp, and whatever else calls `wait_until`. Shared memory is
+// poisoned before a block starts. What the chip does beside its threads (copies into shared memory) is put off with
+// `later` until no thread can go on: as late as a chip may, so that a missing wait shows. A launch in which nothing can
+// go on ends the process with "deadlock".
+//
+// Not modelled: memory ordering and fences, divergence inside a warp (all live lanes take part in every exchange),
+// speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __restrict__
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+
+namespace on_cpu {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 128 << 10;
+constexpr size_t kSharedMemory = 232448;  // as a block has at most on sm_90
+
+struct Block {
+  unsigned index = 0, rank = 0;  // in the grid, in the cluster
+  unsigned first = 0;            // thread of the block, counted in the cluster
+  std::unique_ptr<uint8_t[]> storage;
+  uint8_t* shared = nullptr;  // aligned to 1024 bytes, as dynamic shared memory is asked to be
+};
+
+struct Thread {
+  ucontext_t context;
+  Block* block = nullptr;
+  std::function<bool()> ready;  // empty: can go on
+  bool done = false;
+  uint64_t slot = 0;                       // what it shows to other lanes
+  unsigned barriers[18] = {};              // how often it came to each named barrier; 16: its warp's, 17: the cluster's
+  std::deque<std::function<void()>> late;  // what waits for this thread's own `wait` (asynchronous products)
+};
+
+// One launch's state; the process has one launch at a time.
+struct State {
+  std::vector<Thread> threads;
+  std::vector<std::unique_ptr<char[]>> stacks;
+  std::vector<Block> blocks;
+  std::deque<std::function<void()>> pending;
+  ucontext_t scheduler;
+  std::function<void()> body;
+  unsigned now = 0, per_block = 0, grid = 0;
+};
+
+inline State& state() {
+  static State s;
+  return s;
+}
+inline Thread& self() { return state().threads[state().now]; }
+inline unsigned thread_index() { return state().now - self().block->first; }
+
+// Gives way until `ready` holds.
+inline void wait_until(std::function<bool()> ready) {
+  if (ready()) return;
+  self().ready = std::move(ready);
+  swapcontext(&self().context, &state().scheduler);
+}
+
+// Lets every other thread that can go on do so once.
+inline void give_way() {
+  bool first = true;
+  self().ready = [first]() mutable { return !std::exchange(first, false); };
+  swapcontext(&self().context, &state().scheduler);
+}
+
+inline void later(std::function<void()> action) { state().pending.push_back(std::move(action)); }
+
+// Waits until `count` threads of [first, last), or all that live, have come to this barrier as often as this one has.
+inline void barrier(int id, unsigned first, unsigned last, unsigned count) {
+  const unsigned mine = ++self().barriers[id];
+  wait_until([=] {
+    unsigned here = 0, gone = 0;
+    for (unsigned i = first; i < last; ++i) {
+      const Thread& t = state().threads[i];
+      here += t.barriers[id] >= mine;
+      gone += t.done && t.barriers[id] < mine;
+    }
+    return here + gone >= count;
+  });
+}
+
+inline void block_barrier(int id, unsigned count) {
+  const unsigned first = self().block->first;
+  barrier(id, first, first + state().per_block, count);
+}
+
+inline void warp_barrier() {
+  const unsigned first = state().now / kWarp * kWarp;
+  const unsigned last = std::min<unsigned>(first + kWarp, self().block->first + state().per_block);
+  barrier(16, first, last, last - first);
+}
+
+inline void cluster_barrier() {
+  const unsigned all = unsigned(state().threads.size());
+  barrier(17, 0, all, all);
+}
+
+// The value that `lane` of this warp shows.
+template <class T>
+T exchange(T value, unsigned lane) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  std::memcpy(&self().slot, &value, sizeof value);
+  warp_barrier();
+  const unsigned from = state().now / kWarp * kWarp + lane;
+  if (from < state().threads.size()) std::memcpy(&value, &state().threads[from].slot, sizeof value);
+  warp_barrier();
+  return value;
+}
+
+inline void entry() {
+  state().body();
+  self().done = true;
+  swapcontext(&self().context, &state().scheduler);
+}
+
+inline void start(unsigned cluster, unsigned block_size, unsigned first_block) {
+  State& s = state();
+  s.threads = std::vector<Thread>(cluster * block_size);
+  s.per_block = block_size;
+  s.blocks.resize(cluster);
+  for (unsigned r = 0; r < cluster; ++r) {
+    Block& b = s.blocks[r];
+    b.index = first_block + r, b.rank = r, b.first = r * block_size;
+    if (!b.storage) b.storage = std::make_unique<uint8_t[]>(kSharedMemory + 1024);
+    b.shared = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(b.storage.get()) + 1023) / 1024 * 1024);
+    std::memset(b.shared, 0xff, kSharedMemory);  // NaN in every floating-point format
+  }
+  while (s.stacks.size() < s.threads.size()) s.stacks.emplace_back(new char[kStack]);
+  for (unsigned i = 0; i < s.threads.size(); ++i) {
+    Thread& t = s.threads[i];
+    t.block = &s.blocks[i / block_size];
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = s.stacks[i].get();
+    t.context.uc_stack.ss_size = kStack;
+    t.context.uc_link = nullptr;
+    makecontext(&t.context, entry, 0);
+  }
+}
+
+inline void run_cluster() {
+  State& s = state();
+  for (size_t left = s.threads.size(); left > 0;) {
+    bool moved = false;
+    for (s.now = 0; s.now < s.threads.size(); ++s.now) {
+      Thread& t = s.threads[s.now];
+      if (t.done || (t.ready && !t.ready())) continue;
+      t.ready = nullptr;
+      moved = true;
+      swapcontext(&s.scheduler, &t.context);
+      left -= t.done;
+    }
+    if (moved) continue;
+    if (s.pending.empty()) {
+      std::fprintf(stderr, "deadlock: block %u, %zu threads wait for ever\n", s.blocks[0].index, left);
+      std::abort();
+    }
+    const auto action = std::move(s.pending.front());
+    s.pending.pop_front();
+    action();
+  }
+}
+
+template <class... P, class... A>
+void launch(unsigned grid, unsigned block_size, unsigned cluster, void (*kernel)(P...), const A&... arguments) {
+  State& s = state();
+  s.grid = grid;
+  s.body = [&] { kernel(arguments...); };
+  for (unsigned first = 0; first < grid; first += cluster) {
+    start(cluster, block_size, first);
+    run_cluster();
+    while (!s.pending.empty()) {  // copies that nobody waited for
+      s.pending.front()();
+      s.pending.pop_front();
+    }
+  }
+}
+
+// threadIdx and its like read as variables.
+template <unsigned (*X)()>
+struct Index {
+  struct Member {
+    operator unsigned() const { return X(); }
+  };
+  [[no_unique_address]] Member x;
+};
+inline unsigned block_index() { return self().block->index; }
+inline unsigned block_size() { return state().per_block; }
+inline unsigned grid_size() { return state().grid; }
+
+}  // namespace on_cpu
+
+inline constexpr on_cpu::Index<on_cpu::thread_index> threadIdx{};
+inline constexpr on_cpu::Index<on_cpu::block_index> blockIdx{};
+inline constexpr on_cpu::Index<on_cpu::block_size> blockDim{};
+inline constexpr on_cpu::Index<on_cpu::grid_size> gridDim{};
+
+inline void __syncthreads() { on_cpu::block_barrier(0, blockDim.x); }
+inline void __syncwarp(unsigned = ~0u) { on_cpu::warp_barrier(); }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return on_cpu::exchange(value, (on_cpu::thread_index() % on_cpu::kWarp) ^ unsigned(mask));
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return on_cpu::exchange(value, unsigned(lane) % on_cpu::kWarp);
+}
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < on_cpu::kWarp; ++lane) {
+    bits |= unsigned(on_cpu::exchange<unsigned>(predicate, lane)) << lane;
+  }
+  return bits;
+}
+inline bool __any_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) != 0; }
+template <class T>
+T __ldg(const T* at) {
+  return *at;
+}
