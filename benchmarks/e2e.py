@@ -30,8 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.tables import digits
-from benchmarks.timing import (
+from benchmarks.measuring.timing import (
     extra_memory,
     interquartile_range,
     machine,
@@ -39,6 +38,7 @@ from benchmarks.timing import (
     memory_in_use,
     release_free_memory,
 )
+from benchmarks.reporting.tables import digits
 from g2rl.config import Config, ConfigError, LogConfig, load_config
 from g2rl.rewards import judge_episodes
 from g2rl.trainer import Trainer

@@ -20,10 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.accuracy import BOUNDS
 from benchmarks.e2e import STAGES
-from benchmarks.reports import FOLDER, Report, Row, label, load, timed
-from benchmarks.tables import digits
+from benchmarks.measuring.accuracy import BOUNDS
+from benchmarks.reporting.reports import FOLDER, Report, Row, label, load, timed
+from benchmarks.reporting.tables import digits
 
 COLOURS = {"ours": "#1b7f5c", "peer": "#8a8f98", "floor": "#c9a227"}
 _STYLES = ("-", "--", "-.", ":")

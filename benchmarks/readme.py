@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.candidates import BASELINE
-from benchmarks.registry import GROUP_KIND, OPS
-from benchmarks.reports import FOLDER, Report, Row, label, load, named, timed, worst_measure
-from benchmarks.tables import ERRORS, digits, milliseconds
+from benchmarks.candidates.lineup import BASELINE
+from benchmarks.cases.registry import GROUP_KIND, OPS
+from benchmarks.reporting.reports import FOLDER, Report, Row, label, load, named, timed, worst_measure
+from benchmarks.reporting.tables import ERRORS, digits, milliseconds
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"

@@ -20,10 +20,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.accuracy import Expected, expected_groups, expected_head
-from benchmarks.candidates import Case
-from benchmarks.measure import Settings, measure
-from benchmarks.registry import (
+from benchmarks.candidates.lineup import Case
+from benchmarks.cases.registry import (
     GROUP_KIND,
     GROUP_OP,
     GROUPS,
@@ -39,9 +37,11 @@ from benchmarks.registry import (
     Shape,
     parse_shape,
 )
-from benchmarks.tables import case_table
-from benchmarks.timing import best_rate, machine, machine_line
-from benchmarks.workloads import MissingWorkload, group_workload, head_workload
+from benchmarks.cases.workloads import MissingWorkload, group_workload, head_workload
+from benchmarks.measuring.accuracy import Expected, expected_groups, expected_head
+from benchmarks.measuring.measure import Settings, measure
+from benchmarks.measuring.timing import best_rate, machine, machine_line
+from benchmarks.reporting.tables import case_table
 
 # Beyond this share of a core in use by others, readings on a CPU say more about the others.
 _BUSY_CORES = 0.2
@@ -156,7 +156,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--op", action="append", choices=list(OPS), help="repeatable; all by default")
-    parser.add_argument("--shape", action="append", help="name in registry.py, or NxBxdxV; repeatable")
+    parser.add_argument("--shape", action="append", help="name in cases/registry.py, or NxBxdxV; repeatable")
     parser.add_argument("--kind", action="append", choices=list(KINDS), help="inputs; peaked and real by default")
     parser.add_argument("--backend", action="append", help="of this project; repeatable; all by default")
     parser.add_argument("--peers", action="store_true", help="all peers, not the eager baseline alone")

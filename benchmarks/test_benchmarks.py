@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 
 from benchmarks import readme, run
-from benchmarks.accuracy import broken_bounds, errors, expected_groups, expected_head
-from benchmarks.candidates import Case, candidates
-from benchmarks.measure import Settings
+from benchmarks.candidates.lineup import Case, candidates
+from benchmarks.cases.registry import GROUP_OP, GROUPS, HEAD_OPS, OPS, Op, Shape
+from benchmarks.cases.workloads import group_workload, head_workload, lengths
+from benchmarks.measuring.accuracy import broken_bounds, errors, expected_groups, expected_head
+from benchmarks.measuring.measure import Settings
 from benchmarks.plots import draw_cases, draw_sweep
-from benchmarks.registry import GROUP_OP, GROUPS, HEAD_OPS, OPS, Op, Shape
-from benchmarks.reports import Report
-from benchmarks.workloads import group_workload, head_workload, lengths
+from benchmarks.reporting.reports import Report
 from g2rl_kernels import testing
 
 CPU = torch.device("cpu")

@@ -27,12 +27,12 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.accuracy import Expected, Results, broken_bounds, errors
-from benchmarks.candidates import FLOOR
-from benchmarks.registry import Shape, parse_shape
-from benchmarks.tables import milliseconds
-from benchmarks.timing import Run, interleave, machine, machine_line
-from benchmarks.workloads import head_workload
+from benchmarks.candidates.lineup import FLOOR
+from benchmarks.cases.registry import Shape, parse_shape
+from benchmarks.cases.workloads import head_workload
+from benchmarks.measuring.accuracy import Expected, Results, broken_bounds, errors
+from benchmarks.measuring.timing import Run, interleave, machine, machine_line
+from benchmarks.reporting.tables import milliseconds
 from g2rl_kernels.backends.triton import configs
 from g2rl_kernels.backends.triton.candidates import KERNELS, candidates
 from g2rl_kernels.backends.triton.compilation import (
@@ -393,7 +393,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="repeatable; all by default")
-    parser.add_argument("--shape", default="qwen3-1.7b-8192", help="name in registry.py, or NxBxdxV")
+    parser.add_argument("--shape", default="qwen3-1.7b-8192", help="name in cases/registry.py, or NxBxdxV")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--seconds", type=float, default=600, help="after which no other kernel is started")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row here")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.registry import OPS, Groups, Shape
-from benchmarks.timing import hardware_line, machine_line
+from benchmarks.cases.registry import OPS, Groups, Shape
+from benchmarks.measuring.timing import hardware_line, machine_line
 
-FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parent.parent / "results"
 
 Row = Mapping[str, Any]
 

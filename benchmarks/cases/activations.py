@@ -1,6 +1,6 @@
 """Hidden states of SmolLM2-135M-Instruct on responses that it sampled itself, kept outside of the repository.
 
-    python -m benchmarks.activations [RESPONSES] [TOKENS]
+    python -m benchmarks.cases.activations [RESPONSES] [TOKENS]
 
 makes them ahead of a run; a run makes what it misses.
 """
@@ -90,7 +90,7 @@ def _sample(responses: int, tokens: int) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cases.activations", description=__doc__.split("\n")[0])
     parser.add_argument("responses", type=int, nargs="?", default=16)
     parser.add_argument("tokens", type=int, nargs="?", default=88)
     arguments = parser.parse_args()

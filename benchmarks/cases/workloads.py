@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.activations import activations
-from benchmarks.registry import SMOLLM2, Groups, Shape
+from benchmarks.cases.activations import activations
+from benchmarks.cases.registry import SMOLLM2, Groups, Shape
 from g2rl_kernels import LMHead, testing
 from g2rl_kernels.testing import HeadSample
 

@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import Results
-from benchmarks.peers import PEERS, Logprobs, Peer, loaded, refusal
-from benchmarks.plain import composed_advantages, segment_means
-from benchmarks.registry import Op
-from benchmarks.workloads import GroupSample
+from benchmarks.candidates.peers import PEERS, Logprobs, Peer, loaded, refusal
+from benchmarks.candidates.plain import composed_advantages, segment_means
+from benchmarks.cases.registry import Op
+from benchmarks.cases.workloads import GroupSample
+from benchmarks.measuring.accuracy import Results
 from g2rl_kernels import Shaping, g2rl_advantages, sequence_features, token_logprobs, use_backend
 from g2rl_kernels.dispatch import BACKENDS, resolve
 from g2rl_kernels.testing import HeadSample

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.plain import eager_logprobs, per_token_features, top_k_features
-from benchmarks.timing import available_memory
-from benchmarks.workloads import GroupSample
+from benchmarks.candidates.plain import eager_logprobs, per_token_features, top_k_features
+from benchmarks.cases.workloads import GroupSample
+from benchmarks.measuring.timing import available_memory
 from g2rl_kernels.testing import HeadSample
 
 Logprobs = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]

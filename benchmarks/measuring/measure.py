@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy import Expected, broken_bounds, errors, implausible
-from benchmarks.candidates import BASELINE, FLOOR, Candidate, Case, Run, candidates
-from benchmarks.timing import Timing, extra_memory, interleave, kernel_launches
+from benchmarks.candidates.lineup import BASELINE, FLOOR, Candidate, Case, Run, candidates
+from benchmarks.measuring.accuracy import Expected, broken_bounds, errors, implausible
+from benchmarks.measuring.timing import Timing, extra_memory, interleave, kernel_launches
 from g2rl_kernels import testing
 from g2rl_kernels.testing import HeadSample
 

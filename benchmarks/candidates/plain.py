@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workloads import GroupSample
+from benchmarks.cases.workloads import GroupSample
 from g2rl_kernels.testing import HeadSample
 
 

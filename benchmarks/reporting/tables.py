@@ -8,8 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.accuracy import BOUNDS
-from benchmarks.registry import KINDS, Op
+from benchmarks.cases.registry import KINDS, Op
+from benchmarks.measuring.accuracy import BOUNDS
 
 Row = Mapping[str, Any]
 

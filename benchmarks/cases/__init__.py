@@ -1,0 +1,1 @@
+"""What is measured, as data, and the inputs it is measured on."""

@@ -1,0 +1,1 @@
+"""Time, memory and error of a candidate, and the machine they were read on."""
