@@ -45,6 +45,7 @@ from g2rl_kernels.backends.triton.compilation import (
     product_case,
 )
 from g2rl_kernels.backends.triton.configs import Chip, Tile
+from g2rl_kernels.records import Head
 from g2rl_kernels.testing import ROUNDOFF, HeadSample
 from g2rl_kernels.workspace import DEFAULT_WORKSPACE_BYTES
 
@@ -94,7 +95,7 @@ class Work:
 def work(kernel: str, sample: HeadSample) -> Work:
     """Random inputs suffice: no kernel's time depends on values."""
     from g2rl_kernels.backends.triton.grad_logits import grad_logits
-    from g2rl_kernels.backends.triton.inputs import Head
+    from g2rl_kernels.backends.triton.inputs import addressable
     from g2rl_kernels.backends.triton.merge import merge
     from g2rl_kernels.backends.triton.projection import project
     from g2rl_kernels.backends.triton.residuals import residuals, residuals_and_statistics
@@ -103,7 +104,7 @@ def work(kernel: str, sample: HeadSample) -> Work:
     hidden, weight, targets = sample.hidden, sample.head.weight, sample.targets
     cu_seqlens, a = sample.cu_seqlens, sample.token_weights
     (N, d), V, B = hidden.shape, weight.shape[0], sample.cu_seqlens.shape[0] - 1
-    head = Head.of(weight, None, 1.0, 1.0, _SOFTCAP if kernel == "grad_logits+" else 0.0)
+    head = addressable(Head(weight, None, softcap=_SOFTCAP if kernel == "grad_logits+" else 0.0))
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)

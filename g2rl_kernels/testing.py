@@ -6,7 +6,7 @@ wrong response cannot hide behind many right ones. N tokens, d hidden, V vocab, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from g2rl_kernels.backends import reference
 from g2rl_kernels.dispatch import BACKENDS, OPS, resolve, use_backend
-from g2rl_kernels.ops.head import LMHead, SequenceFeatures, TokenLogprobs
+from g2rl_kernels.ops.head import LMHead
+from g2rl_kernels.records import Gradients, Head, Responses, SequenceFeatures, TokenLogprobs
 
 # The numerics contract. Phi: relative error and 1 - cosine of each response. logp: every token must meet both.
 PHI_RELATIVE = 1e-5
@@ -102,8 +103,13 @@ class HeadSample:
 
     @property
     def options(self) -> tuple[float, float, float]:
-        """temperature, logit_scale and softcap as backends take them."""
+        """temperature, logit_scale and softcap as ops take them."""
         return float(self.head.temperature), float(self.head.logit_scale), float(self.head.softcap or 0.0)
+
+    @property
+    def record(self) -> Head:
+        """The head as backends take it."""
+        return Head(self.head.weight, self.head.bias, *self.options)
 
 
 def head_sample(
@@ -206,19 +212,9 @@ def logits_from_raw(z: Tensor, head: LMHead) -> Tensor:
 
 def oracle(sample: HeadSample) -> SequenceFeatures:
     """What `sequence_features` should return, in float64."""
-    head = sample.head
-    return SequenceFeatures(
-        *reference.sequence_features(
-            sample.hidden.double(),
-            head.weight.double(),
-            None if head.bias is None else head.bias.double(),
-            sample.targets,
-            sample.cu_seqlens,
-            sample.token_weights.double(),
-            None,
-            *sample.options,
-        )
-    )
+    head, responses = sample.record, Responses(sample.cu_seqlens, sample.token_weights.double())
+    exact = replace(head, weight=head.weight.double(), bias=None if head.bias is None else head.bias.double())
+    return reference.sequence_features(sample.hidden.double(), exact, sample.targets, responses)
 
 
 def accumulation_error(sample: HeadSample) -> Tensor:
@@ -291,14 +287,6 @@ def assert_bounds(
         check("Phi, 1 - cosine", torch.where(length > 0, 1 - cosine, 0), PHI_COSINE, "response")
     if problems:
         raise AssertionError("\n".join(problems))
-
-
-class Gradients(NamedTuple):
-    """Of hidden [N, d], weight [V, d] and bias [V]; None for what has none."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None = None
 
 
 def oracle_gradients(sample: HeadSample, grad_logps: Tensor, grad_entropy: Tensor) -> tuple[Gradients, Gradients]:

@@ -16,42 +16,69 @@ using OptionalTensor = std::optional<Tensor>;
 // Kernels read rows of adjacent elements, however far apart the rows.
 Tensor rows(const Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1 ? t : t.contiguous(); }
 
-Head make_head(const Tensor& weight, const OptionalTensor& bias, double temperature, double logit_scale,
-               double softcap) {
-  return {rows(weight), bias, temperature, logit_scale, softcap};
-}
-
 OptionalTensor floats(const OptionalTensor& t) {
   return t ? OptionalTensor(t->to(at::kFloat).contiguous()) : std::nullopt;
 }
 
-auto token_logprobs(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& targets,
-                    double temperature, double logit_scale, double softcap, int64_t workspace_bytes) {
+// Records of g2rl_kernels/records.py, read while Python's lock is held.
+
+Head head_of(const py::object& record) {
+  const auto number = [&](const char* name) { return record.attr(name).cast<double>(); };
+  return {rows(record.attr("weight").cast<Tensor>()), record.attr("bias").cast<OptionalTensor>(), number("temperature"),
+          number("logit_scale"), number("softcap")};
+}
+
+struct Responses {
+  Tensor cu_seqlens;
+  OptionalTensor token_weights, lse;
+};
+
+Responses responses_of(const py::object& record) {
+  return {record.attr("cu_seqlens").cast<Tensor>(), record.attr("token_weights").cast<OptionalTensor>(),
+          record.attr("lse").cast<OptionalTensor>()};
+}
+
+g2rl::Shaping shaping_of(const py::object& record, const std::string& normalize) {
+  const auto rule = record.attr("rule").cast<std::string>();
+  const g2rl::Rule which = rule == "scale"      ? g2rl::Rule::scale
+                           : rule == "centered" ? g2rl::Rule::centered
+                                                : g2rl::Rule::literal;
+  return {record.attr("strength").cast<double>(),
+          record.attr("clip").cast<double>(),
+          which,
+          record.attr("min_range").cast<double>(),
+          record.attr("uniform_groups").cast<std::string>() == "drop",
+          normalize == "std"};
+}
+
+auto token_logprobs(const Tensor& hidden, const py::object& head, const Tensor& targets, int64_t workspace_bytes) {
+  const Head of_kernels = head_of(head);
   py::gil_scoped_release release;
-  const TokenStats s = g2rl::token_logprobs(rows(hidden), make_head(weight, bias, temperature, logit_scale, softcap),
-                                            targets.contiguous(), workspace_bytes);
+  const TokenStats s = g2rl::token_logprobs(rows(hidden), of_kernels, targets.contiguous(), workspace_bytes);
   return std::make_tuple(s.logps, s.entropy, s.lse);
 }
 
-auto sequence_features(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& targets,
-                       const Tensor& cu_seqlens, const OptionalTensor& token_weights, const OptionalTensor& lse,
-                       double temperature, double logit_scale, double softcap, int64_t workspace_bytes) {
+auto sequence_features(const Tensor& hidden, const py::object& head, const Tensor& targets, const py::object& responses,
+                       int64_t workspace_bytes) {
+  const Head of_kernels = head_of(head);
+  const Responses r = responses_of(responses);
   py::gil_scoped_release release;
-  const auto [features, s] = g2rl::sequence_features(
-      rows(hidden), make_head(weight, bias, temperature, logit_scale, softcap), targets.contiguous(),
-      cu_seqlens.to(at::kLong).contiguous(), floats(token_weights), floats(lse), workspace_bytes);
+  const auto [features, s] =
+      g2rl::sequence_features(rows(hidden), of_kernels, targets.contiguous(), r.cu_seqlens.to(at::kLong).contiguous(),
+                              floats(r.token_weights), floats(r.lse), workspace_bytes);
   return std::make_tuple(features, s.logps, s.entropy, s.lse);
 }
 
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> logprobs_backward(
-    const Tensor& grad_logps, const Tensor& grad_entropy, const Tensor& hidden, const Tensor& weight,
-    const OptionalTensor& bias, const Tensor& targets, const Tensor& logps, const Tensor& entropy, const Tensor& lse,
-    double temperature, double logit_scale, double softcap, int64_t workspace_bytes, bool need_hidden, bool need_weight,
-    bool need_bias) {
+    const Tensor& grad_logps, const Tensor& grad_entropy, const Tensor& hidden, const py::object& head,
+    const Tensor& targets, const std::tuple<Tensor, Tensor, Tensor>& saved, const std::tuple<bool, bool, bool>& needs,
+    int64_t workspace_bytes) {
+  const Head of_kernels = head_of(head);
   py::gil_scoped_release release;
   const auto f = [](const Tensor& t) { return t.to(at::kFloat).contiguous(); };
-  const auto [dh, dw, db] = g2rl::logprobs_backward(f(grad_logps), f(grad_entropy), rows(hidden),
-                                                    make_head(weight, bias, temperature, logit_scale, softcap),
+  const auto& [logps, entropy, lse] = saved;
+  const auto& [need_hidden, need_weight, need_bias] = needs;
+  const auto [dh, dw, db] = g2rl::logprobs_backward(f(grad_logps), f(grad_entropy), rows(hidden), of_kernels,
                                                     targets.contiguous(), TokenStats{f(logps), f(entropy), f(lse)},
                                                     workspace_bytes, {need_hidden, need_weight, need_bias});
   const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
@@ -59,16 +86,11 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> logprobs_backward(
 }
 
 auto g2rl_advantages(const Tensor& features, const Tensor& rewards, const Tensor& cu_groups, int64_t m_max,
-                     const OptionalTensor& valid, double strength, double clip, const std::string& rule,
-                     double min_range, const std::string& uniform_groups, const std::string& normalize) {
+                     const OptionalTensor& valid, const py::object& shaping, const std::string& normalize) {
+  const g2rl::Shaping how = shaping_of(shaping, normalize);
   py::gil_scoped_release release;
-  const g2rl::Rule which = rule == "scale"      ? g2rl::Rule::scale
-                           : rule == "centered" ? g2rl::Rule::centered
-                                                : g2rl::Rule::literal;
-  const auto out =
-      g2rl::g2rl_advantages(features, rewards, cu_groups.to(at::kLong).contiguous(), m_max,
-                            valid ? OptionalTensor(valid->contiguous()) : std::nullopt,
-                            {strength, clip, which, min_range, uniform_groups == "drop", normalize == "std"});
+  const auto out = g2rl::g2rl_advantages(features, rewards, cu_groups.to(at::kLong).contiguous(), m_max,
+                                         valid ? OptionalTensor(valid->contiguous()) : std::nullopt, how);
   return std::make_tuple(out.advantages, out.shaped_rewards, out.scores, out.similarity);
 }
 

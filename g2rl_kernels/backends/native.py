@@ -11,6 +11,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from g2rl_kernels.records import (
+    Gradients,
+    GroupAdvantages,
+    Head,
+    Needs,
+    Responses,
+    SequenceFeatures,
+    Shaping,
+    TokenLogprobs,
+)
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,20 +58,42 @@ def instruction_set() -> str:
     return _module().instruction_set()
 
 
-# The compiled functions take the arguments of an op as they are.
+# The compiled functions read the records themselves.
 
 
-def token_logprobs(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    return _module().token_logprobs(*arguments)
+def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> TokenLogprobs:
+    return TokenLogprobs(*_module().token_logprobs(hidden, head, targets, workspace_bytes))
 
 
-def sequence_features(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    return _module().sequence_features(*arguments)
+def sequence_features(
+    hidden: Tensor, head: Head, targets: Tensor, responses: Responses, workspace_bytes: int
+) -> SequenceFeatures:
+    return SequenceFeatures(*_module().sequence_features(hidden, head, targets, responses, workspace_bytes))
 
 
-def logprobs_backward(*arguments: Any) -> tuple[torch.Tensor | None, ...]:
-    return _module().logprobs_backward(*arguments)
+def logprobs_backward(
+    grad_logps: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    saved: TokenLogprobs,
+    needs: Needs,
+    workspace_bytes: int,
+) -> Gradients:
+    gradients = _module().logprobs_backward(
+        grad_logps, grad_entropy, hidden, head, targets, saved, needs, workspace_bytes
+    )
+    return Gradients(*gradients)
 
 
-def g2rl_advantages(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    return _module().g2rl_advantages(*arguments)
+def g2rl_advantages(
+    features: Tensor,
+    rewards: Tensor,
+    cu_groups: Tensor,
+    m_max: int,
+    valid: Tensor | None,
+    shaping: Shaping,
+    normalize: str,
+) -> GroupAdvantages:
+    return GroupAdvantages(*_module().g2rl_advantages(features, rewards, cu_groups, m_max, valid, shaping, normalize))

@@ -16,73 +16,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
 from g2rl_kernels.checks import check_offsets, check_tensor, values_readable
 from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.records import GroupAdvantages, Shaping
 
-RULES = ("scale", "centered", "literal")
-UNIFORM_GROUPS = ("shape", "drop")
 NORMALIZATIONS = ("std", "none")
 
 _REAL = (torch.float32, torch.float64)
 _OFFSETS = (torch.int32, torch.int64)
-
-
-@dataclass(frozen=True)
-class Shaping:
-    """How scores shape rewards; the paper leaves the starred choices open.
-
-    Attributes:
-        strength: lambda* of eq. 12, >= 0.
-        clip: c of section 2.5, > 0: shaped rewards stay in [-c, c].
-        rule: reading of eq. 12*: "scale" r (1 + lambda nubar); "centered" r (1 + lambda (2 nubar - 1)), where a dull
-            right answer loses and a wrong answer close to its peers suffers less; "literal" r (1 + lambda r nubar).
-        min_range: a group whose scores span less keeps its rewards: min-max would amplify rounding to [0, 1].
-        uniform_groups: groups whose raw rewards are all equal* are shaped ("shape") or keep their rewards ("drop").
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    strength: float = 1.0
-    clip: float = 3.0
-    rule: Literal["scale", "centered", "literal"] = "scale"
-    min_range: float = 1e-2
-    uniform_groups: Literal["shape", "drop"] = "shape"
-
-    def __post_init__(self) -> None:
-        if not (self.strength >= 0 and math.isfinite(self.strength)):
-            raise ValueError(f"shaping.strength: expected a finite number >= 0, found {self.strength}")
-        if not self.clip > 0:
-            raise ValueError(f"shaping.clip: expected a number > 0, found {self.clip}")
-        if self.rule not in RULES:
-            raise ValueError(f"shaping.rule: expected one of {', '.join(RULES)}, found {self.rule!r}")
-        if not self.min_range >= 0:
-            raise ValueError(f"shaping.min_range: expected a number >= 0, found {self.min_range}")
-        if self.uniform_groups not in UNIFORM_GROUPS:
-            raise ValueError(
-                f"shaping.uniform_groups: expected one of {', '.join(UNIFORM_GROUPS)}, found {self.uniform_groups!r}"
-            )
-
-
-class GroupAdvantages(NamedTuple):
-    """What `g2rl_advantages` returns; fp32 unless features are fp64.
-
-    Attributes:
-        advantages: [B].
-        shaped_rewards: [B], r~.
-        scores: [B], nu in [0, 1].
-        similarity: [G, m_max, m_max], cosines, 0 beyond a group's size.
-    """
-
-    advantages: torch.Tensor
-    shaped_rewards: torch.Tensor
-    scores: torch.Tensor
-    similarity: torch.Tensor
 
 
 def group_similarity(features: torch.Tensor, groups: int | torch.Tensor) -> torch.Tensor:
@@ -338,6 +283,11 @@ def _(similarity, rewards, cu_groups, valid):
     return torch.empty_like(rewards)
 
 
+def _shaping(strength: float, clip: float, rule: str, min_range: float, uniform_groups: str) -> Shaping:
+    """The record again, from what a schema can hold."""
+    return Shaping(strength, clip, rule, min_range, uniform_groups)  # type: ignore[arg-type]
+
+
 @torch.library.custom_op("g2rl::shape_rewards", mutates_args=())
 def _shape_rewards(
     rewards: torch.Tensor,
@@ -353,7 +303,7 @@ def _shape_rewards(
     check_offsets("groups", cu_groups, rewards.shape[0], "B")
     _check_rewards(rewards)
     run = resolve("shape_rewards", rewards.device, rewards.dtype)
-    return run(rewards, scores, cu_groups, valid, strength, clip, rule, min_range, uniform_groups)
+    return run(rewards, scores, cu_groups, valid, _shaping(strength, clip, rule, min_range, uniform_groups))
 
 
 @_shape_rewards.register_fake
@@ -391,19 +341,8 @@ def _g2rl_advantages(
     check_offsets("groups", cu_groups, features.shape[0], "B")
     _check_rewards(rewards)
     run = resolve("g2rl_advantages", features.device, features.dtype)
-    return run(
-        features,
-        rewards,
-        cu_groups,
-        _largest(cu_groups, m_max),
-        valid,
-        strength,
-        clip,
-        rule,
-        min_range,
-        uniform_groups,
-        normalize,
-    )
+    shaping = _shaping(strength, clip, rule, min_range, uniform_groups)
+    return tuple(run(features, rewards, cu_groups, _largest(cu_groups, m_max), valid, shaping, normalize))
 
 
 @_g2rl_advantages.register_fake

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from g2rl_kernels.checks import check_offsets, check_targets, check_tensor, values_readable
 from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.records import Head, Needs, Responses, SequenceFeatures, TokenLogprobs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,34 +71,6 @@ class LMHead:
                 f"head.process_group: expected one rank, found {self.process_group.size()}: a vocabulary split over "
                 "ranks is not implemented; gather the weight and pass it whole"
             )
-
-
-class TokenLogprobs(NamedTuple):
-    """What `token_logprobs` returns; fp32, or fp64 for fp64 inputs.
-
-    Attributes:
-        logps: [N], log p(y_t) <= 0, natural logarithm; differentiable.
-        entropy: [N], nats, over the whole vocabulary at the head's temperature; differentiable.
-        lse: [N], log sum_v exp(z_v / T); not differentiable.
-    """
-
-    logps: torch.Tensor
-    entropy: torch.Tensor
-    lse: torch.Tensor
-
-
-class SequenceFeatures(NamedTuple):
-    """What `sequence_features` returns; fp32, or fp64 for fp64 inputs.
-
-    Attributes:
-        features: [B, d], Phi of eq. 8; zero for a response without tokens or weight; not differentiable.
-        logps, entropy, lse: as in `TokenLogprobs`.
-    """
-
-    features: torch.Tensor
-    logps: torch.Tensor
-    entropy: torch.Tensor
-    lse: torch.Tensor
 
 
 def token_logprobs(
@@ -241,7 +214,7 @@ def _token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check_targets(targets, weight.shape[0])
     run = resolve("token_logprobs", hidden.device, hidden.dtype)
-    return run(hidden, weight, bias, targets, temperature, logit_scale, softcap, workspace_bytes)
+    return tuple(run(hidden, Head(weight, bias, temperature, logit_scale, softcap), targets, workspace_bytes))
 
 
 @_token_logprobs.register_fake
@@ -271,19 +244,8 @@ def _sequence_features(
         if not lowest >= 0:
             raise ValueError(f"token_weights: expected values >= 0, found {lowest}")
     run = resolve("sequence_features", hidden.device, hidden.dtype)
-    return run(
-        hidden,
-        weight,
-        bias,
-        targets,
-        cu_seqlens,
-        token_weights,
-        lse,
-        temperature,
-        logit_scale,
-        softcap,
-        workspace_bytes,
-    )
+    head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights, lse)
+    return tuple(run(hidden, head, targets, responses, workspace_bytes))
 
 
 @_sequence_features.register_fake
@@ -314,22 +276,8 @@ def _logprobs_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for hidden, weight and bias; those that `needs` does not ask for are tensors without elements."""
     run = resolve("logprobs_backward", hidden.device, hidden.dtype)
-    grads = run(
-        grad_logps,
-        grad_entropy,
-        hidden,
-        weight,
-        bias,
-        targets,
-        logps,
-        entropy,
-        lse,
-        temperature,
-        logit_scale,
-        softcap,
-        workspace_bytes,
-        *needs,
-    )
+    head, saved = Head(weight, bias, temperature, logit_scale, softcap), TokenLogprobs(logps, entropy, lse)
+    grads = run(grad_logps, grad_entropy, hidden, head, targets, saved, Needs(*needs), workspace_bytes)
     grad_hidden, grad_weight, grad_bias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return grad_hidden, grad_weight, grad_bias
 

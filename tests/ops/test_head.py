@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from g2rl_kernels import LMHead, SequenceFeatures, sequence_features, testing, token_logprobs, use_backend
 from g2rl_kernels.backends import reference
 from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
 from g2rl_kernels.testing import HEAD_SHAPES, KINDS, OPTIONS, SMALL, Gradients, HeadSample, Options, Shape
 
 HEAD_OPS = ("token_logprobs", "sequence_features", "logprobs_backward")
@@ -100,12 +101,11 @@ def test_backward_of_the_reference_is_the_gradient_of_its_forward(options: Optio
     leaves = [x for x in (s.hidden, s.head.weight, s.head.bias) if x is not None]
     leaves = [x.double().clone().requires_grad_() for x in leaves]
     hidden, weight, bias = (*leaves, None)[:3]
-    logps, entropy, lse = reference.token_logprobs(hidden, weight, bias, s.targets, *s.options)
+    head = Head(weight, bias, *s.options)
+    saved = reference.token_logprobs(hidden, head, s.targets)
     g_logps, g_entropy = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = torch.autograd.grad((g_logps * logps + g_entropy * entropy).sum(), leaves)
-    found = reference.logprobs_backward(
-        g_logps, g_entropy, hidden, weight, bias, s.targets, logps, entropy, lse, *s.options, 0, True, True, True
-    )
+    expected = torch.autograd.grad((g_logps * saved.logps + g_entropy * saved.entropy).sum(), leaves)
+    found = reference.logprobs_backward(g_logps, g_entropy, hidden, head, s.targets, saved, Needs())
     for got, want in zip(found, expected, strict=False):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
 
@@ -354,16 +354,16 @@ def test_logits_never_exist_as_a_whole(backend: str | None, device: str, dtype: 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     workspace_bytes = 50 * shape.V * wide.itemsize
     ones = torch.ones(shape.N, dtype=wide, device=device)
-    tail = (*s.options, workspace_bytes)
+    inputs = (s.hidden, s.record, s.targets)
+    responses, saved = Responses(s.cu_seqlens, s.token_weights), TokenLogprobs(ones, ones, ones)
     with use_backend(backend):
         run, logprobs, backward = (
             resolve(op, torch.device(device), dtype) for op in ("sequence_features", *HEAD_OPS[::2])
         )
-    inputs = (s.hidden, s.head.weight, s.head.bias, s.targets)
     for call in (
-        lambda: logprobs(*inputs, *tail),
-        lambda: run(*inputs, s.cu_seqlens, s.token_weights, None, *tail),
-        lambda: backward(ones, ones, *inputs, ones, ones, ones, *tail, True, True, True),
+        lambda: logprobs(*inputs, workspace_bytes),
+        lambda: run(*inputs, responses, workspace_bytes),
+        lambda: backward(ones, ones, *inputs, saved, Needs(), workspace_bytes),
     ):
         with LargestOverVocabulary(shape.V, shape.d) as seen:
             call()

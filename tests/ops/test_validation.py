@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -473,6 +474,17 @@ def test_backends_serve_what_the_table_promises() -> None:
             assert ".reference" not in fastest
 
 
+@pytest.mark.parametrize("backend", dispatch.BACKENDS, ids=lambda backend: backend.name)
+def test_backends_take_records(backend: dispatch.Backend) -> None:
+    """At most eight arguments, the same ones under the same names in every backend that has the op."""
+    module, reference = dispatch._load(backend), dispatch._load(dispatch.BACKENDS[-1])
+    assert reference is not None
+    for op in dispatch.OPS:
+        if hasattr(module, op):
+            names = list(inspect.signature(getattr(module, op)).parameters)
+            assert len(names) <= 8 and names == list(inspect.signature(getattr(reference, op)).parameters)
+
+
 def test_explain() -> None:
     text = explain()
     assert text.startswith(f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: cpu")
@@ -501,5 +513,5 @@ def test_public_names() -> None:
     assert len(set(g2rl_kernels.__all__)) == len(g2rl_kernels.__all__)
     assert all(hasattr(g2rl_kernels, name) for name in g2rl_kernels.__all__)
     public = {name for name in vars(g2rl_kernels) if not name.startswith("_") and name not in sys.modules}
-    modules = {"backends", "checks", "dispatch", "ops", "products", "testing", "version", "workspace"}
+    modules = {"backends", "checks", "dispatch", "ops", "products", "records", "testing", "version", "workspace"}
     assert public - modules <= set(g2rl_kernels.__all__)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from g2rl_kernels.records import GroupAdvantages, Shaping
+
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.device.type == "mps" else tensor.double()
@@ -68,49 +70,30 @@ def _scores(S: Tensor, r: Tensor, usable: Tensor) -> Tensor:
     return torch.where(has_peers, (1 - similar).clamp(min=0).sqrt(), 0)
 
 
-def shape_rewards(
-    rewards: Tensor,
-    scores: Tensor,
-    cu_groups: Tensor,
-    valid: Tensor | None,
-    strength: float,
-    clip: float,
-    rule: str,
-    min_range: float,
-    uniform_groups: str,
-) -> Tensor:
+def shape_rewards(rewards: Tensor, scores: Tensor, cu_groups: Tensor, valid: Tensor | None, shaping: Shaping) -> Tensor:
     layout = _Layout(cu_groups, rewards.shape[0], _largest_group(cu_groups))
     usable = layout.member if valid is None else layout.spread(valid)
     r, nu = layout.spread(_wide(rewards)), layout.spread(_wide(scores))
-    return layout.gather(_shape(r, nu, usable, strength, clip, rule, min_range, uniform_groups)).to(rewards.dtype)
+    return layout.gather(_shape(r, nu, usable, shaping)).to(rewards.dtype)
 
 
-def _shape(
-    r: Tensor,
-    nu: Tensor,
-    usable: Tensor,
-    strength: float,
-    clip: float,
-    rule: str,
-    min_range: float,
-    uniform_groups: str,
-) -> Tensor:
+def _shape(r: Tensor, nu: Tensor, usable: Tensor, shaping: Shaping) -> Tensor:
     if r.shape[1] == 0:
         return r
     low, high = _range(nu, usable)
     span = high - low
-    changes = usable & (span >= min_range) & (span > 0)
-    if uniform_groups == "drop":
+    changes = usable & (span >= shaping.min_range) & (span > 0)
+    if shaping.uniform_groups == "drop":
         lowest, highest = _range(r, usable)
         changes &= lowest < highest
     nubar = (nu - low) / torch.where(span > 0, span, 1)
-    if rule == "scale":
-        factor = 1 + strength * nubar
-    elif rule == "centered":
-        factor = 1 + strength * (2 * nubar - 1)
+    if shaping.rule == "scale":
+        factor = 1 + shaping.strength * nubar
+    elif shaping.rule == "centered":
+        factor = 1 + shaping.strength * (2 * nubar - 1)
     else:
-        factor = 1 + strength * r * nubar
-    return torch.where(changes, (r * factor).clamp(-clip, clip), r)
+        factor = 1 + shaping.strength * r * nubar
+    return torch.where(changes, (r * factor).clamp(-shaping.clip, shaping.clip), r)
 
 
 def _range(values: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,13 +127,9 @@ def g2rl_advantages(
     cu_groups: Tensor,
     m_max: int,
     valid: Tensor | None,
-    strength: float,
-    clip: float,
-    rule: str,
-    min_range: float,
-    uniform_groups: str,
+    shaping: Shaping,
     normalize: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> GroupAdvantages:
     layout = _Layout(cu_groups, rewards.shape[0], m_max)
     phi = _wide(features)
     S = _similarity(phi, layout)
@@ -158,7 +137,7 @@ def g2rl_advantages(
     usable = layout.spread(nonzero if valid is None else nonzero & valid)
     r = layout.spread(_wide(rewards))
     nu = _scores(S, r, usable)
-    shaped = _shape(r, nu, usable, strength, clip, rule, min_range, uniform_groups)
+    shaped = _shape(r, nu, usable, shaping)
     A = _advantages(shaped, layout.member, normalize)
     A, shaped, nu = (layout.gather(x).to(features.dtype) for x in (A, shaped, nu))
-    return A, shaped, nu, S.to(features.dtype)
+    return GroupAdvantages(A, shaped, nu, S.to(features.dtype))

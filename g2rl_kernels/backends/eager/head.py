@@ -18,6 +18,7 @@ from torch import Tensor
 
 from g2rl_kernels.backends.eager.products import mm_fp32_left, mm_in_blocks
 from g2rl_kernels.products import exact_products, mm
+from g2rl_kernels.records import Gradients, Head, Needs, Responses, SequenceFeatures, TokenLogprobs
 from g2rl_kernels.workspace import workspace_or_default
 
 # Rows are handled in slices of this size after the product: on a CPU a slice stays in cache over its passes.
@@ -30,73 +31,73 @@ _PRODUCT_ROWS_DEFAULT = 256
 _SMALLEST_TILE = 64
 
 
-@dataclass(frozen=True)
-class _Head:
-    """The head's tensors and options, and how many rows of logits and of weight fit the workspace."""
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """How many rows of logits and of weight fit the workspace, and logits of so many rows."""
 
-    weight: Tensor
-    bias: Tensor | None
-    temperature: float
-    logit_scale: float
-    softcap: float
+    head: Head
     workspace_bytes: int
+
+    @classmethod
+    def of(cls, head: Head, workspace_bytes: int) -> _Blocks:
+        return cls(head, workspace_or_default(workspace_bytes))
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        return torch.float64 if self.head.weight.dtype == torch.float64 else torch.float32
 
     @property
     def token_rows(self) -> int:
         """Tokens whose logits take half of the workspace: a power of two, or a multiple of `_PRODUCT_ROWS`."""
-        rows = max(1, self.workspace_bytes // 2 // (self.dtype.itemsize * self.weight.shape[0]))
-        most = _PRODUCT_ROWS.get(self.weight.device.type, _PRODUCT_ROWS_DEFAULT)
+        rows = max(1, self.workspace_bytes // 2 // (self.dtype.itemsize * self.head.weight.shape[0]))
+        most = _PRODUCT_ROWS.get(self.head.weight.device.type, _PRODUCT_ROWS_DEFAULT)
         return rows // most * most if rows >= most else _power_of_two(rows)
 
     @property
     def product_rows(self) -> int:
-        return min(self.token_rows, _PRODUCT_ROWS.get(self.weight.device.type, _PRODUCT_ROWS_DEFAULT))
+        return min(self.token_rows, _PRODUCT_ROWS.get(self.head.weight.device.type, _PRODUCT_ROWS_DEFAULT))
 
     @property
     def response_rows(self) -> int:
         """Responses whose R takes a quarter of the workspace."""
-        return max(1, self.workspace_bytes // 4 // (self.dtype.itemsize * self.weight.shape[0]))
+        return max(1, self.workspace_bytes // 4 // (self.dtype.itemsize * self.head.weight.shape[0]))
 
     def vocab_tiles(self) -> Iterator[slice]:
         """Vocabulary in tiles whose weight in fp32 takes an eighth of the workspace; on a CPU, no more than a slice."""
-        limit = min(self.workspace_bytes // 8, _SLICE_BYTES.get(self.weight.device.type, self.workspace_bytes))
-        rows = max(_SMALLEST_TILE, limit // (self.dtype.itemsize * self.weight.shape[1]))
-        for start in range(0, self.weight.shape[0], rows):
-            yield slice(start, min(start + rows, self.weight.shape[0]))
+        limit = min(self.workspace_bytes // 8, _SLICE_BYTES.get(self.head.weight.device.type, self.workspace_bytes))
+        rows = max(_SMALLEST_TILE, limit // (self.dtype.itemsize * self.head.weight.shape[1]))
+        for start in range(0, self.head.weight.shape[0], rows):
+            yield slice(start, min(start + rows, self.head.weight.shape[0]))
 
     def block(self, start: int, end: int) -> Tensor:
         """Indices of tokens `start` to `end`, the last one repeated up to a multiple of `product_rows`."""
         padding = (start - end) % self.product_rows
-        return torch.arange(start, end + padding, device=self.weight.device).clamp(max=end - 1)
+        return torch.arange(start, end + padding, device=self.head.weight.device).clamp(max=end - 1)
 
     def slices(self, rows: int) -> Iterator[slice]:
-        limit = _SLICE_BYTES.get(self.weight.device.type, _SLICE_BYTES_DEFAULT)
-        step = min(self.product_rows, _power_of_two(max(1, limit // (self.dtype.itemsize * self.weight.shape[0]))))
+        limit = _SLICE_BYTES.get(self.head.weight.device.type, _SLICE_BYTES_DEFAULT)
+        step = min(self.product_rows, _power_of_two(max(1, limit // (self.dtype.itemsize * self.head.weight.shape[0]))))
         for start in range(0, rows, step):
             yield slice(start, start + step)
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """W h [n, V] without bias and options, n a multiple of `product_rows`."""
-        z = torch.empty(hidden.shape[0], self.weight.shape[0], dtype=self.dtype, device=hidden.device)
+        z = torch.empty(hidden.shape[0], self.head.weight.shape[0], dtype=self.dtype, device=hidden.device)
         for tile in self.vocab_tiles():
-            z[:, tile] = mm_in_blocks(hidden, self.weight[tile].T, self.product_rows)
+            z[:, tile] = mm_in_blocks(hidden, self.head.weight[tile].T, self.product_rows)
         return z
 
     def apply_options(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """u = z / T in place of raw logits, and the slope of the soft cap (None: one everywhere)."""
-        if self.bias is not None:
-            z += self.bias.to(self.dtype)
-        if self.softcap > 0:
-            x = z.mul_(self.logit_scale / self.softcap)
+        head = self.head
+        if head.bias is not None:
+            z += head.bias.to(self.dtype)
+        if head.softcap > 0:
+            x = z.mul_(head.inner_scale)
             # 1 / cosh^2 and not 1 - tanh^2, which has no digits left where the cap saturates.
             slope = x.cosh().square_().reciprocal_()
-            return x.tanh_().mul_(self.softcap / self.temperature), slope
-        scale = self.logit_scale / self.temperature
-        return (z if scale == 1 else z.mul_(scale)), None
+            return x.tanh_().mul_(head.scale), slope
+        return (z if head.scale == 1 else z.mul_(head.scale)), None
 
 
 def _power_of_two(n: int) -> int:
@@ -104,79 +105,57 @@ def _power_of_two(n: int) -> int:
     return 1 << (n.bit_length() - 1)
 
 
-def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_or_default(workspace_bytes))
+def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> TokenLogprobs:
+    blocks = _Blocks.of(head, workspace_bytes)
     N = hidden.shape[0]
-    results = torch.empty(3, N, dtype=head.dtype, device=hidden.device)
-    with exact_products(weight):
-        for start in range(0, N, head.token_rows):
-            end = min(start + head.token_rows, N)
-            tokens = head.block(start, end)
-            z = head.raw_logits(hidden[tokens])
+    results = torch.empty(3, N, dtype=blocks.dtype, device=hidden.device)
+    with exact_products(head.weight):
+        for start in range(0, N, blocks.token_rows):
+            end = min(start + blocks.token_rows, N)
+            tokens = blocks.block(start, end)
+            z = blocks.raw_logits(hidden[tokens])
             parts = []
-            for rows in head.slices(z.shape[0]):
-                u, _ = head.apply_options(z[rows])
+            for rows in blocks.slices(z.shape[0]):
+                u, _ = blocks.apply_options(z[rows])
                 parts.append(torch.stack(_exponentials(u, targets[tokens[rows]], None)[1][:3]))
             results[:, start:end] = torch.cat(parts, 1)[:, : end - start]
-    logps, entropy, lse = results.unbind()
-    return logps.clone(), entropy.clone(), lse.clone()
+    return TokenLogprobs(*(x.clone() for x in results.unbind()))
 
 
 def sequence_features(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    cu_seqlens: Tensor,
-    token_weights: Tensor | None,
-    lse: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_or_default(workspace_bytes))
-    N, d = hidden.shape
-    offsets = cu_seqlens.tolist()
-    a = torch.ones(N, dtype=head.dtype, device=hidden.device) if token_weights is None else token_weights.to(head.dtype)
-    results = torch.empty(3, N, dtype=head.dtype, device=hidden.device)
-    features = torch.zeros(len(offsets) - 1, d, dtype=head.dtype, device=hidden.device)
+    hidden: Tensor, head: Head, targets: Tensor, responses: Responses, workspace_bytes: int
+) -> SequenceFeatures:
+    blocks = _Blocks.of(head, workspace_bytes)
+    (N, d), V, device = hidden.shape, head.V, hidden.device
+    offsets, token_weights = responses.cu_seqlens.tolist(), responses.token_weights
+    a = torch.ones(N, dtype=blocks.dtype, device=device) if token_weights is None else token_weights.to(blocks.dtype)
+    results = torch.empty(3, N, dtype=blocks.dtype, device=device)
+    features = torch.zeros(len(offsets) - 1, d, dtype=blocks.dtype, device=device)
 
-    with exact_products(weight):
-        for responses, blocks in _plan(offsets, head.token_rows, head.response_rows):
-            first = responses.start
-            R = torch.zeros(len(responses), weight.shape[0], dtype=head.dtype, device=hidden.device)
-            for start, end, segments in blocks:
-                tokens = head.block(start, end)
-                z = head.raw_logits(hidden[tokens])
+    with exact_products(head.weight):
+        for of_R, parts_of_tokens in _plan(offsets, blocks.token_rows, blocks.response_rows):
+            R = torch.zeros(len(of_R), V, dtype=blocks.dtype, device=device)
+            for start, end, segments in parts_of_tokens:
+                tokens = blocks.block(start, end)
+                z = blocks.raw_logits(hidden[tokens])
                 parts = []
-                for rows in head.slices(z.shape[0]):
+                for rows in blocks.slices(z.shape[0]):
                     at = tokens[rows]
-                    u, slope = head.apply_options(z[rows])
-                    shift = None if lse is None else lse[at].to(head.dtype)
+                    u, slope = blocks.apply_options(z[rows])
+                    shift = None if responses.lse is None else responses.lse[at].to(blocks.dtype)
                     e, statistics = _exponentials(u, targets[at], shift)
                     parts.append(torch.stack(statistics[:3]))
                     z[rows] = _weighted_residuals(e, targets[at], slope, a[at], statistics[3], statistics[4])
                 results[:, start:end] = torch.cat(parts, 1)[:, : end - start]
                 for b, s, t in segments:
-                    R[b - first] += z[s - start : t - start].sum(0)
-            for tile in head.vocab_tiles():
-                features[first : responses.stop] += mm_fp32_left(R[:, tile], weight[tile], head.product_rows)
+                    R[b - of_R.start] += z[s - start : t - start].sum(0)
+            for tile in blocks.vocab_tiles():
+                features[of_R.start : of_R.stop] += mm_fp32_left(R[:, tile], head.weight[tile], blocks.product_rows)
 
     totals = torch.stack([a[s:t].sum() for s, t in zip(offsets[:-1], offsets[1:], strict=True)] or [a.new_zeros(())])
     totals = totals[: len(offsets) - 1]
-    features *= torch.where(totals > 0, logit_scale / totals, 0)[:, None]
-    logps, entropy, lse_out = results.unbind()
-    return features, logps.clone(), entropy.clone(), lse_out.clone()
+    features *= torch.where(totals > 0, head.logit_scale / totals, 0)[:, None]
+    return SequenceFeatures(features, *(x.clone() for x in results.unbind()))
 
 
 def _exponentials(u: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -240,65 +219,58 @@ def logprobs_backward(
     grad_logps: Tensor,
     grad_entropy: Tensor,
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     targets: Tensor,
-    logps: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
+    saved: TokenLogprobs,
+    needs: Needs,
     workspace_bytes: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Recompute logits block by block; the gradient of z is rounded once to the model's dtype, sums are fp32."""
-    head = _Head(weight, bias, temperature, logit_scale, softcap, workspace_or_default(workspace_bytes))
+    blocks = _Blocks.of(head, workspace_bytes)
+    weight, dtype, device = head.weight, blocks.dtype, hidden.device
     N = hidden.shape[0]
-    need_bias = need_bias and bias is not None
-    grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
-    grad_weight = torch.zeros(weight.shape, dtype=head.dtype, device=weight.device) if need_weight else None
-    grad_bias = torch.zeros(weight.shape[0], dtype=head.dtype, device=weight.device) if need_bias else None
+    need_bias = needs.bias and head.bias is not None
+    grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=device) if needs.hidden else None
+    grad_weight = torch.zeros(weight.shape, dtype=dtype, device=device) if needs.weight else None
+    grad_bias = torch.zeros(head.V, dtype=dtype, device=device) if need_bias else None
     # fp16 holds no gradients: 1e-8 and 1e5 are both beyond it. They stay fp32, and so do their products.
     operand = torch.float32 if weight.dtype == torch.float16 else weight.dtype
     with exact_products(weight):
-        for start in range(0, N, head.token_rows):
-            end = min(start + head.token_rows, N)
-            tokens = head.block(start, end)
-            z = head.raw_logits(hidden[tokens])
-            for rows in head.slices(z.shape[0]):
+        for start in range(0, N, blocks.token_rows):
+            end = min(start + blocks.token_rows, N)
+            tokens = blocks.block(start, end)
+            z = blocks.raw_logits(hidden[tokens])
+            for rows in blocks.slices(z.shape[0]):
                 at = tokens[rows]
-                u, slope = head.apply_options(z[rows])
-                grad = _grad_logits(u, targets[at], grad_logps[at], grad_entropy[at], logps[at], entropy[at], lse[at])
-                grad.mul_(logit_scale / temperature)
+                u, slope = blocks.apply_options(z[rows])
+                of_rows = TokenLogprobs(*(x[at] for x in saved))
+                grad = _grad_logits(u, targets[at], grad_logps[at], grad_entropy[at], of_rows)
+                grad.mul_(head.logit_scale / head.temperature)
                 z[rows] = grad if slope is None else grad.mul_(slope)
             if grad_bias is not None:
                 grad_bias += z[: end - start].sum(0)
             g, h = z.to(operand), hidden[start:end].to(operand)
-            grad_h = torch.zeros(z.shape[0], hidden.shape[1], dtype=head.dtype, device=hidden.device)
-            for tile in head.vocab_tiles():
+            grad_h = torch.zeros(z.shape[0], hidden.shape[1], dtype=dtype, device=device)
+            for tile in blocks.vocab_tiles():
                 if grad_hidden is not None:
-                    grad_h += mm_in_blocks(g[:, tile], weight[tile].to(operand), head.product_rows)
+                    grad_h += mm_in_blocks(g[:, tile], weight[tile].to(operand), blocks.product_rows)
                 if grad_weight is not None:
                     grad_weight[tile] += mm(g[: end - start, tile].T, h)
             if grad_hidden is not None:
                 grad_hidden[start:end] = grad_h[: end - start]
-    return (
+    return Gradients(
         grad_hidden,
         None if grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype),
     )
 
 
-def _grad_logits(
-    u: Tensor, y: Tensor, grad_logps: Tensor, grad_entropy: Tensor, logps: Tensor, entropy: Tensor, lse: Tensor
-) -> Tensor:
+def _grad_logits(u: Tensor, y: Tensor, grad_logps: Tensor, grad_entropy: Tensor, saved: TokenLogprobs) -> Tensor:
     """g_logp (e_y - p) - g_H p (log p + H) [n, V]; u is overwritten.
 
     The target's 1 - p_y is -expm1(log p_y), exact where log p_y is.
     """
+    logps, entropy, lse = saved
     log_p = u.sub_(lse[:, None])
     p = log_p.exp()
     p_y = logps.exp()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from g2rl_kernels.records import GroupAdvantages, Shaping
+
 
 def _groups(cu_groups: Tensor) -> list[range]:
     offsets = cu_groups.tolist()
@@ -43,17 +45,7 @@ def _holds(valid: Tensor | None, i: int) -> bool:
     return valid is not None and bool(valid[i])
 
 
-def shape_rewards(
-    rewards: Tensor,
-    scores: Tensor,
-    cu_groups: Tensor,
-    valid: Tensor | None,
-    strength: float,
-    clip: float,
-    rule: str,
-    min_range: float,
-    uniform_groups: str,
-) -> Tensor:
+def shape_rewards(rewards: Tensor, scores: Tensor, cu_groups: Tensor, valid: Tensor | None, shaping: Shaping) -> Tensor:
     r, nu = rewards.double(), scores.double()
     shaped = r.clone()
     for members in _groups(cu_groups):
@@ -62,16 +54,16 @@ def shape_rewards(
             continue
         low, high = nu[usable].min(), nu[usable].max()
         uniform = bool((r[usable] == r[usable[0]]).all())
-        if float(high - low) < min_range or high == low or (uniform and uniform_groups == "drop"):
+        if float(high - low) < shaping.min_range or high == low or (uniform and shaping.uniform_groups == "drop"):
             continue
         for i in usable:
             nubar = (nu[i] - low) / (high - low)
             factor = {
-                "scale": 1 + strength * nubar,
-                "centered": 1 + strength * (2 * nubar - 1),
-                "literal": 1 + strength * r[i] * nubar,
-            }[rule]
-            shaped[i] = (r[i] * factor).clamp(-clip, clip)
+                "scale": 1 + shaping.strength * nubar,
+                "centered": 1 + shaping.strength * (2 * nubar - 1),
+                "literal": 1 + shaping.strength * r[i] * nubar,
+            }[shaping.rule]
+            shaped[i] = (r[i] * factor).clamp(-shaping.clip, shaping.clip)
     return shaped.to(rewards.dtype)
 
 
@@ -97,18 +89,14 @@ def g2rl_advantages(
     cu_groups: Tensor,
     m_max: int,
     valid: Tensor | None,
-    strength: float,
-    clip: float,
-    rule: str,
-    min_range: float,
-    uniform_groups: str,
+    shaping: Shaping,
     normalize: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> GroupAdvantages:
     nonzero = features.abs().amax(1) > 0 if features.shape[1] else torch.zeros_like(rewards, dtype=torch.bool)
     usable = nonzero if valid is None else nonzero & valid
     S = group_similarity(features.double(), cu_groups, m_max)
     r = rewards.double()
     nu = exploration_scores(S, r, cu_groups, usable)
-    shaped = shape_rewards(r, nu, cu_groups, usable, strength, clip, rule, min_range, uniform_groups)
+    shaped = shape_rewards(r, nu, cu_groups, usable, shaping)
     A = group_advantages(shaped, cu_groups, normalize)
-    return A.to(features.dtype), shaped.to(features.dtype), nu.to(features.dtype), S.to(features.dtype)
+    return GroupAdvantages(*(x.to(features.dtype) for x in (A, shaped, nu, S)))

@@ -2,67 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+
+from g2rl_kernels.records import Gradients, Head, Needs, Responses, SequenceFeatures, TokenLogprobs
 
 
 def _result(tensor: Tensor, hidden: Tensor) -> Tensor:
     return tensor if hidden.dtype == torch.float64 else tensor.float()
 
 
-def _logits(
-    h: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, logit_scale: float, softcap: float
-) -> tuple[Tensor, Tensor]:
+def _logits(h: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """u = z / T [V] of one token, and the slope dz / d(logit_scale (W h + b)) [V] of the soft cap."""
-    z = weight @ h
-    if bias is not None:
-        z = z + bias
-    z = logit_scale * z
+    z = head.weight @ h
+    if head.bias is not None:
+        z = z + head.bias
+    z = head.logit_scale * z
     slope = torch.ones_like(z)
-    if softcap > 0:
+    if head.softcap > 0:
         # The derivative of tanh; 1 - tanh^2 has no digits left where the cap saturates.
-        slope = torch.cosh(z / softcap) ** -2
-        z = softcap * torch.tanh(z / softcap)
-    return z / temperature, slope
+        slope = torch.cosh(z / head.softcap) ** -2
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z / head.temperature, slope
 
 
-def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    workspace_bytes: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    no_responses = targets.new_zeros(1)
-    return sequence_features(
-        hidden, weight, bias, targets, no_responses, None, None, temperature, logit_scale, softcap, workspace_bytes
-    )[1:]
+def _double(head: Head) -> Head:
+    return replace(head, weight=head.weight.double(), bias=None if head.bias is None else head.bias.double())
+
+
+def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int = 0) -> TokenLogprobs:
+    no_responses = Responses(targets.new_zeros(1))
+    return TokenLogprobs(*sequence_features(hidden, head, targets, no_responses)[1:])
 
 
 def sequence_features(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    cu_seqlens: Tensor,
-    token_weights: Tensor | None,
-    lse: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    workspace_bytes: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, head: Head, targets: Tensor, responses: Responses, workspace_bytes: int = 0
+) -> SequenceFeatures:
     """A given `lse` is not used: the oracle computes its own."""
-    h, W = hidden.double(), weight.double()
-    b = None if bias is None else bias.double()
-    a = torch.ones_like(h[:, 0]) if token_weights is None else token_weights.double()
+    h, exact = hidden.double(), _double(head)
+    W, cu_seqlens = exact.weight, responses.cu_seqlens
+    a = torch.ones_like(h[:, 0]) if responses.token_weights is None else responses.token_weights.double()
 
     logps, entropy, lses, phis = [], [], [], []
     for t in range(h.shape[0]):
-        u, slope = _logits(h[t], W, b, temperature, logit_scale, softcap)
+        u, slope = _logits(h[t], exact)
         lse_t = torch.logsumexp(u, 0)
         log_p = u - lse_t
         p = log_p.exp()
@@ -73,7 +58,7 @@ def sequence_features(
         entropy.append(-(p * log_p).sum())
         lses.append(lse_t)
         if cu_seqlens.shape[0] > 1:
-            phis.append(logit_scale * (W.T @ ((onehot - p) * slope)))
+            phis.append(head.logit_scale * (W.T @ ((onehot - p) * slope)))
 
     features = []
     offsets = cu_seqlens.tolist()
@@ -87,45 +72,37 @@ def sequence_features(
     def stack(rows: list[Tensor], *empty: int) -> Tensor:
         return _result(torch.stack(rows) if rows else h.new_zeros(0, *empty), hidden)
 
-    return stack(features, h.shape[1]), stack(logps), stack(entropy), stack(lses)
+    return SequenceFeatures(stack(features, h.shape[1]), stack(logps), stack(entropy), stack(lses))
 
 
 def logprobs_backward(
     grad_logps: Tensor,
     grad_entropy: Tensor,
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     targets: Tensor,
-    logps: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    workspace_bytes: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    saved: TokenLogprobs,
+    needs: Needs,
+    workspace_bytes: int = 0,
+) -> Gradients:
     """With u = z / T: dlogp/du = e_y - p and dH/du = -p (log p + H). The forward's results are recomputed, not used."""
-    h, W = hidden.double(), weight.double()
-    b = None if bias is None else bias.double()
+    h, exact = hidden.double(), _double(head)
+    W = exact.weight
     grad_h, grad_W, grad_b = (h.new_zeros(shape) for shape in (h.shape, W.shape, W.shape[:1]))
     for t in range(h.shape[0]):
-        u, slope = _logits(h[t], W, b, temperature, logit_scale, softcap)
+        u, slope = _logits(h[t], exact)
         log_p = torch.log_softmax(u, 0)
         p = log_p.exp()
         onehot = torch.zeros_like(p)
         onehot[int(targets[t])] = 1
         H = -(p * log_p).sum()
         grad_u = grad_logps[t].double() * (onehot - p) - grad_entropy[t].double() * p * (log_p + H)
-        grad_z = grad_u * slope * logit_scale / temperature
+        grad_z = grad_u * slope * head.logit_scale / head.temperature
         grad_h[t] = W.T @ grad_z
         grad_W += torch.outer(grad_z, h[t])
         grad_b += grad_z
-    return (
-        grad_h.to(hidden.dtype) if need_hidden else None,
-        grad_W.to(weight.dtype) if need_weight else None,
-        grad_b.to(bias.dtype) if need_bias and bias is not None else None,
+    return Gradients(
+        grad_h.to(hidden.dtype) if needs.hidden else None,
+        grad_W.to(head.weight.dtype) if needs.weight else None,
+        grad_b.to(head.bias.dtype) if needs.bias and head.bias is not None else None,
     )

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from g2rl_kernels.backends.triton.grad_logits import grad_logits
-from g2rl_kernels.backends.triton.inputs import Head, on_device_of, unit_stride
+from g2rl_kernels.backends.triton.inputs import addressable, on_device_of, unit_stride
 from g2rl_kernels.products import exact_products, mm
+from g2rl_kernels.records import Gradients, Head, Needs, TokenLogprobs
 from g2rl_kernels.workspace import workspace_or_default
 
 # Columns of strips are multiples of this where the workspace allows, tokens of chunks too.
@@ -25,33 +26,24 @@ def logprobs_backward(
     grad_logps: Tensor,
     grad_entropy: Tensor,
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     targets: Tensor,
-    logps: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
+    saved: TokenLogprobs,
+    needs: Needs,
     workspace_bytes: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    head = Head.of(weight, bias, temperature, logit_scale, softcap)
-    hidden, targets = unit_stride(hidden), targets.contiguous()
-    (N, d), V, dtype, device = hidden.shape, head.V, weight.dtype, hidden.device
-    need_bias = need_bias and bias is not None
+) -> Gradients:
+    head, hidden, targets = addressable(head), unit_stride(hidden), targets.contiguous()
+    (N, d), V, dtype, device = hidden.shape, head.V, head.weight.dtype, hidden.device
+    need_bias = needs.bias and head.bias is not None
     scaled = dtype == torch.float16
-    rows_in, even_scale = _rows_in(head, grad_logps, grad_entropy, logps, entropy, lse, scaled)
+    rows_in, even_scale = _rows_in(head, grad_logps, grad_entropy, saved, scaled)
     row_unit, even_unit = rows_in[5].reciprocal()[:, None], even_scale.reciprocal()
 
-    grad_hidden = torch.zeros(N, d, dtype=torch.float32, device=device) if need_hidden else None
-    grad_weight = torch.zeros(V, d, dtype=dtype, device=device) if need_weight else None
+    grad_hidden = torch.zeros(N, d, dtype=torch.float32, device=device) if needs.hidden else None
+    grad_weight = torch.zeros(V, d, dtype=dtype, device=device) if needs.weight else None
     grad_bias = torch.zeros(V, dtype=torch.float32, device=device) if need_bias else None
     rows, columns = _chunks(N, V, workspace_or_default(workspace_bytes) // ((2 if scaled else 1) * dtype.itemsize))
-    with exact_products(weight), on_device_of(hidden):
+    with exact_products(head.weight), on_device_of(hidden):
         for v0 in range(0, V if N else 0, columns):
             strip = range(v0, min(v0 + columns, V))
             of_strip = slice(strip.start, strip.stop)
@@ -75,10 +67,10 @@ def logprobs_backward(
                 grad_weight[of_strip] = grad_w * even_unit if scaled else grad_w
     if grad_bias is not None and scaled:
         grad_bias *= even_unit
-    return (
+    return Gradients(
         None if grad_hidden is None else grad_hidden.to(dtype),
         grad_weight,
-        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype),
     )
 
 
@@ -93,9 +85,10 @@ def _chunks(N: int, V: int, entries: int) -> tuple[int, int]:
 
 
 def _rows_in(
-    head: Head, grad_logps: Tensor, grad_entropy: Tensor, logps: Tensor, entropy: Tensor, lse: Tensor, scaled: bool
+    head: Head, grad_logps: Tensor, grad_entropy: Tensor, saved: TokenLogprobs, scaled: bool
 ) -> tuple[Tensor, Tensor]:
     """What `grad_logits` takes of each token [6, N], and the scale for all of G."""
+    logps, entropy, lse = saved
     factor = head.logit_scale / head.temperature
     g, g_entropy = grad_logps.float() * factor, grad_entropy.float() * factor
     # 1 - p_y by expm1: exact where log p_y is.

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from g2rl_kernels.backends.triton import configs
-from g2rl_kernels.backends.triton.inputs import Head, operands
+from g2rl_kernels.backends.triton.inputs import bias_or_weight, constants, operands
 from g2rl_kernels.backends.triton.tiles import apply_options, dot_rows, grouped, load_rows
+from g2rl_kernels.records import Head
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -103,7 +104,7 @@ def grad_logits(
     _grad_logits_kernel[(triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(len(strip), tile.BLOCK_V),)](
         h,
         w,
-        head.bias_or_weight,
+        bias_or_weight(head),
         targets,
         rows_in,
         rows_in if even_scale is None else even_scale,
@@ -121,6 +122,6 @@ def grad_logits(
         head.scale,
         SCALED=G_even is not None,
         GROUP=configs.GROUP,
-        **head.constants(),
+        **constants(head),
         **tile.kwargs(),
     )

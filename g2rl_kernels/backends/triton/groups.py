@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from g2rl_kernels.backends.triton.inputs import on_device_of, unit_stride
+from g2rl_kernels.records import RULES, GroupAdvantages, Shaping
 
-RULES = {"scale": 0, "centered": 1, "literal": 2}
-_CENTERED = tl.constexpr(RULES["centered"])
-_LITERAL = tl.constexpr(RULES["literal"])
+_CENTERED = tl.constexpr(RULES.index("centered"))
+_LITERAL = tl.constexpr(RULES.index("literal"))
 # tl.dot takes no fewer rows.
 _LEAST = 16
 _BLOCK_D = 32
@@ -134,13 +134,9 @@ def g2rl_advantages(
     cu_groups: Tensor,
     m_max: int,
     valid: Tensor | None,
-    strength: float,
-    clip: float,
-    rule: str,
-    min_range: float,
-    uniform_groups: str,
+    shaping: Shaping,
     normalize: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> GroupAdvantages:
     features = unit_stride(features)
     rewards = rewards.contiguous()
     G, D = cu_groups.shape[0] - 1, features.shape[1]
@@ -161,16 +157,16 @@ def g2rl_advantages(
                 D,
                 m_max,
                 features.stride(0),
-                strength,
-                clip,
-                min_range,
+                shaping.strength,
+                shaping.clip,
+                shaping.min_range,
                 HAS_VALID=valid is not None,
-                RULE=RULES[rule],
-                DROP_UNIFORM=uniform_groups == "drop",
+                RULE=RULES.index(shaping.rule),
+                DROP_UNIFORM=shaping.uniform_groups == "drop",
                 DIVIDE_BY_STD=normalize == "std",
                 BLOCK_M=block_m,
                 BLOCK_ROWS=_LEAST,
                 BLOCK_D=_BLOCK_D,
                 num_warps=4 if block_m <= 32 else 8,
             )
-    return advantages, shaped_rewards, scores, similarity
+    return GroupAdvantages(advantages, shaped_rewards, scores, similarity)

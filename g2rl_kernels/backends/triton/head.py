@@ -20,15 +20,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from g2rl_kernels.backends.triton.inputs import Head, on_device_of, unit_stride
+from g2rl_kernels.backends.triton.inputs import addressable, on_device_of, unit_stride
 from g2rl_kernels.backends.triton.kept import add_kept
 from g2rl_kernels.backends.triton.merge import merge
 from g2rl_kernels.backends.triton.projection import project
 from g2rl_kernels.backends.triton.residuals import residuals, residuals_and_statistics
 from g2rl_kernels.backends.triton.residuals import statistics_bytes as residual_statistics_bytes
-from g2rl_kernels.backends.triton.responses import responses
+from g2rl_kernels.backends.triton.responses import inverse_and_flags
 from g2rl_kernels.backends.triton.statistics import room_for_logits, statistics, statistics_bytes
 from g2rl_kernels.backends.triton.targets import add_targets
+from g2rl_kernels.records import Head, Responses, SequenceFeatures, TokenLogprobs
 from g2rl_kernels.workspace import workspace_or_default
 
 # From here on 8 bytes of traffic cost less than 2 d operations: at 3 TB/s and 600 TFLOP/s where d = 800.
@@ -39,41 +40,20 @@ _FP32 = 4
 _ROWS = 128
 
 
-def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head.of(weight, bias, temperature, logit_scale, softcap)
-    batch = _Batch(unit_stride(hidden), head, targets.contiguous(), workspace_or_default(workspace_bytes))
+def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> TokenLogprobs:
+    batch = _Batch.of(hidden, head, targets, workspace_bytes)
     with on_device_of(hidden):
         _merged_statistics(batch, None)
-    return _separate(batch.results)
+    return TokenLogprobs(*batch.separate_results())
 
 
 def sequence_features(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    cu_seqlens: Tensor,
-    token_weights: Tensor | None,
-    lse: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head = Head.of(weight, bias, temperature, logit_scale, softcap)
-    batch = _Batch(unit_stride(hidden), head, targets.contiguous(), workspace_or_default(workspace_bytes))
+    hidden: Tensor, head: Head, targets: Tensor, responses: Responses, workspace_bytes: int
+) -> SequenceFeatures:
+    batch = _Batch.of(hidden, head, targets, workspace_bytes)
     N, d = hidden.shape
-    cu_seqlens = cu_seqlens.contiguous()
-    a = hidden.new_ones(N, dtype=torch.float32) if token_weights is None else token_weights.float().contiguous()
+    cu_seqlens, weights, lse = responses.cu_seqlens.contiguous(), responses.token_weights, responses.lse
+    a = hidden.new_ones(N, dtype=torch.float32) if weights is None else weights.float().contiguous()
     features = torch.zeros(cu_seqlens.shape[0] - 1, d, dtype=torch.float32, device=hidden.device)
     if N:
         with on_device_of(hidden):
@@ -86,8 +66,8 @@ def sequence_features(
             else:
                 plan = _from_recomputed(batch, cu_seqlens, a)
             for first, R, inverse in plan:
-                project(R, inverse, head, features[first : first + R.shape[0]])
-    return features, *_separate(batch.results)
+                project(R, inverse, batch.head, features[first : first + R.shape[0]])
+    return SequenceFeatures(features, *batch.separate_results())
 
 
 class _Batch:
@@ -99,6 +79,12 @@ class _Batch:
         self.workspace_bytes = workspace_bytes
         self.limit = workspace_bytes - workspace_bytes // 4
         self.results = self.empty(3, hidden.shape[0])
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> _Batch:
+        """From an op's arguments."""
+        workspace_bytes = workspace_or_default(workspace_bytes)
+        return cls(unit_stride(hidden), addressable(head), targets.contiguous(), workspace_bytes)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.hidden.device)
@@ -118,15 +104,13 @@ class _Batch:
         """Tokens whose sums in splits of the vocabulary are within the limit."""
         return max(_ROWS, _multiple(self.limit // statistics_bytes(self.hidden, self.head)))
 
+    def separate_results(self) -> tuple[Tensor, ...]:
+        """log p, entropy and lse as tensors of their own: an op's outputs may not share memory."""
+        return tuple(x.clone() for x in self.results.unbind())
+
 
 def _multiple(rows: int) -> int:
     return rows // _ROWS * _ROWS if rows >= _ROWS else max(1, rows)
-
-
-def _separate(results: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows as tensors of their own: the op's outputs may not share memory."""
-    logps, entropy, lse = results.unbind()
-    return logps.clone(), entropy.clone(), lse.clone()
 
 
 def _merged_statistics(batch: _Batch, a: Tensor | None) -> Tensor:
@@ -153,7 +137,7 @@ def _from_recomputed(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:
         offsets = cu_seqlens[first : first + batch.responses + 1]
         R = batch.empty(offsets.shape[0] - 1, batch.head.V)
         residuals(batch.hidden, batch.head, batch.targets, offsets, terms, R)
-        yield first, R, responses(offsets, a, terms[3])[0]
+        yield first, R, inverse_and_flags(offsets, a, terms[3])[0]
 
 
 def _from_lse(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor) -> Plan:
@@ -185,7 +169,7 @@ def _from_lse_at_once(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor)
     R = batch.empty(cu_seqlens.shape[0] - 1, batch.head.V)
     partials = residuals_and_statistics(*inputs, a, lse, R)
     terms = merge(partials, batch.head, batch.results, a, lse)
-    inverse, flags = responses(cu_seqlens, a, terms[3])
+    inverse, flags = inverse_and_flags(cu_seqlens, a, terms[3])
     residuals(*inputs, terms, R, flags)
     add_targets(batch.targets, cu_seqlens, terms, flags, R)
     return R, inverse
@@ -208,4 +192,4 @@ def _from_kept(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:
             # Programs only for the responses that have tokens in the chunk.
             b0, b1 = bisect_right(offsets, first) - 1, bisect_left(offsets, last)
             add_kept(kept, head, batch.targets, cu_seqlens[b0 : b1 + 1], terms, R[b0 - start : b1 - start], first, last)
-        yield start, R, responses(cu_seqlens[start : stop + 1], a, a)[0]
+        yield start, R, inverse_and_flags(cu_seqlens[start : stop + 1], a, a)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,50 +11,27 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from g2rl_kernels.backends.triton.configs import Tile
+from g2rl_kernels.records import Head
 
 
-@dataclass(frozen=True, eq=False)
-class Head:
-    """The head's tensors and options; rows of `weight` have unit stride.
+def addressable(head: Head) -> Head:
+    """The head with rows of weight, and a bias, of unit stride."""
+    return replace(head, weight=unit_stride(head.weight), bias=None if head.bias is None else head.bias.contiguous())
 
-    Attributes:
-        inner_scale, scale: u = scale * z, or scale * tanh(inner_scale * z) under a soft cap.
-    """
 
-    weight: Tensor
-    bias: Tensor | None
-    temperature: float
-    logit_scale: float
-    softcap: float
+def bias_or_weight(head: Head) -> Tensor:
+    """A tensor for the kernels' bias argument; not read without a bias."""
+    return head.weight if head.bias is None else head.bias
 
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, temperature: float, logit_scale: float, softcap: float) -> Head:
-        return cls(unit_stride(weight), None if bias is None else bias.contiguous(), temperature, logit_scale, softcap)
 
-    @property
-    def V(self) -> int:
-        return self.weight.shape[0]
+def constants(head: Head) -> dict[str, bool]:
+    """The constants that every kernel with a product over d takes."""
+    return {"HAS_BIAS": head.bias is not None, "SOFTCAP": head.softcap > 0, "UPCAST": upcast(head)}
 
-    @property
-    def inner_scale(self) -> float:
-        return self.logit_scale / self.softcap if self.softcap > 0 else 1.0
 
-    @property
-    def scale(self) -> float:
-        return (self.softcap if self.softcap > 0 else self.logit_scale) / self.temperature
-
-    @property
-    def bias_or_weight(self) -> Tensor:
-        """A tensor for the kernels' bias argument; not read without a bias."""
-        return self.weight if self.bias is None else self.bias
-
-    def constants(self) -> dict[str, Any]:
-        """The constants that every kernel with a product over d takes."""
-        return {
-            "HAS_BIAS": self.bias is not None,
-            "SOFTCAP": self.softcap > 0,
-            "UPCAST": not self.weight.is_cuda and self.weight.dtype == torch.bfloat16,
-        }
+def upcast(head: Head) -> bool:
+    """Whether products are made in fp32, since the interpreter's of bf16 tiles are garbage."""
+    return not head.weight.is_cuda and head.weight.dtype == torch.bfloat16
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from g2rl_kernels.backends.triton.inputs import Head
 from g2rl_kernels.backends.triton.tiles import apply_options
+from g2rl_kernels.records import Head
 
 _BLOCK_V = 512
 

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from g2rl_kernels.backends.triton.inputs import Head
 from g2rl_kernels.backends.triton.tiles import LOWEST, apply_options, log1p_of_ratio
+from g2rl_kernels.records import Head
 
 _BLOCK_N = 32
 _BLOCK_SPLITS = 32

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from g2rl_kernels.backends.triton import configs
-from g2rl_kernels.backends.triton.inputs import Head
+from g2rl_kernels.backends.triton.inputs import upcast
 from g2rl_kernels.backends.triton.tiles import grouped
+from g2rl_kernels.records import Head
 
 # R / sum a times 2^15 fills fp16's range up to 65504; the second term is 2^11 times smaller.
 _FP16_RANGE = tl.constexpr(2.0**15)
@@ -109,7 +110,7 @@ def project(R: Tensor, inverse: Tensor, head: Head, features: Tensor) -> None:
         V,
         D,
         head.weight.stride(0),
-        UPCAST=head.constants()["UPCAST"],
+        UPCAST=upcast(head),
         SPLIT=split,
         GROUP=configs.GROUP,
         BLOCK_N=tile.BLOCK_N,

@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from g2rl_kernels.backends.triton import configs
-from g2rl_kernels.backends.triton.inputs import Head, operands
+from g2rl_kernels.backends.triton.inputs import bias_or_weight, constants, operands
 from g2rl_kernels.backends.triton.tiles import LOWEST, apply_options, dot_rows, grouped, load_rows
+from g2rl_kernels.records import Head
 
 
 @triton.jit(do_not_specialize=["B", "N"])
@@ -147,7 +148,7 @@ def _launch(
     _residuals_kernel[(B * triton.cdiv(head.V, tile.BLOCK_V),)](
         h,
         w,
-        head.bias_or_weight,
+        bias_or_weight(head),
         targets,
         cu_seqlens,
         shift,
@@ -167,6 +168,6 @@ def _launch(
         STATISTICS=partials is not None,
         ONLY_FLAGGED=flags is not None,
         GROUP=configs.GROUP,
-        **head.constants(),
+        **constants(head),
         **tile.kwargs(),
     )

@@ -34,7 +34,7 @@ def _responses_kernel(cu_seqlens, token_weights, S, inverse, flags, tolerance, B
     tl.store(flags + b, (tl.max(worst, 0) > tolerance).to(tl.int32))
 
 
-def responses(cu_seqlens: Tensor, token_weights: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_and_flags(cu_seqlens: Tensor, token_weights: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """inverse [B] fp32 and flags [B] int32 from a [N] and S [N]."""
     B = cu_seqlens.shape[0] - 1
     inverse = torch.empty(B, dtype=torch.float32, device=S.device)

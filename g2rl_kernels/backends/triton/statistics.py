@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from g2rl_kernels.backends.triton import configs
-from g2rl_kernels.backends.triton.inputs import Head, operands
+from g2rl_kernels.backends.triton.inputs import bias_or_weight, constants, operands
 from g2rl_kernels.backends.triton.tiles import LOWEST, apply_options, dot_rows, grouped, load_rows
+from g2rl_kernels.records import Head
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -114,7 +115,7 @@ def statistics(hidden: Tensor, head: Head, targets: Tensor, kept: Tensor | None 
     _statistics_kernel[(triton.cdiv(N, tile.BLOCK_N) * partials.shape[1],)](
         h,
         w,
-        head.bias_or_weight,
+        bias_or_weight(head),
         targets,
         partials,
         partials if kept is None else kept,
@@ -129,7 +130,7 @@ def statistics(hidden: Tensor, head: Head, targets: Tensor, kept: Tensor | None 
         KEEP=kept is not None,
         SPLIT=split,
         GROUP=configs.GROUP,
-        **head.constants(),
+        **constants(head),
         **tile.kwargs(),
     )
     return partials

@@ -1,0 +1,169 @@
+"""What ops and backends hand to each other: a backend's functions take these records, and return them.
+
+    token_logprobs(hidden, head, targets, workspace_bytes) -> TokenLogprobs
+    sequence_features(hidden, head, targets, responses, workspace_bytes) -> SequenceFeatures
+    logprobs_backward(grad_logps, grad_entropy, hidden, head, targets, saved, needs, workspace_bytes) -> Gradients
+    group_similarity(features, cu_groups, m_max) -> Tensor
+    exploration_scores(similarity, rewards, cu_groups, valid) -> Tensor
+    shape_rewards(rewards, scores, cu_groups, valid, shaping) -> Tensor
+    group_advantages(rewards, cu_groups, normalize) -> Tensor
+    g2rl_advantages(features, rewards, cu_groups, m_max, valid, shaping, normalize) -> GroupAdvantages
+
+Ops are registered with flat arguments, which `ops` alone knows. `workspace_bytes` is 0 where the caller set no limit.
+N tokens, d hidden, V vocab, B responses, G groups.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+RULES = ("scale", "centered", "literal")
+UNIFORM_GROUPS = ("shape", "drop")
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The last layer as kernels use it; its values were checked by the public `LMHead`.
+
+    Attributes:
+        weight: [V, d].
+        bias: [V], weight's dtype or fp32.
+        temperature, logit_scale: as in `LMHead`.
+        softcap: 0 for none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float = 0.0
+
+    @property
+    def V(self) -> int:
+        return self.weight.shape[0]
+
+    # u = scale * z, or scale * tanh(inner_scale * z) under a soft cap, for z = W h + b.
+
+    @property
+    def inner_scale(self) -> float:
+        return self.logit_scale / self.softcap if self.softcap > 0 else 1.0
+
+    @property
+    def scale(self) -> float:
+        return (self.softcap if self.softcap > 0 else self.logit_scale) / self.temperature
+
+
+@dataclass(frozen=True, eq=False)
+class Responses:
+    """Which tokens features are summed over, and how.
+
+    Attributes:
+        cu_seqlens: [B + 1] int32 or int64.
+        token_weights: [N] float; None for ones.
+        lse: [N] float, near each token's log sum_v exp u_v; None where it is not known.
+    """
+
+    cu_seqlens: Tensor
+    token_weights: Tensor | None = None
+    lse: Tensor | None = None
+
+
+class TokenLogprobs(NamedTuple):
+    """What `token_logprobs` returns; fp32, or fp64 for fp64 inputs.
+
+    Attributes:
+        logps: [N], log p(y_t) <= 0, natural logarithm; differentiable.
+        entropy: [N], nats, over the whole vocabulary at the head's temperature; differentiable.
+        lse: [N], log sum_v exp(z_v / T); not differentiable.
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
+class SequenceFeatures(NamedTuple):
+    """What `sequence_features` returns; fp32, or fp64 for fp64 inputs.
+
+    Attributes:
+        features: [B, d], Phi of eq. 8; zero for a response without tokens or weight; not differentiable.
+        logps, entropy, lse: as in `TokenLogprobs`.
+    """
+
+    features: Tensor
+    logps: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool = True
+    weight: bool = True
+    bias: bool = True
+
+
+class Gradients(NamedTuple):
+    """Of hidden [N, d], weight [V, d] and bias [V], each of its tensor's dtype; None for what was not asked for."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How scores shape rewards; the paper leaves the starred choices open.
+
+    Attributes:
+        strength: lambda* of eq. 12, >= 0.
+        clip: c of section 2.5, > 0: shaped rewards stay in [-c, c].
+        rule: reading of eq. 12*: "scale" r (1 + lambda nubar); "centered" r (1 + lambda (2 nubar - 1)), where a dull
+            right answer loses and a wrong answer close to its peers suffers less; "literal" r (1 + lambda r nubar).
+        min_range: a group whose scores span less keeps its rewards: min-max would amplify rounding to [0, 1].
+        uniform_groups: groups whose raw rewards are all equal* are shaped ("shape") or keep their rewards ("drop").
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    strength: float = 1.0
+    clip: float = 3.0
+    rule: Literal["scale", "centered", "literal"] = "scale"
+    min_range: float = 1e-2
+    uniform_groups: Literal["shape", "drop"] = "shape"
+
+    def __post_init__(self) -> None:
+        if not (self.strength >= 0 and math.isfinite(self.strength)):
+            raise ValueError(f"shaping.strength: expected a finite number >= 0, found {self.strength}")
+        if not self.clip > 0:
+            raise ValueError(f"shaping.clip: expected a number > 0, found {self.clip}")
+        if self.rule not in RULES:
+            raise ValueError(f"shaping.rule: expected one of {', '.join(RULES)}, found {self.rule!r}")
+        if not self.min_range >= 0:
+            raise ValueError(f"shaping.min_range: expected a number >= 0, found {self.min_range}")
+        if self.uniform_groups not in UNIFORM_GROUPS:
+            raise ValueError(
+                f"shaping.uniform_groups: expected one of {', '.join(UNIFORM_GROUPS)}, found {self.uniform_groups!r}"
+            )
+
+
+class GroupAdvantages(NamedTuple):
+    """What `g2rl_advantages` returns; fp32 unless features are fp64.
+
+    Attributes:
+        advantages: [B].
+        shaped_rewards: [B], r~.
+        scores: [B], nu in [0, 1].
+        similarity: [G, m_max, m_max], cosines, 0 beyond a group's size.
+    """
+
+    advantages: Tensor
+    shaped_rewards: Tensor
+    scores: Tensor
+    similarity: Tensor
