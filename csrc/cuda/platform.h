@@ -125,6 +125,17 @@ DEVICE float exp2_fast(float x) {
 #endif
 }
 
+// 1 / x, to one unit in the last place.
+DEVICE float reciprocal_fast(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.f / x;
+#endif
+}
+
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Grid and block size, dynamic shared memory in bytes, blocks of a cluster.

@@ -1,0 +1,55 @@
+// The head's options applied to a raw logit, and what CUDA's own functions do too slowly or too roughly.
+#pragma once
+
+#include "head.h"
+
+namespace g2rl::cuda {
+
+// tanh x to one unit in the last place or two, and 1 / cosh^2 x, which 1 - tanh^2 x is not where tanh is near 1.
+DEVICE float tanh_and_slope(float x, float& slope) {
+  const float size = fabsf(x), t = exp2_fast(-2.f * kLog2e * size), r = reciprocal_fast(1.f + t);
+  slope = 4.f * t * r * r;
+  // Below 0.55, where 1 - 2t / (1 + t) cancels: minimax in x^2, 1.3e-9 of tanh.
+  const float s = x * x;
+  float p = -0.006207427f;
+  p = fmaf(p, s, 0.021027217f);
+  p = fmaf(p, s, -0.053842276f);
+  p = fmaf(p, s, 0.133325f);
+  p = fmaf(p, s, -0.33333316f);
+  const float small = fmaf(x, s * p, x), large = fmaf(-2.f * t, r, 1.f);
+  return size < 0.55f ? small : x < 0.f ? -large : large;
+}
+
+// log(1 + q) for q in [0, 1] to about one unit in the last place: 2 atanh(q / (2 + q)) by its series.
+DEVICE float log1p_of_ratio(float q) {
+  const float s = q / (2.f + q), x = s * s;
+  float p = 1.f / 15;
+  p = fmaf(p, x, 1.f / 13);
+  p = fmaf(p, x, 1.f / 11);
+  p = fmaf(p, x, 1.f / 9);
+  p = fmaf(p, x, 1.f / 7);
+  p = fmaf(p, x, 1.f / 5);
+  p = fmaf(p, x, 1.f / 3);
+  return 2.f * s * fmaf(p, x, 1.f);
+}
+
+struct Options {
+  float inner_scale;
+  float scale;  // to exponents: in units of log 2
+
+  DEVICE explicit Options(const Head& head)
+      : inner_scale(head.inner_scale), scale(float(head.scale * 1.4426950408889634)) {}
+};
+
+// t = u / ln 2 from a raw logit, and the soft cap's slope there. NaN stays NaN.
+template <bool SOFTCAP>
+DEVICE float exponent(float z, const Options& options, float& slope) {
+  if (SOFTCAP) return tanh_and_slope(z * options.inner_scale, slope) * options.scale;
+  slope = 1.f;
+  return z * options.scale;
+}
+
+// max(a, b), but NaN where one is NaN: fmaxf would lose it.
+DEVICE float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+
+}  // namespace g2rl::cuda
