@@ -49,7 +49,12 @@ DEVICE float exponent(float z, const Options& options, float& slope) {
   return z * options.scale;
 }
 
-// max(a, b), but NaN where one is NaN: fmaxf would lose it.
-DEVICE float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+// t - shift, rounded once: t alone, up to 173 for the logits that bounds are given for, would be off by 7e-6.
+template <bool SOFTCAP>
+DEVICE float exponent_above(float shift, float z, const Options& options, float& slope) {
+  if (SOFTCAP) return fmaf(tanh_and_slope(z * options.inner_scale, slope), options.scale, -shift);
+  slope = 1.f;
+  return fmaf(z, options.scale, -shift);
+}
 
 }  // namespace g2rl::cuda

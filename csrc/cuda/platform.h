@@ -136,6 +136,15 @@ DEVICE float reciprocal_fast(float x) {
 #endif
 }
 
+// Four numbers that are read once: they need not stay in a cache.
+DEVICE float4 load_once(const float4* at) {
+#ifdef __CUDA_ARCH__
+  return __ldcs(at);
+#else
+  return *at;
+#endif
+}
+
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Grid and block size, dynamic shared memory in bytes, blocks of a cluster.

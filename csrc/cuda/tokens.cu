@@ -1,0 +1,304 @@
+// What follows a product: a token's sums become its results and its terms, responses get their weight, and residuals
+// are added up from logits that were kept. Symbols as in head.h.
+#include "choices.h"
+#include "options.h"
+
+namespace g2rl::cuda {
+
+namespace {
+
+// ---- merge
+// -----------------------------------------------------------------------------------------------------------
+//
+// With m the largest t of a token (or the given lse), S_rest and X_rest sums over v != y, and S = S_rest + e_y:
+//
+//   log p_y = -log1p(S_rest / e_y)   where e_y > S_rest, else ln 2 (t_y - m) - ln S
+//   H       = (S_rest ln S - ln 2 X_rest - e_y log p_y) / S
+//   lse     = ln 2 m + ln S
+//
+// A block has 32 tokens, one a lane. Its warps share the parts, whose sums are joined in the order of warps.
+
+constexpr int kMergeWarps = 8;
+
+struct MergeArguments {
+  Head head;
+  Partials partials;
+  int N;
+  const float *lse, *a;
+  float* results;
+  int64_t stride;
+  Terms terms;
+};
+
+template <class F>
+DEVICE float across_warps(float value, F combine) {
+  SHARED(shared);
+  float* of_threads = reinterpret_cast<float*>(shared);
+  of_threads[threadIdx.x] = value;
+  __syncthreads();
+  float total = of_threads[threadIdx.x % kWarp];
+  UNROLL for (int w = 1; w < kMergeWarps; ++w) total = combine(total, of_threads[w * kWarp + threadIdx.x % kWarp]);
+  __syncthreads();
+  return total;
+}
+
+template <bool SOFTCAP>
+DEVICE void write_token(const MergeArguments& p, int n, float m, float z_y, float S_rest, float X_rest) {
+  float slope;
+  const float x_y = exponent_above<SOFTCAP>(m, z_y, Options(p.head), slope), e_y = exp2_fast(x_y);
+  const float S = S_rest + e_y;
+  // False for NaN, which the logarithm of S carries on.
+  const bool confident = e_y > S_rest;
+  float log_p, log_S;
+  if (confident) {
+    log_p = -log1p_of_ratio(S_rest / e_y);
+    log_S = fmaf(x_y, kLn2, -log_p);
+  } else {
+    log_S = logf(S);
+    log_p = fmaf(x_y, kLn2, -log_S);
+  }
+  p.results[n] = log_p;
+  p.results[p.stride + n] = (S_rest * log_S - X_rest * kLn2 - e_y * log_p) / S;
+  p.results[2 * p.stride + n] = fmaf(m, kLn2, log_S);
+  if (p.a == nullptr) return;
+  p.terms.shift[n] = m;
+  p.terms.weight[n] = p.a[n] / S;
+  p.terms.target[n] = p.a[n] * (S_rest / S) * slope;
+  p.terms.S[n] = S;
+}
+
+template <bool SOFTCAP>
+__global__ void __launch_bounds__(kMergeWarps* kWarp) merge_kernel(const __grid_constant__ MergeArguments p) {
+  const int n = blockIdx.x * kWarp + threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t N = p.N, plane = N * p.partials.splits;
+  const int parts = n < p.N ? p.partials.splits : 0;
+  const float* of_token = p.partials.planes + n;
+
+  float z_y = 0.f, m = kNoMaximum;
+  for (int s = warp; s < parts; s += kMergeWarps) {
+    z_y += of_token[3 * plane + s * N];
+    if (p.lse == nullptr) m = fmaxf(m, of_token[s * N]);  // NaN is no maximum, but shows in S
+  }
+  z_y = across_warps(z_y, [](float x, float y) { return x + y; });
+  if (p.lse == nullptr) {
+    float slope;
+    m = fmaxf(across_warps(m, fmaxf), exponent<SOFTCAP>(z_y, Options(p.head), slope));
+  } else if (n < p.N) {
+    m = p.lse[n] * kLog2e;
+  }
+
+  float S = 0.f, X = 0.f;
+  for (int s = warp; s < parts; s += kMergeWarps) {
+    const float S_s = of_token[plane + s * N], X_s = of_token[2 * plane + s * N];
+    if (p.lse == nullptr) {
+      // Parts without words but the target have S = X = 0 and a large `moved`, but a finite one.
+      const float moved = of_token[s * N] - m, factor = exp2_fast(moved);
+      S = fmaf(S_s, factor, S);
+      X = fmaf(fmaf(S_s, moved, X_s), factor, X);
+    } else {
+      S += S_s;
+      X += X_s;
+    }
+  }
+  S = across_warps(S, [](float x, float y) { return x + y; });
+  X = across_warps(X, [](float x, float y) { return x + y; });
+  if (n < p.N && warp == 0) write_token<SOFTCAP>(p, n, m, z_y, S, X);
+}
+
+// ---- responses
+// -------------------------------------------------------------------------------------------------------
+
+constexpr int kResponseThreads = 128;
+
+DEVICE float half_ulp(float x) { return from_bits(to_bits(x) & 0x7f800000) * 0x1p-24f; }
+
+// How far from 1 the sum S may be that was made with an lse in fp32 as its shift: by the rounding of lse, by that of
+// the shift in units of log 2, and by that of S. Features are then off by as much, and 1e-5 is what they may be.
+DEVICE float tolerance(float lse) { return fminf(half_ulp(lse) + kLn2 * half_ulp(lse * kLog2e) + 1e-6f, 9e-6f); }
+
+__global__ void __launch_bounds__(kResponseThreads)
+    responses_kernel(const int* cu_seqlens, const float* a, const float* S, const float* lse, float* inverse,
+                     int* flags) {
+  SHARED(shared);
+  float* sums = reinterpret_cast<float*>(shared);
+  int* marks = reinterpret_cast<int*>(sums + kResponseThreads);
+  const int b = blockIdx.x, thread = threadIdx.x;
+  float sum = 0.f;
+  bool off = false;
+  for (int n = cu_seqlens[b] + thread; n < cu_seqlens[b + 1]; n += kResponseThreads) {
+    sum += a[n];
+    off |= a[n] > 0.f && !(fabsf(S[n] - 1.f) <= tolerance(lse[n]));
+  }
+  sums[thread] = sum;
+  marks[thread] = off;
+  for (int half = kResponseThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half) {
+      sums[thread] += sums[thread + half];
+      marks[thread] |= marks[thread + half];
+    }
+  }
+  if (thread > 0) return;
+  inverse[b] = sums[0] == 0.f ? 0.f : 1.f / sums[0];
+  flags[b] = marks[0];
+}
+
+// ---- residuals from kept logits
+// --------------------------------------------------------------------------------------
+//
+// A block owns (response, 512 words) and adds tokens one by one, so that chunks can end anywhere without changing a
+// bit. Four rows of logits are on their way at a time.
+
+constexpr int kKeptThreads = 128;
+constexpr int kKeptColumns = 4 * kKeptThreads;
+constexpr int kKeptTokens = 128;  // whose terms are in shared memory
+constexpr int kAhead = 4;
+
+struct KeptArguments {
+  Head head;
+  Kept kept;
+  const int64_t* targets;
+  const int* cu_seqlens;
+  Terms terms;
+  int first, last;
+  float* R;
+};
+
+struct TokenTerms {
+  float shift, weight, target;
+  int y;
+};
+
+template <bool SOFTCAP>
+DEVICE void add_token(const float4& z, const TokenTerms& token, int v, const Options& options, float (&r)[4]) {
+  const float of_columns[4] = {z.x, z.y, z.z, z.w};
+  UNROLL for (int i = 0; i < 4; ++i) {
+    float slope;
+    const float e = exp2_fast(exponent_above<SOFTCAP>(token.shift, of_columns[i], options, slope));
+    const float others = fmaf(-token.weight * slope, e, r[i]);
+    r[i] = v + i == token.y ? r[i] + token.target : others;
+  }
+}
+
+template <bool SOFTCAP>
+__global__ void __launch_bounds__(kKeptThreads) add_kept_kernel(const __grid_constant__ KeptArguments p) {
+  SHARED(shared);
+  TokenTerms* terms = reinterpret_cast<TokenTerms*>(shared);
+  const int tiles = int(ceil_div(p.head.V, kKeptColumns));
+  const int b = blockIdx.x / tiles, v = blockIdx.x % tiles * kKeptColumns + 4 * threadIdx.x;
+  const int start = p.cu_seqlens[b] > p.first ? p.cu_seqlens[b] : p.first;
+  const int end = p.cu_seqlens[b + 1] < p.last ? p.cu_seqlens[b + 1] : p.last;
+  if (start >= end) return;
+
+  const Options options(p.head);
+  float* to = p.R + int64_t(b) * p.head.V + v;
+  // Threads past the vocabulary read its first columns, and store nothing.
+  const int64_t column = v < p.head.V ? v : 0;
+  float r[4] = {};
+  UNROLL for (int i = 0; i < 4; ++i) {
+    if (v + i < p.head.V) r[i] = to[i];
+  }
+  for (int n0 = start; n0 < end; n0 += kKeptTokens) {
+    const int count = end - n0 < kKeptTokens ? end - n0 : kKeptTokens;
+    // Rows of `kept` and terms count from the chunk's first token.
+    const int row = n0 - p.first;
+    __syncthreads();
+    if (int(threadIdx.x) < count) {
+      const int t = row + threadIdx.x;
+      terms[threadIdx.x] = {p.terms.shift[t], p.terms.weight[t], p.terms.target[t], int(p.targets[n0 + threadIdx.x])};
+    }
+    __syncthreads();
+    const float* logits = p.kept.logits + row * p.kept.stride + column;
+    for (int t = 0; t < count; t += kAhead) {
+      float4 z[kAhead];
+      UNROLL for (int i = 0; i < kAhead; ++i) {
+        const int at = t + i < count ? t + i : count - 1;
+        z[i] = load_once(reinterpret_cast<const float4*>(logits + at * p.kept.stride));
+      }
+      UNROLL for (int i = 0; i < kAhead; ++i) {
+        if (t + i < count) add_token<SOFTCAP>(z[i], terms[t + i], v, options, r);
+      }
+    }
+  }
+  UNROLL for (int i = 0; i < 4; ++i) {
+    if (v + i < p.head.V) to[i] = r[i];
+  }
+}
+
+// ---- targets' residuals, for R that was summed without them
+// ----------------------------------------------------------
+//
+// Not divided by S, as the others' residuals are not: a token's residuals must add up to 0, or what all rows of the
+// weight have in common stays behind, which can be far longer than the features.
+//
+// Every token compares its target with those of its response; the first of a kind adds the terms of all, in order. A
+// response of 2^15 tokens needs fewer comparisons for that than a vocabulary would.
+
+constexpr int kTargetThreads = 128;
+constexpr int kBlocksPerResponse = 8;
+
+struct TargetTerm {
+  int y;
+  float value;
+};
+
+__global__ void __launch_bounds__(kTargetThreads)
+    add_targets_kernel(const int64_t* targets, const int* cu_seqlens, const float* target, const float* S,
+                       const int* flags, int V, float* R) {
+  SHARED(shared);
+  TargetTerm* others = reinterpret_cast<TargetTerm*>(shared);
+  const int b = blockIdx.x / kBlocksPerResponse, thread = threadIdx.x;
+  const int start = cu_seqlens[b], length = cu_seqlens[b + 1] - start;
+  if (flags[b] != 0) return;
+  for (int t0 = blockIdx.x % kBlocksPerResponse * kTargetThreads; t0 < length;
+       t0 += kBlocksPerResponse * kTargetThreads) {
+    const int t = t0 + thread, y = t < length ? int(targets[start + t]) : -1;
+    float sum = 0.f;
+    bool first = t < length;
+    for (int u0 = 0; u0 < length; u0 += kTargetThreads) {
+      __syncthreads();
+      const int n = start + u0 + thread;
+      if (u0 + thread < length) others[thread] = {int(targets[n]), target[n] * S[n]};
+      __syncthreads();
+      const int count = length - u0 < kTargetThreads ? length - u0 : kTargetThreads;
+      for (int i = 0; i < count; ++i) {
+        if (others[i].y != y) continue;
+        first &= u0 + i >= t;
+        sum += others[i].value;
+      }
+    }
+    if (first) R[int64_t(b) * V + y] += sum;
+  }
+}
+
+}  // namespace
+
+int merge(const Head& head, const Partials& partials, int N, const float* lse, const float* a, float* results,
+          int64_t stride, const Terms& terms, Stream stream) {
+  const MergeArguments p{head, partials, N, lse, a, results, stride, terms};
+  constexpr int kThreads = kMergeWarps * kWarp;
+  return choose(head.softcap, [&](auto softcap) {
+    return launch({ceil_div(N, kWarp), kThreads, kThreads * int(sizeof(float))}, stream, merge_kernel<softcap>, p);
+  });
+}
+
+int responses(const Responses& responses, const float* a, const float* S, const float* lse, float* inverse, int* flags,
+              Stream stream) {
+  return launch({responses.B, kResponseThreads, 2 * kResponseThreads * int(sizeof(float))}, stream, responses_kernel,
+                responses.cu_seqlens, a, S, lse, inverse, flags);
+}
+
+int add_kept(const Head& head, const Kept& kept, const int64_t* targets, const Responses& responses, const Terms& terms,
+             int first, int last, float* R, Stream stream) {
+  const KeptArguments p{head, kept, targets, responses.cu_seqlens, terms, first, last, R};
+  const Launch at{responses.B * ceil_div(head.V, kKeptColumns), kKeptThreads, kKeptTokens * int(sizeof(TokenTerms))};
+  return choose(head.softcap, [&](auto softcap) { return launch(at, stream, add_kept_kernel<softcap>, p); });
+}
+
+int add_targets(const int64_t* targets, const Responses& responses, const Terms& terms, const int* flags, int V,
+                float* R, Stream stream) {
+  const Launch at{int64_t(responses.B) * kBlocksPerResponse, kTargetThreads, kTargetThreads * int(sizeof(TargetTerm))};
+  return launch(at, stream, add_targets_kernel, targets, responses.cu_seqlens, terms.target, terms.S, flags, V, R);
+}
+
+}  // namespace g2rl::cuda

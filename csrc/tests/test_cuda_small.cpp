@@ -1,0 +1,172 @@
+// The CUDA kernels of csrc/cuda that need no Hopper, on a CPU, against float64.
+#include <algorithm>
+
+#include "cuda_problem.h"
+
+using namespace g2rl::cuda;
+using namespace g2rl::cuda::testing;
+
+namespace {
+
+using Floats = std::vector<float>;
+
+// What is allowed of each token and each response; design bounds of the project.
+constexpr double kBound = 1e-5;
+
+void check_tokens(Problem& p, const Floats& results, const std::string& what) {
+  for (int n = 0; n < p.N; ++n) {
+    const double log_p = std::fabs(results[n] - p.log_p[n]);
+    expect_below(log_p, std::min(kBound, 1e-4 * std::fabs(p.log_p[n]) + 1e-12), what + ": log p");
+    expect_below(std::fabs(results[p.N + n] - p.entropy[n]), kBound, what + ": entropy");
+    expect_below(std::fabs(results[2 * p.N + n] - p.lse[n]), kBound, what + ": lse");
+  }
+}
+
+void check_rows(Problem& p, const Floats& found, const std::vector<double>& expected, int width,
+                const std::string& what) {
+  for (int b = 0; b < p.B; ++b) {
+    const size_t at = size_t(b) * width;
+    expect_below(relative_error(&found[at], &expected[at], width), kBound, what + " of response " + std::to_string(b));
+  }
+}
+
+// ---- merge, responses, add_kept, add_targets
+// -------------------------------------------------------------------------
+
+// Raw logits in fp32 as pass 1 keeps them, and the reference from these.
+Floats kept_logits(Problem& p, int64_t stride) {
+  Floats kept(p.N * stride, NAN);
+  for (int n = 0; n < p.N; ++n) {
+    for (int v = 0; v < p.c.V; ++v) {
+      float& z = kept[n * stride + v];
+      z = float(p.z[size_t(n) * p.c.V + v]);
+      p.z[size_t(n) * p.c.V + v] = z;
+    }
+  }
+  p.follow();
+  return kept;
+}
+
+// Partials in parts of `columns` words, by float64; shifted by lse where it is given.
+Floats partial_sums(Problem& p, int columns, const float* lse) {
+  const int V = p.c.V, splits = int(ceil_div(V, columns));
+  const double inner = p.head().inner_scale, scale = p.head().scale / std::log(2.0);
+  Floats planes(4 * size_t(splits) * p.N, NAN);
+  for (int s = 0; s < splits; ++s) {
+    for (int n = 0; n < p.N; ++n) {
+      std::vector<double> t;
+      double m = kNoMaximum, S = 0, X = 0, z_y = 0;
+      for (int v = s * columns; v < std::min(V, (s + 1) * columns); ++v) {
+        const double z = p.z[size_t(n) * V + v];
+        if (v == p.targets[n]) z_y = z;
+        if (v != p.targets[n]) t.push_back(p.c.softcap > 0 ? scale * std::tanh(inner * z) : scale * z);
+      }
+      for (const double x : t) m = std::max(m, x);
+      m = lse ? lse[n] * kLog2e : float(m);
+      for (const double x : t) {
+        S += std::exp2(x - m);
+        X += std::exp2(x - m) * (x - m);
+      }
+      const double values[4] = {m, S, X, z_y};
+      for (int i = 0; i < 4; ++i) {
+        if (i > 0 || !lse) planes[(size_t(i) * splits + s) * p.N + n] = float(values[i]);
+      }
+    }
+  }
+  return planes;
+}
+
+Floats add_kept_in(Problem& p, Floats& kept, int64_t stride, const OwnTerms& terms, int chunk) {
+  Floats R(size_t(p.B) * p.c.V, 0.f);
+  for (int first = 0; first < p.N; first += chunk) {
+    const Kept of_chunk{kept.data() + first * stride, stride};
+    add_kept(p.head(), of_chunk, p.targets.data(), p.responses(), terms.from(first), first,
+             std::min(first + chunk, p.N), R.data(), nullptr);
+  }
+  return R;
+}
+
+void test_tokens(const Case& c, const std::string& what) {
+  Problem p(c);
+  const int64_t stride = ceil_div(c.V, 128) * 128;
+  Floats kept = kept_logits(p, stride), results(3 * size_t(p.N), NAN);
+  OwnTerms terms(p.N);
+  for (const int columns : {100, c.V}) {
+    Floats planes = partial_sums(p, columns, nullptr);
+    const Partials partials{planes.data(), int(ceil_div(c.V, columns))};
+    merge(p.head(), partials, p.N, nullptr, p.a.data(), results.data(), p.N, terms.terms, nullptr);
+    check_tokens(p, results, what);
+  }
+  const Floats R = add_kept_in(p, kept, stride, terms, p.N);
+  check_rows(p, R, p.R, c.V, what + ": R from kept logits");
+  expect(R == add_kept_in(p, kept, stride, terms, 37), what + ": chunks change bits", 1, 0);
+}
+
+// An lse is given: exact, or off where a response must be told.
+void test_given_lse(const Case& c, const std::string& what) {
+  Problem p(c);
+  kept_logits(p, c.V);
+  Floats lse(p.lse.begin(), p.lse.end()), results(3 * size_t(p.N), NAN), inverse(p.B, NAN);
+  const int wrong = p.B - 1;
+  for (int n = p.cu[wrong]; n < p.N; ++n) lse[n] += 3e-5f * std::max(1.f, std::fabs(lse[n]));
+  Floats planes = partial_sums(p, 100, lse.data());
+  OwnTerms terms(p.N);
+  merge(p.head(), {planes.data(), int(ceil_div(c.V, 100))}, p.N, lse.data(), p.a.data(), results.data(), p.N,
+        terms.terms, nullptr);
+  check_tokens(p, results, what);
+
+  std::vector<int> flags(p.B, -1);
+  responses(p.responses(), p.a.data(), terms.terms.S, lse.data(), inverse.data(), flags.data(), nullptr);
+  Floats R(size_t(p.B) * c.V, 0.f);
+  add_targets(p.targets.data(), p.responses(), terms.terms, flags.data(), c.V, R.data(), nullptr);
+  for (int b = 0; b < p.B; ++b) {
+    double sum = 0;
+    std::vector<double> expected(c.V, 0.);
+    for (int n = p.cu[b]; n < p.cu[b + 1]; ++n) {
+      sum += p.a[n];
+      const double p_y = p.p[size_t(n) * c.V + p.targets[n]];
+      if (b != wrong) expected[p.targets[n]] += p.a[n] * p.slope[size_t(n) * c.V + p.targets[n]] * (1 - p_y);
+    }
+    expect(flags[b] == (b == wrong), what + ": flag of response " + std::to_string(b), flags[b], b == wrong);
+    expect_below(std::fabs(inverse[b] - (sum > 0 ? 1 / sum : 0)), 1e-6 * (sum > 0 ? 1 / sum : 0), what + ": inverse");
+    expect_below(relative_error(&R[size_t(b) * c.V], expected.data(), c.V), 2 * kBound, what + ": targets of R");
+  }
+}
+
+// NaN among a token's logits shows in its results and in its response, and nowhere else.
+void test_nan_of_tokens() {
+  Problem p({{5, 0, 17}, 63, 1105});
+  const int bad = 3;
+  kept_logits(p, 1152);
+  p.z[bad * size_t(p.c.V) + 700] = NAN;
+  Floats kept = kept_logits(p, 1152), planes = partial_sums(p, 100, nullptr), results(3 * size_t(p.N));
+  OwnTerms terms(p.N);
+  merge(p.head(), {planes.data(), 12}, p.N, nullptr, p.a.data(), results.data(), p.N, terms.terms, nullptr);
+  for (int i = 0; i < 3 * p.N; ++i) {
+    expect(std::isnan(results[i]) == (i % p.N == bad), "NaN of token " + std::to_string(i % p.N), results[i], 0);
+  }
+  const Floats R = add_kept_in(p, kept, 1152, terms, p.N);
+  for (int b = 0; b < p.B; ++b) {
+    const bool any = std::any_of(&R[b * p.c.V], &R[(b + 1) * p.c.V], [](float x) { return std::isnan(x); });
+    expect(any == (b == 0), "NaN in R of response " + std::to_string(b), any, b == 0);
+  }
+}
+
+void tokens_tests() {
+  const std::vector<int> ragged{5, 0, 1, 17, 130};
+  test_tokens({ragged, 63, 1105}, "plain");
+  test_tokens({.lengths = ragged, .d = 129, .V = 1105, .bias = true, .temperature = 0.7, .spread = 4}, "temperature");
+  test_tokens({.lengths = ragged, .d = 63, .V = 515, .softcap = 30, .logit_scale = 1.5, .spread = 8}, "soft cap");
+  test_tokens({.lengths = {3, 9}, .d = 63, .V = 1105, .spread = 40}, "peaked");
+  test_given_lse({ragged, 63, 1105}, "given lse");
+  test_given_lse({.lengths = ragged, .d = 63, .V = 515, .softcap = 30, .logit_scale = 1.5, .spread = 30}, "given, cap");
+  test_nan_of_tokens();
+}
+
+}  // namespace
+
+int main() {
+  tokens_tests();
+  if (failures) std::fprintf(stderr, "%d failures\n", failures);
+  return failures != 0;
+}
