@@ -35,7 +35,7 @@ test: $(READY)
 
 ctest: $(READY)
 	$(BIN)/cmake -S . -B build/ctest -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(abspath build/ctest)
-	$(BIN)/cmake --build build/ctest --parallel --target test_head test_rowwise
+	$(BIN)/cmake --build build/ctest --parallel --target test_head test_products test_rowwise
 	$(BIN)/ctest --test-dir build/ctest --output-on-failure
 
 bench: $(READY)

@@ -142,6 +142,9 @@ def explain() -> str:
     """Which backend serves which op on this machine, by device and dtype, and why the faster ones do not."""
     devices = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: {', '.join(map(str, devices))}"]
+    native = _load(_backend("native"))
+    if native is not None and native.unavailable(devices[0], torch.float32) is None:
+        lines.append(native.describe())
     forced = _forced or os.environ.get(ENVIRONMENT_VARIABLE)
     if forced:
         lines.append(f"backend set by name: {forced}")

@@ -4,7 +4,7 @@
 
 #include "../cpu/groups.h"
 #include "../cpu/head.h"
-#include "../cpu/panels.h"
+#include "../cpu/isa.h"
 
 namespace {
 
@@ -101,5 +101,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("sequence_features", &sequence_features);
   m.def("logprobs_backward", &logprobs_backward);
   m.def("g2rl_advantages", &g2rl_advantages);
-  m.def("instruction_set", [] { return std::string(g2rl::rowwise().name); });
+  m.def("instruction_set", [] { return std::string(g2rl::isa_name(g2rl::isa())); });
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (int i = static_cast<int>(g2rl::highest_isa()); i >= 0; --i)
+      names.push_back(g2rl::isa_name(static_cast<g2rl::Isa>(i)));
+    return names;
+  });
 }

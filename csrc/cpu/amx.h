@@ -11,8 +11,6 @@
 
 #include "rowwise.h"
 
-#define G2RL_ALWAYS_INLINE __attribute__((always_inline))
-
 namespace g2rl {
 namespace {
 
@@ -92,7 +90,7 @@ G2RL_ALWAYS_INLINE inline void multiply_block(const TileProduct& p, int64_t r, i
   for_part_pairs(p.a_parts, p.b_parts, [&](int i, int j) G2RL_ALWAYS_INLINE {
     const uint32_t* a = p.a + i * p.a_part + r * p.a_stride;
     const uint32_t* b = p.b + j * p.b_part + c / 16 * p.b_block;
-    for (int64_t k = 0; k < p.steps; ++k, a += 16, b += p.b_step) {
+    for (int64_t k = 0; k < p.steps; ++k, a += 16, b += 16 * p.b_stride) {
       _tile_loadd(4, a, a_bytes);
       _tile_loadd(6, b, b_bytes);
       _tile_dpbf16ps(0, 4, 6);

@@ -1,9 +1,6 @@
-// Chooses the instruction set, by ATen's own test so that ATEN_CPU_CAPABILITY steers this library too.
 #include "dots.h"
 
-#include <ATen/Version.h>
-
-#include <string>
+#include "isa.h"
 
 namespace g2rl {
 
@@ -20,15 +17,11 @@ const DotKernels& dot_kernels();
 #endif
 
 const DotKernels& dots() {
-  static const DotKernels& chosen = []() -> const DotKernels& {
 #if defined(__x86_64__)
-    const std::string isa = at::get_cpu_capability();
-    if (isa == "AVX512") return avx512::dot_kernels();
-    if (isa == "AVX2") return avx2::dot_kernels();
+  if (isa() >= Isa::kAvx512) return avx512::dot_kernels();
+  if (isa() == Isa::kAvx2) return avx2::dot_kernels();
 #endif
-    return base::dot_kernels();
-  }();
-  return chosen;
+  return base::dot_kernels();
 }
 
 }  // namespace g2rl

@@ -90,8 +90,8 @@ void weight_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGra
   for_tasks(
       p.cut.tiles,
       [&] {
-        return State{LogitTile(p), LeftParts(p.format, p.format.parts, width, kTokens),
-                     Buffer(width * kRows * sizeof(float)), Buffer(width * stride * sizeof(float))};
+        return State{LogitTile(p), LeftParts(p.format, width, kTokens), Buffer(width * kRows * sizeof(float)),
+                     Buffer(width * stride * sizeof(float))};
       },
       [&](State& s, int64_t tile) {
         s.logits.load(tile, /*straight=*/false);
@@ -110,7 +110,7 @@ void weight_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGra
                             rowwise().transpose16(src, g.width, s.turned.units() + r, kRows);
                           }
                           for (int64_t v = 0; v < g.width; ++v)
-                            s.left.fill(p.format, s.turned.floats() + v * kRows, v, block * kRows - t, kRows);
+                            s.left.fill(s.turned.floats() + v * kRows, v, block * kRows - t, kRows);
                         });
           if (!dweight) continue;
           const int64_t tokens = std::min(kTokens, (p.N - t + kRows - 1) / kRows * kRows);
@@ -139,33 +139,32 @@ void hidden_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGra
     LeftParts left;
     Buffer sum;
   };
-  for_tasks((rows.blocks() + blocks - 1) / blocks,
-            [&] {
-              return State{LogitTile(p), LeftParts(p.format, p.format.parts, kRows, width),
-                           Buffer(blocks * kRows * stride * sizeof(float))};
-            },
-            [&](State& s, int64_t task) {
-              const int64_t first = task * blocks, end = std::min(first + blocks, rows.blocks());
-              std::memset(s.sum.floats(), 0, blocks * kRows * stride * sizeof(float));
-              for (int64_t tile = 0; tile < p.cut.tiles; ++tile) {
-                s.logits.load(tile, /*straight=*/true);
-                for_gradients(p, rows, grads, s.logits, first, end, [&](const Tile& g, int64_t block) {
-                  for (int r = 0; r < kRows; ++r) {
-                    float* row = g.acc + r * g.ld;
-                    const int64_t keep = r < g.rows ? g.cols : 0;
-                    std::memset(row + keep, 0, (width - keep) * sizeof(float));
-                    s.left.fill(p.format, row, r, 0, width);
-                  }
-                  multiply_straight(p.format, s.left, kRows, s.logits.panel().straight(), width / p.format.per_unit(),
-                                    width / p.format.per_unit(), cols,
-                                    s.sum.floats() + (block - first) * kRows * stride);
-                });
-              }
-              for (int64_t t = first * kRows; t < std::min(end * kRows, p.N); ++t) {
-                char* out = static_cast<char*>(dhidden.mutable_data_ptr()) + t * p.d * element;
-                rowwise().narrow(s.sum.floats() + (t - first * kRows) * stride, p.format.dtype, p.d, out);
-              }
-            });
+  for_tasks(
+      (rows.blocks() + blocks - 1) / blocks,
+      [&] {
+        return State{LogitTile(p), LeftParts(p.format, kRows, width), Buffer(blocks * kRows * stride * sizeof(float))};
+      },
+      [&](State& s, int64_t task) {
+        const int64_t first = task * blocks, end = std::min(first + blocks, rows.blocks());
+        std::memset(s.sum.floats(), 0, blocks * kRows * stride * sizeof(float));
+        for (int64_t tile = 0; tile < p.cut.tiles; ++tile) {
+          s.logits.load(tile, /*straight=*/true);
+          for_gradients(p, rows, grads, s.logits, first, end, [&](const Tile& g, int64_t block) {
+            for (int r = 0; r < kRows; ++r) {
+              float* row = g.acc + r * g.ld;
+              const int64_t keep = r < g.rows ? g.cols : 0;
+              std::memset(row + keep, 0, (width - keep) * sizeof(float));
+              s.left.fill(row, r, 0, width);
+            }
+            multiply_straight(p.format, s.left, kRows, s.logits.panel().straight(), width / p.format.per_unit(),
+                              width / p.format.per_unit(), cols, s.sum.floats() + (block - first) * kRows * stride);
+          });
+        }
+        for (int64_t t = first * kRows; t < std::min(end * kRows, p.N); ++t) {
+          char* out = static_cast<char*>(dhidden.mutable_data_ptr()) + t * p.d * element;
+          rowwise().narrow(s.sum.floats() + (t - first * kRows) * stride, p.format.dtype, p.d, out);
+        }
+      });
 }
 
 }  // namespace

@@ -20,13 +20,13 @@ void Coefficients::set(const Responses& r, const std::vector<Token>& tokens, int
 }
 
 ResidualProduct::ResidualProduct(const HeadProblem& p, int64_t responses)
-    : rows_(responses), width_(p.cut.width), left_(p.format, p.format.amx ? 3 : 1, rows_, width_) {}
+    : rows_(responses), width_(p.cut.width), left_(choose_format(Dtype::kFloat), rows_, width_) {}
 
 void ResidualProduct::add(const HeadProblem& p, const float* sums, const ColumnPanels& panel, float* out,
                           double* totals) {
   for (int64_t b = 0; b < rows_; ++b) {
     const float* row = sums + b * width_;
-    left_.fill(p.format, row, b, 0, width_);
+    left_.fill(row, b, 0, width_);
     float lanes[kLanes] = {};
     for (int64_t i = 0; i < width_; i += kLanes)
       for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += row[i + lane];

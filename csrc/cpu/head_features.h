@@ -57,7 +57,7 @@ struct Coefficients {
   std::vector<float> ref, value;
 };
 
-// A thread's product of one tile of R with its tile of W: R in bf16 parts, or as it is.
+// A thread's product of one tile of R with its tile of W: R as fp32 numbers enter products.
 class ResidualProduct {
  public:
   ResidualProduct(const HeadProblem& p, int64_t responses);

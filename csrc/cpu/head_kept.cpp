@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "head_features.h"
+#include "isa.h"
 
 namespace g2rl {
 namespace {
@@ -18,9 +19,12 @@ constexpr double kShareOfLogits = 0.044;  // of N V fp32 numbers: what this plan
 constexpr int64_t kGroupShare = 4;        // of that, one part in so many for R
 
 // Two products stream W twice. Tokens for which each further streaming of it must spare a second product: what
-// streaming and packing an entry of W costs over what a product of it with a token does, less keeping that. Fewer for
-// fp16 and fp32, which do more products per byte.
-int64_t least_tokens_per_stream(const Format& format) { return format.parts == 1 ? 150 : 110; }
+// streaming and packing an entry of W costs over what a product of it with a token does, less keeping that. On AMX
+// fewer for fp16 and fp32, which do more products per byte; elsewhere a product takes ten times as long.
+int64_t least_tokens_per_stream(const Format& format) {
+  if (isa() < Isa::kAmx) return 20;
+  return format.parts == 1 ? 150 : 110;
+}
 
 // Responses whose R fits: at least one product's worth of rows.
 int64_t group_size(const HeadProblem& p, int64_t limit) {
@@ -44,7 +48,7 @@ KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t w
   if (p.cap > 0) return {};  // the cap's slopes would have to be kept too
   const int64_t limit = allowed_bytes(p, workspace_bytes), group = group_size(p, limit);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), p.cut.slabs), unit = sizeof(float);
-  const int64_t row_units = p.depth.padded() * p.format.parts;
+  const int64_t row_units = p.depth.units * p.format.parts;
   const int64_t fixed = threads * (p.cut.width * row_units + 2 * kRows * row_stride(p.cut.width)) * unit +
                         std::min(group, (B + 15) / 16 * 16) * p.cut.padded() * unit;
   const int64_t per_token = p.cut.padded() * 2 + p.cut.tiles * 2 * unit + row_units * unit + p.cut.slabs * 3 * unit +

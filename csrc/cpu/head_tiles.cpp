@@ -12,7 +12,7 @@ constexpr int64_t kSlabs = 32;
 constexpr int64_t kFetchBytes = 512 * 1024;
 
 VocabCut cut_vocabulary(int64_t V, const Depth& depth, const Format& format) {
-  const int64_t column_bytes = depth.padded() * format.parts * sizeof(uint32_t);
+  const int64_t column_bytes = depth.units * format.parts * sizeof(uint32_t);
   const int64_t width = std::clamp<int64_t>(kPanelBytes / column_bytes / 64 * 64, 64, kMaxWidth);
   const int64_t tiles = std::max<int64_t>(1, (V + width - 1) / width);
   return {width, tiles, std::min(tiles, kSlabs)};
@@ -25,7 +25,7 @@ HeadProblem::HeadProblem(const at::Tensor& hidden_, const Head& head, const at::
       d(hidden_.size(1)),
       V(head.weight.size(0)),
       format(choose_format(hidden_.scalar_type())),
-      depth(split_depth(d, format)),
+      depth(d, format),
       cut(cut_vocabulary(V, depth, format)),
       hidden(view(hidden_)),
       weight(view(head.weight)),
@@ -87,7 +87,7 @@ TileProduct LogitTile::start(const RowPanels& rows, int64_t block) {
   tile_.rows = static_cast<int>(rows.rows(block));
   first_token_ = rows.first(block);
   TileProduct product =
-      multiply_rows(problem_.format, problem_.depth, rows.block(block), tile_.rows, panel_, tile_.acc, tile_.ld);
+      rows_product(problem_.format, problem_.depth, rows.block(block), tile_.rows, panel_, tile_.acc, tile_.ld);
   const MatrixView& w = problem_.weight;
   const int64_t next = first_ + tile_.cols, bytes = (std::min(next + tile_.cols, w.rows) - next) * w.row_bytes;
   if (bytes <= kFetchBytes) {

@@ -34,7 +34,7 @@ struct HeadProblem {
   double scale, temperature, cap;
   std::vector<double> raw_bias;
 
-  int64_t padded_d() const { return depth.padded() * format.per_unit(); }
+  int64_t padded_d() const { return depth.units * format.per_unit(); }
   // u of a raw product, and d z / d raw product without the scale.
   double logit(double acc, int64_t v) const;
   double cap_slope(double acc, int64_t v) const;
@@ -55,7 +55,7 @@ class LogitTile {
   void load(int64_t tile, bool straight);
   // The loaded rows of W as a straight panel alone: the next product needs a load().
   void straighten();
-  // The raw products of a block of `rows`, which may be for a row kernel to compute.
+  // The raw products of a block of `rows`, for a row kernel to compute.
   TileProduct start(const RowPanels& rows, int64_t block);
   // The logits, once the products are there. The targets' columns become -inf, so that every sum is over the other
   // entries; their raw products go to target_acc[N] if it is not null.

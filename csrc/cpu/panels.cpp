@@ -11,9 +11,6 @@
 namespace g2rl {
 namespace {
 
-namespace blas = at::native::cpublas;
-
-constexpr int64_t kChunkFloat = 128;              // elements of the summed dimension per product
 constexpr int64_t kColumnBlockUnits = 64 * 1024;  // 256 KB of right operand
 constexpr int64_t kBlocksPerTask = 8;
 constexpr int64_t kMappedBytes = 4 << 20;
@@ -26,24 +23,27 @@ void convert_row(const Format& format, const char* src, int64_t n, int64_t padde
                  uint32_t* dst) {
   const RowKernels& k = rowwise();
   const int64_t padded = padded_units * format.per_unit();
-  if (!format.amx) {
+  if (!format.pairs) {
     float* out = reinterpret_cast<float*>(dst);
-    k.widen(src, format.dtype, n, out);
+    if (n > 0) k.widen(src, format.dtype, n, out);
     std::memset(out + n, 0, (padded - n) * sizeof(float));
     return;
   }
   uint16_t* parts[3];
   for (int p = 0; p < format.parts; ++p) parts[p] = reinterpret_cast<uint16_t*>(dst + p * part_units);
-  k.split(src, format.dtype, n, format.parts, parts);
+  if (n > 0) k.split(src, format.dtype, n, format.parts, parts);
   for (int p = 0; p < format.parts; ++p) std::memset(parts[p] + n, 0, (padded - n) * sizeof(uint16_t));
 }
 
 }  // namespace
 
+Format choose_format(Dtype dtype) {
+  const int parts = rowwise().bf16_parts[static_cast<int>(dtype)];
+  return {parts > 0, std::max(parts, 1), dtype};
+}
+
 Format choose_format(at::ScalarType dtype) {
-  const Dtype d = dtype == at::kBFloat16 ? Dtype::kBFloat16 : dtype == at::kHalf ? Dtype::kHalf : Dtype::kFloat;
-  const bool amx = rowwise().amx;
-  return {amx, !amx || d == Dtype::kBFloat16 ? 1 : d == Dtype::kHalf ? 2 : 3, d};
+  return choose_format(dtype == at::kBFloat16 ? Dtype::kBFloat16 : dtype == at::kHalf ? Dtype::kHalf : Dtype::kFloat);
 }
 
 Buffer::Buffer(int64_t bytes) {
@@ -77,29 +77,21 @@ MatrixView view(const at::Tensor& t) {
           static_cast<int64_t>(t.stride(0) * t.element_size())};
 }
 
-Depth split_depth(int64_t d, const Format& format) {
-  const int64_t chunks = format.amx ? 1 : (d + kChunkFloat - 1) / kChunkFloat;
-  const int64_t units = round_up((d + chunks - 1) / chunks, kLine * format.per_unit()) / format.per_unit();
-  return {chunks, units, row_stride(units)};
-}
+Depth::Depth(int64_t d, const Format& format)
+    : units(round_up(d, kLine * format.per_unit()) / format.per_unit()), stride(row_stride(units)) {}
 
 RowPanels::RowPanels(const MatrixView& m, const Format& format, const Depth& depth, int64_t first, int64_t count)
     : first_(first),
       count_(count),
       blocks_((count + kRows - 1) / kRows),
-      block_units_(depth.chunks * format.parts * kRows * depth.stride),
+      block_units_(format.parts * kRows * depth.stride),
       data_(blocks_ * block_units_ * sizeof(uint32_t)) {
-  const int64_t part_units = kRows * depth.stride;
   const auto pack = [&](int64_t i) {
     for (int64_t r = 0; r < kRows; ++r) {
-      const int64_t row = first_ + i * kRows + r, end = first_ + count_;
-      for (int64_t c = 0; c < depth.chunks; ++c) {
-        uint32_t* dst = data_.units() + i * block_units_ + c * format.parts * part_units + r * depth.stride;
-        const int64_t col = c * depth.units * format.per_unit();
-        const int64_t n = row < end ? std::clamp<int64_t>(m.cols - col, 0, depth.units * format.per_unit()) : 0;
-        const char* src = n ? m.row(row) + col * format.element_size() : nullptr;
-        convert_row(format, src, n, depth.units, part_units, dst);
-      }
+      const int64_t row = first_ + i * kRows + r;
+      const bool present = row < first_ + count_;
+      convert_row(format, present ? m.row(row) : nullptr, present ? m.cols : 0, depth.units, kRows * depth.stride,
+                  data_.units() + i * block_units_ + r * depth.stride);
     }
   };
   // A few blocks are packed sooner than a second thread wakes.
@@ -113,10 +105,10 @@ ColumnPanels::ColumnPanels(const Format& format, const Depth& depth, int64_t wid
     : format_(format),
       depth_(depth),
       width_(width),
-      row_units_(depth.padded()),
+      row_units_(depth.units),
       bytes_(format.parts * (width / format.per_unit()) * row_stride(row_units_ * format.per_unit()) *
              sizeof(uint32_t)),
-      stage_(16 * format.parts * depth.padded() * sizeof(uint32_t)) {}
+      stage_(16 * format.parts * depth.units * sizeof(uint32_t)) {}
 
 void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, bool straight) {
   const int64_t cols = row_units_ * format_.per_unit();
@@ -124,8 +116,7 @@ void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, boo
   if (transposed && straight && !second_.units()) second_ = Buffer(bytes_);
   transposed_ = transposed ? first_.units() : nullptr;
   straight_ = !straight ? nullptr : transposed ? second_.units() : first_.units();
-  // A bf16 matrix of full rows is its own single part.
-  const bool direct = format_.amx && format_.dtype == Dtype::kBFloat16 && m.cols == cols;
+  const bool direct = format_.as_is() && m.cols == cols;
   for (int64_t r = 0; r < width_; r += 16) {
     const uint32_t* rows[16][3];
     for (int i = 0; i < 16; ++i) {
@@ -139,16 +130,15 @@ void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, boo
       for (int p = 0; p < format_.parts; ++p) rows[i][p] = dst + p * row_units_;
     }
     for (int p = 0; p < format_.parts; ++p) {
-      for (int64_t c = 0; transposed && c < depth_.chunks; ++c) {
+      if (transposed) {
         const uint32_t* src[16];
-        for (int i = 0; i < 16; ++i) src[i] = rows[i][p] + c * depth_.units;
-        uint32_t* dst = transposed_ + (c + p) * depth_.units * width_ + (format_.amx ? r * depth_.units : r);
-        rowwise().transpose16(src, depth_.units, dst, format_.amx ? 16 : width_);
+        for (int i = 0; i < 16; ++i) src[i] = rows[i][p];
+        rowwise().transpose16(src, row_units_, transposed_ + (p * width_ + r) * row_units_, 16);
       }
       if (!straight) continue;
       for (int i = 0; i < 16; i += static_cast<int>(format_.per_unit())) {
         uint32_t* dst = straight_ + (p * width_ + r + i) / format_.per_unit() * row_stride(cols);
-        if (format_.amx) {
+        if (format_.pairs) {
           rowwise().interleave(reinterpret_cast<const uint16_t*>(rows[i][p]),
                                reinterpret_cast<const uint16_t*>(rows[i + 1][p]), cols,
                                reinterpret_cast<uint16_t*>(dst));
@@ -160,84 +150,67 @@ void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, boo
   }
 }
 
-TileProduct multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows,
-                          const ColumnPanels& panel, float* out, int64_t ld) {
-  const int64_t width = panel.width();
-  rows = round_up(rows, kRowStep);
-  if (format.amx) {
-    return {.rows = static_cast<int>(rows),
-            .cols = static_cast<int>(width),
-            .steps = depth.units / 16,
-            .a_parts = format.parts,
-            .b_parts = format.parts,
-            .a = row_block,
-            .a_part = kRows * depth.stride,
-            .a_stride = depth.stride,
-            .b = panel.transposed(),
-            .b_part = depth.units * width,
-            .b_block = depth.units * 16,
-            .b_step = 16 * 16,
-            .b_stride = 16,
-            .out = out,
-            .ld = ld};
-  }
-  for (int64_t c = 0; c < depth.chunks; ++c) {
-    blas::brgemm(rows, width, depth.units, depth.stride, width, ld, /*add_C=*/c > 0,
-                 reinterpret_cast<const float*>(row_block) + c * kRows * depth.stride,
-                 reinterpret_cast<const float*>(panel.transposed()) + c * depth.units * width, out, /*is_vnni=*/false);
-  }
-  return {};
+TileProduct rows_product(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows,
+                         const ColumnPanels& panel, float* out, int64_t ld) {
+  return {.rows = static_cast<int>(rows),
+          .cols = static_cast<int>(panel.width()),
+          .steps = depth.units / kLine,
+          .a_pairs = format.pairs,
+          .b_pairs = format.pairs,
+          .a_parts = format.parts,
+          .b_parts = format.parts,
+          .a = row_block,
+          .a_part = kRows * depth.stride,
+          .a_stride = depth.stride,
+          .b = panel.transposed(),
+          .b_part = depth.units * panel.width(),
+          .b_block = depth.units * 16,
+          .b_stride = 16,
+          .out = out,
+          .ld = ld};
 }
 
 void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, const uint32_t* b, int64_t b_units,
                        int64_t depth_units, int64_t cols, float* out) {
   const int64_t stride = row_stride(cols);
   // A block of columns of b stays in L2 while the rows of a pass by.
-  const int64_t block = std::max<int64_t>(kColumnBlockUnits / depth_units / 32 * 32, 64);
+  const int64_t block = std::max<int64_t>(kColumnBlockUnits / depth_units / 64 * 64, 64);
   for (int64_t c = 0; c < cols; c += block) {
-    const int64_t n = std::min(block, cols - c);
-    if (format.amx) {
-      rowwise().multiply({.rows = static_cast<int>(rows),
-                          .cols = static_cast<int>(n),
-                          .steps = depth_units / 16,
-                          .a_parts = a.parts,
-                          .b_parts = format.parts,
-                          .a = a.data.units(),
-                          .a_part = a.part_units,
-                          .a_stride = a.stride,
-                          .b = b + c,
-                          .b_part = b_units * stride,
-                          .b_block = 16,
-                          .b_step = 16 * stride,
-                          .b_stride = stride,
-                          .out = out + c,
-                          .ld = stride,
-                          .add = true});
-      continue;
-    }
-    for (int64_t r = 0; r < rows; r += kRows) {
-      blas::brgemm(std::min<int64_t>(kRows, rows - r), n, depth_units, a.stride, stride, stride, /*add_C=*/true,
-                   a.data.floats() + r * a.stride, reinterpret_cast<const float*>(b) + c, out + r * stride + c,
-                   /*is_vnni=*/false);
-    }
+    rowwise().multiply({.rows = static_cast<int>(rows),
+                        .cols = static_cast<int>(std::min(block, cols - c)),
+                        .steps = depth_units / kLine,
+                        .a_pairs = a.format.pairs,
+                        .b_pairs = format.pairs,
+                        .a_parts = a.format.parts,
+                        .b_parts = format.parts,
+                        .a = a.data.units(),
+                        .a_part = a.part_units,
+                        .a_stride = a.stride,
+                        .b = b + c,
+                        .b_part = b_units * stride,
+                        .b_block = 16,
+                        .b_stride = stride,
+                        .out = out + c,
+                        .ld = stride,
+                        .add = true});
   }
 }
 
-LeftParts::LeftParts(const Format& format, int parts_, int64_t rows, int64_t cols)
-    : data(parts_ * rows * cols / format.per_unit() * sizeof(uint32_t)),
-      parts(parts_),
+LeftParts::LeftParts(const Format& format_, int64_t rows, int64_t cols)
+    : format(format_),
+      data(format.parts * rows * cols / format.per_unit() * sizeof(uint32_t)),
       part_units(rows * cols / format.per_unit()),
       stride(cols / format.per_unit()) {}
 
-void LeftParts::fill(const Format& format, const float* src, int64_t row, int64_t col, int64_t n) const {
-  if (!format.amx) {
+void LeftParts::fill(const float* src, int64_t row, int64_t col, int64_t n) const {
+  if (!format.pairs) {
     std::memcpy(data.floats() + row * stride + col, src, n * sizeof(float));
     return;
   }
   uint16_t* dst[3];
-  for (int p = 0; p < parts; ++p)
+  for (int p = 0; p < format.parts; ++p)
     dst[p] = reinterpret_cast<uint16_t*>(data.units() + p * part_units + row * stride) + col;
-  rowwise().split(src, Dtype::kFloat, n, parts, dst);
+  rowwise().split(src, Dtype::kFloat, n, format.parts, dst);
 }
 
 }  // namespace g2rl

@@ -1,10 +1,10 @@
 // Operands of the matrix products, and the products themselves.
 //
-// Two formats, chosen once per call:
-//   bf16 parts  (AMX, amx.h): a number is a sum of bf16 parts: 1 for bf16, 2 for fp16 (exact), 3 for fp32 (24 bits). A
-//   product of two numbers is
-//                      the products of their parts that matter in fp32, each at bf16 speed, summed in fp32.
-//   float       (any CPU, ATen's `brgemm`): one fp32 part.
+// Two formats, chosen once per call by what the instruction set has for a dtype:
+//   pairs of bf16  A number is a sum of bf16 parts: 1 for bf16, and on AMX 2 for fp16 (exact) and 3 for fp32 (24 bits).
+//                  A product of two numbers is the products of their parts that matter in fp32, each at bf16 speed,
+//                  summed in fp32.
+//   floats         One fp32 part.
 // Storage is counted in 32-bit units: a pair of bf16 neighbours along the summed dimension, or one float.
 #pragma once
 
@@ -18,16 +18,19 @@
 
 namespace g2rl {
 
-constexpr int64_t kRowStep = 16;  // the last product of a block of tokens has a multiple of these
+constexpr int64_t kRowStep = 16;  // rows of an AMX tile
 
 struct Format {
-  bool amx;
+  bool pairs;
   int parts;
   Dtype dtype;
-  int64_t per_unit() const { return amx ? 2 : 1; }
+  int64_t per_unit() const { return pairs ? 2 : 1; }
+  // Rows of the caller's matrix are stored as they are.
+  bool as_is() const { return parts == 1 && (dtype == Dtype::kFloat || (pairs && dtype == Dtype::kBFloat16)); }
   int64_t element_size() const { return dtype == Dtype::kFloat ? 4 : 2; }
 };
 
+Format choose_format(Dtype dtype);
 Format choose_format(at::ScalarType dtype);
 
 // Uninitialised memory on a cache line boundary. Large blocks come from the system and go back to it at once: malloc
@@ -59,22 +62,18 @@ struct MatrixView {
 
 MatrixView view(const at::Tensor& t);
 
-// The summed dimension of length d: in one piece on AMX, elsewhere in equal chunks, whose partial sums, added up, round
-// less than one long sum.
-struct Depth {
-  int64_t chunks;
-  int64_t units;   // per chunk
-  int64_t stride;  // between rows of the left operand
-  int64_t padded() const { return chunks * units; }
-};
-
-Depth split_depth(int64_t d, const Format& format);
-
 // How far apart rows of so many units lie: high powers of two would put them all in one cache set.
 inline int64_t row_stride(int64_t units) { return units + 16; }
 
-// Left operand of the logits for `count` rows of m from `first` on: [block of 64 rows][chunk][part][64][stride],
-// missing rows zero.
+// The summed dimension of length d.
+struct Depth {
+  Depth(int64_t d, const Format& format);
+  int64_t units;   // whole steps of 16
+  int64_t stride;  // between rows of the left operand
+};
+
+// Left operand of the logits for `count` rows of m from `first` on: [block of 64 rows][part][64][stride], missing rows
+// zero.
 class RowPanels {
  public:
   RowPanels(const MatrixView& m, const Format& format, const Depth& depth, int64_t first, int64_t count);
@@ -95,8 +94,7 @@ class ColumnPanels {
  public:
   ColumnPanels(const Format& format, const Depth& depth, int64_t width);
   void pack(const MatrixView& m, int64_t first, bool transposed, bool straight);
-  // The product's columns are the matrix's rows. AMX: [part][block of 16 columns][units][16]; else
-  // [chunk][units][width].
+  // The product's columns are the matrix's rows: [part][block of 16 columns][units][16].
   const uint32_t* transposed() const { return transposed_; }
   // [part][width / per_unit][row_stride(padded columns)]: the product's columns are the matrix's columns. Only if
   // asked for.
@@ -111,19 +109,18 @@ class ColumnPanels {
   uint32_t *transposed_ = nullptr, *straight_ = nullptr;
 };
 
-// out[rows, width] = the first rows of a block, rounded up to kRowStep, times the transposed panel; rows of out are ld
-// apart. On AMX it is still to be done, by one of the row kernels or by their `multiply`; elsewhere it is done, and
-// what is returned is empty.
-TileProduct multiply_rows(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows,
-                          const ColumnPanels& panel, float* out, int64_t ld);
+// out[rows, width] = the first rows of a block times the transposed panel, for one of the row kernels to do; rows of
+// out are ld apart.
+TileProduct rows_product(const Format& format, const Depth& depth, const uint32_t* row_block, int64_t rows,
+                         const ColumnPanels& panel, float* out, int64_t ld);
 
-// A left operand computed in fp32, as `parts` parts: row r of part p at data + p * part_units + r * stride.
+// A left operand computed in fp32: row r of part p at data + p * part_units + r * stride.
 struct LeftParts {
-  LeftParts(const Format& format, int parts, int64_t rows, int64_t cols);
+  LeftParts(const Format& format, int64_t rows, int64_t cols);
+  Format format;
   Buffer data;
-  int parts;
   int64_t part_units, stride;
-  void fill(const Format& format, const float* src, int64_t row, int64_t col, int64_t n) const;
+  void fill(const float* src, int64_t row, int64_t col, int64_t n) const;
 };
 
 // out[rows, cols], row_stride(cols) apart, += a [rows, depth] b [depth, cols], b a straight panel of b_units rows

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
 #include <atomic>
@@ -34,7 +33,6 @@ void for_tasks(int64_t tasks, const Make& make, const Body& body) {
     rowwise().enter();
     for (int64_t task = next++; task < tasks; task = next++) body(state, task);
     rowwise().leave();
-    at::native::cpublas::brgemm_release();
   });
 }
 

@@ -1,9 +1,9 @@
-// Element-wise work on tiles of logits that sit in cache, the layouts that products read, and on AMX the products
-// themselves. One table of functions per instruction set; `rowwise()` returns the one for this machine.
+// Element-wise work on tiles of logits that sit in cache, the layouts that products read, and the products themselves.
+// One table of functions per instruction set; `rowwise()` returns the one for this machine.
 //
 // A product and the element-wise work on the tile before it go on at the same time where there is AMX: its matrix unit
 // and the vector units are different parts of a core, and either alone leaves the other idle. So functions that work on
-// a tile also take the next tile's product.
+// a tile also take the next tile's product. Without AMX both need the vector units and come one after the other.
 //
 // Letters: acc = raw products W h, u = logits / temperature as softmax sees them, y = target, lse = log sum exp u.
 #pragma once
@@ -45,19 +45,21 @@ struct Kept {
 };
 constexpr float kKeptMax = 65535.0f;
 
-enum class Dtype { kFloat, kBFloat16, kHalf };
+enum class Dtype { kFloat, kBFloat16, kHalf };  // indices into bf16_parts
 
-// out[rows, cols] (+)= the sum over pairs of parts (i, j) that count in fp32 of A_i B_j, for AMX. Counted in 32-bit
-// units: two bf16 neighbours along the summed dimension.
+// out[rows, cols] (+)= the sum over pairs of parts (i, j) that count in fp32 of A_i B_j. Counted in 32-bit units: two
+// bf16 neighbours along the summed dimension, or a float, of which A has two for each pair in B where only B has pairs.
+// AMX has pairs on both sides and any number of parts; others have one part, and pairs if `bf16_parts` says so.
 struct TileProduct {
-  int rows = 0, cols = 0;  // multiples of 16 and 32; no rows: nothing to do
-  int64_t steps = 0;       // of 16 units
+  int rows = 0, cols = 0;  // no rows: nothing to do; AMX computes and writes whole sixteens. cols is a multiple of 16,
+                           // for AMX of 32
+  int64_t steps = 0;       // of 16 units of B
+  bool a_pairs = false, b_pairs = false;
   int a_parts = 1, b_parts = 1;
   const uint32_t* a = nullptr;  // row r of part i at a + i * a_part + r * a_stride
   int64_t a_part = 0, a_stride = 0;
-  const uint32_t* b = nullptr;  // sixteen columns c and step k of part j at b + j * b_part + c * b_block + k * b_step:
-                                // 16 rows, b_stride apart
-  int64_t b_part = 0, b_block = 0, b_step = 0, b_stride = 0;
+  const uint32_t* b = nullptr;  // unit k of sixteen columns c of part j at b + j * b_part + c * b_block + k * b_stride
+  int64_t b_part = 0, b_block = 0, b_stride = 0;
   float* out = nullptr;
   int64_t ld = 0;
   bool add = false;
@@ -107,14 +109,13 @@ struct GradientJob {
 };
 
 struct RowKernels {
-  const char* name;
-  bool amx;
+  int bf16_parts[3];  // by Dtype: how many bf16 numbers a number is the sum of in products; 0: products of floats
 
   // A thread calls these before its first and after its last product on AMX; they do nothing elsewhere.
   void (*enter)();
   void (*leave)();
 
-  // Each does its job and, only where there is AMX, the product meanwhile.
+  // Each does its job and the product.
   void (*multiply)(const TileProduct& meanwhile);
   void (*stats)(const StatsJob&, const KeptJob& before,
                 const TileProduct& meanwhile);  // `before` comes first and may lie where `kept` will

@@ -9,6 +9,8 @@
 
 #if defined(__AMX_BF16__)
 #include "amx.h"
+#else
+#include "register_tiles.h"
 #endif
 
 namespace g2rl {
@@ -286,11 +288,14 @@ void leave() {}
 #endif
 
 template <typename Work>
-void perform(Work&& work, [[maybe_unused]] const TileProduct& meanwhile) {
+void perform(Work&& work, const TileProduct& meanwhile) {
 #if defined(__AMX_BF16__)
   if (meanwhile.rows > 0) multiply_while(meanwhile, work);
 #endif
   while (work.left()) work.step();
+#if !defined(__AMX_BF16__)
+  if (meanwhile.rows > 0) multiply_tiles(meanwhile);
+#endif
 }
 
 void multiply(const TileProduct& product) { perform(NoWork{}, product); }
@@ -497,14 +502,17 @@ void interleave(const uint16_t* a, const uint16_t* b, int64_t n, uint16_t* dst) 
 }  // namespace
 
 const RowKernels& table() {
+  // fp32 has 24 bits, fp16 11, a part 8.
 #if defined(__AMX_BF16__)
-  constexpr bool amx = true;
+#define G2RL_BF16_PARTS {3, 1, 2}
+#elif defined(__AVX512BF16__)
+#define G2RL_BF16_PARTS {0, 1, 0}
 #else
-  constexpr bool amx = false;
+#define G2RL_BF16_PARTS {0, 0, 0}
 #endif
-  static const RowKernels kernels{G2RL_ISA_NAME, amx,      enter,       leave,       multiply,    stats,
-                                  residual,      gradient, logits,      kept_scales, column_sums, split,
-                                  widen,         narrow,   transpose16, lane_sum,    interleave};
+  static const RowKernels kernels{G2RL_BF16_PARTS, enter,       leave,       multiply,    stats, residual,
+                                  gradient,        logits,      kept_scales, column_sums, split, widen,
+                                  narrow,          transpose16, lane_sum,    interleave};
   return kernels;
 }
 

@@ -11,6 +11,8 @@
 
 #include "rowwise.h"
 
+#define G2RL_ALWAYS_INLINE __attribute__((always_inline))
+
 namespace g2rl {
 namespace {
 

@@ -1,16 +1,19 @@
 // The exponential's accuracy and the layouts, for the instruction set in use.
+#include <c10/util/Exception.h>
+
 #include <cmath>
 #include <cstdio>
 #include <limits>
 #include <vector>
 
+#include "../cpu/isa.h"
 #include "../cpu/rowwise.h"
 
-int main() {
+int main() try {
   const g2rl::RowKernels& k = g2rl::rowwise();
   int failures = 0;
   const auto expect = [&](bool ok, const char* what, double value) {
-    if (!ok) std::printf("FAILED %s (%s): %.3g\n", what, k.name, value), ++failures;
+    if (!ok) std::printf("FAILED %s (%s): %.3g\n", what, g2rl::isa_name(g2rl::isa()), value), ++failures;
   };
 
   constexpr int kWidth = 1 << 16;
@@ -67,6 +70,9 @@ int main() {
     k.widen(&lo, g2rl::Dtype::kBFloat16, 1, &b);
     expect(a + b == wide, "split", h);
   }
-  if (failures == 0) std::printf("all row kernels passed (%s)\n", k.name);
+  if (failures == 0) std::printf("all row kernels passed (%s)\n", g2rl::isa_name(g2rl::isa()));
   return failures != 0;
+} catch (const c10::Error& error) {
+  std::puts(error.what_without_backtrace());
+  return 1;
 }

@@ -1,6 +1,7 @@
-"""CPU kernels in C++ (`csrc/cpu`): AMX, AVX-512 or AVX2 through ATen's own matrix products.
+"""CPU kernels in C++ (`csrc/cpu`), for AMX, AVX-512 with and without bf16, AVX2, and any other processor.
 
-The compiled module is loaded when first needed; `unavailable` says why it cannot be.
+The compiled module is loaded when first needed; `unavailable` says why it cannot be. The environment variable
+G2RL_CPU_ISA chooses an instruction set other than the fastest: amx, avx512_bf16, avx512, avx2 or base.
 """
 
 from __future__ import annotations
@@ -54,8 +55,25 @@ def _module() -> Any:
 
 
 def instruction_set() -> str:
-    """What the kernels use on this processor, such as ``avx512+AMX``."""
+    """What the kernels use, such as ``avx512``.
+
+    Raises:
+        RuntimeError: there are no kernels, or G2RL_CPU_ISA holds an unknown word or a set that is missing here.
+    """
     return _module().instruction_set()
+
+
+def instruction_sets() -> list[str]:
+    """What G2RL_CPU_ISA may name on this processor, the highest first."""
+    return _module().instruction_sets()
+
+
+def describe() -> str:
+    """One line on what the kernels use here, or what is wrong with the choice."""
+    try:
+        return f"native kernels use {instruction_set()}; G2RL_CPU_ISA may be {', '.join(instruction_sets())}"
+    except RuntimeError as error:
+        return f"native kernels refuse to run: {str(error).splitlines()[0]}"
 
 
 # The compiled functions read the records themselves.

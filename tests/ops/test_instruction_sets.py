@@ -1,0 +1,62 @@
+"""The contract of the head ops on every instruction set that this processor has.
+
+A process chooses one when a kernel first runs, so each gets a process of its own, for a part of test_head.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from g2rl_kernels.backends import native
+
+VARIABLE = "G2RL_CPU_ISA"
+WORDS = ("amx", "avx512_bf16", "avx512", "avx2", "base")
+# Every dtype, forward and backward, both plans; each instruction set has its own register tiles and their remainders.
+TESTS = "test_shapes or test_long_products or test_kinds_of_logits or test_any_plan or test_gradients_of_shapes"
+HEAD = Path(__file__).with_name("test_head.py")
+
+compiled = native.unavailable(torch.device("cpu"), torch.float32) is None
+pytestmark = pytest.mark.skipif(not compiled, reason="needs the compiled CPU kernels")
+present = native.instruction_sets() if compiled else []
+others = [isa for isa in present if isa != native.instruction_set()] if compiled else []
+
+ONE_CALL = """
+import torch
+from g2rl_kernels import LMHead, token_logprobs
+token_logprobs(torch.ones(2, 3), LMHead(torch.ones(5, 3)), torch.tensor([0, 4]))
+"""
+
+
+def run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {VARIABLE: isa}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("isa", others)
+def test_head_contract(isa: str) -> None:
+    result = run(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"native and ({TESTS})", str(HEAD))
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+
+
+def test_explain_names_the_instruction_set() -> None:
+    assert "native kernels use base;" in run("base", "-m", "g2rl_kernels").stdout
+
+
+def test_unknown_words_are_refused() -> None:
+    result = run("avx513", "-c", ONE_CALL)
+    expected = f"RuntimeError: {VARIABLE}: expected one of {', '.join(WORDS)}, found 'avx513'"
+    assert result.returncode == 1 and expected in result.stderr
+    assert f"{VARIABLE}: expected one of" in run("avx513", "-m", "g2rl_kernels").stdout
+
+
+@pytest.mark.parametrize("isa", [word for word in WORDS if word not in present])
+def test_missing_instruction_sets_are_refused(isa: str) -> None:
+    result = run(isa, "-c", ONE_CALL)
+    expected = f"RuntimeError: {VARIABLE}: '{isa}' is more than this processor and build have, which is {present[0]}"
+    assert result.returncode == 1 and expected in result.stderr
