@@ -12,15 +12,19 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 from g2rl_kernels import LMHead, Shaping, g2rl_advantages, sequence_features, testing, token_logprobs, use_backend
+from g2rl_kernels.backends.triton import configs
 from g2rl_kernels.backends.triton import head as plans
 from g2rl_kernels.backends.triton.candidates import KERNELS
 from g2rl_kernels.backends.triton.configs import Tile
+from g2rl_kernels.backends.triton.responses import inverse_and_flags
 from g2rl_kernels.ops.head import SequenceFeatures
 from g2rl_kernels.testing import OPTIONS, Gradients, HeadSample, Options, Shape
 
 RAGGED = Shape((5, 0, 9, 1, 8), 63, 321, "N = 23 prime, odd d, two splits of V, an empty and a one-token response")
+ALIGNED = Shape((5, 0, 18, 1, 8), 40, 321, "rows that TMA can address, d and responses that end inside tiles")
 LONG = Shape((37, 1), 17, 70, "a response over three tiles of tokens, one ragged tile of V beyond a whole one")
 SHAPES = (
     Shape((), 16, 64, "no responses"),
@@ -60,6 +64,16 @@ def features(s: HeadSample, **changes: object) -> SequenceFeatures:
     return sequence_features(s.hidden, s.head, s.targets, s.cu_seqlens, s.token_weights, **changes)
 
 
+def given(plan: str, s: HeadSample, request: pytest.FixtureRequest) -> Tensor | None:
+    """What makes `sequence_features` take the plan: the lse to give it, or logits that are kept."""
+    if plan == "kept":
+        request.getfixturevalue("kept")
+    if plan not in ("given", "perturbed"):
+        return None
+    lse = testing.oracle(s).lse.float()
+    return lse + 1e-4 * torch.arange(s.hidden.shape[0]) * (plan == "perturbed")
+
+
 def check(shape: Shape, dtype: torch.dtype, kind: str, options: str, **changes: object) -> None:
     s, expected = (
         sample(shape, dtype, kind=kind, options=OPTIONS[options]),
@@ -73,14 +87,113 @@ def check(shape: Shape, dtype: torch.dtype, kind: str, options: str, **changes: 
 @pytest.mark.parametrize("kind", ["random", "peaked", "bias+", "hidden-"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_plans_and_logits(plan: str, kind: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
-    """An lse that is off by 1e-4 makes the kernel compute the response again; one that is exact does not."""
     lse = None
     if plan == "kept":
         request.getfixturevalue("kept")
     elif plan != "recomputed":
         lse = oracle(RAGGED, dtype, kind, OPTIONS["plain"]).lse.float()
-        lse = lse + 1e-4 * (plan == "perturbed")
+        lse = lse + 1e-4 * torch.arange(RAGGED.N) * (plan == "perturbed")
     check(RAGGED, dtype, kind, "plain", lse=lse)
+
+
+@pytest.mark.parametrize("error", ["rounded", "shared", "of-one-token", "of-a-token-without-weight"])
+@pytest.mark.parametrize("lse_near", [0.1, 5.0, 100.0, 200.0])
+def test_which_responses_a_given_lse_is_too_far_off_for(lse_near: float, error: str) -> None:
+    """Not for what fp32 rounds, whatever its size, nor for what all of a response's tokens are off by alike."""
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 300, 0, 2, 517])
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    N = int(lengths.sum())
+    a = torch.rand(N, generator=random) + 0.1
+    exact = lse_near * (1 + 0.2 * torch.rand(N, generator=random, dtype=torch.float64))
+    lse = exact.float()
+    wrong = torch.zeros(N, dtype=torch.float64)
+    if error == "shared":
+        wrong += 1e-3
+    elif error.startswith("of-"):
+        wrong[[0, 100, 301]] = 2e-5
+        if error.endswith("weight"):
+            a[[0, 100, 301]] = 0
+    S = torch.exp(exact - lse.double() + wrong).float()
+    inverse, flags, flagged = inverse_and_flags(cu_seqlens, a, S, lse)
+    expected = [1, 3] if error == "of-one-token" else []
+    assert flags.nonzero()[:, 0].tolist() == expected == flagged[1 : 1 + flagged[0]].tolist()
+    for b, (first, last) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        of = slice(first, last)
+        total = a[of].double() @ (torch.ones(last - first).double() if flags[b] else S[of].double())
+        assert float(inverse[b]) == pytest.approx(1 / float(total) if total > 0 else 0.0, rel=3e-7)
+
+
+def test_a_product_is_not_made_twice_for_a_rounded_lse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of another pass, rounded to fp32 near 120."""
+    s = sample(RAGGED, torch.float32, kind="bias+", options=OPTIONS["plain"])
+    counts = []
+
+    def spy(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = inverse_and_flags(*arguments)
+        counts.append(int(found[2][0]))
+        return found
+
+    monkeypatch.setattr(plans, "inverse_and_flags", spy)
+    features(s, lse=token_logprobs(s.hidden, s.head, s.targets).lse)
+    assert counts == [0]
+
+
+@pytest.mark.parametrize("options", ["plain", "softcap", "together"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_rows_loaded_by_tma(plan: str, options: str, request: pytest.FixtureRequest) -> None:
+    """Those of the next response too, and what lies beyond N and V."""
+    s = sample(ALIGNED, torch.float16, kind="random", options=OPTIONS[options])
+    assert configs.tile("residuals", s.hidden, s.head.weight).USE_TMA
+    assert not configs.tile("residuals", *(x[:, 1:] for x in (s.hidden, s.head.weight))).USE_TMA
+    testing.assert_bounds(
+        features(s, lse=given(plan, s, request)),
+        oracle(ALIGNED, torch.float16, "random", OPTIONS[options]),
+        s.cu_seqlens,
+    )
+
+
+@pytest.mark.parametrize("shape", [RAGGED, ALIGNED], ids=["pointers", "tma"])
+@pytest.mark.parametrize("options", ["plain", "softcap"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_nan_stays_in_its_response(plan: str, options: str, shape: Shape, request: pytest.FixtureRequest) -> None:
+    """Others, before and after it in memory, keep their bits."""
+    s = sample(shape, torch.float16, kind="random", options=OPTIONS[options])
+    lse = given(plan, s, request)
+    clean = features(s, lse=lse)
+    first, last = int(s.cu_seqlens[2]), int(s.cu_seqlens[3])
+    hidden = s.hidden.clone()
+    hidden[first] = torch.nan
+    found = sequence_features(hidden, s.head, s.targets, s.cu_seqlens, s.token_weights, lse)
+    others = torch.tensor([0, 1, 3, 4])
+    assert torch.equal(found.features[others], clean.features[others]) and found.features[2].isnan().all()
+    for name in ("logps", "entropy", "lse"):
+        got, want = getattr(found, name), getattr(clean, name)
+        assert got[first].isnan() and torch.equal(got[:first], want[:first]), name
+        assert torch.equal(got[first + 1 :], want[first + 1 :]), name
+    assert last > first + 1
+
+
+@pytest.mark.parametrize("shape", [RAGGED, ALIGNED], ids=["pointers", "tma"])
+@pytest.mark.parametrize("options", ["plain", "softcap"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_nan_of_a_word_shows_in_every_token(
+    plan: str, options: str, shape: Shape, request: pytest.FixtureRequest
+) -> None:
+    """A word that is nobody's target; a diverged head must not look like one that finds the word unlikely."""
+    s = sample(shape, torch.float16, kind="random", options=OPTIONS[options])
+    lse = given(plan, s, request)
+    weight = s.head.weight.clone()
+    weight[next(v for v in range(100, 321) if v not in s.targets)] = torch.nan
+    head = LMHead(weight, s.head.bias, s.head.temperature, s.head.logit_scale, s.head.softcap)
+    found = sequence_features(s.hidden, head, s.targets, s.cu_seqlens, s.token_weights, lse)
+    for x in (found.logps, found.entropy, found.lse, found.features[s.cu_seqlens.diff() > 0]):
+        assert x.isnan().all()
+    hidden = s.hidden.detach().requires_grad_()
+    out = token_logprobs(hidden, head, s.targets)
+    assert out.logps.isnan().all() and out.entropy.isnan().all() and out.lse.isnan().all()
+    (gradient,) = torch.autograd.grad(out.logps.sum(), hidden)
+    assert gradient.isnan().all()
 
 
 def test_bf16(kept: None) -> None:

@@ -186,7 +186,14 @@ def _numbers(text: str, *names: str) -> list[int]:
     return [int(match[1]) for name in names if (match := re.search(rf"{name}:\s*(\d+)", text))]
 
 
-_POINTERS = {"targets": "*i64", "cu_seqlens": "*i32", "cu_groups": "*i32", "flags": "*i32", "valid": "*u8"}
+_POINTERS = {
+    "targets": "*i64",
+    "cu_seqlens": "*i32",
+    "cu_groups": "*i32",
+    "flags": "*i32",
+    "flagged": "*i32",
+    "valid": "*u8",
+}
 _FLOATS = ("inner_scale", "scale", "logit_scale", "tolerance", "strength", "clip", "min_range")
 _OF_MODEL = ("hidden", "weight", "bias", "G", "G_even")
 _INTEGERS = re.compile(r"[NVDB]|stride_.*|splits|tiles|elements|first|last|v_start|v_end|m_max")

@@ -9,7 +9,7 @@ spills or does not fit.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -102,9 +102,9 @@ def interpreted() -> bool:
 
 def tile(kernel: str, hidden: torch.Tensor, weight: torch.Tensor, heavy: bool = False) -> Tile:
     """The tile in use for these inputs; `heavy` for the work that "+" marks."""
-    if not hidden.is_cuda:
-        return _INTERPRETED
     tma = _tma_addressable(hidden) and _tma_addressable(weight)
+    if not hidden.is_cuda:
+        return replace(_INTERPRETED, USE_TMA=tma)
     return tile_for(kernel + "+" * heavy, hidden.element_size() == 2, chip_of(hidden.device), tma)
 
 

@@ -26,7 +26,7 @@ from g2rl_kernels.backends.triton.merge import merge
 from g2rl_kernels.backends.triton.projection import project
 from g2rl_kernels.backends.triton.residuals import residuals, residuals_and_statistics
 from g2rl_kernels.backends.triton.residuals import statistics_bytes as residual_statistics_bytes
-from g2rl_kernels.backends.triton.responses import inverse_and_flags
+from g2rl_kernels.backends.triton.responses import inverse_and_flags, inverse_weights
 from g2rl_kernels.backends.triton.statistics import room_for_logits, statistics, statistics_bytes
 from g2rl_kernels.backends.triton.targets import add_targets
 from g2rl_kernels.records import Head, Responses, SequenceFeatures, TokenLogprobs
@@ -137,7 +137,7 @@ def _from_recomputed(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:
         offsets = cu_seqlens[first : first + batch.responses + 1]
         R = batch.empty(offsets.shape[0] - 1, batch.head.V)
         residuals(batch.hidden, batch.head, batch.targets, offsets, terms, R)
-        yield first, R, inverse_and_flags(offsets, a, terms[3])[0]
+        yield first, R, inverse_weights(offsets, a)
 
 
 def _from_lse(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor) -> Plan:
@@ -169,8 +169,8 @@ def _from_lse_at_once(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor)
     R = batch.empty(cu_seqlens.shape[0] - 1, batch.head.V)
     partials = residuals_and_statistics(*inputs, a, lse, R)
     terms = merge(partials, batch.head, batch.results, a, lse)
-    inverse, flags = inverse_and_flags(cu_seqlens, a, terms[3])
-    residuals(*inputs, terms, R, flags)
+    inverse, flags, flagged = inverse_and_flags(cu_seqlens, a, terms[3], lse)
+    residuals(*inputs, terms, R, flagged)
     add_targets(batch.targets, cu_seqlens, terms, flags, R)
     return R, inverse
 
@@ -192,4 +192,4 @@ def _from_kept(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:
             # Programs only for the responses that have tokens in the chunk.
             b0, b1 = bisect_right(offsets, first) - 1, bisect_left(offsets, last)
             add_kept(kept, head, batch.targets, cu_seqlens[b0 : b1 + 1], terms, R[b0 - start : b1 - start], first, last)
-        yield start, R, inverse_and_flags(cu_seqlens[start : stop + 1], a, a)[0]
+        yield start, R, inverse_weights(cu_seqlens[start : stop + 1], a)

@@ -55,13 +55,13 @@ def _merge_kernel(
 
     # All sums run over tiles [BLOCK_SPLITS, BLOCK_N] in a fixed order. Planes of partials: m, S, X, z_y.
     z_y = tl.zeros((BLOCK_N,), tl.float32)
-    m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    m = tl.full((BLOCK_N,), LOWEST, tl.float32)
     for s0 in range(0, splits, BLOCK_SPLITS):
         s = s0 + tl.arange(0, BLOCK_SPLITS)
         mask = (s < splits)[:, None] & inside[None, :]
         z_y += tl.sum(tl.load(_plane(3, partials, s, splits, N, n), mask=mask, other=0.0), 0)
         if not GIVEN:
-            m = tl.maximum(m, tl.max(tl.load(_plane(0, partials, s, splits, N, n), mask=mask, other=float("-inf")), 0))
+            m = tl.maximum(m, tl.max(tl.load(_plane(0, partials, s, splits, N, n), mask=mask, other=LOWEST), 0))
     u_y, slope_y = apply_options(z_y, inner_scale, scale, SOFTCAP)
     if GIVEN:
         m = tl.load(given_lse + n, mask=inside, other=0.0).to(tl.float32)
@@ -76,8 +76,8 @@ def _merge_kernel(
         S = tl.load(_plane(1, partials, s, splits, N, n), mask=mask, other=0.0)
         X = tl.load(_plane(2, partials, s, splits, N, n), mask=mask, other=0.0)
         if not GIVEN:
-            m_s = tl.load(_plane(0, partials, s, splits, N, n), mask=mask, other=float("-inf"))
-            moved = tl.maximum(m_s - m[None, :], LOWEST)
+            m_s = tl.load(_plane(0, partials, s, splits, N, n), mask=mask, other=LOWEST)
+            moved = m_s - m[None, :]
             factor = tl.exp(moved)
             X = (X + S * moved) * factor
             S = S * factor

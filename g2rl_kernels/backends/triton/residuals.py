@@ -35,7 +35,7 @@ def _residuals_kernel(
     shift,
     others,
     target_terms,
-    flags,
+    flagged,
     R,
     partials,
     B,
@@ -58,47 +58,57 @@ def _residuals_kernel(
     BLOCK_D: tl.constexpr,
 ):
     tiles = tl.cdiv(V, BLOCK_V)
-    b, tile = grouped(tl.program_id(0), B, tiles, GROUP)
     if ONLY_FLAGGED:
-        if tl.load(flags + b) == 0:
-            return
-    start = tl.load(cu_seqlens + b).to(tl.int32)
-    end = tl.load(cu_seqlens + b + 1).to(tl.int32)
+        # `flagged` holds how many responses, and then which: each program takes its tile of all of them.
+        tile, first, last = tl.program_id(0), 0, tl.load(flagged)
+    else:
+        first, tile = grouped(tl.program_id(0), B, tiles, GROUP)
+        last = first + 1
     v0 = tile * BLOCK_V
     v = v0 + tl.arange(0, BLOCK_V)
     if HAS_BIAS:
         offset = tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)[:, None]
 
-    r = tl.zeros((BLOCK_V,), tl.float32)
-    for n0 in range(start, end, BLOCK_N):
-        z = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
-        for k in range(0, D, BLOCK_D):
-            w = load_rows(weight, v0, V, k, D, stride_w, USE_TMA, BLOCK_V, BLOCK_D)
-            h = load_rows(hidden, n0, end, k, D, stride_h, USE_TMA, BLOCK_N, BLOCK_D)
-            z = dot_rows(w, h, z, UPCAST)
-        if HAS_BIAS:
-            z += offset
-        n = n0 + tl.arange(0, BLOCK_N)
-        inside = n < end
-        y = tl.load(targets + n, mask=inside, other=-1).to(tl.int32)
-        # Beyond the response a shift of inf makes every exponential 0, whatever follows in memory.
-        m = tl.load(shift + n, mask=inside, other=float("inf")).to(tl.float32)
-        a = tl.load(others + n, mask=inside, other=0.0).to(tl.float32)
-        u, slope = apply_options(z, inner_scale, scale, SOFTCAP)
-        x = tl.maximum(u - m[None, :], LOWEST)
-        is_target = v[:, None] == y[None, :]
-        if STATISTICS:
-            e = tl.where(is_target | (v >= V)[:, None], 0.0, tl.exp(x))
-            row = tile.to(tl.int64)
-            z_y = tl.sum(tl.where(is_target, z, 0.0), 0)
-            tl.store(partials + (row + tiles) * N + n, tl.sum(e, 0), mask=inside)
-            tl.store(partials + (row + 2 * tiles) * N + n, tl.sum(x * e, 0), mask=inside)
-            tl.store(partials + (row + 3 * tiles) * N + n, z_y, mask=inside)
-            r -= tl.sum(e * slope * a[None, :], 1)
-        else:
-            of_target = tl.load(target_terms + n, mask=inside, other=0.0)
-            r += tl.sum(tl.where(is_target, of_target[None, :], -(tl.exp(x) * slope * a[None, :])), 1)
-    tl.store(R + b.to(tl.int64) * V + v, r, mask=v < V)
+    for i in range(first, last):
+        b = i
+        if ONLY_FLAGGED:
+            b = tl.load(flagged + 1 + i)
+        start = tl.load(cu_seqlens + b).to(tl.int32)
+        end = tl.load(cu_seqlens + b + 1).to(tl.int32)
+        r = tl.zeros((BLOCK_V,), tl.float32)
+        for n0 in range(start, end, BLOCK_N):
+            z = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
+            for k in range(0, D, BLOCK_D):
+                w = load_rows(weight, v0, V, k, D, stride_w, USE_TMA, BLOCK_V, BLOCK_D)
+                h = load_rows(hidden, n0, end, k, D, stride_h, USE_TMA, BLOCK_N, BLOCK_D)
+                z = dot_rows(w, h, z, UPCAST)
+            n = n0 + tl.arange(0, BLOCK_N)
+            inside = n < end
+            if USE_TMA:
+                # The next response's rows were loaded too: a NaN of theirs times a weight of 0 would be one here.
+                if n0 + BLOCK_N > end:
+                    z = tl.where(inside[None, :], z, 0.0)
+            if HAS_BIAS:
+                z += offset
+            y = tl.load(targets + n, mask=inside, other=-1).to(tl.int32)
+            # Beyond the response every exponential is 0.
+            m = tl.load(shift + n, mask=inside, other=-LOWEST).to(tl.float32)
+            a = tl.load(others + n, mask=inside, other=0.0).to(tl.float32)
+            u, slope = apply_options(z, inner_scale, scale, SOFTCAP)
+            x = u - m[None, :]
+            is_target = v[:, None] == y[None, :]
+            if STATISTICS:
+                e = tl.where(is_target | (v >= V)[:, None], 0.0, tl.exp(x))
+                row = tile.to(tl.int64)
+                z_y = tl.sum(tl.where(is_target, z, 0.0), 0)
+                tl.store(partials + (row + tiles) * N + n, tl.sum(e, 0), mask=inside)
+                tl.store(partials + (row + 2 * tiles) * N + n, tl.sum(x * e, 0), mask=inside)
+                tl.store(partials + (row + 3 * tiles) * N + n, z_y, mask=inside)
+                r -= tl.sum(e * slope * a[None, :], 1)
+            else:
+                of_target = tl.load(target_terms + n, mask=inside, other=0.0)
+                r += tl.sum(tl.where(is_target, of_target[None, :], -(tl.exp(x) * slope * a[None, :])), 1)
+        tl.store(R + tl.cast(b, tl.int64) * V + v, r, mask=v < V)
 
 
 def residuals(
@@ -108,10 +118,10 @@ def residuals(
     cu_seqlens: Tensor,
     terms: Tensor,
     R: Tensor,
-    flags: Tensor | None = None,
+    flagged: Tensor | None = None,
 ) -> None:
-    """Write R [B, V] of responses cu_seqlens [B + 1] from terms [4, N]; with flags [B], only where they are not 0."""
-    _launch(hidden, head, targets, cu_seqlens, terms[0], terms[1], terms[2], R, flags=flags)
+    """Write R [B, V] of responses cu_seqlens [B + 1] from terms [4, N]; with flagged [1 + B], of those named there."""
+    _launch(hidden, head, targets, cu_seqlens, terms[0], terms[1], terms[2], R, flagged=flagged)
 
 
 def residuals_and_statistics(
@@ -138,14 +148,14 @@ def _launch(
     others: Tensor,
     target_terms: Tensor,
     R: Tensor,
-    flags: Tensor | None = None,
+    flagged: Tensor | None = None,
     partials: Tensor | None = None,
 ) -> None:
     B = R.shape[0]
     N, D = hidden.shape
     tile = configs.tile("residuals", hidden, head.weight, heavy=partials is not None or head.softcap > 0)
     h, w = operands(hidden, head.weight, tile)
-    _residuals_kernel[(B * triton.cdiv(head.V, tile.BLOCK_V),)](
+    _residuals_kernel[((B if flagged is None else 1) * triton.cdiv(head.V, tile.BLOCK_V),)](
         h,
         w,
         bias_or_weight(head),
@@ -154,7 +164,7 @@ def _launch(
         shift,
         others,
         target_terms,
-        cu_seqlens if flags is None else flags,
+        cu_seqlens if flagged is None else flagged,
         R,
         R if partials is None else partials,
         B,
@@ -166,7 +176,7 @@ def _launch(
         head.inner_scale,
         head.scale,
         STATISTICS=partials is not None,
-        ONLY_FLAGGED=flags is not None,
+        ONLY_FLAGGED=flagged is not None,
         GROUP=configs.GROUP,
         **constants(head),
         **tile.kwargs(),

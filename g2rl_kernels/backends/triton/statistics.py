@@ -17,7 +17,7 @@ from torch import Tensor
 
 from g2rl_kernels.backends.triton import configs
 from g2rl_kernels.backends.triton.inputs import bias_or_weight, constants, operands
-from g2rl_kernels.backends.triton.tiles import LOWEST, apply_options, dot_rows, grouped, load_rows
+from g2rl_kernels.backends.triton.tiles import LOWEST, NO_WORDS, apply_options, dot_rows, grouped, load_rows
 from g2rl_kernels.records import Head
 
 
@@ -56,7 +56,7 @@ def _statistics_kernel(
     n = n0 + rows
     y = tl.load(targets + n, mask=n < N, other=-1).to(tl.int32)
 
-    m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    m = tl.full((BLOCK_N,), LOWEST, tl.float32)
     S = tl.zeros((BLOCK_N,), tl.float32)
     X = tl.zeros((BLOCK_N,), tl.float32)
     z_y = tl.zeros((BLOCK_N,), tl.float32)
@@ -76,14 +76,15 @@ def _statistics_kernel(
         is_target = v[None, :] == y[:, None]
         z_y += tl.sum(tl.where(is_target, z, 0.0), 1)
         u, _ = apply_options(z, inner_scale, scale, SOFTCAP)
-        u = tl.where(is_target | (v >= V)[None, :], float("-inf"), u)
+        u = tl.where(is_target | (v >= V)[None, :], LOWEST, u)
 
+        # A NaN is no maximum, but stays in S and X.
         largest = tl.maximum(m, tl.max(u, 1))
-        # A tile of the target alone leaves the maximum at -inf: any finite shift does, but -inf - -inf is NaN.
-        shift = tl.where(largest == float("-inf"), 0.0, largest)
-        x = tl.maximum(u - shift[:, None], LOWEST)
+        # Where all words were left out, any other shift keeps their exponentials 0.
+        shift = tl.where(largest < NO_WORDS, 0.0, largest)
+        x = u - shift[:, None]
         e = tl.exp(x)
-        moved = tl.maximum(m - shift, LOWEST)
+        moved = m - shift
         factor = tl.exp(moved)
         # The products with `moved` come first: S and X are 0 where it is LOWEST.
         X = (X + S * moved) * factor + tl.sum(x * e, 1)

@@ -9,23 +9,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Stands for -inf where a product with 0 follows: -inf * 0 would be NaN.
+# Stands for the u of a word that is left out, and for a maximum over none: exp(LOWEST - m) is 0 for every m, and its
+# products with 0 are no NaN, as those of -inf would be. So no bound is needed, which would swallow a diverged head's.
 LOWEST = tl.constexpr(-1e30)
+# A maximum below this is one over no words.
+NO_WORDS = tl.constexpr(-1e29)
 
 
 @triton.jit
 def dot_rows(a, b, acc, UPCAST: tl.constexpr):
     """acc + a b^T in fp32, exact for fp32 operands. UPCAST: the interpreter's product of bf16 tiles returns garbage.
 
-    Units for 16-bit products truncate their fp32 sums, each time they add 16 products. Over d = 2048 that makes all
-    logits 4e-6 of themselves too small, five times what Phi may be off by; so each tile starts from 0 and is added to
-    `acc` by an addition that rounds. Without an explicit limit the compiler would undo that.
+    Each tile is summed from 0 and added to `acc`. Units for 16-bit products truncate their fp32 sums, each time they
+    add 16 products: over d = 2048 that makes all logits 2e-6 of themselves too small, and Phi off by 3e-5. In fp32 one
+    chain of d roundings is off by 1e-5 at d = 2048. Without an explicit limit the compiler would join the sums again.
     """
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     if a.dtype == tl.float32:
-        return tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+        return acc + tl.dot(a, tl.trans(b), input_precision="ieee", max_num_imprecise_acc=a.shape[1])
     else:
         return acc + tl.dot(a, tl.trans(b), max_num_imprecise_acc=a.shape[1])
 
