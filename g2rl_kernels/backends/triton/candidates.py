@@ -54,7 +54,7 @@ _CANDIDATES: dict[tuple[str, Chip], tuple[Tile, ...]] = {
     ("residuals", "gfx942"): _LIGHT_AMD,
     ("residuals+", 80): _HEAVY_80[:2],
     ("residuals+", 90): _HEAVY_90,
-    ("residuals+", 100): _HEAVY_100,
+    ("residuals+", 100): _HEAVY_100[:1],
     ("residuals+", "gfx942"): _HEAVY_AMD,
     ("grad_logits", 80): _LIGHT_80,
     ("grad_logits", 90): _LIGHT_90,
