@@ -43,7 +43,7 @@ def rows() -> list[dict[str, Any]]:
 def test_candidates_start_with_the_table(kernel: str, chip: Chip) -> None:
     found = candidates(kernel, True, chip)
     assert found[0] == configs.tile_for(kernel, True, chip)
-    assert len(found) == len(set(found)) > 2
+    assert len(found) == len(set(found)) > 1
     assert candidates(kernel, False, chip) == (configs.tile_for(kernel, False, chip),)
     # What a chip lacks is in none of its candidates.
     if isinstance(chip, str) or chip < 90 or chip >= 120:
