@@ -57,9 +57,10 @@ struct Thread {
   Block* block = nullptr;
   std::function<bool()> ready;  // empty: can go on
   bool done = false;
-  uint64_t slot = 0;                       // what it shows to other lanes
-  unsigned barriers[18] = {};              // how often it came to each named barrier; 16: its warp's, 17: the cluster's
-  std::deque<std::function<void()>> late;  // what waits for this thread's own `wait` (asynchronous products)
+  uint64_t slot = 0;           // what it shows to other lanes
+  unsigned barriers[18] = {};  // how often it came to each named barrier; 16: its warp's, 17: the cluster's
+  std::vector<std::function<void()>> issued;  // asynchronous products of the group that is being issued,
+  std::deque<std::function<void()>> late;     // and groups that this thread has not waited for
 };
 
 // One launch's state; the process has one launch at a time.
@@ -170,6 +171,7 @@ inline void start(unsigned cluster, unsigned block_size, unsigned first_block) {
 
 inline void run_cluster() {
   State& s = state();
+  int idle = 0;  // rounds in which nothing moved
   for (size_t left = s.threads.size(); left > 0;) {
     bool moved = false;
     for (s.now = 0; s.now < s.threads.size(); ++s.now) {
@@ -180,8 +182,10 @@ inline void run_cluster() {
       swapcontext(&s.scheduler, &t.context);
       left -= t.done;
     }
+    idle = moved ? 0 : idle + 1;
     if (moved) continue;
     if (s.pending.empty()) {
+      if (idle == 1) continue;  // threads that gave way go on now
       std::fprintf(stderr, "deadlock: block %u, %zu threads wait for ever\n", s.blocks[0].index, left);
       std::abort();
     }

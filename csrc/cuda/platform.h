@@ -20,12 +20,14 @@ namespace g2rl::cuda {
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
 #define UNROLL _Pragma("unroll")
+#define UNROLL_1 _Pragma("unroll 1")
 using Stream = cudaStream_t;
 #else
 #define DEVICE inline
 #define HOST_DEVICE inline
 #define SHARED(name) uint8_t* name = on_cpu::self().block->shared
 #define UNROLL
+#define UNROLL_1
 using Stream = void*;
 #endif
 

@@ -1,0 +1,92 @@
+// What the epilogues of pipeline_sm90.h's product share: where sums lie, the bias, the order of tiles, launching.
+#pragma once
+
+#include "choices.h"
+#include "options.h"
+#include "pipeline_sm90.h"
+
+namespace g2rl::cuda::sm90 {
+
+// Where a thread's sums lie in a tile: rows `row` and `row + 8`, columns `column` and `column + 1` of every eight.
+struct Place {
+  int row, column;
+
+  static DEVICE Place here() {
+    const int thread = threadIdx.x - kWarpgroup, lane = thread % kWarp;
+    return {thread / kWarp * 16 + lane / 4, lane % 4 * 2};
+  }
+};
+
+DEVICE float bias_at(const Head& head, int v) {
+  if (v >= head.V) return 0.f;
+  if (head.bias_dtype == Dtype::fp32) return static_cast<const float*>(head.bias)[v];
+  if (head.bias_dtype == Dtype::bf16) return to_float(static_cast<const bf16*>(head.bias)[v]);
+  return to_float(static_cast<const fp16*>(head.bias)[v]);
+}
+
+DEVICE void add_bias_of_columns(const Head& head, int v0, const Place& at, Sums& z) {
+  if (!head.bias) return;
+  UNROLL for (int j = 0; j < kSums / 4; ++j) {
+    UNROLL for (int e = 0; e < 2; ++e) {
+      const float bias = bias_at(head, v0 + 8 * j + at.column + e);
+      z[4 * j + e] += bias;
+      z[4 * j + 2 + e] += bias;
+    }
+  }
+}
+
+// A raw logit (under a soft cap: a hyperbolic tangent) that counts as none: its exponential is 0, and finite times 0.
+DEVICE float masked_logit(const Options& options) {
+  const float size = fminf(-kMasked / fabsf(options.scale), 3e38f);
+  return options.scale > 0.f ? -size : size;
+}
+
+// Items of rows x columns in an order in which neighbours share few rows and columns, so that both stay in L2.
+struct Order {
+  int rows, columns;
+  static constexpr int kGroup = 8;
+
+  HOST_DEVICE int64_t items() const { return int64_t(rows) * columns; }
+
+  DEVICE void find(int item, int& row, int& column) const {
+    const int group = item / (kGroup * columns), within = item - group * kGroup * columns;
+    const int size = rows - group * kGroup < kGroup ? rows - group * kGroup : kGroup;
+    row = group * kGroup + within % size;
+    column = within / size;
+  }
+};
+
+// Calls f with a number of the type of 16 bits that the head has.
+template <class F>
+int choose_half(Dtype dtype, F&& f) {
+  return dtype == Dtype::bf16 ? f(bf16{}) : f(fp16{});
+}
+
+// As many blocks as the chip holds at once, one a multiprocessor, or fewer where there is less to do. `items` of
+// clusters.
+template <class C>
+Launch persistent(int64_t items, int scratch = 0) {
+  int processors = 8;
+#ifdef __CUDACC__
+  int device = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+#endif
+  const int64_t clusters = items < processors / C::kBlocks ? items : processors / C::kBlocks;
+  return {clusters * C::kBlocks, kThreads, kScratch + scratch, C::kBlocks};
+}
+
+inline int map_matrix(TensorMap& map, const void* base, int64_t rows, int64_t stride, const Head& head, int box_rows) {
+  return make_tensor_map(map, base, head.dtype, rows, head.d, stride, box_rows);
+}
+
+// Tiles of hidden states as A and of the weight as B, full ones.
+template <class C>
+int map_hidden_and_weight(TensorMap& hidden, Boxes& weight, const Head& head, const Tokens& tokens) {
+  int error = map_matrix(hidden, tokens.hidden, tokens.N, tokens.stride, head, kRows / C::kShareA);
+  if (!error) error = map_matrix(weight.big, head.weight, head.V, head.stride, head, kFullBox);
+  if (!error) error = map_matrix(weight.small, head.weight, head.V, head.stride, head, kSmallBox);
+  return error;
+}
+
+}  // namespace g2rl::cuda::sm90

@@ -1,0 +1,117 @@
+// The Hopper kernels of csrc/cuda, on a CPU, against float64: clusters, rings of stages, TMA and wgmma included.
+#include "cuda_problem.h"
+
+using namespace g2rl::cuda;
+using namespace g2rl::cuda::testing;
+
+namespace {
+
+using Floats = std::vector<float>;
+constexpr double kBound = 1e-5;
+
+struct Forward {
+  Floats results, kept, R;
+  OwnTerms terms;
+
+  explicit Forward(Problem& p, bool keep = true)
+      : results(3 * size_t(p.N), NAN), R(size_t(p.B) * p.c.V, NAN), terms(p.N) {
+    const Partials partials{nullptr, sm90::splits(p.c.V)};
+    Floats planes(4 * size_t(partials.splits) * p.N, NAN);
+    const int64_t stride = sm90::kept_columns(p.c.V);
+    kept.assign(keep ? sm90::kept_rows(p.N) * stride : 0, NAN);
+    sm90::statistics(p.head(), p.tokens(), {planes.data(), partials.splits}, {keep ? kept.data() : nullptr, stride},
+                     nullptr);
+    merge(p.head(), {planes.data(), partials.splits}, p.N, nullptr, p.a.data(), results.data(), p.N, terms.terms,
+          nullptr);
+    sm90::residuals(p.head(), p.tokens(), p.responses(), terms.terms, R.data(), nullptr);
+  }
+};
+
+void check(Problem& p, const Forward& f, const std::string& what) {
+  for (int n = 0; n < p.N; ++n) {
+    const std::string at = what + ", token " + std::to_string(n);
+    expect_below(std::fabs(f.results[n] - p.log_p[n]), std::min(kBound, 1e-4 * std::fabs(p.log_p[n]) + 1e-12),
+                 at + ": log p");
+    expect_below(std::fabs(f.results[p.N + n] - p.entropy[n]), kBound, at + ": entropy");
+    expect_below(std::fabs(f.results[2 * p.N + n] - p.lse[n]), kBound, at + ": lse");
+    for (int v = 0; v < p.c.V && !f.kept.empty(); ++v) {
+      const double z = p.z[size_t(n) * p.c.V + v];
+      expect_below(std::fabs(f.kept[n * sm90::kept_columns(p.c.V) + v] - z), 1e-5 * (1 + std::fabs(z)), at + ": kept");
+    }
+  }
+  for (int b = 0; b < p.B; ++b) {
+    expect_below(relative_error(&f.R[size_t(b) * p.c.V], &p.R[size_t(b) * p.c.V], p.c.V), kBound,
+                 what + ", R of response " + std::to_string(b));
+  }
+}
+
+void test_gradients(Problem& p, const std::string& what) {
+  const int N = p.N, first = 1, last = p.c.V - 2;
+  const bool scaled = p.c.dtype == Dtype::fp16;
+  Floats rows(6 * size_t(N));
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  for (int n = 0; n < N; ++n) {
+    const double g = normal(random), g_entropy = normal(random), p_y = std::exp(p.log_p[n]);
+    const double values[6] = {
+        p.lse[n], p.entropy[n], g, g_entropy, g * (1 - p_y) - g_entropy * p_y * (p.log_p[n] + p.entropy[n]), 512};
+    for (int i = 0; i < 6; ++i) rows[size_t(i) * N + n] = float(values[i]);
+  }
+  const int64_t stride = last - first + 3;
+  const float even_scale = 64;
+  Numbers G(p.c.dtype, N * stride), G_even(p.c.dtype, N * stride);
+  const Strip strip{G.data(), scaled ? G_even.data() : nullptr, &even_scale, stride, first, last};
+  sm90::grad_logits(p.head(), p.tokens(), rows.data(), N, strip, nullptr);
+  const double unit = scaled ? 0x1p-11 : 0x1p-8;
+  for (int n = 0; n < N; ++n) {
+    for (int v = first; v < last; ++v) {
+      const size_t i = size_t(n) * p.c.V + v;
+      const double log_p = std::log(p.p[i]), g = rows[2 * N + n], g_entropy = rows[3 * N + n];
+      const double others = -p.p[i] * (g + g_entropy * (log_p + p.entropy[n]));
+      const double expected = (v == p.targets[n] ? rows[4 * N + n] : others) * p.slope[i];
+      const double limit = 1.01 * unit * std::fabs(expected) + 2e-6 + (scaled ? 0x1p-25 : 0);
+      const std::string at = what + ", gradient of token " + std::to_string(n) + " at " + std::to_string(v);
+      const size_t to = n * stride + v - first;
+      expect_below(std::fabs(G[to] / (scaled ? 512 : 1) - expected), limit, at);
+      if (scaled) expect_below(std::fabs(G_even[to] / 64 - expected), limit, at + ", even");
+    }
+    for (int64_t i = last - first; i < stride; ++i) expect(std::isnan(G[n * stride + i]), "beyond the strip", 0, 0);
+  }
+}
+
+void test_case(const Case& c, const std::string& what) {
+  Problem p(c);
+  const Forward once(p), again(p, false);
+  check(p, once, what);
+  expect(once.results == again.results && once.R == again.R, what + ": twice, other bits", 1, 0);
+  test_gradients(p, what);
+}
+
+// A response's bits depend on nothing else in its batch, nor does a NaN leave its response.
+void test_neighbours() {
+  Problem p({{37, 130, 5}, 136, 400});
+  const Forward before(p);
+  Problem moved({{37, 130, 5}, 136, 400});
+  const int first = moved.cu[1], last = moved.cu[2];
+  for (int n = 0; n < moved.N; ++n) {
+    if (n < first || n >= last) moved.hidden.set(n * moved.stride + 7, n % 2 ? NAN : 3.f);
+  }
+  const Forward after(moved);
+  expect(std::equal(before.R.begin() + p.c.V, before.R.begin() + 2 * p.c.V, after.R.begin() + p.c.V),
+         "R depends on other responses", 1, 0);
+  expect(std::equal(&before.results[first], &before.results[last], &after.results[first]),
+         "log p depends on other tokens", 1, 0);
+  expect(std::isnan(after.results[1]) && std::isnan(after.R[0]), "a NaN does not show", 0, 1);
+}
+
+}  // namespace
+
+int main() {
+  test_case({{5, 0, 1, 17, 130}, 136, 1105}, "ragged");
+  test_case({{200, 193}, 64, 3300, Dtype::fp16, true, 0, 0.7, 1.3}, "fp16, bias, scale, temperature");
+  test_case({{3, 129}, 584, 200, Dtype::bf16, true, 5}, "soft cap");
+  test_case({{40}, 72, 100, Dtype::fp16, false, 0, -1}, "one tile, negative scale");
+  test_neighbours();
+  if (failures == 0) std::puts("ok");
+  return failures != 0;
+}
