@@ -1,0 +1,254 @@
+// Features from residuals: one product of B rows, exact to fp32.
+//
+//   features[b] = logit_scale * (R[b] * inverse[b]) W          [B, V] x [V, d] -> [B, d]
+//
+// R stays fp32. For bf16 weights an entry is split into three bf16 terms of 8 bits each, for fp16 into two of 11 bits,
+// scaled into fp16's range; fp32 weights are multiplied by FMA. Tensor cores truncate what they add up, so each step's
+// products start from 0 and are added to the sums in fp32, rounded. Parts of the vocabulary are fixed and joined by a
+// second kernel in order: no atomics.
+#include <type_traits>
+
+#include "choices.h"
+#include "sm80.h"
+
+namespace g2rl::cuda {
+
+namespace {
+
+using namespace sm80;
+
+constexpr int kPart = 1536;                      // words
+constexpr int kDepth = 64;                       // of them at a time
+constexpr int kResponses = 64, kFeatures = 128;  // a tile of them is a block's
+constexpr int kThreads = 256;
+constexpr int kStages = 3;
+constexpr int kJoinThreads = 256;
+
+struct Arguments {
+  Head head;
+  const float *R, *inverse;
+  int B;
+  float* partials;
+};
+
+// A block's work: rows `b` on of R, columns `k` on of W, words `v` to `end`.
+struct Work {
+  int part, b, k, v, end;
+
+  DEVICE explicit Work(const Arguments& p) {
+    const int b_tiles = int(ceil_div(p.B, kResponses)), d_tiles = int(ceil_div(p.head.d, kFeatures));
+    // Neighbours share a part of R, or of W, and find it in L2.
+    const int index = blockIdx.x;
+    b = index % b_tiles * kResponses;
+    k = index / b_tiles % d_tiles * kFeatures;
+    part = index / b_tiles / d_tiles;
+    v = part * kPart;
+    end = v + kPart < p.head.V ? v + kPart : p.head.V;
+  }
+};
+
+// How a number is split into terms of 16 bits.
+template <class T>
+struct Terms16;
+template <>
+struct Terms16<bf16> {
+  static constexpr int kCount = 3, kChains = 1;
+  static constexpr float kRange = 1.f, kDigits = 1.f;
+};
+template <>
+struct Terms16<fp16> {
+  // R * inverse lies in [-1, 1], with many entries around 1 / V. The second term is 2^11 times smaller than the first
+  // and has a chain of its own.
+  static constexpr int kCount = 2, kChains = 2;
+  static constexpr float kRange = 0x1p15f, kDigits = 0x1p11f;
+};
+
+// A tile of R: each thread has two neighbouring words of eight responses.
+constexpr int kPairs = kResponses * kDepth / 2 / kThreads;
+
+DEVICE void load_residuals(const Arguments& p, const Work& work, int v0, const float (&factors)[kPairs],
+                           float (&x)[kPairs][2]) {
+  UNROLL for (int i = 0; i < kPairs; ++i) {
+    const int b = work.b + threadIdx.x / kWarp + i * (kThreads / kWarp), v = v0 + 2 * (threadIdx.x % kWarp);
+    const float* at = p.R + int64_t(b) * p.head.V + v;
+    UNROLL for (int e = 0; e < 2; ++e) x[i][e] = b < p.B && v + e < work.end ? at[e] * factors[i] : 0.f;
+  }
+}
+
+// Tiles of 16-bit terms in shared memory, one after another, rows of 128 bytes.
+constexpr int kTermBytes = kResponses * kDepth * 2;
+
+template <class T>
+DEVICE void store_terms(const float (&x)[kPairs][2], uint8_t* terms) {
+  using Split = Terms16<T>;
+  UNROLL for (int i = 0; i < kPairs; ++i) {
+    const int row = threadIdx.x / kWarp + i * (kThreads / kWarp), byte = threadIdx.x % kWarp * 4;
+    uint8_t* to = terms + swizzled(row, byte / 16) + byte % 16;
+    float rest[2] = {x[i][0] * Split::kRange, x[i][1] * Split::kRange};
+    UNROLL for (int term = 0; term < Split::kCount; ++term) {
+      T rounded[2];
+      UNROLL for (int e = 0; e < 2; ++e) {
+        rounded[e] = round_to<T>(rest[e]);
+        rest[e] = (rest[e] - to_float(rounded[e])) * Split::kDigits;
+      }
+      *reinterpret_cast<uint32_t*>(to + term * kTermBytes) = uint32_t(rounded[0].bits) | uint32_t(rounded[1].bits)
+                                                                                             << 16;
+    }
+  }
+}
+
+// A stage holds rows of W, one a word, of 256 bytes.
+constexpr int kStageBytes = kDepth * kFeatures * 2;
+
+template <class T, bool ALIGNED>
+DEVICE void load_weight(const Arguments& p, const Work& work, int v0, uint8_t* stage) {
+  constexpr int kChunks = kFeatures / 8;
+  UNROLL for (int i = 0; i < kDepth * kChunks / kThreads; ++i) {
+    const int at = i * kThreads + threadIdx.x, row = at / kChunks, chunk = at % kChunks, k = work.k + 8 * chunk;
+    // Beyond the vocabulary W counts as 0: 0 * NaN would be NaN.
+    const int count = v0 + row < work.end ? p.head.d - k : 0;
+    const T* from = static_cast<const T*>(p.head.weight) + (v0 + row) * p.head.stride + k;
+    copy_chunk<T, ALIGNED>(stage + swizzled<2 * kFeatures>(row, chunk), from, count);
+  }
+}
+
+// Warps: four along responses, two along features, of 16 x 64 sums each. Eight columns are four sums of a thread.
+constexpr int kColumns = 64, kSums = kColumns / 2;
+
+template <class T>
+DEVICE void multiply_step(const uint8_t* terms, const uint8_t* stage, float (&sums)[kSums]) {
+  using Split = Terms16<T>;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, row = warp / 2 * 16, column = warp % 2 * kColumns;
+  float chains[Split::kChains][kSums] = {};
+  UNROLL for (int k = 0; k < kDepth; k += 16) {
+    uint32_t a[Split::kCount][4];
+    UNROLL for (int term = 0; term < Split::kCount; ++term) {
+      load_matrices(terms + term * kTermBytes + swizzled(row + lane % 16, k / 8 + lane / 16), a[term]);
+    }
+    UNROLL for (int j = 0; j < kColumns / 16; ++j) {
+      uint32_t b[4];
+      load_matrices_transposed(stage + swizzled<2 * kFeatures>(k + lane % 16, column / 8 + 2 * j + lane / 16), b);
+      // Small terms first.
+      UNROLL for (int term = Split::kCount - 1; term >= 0; --term) {
+        float* chain = chains[Split::kChains == 1 ? 0 : term];
+        multiply(T{}, chain + 8 * j, a[term], b[0], b[1]);
+        multiply(T{}, chain + 8 * j + 4, a[term], b[2], b[3]);
+      }
+    }
+  }
+  UNROLL for (int i = 0; i < kSums; ++i) {
+    sums[i] +=
+        Split::kChains == 1 ? chains[0][i] : fmaf(chains[Split::kChains - 1][i], 1 / Split::kDigits, chains[0][i]);
+  }
+}
+
+template <class T, bool ALIGNED>
+__global__ void __launch_bounds__(kThreads, 2) projection_kernel(const __grid_constant__ Arguments p) {
+  SHARED(shared);
+  uint8_t* terms = shared + kStages * kStageBytes;
+  const Work work(p);
+  float factors[kPairs], x[kPairs][2], sums[kSums] = {};
+  UNROLL for (int i = 0; i < kPairs; ++i) {
+    const int b = work.b + threadIdx.x / kWarp + i * (kThreads / kWarp);
+    factors[i] = b < p.B ? p.inverse[b] : 0.f;
+  }
+  load_residuals(p, work, work.v, factors, x);
+  UNROLL for (int s = 0; s < kStages - 1; ++s) {
+    load_weight<T, ALIGNED>(p, work, work.v + s * kDepth, shared + s * kStageBytes);
+    copy_commit();
+  }
+  int stage = 0;
+  for (int v = work.v; v < work.end; v += kDepth) {
+    __syncthreads();  // nobody reads the last step's terms and stage
+    store_terms<T>(x, terms);
+    copy_wait<kStages - 2>();
+    __syncthreads();
+    const int ahead = stage == 0 ? kStages - 1 : stage - 1;
+    load_weight<T, ALIGNED>(p, work, v + (kStages - 1) * kDepth, shared + ahead * kStageBytes);
+    copy_commit();
+    load_residuals(p, work, v + kDepth, factors, x);
+    multiply_step<T>(terms, shared + stage * kStageBytes, sums);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+  copy_wait<0>();
+
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  UNROLL for (int i = 0; i < kSums; ++i) {
+    const int b = work.b + warp / 2 * 16 + lane / 4 + i / 2 % 2 * 8;
+    const int k = work.k + warp % 2 * kColumns + i / 4 * 8 + lane % 4 * 2 + i % 2;
+    if (b < p.B && k < p.head.d) {
+      p.partials[(int64_t(work.part) * p.B + b) * p.head.d + k] = sums[i] / Terms16<T>::kRange;
+    }
+  }
+}
+
+// fp32 weights. A thread has one column of features and half of the responses.
+constexpr int kRowsOfThread = kResponses * kFeatures / kThreads;
+
+__global__ void __launch_bounds__(kThreads) fp32_projection_kernel(const __grid_constant__ Arguments p) {
+  SHARED(shared);
+  float* residuals = reinterpret_cast<float*>(shared);  // [kDepth, kResponses]
+  const Work work(p);
+  const int k = work.k + threadIdx.x % kFeatures, row = threadIdx.x / kFeatures * kRowsOfThread;
+  const float* weight = static_cast<const float*>(p.head.weight) + k;
+  float sums[kRowsOfThread] = {};
+  for (int v0 = work.v; v0 < work.end; v0 += kDepth) {
+    __syncthreads();
+    for (int at = threadIdx.x; at < kDepth * kResponses; at += kThreads) {
+      const int v = v0 + at % kDepth, b = work.b + at / kDepth;
+      const bool inside = v < work.end && b < p.B;
+      residuals[at % kDepth * kResponses + at / kDepth] = inside ? p.R[int64_t(b) * p.head.V + v] * p.inverse[b] : 0.f;
+    }
+    __syncthreads();
+    // Steps start from 0, so that long sums round less.
+    float step[kRowsOfThread] = {};
+    const int count = work.end - v0 < kDepth ? work.end - v0 : kDepth;
+    for (int i = 0; i < count; ++i) {
+      const float w = k < p.head.d ? weight[(v0 + i) * p.head.stride] : 0.f;
+      UNROLL for (int r = 0; r < kRowsOfThread; ++r) step[r] = fmaf(residuals[i * kResponses + row + r], w, step[r]);
+    }
+    UNROLL for (int r = 0; r < kRowsOfThread; ++r) sums[r] += step[r];
+  }
+  UNROLL for (int r = 0; r < kRowsOfThread; ++r) {
+    const int b = work.b + row + r;
+    if (b < p.B && k < p.head.d) p.partials[(int64_t(work.part) * p.B + b) * p.head.d + k] = sums[r];
+  }
+}
+
+__global__ void __launch_bounds__(kJoinThreads)
+    join_kernel(const float* partials, float* features, int64_t count, int parts, float logit_scale) {
+  const int64_t i = int64_t(blockIdx.x) * kJoinThreads + threadIdx.x;
+  if (i >= count) return;
+  float sum = 0.f;
+  for (int part = 0; part < parts; ++part) sum += partials[part * count + i];
+  features[i] = sum * logit_scale;
+}
+
+}  // namespace
+
+int projection_splits(int V) { return int(ceil_div(V, kPart)); }
+
+int project(const Head& head, const float* R, const float* inverse, int B, float logit_scale, float* partials,
+            float* features, Stream stream) {
+  const Arguments p{head, R, inverse, B, partials};
+  const int parts = projection_splits(head.V);
+  const int64_t blocks = parts * ceil_div(B, kResponses) * ceil_div(head.d, kFeatures);
+  const int error = choose(head.dtype, [&](auto number) {
+    using T = decltype(number);
+    if constexpr (std::is_same_v<T, float>) {
+      return launch({blocks, kThreads, kDepth * kResponses * 4}, stream, fp32_projection_kernel, p);
+    } else {
+      const int shared = kStages * kStageBytes + Terms16<T>::kCount * kTermBytes;
+      const bool aligned = head.stride % 8 == 0 && reinterpret_cast<uintptr_t>(head.weight) % 16 == 0;
+      return choose(aligned, [&](auto aligned) {
+        return launch({blocks, kThreads, shared}, stream, projection_kernel<T, aligned>, p);
+      });
+    }
+  });
+  if (error) return error;
+  const int64_t count = int64_t(B) * head.d;
+  return launch({ceil_div(count, kJoinThreads), kJoinThreads}, stream, join_kernel, partials, features, count, parts,
+                logit_scale);
+}
+
+}  // namespace g2rl::cuda
