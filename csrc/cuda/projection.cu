@@ -66,12 +66,14 @@ struct Terms16<fp16> {
 // A tile of R: each thread has two neighbouring words of eight responses.
 constexpr int kPairs = kResponses * kDepth / 2 / kThreads;
 
-DEVICE void load_residuals(const Arguments& p, const Work& work, int v0, const float (&factors)[kPairs],
-                           float (&x)[kPairs][2]) {
+DEVICE void load_residuals(const Arguments& p, const Work& work, int v0, float (&x)[kPairs][2]) {
+  const int v = v0 + 2 * (threadIdx.x % kWarp);
+  int b = work.b + threadIdx.x / kWarp;
+  const float* at = p.R + int64_t(b) * p.head.V + v;
   UNROLL for (int i = 0; i < kPairs; ++i) {
-    const int b = work.b + threadIdx.x / kWarp + i * (kThreads / kWarp), v = v0 + 2 * (threadIdx.x % kWarp);
-    const float* at = p.R + int64_t(b) * p.head.V + v;
-    UNROLL for (int e = 0; e < 2; ++e) x[i][e] = b < p.B && v + e < work.end ? at[e] * factors[i] : 0.f;
+    UNROLL for (int e = 0; e < 2; ++e) x[i][e] = b < p.B && v + e < work.end ? at[e] : 0.f;
+    b += kThreads / kWarp;
+    at += int64_t(kThreads / kWarp) * p.head.V;
   }
 }
 
@@ -79,12 +81,13 @@ DEVICE void load_residuals(const Arguments& p, const Work& work, int v0, const f
 constexpr int kTermBytes = kResponses * kDepth * 2;
 
 template <class T>
-DEVICE void store_terms(const float (&x)[kPairs][2], uint8_t* terms) {
+DEVICE void store_terms(const float (&x)[kPairs][2], const float* factors, uint8_t* terms) {
   using Split = Terms16<T>;
   UNROLL for (int i = 0; i < kPairs; ++i) {
     const int row = threadIdx.x / kWarp + i * (kThreads / kWarp), byte = threadIdx.x % kWarp * 4;
     uint8_t* to = terms + swizzled(row, byte / 16) + byte % 16;
-    float rest[2] = {x[i][0] * Split::kRange, x[i][1] * Split::kRange};
+    const float factor = factors[row];
+    float rest[2] = {x[i][0] * factor, x[i][1] * factor};
     UNROLL for (int term = 0; term < Split::kCount; ++term) {
       T rounded[2];
       UNROLL for (int e = 0; e < 2; ++e) {
@@ -102,13 +105,14 @@ constexpr int kStageBytes = kDepth * kFeatures * 2;
 
 template <class T, bool ALIGNED>
 DEVICE void load_weight(const Arguments& p, const Work& work, int v0, uint8_t* stage) {
-  constexpr int kChunks = kFeatures / 8;
-  UNROLL for (int i = 0; i < kDepth * kChunks / kThreads; ++i) {
-    const int at = i * kThreads + threadIdx.x, row = at / kChunks, chunk = at % kChunks, k = work.k + 8 * chunk;
+  constexpr int kChunks = kFeatures / 8, kRows = kThreads / kChunks;
+  const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks, k = work.k + 8 * chunk;
+  const T* from = static_cast<const T*>(p.head.weight) + (v0 + first) * p.head.stride + k;
+  UNROLL for (int row = first; row < first + kDepth; row += kRows) {
     // Beyond the vocabulary W counts as 0: 0 * NaN would be NaN.
     const int count = v0 + row < work.end ? p.head.d - k : 0;
-    const T* from = static_cast<const T*>(p.head.weight) + (v0 + row) * p.head.stride + k;
     copy_chunk<T, ALIGNED>(stage + swizzled<2 * kFeatures>(row, chunk), from, count);
+    from += kRows * p.head.stride;
   }
 }
 
@@ -118,27 +122,33 @@ constexpr int kColumns = 64, kSums = kColumns / 2;
 template <class T>
 DEVICE void multiply_step(const uint8_t* terms, const uint8_t* stage, float (&sums)[kSums]) {
   using Split = Terms16<T>;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, row = warp / 2 * 16, column = warp % 2 * kColumns;
-  float chains[Split::kChains][kSums] = {};
-  UNROLL for (int k = 0; k < kDepth; k += 16) {
-    uint32_t a[Split::kCount][4];
-    UNROLL for (int term = 0; term < Split::kCount; ++term) {
-      load_matrices(terms + term * kTermBytes + swizzled(row + lane % 16, k / 8 + lane / 16), a[term]);
-    }
-    UNROLL for (int j = 0; j < kColumns / 16; ++j) {
-      uint32_t b[4];
-      load_matrices_transposed(stage + swizzled<2 * kFeatures>(k + lane % 16, column / 8 + 2 * j + lane / 16), b);
-      // Small terms first.
-      UNROLL for (int term = Split::kCount - 1; term >= 0; --term) {
-        float* chain = chains[Split::kChains == 1 ? 0 : term];
-        multiply(T{}, chain + 8 * j, a[term], b[0], b[1]);
-        multiply(T{}, chain + 8 * j + 4, a[term], b[2], b[3]);
+  // As many columns at a time as leave registers for two blocks a multiprocessor.
+  constexpr int kAtOnce = kColumns / Split::kChains, kChain = kSums / Split::kChains;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, row = warp / 2 * 16;
+  UNROLL for (int part = 0; part < Split::kChains; ++part) {
+    const int column = warp % 2 * kColumns + part * kAtOnce;
+    float chains[Split::kChains][kChain] = {};
+    // Unrolled, it would keep the addresses of all its steps in registers.
+    UNROLL_1 for (int k = 0; k < kDepth; k += 16) {
+      uint32_t a[Split::kCount][4];
+      UNROLL for (int term = 0; term < Split::kCount; ++term) {
+        load_matrices(terms + term * kTermBytes + swizzled(row + lane % 16, k / 8 + lane / 16), a[term]);
+      }
+      UNROLL for (int j = 0; j < kAtOnce / 16; ++j) {
+        uint32_t b[4];
+        load_matrices_transposed(stage + swizzled<2 * kFeatures>(k + lane % 16, column / 8 + 2 * j + lane / 16), b);
+        // Small terms first.
+        UNROLL for (int term = Split::kCount - 1; term >= 0; --term) {
+          float* chain = chains[Split::kChains == 1 ? 0 : term];
+          multiply(T{}, chain + 8 * j, a[term], b[0], b[1]);
+          multiply(T{}, chain + 8 * j + 4, a[term], b[2], b[3]);
+        }
       }
     }
-  }
-  UNROLL for (int i = 0; i < kSums; ++i) {
-    sums[i] +=
-        Split::kChains == 1 ? chains[0][i] : fmaf(chains[Split::kChains - 1][i], 1 / Split::kDigits, chains[0][i]);
+    UNROLL for (int i = 0; i < kChain; ++i) {
+      const float small = Split::kChains == 1 ? 0.f : chains[Split::kChains - 1][i] / Split::kDigits;
+      sums[part * kChain + i] += chains[0][i] + small;
+    }
   }
 }
 
@@ -147,12 +157,13 @@ __global__ void __launch_bounds__(kThreads, 2) projection_kernel(const __grid_co
   SHARED(shared);
   uint8_t* terms = shared + kStages * kStageBytes;
   const Work work(p);
-  float factors[kPairs], x[kPairs][2], sums[kSums] = {};
-  UNROLL for (int i = 0; i < kPairs; ++i) {
-    const int b = work.b + threadIdx.x / kWarp + i * (kThreads / kWarp);
-    factors[i] = b < p.B ? p.inverse[b] : 0.f;
+  float* factors = reinterpret_cast<float*>(terms + Terms16<T>::kCount * kTermBytes);
+  if (threadIdx.x < kResponses) {
+    const int b = work.b + threadIdx.x;
+    factors[threadIdx.x] = b < p.B ? p.inverse[b] * Terms16<T>::kRange : 0.f;
   }
-  load_residuals(p, work, work.v, factors, x);
+  float x[kPairs][2], sums[kSums] = {};
+  load_residuals(p, work, work.v, x);
   UNROLL for (int s = 0; s < kStages - 1; ++s) {
     load_weight<T, ALIGNED>(p, work, work.v + s * kDepth, shared + s * kStageBytes);
     copy_commit();
@@ -160,13 +171,13 @@ __global__ void __launch_bounds__(kThreads, 2) projection_kernel(const __grid_co
   int stage = 0;
   for (int v = work.v; v < work.end; v += kDepth) {
     __syncthreads();  // nobody reads the last step's terms and stage
-    store_terms<T>(x, terms);
+    store_terms<T>(x, factors, terms);
     copy_wait<kStages - 2>();
     __syncthreads();
     const int ahead = stage == 0 ? kStages - 1 : stage - 1;
     load_weight<T, ALIGNED>(p, work, v + (kStages - 1) * kDepth, shared + ahead * kStageBytes);
     copy_commit();
-    load_residuals(p, work, v + kDepth, factors, x);
+    load_residuals(p, work, v + kDepth, x);
     multiply_step<T>(terms, shared + stage * kStageBytes, sums);
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
@@ -238,7 +249,7 @@ int project(const Head& head, const float* R, const float* inverse, int B, float
     if constexpr (std::is_same_v<T, float>) {
       return launch({blocks, kThreads, kDepth * kResponses * 4}, stream, fp32_projection_kernel, p);
     } else {
-      const int shared = kStages * kStageBytes + Terms16<T>::kCount * kTermBytes;
+      const int shared = kStages * kStageBytes + Terms16<T>::kCount * kTermBytes + kResponses * int(sizeof(float));
       const bool aligned = head.stride % 8 == 0 && reinterpret_cast<uintptr_t>(head.weight) % 16 == 0;
       return choose(aligned, [&](auto aligned) {
         return launch({blocks, kThreads, shared}, stream, projection_kernel<T, aligned>, p);
