@@ -41,20 +41,24 @@ struct Options {
       : inner_scale(head.inner_scale), scale(float(head.scale * 1.4426950408889634)) {}
 };
 
-// t = u / ln 2 from a raw logit, and the soft cap's slope there. NaN stays NaN.
+// What options.scale makes an exponent: a raw logit, or its tanh under a soft cap, whose slope is 1 / cosh^2 there.
+template <bool SOFTCAP>
+DEVICE float capped(float z, const Options& options, float& slope) {
+  if (SOFTCAP) return tanh_and_slope(z * options.inner_scale, slope);
+  slope = 1.f;
+  return z;
+}
+
+// t = u / ln 2 from a raw logit. NaN stays NaN.
 template <bool SOFTCAP>
 DEVICE float exponent(float z, const Options& options, float& slope) {
-  if (SOFTCAP) return tanh_and_slope(z * options.inner_scale, slope) * options.scale;
-  slope = 1.f;
-  return z * options.scale;
+  return capped<SOFTCAP>(z, options, slope) * options.scale;
 }
 
 // t - shift, rounded once: t alone, up to 173 for the logits that bounds are given for, would be off by 7e-6.
 template <bool SOFTCAP>
 DEVICE float exponent_above(float shift, float z, const Options& options, float& slope) {
-  if (SOFTCAP) return fmaf(tanh_and_slope(z * options.inner_scale, slope), options.scale, -shift);
-  slope = 1.f;
-  return fmaf(z, options.scale, -shift);
+  return fmaf(capped<SOFTCAP>(z, options, slope), options.scale, -shift);
 }
 
 }  // namespace g2rl::cuda

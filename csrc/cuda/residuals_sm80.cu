@@ -1,0 +1,199 @@
+// Residuals summed over the tokens of each response: rows of a tile are words, columns tokens counted from the
+// response's first, so that sums stay inside a thread but for a last step. A block has a response and 128 words: it
+// writes its part of R once, and nothing depends on other responses.
+#include "pipeline_sm80.h"
+
+namespace g2rl::cuda::sm80 {
+
+namespace {
+
+constexpr int kRowsOfThread = 2 * kRowBlocks, kColumnsOfThread = 2 * kColumnBlocks;
+
+struct Arguments {
+  Head head;
+  const int64_t* targets;
+  Responses responses;
+  Terms terms;  // under STATISTICS shift is lse in natural units, and target and S are not read
+  float* R;
+  Partials partials;  // of STATISTICS
+};
+
+// A token as a tile takes it. Beyond the response every exponential is 0.
+struct TokenTerms {
+  float shift, weight, target;
+  int y;
+};
+constexpr float kBeyond = 1e30f;
+
+// What an epilogue has of shared memory: terms first, in their place sums of four warps when terms were read; z_y.
+struct Scratch {
+  uint8_t* memory;
+
+  DEVICE TokenTerms* terms() const { return reinterpret_cast<TokenTerms*>(memory); }
+  DEVICE float* sums() const { return reinterpret_cast<float*>(memory); }
+  DEVICE float* z_y() const { return reinterpret_cast<float*>(memory + kTile * sizeof(TokenTerms)); }
+};
+static_assert(4 * kTile * sizeof(float) <= kTile * sizeof(TokenTerms));
+static_assert(kTile * (sizeof(TokenTerms) + sizeof(float)) <= kScratchBytes);
+
+// Adds up the eight lanes that share columns. Of the two values of each eight columns, lane l keeps those of eight l
+// / 4.
+template <int HALF>
+DEVICE void fold(float (&x)[kColumnsOfThread]) {
+  const bool upper = threadIdx.x & (2 * HALF);
+  UNROLL for (int i = 0; i < HALF; ++i) {
+    const float mine = upper ? x[i + HALF] : x[i], others = upper ? x[i] : x[i + HALF];
+    x[i] = mine + __shfl_xor_sync(kAllLanes, others, 2 * HALF);
+  }
+}
+
+template <bool SOFTCAP, bool STATISTICS>
+struct Residuals {
+  const Arguments& p;
+  const Scratch scratch;
+  const int v0, start, end;
+  const Place at = Place::here();
+  float r[kRowsOfThread] = {};
+
+  // Rows of a thread are numbered 2 i + q.
+  DEVICE int word(int row) const { return v0 + at.row + 8 * row; }
+
+  DEVICE void operator()(int tile, const Sums& z) {
+    load_terms(start + tile * kTile);
+    // Read anew for each tile: between them registers are scarce.
+    const Options options(p.head);
+    float bias[kRowsOfThread];
+    UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
+      const bool inside = p.head.bias != nullptr && word(row) < p.head.V;
+      bias[row] = inside ? bias_at(p.head.bias, p.head.bias_dtype, word(row)) : 0.f;
+    }
+    float S[kColumnsOfThread] = {}, X[kColumnsOfThread] = {};
+    UNROLL for (int j = 0; j < kColumnBlocks; ++j) {
+      UNROLL for (int e = 0; e < 2; ++e) {
+        const int column = at.column + 8 * j + e;
+        const TokenTerms token = scratch.terms()[column];
+        UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
+          const float logit = z[row / 2][4 * j + row % 2 * 2 + e] + bias[row];
+          add(options, token, column, row, logit, S[2 * j + e], X[2 * j + e]);
+        }
+      }
+    }
+    if (STATISTICS) store_statistics(start + tile * kTile, S, X);
+  }
+
+  DEVICE void add(const Options& options, const TokenTerms& token, int column, int row, float z, float& S, float& X) {
+    float slope;
+    const float x = exponent_above<SOFTCAP>(token.shift, z, options, slope), e = exp2_fast(x);
+    const float others = fmaf(-token.weight * slope, e, r[row]);
+    const bool target = token.y == word(row);
+    if (STATISTICS) {
+      if (target) scratch.z_y()[column] = z;
+      const bool counts = !target && word(row) < p.head.V;
+      S += counts ? e : 0.f;
+      X += counts ? x * e : 0.f;
+    }
+    r[row] = target ? r[row] + token.target : others;
+  }
+
+  DEVICE void load_terms(int n0) const {
+    __syncthreads();  // nobody reads the last tile's
+    if (threadIdx.x < kTile) {
+      const int n = n0 + threadIdx.x;
+      TokenTerms token{kBeyond, 0.f, 0.f, -1};
+      if (n < end) {
+        const float shift = p.terms.shift[n];
+        token = {STATISTICS ? shift * kLog2e : shift, p.terms.weight[n], STATISTICS ? 0.f : p.terms.target[n],
+                 int(p.targets[n])};
+      }
+      scratch.terms()[threadIdx.x] = token;
+      scratch.z_y()[threadIdx.x] = 0.f;
+    }
+    __syncthreads();
+  }
+
+  // Sums over the tile's words of each token.
+  DEVICE void store_statistics(int n0, float (&S)[kColumnsOfThread], float (&X)[kColumnsOfThread]) const {
+    const int64_t N = p.responses.cu_seqlens[p.responses.B], plane = N * p.partials.splits;
+    const int n = n0 + threadIdx.x;
+    const bool stores = threadIdx.x < kTile && n < end;
+    float* to = p.partials.planes + v0 / kTile * N + n;
+    const float S_n = over_warps(S);
+    if (stores) to[plane] = S_n;
+    const float X_n = over_warps(X);
+    if (stores) to[2 * plane] = X_n, to[3 * plane] = scratch.z_y()[threadIdx.x];
+  }
+
+  // The sum of the column that threads below 128 are named after.
+  DEVICE float over_warps(float (&x)[kColumnsOfThread]) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    fold<8>(x), fold<4>(x), fold<2>(x);
+    __syncthreads();
+    float* to = scratch.sums() + warp / 2 * kTile + at.column + lane / 4 * 8;
+    to[0] = x[0];
+    to[1] = x[1];
+    __syncthreads();
+    const float* from = scratch.sums() + threadIdx.x % kTile;
+    return (from[0] + from[kTile]) + (from[2 * kTile] + from[3 * kTile]);
+  }
+
+  // Joins the four threads and the two warps that share a word.
+  DEVICE void finish(int response) {
+    __syncthreads();
+    UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
+      r[row] += __shfl_xor_sync(kAllLanes, r[row], 1);
+      r[row] += __shfl_xor_sync(kAllLanes, r[row], 2);
+      if (at.column == 64) scratch.sums()[at.row + 8 * row] = r[row];
+    }
+    __syncthreads();
+    UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
+      if (at.column != 0 || word(row) >= p.head.V) continue;
+      p.R[int64_t(response) * p.head.V + word(row)] = r[row] + scratch.sums()[at.row + 8 * row];
+    }
+  }
+};
+
+template <class T, bool SOFTCAP, bool STATISTICS>
+__global__ void __launch_bounds__(kThreads, 1)
+    residuals_kernel(const __grid_constant__ Arguments p, const __grid_constant__ Matrix<T> weight,
+                     const __grid_constant__ Matrix<T> hidden) {
+  SHARED(shared);
+  int response, words;
+  find_work(p.responses.B, int(ceil_div(p.head.V, kTile)), response, words);
+  const int start = p.responses.cu_seqlens[response], end = p.responses.cu_seqlens[response + 1];
+  // Rows of the next response count as 0: its NaN stays its own.
+  const Matrix<T> of_response{hidden.base, hidden.stride, end, hidden.aligned};
+  Residuals<SOFTCAP, STATISTICS> epilogue{p, {shared + kScratch}, words * kTile, start, end};
+  multiply_tiles(shared, weight, words * kTile, of_response, start, int(ceil_div(end - start, kTile)), p.head.d,
+                 epilogue);
+  epilogue.finish(response);
+}
+
+template <bool STATISTICS>
+int launch_residuals(const Arguments& p, const Tokens& tokens, Stream stream) {
+  return choose(p.head.dtype, [&](auto number) {
+    using T = decltype(number);
+    const auto weight = Matrix<T>::of(p.head.weight, p.head.stride, p.head.V);
+    const auto hidden = Matrix<T>::of(tokens.hidden, tokens.stride, tokens.N);
+    const Launch at = blocks(p.responses.B * ceil_div(p.head.V, kTile));
+    return choose(p.head.softcap, [&](auto softcap) {
+      return launch(at, stream, residuals_kernel<T, softcap, STATISTICS>, p, weight, hidden);
+    });
+  });
+}
+
+}  // namespace
+
+int residuals(const Head& head, const Tokens& tokens, const Responses& responses, const Terms& terms, float* R,
+              Stream stream) {
+  return launch_residuals<false>({head, tokens.targets, responses, terms, R, {}}, tokens, stream);
+}
+
+int residual_splits(int V) { return int(ceil_div(V, kTile)); }
+
+int residuals_and_statistics(const Head& head, const Tokens& tokens, const Responses& responses, const float* lse,
+                             const float* a, float* R, const Partials& partials, Stream stream) {
+  const Terms terms{const_cast<float*>(lse), const_cast<float*>(a), nullptr, nullptr};
+  return launch_residuals<true>({head, tokens.targets, responses, terms, R, partials}, tokens, stream);
+}
+
+}  // namespace g2rl::cuda::sm80
