@@ -14,31 +14,20 @@
 #endif
 
 #include "rowwise.h"
+#include "simd.h"
 
 namespace g2rl {
 namespace {
 
 // As many sums as leave registers for kTileVectors vectors of B and one entry of A.
-#if defined(__AVX512F__)
-constexpr int kVector = 16, kTileRows = 6, kTileVectors = 4;  // 32 registers
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 6, kTileVectors = 4;  // 32 registers
 #elif defined(__AVX2__)
-constexpr int kVector = 8, kTileRows = 6, kTileVectors = 2;  // 16
-#elif defined(__aarch64__)
-constexpr int kVector = 4, kTileRows = 6, kTileVectors = 4;  // 32
+constexpr int kTileRows = 6, kTileVectors = 2;  // 16
 #else
-constexpr int kVector = 4, kTileRows = 4, kTileVectors = 2;  // 16, one of them for products not yet added
+constexpr int kTileRows = 4, kTileVectors = 2;  // 16, some of them for products not yet added
 #endif
-constexpr int64_t kChunkSteps = 8;  // of 16 units: 32 KB of a strip of 64 columns
-
-using Vector = float __attribute__((vector_size(kVector * sizeof(float))));
-using VectorBits = uint32_t __attribute__((vector_size(kVector * sizeof(float))));
-
-template <typename To>
-G2RL_ALWAYS_INLINE inline To read(const void* p) {
-  To x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
-}
+constexpr int64_t kChunkSteps = 16;  // of 16 units: 64 KB of a strip of 64 columns
 
 // What the units of A and B hold, and how they are multiplied: kSteps entries of A for each unit of B.
 
@@ -82,47 +71,44 @@ struct TilePlace {
   bool add;
 };
 
-template <typename Units, int kTall, int kVectors>
+template <typename Units, int kTall, int kWide>
 void multiply_tile(const TilePlace t) {
-  Vector sums[kTall][kVectors];
-  for (int r = 0; r < kTall; ++r)
-    for (int j = 0; j < kVectors; ++j) sums[r][j] = Vector{};
+  Vector sums[kTall][kWide];
+  const auto each_sum = [&](const auto& f) G2RL_ALWAYS_INLINE {
+    unrolled<kTall>([&](int r) G2RL_ALWAYS_INLINE { unrolled<kWide>([&](int j) G2RL_ALWAYS_INLINE { f(r, j); }); });
+  };
+  const auto out = [&](int r, int j) G2RL_ALWAYS_INLINE { return t.out + r * t.ld + j * kVector; };
+  each_sum([&](int r, int j) G2RL_ALWAYS_INLINE { sums[r][j] = Vector{}; });
   for (int64_t k = 0; k < t.units; ++k) {
-    for (int step = 0; step < Units::kSteps; ++step) {
+    unrolled<Units::kSteps>([&](int step) G2RL_ALWAYS_INLINE {
       const uint32_t* a = t.a + k * Units::kSteps + step;
-      Vector right[kVectors];
-      for (int j = 0; j < kVectors; ++j) {
+      Vector right[kWide];
+      unrolled<kWide>([&](int j) G2RL_ALWAYS_INLINE {
         const int col = j * kVector;
         right[j] = Units::right(t.b + col / 16 * t.b_block + k * t.b_stride + col % 16, step);
-      }
-      for (int r = 0; r < kTall; ++r)
-        for (int j = 0; j < kVectors; ++j) sums[r][j] = Units::add(sums[r][j], a + r * t.a_stride, right[j]);
-    }
+      });
+      each_sum([&](int r, int j)
+                   G2RL_ALWAYS_INLINE { sums[r][j] = Units::add(sums[r][j], a + r * t.a_stride, right[j]); });
+    });
   }
-  const auto finish = [&](auto before) {
-    for (int r = 0; r < kTall; ++r) {
-      for (int j = 0; j < kVectors; ++j) {
-        float* out = t.out + r * t.ld + j * kVector;
-        const Vector total = before(out) + sums[r][j];
-        std::memcpy(out, &total, sizeof(total));
-      }
-    }
-  };
-  t.add ? finish([](const float* out) { return read<Vector>(out); }) : finish([](const float*) { return Vector{}; });
+  if (t.add) each_sum([&](int r, int j) G2RL_ALWAYS_INLINE { sums[r][j] += read<Vector>(out(r, j)); });
+  each_sum([&](int r, int j) G2RL_ALWAYS_INLINE { write(out(r, j), sums[r][j]); });
 }
 
 // A tile of the first rows, kTall or, if fewer are left, all of them.
-template <typename Units, int kVectors, int kTall = kTileRows>
+template <typename Units, int kWide, int kTall = kTileRows>
 G2RL_ALWAYS_INLINE inline void multiply_up_to(int64_t rows, const TilePlace& t) {
   if constexpr (kTall > 1) {
-    if (rows < kTall) return multiply_up_to<Units, kVectors, kTall - 1>(rows, t);
+    if (rows < kTall) return multiply_up_to<Units, kWide, kTall - 1>(rows, t);
   }
-  multiply_tile<Units, kTall, kVectors>(t);
+  multiply_tile<Units, kTall, kWide>(t);
 }
 
 template <typename Units>
 void multiply_units(const TileProduct& p) {
+  // Sixteen columns at a time where fewer than a strip are left.
   constexpr int64_t kStrip = kTileVectors * kVector;
+  constexpr int kRest = kStrip > 16 ? 16 / kVector : kTileVectors;
   const int64_t chunks = (p.steps + kChunkSteps - 1) / kChunkSteps;
   const int64_t tiles = chunks * ((p.cols + kStrip - 1) / kStrip) * ((p.rows + kTileRows - 1) / kTileRows);
   const int64_t lines_per_tile = (p.soon_lines + tiles - 1) / tiles;
@@ -146,7 +132,7 @@ void multiply_units(const TileProduct& p) {
         if (whole) {
           multiply_up_to<Units, kTileVectors>(p.rows - r, place);
         } else {
-          multiply_up_to < Units, kVector<16 ? kTileVectors : 1>(p.rows - r, place);
+          multiply_up_to<Units, kRest>(p.rows - r, place);
         }
       }
       c += whole ? kStrip : 16;

@@ -469,6 +469,8 @@ void narrow(const float* src, Dtype dtype, int64_t n, void* dst) {
   }
 }
 
+using u32x16 = uint32_t __attribute__((vector_size(64)));
+
 // Four rounds of perfect shuffles: row i meets row i + 8 each time, and after log2(16) rounds rows and columns have
 // changed places.
 inline void transpose_block(u32x16* a) {

@@ -1,5 +1,5 @@
-// Sixteen floats at a time, in plain GCC/Clang vector extensions: one 512-bit register, two of 256 bits, or whatever
-// the target has. Included only by rowwise_impl.h, which is compiled once per instruction set.
+// Sixteen floats at a time: one register of 512 bits, two of 256, or four. Included only by rowwise_impl.h, which is
+// compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -16,79 +16,164 @@
 namespace g2rl {
 namespace {
 
-using f32x16 = float __attribute__((vector_size(64)));
-using i32x16 = int32_t __attribute__((vector_size(64)));
-using u32x16 = uint32_t __attribute__((vector_size(64)));
+// Lanes of one register.
+#if defined(__AVX512F__)
+constexpr int kVector = 16;
+#elif defined(__AVX2__)
+constexpr int kVector = 8;
+#else
+constexpr int kVector = 4;
+#endif
+constexpr int kVectors = kLanes / kVector;
 
-inline f32x16 load(const float* p) {
-  f32x16 v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
+using Vector = float __attribute__((vector_size(kVector * 4)));
+using VectorInts = int32_t __attribute__((vector_size(kVector * 4)));
+using VectorBits = uint32_t __attribute__((vector_size(kVector * 4)));
+using VectorHalves = uint16_t __attribute__((vector_size(kVector * 2)));
+
+// Calls f(0), ..., f(n - 1). A loop would be unrolled too late for GCC to keep arrays of registers in registers.
+template <int n, typename F>
+G2RL_ALWAYS_INLINE inline void unrolled(const F& f) {
+  if constexpr (n > 0) {
+    unrolled<n - 1>(f);
+    f(n - 1);
+  }
 }
 
-inline void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof(v)); }
+template <typename To>
+G2RL_ALWAYS_INLINE inline To read(const void* p) {
+  To x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
 
-using u16x16 = uint16_t __attribute__((vector_size(32)));
+template <typename T>
+G2RL_ALWAYS_INLINE inline void write(void* p, T x) {
+  std::memcpy(p, &x, sizeof(x));
+}
+
+// Not one vector_size(64): GCC takes comparisons of vectors wider than a register apart, lane by lane.
+struct f32x16 {
+  Vector r[kVectors];
+
+  f32x16() = default;
+  f32x16(float x) {
+    // Folded to a broadcast; x + 0 would not be, since it is 0 for x = -0.
+    unrolled<kVectors>([&](int i) G2RL_ALWAYS_INLINE { r[i] = x - Vector{}; });
+  }
+  f32x16& operator+=(f32x16 b);
+  f32x16& operator*=(f32x16 b);
+};
+
+// One register after the other.
+template <typename F>
+G2RL_ALWAYS_INLINE inline f32x16 each(const F& f) {
+  f32x16 out;
+  unrolled<kVectors>([&](int i) G2RL_ALWAYS_INLINE { out.r[i] = f(i); });
+  return out;
+}
+
+inline f32x16 operator+(f32x16 a, f32x16 b) {
+  return each([&](int i) G2RL_ALWAYS_INLINE { return a.r[i] + b.r[i]; });
+}
+inline f32x16 operator-(f32x16 a, f32x16 b) {
+  return each([&](int i) G2RL_ALWAYS_INLINE { return a.r[i] - b.r[i]; });
+}
+inline f32x16 operator*(f32x16 a, f32x16 b) {
+  return each([&](int i) G2RL_ALWAYS_INLINE { return a.r[i] * b.r[i]; });
+}
+inline f32x16 operator/(f32x16 a, f32x16 b) {
+  return each([&](int i) G2RL_ALWAYS_INLINE { return a.r[i] / b.r[i]; });
+}
+inline f32x16 operator-(f32x16 a) {
+  return each([&](int i) G2RL_ALWAYS_INLINE { return -a.r[i]; });
+}
+inline f32x16& f32x16::operator+=(f32x16 b) { return *this = *this + b; }
+inline f32x16& f32x16::operator*=(f32x16 b) { return *this = *this * b; }
+
+inline f32x16 splat(float x) { return x; }
+
+inline f32x16 load(const float* p) {
+  return each([&](int i) G2RL_ALWAYS_INLINE { return read<Vector>(p + i * kVector); });
+}
+
+inline void store(float* p, f32x16 v) {
+  unrolled<kVectors>([&](int i) G2RL_ALWAYS_INLINE { write(p + i * kVector, v.r[i]); });
+}
 
 inline f32x16 load_u16(const uint16_t* p) {
-  u16x16 v;
-  std::memcpy(&v, p, sizeof(v));
-  return __builtin_convertvector(__builtin_convertvector(v, i32x16), f32x16);
+  return each([&](int i) G2RL_ALWAYS_INLINE {
+    const auto v = read<VectorHalves>(p + i * kVector);
+    return __builtin_convertvector(__builtin_convertvector(v, VectorInts), Vector);
+  });
 }
 
 // The low 16 bits of every lane.
 inline void store_low16(uint16_t* p, f32x16 v) {
-  const u16x16 low = __builtin_convertvector((u32x16)v, u16x16);
-  std::memcpy(p, &low, sizeof(low));
+  unrolled<kVectors>([&](int i) G2RL_ALWAYS_INLINE {
+    write(p + i * kVector, __builtin_convertvector((VectorBits)v.r[i], VectorHalves));
+  });
 }
 
-inline f32x16 splat(float x) { return f32x16{} + x; }
-
-inline f32x16 max(f32x16 a, f32x16 b) {
+inline Vector max(Vector a, Vector b) {
 #if defined(__AVX512F__)
-  return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+  return (Vector)_mm512_max_ps((__m512)a, (__m512)b);
 #else
   return a > b ? a : b;
 #endif
 }
 
-inline f32x16 min(f32x16 a, f32x16 b) {
+inline Vector min(Vector a, Vector b) {
 #if defined(__AVX512F__)
-  return (f32x16)_mm512_min_ps((__m512)a, (__m512)b);
+  return (Vector)_mm512_min_ps((__m512)a, (__m512)b);
 #else
   return a < b ? a : b;
 #endif
 }
 
-inline f32x16 abs(f32x16 a) { return (f32x16)((i32x16)a & 0x7fffffff); }
+inline f32x16 max(f32x16 a, f32x16 b) {
+  return each([&](int i) G2RL_ALWAYS_INLINE { return max(a.r[i], b.r[i]); });
+}
+
+inline f32x16 min(f32x16 a, f32x16 b) {
+  return each([&](int i) G2RL_ALWAYS_INLINE { return min(a.r[i], b.r[i]); });
+}
+
+inline f32x16 abs(f32x16 a) {
+  return each([&](int i) G2RL_ALWAYS_INLINE { return (Vector)((VectorInts)a.r[i] & 0x7fffffff); });
+}
 
 // Magnitude of `a`, sign of `s`.
 inline f32x16 copysign(f32x16 a, f32x16 s) {
-  return (f32x16)(((i32x16)a & 0x7fffffff) | ((i32x16)s & (int32_t)0x80000000));
+  return each([&](int i) G2RL_ALWAYS_INLINE {
+    return (Vector)(((VectorInts)a.r[i] & 0x7fffffff) | ((VectorInts)s.r[i] & (int32_t)0x80000000));
+  });
 }
 
 // Halving tree: the same order of additions on every target.
 inline float sum(f32x16 v) {
   float x[kLanes];
-  std::memcpy(x, &v, sizeof(x));
+  store(x, v);
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) x[i] += x[i + half];
   return x[0];
 }
 
 inline float max_lane(f32x16 v) {
+  Vector most = v.r[0];
+  for (int i = 1; i < kVectors; ++i) most = max(most, v.r[i]);
 #if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)v);
+  return _mm512_reduce_max_ps((__m512)most);
 #else
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  float m = most[0];
+  for (int i = 1; i < kVector; ++i) m = most[i] > m ? most[i] : m;
   return m;
 #endif
 }
 
 inline bool any_above(f32x16 v, float limit) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+  return _mm512_cmp_ps_mask((__m512)v.r[0], _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
 #else
   return max_lane(v) > limit;
 #endif
@@ -117,7 +202,8 @@ inline f32x16 exp_in_range(f32x16 x) {
   p = p * r + 4.9999991059e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return (f32x16)((u32x16)p + ((u32x16)shifted << 23));
+  return each([&](int i)
+                  G2RL_ALWAYS_INLINE { return (Vector)((VectorBits)p.r[i] + ((VectorBits)shifted.r[i] << 23)); });
 }
 
 inline f32x16 exp(f32x16 x) { return exp_in_range(max(x, splat(kExpMin))); }
