@@ -1,0 +1,218 @@
+"""Mistakes that the tests of csrc/cuda must notice: each is made in a copy of the sources, built for a CPU and run.
+
+    python csrc/tests/mutations.py [words of names ...]
+
+A mutation is caught if its program fails or does not end. Exits with 1 if one is not, or does not apply.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent.parent
+COMPILER = ("g++", "-std=c++20", "-O1", "-w")
+SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Program:
+    test: str
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, which occurs once in cuda/`file`, becomes `new`."""
+
+    name: str
+    program: str
+    file: str
+    old: str
+    new: str
+
+
+PROGRAMS = {
+    "small": Program("test_cuda_small.cpp", ("tokens.cu", "projection.cu")),
+    "groups": Program("test_cuda_groups.cpp", ("groups.cu",)),
+    "sm80": Program(
+        "test_cuda_sm80.cpp", ("tokens.cu", "statistics_sm80.cu", "residuals_sm80.cu", "grad_logits_sm80.cu")
+    ),
+}
+
+MUTATIONS = (
+    Mutation(
+        "merge: X is not moved to another maximum",
+        "small",
+        "tokens.cu",
+        "X = fmaf(fmaf(S_s, moved, X_s), factor, X);",
+        "X = fmaf(X_s, factor, X);",
+    ),
+    Mutation(
+        "add_kept: rows count from the response",
+        "small",
+        "tokens.cu",
+        "const int row = n0 - p.first;",
+        "const int row = n0 - start;",
+    ),
+    Mutation(
+        "add_targets: a word is added once for each of its tokens",
+        "small",
+        "tokens.cu",
+        "if (first) R[",
+        "if (t < length) R[",
+    ),
+    Mutation(
+        "projection: the second fp16 term is taken for as large as the first",
+        "small",
+        "projection.cu",
+        "chains[Split::kChains - 1][i] / Split::kDigits",
+        "chains[Split::kChains - 1][i]",
+    ),
+    Mutation(
+        "projection: a stage is read before its copies are waited for",
+        "small",
+        "projection.cu",
+        "copy_wait<kStages - 2>();",
+        "copy_wait<kStages - 1>();",
+    ),
+    Mutation(
+        "projection: terms are overwritten while they are read",
+        "small",
+        "projection.cu",
+        "__syncthreads();  // nobody reads the last step's terms and stage",
+        "",
+    ),
+    Mutation(
+        "groups: a response is its own peer",
+        "groups",
+        "groups.cu",
+        "return i == j ? 0. : i == *of.best",
+        "return i == *of.best",
+    ),
+    Mutation(
+        "groups: sums of half of the warps are lost",
+        "groups",
+        "groups.cu",
+        "for (int half = kWarps / 2;",
+        "for (int half = kWarps / 4;",
+    ),
+    Mutation(
+        "sm80: a stage is read before its copies are waited for",
+        "sm80",
+        "pipeline_sm80.h",
+        "copy_wait<kStages - 2>();",
+        "copy_wait<kStages - 1>();",
+    ),
+    Mutation(
+        "sm80: a stage is read before other threads' copies are there",
+        "sm80",
+        "pipeline_sm80.h",
+        "copy_wait<kStages - 2>();\n        __syncthreads();",
+        "copy_wait<kStages - 2>();",
+    ),
+    Mutation(
+        "sm80: copies go to the stage that is being read",
+        "sm80",
+        "pipeline_sm80.h",
+        "load(stage == 0 ? kStages - 1 : stage - 1);",
+        "load(stage);",
+    ),
+    Mutation(
+        "sm80: fragments of B are loaded in A's order",
+        "sm80",
+        "pipeline_sm80.h",
+        "lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2",
+        "lane % 16, chunk + lane / 16",
+    ),
+    Mutation(
+        "sm80: words beyond the vocabulary count",
+        "sm80",
+        "statistics_sm80.cu",
+        "word == y[row] || word >= p.head.V ? masked",
+        "word == y[row] ? masked",
+    ),
+    Mutation(
+        "sm80: tokens of the next response are read",
+        "sm80",
+        "residuals_sm80.cu",
+        "hidden.stride, end, hidden.aligned}",
+        "hidden.stride, hidden.end, hidden.aligned}",
+    ),
+    Mutation(
+        "sm80: sums of tokens meet the wrong lanes",
+        "sm80",
+        "residuals_sm80.cu",
+        "__shfl_xor_sync(kAllLanes, others, 2 * HALF)",
+        "__shfl_xor_sync(kAllLanes, others, HALF)",
+    ),
+)
+
+
+def compile_object(source: Path, out: Path) -> Path:
+    subprocess.run([*COMPILER, "-x", "c++", "-c", str(source), "-o", str(out)], check=True)
+    return out
+
+
+def fails(root: Path, program: Program, objects: list[Path]) -> bool:
+    binary = root / "test"
+    test = root / "tests" / program.test
+    subprocess.run([*COMPILER, str(test), *map(str, objects), "-o", str(binary)], check=True)
+    try:
+        return subprocess.run([str(binary)], capture_output=True, timeout=SECONDS).returncode != 0
+    except subprocess.TimeoutExpired:
+        return True
+
+
+class CleanObjects:
+    """Objects of unchanged sources, each made when it is first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __getitem__(self, source: str) -> Path:
+        out = self._folder / f"{source}.o"
+        return out if out.exists() else compile_object(CSRC / "cuda" / source, out)
+
+
+def caught(mutation: Mutation, clean: CleanObjects) -> bool:
+    program = PROGRAMS[mutation.program]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for room in ("cuda", "tests"):
+            shutil.copytree(CSRC / room, root / room)
+        target = root / "cuda" / mutation.file
+        text = target.read_text()
+        if text.count(mutation.old) != 1:
+            raise ValueError(
+                f"{mutation.name}: expected its text once in {mutation.file}, found {text.count(mutation.old)}"
+            )
+        target.write_text(text.replace(mutation.old, mutation.new))
+        changed = [name for name in program.sources if name == mutation.file or mutation.file.endswith(".h")]
+        objects = [
+            compile_object(root / "cuda" / name, root / f"{name}.o") if name in changed else clean[name]
+            for name in program.sources
+        ]
+        return fails(root, program, objects)
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        clean = CleanObjects(Path(folder))
+        for mutation in chosen:
+            ok = caught(mutation, clean)
+            missed += not ok
+            print("caught" if ok else "MISSED", mutation.name, flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} mutations caught")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
