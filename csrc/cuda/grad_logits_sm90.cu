@@ -18,29 +18,30 @@ struct GradLogitsArguments {
   Strip strip;
 };
 
-template <class C>
 struct GradLogitsWalk {
+  const TensorMap& weight;
+  int item = blockIdx.x, v0, v_start;
   Order order;
-  int item = C::index(), v_start;
 
-  // Rows: blocks of tokens of a cluster; columns: its tiles of the strip.
+  // Rows: blocks of tokens; columns: tiles of the strip.
   static HOST_DEVICE Order order_of(int N, const Strip& strip) {
-    return {int(ceil_div(N, kRows * C::kShareB)), int(ceil_div(strip.v_end - strip.v_start, kMaxRows * C::kShareA))};
+    return {int(ceil_div(N, kRows)), int(ceil_div(strip.v_end - strip.v_start, kColumnsOfTile))};
   }
-  DEVICE GradLogitsWalk(int N, const Strip& strip) : order(order_of(N, strip)), v_start(strip.v_start) {}
+  DEVICE GradLogitsWalk(const TensorMap& weight, int N, const Strip& strip)
+      : weight(weight), v_start(strip.v_start), order(order_of(N, strip)) {}
 
   DEVICE bool next(Tile& tile) {
-    if (item >= order.rows * order.columns) return false;
+    if (item >= order.items()) return false;
     int block, column;
     order.find(item, block, column);
-    item += C::count();
-    tile = {(block * C::kShareB + C::row()) * kRows,
-            v_start + (column * C::kShareA + C::column()) * kMaxRows,
-            kMaxRows,
-            0,
-            true,
-            true};
+    item += gridDim.x;
+    v0 = v_start + column * kColumnsOfTile;
+    tile = {block * kRows, v0, 0, true, true};
     return true;
+  }
+
+  DEVICE void load(uint32_t barrier, uint32_t to, int k) const {
+    if (threadIdx.x == 0) tma_load(weight, barrier, to, k, v0);
   }
 };
 
@@ -51,10 +52,10 @@ struct GradLogitsEpilogue {
   const Place at = Place::here();
 
   DEVICE void operator()(const Tile& tile, Sums& z) const {
-    add_bias_of_columns(p.head, tile.b_row, at, z);
+    add_bias_of_columns(p.head, tile.column, at, z);
     const float even_scale = p.strip.G_even ? *p.strip.even_scale : 1.f;
     UNROLL for (int q = 0; q < 2; ++q) {
-      const int n = tile.a_row + at.row + 8 * q;
+      const int n = tile.row + at.row + 8 * q;
       // Rows beyond the last token take its numbers and are not stored.
       const bool inside = n < p.tokens.N;
       const float* of_row = p.rows_in + (inside ? n : p.tokens.N - 1);
@@ -66,7 +67,7 @@ struct GradLogitsEpilogue {
       const int y = int(p.tokens.targets[inside ? n : p.tokens.N - 1]), v_end = inside ? p.strip.v_end : 0;
       const int64_t row = n * p.strip.stride - p.strip.v_start;
       UNROLL for (int j = 0; j < kSums / 4; ++j) {
-        const int v = tile.b_row + 8 * j + at.column;
+        const int v = tile.column + 8 * j + at.column;
         float grad[2];
         UNROLL for (int e = 0; e < 2; ++e) {
           float slope;
@@ -94,14 +95,14 @@ struct GradLogitsEpilogue {
   }
 };
 
-template <class T, bool SOFTCAP, class C>
+template <class T, bool SOFTCAP>
 __global__ void __launch_bounds__(kThreads, 1)
-    grad_logits_kernel(const __grid_constant__ TensorMap hidden, const __grid_constant__ Boxes weight,
+    grad_logits_kernel(const __grid_constant__ TensorMap hidden, const __grid_constant__ TensorMap weight,
                        const __grid_constant__ GradLogitsArguments p) {
   SHARED(shared);
-  const GradLogitsWalk<C> walk(p.tokens.N, p.strip);
+  GradLogitsWalk walk(weight, p.tokens.N, p.strip);
   const GradLogitsEpilogue<T, SOFTCAP> epilogue{p};
-  run<T, C, false>(shared, hidden, weight, p.head.d, walk, epilogue);
+  run<T>(shared, hidden, p.head.d, walk, epilogue);
 }
 
 }  // namespace
@@ -109,20 +110,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 int grad_logits(const Head& head, const Tokens& tokens, const float* rows_in, int64_t rows_stride, const Strip& strip,
                 Stream stream) {
   if (tokens.N == 0) return 0;
+  TensorMap hidden, weight;
+  if (const int error = map_hidden_and_weight(hidden, weight, head, tokens)) return error;
   const GradLogitsArguments p{head, tokens, rows_in, rows_stride, strip};
-  const auto run_on = [&](auto cluster) {
-    using C = decltype(cluster);
-    TensorMap hidden;
-    Boxes weight;
-    if (const int error = map_hidden_and_weight<C>(hidden, weight, head, tokens)) return error;
-    const auto at = persistent<C>(GradLogitsWalk<C>::order_of(tokens.N, strip).items());
-    return choose_half(head.dtype, [&](auto number) {
-      return choose(head.softcap, [&](auto softcap) {
-        return launch(at, stream, grad_logits_kernel<decltype(number), softcap, C>, hidden, weight, p);
-      });
+  const int64_t items = GradLogitsWalk::order_of(tokens.N, strip).items();
+  return choose_half(head.dtype, [&](auto number) {
+    return choose(head.softcap, [&](auto softcap) {
+      return launch_persistent(items, 0, stream, grad_logits_kernel<decltype(number), softcap>, hidden, weight, p);
     });
-  };
-  return tokens.N > kRows ? run_on(Cluster<2, 2>{}) : run_on(Cluster<1, 1>{});
+  });
 }
 
 }  // namespace g2rl::cuda::sm90

@@ -62,6 +62,17 @@ struct Kept {
   int64_t stride;
 };
 
+// What is left to do with logits that were kept: R [B, V] += residuals of tokens first to last. Rows of `kept` and terms
+// count from `first`. Null logits: nothing.
+struct KeptPass {
+  Kept kept;
+  const int64_t* targets;
+  Responses responses;
+  Terms terms;
+  int first, last;
+  float* R;
+};
+
 // Gradients of raw logits for columns v_start to v_end, [N, stride] each in the head's dtype.
 struct Strip {
   void* G;       // rows scaled by row 5 of `rows_in` where `even` is not null
@@ -77,20 +88,25 @@ struct Strip {
 // sm90: TMA and wgmma; 16-bit inputs whose rows are aligned to 16 bytes (`sm90::serves`).
 // sm80: mma.sync for 16-bit inputs, FMA for fp32; any stride, any alignment.
 
+int64_t packing_bytes(int N, int B);
+
 #define G2RL_HEAD_KERNELS                                                                                              \
   /* Parts of the vocabulary in Partials; fixed by V, so that a token's sums do not depend on its batch. */            \
   int splits(int V);                                                                                                   \
   /* Rows and columns of memory for the logits of `rows` tokens. */                                                    \
   int64_t kept_rows(int rows);                                                                                         \
   int64_t kept_columns(int V);                                                                                         \
-  int statistics(const Head&, const Tokens&, const Partials&, const Kept&, Stream);                                    \
-  /* R[b, v] = sum over tokens t of b of: target_t at v = y_t, else -weight_t slope_tv 2^(t_tv - shift_t); [B, V]. */  \
-  int residuals(const Head&, const Tokens&, const Responses&, const Terms&, float* R, Stream);                         \
-  /* The same with lse (natural units) for shift, a for weight and no targets, and Partials but for m, of              \
-     `residual_splits(V)` parts. */                                                                                    \
+  /* Does `meanwhile` of other tokens aside, in time that it does not need. */                                         \
+  int statistics(const Head&, const Tokens&, const Partials&, const Kept&, const KeptPass& meanwhile, Stream);                                    \
+  /* R[b, v] = sum over tokens t of b of: target_t at v = y_t, else -weight_t slope_tv 2^(t_tv - shift_t); [B, V].     \
+     For responses whose flag is not 0; null: for all. `packing`: memory of packing_bytes(N, B). */                    \
+  int residuals(const Head&, const Tokens&, const Responses&, const Terms&, const int* flags, int* packing, float* R,  \
+                Stream);                                                                                               \
+  /* The same with lse (natural units) for shift, a for weight and no targets; and Partials of `residual_splits(V)`    \
+     parts, with z_y [N] in the place of m. */                                                                         \
   int residual_splits(int V);                                                                                          \
   int residuals_and_statistics(const Head&, const Tokens&, const Responses&, const float* lse, const float* a,         \
-                               float* R, const Partials&, Stream);                                                     \
+                               int* packing, float* R, const Partials&, Stream);                                       \
   /* rows_in [6, rows_stride]: lse, H, g, g', the target's gradient, row scale; see grad_logits.py for the formula. */ \
   int grad_logits(const Head&, const Tokens&, const float* rows_in, int64_t rows_stride, const Strip&, Stream);
 
@@ -111,9 +127,7 @@ int merge(const Head&, const Partials&, int N, const float* lse, const float* a,
           const Terms&, Stream);
 // inverse[b] = 1 / sum a (0 without weight); flags[b] = 1 where a token of weight has S too far from 1 for its lse.
 int responses(const Responses&, const float* a, const float* S, const float* lse, float* inverse, int* flags, Stream);
-// R [B, V] += residuals of tokens first to last, whose logits `kept` holds; terms count from `first`.
-int add_kept(const Head&, const Kept&, const int64_t* targets, const Responses&, const Terms&, int first, int last,
-             float* R, Stream);
+int add_kept(const Head&, const KeptPass&, Stream);
 // R [B, V] += target_t S_t at y_t, for responses whose flag is 0.
 int add_targets(const int64_t* targets, const Responses&, const Terms&, const int* flags, int V, float* R, Stream);
 

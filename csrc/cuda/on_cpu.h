@@ -97,7 +97,8 @@ inline void give_way() {
 
 inline void later(std::function<void()> action) { state().pending.push_back(std::move(action)); }
 
-// Waits until `count` threads of [first, last), or all that live, have come to this barrier as often as this one has.
+// Waits until `count` threads of [first, last) have come to this barrier as often as this one has. Where all are meant,
+// those that have ended count as well.
 inline void barrier(int id, unsigned first, unsigned last, unsigned count) {
   const unsigned mine = ++self().barriers[id];
   wait_until([=] {
@@ -107,7 +108,7 @@ inline void barrier(int id, unsigned first, unsigned last, unsigned count) {
       here += t.barriers[id] >= mine;
       gone += t.done && t.barriers[id] < mine;
     }
-    return here + gone >= count;
+    return here + (count == last - first ? gone : 0) >= count;
   });
 }
 

@@ -147,6 +147,15 @@ DEVICE float4 load_once(const float4* at) {
 #endif
 }
 
+// The same for two numbers that are written.
+DEVICE void store_once(float2* at, const float2& x) {
+#ifdef __CUDA_ARCH__
+  __stcs(at, x);
+#else
+  *at = x;
+#endif
+}
+
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Grid and block size, dynamic shared memory in bytes, blocks of a cluster.

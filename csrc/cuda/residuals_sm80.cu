@@ -13,7 +13,8 @@ struct Arguments {
   Head head;
   const int64_t* targets;
   Responses responses;
-  Terms terms;  // under STATISTICS shift is lse in natural units, and target and S are not read
+  const int* flags;  // responses whose flag is 0 are left out; null: none is
+  Terms terms;       // under STATISTICS shift is lse in natural units, and target and S are not read
   float* R;
   Partials partials;  // of STATISTICS
 };
@@ -25,16 +26,15 @@ struct TokenTerms {
 };
 constexpr float kBeyond = 1e30f;
 
-// What an epilogue has of shared memory: terms first, in their place sums of four warps when terms were read; z_y.
+// What an epilogue has of shared memory: terms, and in their place sums of four warps when terms were read.
 struct Scratch {
   uint8_t* memory;
 
   DEVICE TokenTerms* terms() const { return reinterpret_cast<TokenTerms*>(memory); }
   DEVICE float* sums() const { return reinterpret_cast<float*>(memory); }
-  DEVICE float* z_y() const { return reinterpret_cast<float*>(memory + kTile * sizeof(TokenTerms)); }
 };
 static_assert(4 * kTile * sizeof(float) <= kTile * sizeof(TokenTerms));
-static_assert(kTile * (sizeof(TokenTerms) + sizeof(float)) <= kScratchBytes);
+static_assert(kTile * sizeof(TokenTerms) <= kScratchBytes);
 
 // Adds up the eight lanes that share columns. Of the two values of each eight columns, lane l keeps those of eight l
 // / 4.
@@ -74,20 +74,20 @@ struct Residuals {
         const TokenTerms token = scratch.terms()[column];
         UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
           const float logit = z[row / 2][4 * j + row % 2 * 2 + e] + bias[row];
-          add(options, token, column, row, logit, S[2 * j + e], X[2 * j + e]);
+          add(options, token, start + tile * kTile + column, row, logit, S[2 * j + e], X[2 * j + e]);
         }
       }
     }
     if (STATISTICS) store_statistics(start + tile * kTile, S, X);
   }
 
-  DEVICE void add(const Options& options, const TokenTerms& token, int column, int row, float z, float& S, float& X) {
+  DEVICE void add(const Options& options, const TokenTerms& token, int n, int row, float z, float& S, float& X) {
     float slope;
     const float x = exponent_above<SOFTCAP>(token.shift, z, options, slope), e = exp2_fast(x);
     const float others = fmaf(-token.weight * slope, e, r[row]);
     const bool target = token.y == word(row);
     if (STATISTICS) {
-      if (target) scratch.z_y()[column] = z;
+      if (target) p.partials.planes[n] = z;
       const bool counts = !target && word(row) < p.head.V;
       S += counts ? e : 0.f;
       X += counts ? x * e : 0.f;
@@ -106,7 +106,6 @@ struct Residuals {
                  int(p.targets[n])};
       }
       scratch.terms()[threadIdx.x] = token;
-      scratch.z_y()[threadIdx.x] = 0.f;
     }
     __syncthreads();
   }
@@ -120,7 +119,7 @@ struct Residuals {
     const float S_n = over_warps(S);
     if (stores) to[plane] = S_n;
     const float X_n = over_warps(X);
-    if (stores) to[2 * plane] = X_n, to[3 * plane] = scratch.z_y()[threadIdx.x];
+    if (stores) to[2 * plane] = X_n;
   }
 
   // The sum of the column that threads below 128 are named after.
@@ -159,6 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   SHARED(shared);
   int response, words;
   find_work(p.responses.B, int(ceil_div(p.head.V, kTile)), response, words);
+  if (p.flags != nullptr && p.flags[response] == 0) return;
   const int start = p.responses.cu_seqlens[response], end = p.responses.cu_seqlens[response + 1];
   // Rows of the next response count as 0: its NaN stays its own.
   const Matrix<T> of_response{hidden.base, hidden.stride, end, hidden.aligned};
@@ -183,17 +183,17 @@ int launch_residuals(const Arguments& p, const Tokens& tokens, Stream stream) {
 
 }  // namespace
 
-int residuals(const Head& head, const Tokens& tokens, const Responses& responses, const Terms& terms, float* R,
-              Stream stream) {
-  return launch_residuals<false>({head, tokens.targets, responses, terms, R, {}}, tokens, stream);
+int residuals(const Head& head, const Tokens& tokens, const Responses& responses, const Terms& terms, const int* flags,
+              int*, float* R, Stream stream) {
+  return launch_residuals<false>({head, tokens.targets, responses, flags, terms, R, {}}, tokens, stream);
 }
 
 int residual_splits(int V) { return int(ceil_div(V, kTile)); }
 
 int residuals_and_statistics(const Head& head, const Tokens& tokens, const Responses& responses, const float* lse,
-                             const float* a, float* R, const Partials& partials, Stream stream) {
+                             const float* a, int*, float* R, const Partials& partials, Stream stream) {
   const Terms terms{const_cast<float*>(lse), const_cast<float*>(a), nullptr, nullptr};
-  return launch_residuals<true>({head, tokens.targets, responses, terms, R, partials}, tokens, stream);
+  return launch_residuals<true>({head, tokens.targets, responses, nullptr, terms, R, partials}, tokens, stream);
 }
 
 }  // namespace g2rl::cuda::sm80

@@ -1,7 +1,9 @@
-// Residuals of each response's tokens, summed in vocabulary space from recomputed logits, on Hopper. Rows of a tile are
-// words, so that the sum over tokens stays inside a thread but for a last step. An item is a response x 128 words (of
-// each block of the cluster); its tokens come in blocks of equal size, counted from its first token: as few as 192
-// columns allow. Nothing depends on other responses.
+// Residuals of each response's tokens, summed in vocabulary space, on Hopper: of known statistics, from recomputed
+// logits, or with a given lse in their place, when the statistics come out of the same product.
+//
+// Rows of a tile are words, columns are tokens (packing.h), so that the sum over a response's tokens stays inside a
+// thread but for a last step. An item is 128 words x a range of responses. Nothing depends on other responses.
+#include "packing.h"
 #include "tiles_sm90.h"
 
 namespace g2rl::cuda::sm90 {
@@ -11,165 +13,289 @@ namespace {
 struct ResidualsArguments {
   Head head;
   Tokens tokens;
-  Responses responses;
-  Terms terms;
-  float* R;
+  Packing packing;
+  const float* shift;   // [N], times shift_scale in units of log 2
+  const float* weight;  // [N]
+  const float* target;  // [N], or null: targets are left out
+  float* R;             // [B, V]
+  Partials partials;    // where an lse is given
 };
 
-template <class C>
-struct ResidualsWalk {
-  const int* cu_seqlens;
-  Order order;  // rows: responses; columns: tiles of words of a cluster
-  int item = C::index(), response = 0, v0 = 0, n = 0, width = 0, blocks = 0;
+constexpr int kGroups = kColumnsOfTile / kGroupColumns;
 
-  DEVICE ResidualsWalk(const Responses& responses, int V)
-      : cu_seqlens(responses.cu_seqlens), order{responses.B, int(ceil_div(V, kRows * C::kShareB))} {}
+// Boxes of 64, 32, 16 and 8 tokens.
+constexpr int kBoxes = 4;
+struct TokenMaps {
+  TensorMap of_rows[kBoxes];
+};
+
+// All threads of a warp walk alike; each loads the tokens of the box that begins at its group, if one does.
+struct ResidualsWalk {
+  const TokenMaps& maps;
+  const Packing packing;
+  Order order;  // rows: tiles of words; columns: ranges
+  int item = blockIdx.x, v0 = 0, group = 0, end = 0;
+  int box = kBoxes, token = 0;  // of this thread: the box's map, kBoxes for none, and its first token
+
+  DEVICE ResidualsWalk(const TokenMaps& maps, const Packing& packing, int V)
+      : maps(maps), packing(packing), order{int(ceil_div(V, kRows)), packing.ranges()[0]} {}
 
   DEVICE bool next(Tile& tile) {
-    const bool first = blocks == 0;
-    if (first) {
-      if (item >= order.rows * order.columns) return false;
-      int words;
-      order.find(item, response, words);
-      item += C::count();
-      v0 = (words * C::kShareB + C::row()) * kRows;
-      n = cu_seqlens[response];
-      const int length = cu_seqlens[response + 1] - n;
-      // A response without tokens has one block, all of it masked: its R is 0.
-      blocks = length > 0 ? int(ceil_div(length, kMaxRows)) : 1;
-      width = length > 0 ? int(ceil_div(ceil_div(length, blocks), kSmallBox)) * kSmallBox : kSmallBox;
+    bool first = group >= end;
+    while (group >= end) {
+      if (item >= order.items()) return false;
+      int words, range;
+      order.find(item, words, range);
+      item += gridDim.x;
+      v0 = words * kRows;
+      group = packing.ranges()[1 + range];
+      end = packing.ranges()[2 + range];
     }
-    tile = {v0, n, width, response, first, --blocks == 0};
-    n += width;
+    choose_box();
+    tile = {v0, group, end, first, group + kGroups >= end};
+    group += kGroups;
     return true;
+  }
+
+  // A run of n groups that hold consecutive tokens is loaded in boxes of eight groups, then of 4, 2 and 1.
+  DEVICE void choose_box() {
+    const int lane = threadIdx.x % kWarp, g = group + lane;
+    const Group mine = lane < kGroups && g < end ? packing.groups()[g] : Group{0, 0, kGroups - lane, -1};
+    // The first of this tile's groups in my run: the one after the last that ends a run before me.
+    const unsigned ends = __ballot_sync(kAllLanes, mine.run == 1) & ((1u << lane) - 1);
+    int start = 0;
+    for (unsigned rest = ends; rest; rest >>= 1) ++start;
+    const int rest_of_tile = kGroups - lane, offset = lane - start;
+    const int length = offset + (mine.run < rest_of_tile ? mine.run : rest_of_tile);
+    token = mine.token;
+    box = kBoxes;
+    if (lane >= kGroups) return;
+    const int eights = length / 8 * 8, after = offset - eights, odd = length % 8;
+    if (after < 0) {
+      if (offset % 8 == 0) box = 0;
+    } else {
+      for (int i = 1, at = 0; i < kBoxes; ++i) {
+        const int size = 8 >> i;
+        if (!(odd & size)) continue;
+        if (after == at) box = i;
+        at += size;
+      }
+    }
+  }
+
+  DEVICE void load(uint32_t barrier, uint32_t to, int k) const {
+    const int lane = threadIdx.x % kWarp;
+    if (box < kBoxes) tma_load(maps.of_rows[box], barrier, to + lane * kGroupColumns * kRowBytes, k, token);
   }
 };
 
-// A token as the epilogue takes it. Beyond the response every exponential is 0.
-struct TokenTerms {
-  float shift, weight;
-};
+// Shift of a column beyond a response: every exponential is 0.
 constexpr float kBeyond = 1e30f;
-constexpr int kTermsBytes = kMaxRows * int(sizeof(TokenTerms) + sizeof(int));
 
-template <bool SOFTCAP>
+// What a warpgroup shares.
+struct Scratch {
+  float4 terms[kColumnsOfTile / 2];  // of two tokens: shift, weight, shift, weight
+  int targets[kColumnsOfTile];       // -1 beyond a response
+  int tokens[kColumnsOfTile];        // -1 beyond a response
+  int ends[kGroups];                 // the response whose last group it is, or -1
+  float sums[4][kColumnsOfTile][2];
+};
+
+template <bool SOFTCAP, bool STATISTICS>
 struct ResidualsEpilogue {
   const ResidualsArguments& p;
-  uint8_t* scratch;
+  Scratch& shared;
   const Options options{p.head};
   const Place at = Place::here();
   const float masked = masked_logit(options);
   float r[2];
 
-  DEVICE TokenTerms* terms() const {
-    return reinterpret_cast<TokenTerms*>(scratch + (threadIdx.x / kWarpgroup - 1) * kTermsBytes);
-  }
-  DEVICE int* targets() const { return reinterpret_cast<int*>(terms() + kMaxRows); }
-  DEVICE int word(const Tile& tile, int q) const { return tile.a_row + at.row + 8 * q; }
+  DEVICE int word(const Tile& tile, int q) const { return tile.row + at.row + 8 * q; }
+  static DEVICE void together() { named_barrier(2 + threadIdx.x / kWarpgroup, kWarpgroup); }
 
   DEVICE void operator()(const Tile& tile, Sums& z) {
     if (tile.first) r[0] = r[1] = 0.f;
-    const int end = p.responses.cu_seqlens[tile.item + 1];
-    const bool targeted = load_terms(tile, end);
-    float bias[2] = {0.f, 0.f};
-    if (p.head.bias) UNROLL for (int q = 0; q < 2; ++q) bias[q] = bias_at(p.head, word(tile, q));
-    if (targeted) take_targets(tile, z);
-    if (tile.b_row + tile.b_rows > end) leave_out(tile, end, z);
-    add(tile, bias, z);
-    if (tile.last) finish(tile);
+    load_terms(tile);
+    if (p.head.bias) add_bias(tile, z);
+    add(tile, z, leave_out(tile, z));
+    if (STATISTICS) store_statistics(tile, z);
   }
 
-  // Terms of the tile's tokens to shared memory; whether one of this warp's words is a target.
-  DEVICE bool load_terms(const Tile& tile, int end) const {
-    const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
-    named_barrier(2 + warpgroup, kWarpgroup);  // nobody reads the last tile's
-    for (int i = thread; i < tile.b_rows; i += kWarpgroup) {
-      const int n = tile.b_row + i;
-      const bool inside = n < end;
-      terms()[i] = {inside ? p.terms.shift[n] : kBeyond, inside ? p.terms.weight[n] : 0.f};
-      targets()[i] = inside ? int(p.tokens.targets[n]) : -1;
+  DEVICE void load_terms(const Tile& tile) {
+    together();  // nobody reads the last tile's
+    for (int i = threadIdx.x % kWarpgroup; i < kColumnsOfTile; i += kWarpgroup) {
+      const int g = tile.column + i / kGroupColumns, place = i % kGroupColumns;
+      const Group group = g < tile.item ? p.packing.groups()[g] : Group{0, 0, 0, -1};
+      const bool inside = place < group.count;
+      const int n = group.token + place;
+      const float shift = inside ? p.shift[n] : kBeyond;
+      float* terms = &shared.terms[i / 2].x + i % 2 * 2;
+      terms[0] = STATISTICS && inside ? shift * kLog2e : shift;
+      terms[1] = inside ? p.weight[n] : 0.f;
+      shared.targets[i] = inside ? int(p.tokens.targets[n]) : -1;
+      shared.tokens[i] = inside ? n : -1;
+      if (place == 0) shared.ends[i / kGroupColumns] = group.response;
     }
-    named_barrier(2 + warpgroup, kWarpgroup);
-    const int lane = thread % kWarp, words = tile.a_row + at.row - lane / 4;
-    bool found = false;
-    for (int i = lane; i < tile.b_rows; i += kWarp) found |= unsigned(targets()[i] - words) < 16;
-    return __any_sync(kAllLanes, found);
+    together();
   }
 
-  // Targets have residuals of their own; as one of the others they count as 0.
-  DEVICE void take_targets(const Tile& tile, Sums& z) {
+  DEVICE void add_bias(const Tile& tile, Sums& z) const {
+    const float bias[2] = {bias_at(p.head, word(tile, 0)), bias_at(p.head, word(tile, 1))};
+    UNROLL for (int i = 0; i < kSums; ++i) z[i] += bias[i / 2 % 2];
+  }
+
+  // Targets count as 0 among the others, and so does what lies beyond a response, where z may be NaN, which a weight of
+  // 0 would not stop; with statistics, so do words beyond the vocabulary.
+  DEVICE bool leave_out(const Tile& tile, Sums& z) {
+    const int lane = threadIdx.x % kWarp, words = tile.row + at.row - lane / 4;
+    bool special = STATISTICS && tile.row + kRows > p.head.V;
+    for (int i = lane; i < kColumnsOfTile; i += kWarp) {
+      special |= shared.tokens[i] < 0 || unsigned(shared.targets[i] - words) < 16;
+    }
+    special = __any_sync(kAllLanes, special);
+    if (!special) return false;
     UNROLL for (int i = 0; i < kSums; ++i) {
-      const int column = i / 4 * 8 + at.column + i % 2, q = i / 2 % 2;
-      if (column < tile.b_rows && targets()[column] == word(tile, q)) {
-        r[q] += p.terms.target[tile.b_row + column];
-        z[i] = masked;
-      }
+      const int column = i / 4 * 8 + at.column + i % 2, v = word(tile, i / 2 % 2), n = shared.tokens[column];
+      const bool target = shared.targets[column] == v;
+      if (target && STATISTICS) p.partials.planes[n] = z[i];
+      // In place of the exponential; beyond a response its weight is 0 and the shift large.
+      z[i] = target || (STATISTICS && v >= p.head.V) ? masked : n < 0 ? 0.f : z[i];
     }
+    return true;
   }
 
-  // What follows the response may be NaN, which a weight of 0 would not stop.
-  DEVICE void leave_out(const Tile& tile, int end, Sums& z) const {
-    UNROLL for (int i = 0; i < kSums; ++i) {
-      if (tile.b_row + i / 4 * 8 + at.column + i % 2 >= end) z[i] = 0.f;
-    }
-  }
-
-  DEVICE void add(const Tile& tile, const float (&bias)[2], const Sums& z) {
-    UNROLL for (int j = 0; j < kSums / 4; ++j) {
-      if (8 * j >= tile.b_rows) break;
-      const float4 two = *reinterpret_cast<const float4*>(terms() + 8 * j + at.column);
-      UNROLL for (int i = 4 * j; i < 4 * j + 4; ++i) {
-        const int q = i / 2 % 2;
+  // Sums of a response go to R with its last group. With STATISTICS, z becomes what `store_statistics` sums.
+  DEVICE void add(const Tile& tile, Sums& z, bool targets) {
+    UNROLL for (int j = 0; j < kGroups; ++j) {
+      const float4 two = shared.terms[4 * j + at.column / 2];
+      float e[4], x[4];
+      UNROLL for (int i = 0; i < 4; ++i) {
         float slope;
-        const float x = exponent_above<SOFTCAP>(i % 2 ? two.z : two.x, z[i] + bias[q], options, slope);
-        const float others = (i % 2 ? two.w : two.y) * exp2_fast(x);
-        r[q] -= SOFTCAP ? others * slope : others;
+        x[i] = exponent_above<SOFTCAP>(i % 2 ? two.z : two.x, z[4 * j + i], options, slope);
+        if (SOFTCAP && STATISTICS && z[4 * j + i] == masked) x[i] = kMasked;  // the cap would let it count
+        e[i] = exp2_fast(x[i]);
+        const float others = (i % 2 ? two.w : two.y) * e[i];
+        r[i / 2] -= SOFTCAP ? others * slope : others;
       }
+      if (!STATISTICS && targets) add_targets(tile, 8 * j + at.column);
+      if (STATISTICS) {
+        UNROLL for (int i = 0; i < 2; ++i) {
+          z[4 * j + i] = e[i] + e[2 + i];
+          z[4 * j + 2 + i] = fmaf(x[i], e[i], x[2 + i] * e[2 + i]);
+        }
+      }
+      if (shared.ends[j] >= 0) finish(tile, j);
     }
   }
 
-  DEVICE void finish(const Tile& tile) {
+  DEVICE void add_targets(const Tile& tile, int column) {
+    UNROLL for (int i = 0; i < 4; ++i) {
+      const int c = column + i % 2;
+      if (shared.targets[c] == word(tile, i / 2)) r[i / 2] += p.target[shared.tokens[c]];
+    }
+  }
+
+  DEVICE void finish(const Tile& tile, int j) {
+    const int64_t response = shared.ends[j];
     UNROLL for (int q = 0; q < 2; ++q) {
       r[q] += __shfl_xor_sync(kAllLanes, r[q], 1);
       r[q] += __shfl_xor_sync(kAllLanes, r[q], 2);
       const int v = word(tile, q);
-      if (at.column == 0 && v < p.head.V) p.R[int64_t(tile.item) * p.head.V + v] = r[q];
+      if (at.column == 0 && v < p.head.V) p.R[response * p.head.V + v] = r[q];
+      r[q] = 0.f;
+    }
+  }
+
+  // Of 2 HALF numbers keeps HALF, and adds to them those of the thread that keeps the others. Whether it kept the
+  // upper.
+  template <int HALF, int OTHER>
+  static DEVICE bool exchange(Sums& z) {
+    const bool upper = threadIdx.x & OTHER;
+    UNROLL for (int i = 0; i < HALF; ++i) {
+      const float mine = upper ? z[HALF + i] : z[i], theirs = upper ? z[i] : z[HALF + i];
+      z[i] = mine + __shfl_xor_sync(kAllLanes, theirs, OTHER);
+    }
+    return upper;
+  }
+
+  // Sums over the warpgroup's 64 words: each exchange halves the columns of a thread, and doubles the rows they are of.
+  DEVICE void store_statistics(const Tile& tile, Sums& z) {
+    const int thread = threadIdx.x % kWarpgroup;
+    int first = 0;  // of the eights of columns that this thread has left
+    if (exchange<48, 16>(z)) first += 12;
+    if (exchange<24, 8>(z)) first += 6;
+    if (exchange<12, 4>(z)) first += 3;
+    UNROLL for (int i = 0; i < 12; ++i) {
+      shared.sums[thread / kWarp][8 * (first + i / 4) + at.column + i % 2][i / 2 % 2] = z[i];
+    }
+    together();
+    const int64_t N = p.tokens.N, plane = N * p.partials.splits;
+    const int part = tile.row / (kRows / kConsumers) + threadIdx.x / kWarpgroup - 1;
+    for (int i = thread; i < kColumnsOfTile; i += kWarpgroup) {
+      const int n = shared.tokens[i];
+      if (n < 0 || part >= p.partials.splits) continue;
+      UNROLL for (int what = 0; what < 2; ++what) {
+        const float sum =
+            (shared.sums[0][i][what] + shared.sums[1][i][what]) + (shared.sums[2][i][what] + shared.sums[3][i][what]);
+        p.partials.planes[(1 + what) * plane + part * N + n] = sum;
+      }
     }
   }
 };
 
-template <class T, bool SOFTCAP, class C>
+template <class T, bool SOFTCAP, bool STATISTICS>
 __global__ void __launch_bounds__(kThreads, 1)
-    residuals_kernel(const __grid_constant__ TensorMap weight, const __grid_constant__ Boxes hidden,
+    residuals_kernel(const __grid_constant__ TensorMap weight, const __grid_constant__ TokenMaps hidden,
                      const __grid_constant__ ResidualsArguments p) {
   SHARED(shared);
-  const ResidualsWalk<C> walk(p.responses, p.head.V);
-  ResidualsEpilogue<SOFTCAP> epilogue{p, shared + kScratch};
-  run<T, C, true>(shared, weight, hidden, p.head.d, walk, epilogue);
+  Scratch* scratch = reinterpret_cast<Scratch*>(shared + kScratch);
+  ResidualsWalk walk(hidden, p.packing, p.head.V);
+  const int consumer = threadIdx.x < kWarpgroup ? 0 : threadIdx.x / kWarpgroup - 1;
+  ResidualsEpilogue<SOFTCAP, STATISTICS> epilogue{p, scratch[consumer]};
+  run<T>(shared, weight, p.head.d, walk, epilogue);
+}
+
+// Ranges such that the tiles of the weight that are in use at one time fit half of an H100's L2 cache.
+int ranges_for(int d) {
+  constexpr int64_t kInUse = 132 * int64_t(kRows) * 2, kCache = 24 << 20;
+  return int(ceil_div(kInUse * d, kCache));
+}
+
+int launch_residuals(const ResidualsArguments& p, const Responses& responses, const int* flags, Stream stream) {
+  if (responses.B == 0) return 0;
+  TensorMap weight;
+  TokenMaps hidden;
+  int error = map_matrix(weight, p.head.weight, p.head.V, p.head.stride, p.head, kRows);
+  for (int i = 0; i < kBoxes && !error; ++i) {
+    error = map_matrix(hidden.of_rows[i], p.tokens.hidden, p.tokens.N, p.tokens.stride, p.head, 64 >> i);
+  }
+  if (!error) error = pack(responses, flags, ranges_for(p.head.d), p.packing, stream);
+  if (error) return error;
+  const int64_t items = ceil_div(p.head.V, kRows) * kMaxRanges;
+  constexpr int scratch = kConsumers * int(sizeof(Scratch));
+  return choose_half(p.head.dtype, [&](auto number) {
+    return choose(p.head.softcap, [&](auto softcap) {
+      return choose(p.partials.planes != nullptr, [&](auto statistics) {
+        return launch_persistent(items, scratch, stream, residuals_kernel<decltype(number), softcap, statistics>,
+                                 weight, hidden, p);
+      });
+    });
+  });
 }
 
 }  // namespace
 
-int residuals(const Head& head, const Tokens& tokens, const Responses& responses, const Terms& terms, float* R,
-              Stream stream) {
-  if (responses.B == 0) return 0;
-  TensorMap weight;
-  Boxes hidden;
-  int error = map_matrix(weight, head.weight, head.V, head.stride, head, kRows);
-  if (!error) error = map_matrix(hidden.big, tokens.hidden, tokens.N, tokens.stride, head, kBigBox);
-  if (!error) error = map_matrix(hidden.small, tokens.hidden, tokens.N, tokens.stride, head, kSmallBox);
-  if (error) return error;
-  const ResidualsArguments p{head, tokens, responses, terms, R};
-  const auto run_on = [&](auto cluster) {
-    using C = decltype(cluster);
-    const auto at = persistent<C>(ceil_div(head.V, kRows * C::kShareB) * responses.B, kConsumers * kTermsBytes);
-    return choose_half(head.dtype, [&](auto number) {
-      return choose(head.softcap, [&](auto softcap) {
-        return launch(at, stream, residuals_kernel<decltype(number), softcap, C>, weight, hidden, p);
-      });
-    });
-  };
-  return head.V > kRows ? run_on(Cluster<1, 2>{}) : run_on(Cluster<1, 1>{});
+int residual_splits(int V) { return int(ceil_div(V, kRows / kConsumers)); }
+
+int residuals(const Head& head, const Tokens& tokens, const Responses& responses, const Terms& terms, const int* flags,
+              int* packing, float* R, Stream stream) {
+  return launch_residuals({head, tokens, {packing}, terms.shift, terms.weight, terms.target, R, {}}, responses, flags,
+                          stream);
+}
+
+int residuals_and_statistics(const Head& head, const Tokens& tokens, const Responses& responses, const float* lse,
+                             const float* a, int* packing, float* R, const Partials& partials, Stream stream) {
+  return launch_residuals({head, tokens, {packing}, lse, a, nullptr, R, partials}, responses, nullptr, stream);
 }
 
 }  // namespace g2rl::cuda::sm90

@@ -1,6 +1,7 @@
 // For each token, sums over the vocabulary that leave the target out (`Partials`), on Hopper. Rows of a tile are
 // tokens, so that sums stay inside a thread until the end of an item: 128 tokens (of each block of the cluster) x one
 // part of the vocabulary, kTilesOfPart tiles.
+#include "kept.h"
 #include "tiles_sm90.h"
 
 namespace g2rl::cuda::sm90 {
@@ -8,7 +9,7 @@ namespace g2rl::cuda::sm90 {
 namespace {
 
 constexpr int kTilesOfPart = 8;
-constexpr int kPart = kTilesOfPart * kMaxRows;
+constexpr int kPart = kTilesOfPart * kColumnsOfTile;
 
 struct StatisticsArguments {
   Head head;
@@ -17,32 +18,34 @@ struct StatisticsArguments {
   Kept kept;
 };
 
-// Blocks that share tiles of hidden states work on neighbouring parts, as many tiles of each.
-template <class C>
 struct StatisticsWalk {
+  const TensorMap& weight;
+  int V, item = blockIdx.x, n0 = 0, v0 = 0, end = 0;
   Order order;
-  int V, item = C::index(), n0 = 0, part = 0, tile = 0, tiles = 0;
 
-  // Rows: blocks of tokens of a cluster; columns: its parts.
-  static HOST_DEVICE Order order_of(int N, int V) {
-    return {int(ceil_div(N, kRows * C::kShareB)), int(ceil_div(V, kPart * C::kShareA))};
-  }
-  DEVICE StatisticsWalk(int N, int V) : order(order_of(N, V)), V(V) {}
+  // Rows: blocks of tokens; columns: parts.
+  static HOST_DEVICE Order order_of(int N, int V) { return {int(ceil_div(N, kRows)), int(ceil_div(V, kPart))}; }
 
-  DEVICE bool next(Tile& t) {
-    if (tile == tiles) {
-      if (item >= order.rows * order.columns) return false;
-      int block, parts;
-      order.find(item, block, parts);
-      item += C::count();
-      n0 = (block * C::kShareB + C::row()) * kRows;
-      const int rest = int(ceil_div(V - parts * C::kShareA * kPart, kMaxRows));
-      part = parts * C::kShareA + C::column();
-      tile = 0, tiles = rest < kTilesOfPart ? rest : kTilesOfPart;
+  DEVICE StatisticsWalk(const TensorMap& weight, int N, int V) : weight(weight), V(V), order(order_of(N, V)) {}
+
+  DEVICE bool next(Tile& tile) {
+    const bool first = v0 >= end;
+    if (first) {
+      if (item >= order.items()) return false;
+      int block, part;
+      order.find(item, block, part);
+      item += gridDim.x;
+      n0 = block * kRows;
+      v0 = part * kPart;
+      end = v0 + kPart < V ? v0 + kPart : V;
     }
-    t = {n0, part * kPart + tile * kMaxRows, kMaxRows, part, tile == 0, tile + 1 == tiles};
-    ++tile;
+    tile = {n0, v0, v0 / kPart, first, v0 + kColumnsOfTile >= end};
+    v0 += kColumnsOfTile;
     return true;
+  }
+
+  DEVICE void load(uint32_t barrier, uint32_t to, int k) const {
+    if (threadIdx.x == 0) tma_load(weight, barrier, to, k, v0 - kColumnsOfTile);
   }
 };
 
@@ -55,14 +58,15 @@ struct StatisticsEpilogue {
   int y[2];
   float m[2], S[2], X[2], z_y[2];
 
-  DEVICE int token(const Tile& tile, int q) const { return tile.a_row + at.row + 8 * q; }
+  DEVICE int token(const Tile& tile, int q) const { return tile.row + at.row + 8 * q; }
 
   DEVICE void operator()(const Tile& tile, Sums& z) {
     if (tile.first) begin(tile);
-    add_bias_of_columns(p.head, tile.b_row, at, z);
+    add_bias_of_columns(p.head, tile.column, at, z);
     if (KEEP) keep(tile, z);
-    const bool targeted = unsigned(y[0] - tile.b_row) < kMaxRows || unsigned(y[1] - tile.b_row) < kMaxRows;
-    const bool special = __any_sync(kAllLanes, targeted) || tile.b_row + kMaxRows > p.head.V;
+    const bool targeted =
+        unsigned(y[0] - tile.column) < kColumnsOfTile || unsigned(y[1] - tile.column) < kColumnsOfTile;
+    const bool special = __any_sync(kAllLanes, targeted) || tile.column + kColumnsOfTile > p.head.V;
     if (special) take_targets(tile, z);
     if (SOFTCAP) cap(z);
     if (special) leave_out(tile, z);
@@ -82,15 +86,15 @@ struct StatisticsEpilogue {
   DEVICE void keep(const Tile& tile, const Sums& z) const {
     UNROLL for (int q = 0; q < 2; ++q) {
       const int n = token(tile, q);
-      if (n >= p.tokens.N || tile.b_row >= p.head.V) continue;
-      float* to = p.kept.logits + n * p.kept.stride + tile.b_row + at.column;
+      if (n >= p.tokens.N) continue;
+      float* to = p.kept.logits + n * p.kept.stride + tile.column + at.column;
       UNROLL for (int j = 0; j < kSums / 4; ++j) {
-        *reinterpret_cast<float2*>(to + 8 * j) = {z[4 * j + 2 * q], z[4 * j + 2 * q + 1]};
+        store_once(reinterpret_cast<float2*>(to + 8 * j), {z[4 * j + 2 * q], z[4 * j + 2 * q + 1]});
       }
     }
   }
 
-  DEVICE int column(const Tile& tile, int i) const { return tile.b_row + i / 4 * 8 + at.column + i % 2; }
+  DEVICE int column(const Tile& tile, int i) const { return tile.column + i / 4 * 8 + at.column + i % 2; }
 
   DEVICE void take_targets(const Tile& tile, const Sums& z) {
     UNROLL for (int i = 0; i < kSums; ++i) z_y[i / 2 % 2] = column(tile, i) == y[i / 2 % 2] ? z[i] : z_y[i / 2 % 2];
@@ -140,7 +144,7 @@ struct StatisticsEpilogue {
         z_y[q] += __shfl_xor_sync(kAllLanes, z_y[q], other);
       }
       const int n = token(tile, q);
-      if (at.column != 0 || n >= p.tokens.N || tile.item >= p.partials.splits) continue;
+      if (at.column != 0 || n >= p.tokens.N) continue;
       const int64_t N = p.tokens.N, plane = N * p.partials.splits;
       float* to = p.partials.planes + tile.item * N + n;
       to[0] = m[q];
@@ -151,40 +155,81 @@ struct StatisticsEpilogue {
   }
 };
 
-template <class T, bool SOFTCAP, bool KEEP, class C>
+// The pass over logits that an earlier launch kept, by the warps that neither copy nor multiply: it waits for memory,
+// they for nothing. A warp owns (response, 128 words); tokens are added one by one, as `add_kept` does.
+template <bool SOFTCAP>
+struct KeptAside {
+  const Head& head;
+  const KeptPass& p;
+  static constexpr int kWarps = kWarpgroup / kWarp - 1, kWords = 4 * kWarp, kAhead = 4;
+
+  DEVICE void operator()() const {
+    if (!p.kept.logits) return;
+    const int warp = threadIdx.x / kWarp - 1, pieces = int(ceil_div(head.V, kWords));
+    for (int item = int(blockIdx.x) * kWarps + warp; item < pieces * p.responses.B; item += int(gridDim.x) * kWarps) {
+      add(item / pieces, item % pieces * kWords + int(threadIdx.x) % kWarp * 4);
+    }
+  }
+
+  DEVICE void add(int b, int v) const {
+    const int start = p.responses.cu_seqlens[b] > p.first ? p.responses.cu_seqlens[b] : p.first;
+    const int end = p.responses.cu_seqlens[b + 1] < p.last ? p.responses.cu_seqlens[b + 1] : p.last;
+    if (start >= end || v >= head.V) return;
+    const Options options(head);
+    float r[4] = {}, *to = p.R + int64_t(b) * head.V + v;
+    UNROLL for (int i = 0; i < 4; ++i) {
+      if (v + i < head.V) r[i] = to[i];
+    }
+    for (int n = start; n < end; n += kAhead) {
+      float4 z[kAhead];
+      UNROLL for (int i = 0; i < kAhead; ++i) {
+        const int t = (n + i < end ? n + i : end - 1) - p.first;
+        z[i] = load_once(reinterpret_cast<const float4*>(p.kept.logits + t * p.kept.stride + v));
+      }
+      UNROLL for (int i = 0; i < kAhead; ++i) {
+        const int t = n + i - p.first;
+        if (n + i >= end) break;
+        add_token<SOFTCAP>(z[i], {p.terms.shift[t], p.terms.weight[t], p.terms.target[t], int(p.targets[n + i])}, v,
+                           options, r);
+      }
+    }
+    UNROLL for (int i = 0; i < 4; ++i) {
+      if (v + i < head.V) to[i] = r[i];
+    }
+  }
+};
+
+template <class T, bool SOFTCAP, bool KEEP>
 __global__ void __launch_bounds__(kThreads, 1)
-    statistics_kernel(const __grid_constant__ TensorMap hidden, const __grid_constant__ Boxes weight,
-                      const __grid_constant__ StatisticsArguments p) {
+    statistics_kernel(const __grid_constant__ TensorMap hidden, const __grid_constant__ TensorMap weight,
+                      const __grid_constant__ StatisticsArguments p, const __grid_constant__ KeptPass meanwhile) {
   SHARED(shared);
-  const StatisticsWalk<C> walk(p.tokens.N, p.head.V);
+  StatisticsWalk walk(weight, p.tokens.N, p.head.V);
   StatisticsEpilogue<SOFTCAP, KEEP> epilogue{p};
-  run<T, C, false>(shared, hidden, weight, p.head.d, walk, epilogue);
+  run<T>(shared, hidden, p.head.d, walk, epilogue, KeptAside<SOFTCAP>{p.head, meanwhile});
 }
 
 }  // namespace
 
 int splits(int V) { return int(ceil_div(V, kPart)); }
 int64_t kept_rows(int rows) { return rows; }
-int64_t kept_columns(int V) { return ceil_div(V, kMaxRows) * kMaxRows; }
+int64_t kept_columns(int V) { return ceil_div(V, kColumnsOfTile) * kColumnsOfTile; }
 
-int statistics(const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept, Stream stream) {
+int statistics(const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept,
+               const KeptPass& meanwhile, Stream stream) {
   if (tokens.N == 0) return 0;
+  TensorMap hidden, weight;
+  if (const int error = map_hidden_and_weight(hidden, weight, head, tokens)) return error;
   const StatisticsArguments p{head, tokens, partials, kept};
-  const auto run_on = [&](auto cluster) {
-    using C = decltype(cluster);
-    TensorMap hidden;
-    Boxes weight;
-    if (const int error = map_hidden_and_weight<C>(hidden, weight, head, tokens)) return error;
-    const auto at = persistent<C>(StatisticsWalk<C>::order_of(tokens.N, head.V).items());
-    return choose_half(head.dtype, [&](auto number) {
-      return choose(head.softcap, [&](auto softcap) {
-        return choose(kept.logits != nullptr, [&](auto keep) {
-          return launch(at, stream, statistics_kernel<decltype(number), softcap, keep, C>, hidden, weight, p);
-        });
+  const int64_t items = StatisticsWalk::order_of(tokens.N, head.V).items();
+  return choose_half(head.dtype, [&](auto number) {
+    return choose(head.softcap, [&](auto softcap) {
+      return choose(kept.logits != nullptr, [&](auto keep) {
+        return launch_persistent(items, 0, stream, statistics_kernel<decltype(number), softcap, keep>, hidden, weight,
+                                 p, meanwhile);
       });
     });
-  };
-  return tokens.N > kRows ? run_on(Cluster<2, 2>{}) : run_on(Cluster<1, 1>{});
+  });
 }
 
 }  // namespace g2rl::cuda::sm90

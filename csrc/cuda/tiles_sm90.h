@@ -62,31 +62,26 @@ int choose_half(Dtype dtype, F&& f) {
   return dtype == Dtype::bf16 ? f(bf16{}) : f(fp16{});
 }
 
-// As many blocks as the chip holds at once, one a multiprocessor, or fewer where there is less to do. `items` of
-// clusters.
-template <class C>
-Launch persistent(int64_t items, int scratch = 0) {
-  int processors = 8;
+// Launches one block a multiprocessor, or as many as there are items.
+template <class... P, class... A>
+int launch_persistent(int64_t items, int scratch, Stream stream, void (*kernel)(P...), const A&... arguments) {
+  int processors = 3;
 #ifdef __CUDACC__
   int device = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
 #endif
-  const int64_t clusters = items < processors / C::kBlocks ? items : processors / C::kBlocks;
-  return {clusters * C::kBlocks, kThreads, kScratch + scratch, C::kBlocks};
+  return launch({items < processors ? items : processors, kThreads, kScratch + scratch}, stream, kernel, arguments...);
 }
 
 inline int map_matrix(TensorMap& map, const void* base, int64_t rows, int64_t stride, const Head& head, int box_rows) {
   return make_tensor_map(map, base, head.dtype, rows, head.d, stride, box_rows);
 }
 
-// Tiles of hidden states as A and of the weight as B, full ones.
-template <class C>
-int map_hidden_and_weight(TensorMap& hidden, Boxes& weight, const Head& head, const Tokens& tokens) {
-  int error = map_matrix(hidden, tokens.hidden, tokens.N, tokens.stride, head, kRows / C::kShareA);
-  if (!error) error = map_matrix(weight.big, head.weight, head.V, head.stride, head, kFullBox);
-  if (!error) error = map_matrix(weight.small, head.weight, head.V, head.stride, head, kSmallBox);
-  return error;
+// Tiles of hidden states as A and of the weight as B.
+inline int map_hidden_and_weight(TensorMap& hidden, TensorMap& weight, const Head& head, const Tokens& tokens) {
+  const int error = map_matrix(hidden, tokens.hidden, tokens.N, tokens.stride, head, kRows);
+  return error ? error : map_matrix(weight, head.weight, head.V, head.stride, head, kColumnsOfTile);
 }
 
 }  // namespace g2rl::cuda::sm90

@@ -1,7 +1,7 @@
 // What follows a product: a token's sums become its results and its terms, responses get their weight, and residuals
 // are added up from logits that were kept. Symbols as in head.h.
 #include "choices.h"
-#include "options.h"
+#include "kept.h"
 
 namespace g2rl::cuda {
 
@@ -75,10 +75,11 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp) merge_kernel(const __grid_
   const float* of_token = p.partials.planes + n;
 
   float z_y = 0.f, m = kNoMaximum;
-  for (int s = warp; s < parts; s += kMergeWarps) {
+  for (int s = warp; s < parts && p.lse == nullptr; s += kMergeWarps) {
     z_y += of_token[3 * plane + s * N];
-    if (p.lse == nullptr) m = fmaxf(m, of_token[s * N]);  // NaN is no maximum, but shows in S
+    m = fmaxf(m, of_token[s * N]);  // NaN is no maximum, but shows in S
   }
+  if (p.lse != nullptr && n < p.N && warp == 0) z_y = of_token[0];
   z_y = across_warps(z_y, [](float x, float y) { return x + y; });
   if (p.lse == nullptr) {
     float slope;
@@ -154,49 +155,24 @@ constexpr int kKeptColumns = 4 * kKeptThreads;
 constexpr int kKeptTokens = 128;  // whose terms are in shared memory
 constexpr int kAhead = 4;
 
-struct KeptArguments {
-  Head head;
-  Kept kept;
-  const int64_t* targets;
-  const int* cu_seqlens;
-  Terms terms;
-  int first, last;
-  float* R;
-};
-
-struct TokenTerms {
-  float shift, weight, target;
-  int y;
-};
-
 template <bool SOFTCAP>
-DEVICE void add_token(const float4& z, const TokenTerms& token, int v, const Options& options, float (&r)[4]) {
-  const float of_columns[4] = {z.x, z.y, z.z, z.w};
-  UNROLL for (int i = 0; i < 4; ++i) {
-    float slope;
-    const float e = exp2_fast(exponent_above<SOFTCAP>(token.shift, of_columns[i], options, slope));
-    const float others = fmaf(-token.weight * slope, e, r[i]);
-    r[i] = v + i == token.y ? r[i] + token.target : others;
-  }
-}
-
-template <bool SOFTCAP>
-__global__ void __launch_bounds__(kKeptThreads) add_kept_kernel(const __grid_constant__ KeptArguments p) {
+__global__ void __launch_bounds__(kKeptThreads)
+    add_kept_kernel(const __grid_constant__ Head head, const __grid_constant__ KeptPass p) {
   SHARED(shared);
   TokenTerms* terms = reinterpret_cast<TokenTerms*>(shared);
-  const int tiles = int(ceil_div(p.head.V, kKeptColumns));
+  const int tiles = int(ceil_div(head.V, kKeptColumns));
   const int b = blockIdx.x / tiles, v = blockIdx.x % tiles * kKeptColumns + 4 * threadIdx.x;
-  const int start = p.cu_seqlens[b] > p.first ? p.cu_seqlens[b] : p.first;
-  const int end = p.cu_seqlens[b + 1] < p.last ? p.cu_seqlens[b + 1] : p.last;
+  const int start = p.responses.cu_seqlens[b] > p.first ? p.responses.cu_seqlens[b] : p.first;
+  const int end = p.responses.cu_seqlens[b + 1] < p.last ? p.responses.cu_seqlens[b + 1] : p.last;
   if (start >= end) return;
 
-  const Options options(p.head);
-  float* to = p.R + int64_t(b) * p.head.V + v;
+  const Options options(head);
+  float* to = p.R + int64_t(b) * head.V + v;
   // Threads past the vocabulary read its first columns, and store nothing.
-  const int64_t column = v < p.head.V ? v : 0;
+  const int64_t column = v < head.V ? v : 0;
   float r[4] = {};
   UNROLL for (int i = 0; i < 4; ++i) {
-    if (v + i < p.head.V) r[i] = to[i];
+    if (v + i < head.V) r[i] = to[i];
   }
   for (int n0 = start; n0 < end; n0 += kKeptTokens) {
     const int count = end - n0 < kKeptTokens ? end - n0 : kKeptTokens;
@@ -221,7 +197,7 @@ __global__ void __launch_bounds__(kKeptThreads) add_kept_kernel(const __grid_con
     }
   }
   UNROLL for (int i = 0; i < 4; ++i) {
-    if (v + i < p.head.V) to[i] = r[i];
+    if (v + i < head.V) to[i] = r[i];
   }
 }
 
@@ -288,11 +264,9 @@ int responses(const Responses& responses, const float* a, const float* S, const 
                 responses.cu_seqlens, a, S, lse, inverse, flags);
 }
 
-int add_kept(const Head& head, const Kept& kept, const int64_t* targets, const Responses& responses, const Terms& terms,
-             int first, int last, float* R, Stream stream) {
-  const KeptArguments p{head, kept, targets, responses.cu_seqlens, terms, first, last, R};
-  const Launch at{responses.B * ceil_div(head.V, kKeptColumns), kKeptThreads, kKeptTokens * int(sizeof(TokenTerms))};
-  return choose(head.softcap, [&](auto softcap) { return launch(at, stream, add_kept_kernel<softcap>, p); });
+int add_kept(const Head& head, const KeptPass& p, Stream stream) {
+  const Launch at{p.responses.B * ceil_div(head.V, kKeptColumns), kKeptThreads, kKeptTokens * int(sizeof(TokenTerms))};
+  return choose(head.softcap, [&](auto softcap) { return launch(at, stream, add_kept_kernel<softcap>, head, p); });
 }
 
 int add_targets(const int64_t* targets, const Responses& responses, const Terms& terms, const int* flags, int V,

@@ -44,10 +44,10 @@ Found in_two_passes(Problem& p, const Kept& kept) {
   Found found(p);
   const int parts = sm80::splits(p.c.V);
   Floats planes(4 * size_t(parts) * p.N, NAN);
-  sm80::statistics(p.head(), p.tokens(), {planes.data(), parts}, kept, nullptr);
+  sm80::statistics(p.head(), p.tokens(), {planes.data(), parts}, kept, {}, nullptr);
   merge(p.head(), {planes.data(), parts}, p.N, nullptr, p.a.data(), found.results.data(), p.N, found.terms.terms,
         nullptr);
-  sm80::residuals(p.head(), p.tokens(), p.responses(), found.terms.terms, found.R.data(), nullptr);
+  sm80::residuals(p.head(), p.tokens(), p.responses(), found.terms.terms, nullptr, nullptr, found.R.data(), nullptr);
   return found;
 }
 
@@ -57,7 +57,7 @@ Found in_one_pass(Problem& p) {
   const int parts = sm80::residual_splits(p.c.V);
   const Floats lse(p.lse.begin(), p.lse.end());
   Floats planes(4 * size_t(parts) * p.N, NAN);
-  sm80::residuals_and_statistics(p.head(), p.tokens(), p.responses(), lse.data(), p.a.data(), found.R.data(),
+  sm80::residuals_and_statistics(p.head(), p.tokens(), p.responses(), lse.data(), p.a.data(), nullptr, found.R.data(),
                                  {planes.data(), parts}, nullptr);
   merge(p.head(), {planes.data(), parts}, p.N, lse.data(), p.a.data(), found.results.data(), p.N, found.terms.terms,
         nullptr);
@@ -65,12 +65,8 @@ Found in_one_pass(Problem& p) {
             nullptr);
   add_targets(p.targets.data(), p.responses(), found.terms.terms, found.flags.data(), p.c.V, found.R.data(), nullptr);
   // As callers do: responses whose lse was too far off are summed again, with the shift and S that were found.
-  Floats again(found.R.size(), NAN);
-  sm80::residuals(p.head(), p.tokens(), p.responses(), found.terms.terms, again.data(), nullptr);
-  for (int b = 0; b < p.B; ++b) {
-    const size_t at = size_t(b) * p.c.V;
-    if (found.flags[b]) std::copy_n(&again[at], p.c.V, &found.R[at]);
-  }
+  sm80::residuals(p.head(), p.tokens(), p.responses(), found.terms.terms, found.flags.data(), nullptr, found.R.data(),
+                  nullptr);
   return found;
 }
 
@@ -127,7 +123,7 @@ void test_head(const Case& c, const std::string& what) {
   for (int b = 0; b < p.B && c.dtype != Dtype::fp32; ++b) expect(one.flags[b] == 0, what + ": flag", b, 0);
 
   Floats R(size_t(p.B) * c.V, 0.f);
-  add_kept(p.head(), {logits.data(), stride}, p.targets.data(), p.responses(), two.terms.terms, 0, p.N, R.data(),
+  add_kept(p.head(), {{logits.data(), stride}, p.targets.data(), p.responses(), two.terms.terms, 0, p.N, R.data()},
            nullptr);
   check_rows(p, R, p.R, c.V, what + ": R from kept logits");
   check_gradients(p, what);

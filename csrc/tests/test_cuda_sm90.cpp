@@ -1,4 +1,4 @@
-// The Hopper kernels of csrc/cuda, on a CPU, against float64: clusters, rings of stages, TMA and wgmma included.
+// The Hopper kernels of csrc/cuda, on a CPU, against float64: rings of stages, TMA and wgmma included.
 #include "cuda_problem.h"
 
 using namespace g2rl::cuda;
@@ -19,11 +19,12 @@ struct Forward {
     Floats planes(4 * size_t(partials.splits) * p.N, NAN);
     const int64_t stride = sm90::kept_columns(p.c.V);
     kept.assign(keep ? sm90::kept_rows(p.N) * stride : 0, NAN);
-    sm90::statistics(p.head(), p.tokens(), {planes.data(), partials.splits}, {keep ? kept.data() : nullptr, stride},
+    sm90::statistics(p.head(), p.tokens(), {planes.data(), partials.splits}, {keep ? kept.data() : nullptr, stride}, {},
                      nullptr);
     merge(p.head(), {planes.data(), partials.splits}, p.N, nullptr, p.a.data(), results.data(), p.N, terms.terms,
           nullptr);
-    sm90::residuals(p.head(), p.tokens(), p.responses(), terms.terms, R.data(), nullptr);
+    std::vector<int> packing(packing_bytes(p.N, p.B) / sizeof(int));
+    sm90::residuals(p.head(), p.tokens(), p.responses(), terms.terms, nullptr, packing.data(), R.data(), nullptr);
   }
 };
 
@@ -79,12 +80,65 @@ void test_gradients(Problem& p, const std::string& what) {
   }
 }
 
+// Tokens in chunks: the residuals of each are added while the next is multiplied, those of the last alone.
+void test_kept(Problem& p, const Forward& expected, int chunk, const std::string& what) {
+  Floats R(expected.R.size(), 0.f);
+  OwnTerms terms(p.N);
+  const int64_t stride = sm90::kept_columns(p.c.V);
+  std::vector<Floats> kept(2, Floats(chunk * stride, NAN));
+  const int splits = sm90::splits(p.c.V);
+  Floats planes(4 * size_t(splits) * chunk, NAN), results(3 * size_t(p.N), NAN);
+  KeptPass before{};
+  for (int first = 0; first < p.N; first += chunk) {
+    const int last = std::min(first + chunk, p.N);
+    Tokens tokens = p.tokens();
+    tokens.hidden = p.hidden.data() + first * p.stride * p.hidden.size();
+    tokens.targets += first;
+    tokens.N = last - first;
+    const Kept mine{kept[first / chunk % 2].data(), stride};
+    sm90::statistics(p.head(), tokens, {planes.data(), splits}, mine, before, nullptr);
+    merge(p.head(), {planes.data(), splits}, tokens.N, nullptr, p.a.data() + first, results.data() + first, p.N,
+          terms.from(first), nullptr);
+    before = {mine, p.targets.data(), p.responses(), terms.from(first), first, last, R.data()};
+  }
+  add_kept(p.head(), before, nullptr);
+  expect(results == expected.results, what + ": chunks change bits", 1, 0);
+  for (int b = 0; b < p.B; ++b) {
+    expect_below(relative_error(&R[size_t(b) * p.c.V], &p.R[size_t(b) * p.c.V], p.c.V), kBound,
+                 what + ", R of response " + std::to_string(b) + " from kept logits");
+  }
+}
+
+// With an lse given: statistics out of the same product, R without targets until the flags are known; and what is
+// flagged, recomputed alone.
+void test_given_lse(Problem& p, const std::string& what) {
+  Forward f(p, false);
+  Floats lse(p.lse.begin(), p.lse.end()), inverse(p.B);
+  const int wrong = p.B - 1;
+  for (int n = p.cu[wrong]; n < p.N; ++n) lse[n] += 1e-4f * std::max(1.f, std::fabs(lse[n]));
+  const Partials partials{nullptr, sm90::residual_splits(p.c.V)};
+  Floats planes(4 * size_t(partials.splits) * p.N, NAN), R(f.R.size(), NAN);
+  std::vector<int> packing(packing_bytes(p.N, p.B) / sizeof(int)), flags(p.B);
+  sm90::residuals_and_statistics(p.head(), p.tokens(), p.responses(), lse.data(), p.a.data(), packing.data(), R.data(),
+                                 {planes.data(), partials.splits}, nullptr);
+  merge(p.head(), {planes.data(), partials.splits}, p.N, lse.data(), p.a.data(), f.results.data(), p.N, f.terms.terms,
+        nullptr);
+  responses(p.responses(), p.a.data(), f.terms.terms.S, lse.data(), inverse.data(), flags.data(), nullptr);
+  expect(flags[wrong] == 1, what + ": a wrong lse is not flagged", 0, 1);
+  sm90::residuals(p.head(), p.tokens(), p.responses(), f.terms.terms, flags.data(), packing.data(), R.data(), nullptr);
+  add_targets(p.targets.data(), p.responses(), f.terms.terms, flags.data(), p.c.V, R.data(), nullptr);
+  f.R = R;
+  check(p, f, what + ", lse given");
+}
+
 void test_case(const Case& c, const std::string& what) {
   Problem p(c);
   const Forward once(p), again(p, false);
   check(p, once, what);
   expect(once.results == again.results && once.R == again.R, what + ": twice, other bits", 1, 0);
+  test_kept(p, once, 96, what);
   test_gradients(p, what);
+  test_given_lse(p, what);
 }
 
 // A response's bits depend on nothing else in its batch, nor does a NaN leave its response.

@@ -59,6 +59,7 @@ Floats partial_sums(Problem& p, int columns, const float* lse) {
       for (int v = s * columns; v < std::min(V, (s + 1) * columns); ++v) {
         const double z = p.z[size_t(n) * V + v];
         if (v == p.targets[n]) z_y = z;
+        if (v == p.targets[n] && lse) planes[n] = float(z);
         if (v != p.targets[n]) t.push_back(p.c.softcap > 0 ? scale * std::tanh(inner * z) : scale * z);
       }
       for (const double x : t) m = std::max(m, x);
@@ -69,7 +70,7 @@ Floats partial_sums(Problem& p, int columns, const float* lse) {
       }
       const double values[4] = {m, S, X, z_y};
       for (int i = 0; i < 4; ++i) {
-        if (i > 0 || !lse) planes[(size_t(i) * splits + s) * p.N + n] = float(values[i]);
+        if (!lse || i == 1 || i == 2) planes[(size_t(i) * splits + s) * p.N + n] = float(values[i]);
       }
     }
   }
@@ -80,8 +81,10 @@ Floats add_kept_in(Problem& p, Floats& kept, int64_t stride, const OwnTerms& ter
   Floats R(size_t(p.B) * p.c.V, 0.f);
   for (int first = 0; first < p.N; first += chunk) {
     const Kept of_chunk{kept.data() + first * stride, stride};
-    add_kept(p.head(), of_chunk, p.targets.data(), p.responses(), terms.from(first), first,
-             std::min(first + chunk, p.N), R.data(), nullptr);
+    add_kept(
+        p.head(),
+        {of_chunk, p.targets.data(), p.responses(), terms.from(first), first, std::min(first + chunk, p.N), R.data()},
+        nullptr);
   }
   return R;
 }
