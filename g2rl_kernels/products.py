@@ -50,3 +50,8 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float64 where its device has that, in fp32 elsewhere."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()

@@ -178,14 +178,15 @@ def head_sample(
 
 def _moved_towards_targets(hidden: Tensor, head: LMHead, targets: Tensor) -> Tensor:
     """hidden + x W[y] with x such that 1 - p_y falls from 0.9 to 1e-6 along the tokens, found by bisection."""
-    weight = head.weight.cpu().float()
+    # In float64, whose products are the same from every library once they are rounded: so are the samples.
+    weight = head.weight.cpu().double()
     bias = None if head.bias is None else head.bias.cpu().float()
     wanted = 0.9 * (1e-6 / 0.9) ** torch.linspace(0, 1, max(hidden.shape[0], 2))[: hidden.shape[0]]
     moved = hidden.clone()
     for rows in torch.arange(hidden.shape[0]).split(64):
         y = targets[rows, None]
         direction = weight[targets[rows]] * (1 if head.logit_scale > 0 else -1)
-        z, slope = hidden[rows] @ weight.T, direction @ weight.T
+        z, slope = ((x @ weight.T).float() for x in (hidden[rows].double(), direction))
         if bias is not None:
             z = z + bias
         low = torch.zeros(rows.shape[0], 1)
@@ -195,7 +196,7 @@ def _moved_towards_targets(hidden: Tensor, head: LMHead, targets: Tensor) -> Ten
             log_p = logits_from_raw(z + x * slope, head).log_softmax(1).gather(1, y)
             enough = -torch.expm1(log_p) < wanted[rows, None]
             low, high = torch.where(enough, low, x), torch.where(enough, x, high)
-        moved[rows] += high * direction
+        moved[rows] += high * direction.float()
     return moved
 
 

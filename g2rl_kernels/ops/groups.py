@@ -22,6 +22,7 @@ import torch
 
 from g2rl_kernels.checks import check_offsets, check_tensor, values_readable
 from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.products import wide
 from g2rl_kernels.records import GroupAdvantages, Shaping
 
 NORMALIZATIONS = ("std", "none")
@@ -248,9 +249,11 @@ def _save_features(ctx, inputs, output):
 def _similarity_backward(ctx, grad):
     """With u_i = Phi_i / |Phi_i| and S = u u^T: du = (dS + dS^T) u, dPhi_i = (du_i - u_i <u_i, du_i>) / |Phi_i|.
 
-    dS is spread to [B, B], so that nothing here depends on m_max: compilers may know it at run time alone.
+    dS is spread to [B, B], so that nothing here depends on m_max: compilers may know it at run time alone. In float64,
+    as the similarity itself: the part of du along u cancels, and fp32 would lose its digits.
     """
-    features, cu_groups = ctx.saved_tensors
+    saved, cu_groups = ctx.saved_tensors
+    features, grad = wide(saved), wide(grad)
     position = torch.arange(features.shape[0], device=features.device)
     group = torch.searchsorted(cu_groups.to(position.dtype), position, right=True) - 1
     member = position - cu_groups[group]
@@ -259,7 +262,7 @@ def _similarity_backward(ctx, grad):
     u = features * inverse
     spread = torch.where(group[:, None] == group, grad[group[:, None], member[:, None], member], 0)
     grad_u = (spread + spread.T) @ u
-    return (grad_u - u * (u * grad_u).sum(1, keepdim=True)) * inverse, None, None
+    return ((grad_u - u * (u * grad_u).sum(1, keepdim=True)) * inverse).to(saved.dtype), None, None
 
 
 _group_similarity.register_autograd(_similarity_backward, setup_context=_save_features)

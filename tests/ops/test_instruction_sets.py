@@ -17,8 +17,11 @@ from g2rl_kernels.backends import native
 
 VARIABLE = "G2RL_CPU_ISA"
 WORDS = ("amx", "avx512_bf16", "avx512", "avx2", "base")
-# Every dtype, forward and backward, both plans; each instruction set has its own register tiles and their remainders.
-TESTS = "test_shapes or test_long_products or test_kinds_of_logits or test_any_plan or test_gradients_of_shapes"
+# Every dtype, forward and backward, both plans, and what bits depend on; each instruction set has its own register
+# tiles and their remainders.
+TESTS = " or ".join(
+    ("test_shapes", "test_long_products", "test_kinds_of_logits", "test_any_plan", "test_gradients_of_shapes", "depend")
+)
 HEAD = Path(__file__).with_name("test_head.py")
 
 compiled = native.unavailable(torch.device("cpu"), torch.float32) is None

@@ -9,11 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from g2rl_kernels.products import wide
 from g2rl_kernels.records import GroupAdvantages, Shaping
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.device.type == "mps" else tensor.double()
 
 
 class _Layout:
@@ -42,7 +39,7 @@ def _largest_group(cu_groups: Tensor) -> int:
 
 def group_similarity(features: Tensor, cu_groups: Tensor, m_max: int) -> Tensor:
     layout = _Layout(cu_groups, features.shape[0], m_max)
-    return _similarity(_wide(features), layout).to(features.dtype)
+    return _similarity(wide(features), layout).to(features.dtype)
 
 
 def _similarity(phi: Tensor, layout: _Layout) -> Tensor:
@@ -55,7 +52,7 @@ def exploration_scores(similarity: Tensor, rewards: Tensor, cu_groups: Tensor, v
     layout = _Layout(cu_groups, rewards.shape[0], similarity.shape[1])
     diagonal = similarity.diagonal(dim1=1, dim2=2) > 0
     usable = layout.member & (diagonal if valid is None else layout.spread(valid))
-    return layout.gather(_scores(_wide(similarity), layout.spread(_wide(rewards)), usable)).to(rewards.dtype)
+    return layout.gather(_scores(wide(similarity), layout.spread(wide(rewards)), usable)).to(rewards.dtype)
 
 
 def _scores(S: Tensor, r: Tensor, usable: Tensor) -> Tensor:
@@ -73,7 +70,7 @@ def _scores(S: Tensor, r: Tensor, usable: Tensor) -> Tensor:
 def shape_rewards(rewards: Tensor, scores: Tensor, cu_groups: Tensor, valid: Tensor | None, shaping: Shaping) -> Tensor:
     layout = _Layout(cu_groups, rewards.shape[0], _largest_group(cu_groups))
     usable = layout.member if valid is None else layout.spread(valid)
-    r, nu = layout.spread(_wide(rewards)), layout.spread(_wide(scores))
+    r, nu = layout.spread(wide(rewards)), layout.spread(wide(scores))
     return layout.gather(_shape(r, nu, usable, shaping)).to(rewards.dtype)
 
 
@@ -106,7 +103,7 @@ def _range(values: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
 
 def group_advantages(rewards: Tensor, cu_groups: Tensor, normalize: str) -> Tensor:
     layout = _Layout(cu_groups, rewards.shape[0], _largest_group(cu_groups))
-    return layout.gather(_advantages(layout.spread(_wide(rewards)), layout.member, normalize)).to(rewards.dtype)
+    return layout.gather(_advantages(layout.spread(wide(rewards)), layout.member, normalize)).to(rewards.dtype)
 
 
 def _advantages(r: Tensor, member: Tensor, normalize: str) -> Tensor:
@@ -131,11 +128,11 @@ def g2rl_advantages(
     normalize: str,
 ) -> GroupAdvantages:
     layout = _Layout(cu_groups, rewards.shape[0], m_max)
-    phi = _wide(features)
+    phi = wide(features)
     S = _similarity(phi, layout)
     nonzero = (features != 0).any(1)
     usable = layout.spread(nonzero if valid is None else nonzero & valid)
-    r = layout.spread(_wide(rewards))
+    r = layout.spread(wide(rewards))
     nu = _scores(S, r, usable)
     shaped = _shape(r, nu, usable, shaping)
     A = _advantages(shaped, layout.member, normalize)

@@ -12,10 +12,14 @@ def mm_in_blocks(a: Tensor, b: Tensor, rows: int) -> Tensor:
     """`mm` in blocks of exactly `rows` rows, the last one padded.
 
     Libraries choose the order of their sums by the shapes of a product. With one shape for all, a row of the result
-    does not depend on how many others come along.
+    does not depend on how many others come along, as far as the library treats all rows of a block alike. MKL's fp64
+    on processors other than Intel's does not: on a CPU every fp64 row is a product of its own, from aligned memory.
     """
     b = b if b.is_cuda or b.dtype == torch.float64 else b.float()
     a = a.to(b.dtype)
+    if b.dtype == torch.float64 and not b.is_cuda:
+        rows_alone = [mm(row.clone(memory_format=torch.contiguous_format), b) for row in a.split(1)]
+        return torch.cat(rows_alone) if rows_alone else a.new_empty(0, b.shape[1])
     n = a.shape[0]
     padding = -n % rows
     if padding:
