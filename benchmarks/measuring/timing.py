@@ -207,6 +207,10 @@ def best_rate(dtype: torch.dtype, device: torch.device) -> float:
     return max(work[name] / timing.fastest for name, timing in timings.items())
 
 
+# What lowers the instruction set of our kernels, of oneDNN's, MKL's and PyTorch's products, each for itself.
+_CHOICES = ("G2RL_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What a reading depends on beside the code: device, threads, instruction set, versions, commit, load and date."""
     facts: dict[str, Any] = {
@@ -215,6 +219,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": _instruction_sets(),
+        "choices": {name: os.environ[name] for name in _CHOICES if os.environ.get(name)},
         "memory_gb": round(_total_memory(device) / 1e9, 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -304,4 +309,5 @@ def hardware_line(facts: Mapping[str, Any]) -> str:
     where = f"{facts['name']} ({facts['isa']}), {facts['cores']} cores, {facts['threads']} threads"
     if facts["device"] == "cuda":
         where = f"{facts['name']} (sm {facts['compute_capability']}, CUDA {facts['cuda']})"
-    return f"{where}, {facts['memory_gb']} GB; torch {facts['torch']}{triton}"
+    chosen = "".join(f", {name}={value}" for name, value in facts.get("choices", {}).items())
+    return f"{where}{chosen}, {facts['memory_gb']} GB; torch {facts['torch']}{triton}"
