@@ -53,45 +53,63 @@ struct GradLogitsEpilogue {
 
   DEVICE void operator()(const Tile& tile, Sums& z) const {
     add_bias_of_columns(p.head, tile.column, at, z);
-    const float even_scale = p.strip.G_even ? *p.strip.even_scale : 1.f;
     UNROLL for (int q = 0; q < 2; ++q) {
-      const int n = tile.row + at.row + 8 * q;
-      // Rows beyond the last token take its numbers and are not stored.
-      const bool inside = n < p.tokens.N;
-      const float* of_row = p.rows_in + (inside ? n : p.tokens.N - 1);
-      const float lse = of_row[0] * kLog2e, H = of_row[p.rows_stride], g = of_row[2 * p.rows_stride];
-      const float g_entropy = of_row[3 * p.rows_stride], of_target = of_row[4 * p.rows_stride];
-      const float row_scale = p.strip.G_even ? of_row[5 * p.rows_stride] : 1.f;
-      // g + g' (log p + H), by log p in units of log 2.
-      const float constant = fmaf(g_entropy, H, g), factor = g_entropy * kLn2;
-      const int y = int(p.tokens.targets[inside ? n : p.tokens.N - 1]), v_end = inside ? p.strip.v_end : 0;
-      const int64_t row = n * p.strip.stride - p.strip.v_start;
-      UNROLL for (int j = 0; j < kSums / 4; ++j) {
-        const int v = tile.column + 8 * j + at.column;
-        float grad[2];
-        UNROLL for (int e = 0; e < 2; ++e) {
-          float slope;
-          const float log_p = exponent_above<SOFTCAP>(lse, z[4 * j + 2 * q + e], options, slope);
-          grad[e] = -exp2_fast(log_p) * fmaf(factor, log_p, constant);
-          if (v + e == y) grad[e] = of_target;
-          if (SOFTCAP) grad[e] *= slope;
-        }
-        if (p.strip.G_even) store(p.strip.G_even, row + v, v, v_end, grad, even_scale);
-        store(p.strip.G, row + v, v, v_end, grad, row_scale);
-      }
+      become_gradients(tile, q, z);
+      const int n = row(tile, q);
+      if (p.strip.G_even) store(tile, q, p.strip.G_even, *p.strip.even_scale, z);
+      store(tile, q, p.strip.G, p.strip.G_even ? p.rows_in[5 * p.rows_stride + n] : 1.f, z);
     }
   }
 
-  // Both numbers at once where memory allows: rows of the strip may start anywhere.
-  static DEVICE void store(void* G, int64_t offset, int v, int v_end, const float (&grad)[2], float scale) {
-    T* to = static_cast<T*>(G) + offset;
-    const T low = round_to<T>(grad[0] * scale), high = round_to<T>(grad[1] * scale);
-    if (v + 1 < v_end && offset % 2 == 0) {
-      *reinterpret_cast<uint32_t*>(to) = uint32_t(low.bits) | uint32_t(high.bits) << 16;
+  // Rows beyond the last token take its numbers and are not stored.
+  DEVICE int row(const Tile& tile, int q) const {
+    const int n = tile.row + at.row + 8 * q;
+    return n < p.tokens.N ? n : p.tokens.N - 1;
+  }
+
+  DEVICE void become_gradients(const Tile& tile, int q, Sums& z) const {
+    const float* of_row = p.rows_in + row(tile, q);
+    const float lse = of_row[0] * kLog2e, H = of_row[p.rows_stride], g = of_row[2 * p.rows_stride];
+    const float g_entropy = of_row[3 * p.rows_stride], of_target = of_row[4 * p.rows_stride];
+    // g + g' (log p + H), by log p in units of log 2.
+    const float constant = fmaf(g_entropy, H, g), factor = g_entropy * kLn2;
+    const int y = int(p.tokens.targets[row(tile, q)]) - tile.column - at.column;
+    UNROLL for (int i = 0; i < kSums / 2; ++i) {
+      float& x = z[i / 2 * 4 + 2 * q + i % 2];
+      float slope;
+      const float log_p = exponent_above<SOFTCAP>(lse, x, options, slope);
+      x = -exp2_fast(log_p) * fmaf(factor, log_p, constant);
+      if (i / 2 * 8 + i % 2 == y) x = of_target;
+      if (SOFTCAP) x *= slope;
+    }
+  }
+
+  // The four threads of a row exchange pairs, so that each stores eight numbers and they store 64 bytes. Strips may end
+  // or begin anywhere: numbers one by one there.
+  DEVICE void store(const Tile& tile, int q, void* G, float scale, const Sums& z) const {
+    const bool inside = tile.row + at.row + 8 * q < p.tokens.N;
+    T* to = static_cast<T*>(G) + row(tile, q) * p.strip.stride - p.strip.v_start;
+    UNROLL for (int j = 0; j < kSums / 4; j += 4) {
+      uint32_t pairs[4];
+      UNROLL for (int i = 0; i < 4; ++i) {
+        const float* two = &z[4 * (j + i) + 2 * q];
+        pairs[i] = uint32_t(round_to<T>(two[0] * scale).bits) | uint32_t(round_to<T>(two[1] * scale).bits) << 16;
+      }
+      transpose(pairs);
+      const int v = tile.column + 8 * j + 4 * at.column;
+      if (inside) store_eight(to + v, p.strip.v_end - v, pairs);
+    }
+  }
+
+  // As many of eight numbers as there is room for.
+  static DEVICE void store_eight(T* to, int room, const uint32_t (&pairs)[4]) {
+    if (room >= 8 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+      *reinterpret_cast<uint4*>(to) = {pairs[0], pairs[1], pairs[2], pairs[3]};
       return;
     }
-    if (v < v_end) to[0] = low;
-    if (v + 1 < v_end) to[1] = high;
+    UNROLL for (int i = 0; i < 8; ++i) {
+      if (i < room) to[i] = T{uint16_t(pairs[i / 2] >> (16 * (i % 2)))};
+    }
   }
 };
 

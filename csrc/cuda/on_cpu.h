@@ -32,6 +32,9 @@
 struct uint3 {
   unsigned x, y, z;
 };
+struct uint4 {
+  unsigned x, y, z, w;
+};
 struct float2 {
   float x, y;
 };

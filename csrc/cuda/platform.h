@@ -147,8 +147,9 @@ DEVICE float4 load_once(const float4* at) {
 #endif
 }
 
-// The same for two numbers that are written.
-DEVICE void store_once(float2* at, const float2& x) {
+// The same for numbers that are written.
+template <class Four>
+DEVICE void store_once(Four* at, const Four& x) {
 #ifdef __CUDA_ARCH__
   __stcs(at, x);
 #else

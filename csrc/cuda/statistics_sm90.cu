@@ -2,6 +2,7 @@
 // tokens, so that sums stay inside a thread until the end of an item: 128 tokens (of each block of the cluster) x one
 // part of the vocabulary, kTilesOfPart tiles.
 #include "kept.h"
+#include "sm80.h"
 #include "tiles_sm90.h"
 
 namespace g2rl::cuda::sm90 {
@@ -83,13 +84,19 @@ struct StatisticsEpilogue {
     }
   }
 
+  // Neighbours exchange pairs, so that a thread stores four numbers and the four threads of a row 64 bytes.
   DEVICE void keep(const Tile& tile, const Sums& z) const {
+    const bool odd = at.column & 2;
     UNROLL for (int q = 0; q < 2; ++q) {
       const int n = token(tile, q);
-      if (n >= p.tokens.N) continue;
-      float* to = p.kept.logits + n * p.kept.stride + tile.column + at.column;
-      UNROLL for (int j = 0; j < kSums / 4; ++j) {
-        store_once(reinterpret_cast<float2*>(to + 8 * j), {z[4 * j + 2 * q], z[4 * j + 2 * q + 1]});
+      float* to = p.kept.logits + n * p.kept.stride + tile.column + (odd ? 8 : 0) + (at.column & 4);
+      UNROLL for (int j = 0; j < kSums / 4; j += 2) {
+        const float *even = &z[4 * j + 2 * q], *next = &z[4 * j + 4 + 2 * q];
+        float other[2];
+        UNROLL for (int e = 0; e < 2; ++e) other[e] = __shfl_xor_sync(kAllLanes, odd ? even[e] : next[e], 1);
+        const float4 four =
+            odd ? float4{other[0], other[1], next[0], next[1]} : float4{even[0], even[1], other[0], other[1]};
+        if (n < p.tokens.N) store_once(reinterpret_cast<float4*>(to + 8 * j), four);
       }
     }
   }
@@ -156,42 +163,57 @@ struct StatisticsEpilogue {
 };
 
 // The pass over logits that an earlier launch kept, by the warps that neither copy nor multiply: it waits for memory,
-// they for nothing. A warp owns (response, 128 words); tokens are added one by one, as `add_kept` does.
+// they for nothing. A warp owns (response, 128 words); tokens are added one by one, as `add_kept` does. Their logits
+// are on the way kAhead tokens ahead, each thread's to a place of its own in shared memory: registers are the others'.
 template <bool SOFTCAP>
 struct KeptAside {
   const Head& head;
   const KeptPass& p;
-  static constexpr int kWarps = kWarpgroup / kWarp - 1, kWords = 4 * kWarp, kAhead = 4;
+  uint8_t* shared;
+  static constexpr int kWarps = kWarpgroup / kWarp - 1, kWords = 4 * kWarp, kAhead = 8;
+  static constexpr int kBytes = kWarps * kWarp * kAhead * int(sizeof(float4));
 
   DEVICE void operator()() const {
     if (!p.kept.logits) return;
     const int warp = threadIdx.x / kWarp - 1, pieces = int(ceil_div(head.V, kWords));
     for (int item = int(blockIdx.x) * kWarps + warp; item < pieces * p.responses.B; item += int(gridDim.x) * kWarps) {
-      add(item / pieces, item % pieces * kWords + int(threadIdx.x) % kWarp * 4);
+      const int b = item / pieces, *cu = p.responses.cu_seqlens + b;
+      const int start = cu[0] > p.first ? cu[0] : p.first, end = cu[1] < p.last ? cu[1] : p.last;
+      if (start < end) add(b, start, end, item % pieces * kWords + int(threadIdx.x) % kWarp * 4);
     }
   }
 
-  DEVICE void add(int b, int v) const {
-    const int start = p.responses.cu_seqlens[b] > p.first ? p.responses.cu_seqlens[b] : p.first;
-    const int end = p.responses.cu_seqlens[b + 1] < p.last ? p.responses.cu_seqlens[b + 1] : p.last;
-    if (start >= end || v >= head.V) return;
+  DEVICE uint8_t* place(int n) const {
+    return shared + ((threadIdx.x - kWarp) * kAhead + n % kAhead) * int(sizeof(float4));
+  }
+
+  // Threads past the vocabulary copy nothing and store nothing.
+  DEVICE void copy(int n, int end, int v) const {
+    const float* from = p.kept.logits + (n < end ? n - p.first : 0) * p.kept.stride + v;
+    if (n < end && v < head.V) sm80::copy_async(place(n), from, sizeof(float4));
+    sm80::copy_commit();
+  }
+
+  DEVICE void add(int b, int start, int end, int v) const {
     const Options options(head);
+    const int lane = threadIdx.x % kWarp;
     float r[4] = {}, *to = p.R + int64_t(b) * head.V + v;
     UNROLL for (int i = 0; i < 4; ++i) {
       if (v + i < head.V) r[i] = to[i];
     }
-    for (int n = start; n < end; n += kAhead) {
-      float4 z[kAhead];
-      UNROLL for (int i = 0; i < kAhead; ++i) {
-        const int t = (n + i < end ? n + i : end - 1) - p.first;
-        z[i] = load_once(reinterpret_cast<const float4*>(p.kept.logits + t * p.kept.stride + v));
+    UNROLL_1 for (int n = start; n < start + kAhead; ++n) copy(n, end, v);
+    TokenTerms mine{};  // of one token of the next 32
+    UNROLL_1 for (int n = start; n < end; ++n) {
+      const int of = (n - start) % kWarp;
+      if (of == 0 && n + lane < end) {
+        const int t = n + lane - p.first;
+        mine = {p.terms.shift[t], p.terms.weight[t], p.terms.target[t], int(p.targets[n + lane])};
       }
-      UNROLL for (int i = 0; i < kAhead; ++i) {
-        const int t = n + i - p.first;
-        if (n + i >= end) break;
-        add_token<SOFTCAP>(z[i], {p.terms.shift[t], p.terms.weight[t], p.terms.target[t], int(p.targets[n + i])}, v,
-                           options, r);
-      }
+      const TokenTerms token{__shfl_sync(kAllLanes, mine.shift, of), __shfl_sync(kAllLanes, mine.weight, of),
+                             __shfl_sync(kAllLanes, mine.target, of), __shfl_sync(kAllLanes, mine.y, of)};
+      sm80::copy_wait<kAhead - 1>();
+      if (v < head.V) add_token<SOFTCAP>(*reinterpret_cast<const float4*>(place(n)), token, v, options, r);
+      copy(n + kAhead, end, v);
     }
     UNROLL for (int i = 0; i < 4; ++i) {
       if (v + i < head.V) to[i] = r[i];
@@ -206,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   SHARED(shared);
   StatisticsWalk walk(weight, p.tokens.N, p.head.V);
   StatisticsEpilogue<SOFTCAP, KEEP> epilogue{p};
-  run<T>(shared, hidden, p.head.d, walk, epilogue, KeptAside<SOFTCAP>{p.head, meanwhile});
+  run<T>(shared, hidden, p.head.d, walk, epilogue, KeptAside<SOFTCAP>{p.head, meanwhile, shared + kScratch});
 }
 
 }  // namespace
@@ -225,8 +247,8 @@ int statistics(const Head& head, const Tokens& tokens, const Partials& partials,
   return choose_half(head.dtype, [&](auto number) {
     return choose(head.softcap, [&](auto softcap) {
       return choose(kept.logits != nullptr, [&](auto keep) {
-        return launch_persistent(items, 0, stream, statistics_kernel<decltype(number), softcap, keep>, hidden, weight,
-                                 p, meanwhile);
+        return launch_persistent(items, KeptAside<softcap>::kBytes, stream,
+                                 statistics_kernel<decltype(number), softcap, keep>, hidden, weight, p, meanwhile);
       });
     });
   });

@@ -35,6 +35,20 @@ DEVICE void add_bias_of_columns(const Head& head, int v0, const Place& at, Sums&
   }
 }
 
+// Four words of each of the four threads of a row, exchanged: thread l has word l of each afterwards.
+template <class Word>
+DEVICE void transpose(Word (&x)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  UNROLL for (int i = 0; i < 4; i += 2) {
+    const Word other = __shfl_xor_sync(kAllLanes, odd ? x[i] : x[i + 1], 1);
+    (odd ? x[i] : x[i + 1]) = other;
+  }
+  UNROLL for (int i = 0; i < 2; ++i) {
+    const Word other = __shfl_xor_sync(kAllLanes, upper ? x[i] : x[i + 2], 2);
+    (upper ? x[i] : x[i + 2]) = other;
+  }
+}
+
 // A raw logit (under a soft cap: a hyperbolic tangent) that counts as none: its exponential is 0, and finite times 0.
 DEVICE float masked_logit(const Options& options) {
   const float size = fminf(-kMasked / fabsf(options.scale), 3e38f);
