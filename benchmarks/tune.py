@@ -47,7 +47,7 @@ from g2rl_kernels.backends.triton.compilation import (
 from g2rl_kernels.backends.triton.configs import Chip, Tile
 from g2rl_kernels.records import Head
 from g2rl_kernels.testing import ROUNDOFF, HeadSample
-from g2rl_kernels.workspace import DEFAULT_WORKSPACE_BYTES
+from g2rl_kernels.workspace import default_bytes
 
 Row = dict[str, Any]
 Where = tuple[torch.device, Chip]
@@ -61,11 +61,11 @@ _LIMIT_S = 2.0
 
 @contextmanager
 def overridden(kernel: str, tile: Tile) -> Iterator[None]:
-    """Inside the block, `kernel` ("+" included) runs with this tile."""
+    """Inside the block, `kernel`, as the table calls it, runs with this tile."""
     chosen = configs.tile
 
-    def instead(name: str, hidden: Tensor, weight: Tensor, heavy: bool = False) -> Tile:
-        return tile if name + "+" * heavy == kernel else chosen(name, hidden, weight, heavy)
+    def instead(name: str, hidden: Tensor, weight: Tensor, work: str = "") -> Tile:
+        return tile if (f"{name}-{work}" if work else name) == kernel else chosen(name, hidden, weight, work)
 
     configs.tile = instead
     try:
@@ -104,7 +104,7 @@ def work(kernel: str, sample: HeadSample) -> Work:
     hidden, weight, targets = sample.hidden, sample.head.weight, sample.targets
     cu_seqlens, a = sample.cu_seqlens, sample.token_weights
     (N, d), V, B = hidden.shape, weight.shape[0], sample.cu_seqlens.shape[0] - 1
-    head = addressable(Head(weight, None, softcap=_SOFTCAP if kernel == "grad_logits+" else 0.0))
+    head = addressable(Head(weight, None, softcap=_SOFTCAP if kernel.endswith("-softcap") else 0.0))
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)
@@ -116,7 +116,7 @@ def work(kernel: str, sample: HeadSample) -> Work:
     terms = merge(statistics(hidden, head, targets), head, results, a)
     logps, entropy, lse = results
 
-    if kernel == "statistics":
+    if kernel in ("statistics", "statistics-softcap"):
 
         def run() -> Results:
             found = empty(3, N)
@@ -125,9 +125,9 @@ def work(kernel: str, sample: HeadSample) -> Work:
 
         return Work(run, (hidden, weight.T))
 
-    if kernel == "statistics+":
+    if kernel == "statistics-kept":
         # As many tokens as the plan that keeps logits takes at a time.
-        rows = min(N, max(1, DEFAULT_WORKSPACE_BYTES // 4 * 3 // (4 * V) // 128 * 128))
+        rows = min(N, max(1, default_bytes(hidden.device) // 4 * 3 // (4 * V) // 128 * 128))
 
         def run() -> Results:
             found = empty(3, rows)
@@ -137,7 +137,7 @@ def work(kernel: str, sample: HeadSample) -> Work:
 
         return Work(run, (hidden[:rows], weight.T))
 
-    if kernel == "residuals":
+    if kernel in ("residuals", "residuals-softcap"):
 
         def run() -> Results:
             R = empty(B, V)
@@ -146,7 +146,7 @@ def work(kernel: str, sample: HeadSample) -> Work:
 
         return Work(run, (hidden, weight.T))
 
-    if kernel == "residuals+":
+    if kernel == "residuals-statistics":
 
         def run() -> Results:
             R, found = empty(B, V), empty(3, N)
@@ -155,13 +155,14 @@ def work(kernel: str, sample: HeadSample) -> Work:
 
         return Work(run, (hidden, weight.T))
 
-    if kernel in ("grad_logits", "grad_logits+"):
-        strip = range(min(V, max(1, DEFAULT_WORKSPACE_BYTES // (N * weight.itemsize) // 128 * 128)))
+    if kernel.startswith("grad_logits"):
+        strip = range(min(V, max(1, default_bytes(hidden.device) // (N * weight.itemsize) // 128 * 128)))
         rows_in = torch.stack((lse, entropy, a, torch.zeros_like(a), -a * torch.expm1(logps), torch.ones_like(a)))
 
         def run() -> Results:
             G = hidden.new_empty(N, len(strip))
-            grad_logits(hidden, head, targets, rows_in, strip, G)
+            even = (torch.empty_like(G), lse.new_ones(())) if kernel == "grad_logits-scaled" else ()
+            grad_logits(hidden, head, targets, rows_in, strip, G, *even)
             return {"hidden": G}
 
         def row_bounds(found: Results) -> dict[str, Tensor]:

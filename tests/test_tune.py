@@ -57,11 +57,11 @@ def test_every_kernel_of_the_table_has_candidates() -> None:
 def test_override_ends_with_the_block() -> None:
     h = torch.zeros(4, 8)
     chosen = configs.tile
-    with pytest.raises(ZeroDivisionError), tune.overridden("residuals+", FAST):
-        assert configs.tile("residuals", h, h, heavy=True) == FAST
-        assert configs.tile("residuals", h, h) == configs.tile("statistics", h, h, heavy=True) != FAST
+    with pytest.raises(ZeroDivisionError), tune.overridden("residuals-softcap", FAST):
+        assert configs.tile("residuals", h, h, work="softcap") == FAST
+        assert configs.tile("residuals", h, h) == configs.tile("statistics", h, h, work="softcap") != FAST
         with tune.overridden("statistics", SLOW):
-            assert configs.tile("statistics", h, h) == SLOW and configs.tile("residuals", h, h, heavy=True) == FAST
+            assert configs.tile("statistics", h, h) == SLOW and configs.tile("residuals", h, h, work="softcap") == FAST
         _ = 1 / 0
     assert configs.tile is chosen
 
@@ -69,7 +69,7 @@ def test_override_ends_with_the_block() -> None:
 def test_table_shows_every_tile_and_names_the_fastest() -> None:
     console = tune.Console(width=160)
     with console.capture() as capture:
-        console.print(tune.kernel_table("statistics+, [x]", rows()))
+        console.print(tune.kernel_table("statistics-kept, [x]", rows()))
     lines = capture.get().splitlines()
     (slow,) = [line for line in lines if "64 x 128 x 64, 8, 4, TMA" in line]
     assert [cell.strip() for cell in slow.split("│")[2:-1]] == ["168", "0", "96", "9", "0.01", "1.300", "table"]
@@ -81,17 +81,17 @@ def test_table_shows_every_tile_and_names_the_fastest() -> None:
 @pytest.mark.parametrize("tile", [SLOW, FAST], ids=["tma", "plain"])
 def test_line_is_an_entry_of_the_table(tile: Tile) -> None:
     def entry(chip: Chip) -> object:
-        return eval("{" + tune.configs_line("statistics+", True, chip, tile) + "}", {"Tile": Tile})
+        return eval("{" + tune.configs_line("statistics-kept", True, chip, tile) + "}", {"Tile": Tile})
 
-    assert entry(90) == {("statistics+", True, 90): tile}
-    assert entry("gfx942") == {("statistics+", True): tile}
+    assert entry(90) == {("statistics-kept", True, 90): tile}
+    assert entry("gfx942") == {("statistics-kept", True): tile}
 
 
 def test_report_is_written_after_each_kernel(tmp_path: Path) -> None:
     path = tmp_path / "tune.json"
     report = tune.Report({"dtype": "bf16"}, tune.Console(quiet=True), path)
-    report.add("statistics+", "title", rows()[:2])
-    assert json.loads(path.read_text())["kernels"]["statistics+"][1]["tile"]["BLOCK_V"] == 64
+    report.add("statistics-kept", "title", rows()[:2])
+    assert json.loads(path.read_text())["kernels"]["statistics-kept"][1]["tile"]["BLOCK_V"] == 64
     assert not report.wrong
     report.add("residuals", "title", rows())
     assert report.wrong and len(json.loads(path.read_text())["kernels"]) == 2

@@ -94,7 +94,8 @@ def token_logprobs(
         head: an `LMHead`, or its weight [V, d] alone.
         targets: [N] int64 in [0, V).
         workspace_bytes: limit for temporary tensors of vocabulary size; more of it can save a second product with the
-            weight. Default: 256 MB; on a CPU with the compiled kernels, 5 % of what fp32 logits would take.
+            weight. Default: 256 MiB; on a GPU a fortieth of its memory if that is more, 2 GiB at most; on a CPU with
+            the compiled kernels, 5 % of what fp32 logits would take.
         check_finite: also raise for NaN or inf in hidden, which costs one read of it.
 
     Raises:

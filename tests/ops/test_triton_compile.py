@@ -39,7 +39,8 @@ TENSOR_CORE = {
 def dtypes(kernel: str, half: bool) -> tuple[str, ...]:
     """The one that asks most of a kernel; the projection takes R apart in different ways."""
     if half:
-        return {"projection": ("bf16", "fp16"), "grad_logits+": ("fp16",)}.get(kernel, ("bf16",))
+        asks_most = {"projection": ("bf16", "fp16"), "grad_logits-scaled": ("fp16",), "grad_logits-softcap": ("fp16",)}
+        return asks_most.get(kernel, ("bf16",))
     return ("fp32",)
 
 
@@ -64,7 +65,7 @@ def other_cases() -> Iterator[Case]:
         ("responses._responses_kernel", {"GIVEN": True, "BLOCK_N": 256}),
         ("responses._flagged_kernel", {"BLOCK_B": 1024}),
         ("targets._targets_kernel", {"BLOCK_N": 32, "BLOCK_V": 512}),
-        ("kept._kept_kernel", flags | {"BLOCK_V": 512}),
+        ("kept._kept_kernel", flags | {"BLOCK_V": 512, "TOKENS": 4}),
         ("projection._join_kernel", {"BLOCK": 1024}),
     ):
         for chip in CHIPS:

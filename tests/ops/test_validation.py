@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from g2rl_kernels import (
     testing,
     token_logprobs,
     use_backend,
+    workspace,
 )
 
 N, D, V, B = 6, 4, 9, 2
@@ -483,6 +485,19 @@ def test_backends_take_records(backend: dispatch.Backend) -> None:
         if hasattr(module, op):
             names = list(inspect.signature(getattr(module, op)).parameters)
             assert len(names) <= 8 and names == list(inspect.signature(getattr(reference, op)).parameters)
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(8, 0.25), (24, 0.6), (80, 2.0), (192, 2.0)])
+def test_workspace_by_default(memory: int, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In GiB, of GPUs by what they have; a CPU has one size, and a caller's wish holds everywhere."""
+    properties = SimpleNamespace(total_memory=memory << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    workspace._share_of_gpu.cache_clear()
+    gpu = torch.device("cuda", 0)
+    assert workspace.workspace_or_default(0, gpu) == int(expected * 2**30)
+    assert workspace.workspace_or_default(0, torch.device("cpu")) == 256 << 20
+    assert workspace.workspace_or_default(5, gpu) == 5
+    workspace._share_of_gpu.cache_clear()
 
 
 def test_explain() -> None:

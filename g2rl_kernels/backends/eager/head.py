@@ -40,7 +40,7 @@ class _Blocks:
 
     @classmethod
     def of(cls, head: Head, workspace_bytes: int) -> _Blocks:
-        return cls(head, workspace_or_default(workspace_bytes))
+        return cls(head, workspace_or_default(workspace_bytes, head.weight.device))
 
     @property
     def dtype(self) -> torch.dtype:

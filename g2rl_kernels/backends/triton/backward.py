@@ -42,7 +42,9 @@ def logprobs_backward(
     grad_hidden = torch.zeros(N, d, dtype=torch.float32, device=device) if needs.hidden else None
     grad_weight = torch.zeros(V, d, dtype=dtype, device=device) if needs.weight else None
     grad_bias = torch.zeros(V, dtype=torch.float32, device=device) if need_bias else None
-    rows, columns = _chunks(N, V, workspace_or_default(workspace_bytes) // ((2 if scaled else 1) * dtype.itemsize))
+    rows, columns = _chunks(
+        N, V, workspace_or_default(workspace_bytes, device) // ((2 if scaled else 1) * dtype.itemsize)
+    )
     with exact_products(head.weight), on_device_of(hidden):
         for v0 in range(0, V if N else 0, columns):
             strip = range(v0, min(v0 + columns, V))

@@ -6,23 +6,22 @@ sums are held twice (`tiles.dot_rows`).
 
 from __future__ import annotations
 
-from g2rl_kernels.backends.triton.configs import Chip, Tile, tile_for
+from g2rl_kernels.backends.triton.configs import AMD_TILES, Chip, Tile, tile_for
 
 # Four warps, or at most 128 registers in eight, and half of the shared memory leave room for a second block.
 _LIGHT_90 = (
+    Tile(128, 128, 64, 8, 4, USE_TMA=True),
     Tile(128, 128, 64, 8, 3, USE_TMA=True),
-    Tile(128, 128, 128, 8, 3, USE_TMA=True),
     Tile(64, 256, 64, 8, 4, USE_TMA=True),
     Tile(256, 64, 64, 8, 4, USE_TMA=True),
-    Tile(64, 128, 64, 8, 4, USE_TMA=True),
     Tile(64, 128, 64, 4, 4, USE_TMA=True),
     Tile(64, 128, 128, 4, 3, USE_TMA=True),
 )
 _HEAVY_90 = (
+    Tile(64, 128, 64, 8, 4, USE_TMA=True),
     Tile(64, 128, 128, 8, 3, USE_TMA=True),
     Tile(128, 64, 64, 8, 4, USE_TMA=True),
     Tile(128, 64, 128, 8, 3, USE_TMA=True),
-    Tile(64, 64, 64, 4, 4, USE_TMA=True),
 )
 _LIGHT_100 = (
     Tile(128, 128, 64, 8, 3, USE_TMA=True),
@@ -38,43 +37,25 @@ _LIGHT_AMD = (Tile(128, 128, 32, 8, 2), Tile(64, 128, 64, 8, 2), Tile(128, 64, 6
 _HEAVY_AMD = (Tile(64, 128, 32, 8, 2), Tile(128, 64, 64, 8, 2), Tile(64, 64, 64, 4, 2))
 _PROJECTION_AMD = (Tile(64, 64, 64, 4, 2), Tile(64, 32, 64, 4, 2), Tile(128, 64, 64, 8, 2))
 
-# Kernel, chip whose tiles a chip can use -> tiles. For 16-bit inputs alone: fp32 products run on CUDA cores.
-_CANDIDATES: dict[tuple[str, Chip], tuple[Tile, ...]] = {
-    ("statistics", 80): _LIGHT_80,
-    ("statistics", 90): _LIGHT_90,
-    ("statistics", 100): _LIGHT_100,
-    ("statistics", "gfx942"): _LIGHT_AMD,
-    ("statistics+", 80): _HEAVY_80,
-    ("statistics+", 90): _HEAVY_90,
-    ("statistics+", 100): _HEAVY_100,
-    ("statistics+", "gfx942"): _HEAVY_AMD,
-    ("residuals", 80): _LIGHT_80,
-    ("residuals", 90): _LIGHT_90,
+# Of kernels with one name in the table, of those with more work, and of the projection, by chip whose tiles a chip can
+# use. For 16-bit inputs alone: fp32 products run on CUDA cores.
+_LIGHT: dict[Chip, tuple[Tile, ...]] = {80: _LIGHT_80, 90: _LIGHT_90, 100: _LIGHT_100, "gfx942": _LIGHT_AMD}
+_HEAVY: dict[Chip, tuple[Tile, ...]] = {80: _HEAVY_80, 90: _HEAVY_90, 100: _HEAVY_100, "gfx942": _HEAVY_AMD}
+_OF_PROJECTION: dict[Chip, tuple[Tile, ...]] = dict.fromkeys((80, 90, 100), _PROJECTION) | {"gfx942": _PROJECTION_AMD}
+# Those of a kernel that others of its kind have registers for.
+_OWN: dict[tuple[str, Chip], tuple[Tile, ...]] = {
     ("residuals", 100): _HEAVY_100,
-    ("residuals", "gfx942"): _LIGHT_AMD,
-    ("residuals+", 80): _HEAVY_80[:2],
-    ("residuals+", 90): _HEAVY_90,
-    ("residuals+", 100): _HEAVY_100[:1],
-    ("residuals+", "gfx942"): _HEAVY_AMD,
-    ("grad_logits", 80): _LIGHT_80,
-    ("grad_logits", 90): _LIGHT_90,
-    ("grad_logits", 100): _LIGHT_100,
-    ("grad_logits", "gfx942"): _LIGHT_AMD,
-    ("grad_logits+", 80): _HEAVY_80,
-    ("grad_logits+", 90): _HEAVY_90,
-    ("grad_logits+", 100): _HEAVY_100,
-    ("grad_logits+", "gfx942"): _HEAVY_AMD,
-    ("projection", 80): _PROJECTION,
-    ("projection", 90): _PROJECTION,
-    ("projection", 100): _PROJECTION,
-    ("projection", "gfx942"): _PROJECTION_AMD,
+    ("residuals-softcap", 80): _HEAVY_80[:2],
+    ("residuals-statistics", 80): _HEAVY_80[:2],
+    ("residuals-softcap", 100): _HEAVY_100[:1],
 }
-KERNELS = tuple(dict.fromkeys(kernel for kernel, _ in _CANDIDATES))
+KERNELS = tuple(dict.fromkeys(kernel for kernel, _ in AMD_TILES))
 
 
 def candidates(kernel: str, half: bool, chip: Chip) -> tuple[Tile, ...]:
     """The table's tile, then others, none twice."""
-    others = _CANDIDATES[kernel, _like(chip)] if half else ()
+    of_kind = _OF_PROJECTION if kernel == "projection" else _HEAVY if "-" in kernel else _LIGHT
+    others = _OWN.get((kernel, _like(chip)), of_kind[_like(chip)]) if half else ()
     return tuple(dict.fromkeys((tile_for(kernel, half, chip), *others)))
 
 

@@ -26,17 +26,17 @@ _REGISTERS = 65536
 # Calls of slow paths (fp64 division) save a few registers: not in a loop, not a spill.
 _MOST_STACK = 16
 
-# What kernels can be asked for beside their product; "+" in the table of tiles marks the second. A bias costs registers
-# in all of them.
-_LIGHT: dict[str, dict[str, Constant]] = {
+# All that a kernel may be asked for under a name of the table of tiles. A bias costs registers in all of them.
+_WORK: dict[str, dict[str, Constant]] = {
     "statistics": {"SOFTCAP": False, "KEEP": False},
+    "statistics-kept": {"SOFTCAP": False, "KEEP": True},
+    "statistics-softcap": {"SOFTCAP": True, "KEEP": True},
     "residuals": {"SOFTCAP": False, "STATISTICS": False, "ONLY_FLAGGED": True},
+    "residuals-statistics": {"SOFTCAP": False, "STATISTICS": True, "ONLY_FLAGGED": False},
+    "residuals-softcap": {"SOFTCAP": True, "STATISTICS": True, "ONLY_FLAGGED": False},
     "grad_logits": {"SOFTCAP": False, "SCALED": False},
-}
-_HEAVY: dict[str, dict[str, Constant]] = {
-    "statistics": {"SOFTCAP": True, "KEEP": True},
-    "residuals": {"SOFTCAP": True, "STATISTICS": True, "ONLY_FLAGGED": False},
-    "grad_logits": {"SOFTCAP": True, "SCALED": True},
+    "grad_logits-scaled": {"SOFTCAP": False, "SCALED": True},
+    "grad_logits-softcap": {"SOFTCAP": True, "SCALED": True},
 }
 
 
@@ -101,13 +101,13 @@ def parse_chip(name: str) -> Chip:
 
 def product_case(kernel: str, dtype: str, chip: Chip, tile: Tile) -> Case:
     """A kernel of the table of tiles, with all that it may have to do under that name."""
-    name = kernel.removesuffix("+")
+    name = kernel.partition("-")[0]
     blocks = {key: value for key, value in tile.kwargs().items() if key.startswith("BLOCK")}
     constants: dict[str, Constant] = {"UPCAST": False, "GROUP": configs.GROUP, **blocks}
     if name == "projection":
         constants["SPLIT"] = configs.PROJECTION_SPLIT
     else:
-        constants |= {"HAS_BIAS": True, "USE_TMA": tile.USE_TMA, **(_HEAVY if kernel.endswith("+") else _LIGHT)[name]}
+        constants |= {"HAS_BIAS": True, "USE_TMA": tile.USE_TMA, **_WORK[kernel]}
         if name == "statistics":
             constants["SPLIT"] = configs.STATISTICS_SPLIT
     if constants.get("SCALED") and dtype != "fp16":
@@ -162,7 +162,7 @@ def compile_case(case: Case) -> Compiled:
     compiled = triton.compile(
         ASTSource(function, signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("hip", case.chip, 64) if isinstance(case.chip, str) else GPUTarget("cuda", case.chip, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True},
     )
     shared, ttir = compiled.metadata.shared, compiled.asm["ttir"]
     if isinstance(case.chip, str):

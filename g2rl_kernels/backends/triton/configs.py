@@ -33,7 +33,16 @@ class Tile:
     USE_TMA: bool = False
 
     def kwargs(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"enable_fp_fusion": True}
+
+
+def warps(count: int) -> dict[str, Any]:
+    """How kernels without such a product are launched.
+
+    Products and sums are fused, which Triton will not do unasked from 3.10 on: half of the roundings, and of the time
+    of a soft cap's series.
+    """
+    return {"num_warps": count, "enable_fp_fusion": True}
 
 
 # Columns of one vocabulary split of the statistics pass and of the projection. They depend on nothing, so that a
@@ -43,47 +52,65 @@ PROJECTION_SPLIT = 8192
 # Programs of so many row blocks are launched next to each other: 16 x 8 tiles of H and W are in L2 at one time.
 GROUP = 16
 
-# Kernel, 16-bit inputs or not, oldest capability -> tile. "+" marks a kernel that does more after its product (keeps
-# logits, finds statistics, scales gradients, applies a soft cap): its tile is smaller where registers would spill to
-# memory. fp32 products run on CUDA cores.
+# Kernel, 16-bit inputs or not, oldest capability -> tile. A kernel that does more after its product has a name of its
+# own, as its registers may not suffice for the same tile: "-kept" stores logits, "-statistics" finds sums too,
+# "-scaled" stores gradients twice, "-softcap" is for all that the kernel may do beside a soft cap. fp32 products run on
+# CUDA cores.
+#
+# 9.0: 128 x 128 wherever registers allow, for the L2 cache is the limit: with 64 x 128 a kernel reads half as much
+# again for each product. 128 deep, as tensor cores' sums keep to the bounds over 128 products (`tiles.dot_rows`), and
+# each addition to the fp32 sum waits for them.
+# 10.0: sums of products live in tensor memory, and each addition reads them from there, so that wider tiles gain less
+# than a second block on the chip's core, which works while the first waits: tiles take half of the registers and of the
+# shared memory where they can. Not measured.
 TILES: dict[tuple[str, bool, int], Tile] = {
     ("statistics", True, 80): Tile(128, 128, 32, 8, 4),
-    ("statistics", True, 90): Tile(128, 128, 64, 8, 4, USE_TMA=True),
-    ("statistics+", True, 80): Tile(64, 128, 32, 8, 4),
-    ("statistics+", True, 90): Tile(64, 128, 64, 8, 4, USE_TMA=True),
+    ("statistics", True, 90): Tile(128, 128, 128, 8, 3, USE_TMA=True),
+    ("statistics", True, 100): Tile(128, 128, 64, 8, 4, USE_TMA=True),
+    ("statistics-kept", True, 80): Tile(64, 128, 32, 8, 4),
+    ("statistics-kept", True, 90): Tile(128, 128, 128, 8, 3, USE_TMA=True),
+    ("statistics-kept", True, 100): Tile(64, 128, 64, 8, 4, USE_TMA=True),
+    ("statistics-softcap", True, 80): Tile(64, 128, 32, 8, 4),
+    ("statistics-softcap", True, 90): Tile(64, 128, 128, 8, 3, USE_TMA=True),
+    ("statistics-softcap", True, 100): Tile(64, 128, 64, 8, 4, USE_TMA=True),
     ("residuals", True, 80): Tile(128, 128, 32, 8, 4),
-    ("residuals", True, 90): Tile(128, 128, 64, 8, 4, USE_TMA=True),
+    ("residuals", True, 90): Tile(128, 128, 128, 8, 3, USE_TMA=True),
     ("residuals", True, 100): Tile(64, 128, 64, 8, 4, USE_TMA=True),
-    ("residuals+", True, 80): Tile(64, 128, 32, 8, 4),
-    ("residuals+", True, 90): Tile(64, 128, 64, 8, 4, USE_TMA=True),
+    ("residuals-statistics", True, 80): Tile(64, 128, 32, 8, 4),
+    ("residuals-statistics", True, 90): Tile(128, 128, 64, 8, 4, USE_TMA=True),
+    ("residuals-statistics", True, 100): Tile(64, 128, 64, 8, 4, USE_TMA=True),
+    ("residuals-softcap", True, 80): Tile(64, 128, 32, 8, 4),
+    ("residuals-softcap", True, 90): Tile(64, 128, 128, 8, 3, USE_TMA=True),
+    ("residuals-softcap", True, 100): Tile(64, 128, 64, 8, 4, USE_TMA=True),
     ("grad_logits", True, 80): Tile(128, 128, 32, 8, 4),
-    ("grad_logits", True, 90): Tile(128, 128, 64, 8, 4, USE_TMA=True),
-    ("grad_logits+", True, 80): Tile(64, 128, 32, 8, 4),
-    ("grad_logits+", True, 90): Tile(64, 128, 64, 8, 4, USE_TMA=True),
+    ("grad_logits", True, 90): Tile(128, 128, 128, 8, 3, USE_TMA=True),
+    ("grad_logits", True, 100): Tile(128, 128, 64, 8, 4, USE_TMA=True),
+    ("grad_logits-scaled", True, 80): Tile(64, 128, 32, 8, 4),
+    ("grad_logits-scaled", True, 90): Tile(64, 128, 128, 8, 3, USE_TMA=True),
+    ("grad_logits-scaled", True, 100): Tile(64, 128, 64, 8, 4, USE_TMA=True),
+    ("grad_logits-softcap", True, 80): Tile(64, 128, 32, 8, 4),
+    ("grad_logits-softcap", True, 90): Tile(64, 128, 128, 8, 3, USE_TMA=True),
+    ("grad_logits-softcap", True, 100): Tile(64, 128, 64, 8, 4, USE_TMA=True),
     ("projection", True, 80): Tile(64, 64, 64, 4, 3),
     ("statistics", False, 80): Tile(64, 64, 16, 8, 2),
-    ("statistics+", False, 80): Tile(32, 64, 16, 4, 2),
+    ("statistics-kept", False, 80): Tile(64, 64, 16, 8, 2),
+    ("statistics-softcap", False, 80): Tile(32, 64, 16, 4, 2),
     ("residuals", False, 80): Tile(64, 64, 16, 8, 2),
-    ("residuals+", False, 80): Tile(32, 64, 16, 4, 2),
+    ("residuals-statistics", False, 80): Tile(64, 64, 16, 8, 2),
+    ("residuals-softcap", False, 80): Tile(32, 64, 16, 4, 2),
     ("grad_logits", False, 80): Tile(64, 64, 16, 8, 2),
-    ("grad_logits+", False, 80): Tile(32, 64, 16, 4, 2),
+    ("grad_logits-scaled", False, 80): Tile(64, 64, 16, 8, 2),
+    ("grad_logits-softcap", False, 80): Tile(32, 64, 16, 4, 2),
     ("projection", False, 80): Tile(64, 32, 64, 8, 2),
 }
 # The same for AMD chips, whichever: warps of 64 lanes, 64 KB of shared memory, two stages, no TMA.
+_AMD, _AMD_HEAVY, _AMD_FP32 = Tile(128, 128, 64, 8, 2), Tile(64, 128, 64, 8, 2), Tile(64, 64, 16, 8, 2)
 AMD_TILES: dict[tuple[str, bool], Tile] = {
-    ("statistics", True): Tile(128, 128, 64, 8, 2),
-    ("statistics+", True): Tile(64, 128, 64, 8, 2),
-    ("residuals", True): Tile(128, 128, 64, 8, 2),
-    ("residuals+", True): Tile(64, 128, 64, 8, 2),
-    ("grad_logits", True): Tile(128, 128, 64, 8, 2),
-    ("grad_logits+", True): Tile(64, 128, 64, 8, 2),
+    (kernel, half): (_AMD_HEAVY if "-" in kernel else _AMD) if half else _AMD_FP32
+    for kernel, half, _ in TILES
+    if kernel != "projection"
+} | {
     ("projection", True): Tile(64, 64, 64, 8, 2),
-    ("statistics", False): Tile(64, 64, 16, 8, 2),
-    ("statistics+", False): Tile(64, 64, 16, 8, 2),
-    ("residuals", False): Tile(64, 64, 16, 8, 2),
-    ("residuals+", False): Tile(64, 64, 16, 8, 2),
-    ("grad_logits", False): Tile(64, 64, 16, 8, 2),
-    ("grad_logits+", False): Tile(64, 64, 16, 8, 2),
     ("projection", False): Tile(64, 32, 64, 8, 2),
 }
 # On chips with TMA, for rows that it cannot address.
@@ -100,12 +127,13 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def tile(kernel: str, hidden: torch.Tensor, weight: torch.Tensor, heavy: bool = False) -> Tile:
-    """The tile in use for these inputs; `heavy` for the work that "+" marks."""
+def tile(kernel: str, hidden: torch.Tensor, weight: torch.Tensor, work: str = "") -> Tile:
+    """The tile in use for these inputs; `work` is what a name in the table has behind its dash."""
     tma = _tma_addressable(hidden) and _tma_addressable(weight)
     if not hidden.is_cuda:
         return replace(_INTERPRETED, USE_TMA=tma)
-    return tile_for(kernel + "+" * heavy, hidden.element_size() == 2, chip_of(hidden.device), tma)
+    name = f"{kernel}-{work}" if work else kernel
+    return tile_for(name, hidden.element_size() == 2, chip_of(hidden.device), tma)
 
 
 def chip_of(device: torch.device) -> Chip:

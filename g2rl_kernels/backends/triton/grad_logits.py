@@ -99,7 +99,8 @@ def grad_logits(
 ) -> None:
     """Write G [N, len(strip)] for rows_in [6, N], where g, g' and the target's gradient include logit_scale / T."""
     N, D = hidden.shape
-    tile = configs.tile("grad_logits", hidden, head.weight, heavy=G_even is not None or head.softcap > 0)
+    work = "softcap" if head.softcap > 0 else "scaled" if G_even is not None else ""
+    tile = configs.tile("grad_logits", hidden, head.weight, work)
     h, w = operands(hidden, head.weight, tile)
     _grad_logits_kernel[(triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(len(strip), tile.BLOCK_V),)](
         h,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from g2rl_kernels.backends.triton import configs
 from g2rl_kernels.backends.triton.inputs import on_device_of, unit_stride
 from g2rl_kernels.records import RULES, GroupAdvantages, Shaping
 
@@ -167,6 +168,6 @@ def g2rl_advantages(
                 BLOCK_M=block_m,
                 BLOCK_ROWS=_LEAST,
                 BLOCK_D=_BLOCK_D,
-                num_warps=4 if block_m <= 32 else 8,
+                **configs.warps(4 if block_m <= 32 else 8),
             )
     return GroupAdvantages(advantages, shaped_rewards, scores, similarity)

@@ -83,7 +83,7 @@ class _Batch:
     @classmethod
     def of(cls, hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> _Batch:
         """From an op's arguments."""
-        workspace_bytes = workspace_or_default(workspace_bytes)
+        workspace_bytes = workspace_or_default(workspace_bytes, hidden.device)
         return cls(unit_stride(hidden), addressable(head), targets.contiguous(), workspace_bytes)
 
     def empty(self, *shape: int) -> Tensor:

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from g2rl_kernels.backends.triton import configs
 from g2rl_kernels.backends.triton.tiles import apply_options
 from g2rl_kernels.records import Head
 
 _BLOCK_V = 512
+_TOKENS = 4
 
 
 @triton.jit(do_not_specialize=["first", "last"])
@@ -37,6 +39,7 @@ def _kept_kernel(
     scale,
     SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     b = tl.program_id(0) // tiles
     v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -44,16 +47,21 @@ def _kept_kernel(
     end = tl.minimum(tl.load(cu_seqlens + b + 1).to(tl.int32), last)
     at = R + b.to(tl.int64) * V + v
     r = tl.load(at, mask=v < V, other=0.0)
-    for n in range(start, end):
-        # Rows of `kept` and columns of `terms` count from the chunk's first token.
-        t = n - first
-        z = tl.load(kept + tl.cast(t, tl.int64) * stride_kept + v, mask=v < V, other=0.0)
-        y = tl.load(targets + n).to(tl.int32)
-        m = tl.load(terms + t)
-        a = tl.load(terms + stride_terms + t)
-        of_target = tl.load(terms + 2 * stride_terms + t)
-        u, slope = apply_options(z, inner_scale, scale, SOFTCAP)
-        r += tl.where(v == y, of_target, -(tl.exp(u - m) * slope * a))
+    for n0 in range(start, end, TOKENS):
+        # Loads of several tokens are under way at once; they are added one by one.
+        for i in tl.static_range(TOKENS):
+            n = n0 + i
+            inside = n < end
+            # Rows of `kept` and columns of `terms` count from the chunk's first token.
+            t = n - first
+            z = tl.load(kept + tl.cast(t, tl.int64) * stride_kept + v, mask=v < tl.where(inside, V, 0), other=0.0)
+            y = tl.load(targets + n, mask=inside, other=-1).to(tl.int32)
+            m = tl.load(terms + t, mask=inside, other=0.0)
+            a = tl.load(terms + stride_terms + t, mask=inside, other=0.0)
+            of_target = tl.load(terms + 2 * stride_terms + t, mask=inside, other=0.0)
+            u, slope = apply_options(z, inner_scale, scale, SOFTCAP)
+            # Behind the last token this adds 0.
+            r += tl.where(v == y, of_target, -(tl.exp(u - m) * slope * a))
     tl.store(at, r, mask=v < V)
 
 
@@ -79,5 +87,6 @@ def add_kept(
         head.scale,
         SOFTCAP=head.softcap > 0,
         BLOCK_V=_BLOCK_V,
-        num_warps=4,
+        TOKENS=_TOKENS,
+        **configs.warps(4),
     )

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from g2rl_kernels.backends.triton import configs
 from g2rl_kernels.backends.triton.tiles import LOWEST, apply_options, log1p_of_ratio
 from g2rl_kernels.records import Head
 
@@ -129,6 +130,6 @@ def merge(
         FEATURES=features,
         BLOCK_N=_BLOCK_N,
         BLOCK_SPLITS=_BLOCK_SPLITS,
-        num_warps=4,
+        **configs.warps(4),
     )
     return terms

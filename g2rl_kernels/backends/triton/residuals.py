@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from g2rl_kernels.backends.triton import configs
+from g2rl_kernels.backends.triton.configs import Tile
 from g2rl_kernels.backends.triton.inputs import bias_or_weight, constants, operands
 from g2rl_kernels.backends.triton.tiles import LOWEST, apply_options, dot_rows, grouped, load_rows
 from g2rl_kernels.records import Head
@@ -111,6 +112,11 @@ def _residuals_kernel(
         tl.store(R + tl.cast(b, tl.int64) * V + v, r, mask=v < V)
 
 
+def _tile(hidden: Tensor, head: Head, statistics: bool) -> Tile:
+    work = "softcap" if head.softcap > 0 else "statistics" if statistics else ""
+    return configs.tile("residuals", hidden, head.weight, work)
+
+
 def residuals(
     hidden: Tensor,
     head: Head,
@@ -128,7 +134,7 @@ def residuals_and_statistics(
     hidden: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor, token_weights: Tensor, lse: Tensor, R: Tensor
 ) -> Tensor:
     """Write R [B, V] without targets, taking lse [N] for exact; returns partials [4, tiles, N], all set but m."""
-    tiles = triton.cdiv(head.V, configs.tile("residuals", hidden, head.weight, heavy=True).BLOCK_V)
+    tiles = triton.cdiv(head.V, _tile(hidden, head, True).BLOCK_V)
     partials = torch.empty(4, tiles, hidden.shape[0], dtype=torch.float32, device=hidden.device)
     _launch(hidden, head, targets, cu_seqlens, lse, token_weights, token_weights, R, partials=partials)
     return partials
@@ -136,7 +142,7 @@ def residuals_and_statistics(
 
 def statistics_bytes(hidden: Tensor, head: Head) -> int:
     """Of `partials`, for one token."""
-    return 4 * 4 * triton.cdiv(head.V, configs.tile("residuals", hidden, head.weight, heavy=True).BLOCK_V)
+    return 4 * 4 * triton.cdiv(head.V, _tile(hidden, head, True).BLOCK_V)
 
 
 def _launch(
@@ -153,7 +159,7 @@ def _launch(
 ) -> None:
     B = R.shape[0]
     N, D = hidden.shape
-    tile = configs.tile("residuals", hidden, head.weight, heavy=partials is not None or head.softcap > 0)
+    tile = _tile(hidden, head, partials is not None)
     h, w = operands(hidden, head.weight, tile)
     _residuals_kernel[((B if flagged is None else 1) * triton.cdiv(head.V, tile.BLOCK_V),)](
         h,

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from g2rl_kernels.backends.triton import configs
+
 # Of S_t, relative: its summation moves it by 1e-6 at most.
 _TOLERANCE = tl.constexpr(3e-6)
 # lse is a fp32 number, off by half a unit in the last place; fp32 has 23 bits after the leading one.
@@ -79,7 +81,7 @@ def inverse_weights(cu_seqlens: Tensor, token_weights: Tensor) -> Tensor:
     inverse = torch.empty(B, dtype=torch.float32, device=token_weights.device)
     a = token_weights
     if B:
-        _responses_kernel[(B,)](cu_seqlens, a, a, a, inverse, a, GIVEN=False, BLOCK_N=_BLOCK_N, num_warps=4)
+        _responses_kernel[(B,)](cu_seqlens, a, a, a, inverse, a, GIVEN=False, BLOCK_N=_BLOCK_N, **configs.warps(4))
     return inverse
 
 
@@ -93,7 +95,7 @@ def inverse_and_flags(
     flagged = torch.empty(1 + B, dtype=torch.int32, device=S.device)
     if B:
         _responses_kernel[(B,)](
-            cu_seqlens, token_weights, S, lse, inverse, flags, GIVEN=True, BLOCK_N=_BLOCK_N, num_warps=4
+            cu_seqlens, token_weights, S, lse, inverse, flags, GIVEN=True, BLOCK_N=_BLOCK_N, **configs.warps(4)
         )
-    _flagged_kernel[(1,)](flags, flagged, B, BLOCK_B=_BLOCK_B, num_warps=4)
+    _flagged_kernel[(1,)](flags, flagged, B, BLOCK_B=_BLOCK_B, **configs.warps(4))
     return inverse, flags, flagged

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from g2rl_kernels.backends.triton import configs
+from g2rl_kernels.backends.triton.configs import Tile
 from g2rl_kernels.backends.triton.inputs import bias_or_weight, constants, operands
 from g2rl_kernels.backends.triton.tiles import LOWEST, NO_WORDS, apply_options, dot_rows, grouped, load_rows
 from g2rl_kernels.records import Head
@@ -98,9 +99,13 @@ def _statistics_kernel(
     tl.store(partials + (row + 3 * splits) * N + n, z_y, mask=n < N)
 
 
+def _tile(hidden: Tensor, head: Head, keep: bool) -> Tile:
+    return configs.tile("statistics", hidden, head.weight, "softcap" if head.softcap > 0 else "kept" if keep else "")
+
+
 def room_for_logits(hidden: Tensor, head: Head, rows: int) -> Tensor:
     """Memory for `kept`: [rows, V] rounded up to whole tiles, fp32."""
-    tile = configs.tile("statistics", hidden, head.weight, heavy=True)
+    tile = _tile(hidden, head, True)
     shape = (triton.cdiv(rows, tile.BLOCK_N) * tile.BLOCK_N, triton.cdiv(head.V, tile.BLOCK_V) * tile.BLOCK_V)
     return torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
@@ -109,7 +114,7 @@ def statistics(hidden: Tensor, head: Head, targets: Tensor, kept: Tensor | None 
     """partials [4, splits, N] of tokens hidden [N, d]; `kept` from `room_for_logits` receives raw logits."""
     N, D = hidden.shape
     V = head.V
-    tile = configs.tile("statistics", hidden, head.weight, heavy=kept is not None or head.softcap > 0)
+    tile = _tile(hidden, head, kept is not None)
     split = configs.statistics_split(hidden)
     partials = torch.empty(4, triton.cdiv(V, split), N, dtype=torch.float32, device=hidden.device)
     h, w = operands(hidden, head.weight, tile)

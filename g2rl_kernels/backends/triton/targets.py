@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from g2rl_kernels.backends.triton import configs
+
 _BLOCK_N = 32
 _BLOCK_V = 512
 
@@ -45,5 +47,15 @@ def add_targets(targets: Tensor, cu_seqlens: Tensor, terms: Tensor, flags: Tenso
     B, V = R.shape
     tiles = triton.cdiv(V, _BLOCK_V)
     _targets_kernel[(B * tiles,)](
-        targets, cu_seqlens, terms[2], terms[3], flags, R, V, tiles, BLOCK_N=_BLOCK_N, BLOCK_V=_BLOCK_V, num_warps=4
+        targets,
+        cu_seqlens,
+        terms[2],
+        terms[3],
+        flags,
+        R,
+        V,
+        tiles,
+        BLOCK_N=_BLOCK_N,
+        BLOCK_V=_BLOCK_V,
+        **configs.warps(4),
     )
