@@ -2,7 +2,7 @@
 
 A backend is a module with one plain function for each op that it serves, named as the op is, and a function
 ``unavailable(device, dtype) -> str | None`` that says why it cannot serve here. `resolve` takes the first that can, in
-the order of `BACKENDS`.
+the order of `BACKENDS`; a compiled GPU backend only once it is known to be right on the device: see `self_check`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
 
 import torch
+
+from g2rl_kernels import self_check
+from g2rl_kernels.records import Head
+from g2rl_kernels.self_check import Subject, Verdict
 
 ENVIRONMENT_VARIABLE = "G2RL_KERNELS_BACKEND"
 
@@ -40,12 +44,14 @@ class Backend:
         module: the module that holds its functions; loaded when first asked for.
         automatic: device types on which it is chosen without being named; None stands for all of them.
         missing: what to say where the module does not exist in this installation.
+        checked: whether it serves a GPU without being named only once a measured run or its self-check stands for it.
     """
 
     name: str
     module: str
     automatic: tuple[str, ...] | None = None
     missing: str = "not part of this version"
+    checked: bool = False
 
     def is_automatic(self, device: torch.device) -> bool:
         return self.automatic is None or device.type in self.automatic
@@ -53,9 +59,8 @@ class Backend:
 
 # Fastest first.
 BACKENDS = (
-    Backend("cuda", "g2rl_kernels.backends.cuda", missing="this version has no CUDA C++ kernels"),
-    # On request until measured: compiled for each chip and run in Triton's interpreter, not yet on a GPU.
-    Backend("triton", "g2rl_kernels.backends.triton", automatic=()),
+    Backend("cuda", "g2rl_kernels.backends.cuda", ("cuda",), "this version has no CUDA C++ kernels", checked=True),
+    Backend("triton", "g2rl_kernels.backends.triton", ("cuda",), checked=True),
     Backend("native", "g2rl_kernels.backends.native", missing="this version has no compiled CPU kernels"),
     Backend("torch", "g2rl_kernels.backends.eager"),
     Backend("reference", "g2rl_kernels.backends.reference", automatic=()),
@@ -91,8 +96,11 @@ def _refusal(backend: Backend, op: str, device: torch.device, dtype: torch.dtype
     return reason
 
 
-def resolve(op: str, device: torch.device, dtype: torch.dtype) -> Callable:
+def resolve(op: str, device: torch.device, dtype: torch.dtype, head: Head | None = None) -> Callable:
     """The function that runs `op` on tensors of this device and dtype.
+
+    Args:
+        head: of a head op, where its options decide which kernels are to be checked; None for a plain one.
 
     Raises:
         RuntimeError: a backend was asked for by name and cannot serve; the message says why.
@@ -105,8 +113,11 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype) -> Callable:
             raise RuntimeError(f"backend {forced!r} cannot run {op} on {device.type} {dtype}: {reason}")
         return getattr(_load(backend), op)
     for backend in BACKENDS:
-        if backend.is_automatic(device) and _refusal(backend, op, device, dtype) is None:
-            return getattr(_load(backend), op)
+        if not backend.is_automatic(device) or _refusal(backend, op, device, dtype) is not None:
+            continue
+        if backend.checked and self_check.refusal(Subject.of(backend.name, op, dtype, head), device) is not None:
+            continue
+        return getattr(_load(backend), op)
     raise AssertionError("the torch backend serves every op on every device")
 
 
@@ -139,12 +150,12 @@ class use_backend:
 
 
 def explain() -> str:
-    """Which backend serves which op on this machine, by device and dtype, and why the faster ones do not."""
+    """Which backend serves which op on this machine, by device and dtype, and why the faster ones do not.
+
+    For backends with a self-check it says what was checked and when; nothing is checked by asking.
+    """
     devices = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: {', '.join(map(str, devices))}"]
-    native = _load(_backend("native"))
-    if native is not None and native.unavailable(devices[0], torch.float32) is None:
-        lines.append(native.describe())
     forced = _forced or os.environ.get(ENVIRONMENT_VARIABLE)
     if forced:
         lines.append(f"backend set by name: {forced}")
@@ -155,7 +166,7 @@ def explain() -> str:
             reasons: dict[str, list[str]] = {}
             for op in OPS:
                 for backend in BACKENDS:
-                    reason = _refusal(backend, op, device, dtype)
+                    reason = _known_refusal(backend, op, device, dtype)
                     if (backend.name == forced) if forced else (backend.is_automatic(device) and reason is None):
                         served.setdefault(backend.name, []).append(op)
                         break
@@ -163,7 +174,45 @@ def explain() -> str:
                     reasons.setdefault(f"{backend.name}: {why}", []).append(op)
             for name, ops in served.items():
                 lines.append(f"  {name:10s} serves {', '.join(ops)}")
+                if _backend(name).checked and not forced:
+                    lines += [f"  {'':10s} {text}" for text in _checks(name, ops, device, dtype)]
             for why, ops in reasons.items():
                 scope = "" if len(ops) == len(OPS) else f" ({', '.join(ops)})"
                 lines.append(f"  not {why}{scope}")
     return "\n".join(lines)
+
+
+def _known_refusal(backend: Backend, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """`_refusal`, or how an earlier self-check failed."""
+    reason = _refusal(backend, op, device, dtype)
+    if reason is None and backend.checked and backend.is_automatic(device):
+        found = self_check.known(Subject.of(backend.name, op, dtype, None), device)
+        if found is not None and not found.passed:
+            return f"self-{found}"
+    return reason
+
+
+def _checks(backend: str, ops: list[str], device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What stands for a backend that serves `ops` on this device."""
+    lines = []
+    for subject in dict.fromkeys(Subject.of(backend, op, dtype, None) for op in ops):
+        run = self_check.measured(subject, device)
+        found = self_check.known(subject, device)
+        lines.append(f"{subject.work}: {run or found or 'will be checked when first used'}")
+    return lines
+
+
+def check_all(device: torch.device) -> Iterator[tuple[Subject, Verdict]]:
+    """Run the self-check of every backend, dtype and kind of head on a device, whatever is known of them."""
+    for backend in BACKENDS:
+        subjects = []
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            if backend.checked and backend.is_automatic(device):
+                if _refusal(backend, "sequence_features", device, dtype) is None:
+                    plain = Subject.of(backend.name, "sequence_features", dtype, None)
+                    kinds = ("", "+bias", "+softcap", "+bias+softcap")
+                    subjects += [replace(plain, work=plain.work + kind) for kind in kinds]
+                if _refusal(backend, "g2rl_advantages", device, dtype) is None:
+                    subjects.append(Subject.of(backend.name, "g2rl_advantages", dtype, None))
+        for subject in dict.fromkeys(subjects):
+            yield subject, self_check.run(subject, device)

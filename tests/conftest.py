@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from g2rl_kernels import dispatch, use_backend
+from g2rl_kernels import dispatch, self_check, use_backend
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,8 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def automatic_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test starts from the automatic choice of backend and leaves no other behind."""
+    """Each test starts from the automatic choice of backend and leaves no other behind.
+
+    Nothing is checked before it serves: that is what tests are for.
+    """
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setenv(self_check.ENVIRONMENT_VARIABLE, "skip")
     use_backend(None)
     yield
     use_backend(None)

@@ -20,10 +20,12 @@ SOURCES = {"g2rl_kernels": ROOT / "g2rl_kernels", "g2rl": ROOT / "python" / "g2r
 LAYERS = {
     "g2rl_kernels": (
         ("version", "checks", "products", "records", "workspace"),
+        ("self_check",),
         ("distributed", "backends"),
         ("dispatch",),
         ("ops",),
         ("__init__", "testing"),
+        ("self_check_run",),
         ("__main__",),
     ),
     "g2rl": (

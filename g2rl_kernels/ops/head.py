@@ -214,8 +214,9 @@ def _token_logprobs(
     workspace_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check_targets(targets, weight.shape[0])
-    run = resolve("token_logprobs", hidden.device, hidden.dtype)
-    return tuple(run(hidden, Head(weight, bias, temperature, logit_scale, softcap), targets, workspace_bytes))
+    head = Head(weight, bias, temperature, logit_scale, softcap)
+    run = resolve("token_logprobs", hidden.device, hidden.dtype, head)
+    return tuple(run(hidden, head, targets, workspace_bytes))
 
 
 @_token_logprobs.register_fake
@@ -244,8 +245,8 @@ def _sequence_features(
         lowest = float(token_weights.min())
         if not lowest >= 0:
             raise ValueError(f"token_weights: expected values >= 0, found {lowest}")
-    run = resolve("sequence_features", hidden.device, hidden.dtype)
     head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights, lse)
+    run = resolve("sequence_features", hidden.device, hidden.dtype, head)
     return tuple(run(hidden, head, targets, responses, workspace_bytes))
 
 
@@ -276,8 +277,8 @@ def _logprobs_backward(
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for hidden, weight and bias; those that `needs` does not ask for are tensors without elements."""
-    run = resolve("logprobs_backward", hidden.device, hidden.dtype)
     head, saved = Head(weight, bias, temperature, logit_scale, softcap), TokenLogprobs(logps, entropy, lse)
+    run = resolve("logprobs_backward", hidden.device, hidden.dtype, head)
     grads = run(grad_logps, grad_entropy, hidden, head, targets, saved, Needs(*needs), workspace_bytes)
     grad_hidden, grad_weight, grad_bias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return grad_hidden, grad_weight, grad_bias

@@ -528,5 +528,16 @@ def test_public_names() -> None:
     assert len(set(g2rl_kernels.__all__)) == len(g2rl_kernels.__all__)
     assert all(hasattr(g2rl_kernels, name) for name in g2rl_kernels.__all__)
     public = {name for name in vars(g2rl_kernels) if not name.startswith("_") and name not in sys.modules}
-    modules = {"backends", "checks", "dispatch", "ops", "products", "records", "testing", "version", "workspace"}
+    modules = {
+        "backends",
+        "checks",
+        "dispatch",
+        "ops",
+        "products",
+        "records",
+        "self_check",
+        "testing",
+        "version",
+        "workspace",
+    }
     assert public - modules <= set(g2rl_kernels.__all__)

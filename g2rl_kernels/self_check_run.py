@@ -1,0 +1,214 @@
+"""The self-check itself: ``python -m g2rl_kernels.self_check_run BACKEND DEVICE DTYPE WORK``, run by `self_check`.
+
+Prints "check: NAME" as each check begins, and at last one line of JSON: {"passed", "check", "detail"}. It stops at the
+first that fails.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from g2rl_kernels import testing
+from g2rl_kernels.dispatch import use_backend
+from g2rl_kernels.ops.groups import g2rl_advantages
+from g2rl_kernels.ops.head import LMHead, sequence_features, token_logprobs
+from g2rl_kernels.records import Gradients, SequenceFeatures, Shaping
+from g2rl_kernels.testing import HeadSample, Options, Shape
+
+LAUNCHES = 20
+# Lengths around tiles of 128 tokens; d of a multiple of 8, which TMA can address, and not; V beyond two tiles' edge.
+LENGTHS = (1, 0, 130, 129, 37)
+SIZES = ((1032, 4176), (1031, 1105))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the command line asks for.
+
+    Attributes:
+        bias, softcap: whether the head has them. Other options are numbers to kernels, and are all set.
+        sizes: (d, V) of the head problems.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    bias: bool
+    softcap: bool
+    sizes: tuple[tuple[int, int], ...] = SIZES
+
+    @functools.cached_property
+    def samples(self) -> list[HeadSample]:
+        bias = "float32" if self.bias else None
+        options = Options(bias, temperature=0.7, logit_scale=1.25, softcap=8.0 if self.softcap else None)
+        return [
+            testing.head_sample(Shape(LENGTHS, d, V, ""), self.dtype, self.device, kind=kind, options=options)
+            for (d, V), kind in zip(self.sizes, ("peaked", "random"), strict=True)
+        ]
+
+    @functools.cached_property
+    def expected(self) -> list[SequenceFeatures]:
+        return [testing.oracle(s) for s in self.samples]
+
+
+def plans(s: HeadSample, expected: SequenceFeatures) -> Iterator[tuple[str, dict[str, object]]]:
+    """Every way in which a backend may compute features: arguments that lead to it."""
+    rows = 4 * s.head.weight.shape[0]
+    lse = expected.lse.float()
+    yield "as it comes", {}
+    yield "in a workspace of 60 rows of logits", {"workspace_bytes": 60 * rows}
+    yield "lse given", {"lse": lse}
+    off = 1e-4 * (torch.arange(lse.shape[0], device=lse.device) % 3)
+    yield "lse given, too far off", {"lse": lse + off}
+
+
+def features(s: HeadSample, **arguments: object) -> SequenceFeatures:
+    return sequence_features(s.hidden, s.head, s.targets, s.cu_seqlens, s.token_weights, **arguments)  # type: ignore[arg-type]
+
+
+def check_bounds(setting: Setting) -> None:
+    """Of log p, entropy and features against float64."""
+    for s, expected in zip(setting.samples, setting.expected, strict=True):
+        testing.assert_bounds(token_logprobs(s.hidden, s.head, s.targets), expected)
+        for plan, arguments in plans(s, expected):
+            with _named(plan):
+                testing.assert_bounds(features(s, **arguments), expected, s.cu_seqlens)
+
+
+def check_gradients(setting: Setting) -> None:
+    for s in setting.samples:
+        random = torch.Generator().manual_seed(1)
+        upstream = torch.randn(2, s.hidden.shape[0], generator=random).to(setting.device)
+        leaves = [None if x is None else x.detach().requires_grad_() for x in (s.hidden, s.head.weight, s.head.bias)]
+        hidden, weight, bias = leaves
+        assert hidden is not None and weight is not None
+        head = LMHead(weight, bias, s.head.temperature, s.head.logit_scale, s.head.softcap)
+        out = token_logprobs(hidden, head, s.targets)
+        torch.autograd.backward((out.logps, out.entropy), tuple(upstream))
+        found = Gradients(*(None if x is None else x.grad for x in leaves))
+        testing.assert_gradients(found, *testing.oracle_gradients(s, *upstream))
+
+
+def check_repeated(setting: Setting) -> None:
+    """The same bits in each of many launches."""
+    s, expected = setting.samples[0], setting.expected[0]
+    for plan, arguments in plans(s, expected):
+        first = features(s, **arguments)
+        for _ in range(LAUNCHES - 1):
+            with _named(plan):
+                _same_bits(features(s, **arguments), first)
+
+
+def check_batch(setting: Setting) -> None:
+    """Of a response, whatever else is in its batch: all of them in another order, then one alone."""
+    s, expected = setting.samples[0], setting.expected[0]
+    responses = [range(*s.cu_seqlens[b : b + 2].tolist()) for b in range(len(LENGTHS))]
+    for plan, arguments in plans(s, expected):
+        together = features(s, **arguments)
+        for order in ((4, 2, 3, 1, 0), (3,)):
+            tokens = torch.tensor([t for b in order for t in responses[b]], device=setting.device)
+            cu_seqlens = torch.tensor([0, *(len(responses[b]) for b in order)], device=setting.device).cumsum(0)
+            moved = HeadSample(s.hidden[tokens], s.head, s.targets[tokens], cu_seqlens, s.token_weights[tokens])
+            lse = arguments.get("lse")
+            of_moved = arguments | ({"lse": lse[tokens]} if isinstance(lse, Tensor) else {})
+            with _named(plan):
+                expect = SequenceFeatures(together.features[list(order)], *(x[tokens] for x in together[1:]))
+                _same_bits(features(moved, **of_moved), expect)
+
+
+def check_nan(setting: Setting) -> None:
+    """A NaN shows in its token and response, and nowhere else."""
+    for s, expected in zip(setting.samples, setting.expected, strict=True):
+        first = int(s.cu_seqlens[3])
+        hidden = s.hidden.clone()
+        hidden[first] = torch.nan
+        others = torch.tensor([0, 1, 2, 4], device=setting.device)
+        rest = torch.arange(hidden.shape[0], device=setting.device) != first
+        for plan, arguments in plans(s, expected):
+            clean = features(s, **arguments)
+            found = sequence_features(hidden, s.head, s.targets, s.cu_seqlens, s.token_weights, **arguments)  # type: ignore[arg-type]
+            with _named(plan):
+                assert found.logps[first].isnan() and found.features[3].isnan().any(), "a NaN of hidden does not show"
+                _same_bits(
+                    SequenceFeatures(found.features[others], *(x[rest] for x in found[1:])),
+                    SequenceFeatures(clean.features[others], *(x[rest] for x in clean[1:])),
+                )
+
+
+def check_groups(setting: Setting) -> None:
+    """The group op against the reference, and its bits in many launches."""
+    random = torch.Generator().manual_seed(2)
+    cu_groups = torch.tensor([0, 16, 17, 17, 40], device=setting.device)
+    phi = torch.randn(40, 1032, generator=random).to(setting.device)
+    phi[5] = 0
+    rewards = torch.where(torch.rand(40, generator=random) > 0.5, 1.0, -1.0).to(setting.device)
+    for shaping in (Shaping(), Shaping(0.5, 1.2, "centered", 1e-2, "drop"), Shaping(rule="literal")):
+        with use_backend("reference"):
+            expected = g2rl_advantages(phi, rewards, cu_groups, shaping)
+        found = g2rl_advantages(phi, rewards, cu_groups, shaping)
+        for name, got, want in zip(found._fields, found, expected, strict=True):
+            error = float((got - want).abs().max())
+            # Both are float64 rounded to fp32; strength and clip reach a kernel as fp32.
+            assert error <= 1e-6, f"{name} is off by {error:.3g} > 1e-6"
+        for _ in range(LAUNCHES - 1):
+            again = g2rl_advantages(phi, rewards, cu_groups, shaping)
+            assert all(torch.equal(x, y) for x, y in zip(again, found, strict=True)), "other bits in another launch"
+
+
+HEAD_CHECKS: dict[str, Callable[[Setting], None]] = {
+    "bounds": check_bounds,
+    "gradients": check_gradients,
+    "the same bits in each launch": check_repeated,
+    "independence of the batch": check_batch,
+    "a NaN in one response": check_nan,
+}
+GROUP_CHECKS: dict[str, Callable[[Setting], None]] = {"groups": check_groups}
+
+
+class _named:
+    """Puts the plan before the message of what fails inside."""
+
+    def __init__(self, plan: str) -> None:
+        self.plan = plan
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, AssertionError):
+            raise AssertionError(f"{self.plan}: {error}") from error
+
+
+def _same_bits(found: SequenceFeatures, expected: SequenceFeatures) -> None:
+    for name, got, want in zip(found._fields, found, expected, strict=True):
+        assert torch.equal(got, want), f"{name} has other bits in {int((got != want).sum())} of {got.numel()} places"
+
+
+def run(backend: str, setting: Setting, checks: dict[str, Callable[[Setting], None]]) -> dict[str, object]:
+    """Result of the checks, each announced on stdout."""
+    torch.manual_seed(0)
+    with use_backend(backend):
+        for name, check in checks.items():
+            print(f"check: {name}", flush=True)
+            try:
+                check(setting)
+            except (AssertionError, RuntimeError) as error:
+                return {"passed": False, "check": name, "detail": str(error).strip().splitlines()[0]}
+    return {"passed": True, "check": "", "detail": ""}
+
+
+def main(arguments: list[str]) -> int:
+    backend, device, dtype, work = arguments
+    setting = Setting(torch.device(device), getattr(torch, dtype), "bias" in work, "softcap" in work)
+    print(json.dumps(run(backend, setting, GROUP_CHECKS if work == "groups" else HEAD_CHECKS)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
