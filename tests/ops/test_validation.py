@@ -536,6 +536,7 @@ def test_public_names() -> None:
         "products",
         "records",
         "self_check",
+        "self_check_run",
         "testing",
         "version",
         "workspace",
