@@ -57,9 +57,9 @@ GROUP = 16
 # "-scaled" stores gradients twice, "-softcap" is for all that the kernel may do beside a soft cap. fp32 products run on
 # CUDA cores.
 #
-# 9.0: 128 x 128 wherever registers allow, for the L2 cache is the limit: with 64 x 128 a kernel reads half as much
-# again for each product. 128 deep, as tensor cores' sums keep to the bounds over 128 products (`tiles.dot_rows`), and
-# each addition to the fp32 sum waits for them.
+# 9.0: 128 x 128 wherever registers allow, as 64 x 128 reads half as much again for each product. 128 deep, since each
+# addition to the fp32 sum waits for the tensor cores, whose own sums keep to the bounds over 128 products
+# (`tiles.dot_rows`).
 # 10.0: sums of products live in tensor memory, and each addition reads them from there, so that wider tiles gain less
 # than a second block on the chip's core, which works while the first waits: tiles take half of the registers and of the
 # shared memory where they can. Not measured.
