@@ -62,17 +62,6 @@ struct Kept {
   int64_t stride;
 };
 
-// What is left to do with logits that were kept: R [B, V] += residuals of tokens first to last. Rows of `kept` and terms
-// count from `first`. Null logits: nothing.
-struct KeptPass {
-  Kept kept;
-  const int64_t* targets;
-  Responses responses;
-  Terms terms;
-  int first, last;
-  float* R;
-};
-
 // Gradients of raw logits for columns v_start to v_end, [N, stride] each in the head's dtype.
 struct Strip {
   void* G;       // rows scaled by row 5 of `rows_in` where `even` is not null
@@ -96,8 +85,7 @@ int64_t packing_bytes(int N, int B);
   /* Rows and columns of memory for the logits of `rows` tokens. */                                                    \
   int64_t kept_rows(int rows);                                                                                         \
   int64_t kept_columns(int V);                                                                                         \
-  /* Does `meanwhile` of other tokens aside, in time that it does not need. */                                         \
-  int statistics(const Head&, const Tokens&, const Partials&, const Kept&, const KeptPass& meanwhile, Stream);                                    \
+  int statistics(const Head&, const Tokens&, const Partials&, const Kept&, Stream);                                    \
   /* R[b, v] = sum over tokens t of b of: target_t at v = y_t, else -weight_t slope_tv 2^(t_tv - shift_t); [B, V].     \
      For responses whose flag is not 0; null: for all. `packing`: memory of packing_bytes(N, B). */                    \
   int residuals(const Head&, const Tokens&, const Responses&, const Terms&, const int* flags, int* packing, float* R,  \
@@ -118,8 +106,8 @@ namespace sm80 {
 G2RL_HEAD_KERNELS
 }  // namespace sm80
 
-// ---- kernels of single tokens and responses (tokens.cu)
-// --------------------------------------------------------------
+// ---- kernels of single tokens and responses, tokens.cu
+// ---------------------------------------------------------------
 
 // Joins parts: writes log p, entropy and lse to results [3, stride]; with token weights a [N] also `terms`, else null.
 // `lse`: the shift that the partials were made with, where one was given; else null.
@@ -127,12 +115,14 @@ int merge(const Head&, const Partials&, int N, const float* lse, const float* a,
           const Terms&, Stream);
 // inverse[b] = 1 / sum a (0 without weight); flags[b] = 1 where a token of weight has S too far from 1 for its lse.
 int responses(const Responses&, const float* a, const float* S, const float* lse, float* inverse, int* flags, Stream);
-int add_kept(const Head&, const KeptPass&, Stream);
+// R [B, V] += residuals of tokens first to last, whose logits `kept` holds; terms count from `first`.
+int add_kept(const Head&, const Kept&, const int64_t* targets, const Responses&, const Terms&, int first, int last,
+             float* R, Stream);
 // R [B, V] += target_t S_t at y_t, for responses whose flag is 0.
 int add_targets(const int64_t* targets, const Responses&, const Terms&, const int* flags, int V, float* R, Stream);
 
-// ---- features from residuals (projection.cu)
-// -------------------------------------------------------------------------
+// ---- features from residuals, projection.cu
+// --------------------------------------------------------------------------
 
 // features [B, d] = logit_scale * (R * inverse) W, by way of partials [projection_splits(V), B, d].
 int projection_splits(int V);

@@ -133,7 +133,8 @@ DEVICE void issue_chain(Ring& ring, int stages, bool hold, Sums& chain) {
   }
 }
 
-// A multiplying warpgroup. `Epilogue` has `void operator()(const Tile&, Sums&)`, which may change the sums.
+// A multiplying warpgroup. `Epilogue` has `void operator()(const Tile&, Sums&)`, which may change the
+// sums.
 //
 // The compiler keeps all sums in registers only where products are issued at one place of the program, hence one loop
 // for all chains, and where no branch leads around the epilogue, hence its call for the tile before the first. What a

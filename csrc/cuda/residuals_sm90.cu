@@ -89,54 +89,92 @@ struct ResidualsWalk {
   }
 };
 
-// Shift of a column beyond a response: every exponential is 0.
-constexpr float kBeyond = 1e30f;
-
-// What a warpgroup shares.
-struct Scratch {
+// What an epilogue needs to know of a tile's columns. Written by the warps that neither copy nor multiply, a tile
+// ahead.
+struct Columns {
   float4 terms[kColumnsOfTile / 2];  // of two tokens: shift, weight, shift, weight
   int targets[kColumnsOfTile];       // -1 beyond a response
   int tokens[kColumnsOfTile];        // -1 beyond a response
   int ends[kGroups];                 // the response whose last group it is, or -1
-  float sums[4][kColumnsOfTile][2];
 };
+// Shift of a column beyond a response: its exponential is 0.
+constexpr float kBeyond = 1e30f;
 
-template <bool SOFTCAP, bool STATISTICS>
-struct ResidualsEpilogue {
+// Shared by all: columns of two tiles, each with a barrier for "written" and one for "read"; sums of either warpgroup.
+struct Scratch {
+  Columns columns[2];
+  float sums[kConsumers][4][kColumnsOfTile][2];
+  uint64_t written[2], read[2];
+};
+constexpr int kWriters = kWarpgroup / kWarp - 1;
+
+DEVICE void initialise(Scratch& scratch) {
+  if (threadIdx.x != 0) return;
+  for (int i = 0; i < 2; ++i) {
+    barrier_init(shared_address(&scratch.written[i]), kWriters);
+    barrier_init(shared_address(&scratch.read[i]), kConsumers);
+  }
+}
+
+// Tiles in the order of the epilogue's calls, the one before the first included.
+template <bool STATISTICS>
+struct WriteColumns {
   const ResidualsArguments& p;
-  Scratch& shared;
-  const Options options{p.head};
-  const Place at = Place::here();
-  const float masked = masked_logit(options);
-  float r[2];
+  Scratch& scratch;
+  ResidualsWalk walk;
 
-  DEVICE int word(const Tile& tile, int q) const { return tile.row + at.row + 8 * q; }
-  static DEVICE void together() { named_barrier(2 + threadIdx.x / kWarpgroup, kWarpgroup); }
-
-  DEVICE void operator()(const Tile& tile, Sums& z) {
-    if (tile.first) r[0] = r[1] = 0.f;
-    load_terms(tile);
-    if (p.head.bias) add_bias(tile, z);
-    add(tile, z, leave_out(tile, z));
-    if (STATISTICS) store_statistics(tile, z);
+  DEVICE void operator()() const {
+    ResidualsWalk tiles = walk;
+    Tile tile = kNoTile;
+    for (int i = 0;; ++i) {
+      barrier_wait(shared_address(&scratch.read[i % 2]), (i / 2 & 1) ^ 1);
+      write(tile, scratch.columns[i % 2]);
+      __syncwarp();
+      if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&scratch.written[i % 2]));
+      if (!tiles.next(tile)) return;
+    }
   }
 
-  DEVICE void load_terms(const Tile& tile) {
-    together();  // nobody reads the last tile's
-    for (int i = threadIdx.x % kWarpgroup; i < kColumnsOfTile; i += kWarpgroup) {
+  DEVICE void write(const Tile& tile, Columns& to) const {
+    for (int i = threadIdx.x - kWarp; i < kColumnsOfTile; i += kWriters * kWarp) {
       const int g = tile.column + i / kGroupColumns, place = i % kGroupColumns;
       const Group group = g < tile.item ? p.packing.groups()[g] : Group{0, 0, 0, -1};
       const bool inside = place < group.count;
       const int n = group.token + place;
       const float shift = inside ? p.shift[n] : kBeyond;
-      float* terms = &shared.terms[i / 2].x + i % 2 * 2;
+      float* terms = &to.terms[i / 2].x + i % 2 * 2;
       terms[0] = STATISTICS && inside ? shift * kLog2e : shift;
       terms[1] = inside ? p.weight[n] : 0.f;
-      shared.targets[i] = inside ? int(p.tokens.targets[n]) : -1;
-      shared.tokens[i] = inside ? n : -1;
-      if (place == 0) shared.ends[i / kGroupColumns] = group.response;
+      to.targets[i] = inside ? int(p.tokens.targets[n]) : -1;
+      to.tokens[i] = inside ? n : -1;
+      if (place == 0) to.ends[i / kGroupColumns] = group.response;
     }
-    together();
+  }
+};
+
+template <bool SOFTCAP, bool STATISTICS>
+struct ResidualsEpilogue {
+  const ResidualsArguments& p;
+  Scratch& scratch;
+  const Options options{p.head};
+  const Place at = Place::here();
+  const float masked = masked_logit(options);
+  float r[2];
+  int calls = 0;
+
+  DEVICE int word(const Tile& tile, int q) const { return tile.row + at.row + 8 * q; }
+  static DEVICE int consumer() { return threadIdx.x / kWarpgroup - 1; }
+
+  DEVICE void operator()(const Tile& tile, Sums& z) {
+    if (tile.first) r[0] = r[1] = 0.f;
+    const Columns& columns = scratch.columns[calls % 2];
+    barrier_wait(shared_address(&scratch.written[calls % 2]), calls / 2 & 1);
+    if (p.head.bias) add_bias(tile, z);
+    add(tile, columns, z);
+    if (STATISTICS) store_statistics(tile, columns, z);
+    named_barrier(3 + consumer(), kWarpgroup);
+    if (threadIdx.x % kWarpgroup == 0) barrier_arrive(shared_address(&scratch.read[calls % 2]));
+    ++calls;
   }
 
   DEVICE void add_bias(const Tile& tile, Sums& z) const {
@@ -144,59 +182,62 @@ struct ResidualsEpilogue {
     UNROLL for (int i = 0; i < kSums; ++i) z[i] += bias[i / 2 % 2];
   }
 
-  // Targets count as 0 among the others, and so does what lies beyond a response, where z may be NaN, which a weight of
-  // 0 would not stop; with statistics, so do words beyond the vocabulary.
-  DEVICE bool leave_out(const Tile& tile, Sums& z) {
+  // Bit j: the eight columns of group j end a response, do not all have a token, or have one of this warp's words for a
+  // target.
+  DEVICE unsigned special_groups(const Tile& tile, const Columns& columns) const {
     const int lane = threadIdx.x % kWarp, words = tile.row + at.row - lane / 4;
     bool special = STATISTICS && tile.row + kRows > p.head.V;
-    for (int i = lane; i < kColumnsOfTile; i += kWarp) {
-      special |= shared.tokens[i] < 0 || unsigned(shared.targets[i] - words) < 16;
+    if (lane < kGroups) {
+      special |= columns.ends[lane] >= 0;
+      for (int i = 0; i < kGroupColumns; ++i) {
+        const int column = lane * kGroupColumns + i;
+        special |= columns.tokens[column] < 0 || unsigned(columns.targets[column] - words) < 16;
+      }
     }
-    special = __any_sync(kAllLanes, special);
-    if (!special) return false;
-    UNROLL for (int i = 0; i < kSums; ++i) {
-      const int column = i / 4 * 8 + at.column + i % 2, v = word(tile, i / 2 % 2), n = shared.tokens[column];
-      const bool target = shared.targets[column] == v;
-      if (target && STATISTICS) p.partials.planes[n] = z[i];
-      // In place of the exponential; beyond a response its weight is 0 and the shift large.
-      z[i] = target || (STATISTICS && v >= p.head.V) ? masked : n < 0 ? 0.f : z[i];
-    }
-    return true;
+    return __ballot_sync(kAllLanes, special);
   }
 
   // Sums of a response go to R with its last group. With STATISTICS, z becomes what `store_statistics` sums.
-  DEVICE void add(const Tile& tile, Sums& z, bool targets) {
+  DEVICE void add(const Tile& tile, const Columns& columns, Sums& z) {
+    const unsigned special = special_groups(tile, columns);
     UNROLL for (int j = 0; j < kGroups; ++j) {
-      const float4 two = shared.terms[4 * j + at.column / 2];
+      float (&of_group)[4] = reinterpret_cast<float (&)[4]>(z[4 * j]);
+      if (special >> j & 1) leave_out(tile, columns, 8 * j + at.column, of_group);
+      const float4 two = columns.terms[4 * j + at.column / 2];
       float e[4], x[4];
       UNROLL for (int i = 0; i < 4; ++i) {
         float slope;
-        x[i] = exponent_above<SOFTCAP>(i % 2 ? two.z : two.x, z[4 * j + i], options, slope);
-        if (SOFTCAP && STATISTICS && z[4 * j + i] == masked) x[i] = kMasked;  // the cap would let it count
+        x[i] = exponent_above<SOFTCAP>(i % 2 ? two.z : two.x, of_group[i], options, slope);
+        if (SOFTCAP && STATISTICS && of_group[i] == masked) x[i] = kMasked;  // the cap would let it count
         e[i] = exp2_fast(x[i]);
         const float others = (i % 2 ? two.w : two.y) * e[i];
         r[i / 2] -= SOFTCAP ? others * slope : others;
       }
-      if (!STATISTICS && targets) add_targets(tile, 8 * j + at.column);
       if (STATISTICS) {
         UNROLL for (int i = 0; i < 2; ++i) {
-          z[4 * j + i] = e[i] + e[2 + i];
-          z[4 * j + 2 + i] = fmaf(x[i], e[i], x[2 + i] * e[2 + i]);
+          of_group[i] = e[i] + e[2 + i];
+          of_group[2 + i] = fmaf(x[i], e[i], x[2 + i] * e[2 + i]);
         }
       }
-      if (shared.ends[j] >= 0) finish(tile, j);
+      if (special >> j & 1) finish(tile, columns, j);
     }
   }
 
-  DEVICE void add_targets(const Tile& tile, int column) {
+  // Targets count as 0 among the others and have a residual of their own. So does what lies beyond a response, where z
+  // may be NaN, which a weight of 0 would not stop; and with statistics, words beyond the vocabulary.
+  DEVICE void leave_out(const Tile& tile, const Columns& columns, int column, float (&z)[4]) {
     UNROLL for (int i = 0; i < 4; ++i) {
-      const int c = column + i % 2;
-      if (shared.targets[c] == word(tile, i / 2)) r[i / 2] += p.target[shared.tokens[c]];
+      const int n = columns.tokens[column + i % 2], v = word(tile, i / 2);
+      const bool target = columns.targets[column + i % 2] == v;
+      if (target && STATISTICS) p.partials.planes[n] = z[i];
+      if (target && !STATISTICS) r[i / 2] += p.target[n];
+      z[i] = target || (STATISTICS && v >= p.head.V) ? masked : n < 0 ? 0.f : z[i];
     }
   }
 
-  DEVICE void finish(const Tile& tile, int j) {
-    const int64_t response = shared.ends[j];
+  DEVICE void finish(const Tile& tile, const Columns& columns, int j) {
+    const int64_t response = columns.ends[j];
+    if (response < 0) return;
     UNROLL for (int q = 0; q < 2; ++q) {
       r[q] += __shfl_xor_sync(kAllLanes, r[q], 1);
       r[q] += __shfl_xor_sync(kAllLanes, r[q], 2);
@@ -219,24 +260,24 @@ struct ResidualsEpilogue {
   }
 
   // Sums over the warpgroup's 64 words: each exchange halves the columns of a thread, and doubles the rows they are of.
-  DEVICE void store_statistics(const Tile& tile, Sums& z) {
+  DEVICE void store_statistics(const Tile& tile, const Columns& columns, Sums& z) {
     const int thread = threadIdx.x % kWarpgroup;
     int first = 0;  // of the eights of columns that this thread has left
     if (exchange<48, 16>(z)) first += 12;
     if (exchange<24, 8>(z)) first += 6;
     if (exchange<12, 4>(z)) first += 3;
+    auto& sums = scratch.sums[consumer()];
     UNROLL for (int i = 0; i < 12; ++i) {
-      shared.sums[thread / kWarp][8 * (first + i / 4) + at.column + i % 2][i / 2 % 2] = z[i];
+      sums[thread / kWarp][8 * (first + i / 4) + at.column + i % 2][i / 2 % 2] = z[i];
     }
-    together();
+    named_barrier(3 + consumer(), kWarpgroup);
     const int64_t N = p.tokens.N, plane = N * p.partials.splits;
-    const int part = tile.row / (kRows / kConsumers) + threadIdx.x / kWarpgroup - 1;
+    const int part = tile.row / (kRows / kConsumers) + consumer();
     for (int i = thread; i < kColumnsOfTile; i += kWarpgroup) {
-      const int n = shared.tokens[i];
+      const int n = columns.tokens[i];
       if (n < 0 || part >= p.partials.splits) continue;
       UNROLL for (int what = 0; what < 2; ++what) {
-        const float sum =
-            (shared.sums[0][i][what] + shared.sums[1][i][what]) + (shared.sums[2][i][what] + shared.sums[3][i][what]);
+        const float sum = (sums[0][i][what] + sums[1][i][what]) + (sums[2][i][what] + sums[3][i][what]);
         p.partials.planes[(1 + what) * plane + part * N + n] = sum;
       }
     }
@@ -248,11 +289,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     residuals_kernel(const __grid_constant__ TensorMap weight, const __grid_constant__ TokenMaps hidden,
                      const __grid_constant__ ResidualsArguments p) {
   SHARED(shared);
-  Scratch* scratch = reinterpret_cast<Scratch*>(shared + kScratch);
+  Scratch& scratch = *reinterpret_cast<Scratch*>(shared + kScratch);
+  initialise(scratch);
   ResidualsWalk walk(hidden, p.packing, p.head.V);
-  const int consumer = threadIdx.x < kWarpgroup ? 0 : threadIdx.x / kWarpgroup - 1;
-  ResidualsEpilogue<SOFTCAP, STATISTICS> epilogue{p, scratch[consumer]};
-  run<T>(shared, weight, p.head.d, walk, epilogue);
+  ResidualsEpilogue<SOFTCAP, STATISTICS> epilogue{p, scratch};
+  run<T>(shared, weight, p.head.d, walk, epilogue, WriteColumns<STATISTICS>{p, scratch, walk});
 }
 
 // Ranges such that the tiles of the weight that are in use at one time fit half of an H100's L2 cache.
@@ -272,12 +313,11 @@ int launch_residuals(const ResidualsArguments& p, const Responses& responses, co
   if (!error) error = pack(responses, flags, ranges_for(p.head.d), p.packing, stream);
   if (error) return error;
   const int64_t items = ceil_div(p.head.V, kRows) * kMaxRanges;
-  constexpr int scratch = kConsumers * int(sizeof(Scratch));
   return choose_half(p.head.dtype, [&](auto number) {
     return choose(p.head.softcap, [&](auto softcap) {
       return choose(p.partials.planes != nullptr, [&](auto statistics) {
-        return launch_persistent(items, scratch, stream, residuals_kernel<decltype(number), softcap, statistics>,
-                                 weight, hidden, p);
+        return launch_persistent(items, sizeof(Scratch), stream,
+                                 residuals_kernel<decltype(number), softcap, statistics>, weight, hidden, p);
       });
     });
   });

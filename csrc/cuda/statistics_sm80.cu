@@ -145,10 +145,9 @@ int splits(int V) { return int(ceil_div(V, kPart)); }
 int64_t kept_rows(int rows) { return rows; }
 int64_t kept_columns(int V) { return ceil_div(V, kTile) * kTile; }
 
-int statistics(const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept,
-               const KeptPass& meanwhile, Stream stream) {
+int statistics(const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept, Stream stream) {
   const Arguments p{head, tokens, partials, kept};
-  const int error = choose(head.dtype, [&](auto number) {
+  return choose(head.dtype, [&](auto number) {
     using T = decltype(number);
     const auto hidden = Matrix<T>::of(tokens.hidden, tokens.stride, tokens.N);
     const auto weight = Matrix<T>::of(head.weight, head.stride, head.V);
@@ -156,7 +155,6 @@ int statistics(const Head& head, const Tokens& tokens, const Partials& partials,
     return choose(head.softcap,
                   [&](auto softcap) { return launch(at, stream, statistics_kernel<T, softcap>, p, hidden, weight); });
   });
-  return error || !meanwhile.kept.logits ? error : add_kept(head, meanwhile, stream);
 }
 
 }  // namespace g2rl::cuda::sm80

@@ -1,8 +1,6 @@
 // For each token, sums over the vocabulary that leave the target out (`Partials`), on Hopper. Rows of a tile are
 // tokens, so that sums stay inside a thread until the end of an item: 128 tokens (of each block of the cluster) x one
 // part of the vocabulary, kTilesOfPart tiles.
-#include "kept.h"
-#include "sm80.h"
 #include "tiles_sm90.h"
 
 namespace g2rl::cuda::sm90 {
@@ -162,73 +160,14 @@ struct StatisticsEpilogue {
   }
 };
 
-// The pass over logits that an earlier launch kept, by the warps that neither copy nor multiply: it waits for memory,
-// they for nothing. A warp owns (response, 128 words); tokens are added one by one, as `add_kept` does. Their logits
-// are on the way kAhead tokens ahead, each thread's to a place of its own in shared memory: registers are the others'.
-template <bool SOFTCAP>
-struct KeptAside {
-  const Head& head;
-  const KeptPass& p;
-  uint8_t* shared;
-  static constexpr int kWarps = kWarpgroup / kWarp - 1, kWords = 4 * kWarp, kAhead = 8;
-  static constexpr int kBytes = kWarps * kWarp * kAhead * int(sizeof(float4));
-
-  DEVICE void operator()() const {
-    if (!p.kept.logits) return;
-    const int warp = threadIdx.x / kWarp - 1, pieces = int(ceil_div(head.V, kWords));
-    for (int item = int(blockIdx.x) * kWarps + warp; item < pieces * p.responses.B; item += int(gridDim.x) * kWarps) {
-      const int b = item / pieces, *cu = p.responses.cu_seqlens + b;
-      const int start = cu[0] > p.first ? cu[0] : p.first, end = cu[1] < p.last ? cu[1] : p.last;
-      if (start < end) add(b, start, end, item % pieces * kWords + int(threadIdx.x) % kWarp * 4);
-    }
-  }
-
-  DEVICE uint8_t* place(int n) const {
-    return shared + ((threadIdx.x - kWarp) * kAhead + n % kAhead) * int(sizeof(float4));
-  }
-
-  // Threads past the vocabulary copy nothing and store nothing.
-  DEVICE void copy(int n, int end, int v) const {
-    const float* from = p.kept.logits + (n < end ? n - p.first : 0) * p.kept.stride + v;
-    if (n < end && v < head.V) sm80::copy_async(place(n), from, sizeof(float4));
-    sm80::copy_commit();
-  }
-
-  DEVICE void add(int b, int start, int end, int v) const {
-    const Options options(head);
-    const int lane = threadIdx.x % kWarp;
-    float r[4] = {}, *to = p.R + int64_t(b) * head.V + v;
-    UNROLL for (int i = 0; i < 4; ++i) {
-      if (v + i < head.V) r[i] = to[i];
-    }
-    UNROLL_1 for (int n = start; n < start + kAhead; ++n) copy(n, end, v);
-    TokenTerms mine{};  // of one token of the next 32
-    UNROLL_1 for (int n = start; n < end; ++n) {
-      const int of = (n - start) % kWarp;
-      if (of == 0 && n + lane < end) {
-        const int t = n + lane - p.first;
-        mine = {p.terms.shift[t], p.terms.weight[t], p.terms.target[t], int(p.targets[n + lane])};
-      }
-      const TokenTerms token{__shfl_sync(kAllLanes, mine.shift, of), __shfl_sync(kAllLanes, mine.weight, of),
-                             __shfl_sync(kAllLanes, mine.target, of), __shfl_sync(kAllLanes, mine.y, of)};
-      sm80::copy_wait<kAhead - 1>();
-      if (v < head.V) add_token<SOFTCAP>(*reinterpret_cast<const float4*>(place(n)), token, v, options, r);
-      copy(n + kAhead, end, v);
-    }
-    UNROLL for (int i = 0; i < 4; ++i) {
-      if (v + i < head.V) to[i] = r[i];
-    }
-  }
-};
-
 template <class T, bool SOFTCAP, bool KEEP>
 __global__ void __launch_bounds__(kThreads, 1)
     statistics_kernel(const __grid_constant__ TensorMap hidden, const __grid_constant__ TensorMap weight,
-                      const __grid_constant__ StatisticsArguments p, const __grid_constant__ KeptPass meanwhile) {
+                      const __grid_constant__ StatisticsArguments p) {
   SHARED(shared);
   StatisticsWalk walk(weight, p.tokens.N, p.head.V);
   StatisticsEpilogue<SOFTCAP, KEEP> epilogue{p};
-  run<T>(shared, hidden, p.head.d, walk, epilogue, KeptAside<SOFTCAP>{p.head, meanwhile, shared + kScratch});
+  run<T>(shared, hidden, p.head.d, walk, epilogue);
 }
 
 }  // namespace
@@ -237,8 +176,7 @@ int splits(int V) { return int(ceil_div(V, kPart)); }
 int64_t kept_rows(int rows) { return rows; }
 int64_t kept_columns(int V) { return ceil_div(V, kColumnsOfTile) * kColumnsOfTile; }
 
-int statistics(const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept,
-               const KeptPass& meanwhile, Stream stream) {
+int statistics(const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept, Stream stream) {
   if (tokens.N == 0) return 0;
   TensorMap hidden, weight;
   if (const int error = map_hidden_and_weight(hidden, weight, head, tokens)) return error;
@@ -247,8 +185,8 @@ int statistics(const Head& head, const Tokens& tokens, const Partials& partials,
   return choose_half(head.dtype, [&](auto number) {
     return choose(head.softcap, [&](auto softcap) {
       return choose(kept.logits != nullptr, [&](auto keep) {
-        return launch_persistent(items, KeptAside<softcap>::kBytes, stream,
-                                 statistics_kernel<decltype(number), softcap, keep>, hidden, weight, p, meanwhile);
+        return launch_persistent(items, 0, stream, statistics_kernel<decltype(number), softcap, keep>, hidden, weight,
+                                 p);
       });
     });
   });

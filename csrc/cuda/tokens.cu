@@ -1,7 +1,7 @@
 // What follows a product: a token's sums become its results and its terms, responses get their weight, and residuals
 // are added up from logits that were kept. Symbols as in head.h.
 #include "choices.h"
-#include "kept.h"
+#include "options.h"
 
 namespace g2rl::cuda {
 
@@ -155,24 +155,49 @@ constexpr int kKeptColumns = 4 * kKeptThreads;
 constexpr int kKeptTokens = 128;  // whose terms are in shared memory
 constexpr int kAhead = 4;
 
+struct KeptArguments {
+  Head head;
+  Kept kept;
+  const int64_t* targets;
+  const int* cu_seqlens;
+  Terms terms;
+  int first, last;
+  float* R;
+};
+
+struct TokenTerms {
+  float shift, weight, target;
+  int y;
+};
+
 template <bool SOFTCAP>
-__global__ void __launch_bounds__(kKeptThreads)
-    add_kept_kernel(const __grid_constant__ Head head, const __grid_constant__ KeptPass p) {
+DEVICE void add_token(const float4& z, const TokenTerms& token, int v, const Options& options, float (&r)[4]) {
+  const float of_columns[4] = {z.x, z.y, z.z, z.w};
+  UNROLL for (int i = 0; i < 4; ++i) {
+    float slope;
+    const float e = exp2_fast(exponent_above<SOFTCAP>(token.shift, of_columns[i], options, slope));
+    const float others = fmaf(-token.weight * slope, e, r[i]);
+    r[i] = v + i == token.y ? r[i] + token.target : others;
+  }
+}
+
+template <bool SOFTCAP>
+__global__ void __launch_bounds__(kKeptThreads) add_kept_kernel(const __grid_constant__ KeptArguments p) {
   SHARED(shared);
   TokenTerms* terms = reinterpret_cast<TokenTerms*>(shared);
-  const int tiles = int(ceil_div(head.V, kKeptColumns));
+  const int tiles = int(ceil_div(p.head.V, kKeptColumns));
   const int b = blockIdx.x / tiles, v = blockIdx.x % tiles * kKeptColumns + 4 * threadIdx.x;
-  const int start = p.responses.cu_seqlens[b] > p.first ? p.responses.cu_seqlens[b] : p.first;
-  const int end = p.responses.cu_seqlens[b + 1] < p.last ? p.responses.cu_seqlens[b + 1] : p.last;
+  const int start = p.cu_seqlens[b] > p.first ? p.cu_seqlens[b] : p.first;
+  const int end = p.cu_seqlens[b + 1] < p.last ? p.cu_seqlens[b + 1] : p.last;
   if (start >= end) return;
 
-  const Options options(head);
-  float* to = p.R + int64_t(b) * head.V + v;
+  const Options options(p.head);
+  float* to = p.R + int64_t(b) * p.head.V + v;
   // Threads past the vocabulary read its first columns, and store nothing.
-  const int64_t column = v < head.V ? v : 0;
+  const int64_t column = v < p.head.V ? v : 0;
   float r[4] = {};
   UNROLL for (int i = 0; i < 4; ++i) {
-    if (v + i < head.V) r[i] = to[i];
+    if (v + i < p.head.V) r[i] = to[i];
   }
   for (int n0 = start; n0 < end; n0 += kKeptTokens) {
     const int count = end - n0 < kKeptTokens ? end - n0 : kKeptTokens;
@@ -197,7 +222,7 @@ __global__ void __launch_bounds__(kKeptThreads)
     }
   }
   UNROLL for (int i = 0; i < 4; ++i) {
-    if (v + i < head.V) to[i] = r[i];
+    if (v + i < p.head.V) to[i] = r[i];
   }
 }
 
@@ -264,9 +289,11 @@ int responses(const Responses& responses, const float* a, const float* S, const 
                 responses.cu_seqlens, a, S, lse, inverse, flags);
 }
 
-int add_kept(const Head& head, const KeptPass& p, Stream stream) {
-  const Launch at{p.responses.B * ceil_div(head.V, kKeptColumns), kKeptThreads, kKeptTokens * int(sizeof(TokenTerms))};
-  return choose(head.softcap, [&](auto softcap) { return launch(at, stream, add_kept_kernel<softcap>, head, p); });
+int add_kept(const Head& head, const Kept& kept, const int64_t* targets, const Responses& responses, const Terms& terms,
+             int first, int last, float* R, Stream stream) {
+  const KeptArguments p{head, kept, targets, responses.cu_seqlens, terms, first, last, R};
+  const Launch at{responses.B * ceil_div(head.V, kKeptColumns), kKeptThreads, kKeptTokens * int(sizeof(TokenTerms))};
+  return choose(head.softcap, [&](auto softcap) { return launch(at, stream, add_kept_kernel<softcap>, p); });
 }
 
 int add_targets(const int64_t* targets, const Responses& responses, const Terms& terms, const int* flags, int V,

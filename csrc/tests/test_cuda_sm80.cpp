@@ -44,7 +44,7 @@ Found in_two_passes(Problem& p, const Kept& kept) {
   Found found(p);
   const int parts = sm80::splits(p.c.V);
   Floats planes(4 * size_t(parts) * p.N, NAN);
-  sm80::statistics(p.head(), p.tokens(), {planes.data(), parts}, kept, {}, nullptr);
+  sm80::statistics(p.head(), p.tokens(), {planes.data(), parts}, kept, nullptr);
   merge(p.head(), {planes.data(), parts}, p.N, nullptr, p.a.data(), found.results.data(), p.N, found.terms.terms,
         nullptr);
   sm80::residuals(p.head(), p.tokens(), p.responses(), found.terms.terms, nullptr, nullptr, found.R.data(), nullptr);
@@ -123,7 +123,7 @@ void test_head(const Case& c, const std::string& what) {
   for (int b = 0; b < p.B && c.dtype != Dtype::fp32; ++b) expect(one.flags[b] == 0, what + ": flag", b, 0);
 
   Floats R(size_t(p.B) * c.V, 0.f);
-  add_kept(p.head(), {{logits.data(), stride}, p.targets.data(), p.responses(), two.terms.terms, 0, p.N, R.data()},
+  add_kept(p.head(), {logits.data(), stride}, p.targets.data(), p.responses(), two.terms.terms, 0, p.N, R.data(),
            nullptr);
   check_rows(p, R, p.R, c.V, what + ": R from kept logits");
   check_gradients(p, what);

@@ -81,10 +81,8 @@ Floats add_kept_in(Problem& p, Floats& kept, int64_t stride, const OwnTerms& ter
   Floats R(size_t(p.B) * p.c.V, 0.f);
   for (int first = 0; first < p.N; first += chunk) {
     const Kept of_chunk{kept.data() + first * stride, stride};
-    add_kept(
-        p.head(),
-        {of_chunk, p.targets.data(), p.responses(), terms.from(first), first, std::min(first + chunk, p.N), R.data()},
-        nullptr);
+    add_kept(p.head(), of_chunk, p.targets.data(), p.responses(), terms.from(first), first,
+             std::min(first + chunk, p.N), R.data(), nullptr);
   }
   return R;
 }
