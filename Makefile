@@ -1,6 +1,7 @@
 # make train    train SmolLM2-135M with G2RL on arithmetic, then print where the report is
 # make test     run the tests
 # make ctest    build and run the C++ kernels' own tests
+# make wheel     a wheel in dist/ for the torch of constraints.txt
 # make bench    the short benchmark suite
 # make gpu      on a machine with a GPU: its tests and benchmarks, with the python3 that is there
 # make lint     ruff, mypy, clang-format, and whether the README says what the results say
@@ -14,7 +15,7 @@ ARGS ?=
 
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ctest bench bench-report gpu lint clean
+.PHONY: setup train test ctest wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -37,6 +38,9 @@ ctest: $(READY)
 	$(BIN)/cmake -S . -B build/ctest -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(abspath build/ctest)
 	$(BIN)/cmake --build build/ctest --parallel --target test_head test_products test_rowwise
 	$(BIN)/ctest --test-dir build/ctest --output-on-failure
+
+wheel: $(READY)
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run --quick $(ARGS)
