@@ -42,6 +42,17 @@ PROGRAMS = {
     "sm80": Program(
         "test_cuda_sm80.cpp", ("tokens.cu", "statistics_sm80.cu", "residuals_sm80.cu", "grad_logits_sm80.cu")
     ),
+    "sm90": Program(
+        "test_cuda_sm90.cpp",
+        (
+            "tokens.cu",
+            "packing.cu",
+            "tensor_maps_sm90.cu",
+            "statistics_sm90.cu",
+            "residuals_sm90.cu",
+            "grad_logits_sm90.cu",
+        ),
+    ),
 }
 
 MUTATIONS = (
@@ -150,6 +161,73 @@ MUTATIONS = (
         "__shfl_xor_sync(kAllLanes, others, 2 * HALF)",
         "__shfl_xor_sync(kAllLanes, others, HALF)",
     ),
+    Mutation(
+        "sm90: copies do not wait for a free stage",
+        "sm90",
+        "pipeline_sm90.h",
+        """barrier_wait(ring.empty(), ring.parity ^ 1);
+      if (threadIdx.x == 0) {""",
+        "if (threadIdx.x == 0) {",
+    ),
+    Mutation(
+        "sm90: products do not wait for their stage",
+        "sm90",
+        "pipeline_sm90.h",
+        "barrier_wait(ring.full(), ring.parity);\n    const uint64_t a",
+        "const uint64_t a",
+    ),
+    Mutation(
+        "sm90: a stage is released while it is read",
+        "sm90",
+        "pipeline_sm90.h",
+        "wgmma_wait<1>();\n      release(ring.back(1));",
+        "release(ring.back(0));",
+    ),
+    Mutation(
+        "sm90: sums are read before the products have ended",
+        "sm90",
+        "pipeline_sm90.h",
+        "wgmma_wait<0>();",
+        "wgmma_wait<1>();",
+    ),
+    Mutation("sm90: a warpgroup keeps its turn", "sm90", "pipeline_sm90.h", "    turn.pass();\n    if", "    if"),
+    Mutation(
+        "sm90: both warpgroups multiply the first rows",
+        "sm90",
+        "pipeline_sm90.h",
+        "ring.a() + consumer * (kBytesA / kConsumers)",
+        "ring.a()",
+    ),
+    Mutation("sm90: eight rows are 512 bytes", "sm90", "sm90.h", "1024 >> 4", "512 >> 4"),
+    Mutation(
+        "sm90: words beyond the vocabulary count",
+        "sm90",
+        "statistics_sm90.cu",
+        "v == y[i / 2 % 2] || v >= p.head.V ? masked",
+        "v == y[i / 2 % 2] ? masked",
+    ),
+    Mutation(
+        "sm90: what follows a response is multiplied by 0",
+        "sm90",
+        "residuals_sm90.cu",
+        "masked : n < 0 ? 0.f : z[i]",
+        "masked : z[i]",
+    ),
+    Mutation(
+        "sm90: columns are overwritten while they are read",
+        "sm90",
+        "residuals_sm90.cu",
+        "barrier_wait(shared_address(&scratch.read[i % 2]), (i / 2 & 1) ^ 1);",
+        "",
+    ),
+    Mutation(
+        "sm90: an exchange keeps the other half",
+        "sm90",
+        "residuals_sm90.cu",
+        "if (exchange<24, 8>(z)) first += 6;",
+        "if (!exchange<24, 8>(z)) first += 6;",
+    ),
+    Mutation("sm90: a run is a group short", "sm90", "packing.cu", "groups - g,", "groups - g - 1,"),
 )
 
 

@@ -1,0 +1,44 @@
+"""One small ragged call of every op on a GPU, forward and backward, for tools that watch every access.
+
+    compute-sanitizer --tool memcheck python -m benchmarks.once --backend cuda
+
+Results are held to the numerics contract.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from g2rl_kernels import g2rl_advantages, sequence_features, testing, token_logprobs, use_backend
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--backend", required=True)
+    arguments = parser.parse_args()
+    shape = testing.Shape((130, 0, 1, 37, 129), 136, 1105, "responses end on and off tiles of 64, 128 and 192")
+    for dtype in (torch.bfloat16, torch.float32):
+        options = testing.Options(softcap=20.0, bias="weight")
+        s = testing.head_sample(shape, dtype, "cuda", options=options)
+        expected = testing.oracle(s)
+        s.hidden.requires_grad_()
+        with use_backend(arguments.backend):
+            for lse in (None, expected.lse.float()):
+                for workspace_bytes in (None, 1 << 20):
+                    out = sequence_features(
+                        s.hidden, s.head, s.targets, s.cu_seqlens, s.token_weights, lse, workspace_bytes=workspace_bytes
+                    )
+                    testing.assert_bounds(out, expected, s.cu_seqlens)
+            logps, entropy, _ = token_logprobs(s.hidden, s.head, s.targets)
+            (logps.sum() + entropy.sum()).backward()
+            result = g2rl_advantages(out.features[[0, 2, 3, 4]], torch.rand(4, device="cuda"), 2)
+        torch.cuda.synchronize()
+        assert s.hidden.grad is not None and bool(s.hidden.grad.isfinite().all())
+        assert bool(result.advantages.isfinite().all())
+        print(f"{arguments.backend}, {dtype}: ok")
+
+
+if __name__ == "__main__":
+    main()
