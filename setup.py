@@ -2,6 +2,9 @@
 
 The CPU kernels, `g2rl_kernels._native`, are built with CMake where a compiler is at hand. Without one the package still
 installs and works on its other backends. G2RL_SKIP_NATIVE=1 does not try; G2RL_REQUIRE_NATIVE=1 makes failure an error.
+
+The CUDA kernels, `g2rl_kernels._cuda`, are built where nvcc is found and torch has CUDA (G2RL_WITH_CUDA=auto), always or
+not at all (on, off). G2RL_CUDA_ARCHITECTURES names the GPUs, "80;90a;100" unless set; one builds in a third of the time.
 """
 
 import os
@@ -33,28 +36,53 @@ def why_not() -> str | None:
     return None
 
 
+def why_no_cuda() -> str | None:
+    """What is missing to build the CUDA kernels; None when everything is there, or when CMake has to say."""
+    choice = os.environ.get("G2RL_WITH_CUDA", "auto").lower()
+    if choice == "off":
+        return "G2RL_WITH_CUDA is off"
+    if choice == "on":
+        return None
+    import torch
+
+    if torch.version.cuda is None:
+        return "this torch has no CUDA (G2RL_WITH_CUDA=on builds them nevertheless)"
+    if not (os.environ.get("CUDACXX") or shutil.which("nvcc", path=PATH)):
+        return "nvcc was not found (put it on PATH, or name it in CUDACXX)"
+    return None
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        missing = why_not()
-        if missing is not None:
-            self.give_up(missing)
+        cuda = ext.name.endswith("._cuda")
+        required = os.environ.get("G2RL_WITH_CUDA") == "on" if cuda else bool(os.environ.get("G2RL_REQUIRE_NATIVE"))
+        reason = why_not() or (why_no_cuda() if cuda else None)
+        if reason is None:
+            reason = self.build_with_cmake(ext, cuda)
+        if reason is None:
             return
+        message = f"g2rl_kernels: {'CUDA' if cuda else 'CPU'} kernels not built: {reason}"
+        if required:
+            raise RuntimeError(message)
+        self.warn(f"{message}. The package works without them; `python -m g2rl_kernels` tells what it uses.")
+
+    def build_with_cmake(self, ext: Extension, cuda: bool) -> str | None:
+        """Builds one module; returns what failed."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        # Folders of their own: CUDA kernels that fail to build do not stop the others.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-cuda' if cuda else ''}"
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DG2RL_OUTPUT_DIR={target}", "-DG2RL_BUILD_TESTS=OFF", "-DCMAKE_BUILD_TYPE=Release"]
+        configure += [f"-DG2RL_BUILD_NATIVE={'OFF' if cuda else 'ON'}", f"-DG2RL_WITH_CUDA={'on' if cuda else 'off'}"]
+        if cuda and (architectures := os.environ.get("G2RL_CUDA_ARCHITECTURES")):
+            configure += [f"-DG2RL_CUDA_ARCHITECTURES={architectures}"]
         compile_all = ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)]
         try:
             for command in (configure, compile_all):
                 subprocess.run(command, check=True, env={**os.environ, "PATH": PATH})
         except subprocess.CalledProcessError as error:
-            self.give_up(f"`{' '.join(error.cmd)}` failed")
-
-    def give_up(self, reason: str) -> None:
-        message = f"g2rl_kernels: CPU kernels not built: {reason}"
-        if os.environ.get("G2RL_REQUIRE_NATIVE"):
-            raise RuntimeError(message)
-        self.warn(f"{message}. The package works without them, more slowly; `python -m g2rl_kernels` tells.")
+            return f"`{' '.join(error.cmd)}` failed"
+        return None
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
@@ -75,6 +103,6 @@ setup(
     ],
     package_dir={"g2rl_kernels": "g2rl_kernels", "g2rl": "python/g2rl"},
     package_data={"g2rl_kernels": ["MATH.md", "py.typed"], "g2rl": ["py.typed"]},
-    ext_modules=[Extension("g2rl_kernels._native", sources=[])],
+    ext_modules=[Extension("g2rl_kernels._native", sources=[]), Extension("g2rl_kernels._cuda", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )
