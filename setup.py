@@ -3,8 +3,8 @@
 The CPU kernels, `g2rl_kernels._native`, are built with CMake where a compiler is at hand. Without one the package still
 installs and works on its other backends. G2RL_SKIP_NATIVE=1 does not try; G2RL_REQUIRE_NATIVE=1 makes failure an error.
 
-The CUDA kernels, `g2rl_kernels._cuda`, are built where nvcc is found and torch has CUDA (G2RL_WITH_CUDA=auto), always or
-not at all (on, off). G2RL_CUDA_ARCHITECTURES names the GPUs, "80;90a;100" unless set; one builds in a third of the time.
+The CUDA kernels, `g2rl_kernels._cuda`, are built where nvcc is found and torch has CUDA (G2RL_WITH_CUDA=auto), always
+(on) or never (off). G2RL_CUDA_ARCHITECTURES names the GPUs, "80;90a;100" unless set; fewer build faster.
 """
 
 import os

@@ -95,11 +95,11 @@ class Work:
 def work(kernel: str, sample: HeadSample) -> Work:
     """Random inputs suffice: no kernel's time depends on values."""
     from g2rl_kernels.backends.triton.grad_logits import grad_logits
-    from g2rl_kernels.backends.triton.inputs import addressable
     from g2rl_kernels.backends.triton.merge import merge
     from g2rl_kernels.backends.triton.projection import project
     from g2rl_kernels.backends.triton.residuals import residuals, residuals_and_statistics
     from g2rl_kernels.backends.triton.statistics import room_for_logits, statistics
+    from g2rl_kernels.plans.inputs import addressable
 
     hidden, weight, targets = sample.hidden, sample.head.weight, sample.targets
     cu_seqlens, a = sample.cu_seqlens, sample.token_weights

@@ -59,7 +59,8 @@ class Backend:
 
 # Fastest first.
 BACKENDS = (
-    Backend("cuda", "g2rl_kernels.backends.cuda", ("cuda",), "this version has no CUDA C++ kernels", checked=True),
+    # On request until a GPU has run it.
+    Backend("cuda", "g2rl_kernels.backends.cuda", automatic=(), checked=True),
     Backend("triton", "g2rl_kernels.backends.triton", ("cuda",), checked=True),
     Backend("native", "g2rl_kernels.backends.native", missing="this version has no compiled CPU kernels"),
     Backend("torch", "g2rl_kernels.backends.eager"),

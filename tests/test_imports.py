@@ -20,7 +20,7 @@ SOURCES = {"g2rl_kernels": ROOT / "g2rl_kernels", "g2rl": ROOT / "python" / "g2r
 LAYERS = {
     "g2rl_kernels": (
         ("version", "checks", "products", "records", "workspace"),
-        ("self_check",),
+        ("self_check", "plans"),
         ("distributed", "backends"),
         ("dispatch",),
         ("ops",),

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from g2rl_kernels import LMHead, Shaping, g2rl_advantages, sequence_features, testing, token_logprobs, use_backend
 from g2rl_kernels.backends.triton import configs
-from g2rl_kernels.backends.triton import head as plans
 from g2rl_kernels.backends.triton.candidates import KERNELS
 from g2rl_kernels.backends.triton.configs import Tile
 from g2rl_kernels.backends.triton.responses import inverse_and_flags
 from g2rl_kernels.ops.head import SequenceFeatures
+from g2rl_kernels.plans import head as plans
 from g2rl_kernels.testing import OPTIONS, Gradients, HeadSample, Options, Shape
 
 RAGGED = Shape((5, 0, 9, 1, 8), 63, 321, "N = 23 prime, odd d, two splits of V, an empty and a one-token response")

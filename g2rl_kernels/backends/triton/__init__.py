@@ -16,7 +16,7 @@ from g2rl_kernels.backends.triton.configs import chip_of, interpreted
 _MODULES = {
     "token_logprobs": "head",
     "sequence_features": "head",
-    "logprobs_backward": "backward",
+    "logprobs_backward": "head",
     "g2rl_advantages": "groups",
 }
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

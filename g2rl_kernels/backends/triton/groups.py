@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from g2rl_kernels.backends.triton import configs
-from g2rl_kernels.backends.triton.inputs import on_device_of, unit_stride
+from g2rl_kernels.plans.inputs import on_device_of, unit_stride
 from g2rl_kernels.records import RULES, GroupAdvantages, Shaping
 
 _CENTERED = tl.constexpr(RULES.index("centered"))

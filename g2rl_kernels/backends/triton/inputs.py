@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +10,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from g2rl_kernels.backends.triton.configs import Tile
 from g2rl_kernels.records import Head
-
-
-def addressable(head: Head) -> Head:
-    """The head with rows of weight, and a bias, of unit stride."""
-    return replace(head, weight=unit_stride(head.weight), bias=None if head.bias is None else head.bias.contiguous())
 
 
 def bias_or_weight(head: Head) -> Tensor:
@@ -32,16 +25,6 @@ def constants(head: Head) -> dict[str, bool]:
 def upcast(head: Head) -> bool:
     """Whether products are made in fp32, since the interpreter's of bf16 tiles are garbage."""
     return not head.weight.is_cuda and head.weight.dtype == torch.bfloat16
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Kernels are launched on the current device, whichever holds their arguments."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """x itself where its rows are contiguous in memory, else a copy."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def operands(hidden: Tensor, weight: Tensor, tile: Tile) -> tuple[Any, Any]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from g2rl_kernels.backends.triton.grad_logits import grad_logits
-from g2rl_kernels.backends.triton.inputs import addressable, on_device_of, unit_stride
+from g2rl_kernels.plans import Kernels
+from g2rl_kernels.plans.inputs import addressable, on_device_of, unit_stride
 from g2rl_kernels.products import exact_products, mm
 from g2rl_kernels.records import Gradients, Head, Needs, TokenLogprobs
 from g2rl_kernels.workspace import workspace_or_default
@@ -23,8 +23,8 @@ _FP16_RANGE = 2.0**15
 
 
 def logprobs_backward(
-    grad_logps: Tensor,
-    grad_entropy: Tensor,
+    kernels: Kernels,
+    upstream: tuple[Tensor, Tensor],
     hidden: Tensor,
     head: Head,
     targets: Tensor,
@@ -32,11 +32,12 @@ def logprobs_backward(
     needs: Needs,
     workspace_bytes: int,
 ) -> Gradients:
+    """`upstream`: gradients of log p and of entropy [N]."""
     head, hidden, targets = addressable(head), unit_stride(hidden), targets.contiguous()
     (N, d), V, dtype, device = hidden.shape, head.V, head.weight.dtype, hidden.device
     need_bias = needs.bias and head.bias is not None
     scaled = dtype == torch.float16
-    rows_in, even_scale = _rows_in(head, grad_logps, grad_entropy, saved, scaled)
+    rows_in, even_scale = _rows_in(head, *upstream, saved, scaled)
     row_unit, even_unit = rows_in[5].reciprocal()[:, None], even_scale.reciprocal()
 
     grad_hidden = torch.zeros(N, d, dtype=torch.float32, device=device) if needs.hidden else None
@@ -55,7 +56,7 @@ def logprobs_backward(
                 h = hidden[at]
                 G = torch.empty(h.shape[0], len(strip), dtype=dtype, device=device)
                 G_even = torch.empty_like(G) if scaled else None
-                grad_logits(h, head, targets[at], rows_in[:, at], strip, G, G_even, even_scale)
+                kernels.grad_logits(h, head, targets[at], rows_in[:, at], strip, G, G_even, even_scale)
                 if grad_hidden is not None:
                     part = mm(G, head.weight[of_strip])
                     grad_hidden[at] += part * row_unit[at] if scaled else part

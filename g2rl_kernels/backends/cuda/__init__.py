@@ -1,0 +1,24 @@
+"""CUDA C++ kernels (`csrc/cuda`) for NVIDIA GPUs: some for Hopper alone, and others for all chips since Ampere."""
+
+from __future__ import annotations
+
+import torch
+
+from g2rl_kernels.backends.cuda import library
+from g2rl_kernels.backends.cuda.groups import g2rl_advantages
+from g2rl_kernels.backends.cuda.head import logprobs_backward, sequence_features, token_logprobs
+
+__all__ = ["g2rl_advantages", "logprobs_backward", "sequence_features", "token_logprobs", "unavailable"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve tensors of this device and dtype; None when it can."""
+    if dtype not in _DTYPES:
+        return f"expected bf16, fp16 or fp32, found {str(dtype).removeprefix('torch.')}"
+    if device.type == "cpu":
+        return None if library.runs_on_cpu() else "needs an NVIDIA GPU"
+    if device.type != "cuda" or torch.version.hip:
+        return "needs an NVIDIA GPU"
+    return library.refusal(device)

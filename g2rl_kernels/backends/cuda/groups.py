@@ -1,0 +1,62 @@
+"""The whole group mathematics in one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from g2rl_kernels.backends.cuda import library
+from g2rl_kernels.plans.inputs import on_device_of, unit_stride
+from g2rl_kernels.records import RULES, GroupAdvantages, Shaping
+
+
+def g2rl_advantages(
+    features: Tensor,
+    rewards: Tensor,
+    cu_groups: Tensor,
+    m_max: int,
+    valid: Tensor | None,
+    shaping: Shaping,
+    normalize: str,
+) -> GroupAdvantages:
+    """
+    Raises:
+        ValueError: a group is larger than the kernel holds.
+    """
+    module = library.module_for(features)
+    features, rewards = unit_stride(features.float()), rewards.float().contiguous()
+    cu_groups = cu_groups.to(torch.int32).contiguous()
+    valid = None if valid is None else valid.contiguous()
+    G, d = cu_groups.shape[0] - 1, features.shape[1]
+    most = module.most_members(d)
+    if m_max > most:
+        raise ValueError(f"cu_groups: expected groups of at most {most} for the cuda backend, found {m_max}")
+    advantages, shaped_rewards, scores = (torch.empty_like(rewards) for _ in range(3))
+    similarity = torch.empty(G, m_max, m_max, dtype=torch.float32, device=features.device)
+    if G and m_max:
+        with on_device_of(features):
+            module.g2rl_advantages(
+                module.Groups(
+                    features.data_ptr(),
+                    rewards.data_ptr(),
+                    cu_groups.data_ptr(),
+                    0 if valid is None else valid.data_ptr(),
+                    features.stride(0),
+                    G,
+                    d,
+                    m_max,
+                ),
+                module.Shaping(
+                    shaping.strength,
+                    shaping.clip,
+                    RULES.index(shaping.rule),
+                    shaping.min_range,
+                    shaping.uniform_groups == "drop",
+                    normalize == "std",
+                ),
+                module.Advantages(
+                    advantages.data_ptr(), shaped_rewards.data_ptr(), scores.data_ptr(), similarity.data_ptr()
+                ),
+                library.stream_of(features),
+            )
+    return GroupAdvantages(advantages, shaped_rewards, scores, similarity)

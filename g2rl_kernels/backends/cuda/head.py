@@ -1,0 +1,47 @@
+"""The head's ops: the plans of `g2rl_kernels.plans` with the kernels of this backend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from g2rl_kernels.backends.cuda.kernels import CudaKernels
+from g2rl_kernels.plans import backward
+from g2rl_kernels.plans import head as forward
+from g2rl_kernels.plans.inputs import addressable, unit_stride
+from g2rl_kernels.records import Gradients, Head, Needs, Responses, SequenceFeatures, TokenLogprobs
+
+
+def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> TokenLogprobs:
+    hidden, head, targets = _as_kernels_read(hidden, head, targets)
+    return forward.token_logprobs(CudaKernels.of(hidden, head, targets), hidden, head, targets, workspace_bytes)
+
+
+def sequence_features(
+    hidden: Tensor, head: Head, targets: Tensor, responses: Responses, workspace_bytes: int
+) -> SequenceFeatures:
+    hidden, head, targets = _as_kernels_read(hidden, head, targets)
+    kernels = CudaKernels.of(hidden, head, targets)
+    responses = replace(responses, cu_seqlens=responses.cu_seqlens.to(torch.int32))
+    return forward.sequence_features(kernels, hidden, head, targets, responses, workspace_bytes)
+
+
+def logprobs_backward(
+    grad_logps: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    saved: TokenLogprobs,
+    needs: Needs,
+    workspace_bytes: int,
+) -> Gradients:
+    hidden, head, targets = _as_kernels_read(hidden, head, targets)
+    kernels, upstream = CudaKernels.of(hidden, head, targets), (grad_logps, grad_entropy)
+    return backward.logprobs_backward(kernels, upstream, hidden, head, targets, saved, needs, workspace_bytes)
+
+
+def _as_kernels_read(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Head, Tensor]:
+    return unit_stride(hidden), addressable(head), targets.to(torch.int64).contiguous()

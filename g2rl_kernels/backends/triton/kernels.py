@@ -1,0 +1,27 @@
+"""The head's kernels under the names that `plans.Kernels` gives them."""
+
+from g2rl_kernels.backends.triton.grad_logits import grad_logits
+from g2rl_kernels.backends.triton.kept import add_kept
+from g2rl_kernels.backends.triton.merge import merge
+from g2rl_kernels.backends.triton.projection import project
+from g2rl_kernels.backends.triton.residuals import residuals, residuals_and_statistics
+from g2rl_kernels.backends.triton.residuals import statistics_bytes as residual_statistics_bytes
+from g2rl_kernels.backends.triton.responses import inverse_and_flags, inverse_weights
+from g2rl_kernels.backends.triton.statistics import room_for_logits, statistics, statistics_bytes
+from g2rl_kernels.backends.triton.targets import add_targets
+
+__all__ = [
+    "add_kept",
+    "add_targets",
+    "grad_logits",
+    "inverse_and_flags",
+    "inverse_weights",
+    "merge",
+    "project",
+    "residual_statistics_bytes",
+    "residuals",
+    "residuals_and_statistics",
+    "room_for_logits",
+    "statistics",
+    "statistics_bytes",
+]

@@ -1,0 +1,92 @@
+"""Which kernels a GPU backend runs for the head's ops, on which tokens, responses and words, within the workspace.
+
+A backend hands its kernels in as `Kernels`; nothing here knows what they are written in. N tokens, d hidden, V vocab,
+B responses; hidden [N, d], targets [N], weights a [N], cu_seqlens [B + 1].
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from g2rl_kernels.records import Head
+
+
+class Kernels(Protocol):
+    """What plans are made of; each launches on the current stream of hidden's device."""
+
+    def statistics(self, hidden: Tensor, head: Head, targets: Tensor, kept: Tensor | None = None) -> Tensor:
+        """partials [4, splits, N] of each token's sums over the vocabulary; `kept` receives raw logits."""
+
+    def statistics_bytes(self, hidden: Tensor, head: Head) -> int:
+        """Of those partials, for one token."""
+
+    def room_for_logits(self, hidden: Tensor, head: Head, rows: int) -> Tensor:
+        """Memory for `kept` of so many tokens, fp32."""
+
+    def merge(
+        self, partials: Tensor, head: Head, results: Tensor, a: Tensor | None = None, lse: Tensor | None = None
+    ) -> Tensor:
+        """Write log p, entropy and lse to results [3, N]; with `a`, return terms [4, N] for features, else [4, 0].
+
+        `lse` is the shift that `partials` were made with, where one was given.
+        """
+
+    def residuals(
+        self,
+        hidden: Tensor,
+        head: Head,
+        targets: Tensor,
+        cu_seqlens: Tensor,
+        terms: Tensor,
+        R: Tensor,
+        flagged: Any = None,
+    ) -> None:
+        """Write R [B, V]; with `flagged` of `inverse_and_flags`, rows of flagged responses alone."""
+
+    def residuals_and_statistics(
+        self, hidden: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor, a: Tensor, lse: Tensor, R: Tensor
+    ) -> Tensor:
+        """Write R [B, V] without targets' residuals, by a given lse; return partials as of `statistics`."""
+
+    def residual_statistics_bytes(self, hidden: Tensor, head: Head) -> int:
+        """Of those partials, for one token."""
+
+    def inverse_weights(self, cu_seqlens: Tensor, a: Tensor) -> Tensor:
+        """1 / sum a [B], 0 without weight."""
+
+    def inverse_and_flags(self, cu_seqlens: Tensor, a: Tensor, S: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """What multiplies R [B]; flags [B] int32 of responses whose lse was off; the same as `residuals` takes it."""
+
+    def add_kept(
+        self,
+        kept: Tensor,
+        head: Head,
+        targets: Tensor,
+        cu_seqlens: Tensor,
+        terms: Tensor,
+        R: Tensor,
+        first: int,
+        last: int,
+    ) -> None:
+        """Add tokens first to last, whose raw logits `kept` holds, to R [B, V]; rows of terms count from `first`."""
+
+    def add_targets(self, targets: Tensor, cu_seqlens: Tensor, terms: Tensor, flags: Tensor, R: Tensor) -> None:
+        """Add targets' residuals to R [B, V] of responses whose flag is 0."""
+
+    def project(self, R: Tensor, inverse: Tensor, head: Head, features: Tensor) -> None:
+        """Write features [B, d] = logit_scale (R * inverse) W."""
+
+    def grad_logits(
+        self,
+        hidden: Tensor,
+        head: Head,
+        targets: Tensor,
+        rows_in: Tensor,
+        strip: range,
+        G: Tensor,
+        G_even: Tensor | None = None,
+        even_scale: Tensor | None = None,
+    ) -> None:
+        """Write gradients of raw logits G [N, len(strip)] from rows_in [6, N]: `plans.backward` says which."""

@@ -1,0 +1,194 @@
+"""Plans of the head's forward ops: which kernels run, on which tokens and responses, within the workspace.
+
+    token_logprobs      statistics -> merge
+    sequence_features   lse given:         residuals_and_statistics -> merge -> residuals where lse was off -> targets
+                        kept logits:       for each chunk of tokens, statistics that keep z -> merge -> add_kept
+                        recomputed logits: statistics -> merge -> residuals
+                        and always:        responses -> project
+
+Kept logits cost 8 bytes of traffic for each token and word, recomputed ones a second product of 2 d operations: the
+first wins for large d if chunks are large enough to fill the chip. Plans differ in rounding alone. Which one runs
+depends on shapes that a response shares with its batch (d, V, workspace), never on N or B: a response's bits are its
+own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from g2rl_kernels.plans import Kernels
+from g2rl_kernels.plans.inputs import addressable, on_device_of, unit_stride
+from g2rl_kernels.records import Head, Responses, SequenceFeatures, TokenLogprobs
+from g2rl_kernels.workspace import workspace_or_default
+
+# From here on 8 bytes of traffic cost less than 2 d operations: at 3 TB/s and 600 TFLOP/s where d = 800.
+KEEP_FROM_D = 1024
+# Fewer rows of logits than this do not fill a chip with programs.
+KEEP_FROM_ROWS = 256
+_FP32 = 4
+_ROWS = 128
+
+
+def token_logprobs(
+    kernels: Kernels, hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int
+) -> TokenLogprobs:
+    batch = _Batch.of(kernels, hidden, head, targets, workspace_bytes)
+    with on_device_of(hidden):
+        _merged_statistics(batch, None)
+    return TokenLogprobs(*batch.separate_results())
+
+
+def sequence_features(
+    kernels: Kernels, hidden: Tensor, head: Head, targets: Tensor, responses: Responses, workspace_bytes: int
+) -> SequenceFeatures:
+    batch = _Batch.of(kernels, hidden, head, targets, workspace_bytes)
+    N, d = hidden.shape
+    cu_seqlens, weights, lse = responses.cu_seqlens.contiguous(), responses.token_weights, responses.lse
+    a = hidden.new_ones(N, dtype=torch.float32) if weights is None else weights.float().contiguous()
+    features = torch.zeros(cu_seqlens.shape[0] - 1, d, dtype=torch.float32, device=hidden.device)
+    if N:
+        with on_device_of(hidden):
+            # Plans that cut tokens read offsets on the host, which a graph under capture cannot.
+            capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+            if lse is not None and not capturing:
+                plan = _from_lse(batch, cu_seqlens, a, lse.float().contiguous())
+            elif d >= KEEP_FROM_D and batch.kept_rows >= KEEP_FROM_ROWS and not capturing:
+                plan = _from_kept(batch, cu_seqlens, a)
+            else:
+                plan = _from_recomputed(batch, cu_seqlens, a)
+            for first, R, inverse in plan:
+                kernels.project(R, inverse, batch.head, features[first : first + R.shape[0]])
+    return SequenceFeatures(features, *batch.separate_results())
+
+
+class _Batch:
+    """Tokens of one call, what limits its plans, and results [3, N]: log p, entropy, lse."""
+
+    def __init__(self, kernels: Kernels, hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> None:
+        self.kernels = kernels
+        self.hidden, self.head, self.targets = hidden, head, targets
+        # A quarter is for R. Logits that are kept make better use of the rest: more rows fill the chip.
+        self.workspace_bytes = workspace_bytes
+        self.limit = workspace_bytes - workspace_bytes // 4
+        self.results = self.empty(3, hidden.shape[0])
+
+    @classmethod
+    def of(cls, kernels: Kernels, hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> _Batch:
+        """From an op's arguments."""
+        workspace_bytes = workspace_or_default(workspace_bytes, hidden.device)
+        return cls(kernels, unit_stride(hidden), addressable(head), targets.contiguous(), workspace_bytes)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.hidden.device)
+
+    @property
+    def responses(self) -> int:
+        """Responses whose R takes a quarter of the workspace."""
+        return max(1, self.workspace_bytes // 4 // (_FP32 * self.head.V))
+
+    @property
+    def kept_rows(self) -> int:
+        """Tokens whose logits are within the limit; from `_ROWS` on, a multiple of that."""
+        return _multiple(self.limit // (_FP32 * self.head.V))
+
+    @property
+    def statistics_rows(self) -> int:
+        """Tokens whose sums in splits of the vocabulary are within the limit."""
+        return max(_ROWS, _multiple(self.limit // self.kernels.statistics_bytes(self.hidden, self.head)))
+
+    def separate_results(self) -> tuple[Tensor, ...]:
+        """log p, entropy and lse as tensors of their own: an op's outputs may not share memory."""
+        return tuple(x.clone() for x in self.results.unbind())
+
+
+def _multiple(rows: int) -> int:
+    return rows // _ROWS * _ROWS if rows >= _ROWS else max(1, rows)
+
+
+def _merged_statistics(batch: _Batch, a: Tensor | None) -> Tensor:
+    """Pass 1 for all tokens; with weights a [N], returns terms [4, N], else [4, 0]."""
+    N = batch.hidden.shape[0]
+    terms = batch.empty(4, 0 if a is None else N)
+    for first in range(0, N, batch.statistics_rows):
+        rows = slice(first, first + batch.statistics_rows)
+        partials = batch.kernels.statistics(batch.hidden[rows], batch.head, batch.targets[rows])
+        of_rows = batch.kernels.merge(partials, batch.head, batch.results[:, rows], None if a is None else a[rows])
+        terms[:, rows] = of_rows
+    return terms
+
+
+# First response, R [n, V] and 1 / sum a [n] of n responses.
+Plan = Iterator[tuple[int, Tensor, Tensor]]
+
+
+def _from_recomputed(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:
+    """Two products; needs no values on the host."""
+    terms = _merged_statistics(batch, a)
+    B = cu_seqlens.shape[0] - 1
+    for first in range(0, B, batch.responses):
+        offsets = cu_seqlens[first : first + batch.responses + 1]
+        R = batch.empty(offsets.shape[0] - 1, batch.head.V)
+        batch.kernels.residuals(batch.hidden, batch.head, batch.targets, offsets, terms, R)
+        yield first, R, batch.kernels.inverse_weights(offsets, a)
+
+
+def _from_lse(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor) -> Plan:
+    """One product; a second one only for responses whose lse turns out to be too far off to stand for log S."""
+    offsets = cu_seqlens.tolist()
+    most_tokens = batch.limit // batch.kernels.residual_statistics_bytes(batch.hidden, batch.head)
+    first, B = 0, len(offsets) - 1
+    while first < B:
+        last = first + 1
+        while last < B and last - first < batch.responses and offsets[last + 1] - offsets[first] <= most_tokens:
+            last += 1
+        tokens = slice(offsets[first], offsets[last])
+        part = _Batch(batch.kernels, batch.hidden[tokens], batch.head, batch.targets[tokens], batch.workspace_bytes)
+        part.results = batch.results[:, tokens]
+        of_part = cu_seqlens[first : last + 1] - offsets[first]
+        if offsets[first] == offsets[last]:
+            yield first, batch.empty(last - first, batch.head.V).zero_(), batch.empty(last - first).zero_()
+        elif offsets[last] - offsets[first] > most_tokens:
+            # One response too long for sums by token and tile; the choice is its own.
+            for _, R, inverse in _from_recomputed(part, of_part, a[tokens]):
+                yield first, R, inverse
+        else:
+            yield first, *_from_lse_at_once(part, of_part, a[tokens], lse[tokens])
+        first = last
+
+
+def _from_lse_at_once(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    kernels = batch.kernels
+    inputs = (batch.hidden, batch.head, batch.targets, cu_seqlens)
+    R = batch.empty(cu_seqlens.shape[0] - 1, batch.head.V)
+    partials = kernels.residuals_and_statistics(*inputs, a, lse, R)
+    terms = kernels.merge(partials, batch.head, batch.results, a, lse)
+    inverse, flags, flagged = kernels.inverse_and_flags(cu_seqlens, a, terms[3], lse)
+    kernels.residuals(*inputs, terms, R, flagged)
+    kernels.add_targets(batch.targets, cu_seqlens, terms, flags, R)
+    return R, inverse
+
+
+def _from_kept(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:
+    """One product and two passes over the logits of a chunk of tokens."""
+    kernels, head, rows = batch.kernels, batch.head, batch.kept_rows
+    offsets = cu_seqlens.tolist()
+    B = len(offsets) - 1
+    kept = kernels.room_for_logits(batch.hidden, head, min(rows, batch.hidden.shape[0]))
+    for start in range(0, B, batch.responses):
+        stop = min(start + batch.responses, B)
+        R = batch.empty(stop - start, head.V).zero_()
+        for first in range(offsets[start], offsets[stop], rows):
+            last = min(first + rows, offsets[stop])
+            tokens = slice(first, last)
+            partials = kernels.statistics(batch.hidden[tokens], head, batch.targets[tokens], kept)
+            terms = kernels.merge(partials, head, batch.results[:, tokens], a[tokens])
+            # Programs only for the responses that have tokens in the chunk.
+            b0, b1 = bisect_right(offsets, first) - 1, bisect_left(offsets, last)
+            kernels.add_kept(
+                kept, head, batch.targets, cu_seqlens[b0 : b1 + 1], terms, R[b0 - start : b1 - start], first, last
+            )
+        yield start, R, kernels.inverse_weights(cu_seqlens[start : stop + 1], a)

@@ -1,0 +1,289 @@
+"""The cuda backend on CPU tensors: kernels compiled as C++, where every CUDA thread is a fibre, held to the contract.
+
+That is slow, thousands of threads by turns: shapes are small, and each is ragged against the kernels' tiles. Loads and
+formats of the kernels, one by one, are tested in csrc/tests; here the launchers, the plans and the op around them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from g2rl_kernels import LMHead, Shaping, g2rl_advantages, sequence_features, testing, token_logprobs, use_backend
+from g2rl_kernels.backends import cuda
+from g2rl_kernels.backends.cuda import kernels, library
+from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.plans import head as plans
+from g2rl_kernels.records import Head, SequenceFeatures
+from g2rl_kernels.testing import OPTIONS, Gradients, HeadSample, Options, Shape
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / f"cuda-on-cpu-{sys.implementation.cache_tag}"
+PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+
+# d = 64 leaves rows of 16-bit numbers aligned, which the kernels for Hopper ask for; with d = 63 the others serve.
+ALIGNED = Shape((5, 0, 9, 1), 64, 200, "Hopper: a tile of words and a ragged one, an empty and a one-token response")
+RAGGED = Shape((5, 0, 9, 1), 63, 200, "the same for the other kernels, with an odd d")
+LONG = Shape((37, 1), 72, 70, "tokens beyond one small tile, d beyond one stage, V less than a tile")
+SHAPES = (
+    Shape((), 16, 64, "no responses"),
+    Shape((0,), 16, 64, "no tokens, one empty response"),
+    Shape((3, 2), 1, 1, "a vocabulary of one word: nothing but the target"),
+    LONG,
+)
+PLANS = ("recomputed", "kept", "given", "perturbed")
+
+sample = functools.cache(testing.head_sample)
+
+
+@functools.cache
+def oracle(shape: Shape, dtype: torch.dtype, kind: str, options: Options) -> SequenceFeatures:
+    return testing.oracle(sample(shape, dtype, kind=kind, options=options))
+
+
+@pytest.fixture(scope="module")
+def on_cpu():  # noqa: ANN201
+    """The module, built where it is not up to date."""
+    if not shutil.which("cmake", path=PATH) or not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("needs CMake and a C++ compiler")
+    configure = ["cmake", "-S", ROOT, "-B", BUILD, f"-DPython_EXECUTABLE={sys.executable}", "-DG2RL_BUILD_NATIVE=OFF"]
+    configure += ["-DG2RL_WITH_CUDA=off", "-DG2RL_BUILD_TESTS=OFF"]
+    for command in (configure, ["cmake", "--build", BUILD, "--parallel", "2", "--target", "_cuda_on_cpu"]):
+        run = subprocess.run(command, env=os.environ | {"PATH": PATH}, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
+    (file,) = (BUILD / "on_cpu").glob("_cuda_on_cpu.*")
+    spec = importlib.util.spec_from_file_location("_cuda_on_cpu", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def backend(on_cpu, monkeypatch: pytest.MonkeyPatch):  # noqa: ANN001, ANN201
+    monkeypatch.setattr(library, "_on_cpu", on_cpu)
+    with use_backend("cuda"):
+        yield on_cpu
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are kept at any size, not only where that pays."""
+    monkeypatch.setattr(plans, "KEEP_FROM_D", 0)
+    monkeypatch.setattr(plans, "KEEP_FROM_ROWS", 0)
+
+
+def features(s: HeadSample, **changes: object) -> SequenceFeatures:
+    return sequence_features(s.hidden, s.head, s.targets, s.cu_seqlens, s.token_weights, **changes)
+
+
+def check(shape: Shape, dtype: torch.dtype, kind: str, options: str, plan: str, **changes: object) -> None:
+    s, expected = (
+        sample(shape, dtype, kind=kind, options=OPTIONS[options]),
+        oracle(shape, dtype, kind, OPTIONS[options]),
+    )
+    if plan in ("given", "perturbed"):
+        changes["lse"] = expected.lse.float() + 1e-4 * (plan == "perturbed")
+    found = features(s, **changes)
+    unavoidable = testing.accumulation_error(s) if kind.startswith("hidden") else None
+    testing.assert_bounds(found, expected, s.cu_seqlens, unavoidable)
+
+
+def use_plan(plan: str, request: pytest.FixtureRequest) -> None:
+    if plan == "kept":
+        request.getfixturevalue("kept")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_plans(plan: str, shape: Shape, dtype: torch.dtype, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001
+    """An lse that is off by 1e-4 makes the kernel compute the response again; one that is exact does not."""
+    use_plan(plan, request)
+    check(shape, dtype, "peaked", "together", plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS[:3])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"N{shape.N}-d{shape.d}-V{shape.V}")
+def test_shapes(shape: Shape, plan: str, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001
+    use_plan(plan, request)
+    check(shape, torch.float16, "random", "plain", plan)
+    s = sample(shape, torch.float16, kind="random", options=OPTIONS["plain"])
+    expected = oracle(shape, torch.float16, "random", OPTIONS["plain"])
+    testing.assert_bounds(token_logprobs(s.hidden, s.head, s.targets), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["bias", "softcap"])
+@pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
+def test_workspace_cuts_tokens_and_responses(shape: Shape, options: str, backend, kept: None) -> None:  # noqa: ANN001
+    check(shape, torch.bfloat16, "random", options, "kept", workspace_bytes=7 * shape.V * 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS[:3])
+@pytest.mark.parametrize("d", [64, 63])
+def test_bits_of_a_response_are_its_own(d: int, plan: str, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001
+    """Twice the same, and the same elsewhere in the batch."""
+    use_plan(plan, request)
+    shape = Shape((21, 1), d, 70, "a response that moves by one token")
+    s = sample(shape, torch.float16, kind="random", options=OPTIONS["plain"])
+    lse = oracle(shape, torch.float16, "random", OPTIONS["plain"]).lse.float() if plan == "given" else None
+    limit = 2**28 if plan == "given" else 11 * shape.V * 6
+    together = features(s, lse=lse, workspace_bytes=limit)
+    again = features(s, lse=lse, workspace_bytes=limit)
+    assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
+    order = torch.cat((torch.arange(21, 22), torch.arange(21)))
+    swapped = sequence_features(
+        s.hidden[order],
+        s.head,
+        s.targets[order],
+        torch.tensor([0, 1, 22]),
+        s.token_weights[order],
+        None if lse is None else lse[order],
+        workspace_bytes=limit,
+    )
+    assert torch.equal(swapped.features.flip(0), together.features)
+    for found, expected in zip(swapped[1:], together[1:], strict=True):
+        assert torch.equal(found, expected[order])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "options", "rows"),
+    [
+        (torch.float32, "random", "together", 1000),
+        (torch.float16, "peaked", "softcap", 1000),
+        (torch.float16, "random", "bias", 9),
+        (torch.bfloat16, "bias+", "plain", 1000),
+    ],
+)
+def test_gradients(shape: Shape, dtype: torch.dtype, kind: str, options: str, rows: int, backend) -> None:  # noqa: ANN001
+    """Upstream gradients of both signs, from 1e-6 to 1e6, which fp16 cannot hold; a workspace that cuts both ways."""
+    s = sample(shape, dtype, kind=kind, options=OPTIONS[options])
+    random = torch.Generator().manual_seed(3)
+    sizes = 10 ** (12 * torch.rand(2, shape.N, generator=random, dtype=torch.float64) - 6)
+    upstream = (sizes * torch.randn(2, shape.N, generator=random).sign()).float()
+    hidden, weight = s.hidden.detach().requires_grad_(), s.head.weight.detach().requires_grad_()
+    bias = None if s.head.bias is None else s.head.bias.detach().requires_grad_()
+    head = LMHead(weight, bias, s.head.temperature, s.head.logit_scale, s.head.softcap)
+    out = token_logprobs(hidden, head, s.targets, workspace_bytes=rows * shape.V * dtype.itemsize)
+    torch.autograd.backward((out.logps, out.entropy), tuple(upstream))
+    found = Gradients(hidden.grad, weight.grad, None if bias is None else bias.grad)
+    exact, allowed = testing.oracle_gradients(s, *upstream)
+    testing.assert_gradients(found, exact, allowed)
+
+
+@pytest.mark.slow
+def test_alignment_chooses_the_kernels(backend) -> None:  # noqa: ANN001
+    """Rows that TMA cannot read are served too, by the kernels that any chip has."""
+    head = Head(torch.randn(70, 64).bfloat16(), None)
+    targets = torch.zeros(5, dtype=torch.int64)
+    wide = torch.randn(5, 80).bfloat16()
+    for hidden, generation in (
+        (wide[:, :64], backend.sm90),
+        (wide[:, 8:72], backend.sm90),
+        (wide[:, 1:65], backend.sm80),  # starts two bytes later
+        (torch.randn(5, 67).bfloat16()[:, :64], backend.sm80),  # rows 134 bytes apart
+    ):
+        assert kernels.CudaKernels.of(hidden, head, targets).generation is generation
+    whole = Head(head.weight.float(), None)
+    assert kernels.CudaKernels.of(wide[:, :64].float(), whole, targets).generation is backend.sm80
+
+
+@pytest.mark.slow
+def test_group_op(backend) -> None:  # noqa: ANN001
+    random = torch.Generator().manual_seed(0)
+    cu_groups = torch.tensor([0, 3, 4, 4, 11])
+    phi, rewards = torch.randn(11, 37, generator=random), torch.randint(0, 2, (11,), generator=random).float()
+    valid = torch.rand(11, generator=random) > 0.2
+    for rule in ("scale", "centered", "literal"):
+        for mask, normalize in ((None, "std"), (valid, "none")):
+            found = g2rl_advantages(phi, rewards, cu_groups, Shaping(0.7, 1.5, rule), mask, normalize=normalize)
+            with use_backend("reference"):
+                expected = g2rl_advantages(phi, rewards, cu_groups, Shaping(0.7, 1.5, rule), mask, normalize=normalize)
+            torch.testing.assert_close(found, expected, rtol=3e-7, atol=3e-7)
+
+
+@pytest.mark.slow
+def test_a_group_beyond_shared_memory_is_refused_by_name(backend) -> None:  # noqa: ANN001
+    B = backend.most_members(4) + 1
+    with pytest.raises(
+        ValueError, match=f"cu_groups: expected groups of at most {B - 1} for the cuda backend, found {B}"
+    ):
+        g2rl_advantages(torch.randn(B, 4), torch.randn(B), torch.tensor([0, B]), Shaping())
+
+
+def test_a_cpu_is_not_served_by_accident() -> None:
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="needs an NVIDIA GPU"):
+        resolve("token_logprobs", torch.device("cpu"), torch.float32)
+    assert cuda.unavailable(torch.device("cuda", 0), torch.float64) == "expected bf16, fp16 or fp32, found float64"
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "reason"),
+    [
+        ((9, 0), "80 90a 100", None),
+        ((8, 9), "80 90a 100", None),
+        ((12, 0), "80", None),  # from PTX
+        ((8, 0), "90a", "compiled for 90a, but the GPU has compute capability 8.0: build with its own"),
+        ((7, 5), "80 90a", "needs compute capability 8.0 or higher, found 7.5"),
+    ],
+)
+def test_code_for_another_chip_is_said(capability: tuple[int, int], architectures: str, reason: str | None) -> None:
+    assert library.missing_code(capability, architectures) == reason
+
+
+class FakeModule:
+    """A compiled module as `library.refusal` asks it."""
+
+    def __init__(self, architectures: str = "80 90a", error: str = "") -> None:
+        self.architectures, self.error = architectures, error
+
+    def driver_error(self) -> str:
+        return self.error
+
+
+@pytest.mark.parametrize(
+    ("module", "shared", "reason"),
+    [
+        (FakeModule(), 232448, None),
+        (FakeModule(error="cudaErrorInsufficientDriver: built with CUDA 13.0, and the driver knows CUDA 12.4"), 232448,
+         "cannot run here: cudaErrorInsufficientDriver: built with CUDA 13.0, and the driver knows CUDA 12.4"),
+        (FakeModule("100"), 232448, "compiled for 100, but the GPU has compute capability 9.0: build with its own"),
+        (FakeModule(), 65536, "needs 101376 bytes of shared memory for a block, found 65536"),
+    ],
+)  # fmt: skip
+def test_what_a_device_lacks_is_said(
+    module: FakeModule, shared: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Properties:
+        shared_memory_per_block_optin = shared
+
+    monkeypatch.setattr(library, "_load", lambda: (module, None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert library.refusal.__wrapped__(torch.device("cuda", 0)) == reason
+
+
+def test_a_module_that_is_absent_or_broken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: ImportError):  # noqa: ANN202
+        def load(name: str) -> None:
+            raise error
+
+        return load
+
+    monkeypatch.setattr(library.importlib, "import_module", fail(ModuleNotFoundError("_cuda")))
+    assert "G2RL_WITH_CUDA=on" in library._load.__wrapped__()[1]
+    monkeypatch.setattr(library.importlib, "import_module", fail(ImportError("undefined symbol: x")))
+    assert "undefined symbol: x" in library._load.__wrapped__()[1]
