@@ -73,12 +73,6 @@ void bind_structs(py::module_& m) {
   }));
   py::class_<Kept>(m, "Kept").def(
       py::init([](Address logits, int64_t stride) { return Kept{at<float>(logits), stride}; }));
-  // Without arguments: nothing to do.
-  py::class_<KeptPass>(m, "KeptPass")
-      .def(py::init([] { return KeptPass{}; }))
-      .def(py::init(
-          [](const Kept& kept, Address targets, const Responses& responses, const Terms& terms, int first, int last,
-             Address R) { return KeptPass{kept, at<int64_t>(targets), responses, terms, first, last, at<float>(R)}; }));
   py::class_<Strip>(m, "Strip")
       .def(py::init([](Address G, Address G_even, Address even_scale, int64_t stride, int v_start, int v_end) {
         return Strip{at<void>(G), at<void>(G_even), at<float>(even_scale), stride, v_start, v_end};
@@ -107,10 +101,10 @@ void bind_generation(py::module_ m, const Generation& of) {
   m.def("residual_splits", of.residual_splits);
   m.def("kept_rows", of.kept_rows);
   m.def("kept_columns", of.kept_columns);
-  m.def("statistics", [of](const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept,
-                           const KeptPass& meanwhile, Address stream) {
-    check(of.statistics(head, tokens, partials, kept, meanwhile, stream_of(stream)), "statistics");
-  });
+  m.def("statistics",
+        [of](const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept, Address stream) {
+          check(of.statistics(head, tokens, partials, kept, stream_of(stream)), "statistics");
+        });
   m.def("residuals", [of](const Head& head, const Tokens& tokens, const Responses& responses, const Terms& terms,
                           Address flags, Address packing, Address R, Address stream) {
     check(
@@ -143,8 +137,10 @@ void bind_tokens(py::module_& m) {
                 "responses");
         });
   m.def("packing_bytes", &packing_bytes);
-  m.def("add_kept", [](const Head& head, const KeptPass& pass, Address stream) {
-    check(add_kept(head, pass, stream_of(stream)), "add_kept");
+  m.def("add_kept", [](const Head& head, const Kept& kept, Address targets, const Responses& of, const Terms& terms,
+                       int first, int last, Address R, Address stream) {
+    check(add_kept(head, kept, at<int64_t>(targets), of, terms, first, last, at<float>(R), stream_of(stream)),
+          "add_kept");
   });
   m.def("add_targets",
         [](Address targets, const Responses& of, const Terms& terms, Address flags, int V, Address R, Address stream) {

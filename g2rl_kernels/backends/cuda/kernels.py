@@ -48,7 +48,6 @@ class CudaKernels:
             _tokens(self.module, hidden, targets),
             self.module.Partials(partials.data_ptr(), splits),
             self._kept(kept),
-            self.module.KeptPass(),
             library.stream_of(hidden),
         )
         return partials
@@ -152,15 +151,13 @@ class CudaKernels:
     ) -> None:
         self.module.add_kept(
             _head(self.module, head),
-            self.module.KeptPass(
-                self._kept(kept),
-                targets.data_ptr(),
-                self._responses(cu_seqlens),
-                self._terms(terms),
-                first,
-                last,
-                R.data_ptr(),
-            ),
+            self._kept(kept),
+            targets.data_ptr(),
+            self._responses(cu_seqlens),
+            self._terms(terms),
+            first,
+            last,
+            R.data_ptr(),
             library.stream_of(R),
         )
 
