@@ -2,6 +2,7 @@
 # make test     run the tests
 # make ctest    build and run the C++ kernels' own tests
 # make wheel     a wheel in dist/ for the torch of constraints.txt
+# make cuda     build the CUDA kernels for all architectures, with the python3 that is there: needs nvcc and torch
 # make bench    the short benchmark suite
 # make gpu      on a machine with a GPU: its tests and benchmarks, with the python3 that is there
 # make lint     ruff, mypy, clang-format, and whether the README says what the results say
@@ -15,7 +16,7 @@ ARGS ?=
 
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ctest wheel bench bench-report gpu lint clean
+.PHONY: setup train test ctest cuda wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -41,6 +42,11 @@ ctest: $(READY)
 
 wheel: $(READY)
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+cuda:
+	cmake -S . -B build/cuda -DPython_EXECUTABLE=$$(command -v $(PYTHON)) -DG2RL_BUILD_NATIVE=OFF -DG2RL_BUILD_TESTS=OFF \
+	  -DG2RL_WITH_CUDA=on $(ARGS)
+	cmake --build build/cuda --parallel --target _cuda
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run --quick $(ARGS)
