@@ -157,6 +157,14 @@ def explain() -> str:
     """
     devices = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: {', '.join(map(str, devices))}"]
+    for backend in BACKENDS:
+        module = _load(backend)
+        if (
+            module is not None
+            and hasattr(module, "describe")
+            and _refusal(backend, OPS[0], devices[0], torch.float32) is None
+        ):
+            lines.append(module.describe())
     forced = _forced or os.environ.get(ENVIRONMENT_VARIABLE)
     if forced:
         lines.append(f"backend set by name: {forced}")
