@@ -12,8 +12,9 @@ def mm_in_blocks(a: Tensor, b: Tensor, rows: int) -> Tensor:
     """`mm` in blocks of exactly `rows` rows, the last one padded.
 
     Libraries choose the order of their sums by the shapes of a product. With one shape for all, a row of the result
-    does not depend on how many others come along, as far as the library treats all rows of a block alike. MKL's fp64
-    on processors other than Intel's does not: on a CPU every fp64 row is a product of its own, from aligned memory.
+    does not depend on how many others come along, as far as the library treats all rows of a block alike. On an AMD
+    processor fp64 rows did depend on the batch; where in a block was not found out. So on a CPU every fp64 row is a
+    product of its own, from aligned memory: nothing about it depends on the batch.
     """
     b = b if b.is_cuda or b.dtype == torch.float64 else b.float()
     a = a.to(b.dtype)
