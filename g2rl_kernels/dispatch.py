@@ -45,6 +45,8 @@ class Backend:
         automatic: device types on which it is chosen without being named; None stands for all of them.
         missing: what to say where the module does not exist in this installation.
         checked: whether it serves a GPU without being named only once a measured run or its self-check stands for it.
+        generations: of NVIDIA GPUs (the major number of their compute capability) on which it was measured to be faster
+            than what follows; None for all. On others it is there on request.
     """
 
     name: str
@@ -52,15 +54,17 @@ class Backend:
     automatic: tuple[str, ...] | None = None
     missing: str = "not part of this version"
     checked: bool = False
+    generations: tuple[int, ...] | None = None
 
     def is_automatic(self, device: torch.device) -> bool:
-        return self.automatic is None or device.type in self.automatic
+        if self.automatic is not None and device.type not in self.automatic:
+            return False
+        return self.generations is None or torch.cuda.get_device_capability(device)[0] in self.generations
 
 
 # Fastest first.
 BACKENDS = (
-    # On request until a GPU has run it.
-    Backend("cuda", "g2rl_kernels.backends.cuda", automatic=(), checked=True),
+    Backend("cuda", "g2rl_kernels.backends.cuda", ("cuda",), checked=True, generations=(9,)),
     Backend("triton", "g2rl_kernels.backends.triton", ("cuda",), checked=True),
     Backend("native", "g2rl_kernels.backends.native", missing="this version has no compiled CPU kernels"),
     Backend("torch", "g2rl_kernels.backends.eager"),
