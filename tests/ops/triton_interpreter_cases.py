@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from g2rl_kernels import LMHead, Shaping, g2rl_advantages, sequence_features, testing, token_logprobs, use_backend
-from g2rl_kernels.backends.triton import configs
+from g2rl_kernels.backends.triton import configs, kernels
 from g2rl_kernels.backends.triton.candidates import KERNELS
 from g2rl_kernels.backends.triton.configs import Tile
 from g2rl_kernels.backends.triton.responses import inverse_and_flags
@@ -134,7 +134,7 @@ def test_a_product_is_not_made_twice_for_a_rounded_lse(monkeypatch: pytest.Monke
         counts.append(int(found[2][0]))
         return found
 
-    monkeypatch.setattr(plans, "inverse_and_flags", spy)
+    monkeypatch.setattr(kernels, "inverse_and_flags", spy)
     features(s, lse=token_logprobs(s.hidden, s.head, s.targets).lse)
     assert counts == [0]
 
