@@ -18,8 +18,13 @@ from g2rl_kernels.workspace import workspace_or_default
 
 # Columns of strips are multiples of this where the workspace allows, tokens of chunks too.
 _STEP = 128
-# fp16 ends at 65504; entries are at most 1 before scaling by this.
+# fp16 ends at 65504 and at 2^-24; entries are at most 1 before scaling by this.
 _FP16_RANGE = 2.0**15
+_FP16_SMALLEST = 2.0**-24
+# The reciprocal of this is finite, and this times _PROVISIONAL.
+_LARGEST_SCALE = 2.0**109
+# What makes a row overflow unless its largest entry is below 2^-16 of its bound; the others lose 2^-24 without it.
+_PROVISIONAL = 2.0**16
 
 
 def logprobs_backward(
@@ -38,7 +43,6 @@ def logprobs_backward(
     need_bias = needs.bias and head.bias is not None
     scaled = dtype == torch.float16
     rows_in, even_scale = _rows_in(head, *upstream, saved, scaled)
-    row_unit, even_unit = rows_in[5].reciprocal()[:, None], even_scale.reciprocal()
 
     grad_hidden = torch.zeros(N, d, dtype=torch.float32, device=device) if needs.hidden else None
     grad_weight = torch.zeros(V, d, dtype=dtype, device=device) if needs.weight else None
@@ -56,20 +60,26 @@ def logprobs_backward(
                 h = hidden[at]
                 G = torch.empty(h.shape[0], len(strip), dtype=dtype, device=device)
                 G_even = torch.empty_like(G) if scaled else None
-                kernels.grad_logits(h, head, targets[at], rows_in[:, at], strip, G, G_even, even_scale)
+                of_rows, scale = rows_in[:, at], even_scale
+                if scaled and head.softcap:
+                    of_rows = of_rows.clone()
+                    of_rows[5] *= _PROVISIONAL
+                    kernels.grad_logits(h, head, targets[at], of_rows, strip, G, G_even, scale)
+                    of_rows[5] = _fitted(of_rows[5], G)
+                    scale = of_rows[5].amin()
+                kernels.grad_logits(h, head, targets[at], of_rows, strip, G, G_even, scale)
                 if grad_hidden is not None:
                     part = mm(G, head.weight[of_strip])
-                    grad_hidden[at] += part * row_unit[at] if scaled else part
+                    grad_hidden[at] += part / of_rows[5, :, None] if scaled else part
                 even = G if G_even is None else G_even
                 if grad_weight is not None:
                     part = mm(even.T, h)
+                    part = part / scale if scaled else part
                     grad_w = part if grad_w is None else grad_w.add_(part)
                 if grad_bias is not None:
-                    grad_bias[of_strip] += even.sum(0, dtype=torch.float32)
+                    grad_bias[of_strip] += even.sum(0, dtype=torch.float32) / scale
             if grad_weight is not None and grad_w is not None:
-                grad_weight[of_strip] = grad_w * even_unit if scaled else grad_w
-    if grad_bias is not None and scaled:
-        grad_bias *= even_unit
+                grad_weight[of_strip] = grad_w
     return Gradients(
         None if grad_hidden is None else grad_hidden.to(dtype),
         grad_weight,
@@ -101,8 +111,16 @@ def _rows_in(
         return rows_in, lse.new_ones(())
     # |p log p| <= 1 / e, and p, slope <= 1: no entry of a row is larger than this.
     largest = g.abs() + g_entropy.abs() * (entropy + 0.5)
-    # A row of zeros keeps the scale 1; the smallest unit keeps its reciprocal finite.
-    tiny = torch.finfo(torch.float32).tiny * 2.0**32
-    rows_in[5] = torch.where(largest > 0, _FP16_RANGE / largest.clamp(min=tiny), 1.0)
-    overall = largest.amax() if largest.numel() else largest.new_zeros(())
-    return rows_in, torch.where(overall > 0, _FP16_RANGE / overall.clamp(min=tiny), 1.0)
+    rows_in[5] = (_FP16_RANGE / largest).clamp(max=_LARGEST_SCALE)
+    return rows_in, rows_in[5].amin() if largest.numel() else lse.new_ones(())
+
+
+def _fitted(provisional: Tensor, G: Tensor) -> Tensor:
+    """Scales of rows [n] by what G [n, strip] has become under `_PROVISIONAL` times the scales of `_rows_in`.
+
+    Where the cap is saturated its slope makes entries as small as 1e-20 of their bound, which fp16 cannot hold. A row
+    that overflows has entries near its bound, whose scale it keeps; one that vanishes fits 2^55 times as large a scale.
+    """
+    largest = torch.linalg.vector_norm(G, torch.inf, dim=1).float()
+    fitted = _FP16_RANGE / largest.clamp(_FP16_SMALLEST, _FP16_RANGE * _PROVISIONAL) * provisional
+    return fitted.clamp(max=_LARGEST_SCALE)

@@ -262,6 +262,7 @@ def test_responses_do_not_depend_on_their_batch(plan: str, request: pytest.Fixtu
         (torch.float32, "peaked", "plain", 1000),
         (torch.float16, "random", "bias", 9),
         (torch.float16, "peaked", "softcap", 1000),
+        (torch.float16, "bias+", "together", 9),  # a saturated cap: G is 1e-13 of its bound
         (torch.bfloat16, "bias+", "plain", 1000),
     ],
 )
