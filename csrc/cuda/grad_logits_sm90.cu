@@ -1,5 +1,5 @@
 // Gradients of raw logits for a strip of the vocabulary, from recomputed logits, on Hopper. An item is a tile: 128
-// tokens (of each block of the cluster) x 192 columns of the strip. With p = 2^(t - lse / ln 2):
+// tokens x 192 columns of the strip. With p = 2^(t - lse / ln 2):
 //
 //     G_tv = slope_tv (-p_tv (g_t + g'_t (log p_tv + H_t)))   v != y_t;   given for v = y_t
 //

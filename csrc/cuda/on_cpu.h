@@ -1,6 +1,6 @@
 // CUDA's execution model on one CPU thread, so that kernels run, and are tested, on a machine without a GPU.
 //
-// Every CUDA thread is a fibre. Fibres of a cluster's blocks run in turn and give way where CUDA threads wait for each
+// Every CUDA thread is a fibre. Those of a block run in turn and give way where CUDA threads wait for each
 // other: at barriers, exchanges between the lanes of a warp, and whatever else calls `wait_until`. Shared memory is
 // poisoned before a block starts. What the chip does beside its threads (copies into shared memory) is put off with
 // `later` until no thread can go on: as late as a chip may, so that a missing wait shows. A launch in which nothing can
@@ -48,20 +48,12 @@ constexpr int kWarp = 32;
 constexpr size_t kStack = 128 << 10;
 constexpr size_t kSharedMemory = 232448;  // as a block has at most on sm_90
 
-struct Block {
-  unsigned index = 0, rank = 0;  // in the grid, in the cluster
-  unsigned first = 0;            // thread of the block, counted in the cluster
-  std::unique_ptr<uint8_t[]> storage;
-  uint8_t* shared = nullptr;  // aligned to 1024 bytes, as dynamic shared memory is asked to be
-};
-
 struct Thread {
   ucontext_t context;
-  Block* block = nullptr;
   std::function<bool()> ready;  // empty: can go on
   bool done = false;
-  uint64_t slot = 0;           // what it shows to other lanes
-  unsigned barriers[18] = {};  // how often it came to each named barrier; 16: its warp's, 17: the cluster's
+  uint64_t slot = 0;                          // what it shows to other lanes
+  unsigned barriers[17] = {};                 // how often it came to each named barrier; 16: its warp's
   std::vector<std::function<void()>> issued;  // asynchronous products of the group that is being issued,
   std::deque<std::function<void()>> late;     // and groups that this thread has not waited for
 };
@@ -70,11 +62,16 @@ struct Thread {
 struct State {
   std::vector<Thread> threads;
   std::vector<std::unique_ptr<char[]>> stacks;
-  std::vector<Block> blocks;
+  std::vector<uint8_t> storage = std::vector<uint8_t>(kSharedMemory + 1024);
   std::deque<std::function<void()>> pending;
   ucontext_t scheduler;
   std::function<void()> body;
-  unsigned now = 0, per_block = 0, grid = 0;
+  unsigned now = 0, block = 0, grid = 0;
+
+  // Aligned to 1024 bytes, as dynamic shared memory is asked to be.
+  uint8_t* shared() {
+    return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(storage.data()) + 1023) / 1024 * 1024);
+  }
 };
 
 inline State& state() {
@@ -82,7 +79,8 @@ inline State& state() {
   return s;
 }
 inline Thread& self() { return state().threads[state().now]; }
-inline unsigned thread_index() { return state().now - self().block->first; }
+inline unsigned thread_index() { return state().now; }
+inline uint8_t* shared() { return state().shared(); }
 
 // Gives way until `ready` holds.
 inline void wait_until(std::function<bool()> ready) {
@@ -115,20 +113,12 @@ inline void barrier(int id, unsigned first, unsigned last, unsigned count) {
   });
 }
 
-inline void block_barrier(int id, unsigned count) {
-  const unsigned first = self().block->first;
-  barrier(id, first, first + state().per_block, count);
-}
+inline void block_barrier(int id, unsigned count) { barrier(id, 0, unsigned(state().threads.size()), count); }
 
 inline void warp_barrier() {
   const unsigned first = state().now / kWarp * kWarp;
-  const unsigned last = std::min<unsigned>(first + kWarp, self().block->first + state().per_block);
+  const unsigned last = std::min<unsigned>(first + kWarp, unsigned(state().threads.size()));
   barrier(16, first, last, last - first);
-}
-
-inline void cluster_barrier() {
-  const unsigned all = unsigned(state().threads.size());
-  barrier(17, 0, all, all);
 }
 
 // The value that `lane` of this warp shows.
@@ -149,22 +139,14 @@ inline void entry() {
   swapcontext(&self().context, &state().scheduler);
 }
 
-inline void start(unsigned cluster, unsigned block_size, unsigned first_block) {
+inline void start(unsigned block, unsigned block_size) {
   State& s = state();
-  s.threads = std::vector<Thread>(cluster * block_size);
-  s.per_block = block_size;
-  s.blocks.resize(cluster);
-  for (unsigned r = 0; r < cluster; ++r) {
-    Block& b = s.blocks[r];
-    b.index = first_block + r, b.rank = r, b.first = r * block_size;
-    if (!b.storage) b.storage = std::make_unique<uint8_t[]>(kSharedMemory + 1024);
-    b.shared = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(b.storage.get()) + 1023) / 1024 * 1024);
-    std::memset(b.shared, 0xff, kSharedMemory);  // NaN in every floating-point format
-  }
+  s.block = block;
+  s.threads = std::vector<Thread>(block_size);
+  std::memset(s.shared(), 0xff, kSharedMemory);  // NaN in every floating-point format
   while (s.stacks.size() < s.threads.size()) s.stacks.emplace_back(new char[kStack]);
   for (unsigned i = 0; i < s.threads.size(); ++i) {
     Thread& t = s.threads[i];
-    t.block = &s.blocks[i / block_size];
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = s.stacks[i].get();
     t.context.uc_stack.ss_size = kStack;
@@ -173,7 +155,7 @@ inline void start(unsigned cluster, unsigned block_size, unsigned first_block) {
   }
 }
 
-inline void run_cluster() {
+inline void run_block() {
   State& s = state();
   int idle = 0;  // rounds in which nothing moved
   for (size_t left = s.threads.size(); left > 0;) {
@@ -190,7 +172,7 @@ inline void run_cluster() {
     if (moved) continue;
     if (s.pending.empty()) {
       if (idle == 1) continue;  // threads that gave way go on now
-      std::fprintf(stderr, "deadlock: block %u, %zu threads wait for ever\n", s.blocks[0].index, left);
+      std::fprintf(stderr, "deadlock: block %u, %zu threads wait for ever\n", s.block, left);
       std::abort();
     }
     const auto action = std::move(s.pending.front());
@@ -200,13 +182,13 @@ inline void run_cluster() {
 }
 
 template <class... P, class... A>
-void launch(unsigned grid, unsigned block_size, unsigned cluster, void (*kernel)(P...), const A&... arguments) {
+void launch(unsigned grid, unsigned block_size, void (*kernel)(P...), const A&... arguments) {
   State& s = state();
   s.grid = grid;
   s.body = [&] { kernel(arguments...); };
-  for (unsigned first = 0; first < grid; first += cluster) {
-    start(cluster, block_size, first);
-    run_cluster();
+  for (unsigned block = 0; block < grid; ++block) {
+    start(block, block_size);
+    run_block();
     while (!s.pending.empty()) {  // copies that nobody waited for
       s.pending.front()();
       s.pending.pop_front();
@@ -222,8 +204,8 @@ struct Index {
   };
   [[no_unique_address]] Member x;
 };
-inline unsigned block_index() { return self().block->index; }
-inline unsigned block_size() { return state().per_block; }
+inline unsigned block_index() { return state().block; }
+inline unsigned block_size() { return unsigned(state().threads.size()); }
 inline unsigned grid_size() { return state().grid; }
 
 }  // namespace on_cpu

@@ -25,7 +25,7 @@ using Stream = cudaStream_t;
 #else
 #define DEVICE inline
 #define HOST_DEVICE inline
-#define SHARED(name) uint8_t* name = on_cpu::self().block->shared
+#define SHARED(name) uint8_t* name = on_cpu::shared()
 #define UNROLL
 #define UNROLL_1
 using Stream = void*;
@@ -159,12 +159,11 @@ DEVICE void store_once(Four* at, const Four& x) {
 
 HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Grid and block size, dynamic shared memory in bytes, blocks of a cluster.
+// Grid and block size, dynamic shared memory in bytes.
 struct Launch {
   int64_t grid;
   int block;
   int shared = 0;
-  int cluster = 1;
 };
 
 // 0, or CUDA's error code. Errors of a kernel's run come with a later call, as everywhere in CUDA.
@@ -182,15 +181,10 @@ int launch(const Launch& at, Stream stream, void (*kernel)(P...), const A&... ar
   config.blockDim = dim3(at.block);
   config.dynamicSmemBytes = at.shared;
   config.stream = stream;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {unsigned(at.cluster), 1, 1};
-  config.attrs = &cluster;
-  config.numAttrs = at.cluster > 1;
   return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
 #else
   (void)stream;
-  on_cpu::launch(unsigned(at.grid), at.block, at.cluster, kernel, arguments...);
+  on_cpu::launch(unsigned(at.grid), at.block, kernel, arguments...);
   return 0;
 #endif
 }

@@ -96,9 +96,7 @@ struct Barrier {
   int32_t bytes_and_parity;  // 2 * bytes still expected + parity of the current phase
 };
 
-inline Barrier& barrier(uint32_t address) {
-  return *reinterpret_cast<Barrier*>(on_cpu::self().block->shared + address);
-}
+inline Barrier& barrier(uint32_t address) { return *reinterpret_cast<Barrier*>(on_cpu::shared() + address); }
 inline void settle(Barrier& b) {
   if (b.pending == 0 && b.bytes_and_parity >> 1 == 0) {
     b.bytes_and_parity ^= 1;
@@ -141,7 +139,7 @@ void row(uint64_t descriptor, int row, float (&x)[16]) {
     std::fprintf(stderr, "a matrix descriptor without the 128-byte swizzle\n");
     std::abort();
   }
-  const uint8_t* memory = on_cpu::self().block->shared;
+  const uint8_t* memory = on_cpu::shared();
   for (int k = 0; k < 16; k += 8) {
     T eight[8];
     std::memcpy(eight, memory + swizzled(start + row / 8 * step + row % 8 * kRowBytes + 2 * k), sizeof eight);
@@ -151,9 +149,7 @@ void row(uint64_t descriptor, int row, float (&x)[16]) {
 
 }  // namespace emulated
 
-inline uint32_t shared_address(const void* p) {
-  return uint32_t(static_cast<const uint8_t*>(p) - on_cpu::self().block->shared);
-}
+inline uint32_t shared_address(const void* p) { return uint32_t(static_cast<const uint8_t*>(p) - on_cpu::shared()); }
 inline void barrier_init(uint32_t barrier, int arrivals) {
   emulated::barrier(barrier) = {int16_t(arrivals), int16_t(arrivals), 0};
 }
@@ -165,7 +161,7 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   on_cpu::wait_until([&b, parity] { return uint32_t(b.bytes_and_parity & 1) != parity; });
 }
 inline void tma_load(const TensorMap& map, uint32_t barrier, uint32_t to, int column, int row) {
-  on_cpu::later([=, &b = emulated::barrier(barrier), memory = on_cpu::self().block->shared] {
+  on_cpu::later([=, &b = emulated::barrier(barrier), memory = on_cpu::shared()] {
     emulated::copy(map, b, memory, to, column, row);
   });
 }

@@ -1,5 +1,5 @@
 // For each token, sums over the vocabulary that leave the target out (`Partials`), on Hopper. Rows of a tile are
-// tokens, so that sums stay inside a thread until the end of an item: 128 tokens (of each block of the cluster) x one
+// tokens, so that sums stay inside a thread until the end of an item: 128 tokens x one
 // part of the vocabulary, kTilesOfPart tiles.
 #include "tiles_sm90.h"
 
