@@ -138,9 +138,12 @@ def _from_recomputed(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:
 
 def _from_lse(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor) -> Plan:
     """One product; a second one only for responses whose lse turns out to be too far off to stand for log S."""
-    offsets = cu_seqlens.tolist()
+    B = cu_seqlens.shape[0] - 1
     most_tokens = batch.limit // batch.kernels.residual_statistics_bytes(batch.hidden, batch.head)
-    first, B = 0, len(offsets) - 1
+    if B <= batch.responses and batch.hidden.shape[0] <= most_tokens:
+        yield 0, *_from_lse_at_once(batch, cu_seqlens, a, lse)
+        return
+    offsets, first = cu_seqlens.tolist(), 0
     while first < B:
         last = first + 1
         while last < B and last - first < batch.responses and offsets[last + 1] - offsets[first] <= most_tokens:
@@ -175,19 +178,21 @@ def _from_lse_at_once(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor)
 def _from_kept(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:
     """One product and two passes over the logits of a chunk of tokens."""
     kernels, head, rows = batch.kernels, batch.head, batch.kept_rows
-    offsets = cu_seqlens.tolist()
-    B = len(offsets) - 1
-    kept = kernels.room_for_logits(batch.hidden, head, min(rows, batch.hidden.shape[0]))
+    N, B = batch.hidden.shape[0], cu_seqlens.shape[0] - 1
+    # Offsets on the host, for which it must wait, only where R of all responses does not fit.
+    offsets = None if B <= batch.responses else cu_seqlens.tolist()
+    kept = kernels.room_for_logits(batch.hidden, head, min(rows, N))
     for start in range(0, B, batch.responses):
         stop = min(start + batch.responses, B)
         R = batch.empty(stop - start, head.V).zero_()
-        for first in range(offsets[start], offsets[stop], rows):
-            last = min(first + rows, offsets[stop])
+        begin, end = (0, N) if offsets is None else (offsets[start], offsets[stop])
+        for first in range(begin, end, rows):
+            last = min(first + rows, end)
             tokens = slice(first, last)
             partials = kernels.statistics(batch.hidden[tokens], head, batch.targets[tokens], kept)
             terms = kernels.merge(partials, head, batch.results[:, tokens], a[tokens])
-            # Programs only for the responses that have tokens in the chunk.
-            b0, b1 = bisect_right(offsets, first) - 1, bisect_left(offsets, last)
+            # Programs only for the responses that have tokens in the chunk, where that is known.
+            b0, b1 = (0, B) if offsets is None else (bisect_right(offsets, first) - 1, bisect_left(offsets, last))
             kernels.add_kept(
                 kept, head, batch.targets, cu_seqlens[b0 : b1 + 1], terms, R[b0 - start : b1 - start], first, last
             )

@@ -45,6 +45,8 @@ def _kept_kernel(
     v = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
     start = tl.maximum(tl.load(cu_seqlens + b).to(tl.int32), first)
     end = tl.minimum(tl.load(cu_seqlens + b + 1).to(tl.int32), last)
+    if start >= end:
+        return
     at = R + b.to(tl.int64) * V + v
     r = tl.load(at, mask=v < V, other=0.0)
     for n0 in range(start, end, TOKENS):
