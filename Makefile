@@ -2,7 +2,8 @@
 # make test     run the tests
 # make ctest    build and run the C++ kernels' own tests
 # make wheel     a wheel in dist/ for the torch of constraints.txt
-# make cuda     build the CUDA kernels for all architectures, with the python3 that is there: needs nvcc and torch
+# make cuda     build the CUDA kernels for all architectures and print what they take of a chip, with the python3 that
+#               is there: needs nvcc, torch and cuobjdump
 # make bench    the short benchmark suite
 # make gpu      on a machine with a GPU: its tests and benchmarks, with the python3 that is there
 # make lint     ruff, mypy, clang-format, and whether the README says what the results say
@@ -37,7 +38,7 @@ test: $(READY)
 
 ctest: $(READY)
 	$(BIN)/cmake -S . -B build/ctest -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(abspath build/ctest)
-	$(BIN)/cmake --build build/ctest --parallel --target test_head test_products test_rowwise
+	$(BIN)/cmake --build build/ctest --parallel --target test_head test_products test_rowwise cuda_tests
 	$(BIN)/ctest --test-dir build/ctest --output-on-failure
 
 wheel: $(READY)
@@ -47,6 +48,7 @@ cuda:
 	cmake -S . -B build/cuda -DPython_EXECUTABLE=$$(command -v $(PYTHON)) -DG2RL_BUILD_NATIVE=OFF -DG2RL_BUILD_TESTS=OFF \
 	  -DG2RL_WITH_CUDA=on $(ARGS)
 	cmake --build build/cuda --parallel --target _cuda
+	$(PYTHON) csrc/cuda/resources.py g2rl_kernels/_cuda.*.so
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run --quick $(ARGS)
@@ -62,7 +64,7 @@ bench-report: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks.readme --check
 
