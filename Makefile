@@ -1,13 +1,15 @@
-# make train    train SmolLM2-135M with G2RL on arithmetic, then print where the report is
-# make test     run the tests
-# make ctest    build and run the C++ kernels' own tests
+# make train     train SmolLM2-135M with G2RL on arithmetic, then print where the report is
+# make test      run the tests
+# make ctest     build and run the C++ kernels' own tests
+# make sanitize  those of the CPU kernels under Clang's sanitizers of addresses, undefined behaviour and threads
+# make aarch64   cross-compile the CPU kernels for AArch64 and run their tests under qemu-user
 # make wheel     a wheel in dist/ for the torch of constraints.txt
-# make cuda     build the CUDA kernels for all architectures and print what they take of a chip, with the python3 that
-#               is there: needs nvcc, torch and cuobjdump
-# make bench    the short benchmark suite
-# make gpu      on a machine with a GPU: its tests and benchmarks, with the python3 that is there
-# make lint     ruff, mypy, clang-format, and whether the README says what the results say
-# make setup    build .venv; the others do it first, and redo nothing that is up to date
+# make cuda      build the CUDA kernels for all architectures and print what they take of a chip, with the python3 that
+#                is there: needs nvcc, torch and cuobjdump
+# make bench     the short benchmark suite
+# make gpu       on a machine with a GPU: its tests and benchmarks, with the python3 that is there
+# make lint      ruff, mypy, clang-format, and whether the README says what the results say
+# make setup     build .venv; the others do it first, and redo nothing that is up to date
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,9 +17,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
+CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ctest cuda wheel bench bench-report gpu lint clean
+.PHONY: setup train test ctest sanitize aarch64 cuda wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -38,8 +41,36 @@ test: $(READY)
 
 ctest: $(READY)
 	$(BIN)/cmake -S . -B build/ctest -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(abspath build/ctest)
-	$(BIN)/cmake --build build/ctest --parallel --target test_head test_products test_rowwise cuda_tests
+	$(BIN)/cmake --build build/ctest --parallel --target $(CPU_TESTS) cuda_tests
 	$(BIN)/ctest --test-dir build/ctest --output-on-failure
+
+# Every instruction set that the processor has. Only Clang's OpenMP runtime tells the thread sanitizer what its threads
+# wait for, and torch is not instrumented.
+sanitize: $(READY)
+	for checks in address,undefined thread; do \
+	  build=build/$${checks%%,*}; \
+	  $(BIN)/cmake -S . -B $$build -DCMAKE_CXX_COMPILER=clang++ -DG2RL_SANITIZE=$$checks \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(CURDIR)/$$build && \
+	  $(BIN)/cmake --build $$build --parallel --target $(CPU_TESTS) && \
+	  OMP_NUM_THREADS=3 TSAN_OPTIONS=ignore_noninstrumented_modules=1 $(BIN)/ctest --test-dir $$build --output-on-failure \
+	    --exclude-regex ^test_cuda || exit 1; \
+	done
+
+# AArch64's torch gives headers and libraries. It does not start under qemu-user, so test_head is linked only; the
+# others need libc10.so alone.
+ARM := build/aarch64
+
+$(ARM)/torch/.ready: constraints.txt | $(READY)
+	$(BIN)/pip install --quiet --upgrade --target $(ARM)/torch --no-deps --only-binary :all: \
+	  --platform manylinux_2_28_aarch64 "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+aarch64: $(ARM)/torch/.ready
+	$(BIN)/cmake -S . -B $(ARM) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64;-L;/usr/aarch64-linux-gnu" \
+	  -DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed,--allow-shlib-undefined -DG2RL_TORCH_DIR=$(CURDIR)/$(ARM)/torch/torch
+	$(BIN)/cmake --build $(ARM) --parallel --target $(CPU_TESTS)
+	$(BIN)/ctest --test-dir $(ARM) --output-on-failure --tests-regex "^(products|rowwise)_"
 
 wheel: $(READY)
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

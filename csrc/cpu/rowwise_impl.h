@@ -69,7 +69,7 @@ float row_max(const float* row, int width) {
 }
 
 // A float whose low 16 bits hold round(h unit), 0 <= h unit <= kKeptMax, and that number itself.
-inline f32x16 with_rounded_bits(f32x16 h, f32x16 unit) { return h * unit + kRound; }
+inline f32x16 with_rounded_bits(f32x16 h, f32x16 unit) { return multiply_add(h, unit, kRound); }
 inline f32x16 rounded(f32x16 h, f32x16 unit) { return with_rounded_bits(h, unit) - kRound; }
 
 inline f32x16 unit_of(f32x16 top) { return kKeptMax / exp_in_range(top); }
@@ -121,7 +121,7 @@ class StatsWork {
     const float* row = acc() + col;
     f32x16 s = s_, sy = sy_, most = most_;
     for (int c = 0; c < kUnit; c += kLanes) {
-      const f32x16 y = max(load(row + c) * half_alpha_ - half_ref_, splat(0.5f * kExpMin));
+      const f32x16 y = max(multiply_add(load(row + c), half_alpha_, -half_ref_), splat(0.5f * kExpMin));
       most = max(most, y);
       const f32x16 h = exp_in_range(y);
       if constexpr (kKeep) store(halves_[at_.row() % 2] + col + c, h);
@@ -168,7 +168,7 @@ class StatsWork {
 
 // Square of a kept number, times its row's coefficient, onto the column sums: one function, so that plans agree to the
 // bit.
-inline f32x16 add_square(f32x16 total, f32x16 q, f32x16 coef) { return total + coef * (q * q); }
+inline f32x16 add_square(f32x16 total, f32x16 q, f32x16 coef) { return multiply_add(coef, q * q, total); }
 
 class KeptWork {
  public:
@@ -206,7 +206,7 @@ class ResidualWork {
       const f32x16 unit = splat(job_.unit[r]);
       const float m = 0.5f * job_.ref[r];
       for (int c = 0; c < kUnit; c += kLanes) {
-        const f32x16 y = max(load(row + c) * half_alpha_ - m, splat(0.5f * kExpMin));
+        const f32x16 y = max(multiply_add(load(row + c), half_alpha_, -m), splat(0.5f * kExpMin));
         store(out + c, add_square(load(out + c), rounded(exp_in_range(y), unit), k));
       }
     } else {

@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_FMA)
+#include <arm_neon.h>
 #endif
 
 #include "rowwise.h"
@@ -131,6 +133,24 @@ inline Vector min(Vector a, Vector b) {
 #endif
 }
 
+// a b + c, rounded once where the instruction set has that. Said outright where results depend on it: compilers fuse
+// only when they optimize, and the same formula in two places not always alike.
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_FEATURE_FMA)
+  return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 c) {
+  return each([&](int i) G2RL_ALWAYS_INLINE { return multiply_add(a.r[i], b.r[i], c.r[i]); });
+}
+
 inline f32x16 max(f32x16 a, f32x16 b) {
   return each([&](int i) G2RL_ALWAYS_INLINE { return max(a.r[i], b.r[i]); });
 }
@@ -189,19 +209,19 @@ constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an int
 // kExpMin <= x <= 88
 inline f32x16 exp_in_range(f32x16 x) {
   constexpr float kLog2e = 1.44269504088896341f;
-  const f32x16 shifted = x * kLog2e + kRound;
+  const f32x16 shifted = multiply_add(x, kLog2e, kRound);
   const f32x16 n = shifted - kRound;
-#if defined(__FMA__)
-  const f32x16 r = x - n * 0.693147180559945286f;  // one rounding; ln 2 itself is off by 2e-9 per n
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  const f32x16 r = multiply_add(n, -0.693147180559945286f, x);  // one rounding; ln 2 itself is off by 2e-9 per n
 #else
   const f32x16 r = (x - n * 0.693359375f) - n * -2.12194440054690583e-4f;  // n times 9 bits is exact
 #endif
-  f32x16 p = r * 1.3836794532e-3f + 8.3748567849e-3f;  // minimax of relative error, 1.9e-9 before rounding
-  p = p * r + 4.1668228805e-2f;
-  p = p * r + 1.6666419804e-1f;
-  p = p * r + 4.9999991059e-1f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  f32x16 p = multiply_add(r, 1.3836794532e-3f, 8.3748567849e-3f);  // minimax of relative error, 1.9e-9 before rounding
+  p = multiply_add(p, r, 4.1668228805e-2f);
+  p = multiply_add(p, r, 1.6666419804e-1f);
+  p = multiply_add(p, r, 4.9999991059e-1f);
+  p = multiply_add(p, r, 1.0f);
+  p = multiply_add(p, r, 1.0f);
   return each([&](int i)
                   G2RL_ALWAYS_INLINE { return (Vector)((VectorBits)p.r[i] + ((VectorBits)shifted.r[i] << 23)); });
 }
