@@ -28,8 +28,8 @@ declare -A NEEDS=(
 part() { # name, seconds, command ...
   local name=$1 limit=$2 start=$SECONDS
   shift 2
-  if [ -n "${MISSING[$name]}" ]; then
-    echo "=== $name: left out, without ${MISSING[$name]}"
+  if [ -n "${MISSING[$name]:-}" ]; then
+    echo "=== $name: left out, without ${MISSING[$name]:-}"
     left_out+=("$name")
     return
   fi
@@ -109,14 +109,14 @@ sanitize() { # tool
 
 part bias 40 "$PYTHON" -m benchmarks.bias --json "$OUT/$DEVICE-bias.json"
 measure features 60 --op sequence_features --op token_logprobs --kind peaked --shape qwen3-1.7b-8192
-measure lse 30 --op sequence_features_lse --kind peaked --shape qwen3-1.7b-8192
+measure lse 45 --op sequence_features_lse --kind peaked --shape qwen3-1.7b-8192
 measure backward 45 --op logprobs_backward --kind peaked --shape qwen3-1.7b-8192
 measure groups 20 --op g2rl_advantages
 # shellcheck disable=SC2086 # several words
 part tests 180 env G2RL_KERNELS_CHECK=skip "$PYTHON" -m pytest tests/ops -m gpu -q $PARALLEL --maxfail=40
 measure small-head 40 --op sequence_features --op token_logprobs --op sequence_features_lse --kind peaked --shape smollm2-8192
 measure large 60 --op sequence_features --op token_logprobs --kind random --shape llama3-8b-8192
-measure peers 45 --peers --op token_logprobs --op sequence_features --kind peaked --shape qwen3-1.7b-8192
+measure peers 70 --peers --op token_logprobs --op sequence_features --kind peaked --shape qwen3-1.7b-8192
 sanitize memcheck
 sanitize racecheck
 sanitize synccheck
