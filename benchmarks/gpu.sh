@@ -103,7 +103,7 @@ PARALLEL=$($PYTHON -c 'import importlib.util, os
 print(f"-n {min(12, os.cpu_count())}" if importlib.util.find_spec("xdist") else "")')
 sanitize() { # tool
   command -v compute-sanitizer >/dev/null || { left_out+=("$1"); return; }
-  part "$1" 60 compute-sanitizer --tool "$1" --error-exitcode 1 --kernel-name regex:g2rl "$PYTHON" -m benchmarks.once \
+  part "$1" 60 compute-sanitizer --tool "$1" --error-exitcode 1 --kernel-name kernel_substring=g2rl "$PYTHON" -m benchmarks.once \
     --backend cuda
 }
 
