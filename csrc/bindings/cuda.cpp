@@ -82,7 +82,6 @@ void bind_structs(py::module_& m) {
 // The functions that sm80 and sm90 have alike.
 struct Generation {
   decltype(&sm80::splits) splits, residual_splits;
-  decltype(&sm80::kept_rows) kept_rows;
   decltype(&sm80::kept_columns) kept_columns;
   decltype(&sm80::statistics) statistics;
   decltype(&sm80::residuals) residuals;
@@ -90,16 +89,15 @@ struct Generation {
   decltype(&sm80::grad_logits) grad_logits;
 };
 
-#define G2RL_GENERATION(name)                                                                                    \
-  Generation {                                                                                                   \
-    name::splits, name::residual_splits, name::kept_rows, name::kept_columns, name::statistics, name::residuals, \
-        name::residuals_and_statistics, name::grad_logits                                                        \
+#define G2RL_GENERATION(name)                                                                   \
+  Generation {                                                                                  \
+    name::splits, name::residual_splits, name::kept_columns, name::statistics, name::residuals, \
+        name::residuals_and_statistics, name::grad_logits                                       \
   }
 
 void bind_generation(py::module_ m, const Generation& of) {
   m.def("splits", of.splits);
   m.def("residual_splits", of.residual_splits);
-  m.def("kept_rows", of.kept_rows);
   m.def("kept_columns", of.kept_columns);
   m.def("statistics",
         [of](const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept, Address stream) {

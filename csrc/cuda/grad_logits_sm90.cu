@@ -1,22 +1,11 @@
-// Gradients of raw logits for a strip of the vocabulary, from recomputed logits, on Hopper. An item is a tile: 128
-// tokens x 192 columns of the strip. With p = 2^(t - lse / ln 2):
-//
-//     G_tv = slope_tv (-p_tv (g_t + g'_t (log p_tv + H_t)))   v != y_t;   given for v = y_t
-//
-// rounded once, to the model's dtype; g and g' include logit_scale / T.
+// Gradients of raw logits for a strip of the vocabulary, from recomputed logits, on Hopper: see grad_row.h. They are
+// rounded once, to the model's dtype. An item is a tile: 128 tokens x 192 columns of the strip.
+#include "grad_row.h"
 #include "tiles_sm90.h"
 
 namespace g2rl::cuda::sm90 {
 
 namespace {
-
-struct GradLogitsArguments {
-  Head head;
-  Tokens tokens;
-  const float* rows_in;
-  int64_t rows_stride;
-  Strip strip;
-};
 
 struct GradLogitsWalk {
   const TensorMap& weight;
@@ -68,19 +57,10 @@ struct GradLogitsEpilogue {
   }
 
   DEVICE void become_gradients(const Tile& tile, int q, Sums& z) const {
-    const float* of_row = p.rows_in + row(tile, q);
-    const float lse = of_row[0] * kLog2e, H = of_row[p.rows_stride], g = of_row[2 * p.rows_stride];
-    const float g_entropy = of_row[3 * p.rows_stride], of_target = of_row[4 * p.rows_stride];
-    // g + g' (log p + H), by log p in units of log 2.
-    const float constant = fmaf(g_entropy, H, g), factor = g_entropy * kLn2;
-    const int y = int(p.tokens.targets[row(tile, q)]) - tile.column - at.column;
+    const GradRow of_row = GradRow::of(p, row(tile, q), tile.column + at.column);
     UNROLL for (int i = 0; i < kSums / 2; ++i) {
       float& x = z[i / 2 * 4 + 2 * q + i % 2];
-      float slope;
-      const float log_p = exponent_above<SOFTCAP>(lse, x, options, slope);
-      x = -exp2_fast(log_p) * fmaf(factor, log_p, constant);
-      if (i / 2 * 8 + i % 2 == y) x = of_target;
-      if (SOFTCAP) x *= slope;
+      x = of_row.template at<SOFTCAP>(i / 2 * 8 + i % 2, x, options);
     }
   }
 

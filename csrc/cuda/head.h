@@ -56,7 +56,7 @@ struct Terms {
   float* S;
 };
 
-// Raw logits of a chunk of tokens, [rows, stride] fp32, with room for whole tiles: `kept_shape`. Null: none are kept.
+// Raw logits of a chunk of tokens, [rows, stride] fp32, with room for whole tiles: `kept_columns`. Null: none are kept.
 struct Kept {
   float* logits;
   int64_t stride;
@@ -71,8 +71,7 @@ struct Strip {
   int v_start, v_end;
 };
 
-// ---- kernels with a product over d, for each generation of tensor cores
-// ----------------------------------------------
+// ---- kernels with a product over d, for each generation of tensor cores ----
 //
 // sm90: TMA and wgmma; 16-bit inputs whose rows are aligned to 16 bytes (`sm90::serves`).
 // sm80: mma.sync for 16-bit inputs, FMA for fp32; any stride, any alignment.
@@ -82,8 +81,7 @@ int64_t packing_bytes(int N, int B);
 #define G2RL_HEAD_KERNELS                                                                                              \
   /* Parts of the vocabulary in Partials; fixed by V, so that a token's sums do not depend on its batch. */            \
   int splits(int V);                                                                                                   \
-  /* Rows and columns of memory for the logits of `rows` tokens. */                                                    \
-  int64_t kept_rows(int rows);                                                                                         \
+  /* Numbers from one row of memory for logits to the next: V rounded up to whole tiles. */                            \
   int64_t kept_columns(int V);                                                                                         \
   int statistics(const Head&, const Tokens&, const Partials&, const Kept&, Stream);                                    \
   /* R[b, v] = sum over tokens t of b of: target_t at v = y_t, else -weight_t slope_tv 2^(t_tv - shift_t); [B, V].     \
@@ -106,8 +104,7 @@ namespace sm80 {
 G2RL_HEAD_KERNELS
 }  // namespace sm80
 
-// ---- kernels of single tokens and responses, tokens.cu
-// ---------------------------------------------------------------
+// ---- kernels of single tokens and responses, tokens.cu ----
 
 // Joins parts: writes log p, entropy and lse to results [3, stride]; with token weights a [N] also `terms`, else null.
 // `lse`: the shift that the partials were made with, where one was given; else null.
@@ -121,8 +118,7 @@ int add_kept(const Head&, const Kept&, const int64_t* targets, const Responses&,
 // R [B, V] += target_t S_t at y_t, for responses whose flag is 0.
 int add_targets(const int64_t* targets, const Responses&, const Terms&, const int* flags, int V, float* R, Stream);
 
-// ---- features from residuals, projection.cu
-// --------------------------------------------------------------------------
+// ---- features from residuals, projection.cu ----
 
 // features [B, d] = logit_scale * (R * inverse) W, by way of partials [projection_splits(V), B, d].
 int projection_splits(int V);

@@ -29,9 +29,6 @@
 #define __grid_constant__
 #define __restrict__
 
-struct uint3 {
-  unsigned x, y, z;
-};
 struct uint4 {
   unsigned x, y, z, w;
 };
@@ -221,10 +218,6 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return on_cpu::exchange(value, (on_cpu::thread_index() % on_cpu::kWarp) ^ unsigned(mask));
 }
-template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return on_cpu::exchange(value, unsigned(lane) % on_cpu::kWarp);
-}
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   unsigned bits = 0;
   for (unsigned lane = 0; lane < on_cpu::kWarp; ++lane) {
@@ -233,7 +226,3 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   return bits;
 }
 inline bool __any_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) != 0; }
-template <class T>
-T __ldg(const T* at) {
-  return *at;
-}

@@ -61,4 +61,29 @@ DEVICE float exponent_above(float shift, float z, const Options& options, float&
   return fmaf(capped<SOFTCAP>(z, options, slope), options.scale, -shift);
 }
 
+// A raw logit (under a soft cap: a hyperbolic tangent) that counts as none: its exponential is 0, and finite times 0.
+DEVICE float masked_logit(const Options& options) {
+  const float size = fminf(-kMasked / fabsf(options.scale), 3e38f);
+  return options.scale > 0.f ? -size : size;
+}
+
+// Shift of a token beyond its response: its exponentials are 0.
+constexpr float kBeyond = 1e30f;
+
+// 0 beyond the vocabulary, and without a bias.
+DEVICE float bias_at(const Head& head, int v) {
+  if (head.bias == nullptr || v >= head.V) return 0.f;
+  if (head.bias_dtype == Dtype::fp32) return static_cast<const float*>(head.bias)[v];
+  if (head.bias_dtype == Dtype::bf16) return to_float(static_cast<const bf16*>(head.bias)[v]);
+  return to_float(static_cast<const fp16*>(head.bias)[v]);
+}
+
+// Sums of a token in words that were added so far, S and X as in `Partials`, to a larger maximum m.
+DEVICE void rescale(float& m, float& S, float& X, float largest) {
+  const float moved = m - largest, factor = exp2_fast(moved);
+  X = fmaf(S, moved, X) * factor;
+  S *= factor;
+  m = largest;
+}
+
 }  // namespace g2rl::cuda

@@ -14,6 +14,7 @@
 
 #include "choices.h"
 #include "options.h"
+#include "order.h"
 #include "sm80.h"
 
 namespace g2rl::cuda::sm80 {
@@ -157,34 +158,17 @@ DEVICE void multiply_tiles(uint8_t* shared, const Matrix<T>& a, int a_row, const
   copy_wait<0>();
 }
 
-DEVICE float bias_at(const void* bias, Dtype dtype, int v) {
-  if (dtype == Dtype::fp32) return static_cast<const float*>(bias)[v];
-  if (dtype == Dtype::bf16) return to_float(static_cast<const bf16*>(bias)[v]);
-  return to_float(static_cast<const fp16*>(bias)[v]);
-}
-
-// 0 beyond column `end`.
-DEVICE void add_bias_of_columns(const Head& head, int v, int end, Sums& z) {
+DEVICE void add_bias_of_columns(const Head& head, int v, Sums& z) {
   if (head.bias == nullptr) return;
   UNROLL for (int j = 0; j < kColumnBlocks; ++j) {
     UNROLL for (int e = 0; e < 2; ++e) {
-      const int column = v + 8 * j + e;
-      const float bias = column < end ? bias_at(head.bias, head.bias_dtype, column) : 0.f;
+      const float bias = bias_at(head, v + 8 * j + e);
       UNROLL for (int i = 0; i < kRowBlocks; ++i) {
         z[i][4 * j + e] += bias;
         z[i][4 * j + 2 + e] += bias;
       }
     }
   }
-}
-
-// A block's place among rows x columns of work, in an order in which neighbours share few of both: both stay in L2.
-DEVICE void find_work(int rows, int columns, int& row, int& column) {
-  constexpr int kGroup = 8;
-  const int group = blockIdx.x / (kGroup * columns), within = blockIdx.x - group * kGroup * columns;
-  const int size = rows - group * kGroup < kGroup ? rows - group * kGroup : kGroup;
-  row = group * kGroup + within % size;
-  column = within / size;
 }
 
 inline Launch blocks(int64_t count) { return {count, kThreads, kScratch + kScratchBytes}; }

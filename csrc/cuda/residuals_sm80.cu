@@ -24,7 +24,6 @@ struct TokenTerms {
   float shift, weight, target;
   int y;
 };
-constexpr float kBeyond = 1e30f;
 
 // What an epilogue has of shared memory: terms, and in their place sums of four warps when terms were read.
 struct Scratch {
@@ -63,10 +62,7 @@ struct Residuals {
     // Read anew for each tile: between them registers are scarce.
     const Options options(p.head);
     float bias[kRowsOfThread];
-    UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
-      const bool inside = p.head.bias != nullptr && word(row) < p.head.V;
-      bias[row] = inside ? bias_at(p.head.bias, p.head.bias_dtype, word(row)) : 0.f;
-    }
+    UNROLL for (int row = 0; row < kRowsOfThread; ++row) { bias[row] = bias_at(p.head, word(row)); }
     float S[kColumnsOfThread] = {}, X[kColumnsOfThread] = {};
     UNROLL for (int j = 0; j < kColumnBlocks; ++j) {
       UNROLL for (int e = 0; e < 2; ++e) {
@@ -157,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                      const __grid_constant__ Matrix<T> hidden) {
   SHARED(shared);
   int response, words;
-  find_work(p.responses.B, int(ceil_div(p.head.V, kTile)), response, words);
+  Order{p.responses.B, int(ceil_div(p.head.V, kTile))}.find(blockIdx.x, response, words);
   if (p.flags != nullptr && p.flags[response] == 0) return;
   const int start = p.responses.cu_seqlens[response], end = p.responses.cu_seqlens[response + 1];
   // Rows of the next response count as 0: its NaN stays its own.

@@ -14,7 +14,7 @@ struct ResidualsArguments {
   Head head;
   Tokens tokens;
   Packing packing;
-  const float* shift;   // [N], times shift_scale in units of log 2
+  const float* shift;   // [N] in units of log 2; a given lse in natural ones
   const float* weight;  // [N]
   const float* target;  // [N], or null: targets are left out
   float* R;             // [B, V]
@@ -97,8 +97,6 @@ struct Columns {
   int tokens[kColumnsOfTile];        // -1 beyond a response
   int ends[kGroups];                 // the response whose last group it is, or -1
 };
-// Shift of a column beyond a response: its exponential is 0.
-constexpr float kBeyond = 1e30f;
 
 // Shared by all: columns of two tiles, each with a barrier for "written" and one for "read"; sums of either warpgroup.
 struct Scratch {

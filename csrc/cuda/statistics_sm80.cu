@@ -38,7 +38,7 @@ struct Statistics {
 
   DEVICE void operator()(int tile, Sums& z) {
     const int v = v0 + tile * kTile + at.column;
-    add_bias_of_columns(p.head, v, p.head.V, z);
+    add_bias_of_columns(p.head, v, z);
     if (p.kept.logits != nullptr) keep(v, z);
     cap(v, z);
     UNROLL for (int row = 0; row < kRowsOfThread; ++row) add(row, z[row / 2] + row % 2 * 2);
@@ -57,7 +57,7 @@ struct Statistics {
 
   // Targets, and what lies beyond the vocabulary, are left out.
   DEVICE void cap(int v, Sums& z) {
-    const float masked = kMasked / options.scale;
+    const float masked = masked_logit(options);
     UNROLL for (int i = 0; i < kRowBlocks; ++i) {
       UNROLL for (int s = 0; s < kSums; ++s) {
         const int row = 2 * i + s / 2 % 2, word = v + s / 4 * 8 + s % 2;
@@ -74,7 +74,7 @@ struct Statistics {
     UNROLL for (int s = 0; s < kSums; s += 4) {
       largest = fmaxf(largest, fmaxf(of_row[s] * options.scale, of_row[s + 1] * options.scale));
     }
-    move(row, largest);
+    rescale(m[row], S[row], X[row], largest);
     UNROLL for (int s = 0; s < kSums; s += 4) {
       UNROLL for (int e = 0; e < 2; ++e) {
         const float x = fmaf(of_row[s + e], options.scale, -largest), exponential = exp2_fast(x);
@@ -84,17 +84,9 @@ struct Statistics {
     }
   }
 
-  // To another maximum.
-  DEVICE void move(int row, float largest) {
-    const float moved = m[row] - largest, factor = exp2_fast(moved);
-    X[row] = fmaf(S[row], moved, X[row]) * factor;
-    S[row] *= factor;
-    m[row] = largest;
-  }
-
   DEVICE void join(int row, float other_m, float other_S, float other_X, float other_z_y) {
     const float largest = fmaxf(m[row], other_m), moved = other_m - largest, factor = exp2_fast(moved);
-    move(row, largest);
+    rescale(m[row], S[row], X[row], largest);
     S[row] = fmaf(other_S, factor, S[row]);
     X[row] = fmaf(fmaf(other_S, moved, other_X), factor, X[row]);
     z_y[row] += other_z_y;
@@ -131,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                       const __grid_constant__ Matrix<T> weight) {
   SHARED(shared);
   int block, part;
-  find_work(int(ceil_div(p.tokens.N, kTile)), p.partials.splits, block, part);
+  Order{int(ceil_div(p.tokens.N, kTile)), p.partials.splits}.find(blockIdx.x, block, part);
   const int v0 = part * kPart, end = v0 + kPart < p.head.V ? v0 + kPart : p.head.V;
   Statistics<SOFTCAP> epilogue{p, block * kTile, v0};
   epilogue.begin();
@@ -142,7 +134,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 int splits(int V) { return int(ceil_div(V, kPart)); }
-int64_t kept_rows(int rows) { return rows; }
 int64_t kept_columns(int V) { return ceil_div(V, kTile) * kTile; }
 
 int statistics(const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept, Stream stream) {

@@ -1,6 +1,6 @@
 // For each token, sums over the vocabulary that leave the target out (`Partials`), on Hopper. Rows of a tile are
-// tokens, so that sums stay inside a thread until the end of an item: 128 tokens x one
-// part of the vocabulary, kTilesOfPart tiles.
+// tokens, so that sums stay inside a thread until the end of an item: 128 tokens x one part of the vocabulary,
+// kTilesOfPart tiles.
 #include "tiles_sm90.h"
 
 namespace g2rl::cuda::sm90 {
@@ -107,7 +107,7 @@ struct StatisticsEpilogue {
 
   DEVICE void cap(Sums& z) const {
     float slope;
-    UNROLL for (int i = 0; i < kSums; ++i) z[i] = tanh_and_slope(z[i] * options.inner_scale, slope);
+    UNROLL for (int i = 0; i < kSums; ++i) z[i] = capped<SOFTCAP>(z[i], options, slope);
   }
 
   // Targets and what lies beyond the vocabulary.
@@ -122,7 +122,7 @@ struct StatisticsEpilogue {
     float largest[2] = {m[0], m[1]};
     // NaN is no maximum, but shows in the sums.
     UNROLL for (int i = 0; i < kSums; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], z[i] * options.scale);
-    UNROLL for (int q = 0; q < 2; ++q) rescale(q, largest[q]);
+    UNROLL for (int q = 0; q < 2; ++q) rescale(m[q], S[q], X[q], largest[q]);
     UNROLL for (int i = 0; i < kSums; ++i) {
       const int q = i / 2 % 2;
       const float x = fmaf(z[i], options.scale, -m[q]), e = exp2_fast(x);
@@ -131,19 +131,12 @@ struct StatisticsEpilogue {
     }
   }
 
-  DEVICE void rescale(int q, float largest) {
-    const float moved = m[q] - largest, factor = exp2_fast(moved);
-    X[q] = fmaf(S[q], moved, X[q]) * factor;
-    S[q] *= factor;
-    m[q] = largest;
-  }
-
   // Joins the four threads of a row and stores its sums.
   DEVICE void end(const Tile& tile) {
     UNROLL for (int q = 0; q < 2; ++q) {
       UNROLL for (int other = 1; other <= 2; other *= 2) {
         const float m_other = __shfl_xor_sync(kAllLanes, m[q], other), largest = fmaxf(m[q], m_other);
-        rescale(q, largest);
+        rescale(m[q], S[q], X[q], largest);
         S[q] += __shfl_xor_sync(kAllLanes, S[q], other);
         X[q] += __shfl_xor_sync(kAllLanes, X[q], other);
         z_y[q] += __shfl_xor_sync(kAllLanes, z_y[q], other);
@@ -173,7 +166,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 int splits(int V) { return int(ceil_div(V, kPart)); }
-int64_t kept_rows(int rows) { return rows; }
 int64_t kept_columns(int V) { return ceil_div(V, kColumnsOfTile) * kColumnsOfTile; }
 
 int statistics(const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept, Stream stream) {

@@ -1,8 +1,9 @@
-// What the epilogues of pipeline_sm90.h's product share: where sums lie, the bias, the order of tiles, launching.
+// What the epilogues of pipeline_sm90.h's product share: where sums lie, the bias, launching.
 #pragma once
 
 #include "choices.h"
 #include "options.h"
+#include "order.h"
 #include "pipeline_sm90.h"
 
 namespace g2rl::cuda::sm90 {
@@ -16,13 +17,6 @@ struct Place {
     return {thread / kWarp * 16 + lane / 4, lane % 4 * 2};
   }
 };
-
-DEVICE float bias_at(const Head& head, int v) {
-  if (v >= head.V) return 0.f;
-  if (head.bias_dtype == Dtype::fp32) return static_cast<const float*>(head.bias)[v];
-  if (head.bias_dtype == Dtype::bf16) return to_float(static_cast<const bf16*>(head.bias)[v]);
-  return to_float(static_cast<const fp16*>(head.bias)[v]);
-}
 
 DEVICE void add_bias_of_columns(const Head& head, int v0, const Place& at, Sums& z) {
   if (!head.bias) return;
@@ -48,27 +42,6 @@ DEVICE void transpose(Word (&x)[4]) {
     (upper ? x[i] : x[i + 2]) = other;
   }
 }
-
-// A raw logit (under a soft cap: a hyperbolic tangent) that counts as none: its exponential is 0, and finite times 0.
-DEVICE float masked_logit(const Options& options) {
-  const float size = fminf(-kMasked / fabsf(options.scale), 3e38f);
-  return options.scale > 0.f ? -size : size;
-}
-
-// Items of rows x columns in an order in which neighbours share few rows and columns, so that both stay in L2.
-struct Order {
-  int rows, columns;
-  static constexpr int kGroup = 8;
-
-  HOST_DEVICE int64_t items() const { return int64_t(rows) * columns; }
-
-  DEVICE void find(int item, int& row, int& column) const {
-    const int group = item / (kGroup * columns), within = item - group * kGroup * columns;
-    const int size = rows - group * kGroup < kGroup ? rows - group * kGroup : kGroup;
-    row = group * kGroup + within % size;
-    column = within / size;
-  }
-};
 
 // Calls f with a number of the type of 16 bits that the head has.
 template <class F>

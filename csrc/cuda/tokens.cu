@@ -7,8 +7,7 @@ namespace g2rl::cuda {
 
 namespace {
 
-// ---- merge
-// -----------------------------------------------------------------------------------------------------------
+// ---- merge ----
 //
 // With m the largest t of a token (or the given lse), S_rest and X_rest sums over v != y, and S = S_rest + e_y:
 //
@@ -106,8 +105,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp) merge_kernel(const __grid_
   if (n < p.N && warp == 0) write_token<SOFTCAP>(p, n, m, z_y, S, X);
 }
 
-// ---- responses
-// -------------------------------------------------------------------------------------------------------
+// ---- responses ----
 
 constexpr int kResponseThreads = 128;
 
@@ -144,8 +142,7 @@ __global__ void __launch_bounds__(kResponseThreads)
   flags[b] = marks[0];
 }
 
-// ---- residuals from kept logits
-// --------------------------------------------------------------------------------------
+// ---- residuals from kept logits ----
 //
 // A block owns (response, 512 words) and adds tokens one by one, so that chunks can end anywhere without changing a
 // bit. Four rows of logits are on their way at a time.
@@ -226,8 +223,7 @@ __global__ void __launch_bounds__(kKeptThreads) add_kept_kernel(const __grid_con
   }
 }
 
-// ---- targets' residuals, for R that was summed without them
-// ----------------------------------------------------------
+// ---- targets' residuals, for R that was summed without them ----
 //
 // Not divided by S, as the others' residuals are not: a token's residuals must add up to 0, or what all rows of the
 // weight have in common stays behind, which can be far longer than the features.

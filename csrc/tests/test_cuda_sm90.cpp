@@ -18,7 +18,7 @@ struct Forward {
     const Partials partials{nullptr, sm90::splits(p.c.V)};
     Floats planes(4 * size_t(partials.splits) * p.N, NAN);
     const int64_t stride = sm90::kept_columns(p.c.V);
-    kept.assign(keep ? sm90::kept_rows(p.N) * stride : 0, NAN);
+    kept.assign(keep ? p.N * stride : 0, NAN);
     sm90::statistics(p.head(), p.tokens(), {planes.data(), partials.splits}, {keep ? kept.data() : nullptr, stride},
                      nullptr);
     merge(p.head(), {planes.data(), partials.splits}, p.N, nullptr, p.a.data(), results.data(), p.N, terms.terms,

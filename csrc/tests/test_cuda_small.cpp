@@ -30,8 +30,7 @@ void check_rows(Problem& p, const Floats& found, const std::vector<double>& expe
   }
 }
 
-// ---- merge, responses, add_kept, add_targets
-// -------------------------------------------------------------------------
+// ---- merge, responses, add_kept, add_targets ----
 
 // Raw logits in fp32 as pass 1 keeps them, and the reference from these.
 Floats kept_logits(Problem& p, int64_t stride) {
@@ -164,8 +163,7 @@ void tokens_tests() {
   test_nan_of_tokens();
 }
 
-// ---- features from residuals
-// -----------------------------------------------------------------------------------------
+// ---- features from residuals ----
 
 // R in fp32 by float64, then features of it. One response has a hundredth of the others' residuals, one none.
 void test_projection(const Case& c, const std::string& what) {

@@ -56,7 +56,7 @@ class CudaKernels:
         return _FP32 * _PLANES * self.generation.splits(head.V)
 
     def room_for_logits(self, hidden: Tensor, head: Head, rows: int) -> Tensor:
-        return _floats(hidden, self.generation.kept_rows(rows), self.generation.kept_columns(head.V))
+        return _floats(hidden, rows, self.generation.kept_columns(head.V))
 
     def merge(
         self, partials: Tensor, head: Head, results: Tensor, a: Tensor | None = None, lse: Tensor | None = None
