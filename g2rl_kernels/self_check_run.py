@@ -18,8 +18,8 @@ from torch import Tensor
 from g2rl_kernels import testing
 from g2rl_kernels.dispatch import use_backend
 from g2rl_kernels.ops.groups import g2rl_advantages
-from g2rl_kernels.ops.head import LMHead, sequence_features, token_logprobs
-from g2rl_kernels.records import Gradients, SequenceFeatures, Shaping
+from g2rl_kernels.ops.head import sequence_features, token_logprobs
+from g2rl_kernels.records import SequenceFeatures, Shaping
 from g2rl_kernels.testing import HeadSample, Options, Shape
 
 LAUNCHES = 20
@@ -86,13 +86,7 @@ def check_gradients(setting: Setting) -> None:
     for s in setting.samples:
         random = torch.Generator().manual_seed(1)
         upstream = torch.randn(2, s.hidden.shape[0], generator=random).to(setting.device)
-        leaves = [None if x is None else x.detach().requires_grad_() for x in (s.hidden, s.head.weight, s.head.bias)]
-        hidden, weight, bias = leaves
-        assert hidden is not None and weight is not None
-        head = LMHead(weight, bias, s.head.temperature, s.head.logit_scale, s.head.softcap)
-        out = token_logprobs(hidden, head, s.targets)
-        torch.autograd.backward((out.logps, out.entropy), tuple(upstream))
-        found = Gradients(*(None if x is None else x.grad for x in leaves))
+        found = testing.gradients(s, upstream[0], upstream[1])
         testing.assert_gradients(found, *testing.oracle_gradients(s, *upstream))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from g2rl_kernels.backends import reference
 from g2rl_kernels.dispatch import BACKENDS, OPS, resolve, use_backend
-from g2rl_kernels.ops.head import LMHead
+from g2rl_kernels.ops.head import LMHead, token_logprobs
 from g2rl_kernels.records import Gradients, Head, Responses, SequenceFeatures, TokenLogprobs
 
 # The numerics contract. Phi: relative error and 1 - cosine of each response. logp: every token must meet both.
@@ -288,6 +288,18 @@ def assert_bounds(
         check("Phi, 1 - cosine", torch.where(length > 0, 1 - cosine, 0), PHI_COSINE, "response")
     if problems:
         raise AssertionError("\n".join(problems))
+
+
+def gradients(
+    sample: HeadSample, grad_logps: Tensor, grad_entropy: Tensor, workspace_bytes: int | None = None
+) -> Gradients:
+    """Of hidden, weight and bias, as `token_logprobs` makes them from those of logps and entropy, [N]."""
+    hidden, weight = (x.detach().requires_grad_() for x in (sample.hidden, sample.head.weight))
+    bias = None if sample.head.bias is None else sample.head.bias.detach().requires_grad_()
+    head = replace(sample.head, weight=weight, bias=bias)
+    out = token_logprobs(hidden, head, sample.targets, workspace_bytes=workspace_bytes)
+    torch.autograd.backward((out.logps, out.entropy), (grad_logps, grad_entropy))
+    return Gradients(hidden.grad, weight.grad, None if bias is None else bias.grad)
 
 
 def oracle_gradients(sample: HeadSample, grad_logps: Tensor, grad_entropy: Tensor) -> tuple[Gradients, Gradients]:

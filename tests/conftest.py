@@ -1,4 +1,4 @@
-"""What all tests share: the `gpu` marker, the choice of backend put back after each test, and poisoned memory."""
+"""What all tests share: the `gpu` marker, the choice of backend put back after each test, poisoned memory, a plan."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from g2rl_kernels import dispatch, self_check, use_backend
+from g2rl_kernels.plans import head as plans
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,3 +45,10 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty_like(torch.ones(3).bfloat16()).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are kept at any size, not only where that pays."""
+    monkeypatch.setattr(plans, "KEEP_FROM_D", 0)
+    monkeypatch.setattr(plans, "KEEP_FROM_ROWS", 0)

@@ -52,7 +52,7 @@ def sequence_features(
     features = torch.zeros(cu_seqlens.shape[0] - 1, d, dtype=torch.float32, device=hidden.device)
     if N:
         with on_device_of(hidden):
-            # Plans that cut tokens read offsets on the host, which a graph under capture cannot.
+            # Plans that cut tokens may read offsets on the host, which a graph under capture cannot.
             capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
             if lse is not None and not capturing:
                 plan = _from_lse(batch, cu_seqlens, a, lse.float().contiguous())

@@ -6,7 +6,6 @@ formats of the kernels, one by one, are tested in csrc/tests; here the launchers
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import shutil
@@ -16,14 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from head_cases import PLANS, check, check_gradients, check_second_response_first, features, given, oracle, sample
 
-from g2rl_kernels import LMHead, Shaping, g2rl_advantages, sequence_features, testing, token_logprobs, use_backend
+from g2rl_kernels import Shaping, g2rl_advantages, testing, token_logprobs, use_backend
 from g2rl_kernels.backends import cuda
 from g2rl_kernels.backends.cuda import kernels, library
 from g2rl_kernels.dispatch import resolve
-from g2rl_kernels.plans import head as plans
-from g2rl_kernels.records import Head, SequenceFeatures
-from g2rl_kernels.testing import OPTIONS, Gradients, HeadSample, Options, Shape
+from g2rl_kernels.records import Head
+from g2rl_kernels.testing import OPTIONS, Shape
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / f"cuda-on-cpu-{sys.implementation.cache_tag}"
@@ -39,14 +38,6 @@ SHAPES = (
     Shape((3, 2), 1, 1, "a vocabulary of one word: nothing but the target"),
     LONG,
 )
-PLANS = ("recomputed", "kept", "given", "perturbed")
-
-sample = functools.cache(testing.head_sample)
-
-
-@functools.cache
-def oracle(shape: Shape, dtype: torch.dtype, kind: str, options: Options) -> SequenceFeatures:
-    return testing.oracle(sample(shape, dtype, kind=kind, options=options))
 
 
 @pytest.fixture(scope="module")
@@ -73,60 +64,32 @@ def backend(on_cpu, monkeypatch: pytest.MonkeyPatch):  # noqa: ANN001, ANN201
         yield on_cpu
 
 
-@pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits are kept at any size, not only where that pays."""
-    monkeypatch.setattr(plans, "KEEP_FROM_D", 0)
-    monkeypatch.setattr(plans, "KEEP_FROM_ROWS", 0)
-
-
-def features(s: HeadSample, **changes: object) -> SequenceFeatures:
-    return sequence_features(s.hidden, s.head, s.targets, s.cu_seqlens, s.token_weights, **changes)
-
-
-def check(shape: Shape, dtype: torch.dtype, kind: str, options: str, plan: str, **changes: object) -> None:
-    s, expected = (
-        sample(shape, dtype, kind=kind, options=OPTIONS[options]),
-        oracle(shape, dtype, kind, OPTIONS[options]),
-    )
-    if plan in ("given", "perturbed"):
-        changes["lse"] = expected.lse.float() + 1e-4 * (plan == "perturbed")
-    found = features(s, **changes)
-    unavoidable = testing.accumulation_error(s) if kind.startswith("hidden") else None
-    testing.assert_bounds(found, expected, s.cu_seqlens, unavoidable)
-
-
-def use_plan(plan: str, request: pytest.FixtureRequest) -> None:
-    if plan == "kept":
-        request.getfixturevalue("kept")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_plans(plan: str, shape: Shape, dtype: torch.dtype, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001
-    """An lse that is off by 1e-4 makes the kernel compute the response again; one that is exact does not."""
-    use_plan(plan, request)
-    check(shape, dtype, "peaked", "together", plan)
+    """An lse that is off makes the kernel compute the response again; one that is exact does not."""
+    lse = given(plan, sample(shape, dtype, kind="peaked", options=OPTIONS["together"]), request)
+    check(shape, dtype, "peaked", OPTIONS["together"], lse=lse)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS[:3])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"N{shape.N}-d{shape.d}-V{shape.V}")
 def test_shapes(shape: Shape, plan: str, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001
-    use_plan(plan, request)
-    check(shape, torch.float16, "random", "plain", plan)
     s = sample(shape, torch.float16, kind="random", options=OPTIONS["plain"])
-    expected = oracle(shape, torch.float16, "random", OPTIONS["plain"])
-    testing.assert_bounds(token_logprobs(s.hidden, s.head, s.targets), expected)
+    check(shape, torch.float16, lse=given(plan, s, request))
+    testing.assert_bounds(
+        token_logprobs(s.hidden, s.head, s.targets), oracle(shape, torch.float16, "cpu", "random", OPTIONS["plain"])
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["bias", "softcap"])
 @pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 def test_workspace_cuts_tokens_and_responses(shape: Shape, options: str, backend, kept: None) -> None:  # noqa: ANN001
-    check(shape, torch.bfloat16, "random", options, "kept", workspace_bytes=7 * shape.V * 6)
+    check(shape, torch.bfloat16, options=OPTIONS[options], workspace_bytes=7 * shape.V * 6)
 
 
 @pytest.mark.slow
@@ -134,27 +97,18 @@ def test_workspace_cuts_tokens_and_responses(shape: Shape, options: str, backend
 @pytest.mark.parametrize("d", [64, 63])
 def test_bits_of_a_response_are_its_own(d: int, plan: str, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001
     """Twice the same, and the same elsewhere in the batch."""
-    use_plan(plan, request)
-    shape = Shape((21, 1), d, 70, "a response that moves by one token")
-    s = sample(shape, torch.float16, kind="random", options=OPTIONS["plain"])
-    lse = oracle(shape, torch.float16, "random", OPTIONS["plain"]).lse.float() if plan == "given" else None
-    limit = 2**28 if plan == "given" else 11 * shape.V * 6
+    s = sample(
+        Shape((21, 1), d, 70, "a response that moves by one token"),
+        torch.float16,
+        kind="random",
+        options=OPTIONS["plain"],
+    )
+    lse = given(plan, s, request)
+    limit = 2**28 if plan == "given" else 11 * 70 * 6
     together = features(s, lse=lse, workspace_bytes=limit)
     again = features(s, lse=lse, workspace_bytes=limit)
     assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
-    order = torch.cat((torch.arange(21, 22), torch.arange(21)))
-    swapped = sequence_features(
-        s.hidden[order],
-        s.head,
-        s.targets[order],
-        torch.tensor([0, 1, 22]),
-        s.token_weights[order],
-        None if lse is None else lse[order],
-        workspace_bytes=limit,
-    )
-    assert torch.equal(swapped.features.flip(0), together.features)
-    for found, expected in zip(swapped[1:], together[1:], strict=True):
-        assert torch.equal(found, expected[order])
+    check_second_response_first(s, lse=lse, workspace_bytes=limit)
 
 
 @pytest.mark.slow
@@ -170,19 +124,9 @@ def test_bits_of_a_response_are_its_own(d: int, plan: str, backend, request: pyt
     ],
 )
 def test_gradients(shape: Shape, dtype: torch.dtype, kind: str, options: str, rows: int, backend) -> None:  # noqa: ANN001
-    """Upstream gradients of both signs, from 1e-6 to 1e6, which fp16 cannot hold; a workspace that cuts both ways."""
+    """A workspace that cuts both ways."""
     s = sample(shape, dtype, kind=kind, options=OPTIONS[options])
-    random = torch.Generator().manual_seed(3)
-    sizes = 10 ** (12 * torch.rand(2, shape.N, generator=random, dtype=torch.float64) - 6)
-    upstream = (sizes * torch.randn(2, shape.N, generator=random).sign()).float()
-    hidden, weight = s.hidden.detach().requires_grad_(), s.head.weight.detach().requires_grad_()
-    bias = None if s.head.bias is None else s.head.bias.detach().requires_grad_()
-    head = LMHead(weight, bias, s.head.temperature, s.head.logit_scale, s.head.softcap)
-    out = token_logprobs(hidden, head, s.targets, workspace_bytes=rows * shape.V * dtype.itemsize)
-    torch.autograd.backward((out.logps, out.entropy), tuple(upstream))
-    found = Gradients(hidden.grad, weight.grad, None if bias is None else bias.grad)
-    exact, allowed = testing.oracle_gradients(s, *upstream)
-    testing.assert_gradients(found, exact, allowed)
+    check_gradients(s, workspace_bytes=rows * shape.V * dtype.itemsize)
 
 
 @pytest.mark.slow

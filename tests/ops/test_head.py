@@ -6,17 +6,18 @@ g2rl_kernels.testing.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 
+import head_cases
 import pytest
 import torch
 import torch.nn.functional as F
 from backend_cases import over_backends
+from head_cases import oracle, sample, upstream
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from g2rl_kernels import LMHead, SequenceFeatures, sequence_features, testing, token_logprobs, use_backend
+from g2rl_kernels import LMHead, SequenceFeatures, testing, token_logprobs, use_backend
 from g2rl_kernels.backends import reference
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.products import exact_products, mm
@@ -27,24 +28,10 @@ HEAD_OPS = ("token_logprobs", "sequence_features", "logprobs_backward")
 every_forward = over_backends("token_logprobs", "sequence_features")
 every_case = over_backends(*HEAD_OPS)
 
-sample = functools.cache(testing.head_sample)
-
-
-@functools.cache
-def oracle(shape: Shape, dtype: torch.dtype, device: str, kind: str, options: Options) -> SequenceFeatures:
-    return testing.oracle(sample(shape, dtype, device, kind=kind, options=options))
-
 
 def features(s: HeadSample, backend: str | None, **changes: object) -> SequenceFeatures:
-    arguments = {
-        "hidden": s.hidden,
-        "head": s.head,
-        "targets": s.targets,
-        "cu_seqlens": s.cu_seqlens,
-        "token_weights": s.token_weights,
-    }
     with use_backend(backend):
-        return sequence_features(**(arguments | changes))
+        return head_cases.features(s, **changes)
 
 
 def check(
@@ -57,11 +44,8 @@ def check(
     **changes: object,
 ) -> SequenceFeatures:
     """Run `sequence_features` and hold it to the contract."""
-    s = sample(shape, dtype, device, kind=kind, options=options)
-    result = features(s, backend, **changes)
-    unavoidable = testing.accumulation_error(s) if kind.startswith("hidden") else None
-    testing.assert_bounds(result, oracle(shape, dtype, device, kind, options), s.cu_seqlens, unavoidable)
-    return result
+    with use_backend(backend):
+        return head_cases.check(shape, dtype, kind, options, device, **changes)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -541,30 +525,18 @@ def test_autocast_changes_nothing(backend: str | None, device: str, dtype: torch
 # Backward.
 
 
-def upstream(s: HeadSample, seed: int = 3) -> tuple[Tensor, Tensor]:
-    """Gradients of logps and entropy [N], of both signs and sizes from 1e-6 to 1e6."""
-    random = torch.Generator().manual_seed(seed)
-    sizes = 10 ** (12 * torch.rand(2, s.hidden.shape[0], generator=random, dtype=torch.float64) - 6)
-    signs = torch.randn(2, s.hidden.shape[0], generator=random).sign()
-    wide = torch.float64 if s.hidden.dtype == torch.float64 else torch.float32
-    g_logps, g_entropy = (sizes * signs).to(s.hidden.device, wide)
-    return g_logps, g_entropy
-
-
 def gradients(
-    s: HeadSample, backend: str | None, g_logps: Tensor | None = None, g_entropy: Tensor | None = None, **options: int
+    s: HeadSample,
+    backend: str | None,
+    g_logps: Tensor | None = None,
+    g_entropy: Tensor | None = None,
+    workspace_bytes: int | None = None,
 ) -> tuple[Gradients, Gradients, Gradients]:
     """Of a backend; exact; and the errors allowed."""
     if g_logps is None:
         g_logps, g_entropy = upstream(s)
-    hidden, weight = s.hidden.detach().requires_grad_(), s.head.weight.detach().requires_grad_()
-    bias = None if s.head.bias is None else s.head.bias.detach().requires_grad_()
-    head = LMHead(weight, bias, s.head.temperature, s.head.logit_scale, s.head.softcap)
     with use_backend(backend):
-        out = token_logprobs(hidden, head, s.targets, **options)
-        torch.autograd.backward((out.logps, out.entropy), (g_logps, g_entropy))
-    found = Gradients(hidden.grad, weight.grad, None if bias is None else bias.grad)
-    hidden.grad = weight.grad = None
+        found = testing.gradients(s, g_logps, g_entropy, workspace_bytes)
     return found, *testing.oracle_gradients(s, g_logps, g_entropy)
 
 

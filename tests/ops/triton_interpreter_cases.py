@@ -7,11 +7,11 @@ dimensions and against splits of 256 words.
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import pytest
 import torch
+from head_cases import PLANS, check, check_gradients, check_second_response_first, features, given, oracle, sample
 from torch import Tensor
 
 from g2rl_kernels import LMHead, Shaping, g2rl_advantages, sequence_features, testing, token_logprobs, use_backend
@@ -19,9 +19,7 @@ from g2rl_kernels.backends.triton import configs, kernels
 from g2rl_kernels.backends.triton.candidates import KERNELS
 from g2rl_kernels.backends.triton.configs import Tile
 from g2rl_kernels.backends.triton.responses import inverse_and_flags
-from g2rl_kernels.ops.head import SequenceFeatures
-from g2rl_kernels.plans import head as plans
-from g2rl_kernels.testing import OPTIONS, Gradients, HeadSample, Options, Shape
+from g2rl_kernels.testing import OPTIONS, Shape
 
 RAGGED = Shape((5, 0, 9, 1, 8), 63, 321, "N = 23 prime, odd d, two splits of V, an empty and a one-token response")
 ALIGNED = Shape((5, 0, 18, 1, 8), 40, 321, "rows that TMA can address, d and responses that end inside tiles")
@@ -36,14 +34,6 @@ SHAPES = (
 # bf16 products are made in fp32 there, as the interpreter's own are wrong; one case shows that loads and splits are
 # right.
 DTYPES = (torch.float32, torch.float16)
-PLANS = ("recomputed", "kept", "given", "perturbed")
-
-sample = functools.cache(testing.head_sample)
-
-
-@functools.cache
-def oracle(shape: Shape, dtype: torch.dtype, kind: str, options: Options) -> SequenceFeatures:
-    return testing.oracle(sample(shape, dtype, kind=kind, options=options))
 
 
 @pytest.fixture(autouse=True)
@@ -53,47 +43,12 @@ def triton_backend():  # noqa: ANN201
         yield
 
 
-@pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits are kept at any size, not only where that pays."""
-    monkeypatch.setattr(plans, "KEEP_FROM_D", 0)
-    monkeypatch.setattr(plans, "KEEP_FROM_ROWS", 0)
-
-
-def features(s: HeadSample, **changes: object) -> SequenceFeatures:
-    return sequence_features(s.hidden, s.head, s.targets, s.cu_seqlens, s.token_weights, **changes)
-
-
-def given(plan: str, s: HeadSample, request: pytest.FixtureRequest) -> Tensor | None:
-    """What makes `sequence_features` take the plan: the lse to give it, or logits that are kept."""
-    if plan == "kept":
-        request.getfixturevalue("kept")
-    if plan not in ("given", "perturbed"):
-        return None
-    lse = testing.oracle(s).lse.float()
-    return lse + 1e-4 * torch.arange(s.hidden.shape[0]) * (plan == "perturbed")
-
-
-def check(shape: Shape, dtype: torch.dtype, kind: str, options: str, **changes: object) -> None:
-    s, expected = (
-        sample(shape, dtype, kind=kind, options=OPTIONS[options]),
-        oracle(shape, dtype, kind, OPTIONS[options]),
-    )
-    unavoidable = testing.accumulation_error(s) if kind.startswith("hidden") else None
-    testing.assert_bounds(features(s, **changes), expected, s.cu_seqlens, unavoidable)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["random", "peaked", "bias+", "hidden-"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_plans_and_logits(plan: str, kind: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
-    lse = None
-    if plan == "kept":
-        request.getfixturevalue("kept")
-    elif plan != "recomputed":
-        lse = oracle(RAGGED, dtype, kind, OPTIONS["plain"]).lse.float()
-        lse = lse + 1e-4 * torch.arange(RAGGED.N) * (plan == "perturbed")
-    check(RAGGED, dtype, kind, "plain", lse=lse)
+    s = sample(RAGGED, dtype, kind=kind, options=OPTIONS["plain"])
+    check(RAGGED, dtype, kind, lse=given(plan, s, request))
 
 
 @pytest.mark.parametrize("error", ["rounded", "shared", "of-one-token", "of-a-token-without-weight"])
@@ -148,7 +103,7 @@ def test_rows_loaded_by_tma(plan: str, options: str, request: pytest.FixtureRequ
     assert not configs.tile("residuals", *(x[:, 1:] for x in (s.hidden, s.head.weight))).USE_TMA
     testing.assert_bounds(
         features(s, lse=given(plan, s, request)),
-        oracle(ALIGNED, torch.float16, "random", OPTIONS[options]),
+        oracle(ALIGNED, torch.float16, "cpu", "random", OPTIONS[options]),
         s.cu_seqlens,
     )
 
@@ -197,62 +152,40 @@ def test_nan_of_a_word_shows_in_every_token(
 
 
 def test_bf16(kept: None) -> None:
-    check(RAGGED, torch.bfloat16, "peaked", "together")
+    check(RAGGED, torch.bfloat16, "peaked", OPTIONS["together"])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"N{shape.N}-d{shape.d}-V{shape.V}")
 @pytest.mark.parametrize("plan", ["recomputed", "kept", "given"])
 def test_shapes(plan: str, shape: Shape, request: pytest.FixtureRequest) -> None:
-    if plan == "kept":
-        request.getfixturevalue("kept")
-    lse = oracle(shape, torch.float16, "random", OPTIONS["plain"]).lse.float() if plan == "given" else None
-    check(shape, torch.float16, "random", "plain", lse=lse)
     s = sample(shape, torch.float16, kind="random", options=OPTIONS["plain"])
+    check(shape, torch.float16, lse=given(plan, s, request))
     testing.assert_bounds(
-        token_logprobs(s.hidden, s.head, s.targets), oracle(shape, torch.float16, "random", OPTIONS["plain"])
+        token_logprobs(s.hidden, s.head, s.targets), oracle(shape, torch.float16, "cpu", "random", OPTIONS["plain"])
     )
 
 
 @pytest.mark.parametrize("options", ["temperature", "logit-scale", "softcap", "together"])
 @pytest.mark.parametrize("plan", ["recomputed", "kept", "given"])
 def test_options(plan: str, options: str, request: pytest.FixtureRequest) -> None:
-    if plan == "kept":
-        request.getfixturevalue("kept")
-    lse = oracle(LONG, torch.float32, "peaked", OPTIONS[options]).lse.float() if plan == "given" else None
-    check(LONG, torch.float32, "peaked", options, lse=lse)
+    s = sample(LONG, torch.float32, kind="peaked", options=OPTIONS[options])
+    check(LONG, torch.float32, "peaked", OPTIONS[options], lse=given(plan, s, request))
 
 
 @pytest.mark.parametrize("rows", [0, 3, 17])
 @pytest.mark.parametrize("plan", ["recomputed", "kept", "given"])
 def test_any_workspace(plan: str, rows: int, request: pytest.FixtureRequest) -> None:
-    if plan == "kept":
-        request.getfixturevalue("kept")
-    lse = oracle(LONG, torch.float32, "random", OPTIONS["bias"]).lse.float() if plan == "given" else None
-    check(LONG, torch.float32, "random", "bias", lse=lse, workspace_bytes=max(1, rows * LONG.V * 6))
+    s = sample(LONG, torch.float32, kind="random", options=OPTIONS["bias"])
+    lse = given(plan, s, request)
+    check(LONG, torch.float32, options=OPTIONS["bias"], lse=lse, workspace_bytes=max(1, rows * LONG.V * 6))
 
 
 @pytest.mark.parametrize("plan", ["recomputed", "kept", "given"])
 def test_responses_do_not_depend_on_their_batch(plan: str, request: pytest.FixtureRequest) -> None:
     """Bit for bit. Chunks of kept logits end inside responses, at other tokens of them when they stand elsewhere."""
-    if plan == "kept":
-        request.getfixturevalue("kept")
     s = sample(LONG, torch.float16, kind="random", options=OPTIONS["plain"])
-    lse = oracle(LONG, torch.float16, "random", OPTIONS["plain"]).lse.float() if plan == "given" else None
     limit = 2**28 if plan == "given" else 11 * LONG.V * 6
-    together = features(s, lse=lse, workspace_bytes=limit)
-    order = torch.cat((torch.arange(37, 38), torch.arange(37)))
-    swapped = sequence_features(
-        s.hidden[order],
-        s.head,
-        s.targets[order],
-        torch.tensor([0, 1, 38]),
-        s.token_weights[order],
-        None if lse is None else lse[order],
-        workspace_bytes=limit,
-    )
-    assert torch.equal(swapped.features.flip(0), together.features)
-    for found, expected in zip(swapped[1:], together[1:], strict=True):
-        assert torch.equal(found, expected[order])
+    check_second_response_first(s, lse=given(plan, s, request), workspace_bytes=limit)
 
 
 @pytest.mark.parametrize(
@@ -267,19 +200,9 @@ def test_responses_do_not_depend_on_their_batch(plan: str, request: pytest.Fixtu
     ],
 )
 def test_gradients(dtype: torch.dtype, kind: str, options: str, rows: int) -> None:
-    """Upstream gradients of both signs, from 1e-6 to 1e6, which fp16 cannot hold; workspaces that cut both ways."""
+    """Workspaces that cut both ways."""
     s = sample(RAGGED, dtype, kind=kind, options=OPTIONS[options])
-    random = torch.Generator().manual_seed(3)
-    sizes = 10 ** (12 * torch.rand(2, RAGGED.N, generator=random, dtype=torch.float64) - 6)
-    upstream = (sizes * torch.randn(2, RAGGED.N, generator=random).sign()).float()
-    hidden, weight = s.hidden.detach().requires_grad_(), s.head.weight.detach().requires_grad_()
-    bias = None if s.head.bias is None else s.head.bias.detach().requires_grad_()
-    head = LMHead(weight, bias, s.head.temperature, s.head.logit_scale, s.head.softcap)
-    out = token_logprobs(hidden, head, s.targets, workspace_bytes=rows * RAGGED.V * dtype.itemsize)
-    torch.autograd.backward((out.logps, out.entropy), tuple(upstream))
-    found = Gradients(hidden.grad, weight.grad, None if bias is None else bias.grad)
-    exact, allowed = testing.oracle_gradients(s, *upstream)
-    testing.assert_gradients(found, exact, allowed)
+    check_gradients(s, workspace_bytes=rows * RAGGED.V * dtype.itemsize)
 
 
 @pytest.mark.parametrize(
