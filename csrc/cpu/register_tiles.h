@@ -27,7 +27,7 @@ constexpr int kTileRows = 6, kTileVectors = 2;  // 16
 #else
 constexpr int kTileRows = 4, kTileVectors = 2;  // 16, some of them for products not yet added
 #endif
-constexpr int64_t kChunkSteps = 16;  // of 16 units: 64 KB of a strip of 64 columns
+constexpr int64_t kChunkSteps = 8;  // of 16 units: 32 KB of a strip of 64 columns, and half the rounding of 16
 
 // What the units of A and B hold, and how they are multiplied: kSteps entries of A for each unit of B.
 
