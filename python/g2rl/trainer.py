@@ -27,7 +27,8 @@ from g2rl.config import Config, save_config
 from g2rl.evaluate import evaluate
 from g2rl.geometry import geometry_metrics
 from g2rl.log import Completion, GroupGeometry, RunLog, TrainingProgress
-from g2rl.model import lm_head, load_model
+from g2rl.heads import lm_head
+from g2rl.model import load_model
 from g2rl.objective import METHODS, policy_loss
 from g2rl.rewards import judge_episodes, resolve_rewards
 from g2rl.rollout import Sampler, make_batch

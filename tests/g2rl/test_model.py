@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from g2rl.config import ConfigError, ModelConfig, RolloutConfig
-from g2rl.model import lm_head, load_model
+from g2rl.heads import lm_head
+from g2rl.model import load_model
 from g2rl.rollout import Sampler
 from g2rl.types import Problem
 from g2rl_kernels import token_logprobs

@@ -1,0 +1,127 @@
+"""A forward pass that ends in log-probabilities, entropy and gradient features instead of logits.
+
+It runs inside the model's own `forward`, so that what wraps the model (DDP, FSDP2, PEFT, autocast, gradient
+checkpointing) sees an ordinary call, and the head's weight is whole where a wrapper shards it.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from g2rl.heads import lm_head
+from g2rl_kernels import pad, sequence_features, token_logprobs, unpad
+
+
+class HeadOutputs(NamedTuple):
+    """What a `HeadPass` returns, fp32; 0 at positions that were not asked for.
+
+    Attributes:
+        logps, entropy: [B, L - 1], of the tokens 1 ... L - 1; differentiable.
+        features: [B, d], data; None unless asked for.
+    """
+
+    logps: torch.Tensor
+    entropy: torch.Tensor
+    features: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class HeadPass:
+    """What to compute from the hidden states [B, L, d] of a batch of padded sequences.
+
+    Attributes:
+        input_ids: [B, L] int64.
+        scored: [B, L] bool; tokens whose log-probability is wanted.
+        token_weights: [B, L] of each token in its sequence's feature, 0 for tokens of tools; None: no features.
+        temperature: of the policy.
+        dtype: of the head's product; None: autocast's, or the hidden states'.
+    """
+
+    input_ids: torch.Tensor
+    scored: torch.Tensor
+    token_weights: torch.Tensor | None
+    temperature: float
+    dtype: torch.dtype | None = None
+
+    def rows(self, rows: slice) -> HeadPass:
+        """The same for some of the sequences."""
+        weights = self.token_weights
+        return replace(
+            self,
+            input_ids=self.input_ids[rows],
+            scored=self.scored[rows],
+            token_weights=None if weights is None else weights[rows],
+        )
+
+    def __call__(self, model: Any, hidden: torch.Tensor) -> HeadOutputs:
+        """Outputs of `model`'s head on its last hidden states."""
+        scored = self.scored[:, 1:]
+        packed, cu_seqlens = unpad(hidden[:, :-1], scored)
+        dtype = self.dtype or _product_dtype(hidden)
+        packed, head = packed.to(dtype), lm_head(model, self.temperature, dtype)
+        targets = self.input_ids[:, 1:][scored]
+        if self.token_weights is None:
+            logps, entropy, _ = token_logprobs(packed, head, targets)
+            return HeadOutputs(pad(logps, scored), pad(entropy, scored), None)
+        weights = self.token_weights[:, 1:][scored].float()
+        out = sequence_features(packed, head, targets, cu_seqlens, weights)
+        return HeadOutputs(pad(out.logps, scored), pad(out.entropy, scored), out.features)
+
+
+def join(outputs: Sequence[HeadOutputs]) -> HeadOutputs:
+    """Outputs of consecutive rows as one."""
+    logps, entropy, features = zip(*outputs, strict=True)
+    return HeadOutputs(torch.cat(logps), torch.cat(entropy), None if features[0] is None else torch.cat(features))
+
+
+def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def add_head_pass(model: Any) -> None:
+    """Let `model(..., head_pass=HeadPass)` return `HeadOutputs`; without it, `model` is called as before.
+
+    Args:
+        model: a causal language model of transformers, not yet wrapped for distribution; the base model of a PEFT one.
+    """
+    original = model.forward
+
+    # The signature stays the model's own: `generate` checks its arguments against it.
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, head_pass: HeadPass | None = None, **kwargs: Any) -> Any:
+        if head_pass is None:
+            return original(*args, **kwargs)
+        return head_pass(self, self.base_model(*args, use_cache=False, **kwargs).last_hidden_state)
+
+    model.forward = types.MethodType(forward, model)
+
+
+@contextmanager
+def run_alongside(model: Any, head_pass: HeadPass) -> Iterator[list[HeadOutputs]]:
+    """Apply `head_pass` to the hidden states of forward passes that others run inside the block, rows in their order.
+
+    Yields:
+        the outputs so far, one for each pass.
+    """
+    outputs: list[HeadOutputs] = []
+    done = 0
+
+    def hook(backbone: torch.nn.Module, args: Any, output: Any) -> None:
+        nonlocal done
+        hidden = output.last_hidden_state
+        start, done = done, done + hidden.shape[0]
+        outputs.append(head_pass.rows(slice(start, done))(model, hidden))
+
+    handle = model.base_model.register_forward_hook(hook)
+    try:
+        yield outputs
+    finally:
+        handle.remove()

@@ -1,0 +1,37 @@
+"""What the log of a trainer is told of a step's exploration."""
+
+from __future__ import annotations
+
+import torch
+
+from g2rl_kernels import GroupAdvantages
+
+
+def exploration_metrics(
+    features: torch.Tensor, result: GroupAdvantages, group_size: int, min_range: float
+) -> dict[str, float]:
+    """Means over a step's responses and groups.
+
+    Args:
+        features: [B, d]; group_size: m, B a multiple of it.
+        result: of `g2rl_advantages` on them.
+        min_range: of `Shaping`.
+
+    Returns:
+        mean_cosine and negative_share of the pairs of a group, score (nu), feature_norm, and degenerate_share: of groups
+        whose scores are too close to shape anything.
+    """
+    norms = features.norm(dim=1)
+    valid = (norms > 0).view(-1, group_size)
+    scores = result.scores.view(-1, group_size)
+    low, high = scores.where(valid, torch.inf).amin(1), scores.where(valid, -torch.inf).amax(1)
+    pairs = torch.triu(valid[:, :, None] & valid[:, None, :], diagonal=1)
+    cosines = result.similarity[pairs]
+    metrics = {
+        "score": scores.mean(),
+        "feature_norm": norms.mean(),
+        "degenerate_share": (high - low < min_range).float().mean(),
+    }
+    if cosines.numel():
+        metrics |= {"mean_cosine": cosines.mean(), "negative_share": (cosines < 0).float().mean()}
+    return {name: float(value) for name, value in metrics.items()}

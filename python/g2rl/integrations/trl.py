@@ -1,0 +1,385 @@
+"""G2RL in TRL: `G2RLTrainer` and `G2RLConfig` in place of `GRPOTrainer` and `GRPOConfig`, or the same for RLOO.
+
+    from g2rl.integrations.trl import G2RLConfig, G2RLTrainer
+
+    trainer = G2RLTrainer(model, reward_funcs=reward, args=G2RLConfig(output_dir="out"), train_dataset=data)
+    trainer.train()
+
+Features come with the pass that TRL runs for old log-probabilities. Where it would run none, it is made to. If that pass
+and the update see the same rows (``steps_per_generation=1``), they share one forward pass, and G2RL costs none.
+
+What a response gains or loses, shaped reward minus reward, is a reward of its own, ``g2rl_bonus``: TRL's normalisation,
+loss and logs work on it like on any other, and rewards of the task stay visible.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, gather
+from torch.nn.utils.rnn import pad_sequence
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from g2rl.integrations.head_pass import HeadOutputs, HeadPass, add_head_pass, join, run_alongside
+from g2rl.integrations.metrics import exploration_metrics
+from g2rl_kernels import Shaping, g2rl_advantages
+
+try:
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+except ImportError as error:
+    raise ImportError(f"g2rl.integrations.trl: expected trl, found {error}; pip install 'g2rl-kernels[trl]'") from error
+
+logger = get_logger(__name__)
+
+BONUS = "g2rl_bonus"
+ROWS = "g2rl_rows"
+# What the mixin overrides or relies on; every GRPO-like trainer of TRL from 1.12 on has it.
+_SEAMS = ("_generate", "_generate_and_score_completions", "_calculate_rewards", "_get_per_token_logps_and_entropies")
+
+
+@dataclass
+class G2RLOptions:
+    """Fields of `g2rl_kernels.Shaping`, and how to compute."""
+
+    strength: float = field(default=1.0, metadata={"help": "lambda of G2RL's eq. 12; 0 leaves rewards as they are."})
+    clip: float = field(default=3.0, metadata={"help": "Shaped rewards stay in [-clip, clip]."})
+    rule: str = field(
+        default="scale",
+        metadata={"help": "Reading of eq. 12: scale, centered or literal.", "choices": ["scale", "centered", "literal"]},
+    )
+    min_range: float = field(
+        default=1e-2, metadata={"help": "A group whose exploration scores span less than this is left unshaped."}
+    )
+    uniform_groups: str = field(
+        default="shape",
+        metadata={"help": "Whether groups of equal rewards are shaped or left as they are.", "choices": ["shape", "drop"]},
+    )
+    reward_range: list[float] | None = field(
+        default=None,
+        metadata={"help": "Lowest and highest reward, mapped to -1 and 1 for shaping; for rewards such as 0 and 1."},
+    )
+    fused_logprobs: bool = field(
+        default=True,
+        metadata={"help": "Compute log-probabilities and entropy of text with g2rl_kernels, in the update too."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]  # TRL's
+        self.shaping  # noqa: B018  # raises what is wrong
+        low_high = self.reward_range
+        if low_high is not None and not (len(low_high) == 2 and low_high[0] < low_high[1]):
+            raise ValueError(f"reward_range: expected two numbers, the lower one first, found {low_high}")
+
+    @property
+    def shaping(self) -> Shaping:
+        return Shaping(self.strength, self.clip, self.rule, self.min_range, self.uniform_groups)  # type: ignore[arg-type]
+
+
+@dataclass
+class G2RLConfig(G2RLOptions, GRPOConfig):
+    """`GRPOConfig` with the options of G2RL."""
+
+
+@dataclass
+class G2RLRLOOConfig(G2RLOptions, RLOOConfig):
+    """`RLOOConfig` with the options of G2RL."""
+
+
+@dataclass
+class _Rollout:
+    """One round of completions on this rank, from their generation to their rewards.
+
+    Attributes:
+        shared: outputs with gradient that the update will take instead of a forward pass of its own.
+        seconds: of the pass that gave the features.
+    """
+
+    tool_mask: list[list[int]] | None = None
+    features: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    shared: HeadOutputs | None = None
+    seconds: float = 0.0
+
+
+class G2RLMixin:
+    """Shapes the rewards of a GRPO-like trainer of TRL, whose arguments include `G2RLOptions`; stands before it.
+
+    Raises:
+        TypeError: a trainer without the methods that this builds on, such as asynchronous ones.
+        ValueError: options that cannot work together; the message names them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        trainer = super()
+        missing = [name for name in _SEAMS if not hasattr(trainer, name)]
+        if missing:
+            raise TypeError(
+                f"{type(self).__name__}: expected a GRPO-like trainer of TRL that scores completions itself, found none "
+                f"of {', '.join(missing)}; use GRPOTrainer or RLOOTrainer of trl 1.12 or newer"
+            )
+        super().__init__(*args, **kwargs)
+        _refuse(self)
+        self._rollout: _Rollout | None = None
+        self._update_rows: torch.Tensor | None = None
+        self._said: set[str] = set()
+        add_head_pass(self._causal_lm(self.model))
+        if self.ref_model is not None:
+            add_head_pass(self.ref_model)
+
+    # ---- a round of completions ---------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:
+            output = super()._generate_and_score_completions(inputs)
+            self._logs["rewards"][BONUS].extend([math.nan] * len(inputs) * self.accelerator.num_processes)
+            return output
+        self._rollout = rollout = _Rollout()
+        with self._old_logps_pass(), self._bonus_column():
+            output = super()._generate_and_score_completions(inputs)
+        if not self._keeps_old_logps() and output.pop("old_per_token_logps", None) is not None:
+            self._say_added_pass(rollout)
+        if rollout.shared is not None:
+            output[ROWS] = torch.arange(len(inputs))
+        return output
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        generated = super()._generate(prompts)
+        # GRPO's third is the mask of tool calls; RLOO knows no tools and returns three.
+        if self._rollout is not None and len(generated) > 3:
+            self._rollout.tool_mask = generated[2]
+        return generated
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        if not self.model.training:
+            return rewards
+        rollout = self._rollout
+        if rollout is None or rollout.features is None or rollout.valid is None:
+            raise RuntimeError("G2RL: this version of TRL scored completions without a pass for old log-probabilities")
+        weights = self.reward_weights[:-1].to(rewards.device)
+        raw = (rewards * weights).nansum(1)
+        scorable = ~rewards.isnan().all(1)
+        self._warn_of_zero_rewards(raw[scorable])
+        low, high = self.args.reward_range or (-1.0, 1.0)
+        scale, middle = (high - low) / 2, (high + low) / 2
+        features, valid = gather(rollout.features), gather(rollout.valid) & scorable
+        result = g2rl_advantages(features, (raw - middle) / scale, self.num_generations, self.args.shaping, valid)
+        bonus = result.shaped_rewards * scale + middle - raw
+        for name, value in exploration_metrics(features, result, self.num_generations, self.args.min_range).items():
+            self._metrics["train"][f"g2rl/{name}"].append(value)
+        # Only now: TRL walks through reward functions and their names side by side.
+        self.reward_func_names.append(BONUS)
+        return torch.cat([rewards, bonus.where(scorable, torch.nan)[:, None]], dim=1)
+
+    # ---- forward passes -----------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """As TRL's: [B, logits_to_keep] twice. The first call of a round is the one for old log-probabilities."""
+        shared = self._take_shared()
+        if shared is not None:
+            return shared.logps[:, -logits_to_keep:], shared.entropy[:, -logits_to_keep:], None
+        rollout = self._rollout
+        collects = rollout is not None and rollout.features is None
+        head_pass = self._head_pass(input_ids, attention_mask, logits_to_keep, collects)
+        start = time.perf_counter()
+        if self.args.fused_logprobs and not compute_aux_loss and all(value is None for value in multimodal.values()):
+            out = self._run(model, head_pass, attention_mask, batch_size or len(input_ids))
+            logps, entropy, aux_loss = out.logps[:, -logits_to_keep:], out.entropy[:, -logits_to_keep:], None
+            features = out.features
+        else:
+            with run_alongside(self._causal_lm(model), head_pass) if collects else nullcontext([]) as outputs:
+                logps, entropy, aux_loss = super()._get_per_token_logps_and_entropies(
+                    model,
+                    input_ids,
+                    attention_mask,
+                    logits_to_keep,
+                    batch_size=batch_size,
+                    compute_entropy=compute_entropy,
+                    compute_aux_loss=compute_aux_loss,
+                    **multimodal,
+                )
+            features = torch.cat([out.features for out in outputs]) if collects else None
+        if collects:
+            rollout.features, rollout.valid = features, head_pass.token_weights.sum(1) > 0
+            rollout.seconds = time.perf_counter() - start
+        return logps, entropy, aux_loss
+
+    def _head_pass(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, with_features: bool
+    ) -> HeadPass:
+        scored = attention_mask.bool()
+        scored[:, :-logits_to_keep] = False
+        weights = None
+        if with_features:
+            weights = scored.float()
+            if self._rollout.tool_mask is not None:
+                own = pad_sequence([torch.tensor(row) for row in self._rollout.tool_mask], batch_first=True)
+                weights[:, -logits_to_keep:][:, : own.shape[1]] *= own.to(weights.device)
+        dtype = torch.float32 if getattr(self.args, "cast_lm_head_to_fp32", False) else None
+        return HeadPass(input_ids, scored, weights, self.temperature, dtype)
+
+    def _run(self, model: Any, head_pass: HeadPass, attention_mask: torch.Tensor, batch_size: int) -> HeadOutputs:
+        """`head_pass` on so many rows at a time; with gradient, and kept, where the update will share it."""
+        shares = head_pass.token_weights is not None and self._shares_forward()
+        outputs = []
+        with self._with_gradient() if shares else nullcontext(), self.accelerator.autocast():
+            for start in range(0, len(attention_mask), batch_size):
+                rows = slice(start, start + batch_size)
+                # The wrapper, such as DDP's, has to see every pass that a backward pass will follow.
+                caller = self.model_wrapped if shares else model
+                part = head_pass.rows(rows)
+                outputs.append(caller(input_ids=part.input_ids, attention_mask=attention_mask[rows], head_pass=part))
+            whole = join(outputs)
+        if not shares:
+            return whole
+        self._rollout.shared = whole
+        return HeadOutputs(whole.logps.detach(), whole.entropy.detach(), whole.features)
+
+    # ---- one forward pass for features and update ---------------------------------------------------------------
+
+    def _shares_forward(self) -> bool:
+        """Whether one optimiser step takes all rows of a round at once, with the weights that generated them."""
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        return self.args.steps_per_generation == 1 and self.args.num_iterations == 1 and not sharded
+
+    @contextmanager
+    def _with_gradient(self) -> Iterator[None]:
+        """Undo that TRL scores completions without gradient and without gradient checkpointing."""
+        model, options = self.model, self.args.gradient_checkpointing_kwargs
+        recomputes = self.args.gradient_checkpointing and not model.is_gradient_checkpointing
+        if recomputes:
+            model.gradient_checkpointing_enable(options)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            if recomputes:
+                model.gradient_checkpointing_disable()
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self._update_rows = inputs.get(ROWS)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._update_rows = None
+
+    def _take_shared(self) -> HeadOutputs | None:
+        """Outputs kept for the update that is running, its rows in its order."""
+        rollout, rows = self._rollout, self._update_rows
+        if rows is None or rollout is None or rollout.shared is None:
+            return None
+        shared, rollout.shared = rollout.shared, None
+        return HeadOutputs(shared.logps[rows], shared.entropy[rows], None)
+
+    # ---- what TRL is told ---------------------------------------------------------------------------------------
+
+    def _keeps_old_logps(self) -> bool:
+        """Whether TRL runs the pass for old log-probabilities by itself, and needs what it gives."""
+        args = self.args
+        corrects = getattr(self, "vllm_importance_sampling_correction", False)
+        every = args.steps_per_generation * args.num_iterations
+        return args.gradient_accumulation_steps % every != 0 or (args.use_vllm and corrects)
+
+    @contextmanager
+    def _old_logps_pass(self) -> Iterator[None]:
+        """Make TRL run that pass: while it scores completions, it reads the number of iterations for nothing else."""
+        iterations, self.num_iterations = self.num_iterations, self.args.gradient_accumulation_steps + 1
+        try:
+            yield
+        finally:
+            self.num_iterations = iterations
+
+    @contextmanager
+    def _bonus_column(self) -> Iterator[None]:
+        weights = self.reward_weights
+        self.reward_weights = torch.cat([weights, weights.new_ones(1)])
+        try:
+            yield
+        finally:
+            self.reward_weights = weights
+            if self.reward_func_names[-1] == BONUS:
+                self.reward_func_names.pop()
+
+    def _causal_lm(self, model: Any) -> Any:
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _say_added_pass(self, rollout: _Rollout) -> None:
+        if rollout.shared is not None:
+            self._say("G2RL: features come from the forward pass of the update, which runs when rewards are computed")
+            return
+        self._say(
+            "G2RL: with these settings TRL runs no pass for old log-probabilities, from which features come; one is added "
+            f"({rollout.seconds:.2g} s here). With steps_per_generation=1 the update shares it"
+        )
+
+    def _warn_of_zero_rewards(self, raw: torch.Tensor) -> None:
+        if self.args.reward_range is None and bool((raw == 0).any()) and bool((raw >= 0).all()):
+            self._say(
+                "G2RL: rewards of 0 are not moved by scaling, so that wrong answers get no signal; set reward_range, "
+                "for rewards of 0 and 1 to [0, 1]",
+                logging.WARNING,
+            )
+
+    def _say(self, message: str, level: int = logging.INFO) -> None:
+        """Once in a run, by the main process."""
+        key = message.split(";")[0].split("(")[0]
+        if key not in self._said:
+            self._said.add(key)
+            logger.log(level, message)
+
+
+def _refuse(trainer: Any) -> None:
+    """Raise, or warn of, what cannot work."""
+    if getattr(trainer, "multi_objective_aggregation", "sum_then_normalize") == "normalize_then_sum":
+        raise ValueError(
+            "multi_objective_aggregation: expected 'sum_then_normalize', found 'normalize_then_sum', which would "
+            "normalise G2RL's bonus as an objective of its own"
+        )
+    if hasattr(trainer.model.get_output_embeddings(), "base_layer"):
+        raise ValueError(
+            "peft_config: expected no adapter on the head, whose weight the features are made of, found one; leave "
+            "the head out of target_modules"
+        )
+    if getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError("peft_config: expected LoRA or another adapter inside the model, found prompt learning")
+    if hasattr(trainer, "compute_liger_loss") and trainer.args.use_liger_kernel:
+        raise ValueError(
+            "use_liger_kernel: expected False, found True: this version of TRL computes its loss where features cannot "
+            "be had; fused_logprobs saves the same memory"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("deepspeed: expected ZeRO stage 2 or FSDP2, found stage 3, which shards the head's weight")
+    if trainer.num_generations < 3:
+        warnings.warn(
+            f"num_generations: expected 3 or more, found {trainer.num_generations}: with one peer, scores of a group "
+            "are equal and G2RL changes nothing",
+            stacklevel=3,
+        )
+
+
+class G2RLTrainer(G2RLMixin, GRPOTrainer):
+    """`trl.GRPOTrainer` with rewards shaped by G2RL; takes `G2RLConfig`."""
+
+
+class G2RLRLOOTrainer(G2RLMixin, RLOOTrainer):
+    """`trl.RLOOTrainer` with rewards shaped by G2RL; takes `G2RLRLOOConfig`."""
