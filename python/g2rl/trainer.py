@@ -26,8 +26,8 @@ from g2rl.checkpoint import find_checkpoint, load_state, save_checkpoint
 from g2rl.config import Config, save_config
 from g2rl.evaluate import evaluate
 from g2rl.geometry import geometry_metrics
-from g2rl.log import Completion, GroupGeometry, RunLog, TrainingProgress
 from g2rl.heads import lm_head
+from g2rl.log import Completion, GroupGeometry, RunLog, TrainingProgress
 from g2rl.model import load_model
 from g2rl.objective import METHODS, policy_loss
 from g2rl.rewards import judge_episodes, resolve_rewards

@@ -18,8 +18,8 @@ def exploration_metrics(
         min_range: of `Shaping`.
 
     Returns:
-        mean_cosine and negative_share of the pairs of a group, score (nu), feature_norm, and degenerate_share: of groups
-        whose scores are too close to shape anything.
+        mean_cosine and negative_share of the pairs of a group, if there are any; score (nu), feature_norm; and
+        degenerate_share, of groups whose scores are too close to shape anything.
     """
     norms = features.norm(dim=1)
     valid = (norms > 0).view(-1, group_size)

@@ -5,8 +5,8 @@
     trainer = G2RLTrainer(model, reward_funcs=reward, args=G2RLConfig(output_dir="out"), train_dataset=data)
     trainer.train()
 
-Features come with the pass that TRL runs for old log-probabilities. Where it would run none, it is made to. If that pass
-and the update see the same rows (``steps_per_generation=1``), they share one forward pass, and G2RL costs none.
+Features come with the pass that TRL runs for old log-probabilities. Where it would run none, it is made to. If that
+pass and the update see the same rows (``steps_per_generation=1``), they share one forward pass, and G2RL costs none.
 
 What a response gains or loses, shaped reward minus reward, is a reward of its own, ``g2rl_bonus``: TRL's normalisation,
 loss and logs work on it like on any other, and rewards of the task stay visible.
@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
@@ -37,6 +37,11 @@ try:
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 except ImportError as error:
     raise ImportError(f"g2rl.integrations.trl: expected trl, found {error}; pip install 'g2rl-kernels[trl]'") from error
+
+# Any GRPO-like trainer; for type checkers, the one whose attributes all others share.
+_Trainer: Any = object
+if TYPE_CHECKING:
+    _Trainer = GRPOTrainer  # noqa: F811
 
 logger = get_logger(__name__)
 
@@ -54,14 +59,20 @@ class G2RLOptions:
     clip: float = field(default=3.0, metadata={"help": "Shaped rewards stay in [-clip, clip]."})
     rule: str = field(
         default="scale",
-        metadata={"help": "Reading of eq. 12: scale, centered or literal.", "choices": ["scale", "centered", "literal"]},
+        metadata={
+            "help": "Reading of eq. 12: scale, centered or literal.",
+            "choices": ["scale", "centered", "literal"],
+        },
     )
     min_range: float = field(
         default=1e-2, metadata={"help": "A group whose exploration scores span less than this is left unshaped."}
     )
     uniform_groups: str = field(
         default="shape",
-        metadata={"help": "Whether groups of equal rewards are shaped or left as they are.", "choices": ["shape", "drop"]},
+        metadata={
+            "help": "Whether groups of equal rewards are shaped or left as they are.",
+            "choices": ["shape", "drop"],
+        },
     )
     reward_range: list[float] | None = field(
         default=None,
@@ -110,7 +121,7 @@ class _Rollout:
     seconds: float = 0.0
 
 
-class G2RLMixin:
+class G2RLMixin(_Trainer):
     """Shapes the rewards of a GRPO-like trainer of TRL, whose arguments include `G2RLOptions`; stands before it.
 
     Raises:
@@ -118,13 +129,17 @@ class G2RLMixin:
         ValueError: options that cannot work together; the message names them.
     """
 
+    args: Any
+    num_iterations: int
+    reward_weights: torch.Tensor
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         trainer = super()
         missing = [name for name in _SEAMS if not hasattr(trainer, name)]
         if missing:
             raise TypeError(
-                f"{type(self).__name__}: expected a GRPO-like trainer of TRL that scores completions itself, found none "
-                f"of {', '.join(missing)}; use GRPOTrainer or RLOOTrainer of trl 1.12 or newer"
+                f"{type(self).__name__}: expected a GRPO-like trainer of TRL that scores completions itself, found no "
+                f"{', '.join(missing)}; use GRPOTrainer or RLOOTrainer of trl 1.12 or newer"
             )
         super().__init__(*args, **kwargs)
         _refuse(self)
@@ -197,16 +212,16 @@ class G2RLMixin:
         shared = self._take_shared()
         if shared is not None:
             return shared.logps[:, -logits_to_keep:], shared.entropy[:, -logits_to_keep:], None
-        rollout = self._rollout
-        collects = rollout is not None and rollout.features is None
-        head_pass = self._head_pass(input_ids, attention_mask, logits_to_keep, collects)
+        rollout = self._rollout if self._rollout is not None and self._rollout.features is None else None
+        head_pass = self._head_pass(input_ids, attention_mask, logits_to_keep, rollout)
         start = time.perf_counter()
         if self.args.fused_logprobs and not compute_aux_loss and all(value is None for value in multimodal.values()):
-            out = self._run(model, head_pass, attention_mask, batch_size or len(input_ids))
+            out = self._run(model, head_pass, attention_mask, batch_size or len(input_ids), rollout)
             logps, entropy, aux_loss = out.logps[:, -logits_to_keep:], out.entropy[:, -logits_to_keep:], None
             features = out.features
         else:
-            with run_alongside(self._causal_lm(model), head_pass) if collects else nullcontext([]) as outputs:
+            alongside: Any = run_alongside(self._causal_lm(model), head_pass) if rollout else nullcontext([])
+            with alongside as outputs:
                 logps, entropy, aux_loss = super()._get_per_token_logps_and_entropies(
                     model,
                     input_ids,
@@ -217,29 +232,35 @@ class G2RLMixin:
                     compute_aux_loss=compute_aux_loss,
                     **multimodal,
                 )
-            features = torch.cat([out.features for out in outputs]) if collects else None
-        if collects:
+            features = join(outputs).features if rollout else None
+        if rollout is not None and head_pass.token_weights is not None:
             rollout.features, rollout.valid = features, head_pass.token_weights.sum(1) > 0
             rollout.seconds = time.perf_counter() - start
         return logps, entropy, aux_loss
 
     def _head_pass(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, with_features: bool
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, rollout: _Rollout | None
     ) -> HeadPass:
+        """What to compute of the last `logits_to_keep` tokens; features too for a round that has none yet."""
         scored = attention_mask.bool()
         scored[:, :-logits_to_keep] = False
-        weights = None
-        if with_features:
-            weights = scored.float()
-            if self._rollout.tool_mask is not None:
-                own = pad_sequence([torch.tensor(row) for row in self._rollout.tool_mask], batch_first=True)
-                weights[:, -logits_to_keep:][:, : own.shape[1]] *= own.to(weights.device)
+        weights = None if rollout is None else scored.float()
+        if weights is not None and rollout is not None and rollout.tool_mask is not None:
+            own = pad_sequence([torch.tensor(row) for row in rollout.tool_mask], batch_first=True)
+            weights[:, -logits_to_keep:][:, : own.shape[1]] *= own.to(weights.device)
         dtype = torch.float32 if getattr(self.args, "cast_lm_head_to_fp32", False) else None
         return HeadPass(input_ids, scored, weights, self.temperature, dtype)
 
-    def _run(self, model: Any, head_pass: HeadPass, attention_mask: torch.Tensor, batch_size: int) -> HeadOutputs:
+    def _run(
+        self,
+        model: Any,
+        head_pass: HeadPass,
+        attention_mask: torch.Tensor,
+        batch_size: int,
+        rollout: _Rollout | None,
+    ) -> HeadOutputs:
         """`head_pass` on so many rows at a time; with gradient, and kept, where the update will share it."""
-        shares = head_pass.token_weights is not None and self._shares_forward()
+        shares = rollout is not None and self._shares_forward()
         outputs = []
         with self._with_gradient() if shares else nullcontext(), self.accelerator.autocast():
             for start in range(0, len(attention_mask), batch_size):
@@ -249,9 +270,9 @@ class G2RLMixin:
                 part = head_pass.rows(rows)
                 outputs.append(caller(input_ids=part.input_ids, attention_mask=attention_mask[rows], head_pass=part))
             whole = join(outputs)
-        if not shares:
+        if rollout is None or not shares:
             return whole
-        self._rollout.shared = whole
+        rollout.shared = whole
         return HeadOutputs(whole.logps.detach(), whole.entropy.detach(), whole.features)
 
     # ---- one forward pass for features and update ---------------------------------------------------------------
@@ -328,8 +349,9 @@ class G2RLMixin:
             self._say("G2RL: features come from the forward pass of the update, which runs when rewards are computed")
             return
         self._say(
-            "G2RL: with these settings TRL runs no pass for old log-probabilities, from which features come; one is added "
-            f"({rollout.seconds:.2g} s here). With steps_per_generation=1 the update shares it"
+            "G2RL: with these settings TRL runs no pass for old log-probabilities, from which features come; one is "
+            f"added ({rollout.seconds:.2g} s here). With steps_per_generation=1 the update shares it",
+            logging.WARNING,
         )
 
     def _warn_of_zero_rewards(self, raw: torch.Tensor) -> None:

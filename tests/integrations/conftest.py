@@ -1,0 +1,5 @@
+"""The tiny model of the trainer's tests, for trainers of others."""
+
+from tests.g2rl.conftest import tiny_model
+
+__all__ = ["tiny_model"]

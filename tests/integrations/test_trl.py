@@ -1,0 +1,385 @@
+"""`G2RLTrainer` against a float64 reference, and against TRL's own trainers where it must change nothing."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import (
+    AutoTokenizer,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    HfArgumentParser,
+)
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from g2rl.integrations.trl import BONUS, G2RLConfig, G2RLMixin, G2RLRLOOConfig, G2RLRLOOTrainer, G2RLTrainer
+from g2rl_kernels import Shaping, g2rl_advantages, use_backend
+
+M = 4  # responses of a group
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+OTHER_HEADS = {
+    "softcap": (Gemma2ForCausalLM, Gemma2Config(vocab_size=77, head_dim=8, final_logit_softcapping=2.0, **SIZES)),
+    "scale": (CohereForCausalLM, CohereConfig(vocab_size=77, logit_scale=0.3, **SIZES)),
+    "divisor": (GraniteForCausalLM, GraniteConfig(vocab_size=77, logits_scaling=4.0, **SIZES)),
+}
+
+
+def vowels(completions: list[str], **_: Any) -> list[float]:
+    return [1.0 if sum(c in "aeiou02468" for c in text) > len(text) * 0.14 else -1.0 for text in completions]
+
+
+def even(completions: list[str], **_: Any) -> list[float | None]:
+    """None for one response of each group, and now and then for all of them but by `vowels`."""
+    return [None if i % M == 1 else float(len(text) % 2) for i, text in enumerate(completions)]
+
+
+def never(completions: list[str], **_: Any) -> list[float | None]:
+    return [None if i % M == 2 else 0.5 for i, _ in enumerate(completions)]
+
+
+class Round(NamedTuple):
+    """One round of completions: the model that made them, what TRL keeps of them, rewards by function, features."""
+
+    model: Any
+    output: dict[str, Any]
+    rewards: torch.Tensor
+    features: torch.Tensor
+    tool_mask: list[list[int]] | None
+
+
+class Recording:
+    """Keeps each round."""
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        before = copy.deepcopy(self._causal_lm(self.model))
+        vars(before).pop("forward")  # bound to the model that was copied
+        output = super()._generate_and_score_completions(inputs)
+        kept = {key: value.clone() if torch.is_tensor(value) else value for key, value in output.items()}
+        rollout = self._rollout
+        self.rounds = [
+            *getattr(self, "rounds", []),
+            Round(before, kept, self.scored, rollout.features, rollout.tool_mask),
+        ]
+        return output
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.scored = super()._calculate_rewards(*args, **kwargs)
+        return self.scored
+
+
+class RecordingGRPO(Recording, G2RLTrainer):
+    pass
+
+
+class RecordingRLOO(Recording, G2RLRLOOTrainer):
+    pass
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Dataset:
+    return Dataset.from_dict({"prompt": ["2 + 2 = ", "a", "what is it? ", "one two"] * 4})
+
+
+def trainer(cls: type, config: type, folder: Path, model: Any, prompts: Dataset, tmp_path: Path, **options: Any) -> Any:
+    torch.manual_seed(0)
+    keywords = {key: options.pop(key) for key in ("peft_config", "callbacks", "eval_dataset") if key in options}
+    rewards = options.pop("reward_funcs", vowels)
+    if "strength" in config.__dataclass_fields__:
+        options.setdefault("min_range", 0.0)
+    args = config(
+        **{
+            "output_dir": str(tmp_path),
+            "per_device_train_batch_size": 2 * M,
+            "num_generations": M,
+            "max_completion_length": 12,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": [],
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            **options,
+        }
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    return cls(model, reward_funcs=rewards, args=args, train_dataset=prompts, processing_class=tokenizer, **keywords)
+
+
+def reference_features(played: Round, temperature: float) -> torch.Tensor:
+    """T times the gradient of each response's mean log-probability with respect to the head's inputs, summed; one
+    response at a time, without padding."""
+    model, out = played.model.double(), played.output
+    hidden: list[torch.Tensor] = []
+    keep = model.base_model.register_forward_hook(lambda module, args, output: hidden.append(output.last_hidden_state))
+    features = []
+    for row in range(len(out["prompt_ids"])):
+        prompt = out["prompt_ids"][row][out["prompt_mask"][row].bool()]
+        response = out["completion_ids"][row][out["completion_mask"][row].bool()]
+        logits = model(input_ids=torch.cat([prompt, response])[None], use_cache=False).logits[0] / temperature
+        logps = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(-1, response[:, None])[:, 0]
+        own = [1] * len(response) if played.tool_mask is None else played.tool_mask[row][: len(response)]
+        weights = torch.tensor(own, dtype=torch.float64)
+        mean = (logps * weights).sum() / weights.sum().clamp(min=1)
+        (gradient,) = torch.autograd.grad(mean, hidden.pop())
+        features.append(temperature * gradient.sum((0, 1)))
+    keep.remove()
+    return torch.stack(features)
+
+
+def task_rewards(played: Round, run: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted sum of the task's own rewards, and which responses have any."""
+    rewards = played.rewards[:, :-1].double()
+    return (rewards * run.reward_weights.double()).nansum(1), ~rewards.isnan().all(1)
+
+
+def reference_bonus(played: Round, features: torch.Tensor, run: Any) -> tuple[torch.Tensor, float]:
+    """Shaped minus raw rewards by the float64 backend, and by how much rounding may move them.
+
+    Cosines, their sum and its root are each rounded to fp32 close to 1; normalisation takes the difference of two such
+    scores and divides it by their span in the group.
+    """
+    raw, scorable = task_rewards(played, run)
+    low, high = run.args.reward_range or (-1.0, 1.0)
+    inner = 2 * (raw - low) / (high - low) - 1
+    with use_backend("reference"):
+        result = g2rl_advantages(features, inner, M, run.args.shaping, scorable)
+    bonus = (result.shaped_rewards - inner) * (high - low) / 2
+    compared = scorable & (features.norm(dim=1) > 0)
+    scores = result.scores.where(compared, torch.nan).view(-1, M)
+    spans = torch.tensor([float(group.max() - group.min()) for row in scores if len(group := row[~row.isnan()])])
+    smallest = float(spans.where(spans > 0, torch.inf).min())
+    bound = 1e-6 + 6 * 2**-24 / smallest * float(inner.abs().max()) * run.args.strength * (high - low) / 2
+    return bonus.where(scorable, torch.nan), bound
+
+
+def reference_advantages(played: Round, run: Any) -> torch.Tensor:
+    """TRL's formula on the sum of all columns."""
+    raw, scorable = task_rewards(played, run)
+    shaped = (raw + played.rewards[:, -1].double()).where(scorable, torch.nan)
+    groups = shaped.view(-1, M)
+    if isinstance(run, RLOOTrainer):
+        return (groups - (groups.sum(1, keepdim=True) - groups) / (M - 1)).flatten()
+    advantages = groups - groups.nanmean(1, keepdim=True)
+    if run.scale_rewards == "batch":
+        advantages = advantages / (shaped[scorable].std() + 1e-4)
+    if run.scale_rewards == "group":
+        deviations = torch.stack([group[~group.isnan()].std() for group in groups])
+        advantages = advantages / (deviations[:, None] + 1e-4)
+    return advantages.nan_to_num(0.0).flatten()
+
+
+CASES = {
+    "defaults": {},
+    "grpo loss": {"loss_type": "grpo", "beta": 0.04},
+    "bnpo, scaled by batch": {"loss_type": "bnpo", "scale_rewards": "batch"},
+    "dr_grpo, unscaled": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "cispo, several rewards with None": {
+        "loss_type": "cispo",
+        "reward_funcs": [vowels, even],
+        "reward_weights": [1, 0.5],
+    },
+    "unscorable responses": {"loss_type": "sapo", "reward_funcs": [never]},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "two iterations": {"num_iterations": 2},
+    "stale rollouts": {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": M},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": M},
+    "truncated masked": {"mask_truncated_completions": True, "max_completion_length": 40, "strength": 0.5},
+    "checkpointing": {"gradient_checkpointing": True},
+    "TRL's log-probabilities": {"fused_logprobs": False},
+    "TRL's, stale": {"fused_logprobs": False, "steps_per_generation": 2, "top_entropy_quantile": 0.5},
+    "temperature, rule": {"temperature": 0.7, "rule": "centered", "clip": 1.2},
+    "0 and 1": {
+        "reward_funcs": [lambda completions, **_: [(r + 1) / 2 for r in vowels(completions)]],
+        "reward_range": [0, 1],
+    },
+    "lora": {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False), "beta": 0.04},
+    "softcap": {"head": "softcap"},
+    "logit scale": {"head": "scale"},
+    "logit divisor": {"head": "divisor", "fused_logprobs": False},
+    "rloo": {"kind": "rloo", "beta": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_advantages_are_those_of_the_reference(name: str, tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
+    options = dict(CASES[name])
+    head, rloo = options.pop("head", None), options.pop("kind", None) == "rloo"
+    model: Any = str(tiny_model)
+    if head is not None:
+        torch.manual_seed(0)
+        cls, config = OTHER_HEADS[head]
+        config.initializer_range = 0.2
+        model = cls(config)
+    classes = (RecordingRLOO, G2RLRLOOConfig) if rloo else (RecordingGRPO, G2RLConfig)
+    run = trainer(*classes, tiny_model, model, prompts, tmp_path, **options)
+    run.train()
+    bonus = []
+    for played in run.rounds:
+        features = reference_features(played, run.temperature)
+        error = (played.features - features).norm(dim=1)
+        assert bool((error <= 1e-5 * features.norm(dim=1) + 1e-12).all())
+        want, bound = reference_bonus(played, features, run)
+        torch.testing.assert_close(played.rewards[:, -1].double(), want, rtol=0, atol=bound, equal_nan=True)
+        advantages = reference_advantages(played, run)
+        torch.testing.assert_close(played.output["advantages"].double(), advantages, rtol=1e-5, atol=1e-6)
+        bonus.append(want.nan_to_num(0.0).abs().max())
+    assert max(bonus) > 1e-2
+    logged = [row for row in run.state.log_history if "g2rl/score" in row]
+    assert len(logged) == len(run.rounds)
+    assert {f"rewards/{BONUS}/mean", "g2rl/mean_cosine", "g2rl/degenerate_share"} <= logged[-1].keys()
+    assert len(run.reward_func_names) == len(run.reward_funcs) == len(run.reward_weights)
+
+
+LOSSES = {
+    "dapo, shared pass": {},
+    "dapo, stale": {"steps_per_generation": 2, "num_iterations": 2, "per_device_train_batch_size": M},
+    "grpo, KL": {"loss_type": "grpo", "beta": 0.04, "entropy_coef": 0.01},
+    "gspo, high-entropy tokens": {
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "top_entropy_quantile": 0.3,
+    },
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "gradient_accumulation_steps": 2},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 2.0},
+    "sapo": {"loss_type": "sapo"},
+    "vespo": {"loss_type": "vespo"},
+    "all truncated": {"mask_truncated_completions": True, "max_completion_length": 2},
+    "checkpointing, LoRA": {
+        "gradient_checkpointing": True,
+        "peft_config": LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    },
+    "rloo": {"kind": "rloo"},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_without_strength_training_is_as_trls(name: str, tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
+    options = dict(LOSSES[name])
+    plain, shaped = (GRPOTrainer, GRPOConfig), (G2RLTrainer, G2RLConfig)
+    if options.pop("kind", None) == "rloo":
+        plain, shaped = (RLOOTrainer, RLOOConfig), (G2RLRLOOTrainer, G2RLRLOOConfig)
+    weights = []
+    for (cls, config), more in ((plain, {}), (shaped, {"strength": 0.0})):
+        run = trainer(cls, config, tiny_model, str(tiny_model), prompts, tmp_path, **options, **more)
+        start = [p.detach().clone() for p in run.model.parameters()]
+        run.train()
+        weights.append(
+            torch.cat([(p - q).detach().flatten() for p, q in zip(run.model.parameters(), start, strict=True)])
+        )
+    if name != "all truncated":
+        assert weights[0].norm() > 1e-2
+    # Adam's first steps follow the gradients' signs: of those that round to almost 0, a few may differ.
+    assert (weights[0] - weights[1]).norm() <= 1e-3 * weights[0].norm() + 1e-9
+
+
+def test_evaluation_knows_no_bonus(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
+    options = {"num_generations_eval": 1, "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 1}
+    run = trainer(
+        G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path,
+        eval_dataset=prompts.select(range(4)), eval_on_start=True, log_completions=True, **options,
+    )  # fmt: skip
+    run.train()
+    rows = [row for row in run.state.log_history if "eval_reward" in row]
+    assert len(rows) == 3 and not any("g2rl" in key for row in rows for key in row)
+    assert all(row["eval_reward"] == row["eval_rewards/vowels/mean"] for row in rows)
+
+
+def test_a_run_goes_on_from_its_checkpoint(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
+    def run(folder: str, **options: Any) -> Any:
+        return trainer(
+            G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path / folder,
+            save_strategy="steps", save_steps=1, max_steps=3, **options,
+        )  # fmt: skip
+
+    whole = run("whole")
+    whole.train()
+    again = run("again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    last, found = ([row for row in r.state.log_history if row["step"] == 3][0] for r in (whole, again))
+    assert found["g2rl/score"] == last["g2rl/score"] and found["reward"] == last["reward"]
+    for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_tokens_of_tools_are_no_part_of_features(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
+    class WithTools(RecordingGRPO):
+        def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+            generated = list(GRPOTrainer._generate(self, prompts))
+            generated[2] = [[i % 3 != 1 for i in range(len(row))] for row in generated[1]]
+            generated[2] = [[int(own) for own in row] for row in generated[2]]
+            self._rollout.tool_mask = generated[2]
+            return tuple(generated)
+
+    run = trainer(WithTools, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path)
+    run.train()
+    for played in run.rounds:
+        torch.testing.assert_close(played.features.double(), reference_features(played, 1.0), rtol=1e-5, atol=1e-6)
+
+
+def test_options_come_from_a_command_line(tmp_path: Path) -> None:
+    line = f"--output_dir {tmp_path} --strength 0.5 --rule centered --reward_range 0 1 --fused_logprobs False --use_cpu"
+    (args,) = HfArgumentParser(G2RLConfig).parse_args_into_dataclasses(line.split() + ["--bf16", "False"])
+    assert args.shaping == Shaping(strength=0.5, rule="centered")
+    assert args.reward_range == [0.0, 1.0] and args.fused_logprobs is False
+    assert all(
+        f.metadata["help"] for name, f in G2RLConfig.__dataclass_fields__.items() if name in Shaping.__annotations__
+    )
+
+
+REFUSED = {
+    "multi_objective_aggregation: expected": {"multi_objective_aggregation": "normalize_then_sum"},
+    "adapter (to `lm_head`|on the head)": {
+        "peft_config": LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    },
+    "reward_range: expected two numbers": {"reward_range": [1, 0]},
+    "shaping.clip: expected": {"clip": -1.0},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_work_is_refused(message: str, tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path, **REFUSED[message])
+
+
+def test_what_helps_little_is_warned_of(
+    tiny_model: Path, prompts: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def zero_one(completions: list[str], **_: Any) -> list[float]:
+        return [(r + 1) / 2 for r in vowels(completions)]
+
+    with pytest.warns(UserWarning, match="num_generations: expected 3 or more, found 2"):
+        run = trainer(
+            G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path,
+            num_generations=2, gradient_accumulation_steps=2, reward_funcs=zero_one,
+        )  # fmt: skip
+    run.train()
+    said = [record.message for record in caplog.records if "G2RL:" in record.message]
+    assert len([m for m in said if "set reward_range" in m]) == 1
+    assert len([m for m in said if "one is added" in m]) == 1
+
+
+def test_trainers_without_the_seams_are_refused() -> None:
+    class Asynchronous:
+        pass
+
+    class Shaped(G2RLMixin, Asynchronous):
+        pass
+
+    with pytest.raises(TypeError, match="expected a GRPO-like trainer"):
+        Shaped()
