@@ -1,0 +1,85 @@
+"""What each rank of `test_trl_ranks.py` runs, all of it saved for the parent to check: two short trainings, TRL's own
+and G2RL without strength, whose weights must agree; one with strength; and a head pass of a model sharded by FSDP2.
+
+    torchrun --nproc-per-node 2 -m tests.integrations.trl_ranks MODEL OUTPUT [OPTION=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from g2rl.integrations.head_pass import HeadPass, add_head_pass
+from g2rl.integrations.trl import G2RLConfig, G2RLTrainer
+from tests.integrations.test_trl import RecordingGRPO, trainer
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def weights(run: Any) -> torch.Tensor:
+    return torch.cat([whole(p.detach()).flatten() for p in run.accelerator.unwrap_model(run.model).parameters()])
+
+
+def sharding_error(folder: Path) -> float:
+    """How far log-probabilities, features and gradients of a sharded model are from the whole one's, relative."""
+    found = []
+    for sharded in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        add_head_pass(model)
+        if sharded:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        ids = torch.arange(60).view(3, 20) % 77
+        scored = (torch.arange(20) > 4).expand(3, 20)
+        out = model(input_ids=ids, head_pass=HeadPass(ids, scored, scored.float(), 0.8))
+        (out.logps.sum() + out.entropy.sum()).backward()
+        gradients = [whole(p.grad) for p in model.parameters()]
+        found.append(torch.cat([t.detach().flatten() for t in (out.logps, out.entropy, out.features, *gradients)]))
+    return float((found[0] - found[1]).norm() / found[0].norm())
+
+
+def main() -> None:
+    folder, output = Path(sys.argv[1]), Path(sys.argv[2])
+    options = {key: json.loads(value) for key, value in (item.split("=", 1) for item in sys.argv[3:])}
+    prompts = Dataset.from_dict({"prompt": ["2 + 2 = ", "a", "what is it? ", "one two"] * 4})
+
+    def train(cls: type, config: type, **more: Any) -> Any:
+        run = trainer(cls, config, folder, str(folder), prompts, output, **{**options, **more})
+        run.train()
+        return run
+
+    ours, theirs = weights(train(G2RLTrainer, G2RLConfig, strength=0.0)), weights(train(GRPOTrainer, GRPOConfig))
+    run = train(RecordingGRPO, G2RLConfig)
+    saved = {
+        "sharding_error": sharding_error(folder),
+        "error": float((ours - theirs).norm() / theirs.norm()),
+        "rounds": [
+            {
+                "state": {key: whole(value) for key, value in played.model.state_dict().items()},
+                "output": played.output,
+                "rewards": played.rewards,
+                "features": played.features,
+            }
+            for played in run.rounds
+        ],
+    }
+    torch.save(saved, output / f"rank{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
