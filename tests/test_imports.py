@@ -29,7 +29,7 @@ LAYERS = {
         ("__main__",),
     ),
     "g2rl": (
-        ("__init__", "types", "config", "log"),
+        ("__init__", "types", "config", "log", "heads"),
         ("tasks", "plots", "checkpoint", "model"),
         ("rewards", "rollout", "objective", "geometry"),
         ("evaluate", "report"),

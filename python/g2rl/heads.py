@@ -30,6 +30,15 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
     )
 
 
+def keep_head_inputs_contiguous(model: Any) -> None:
+    """Make decoding on a CPU several times faster.
+
+    transformers hands the head a slice of the prompt's hidden states. PyTorch multiplies such a strided [B, 1, d] as B
+    products and copies the weight for each of them, which takes longer than all decoding.
+    """
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+
+
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 

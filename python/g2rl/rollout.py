@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from g2rl.config import RolloutConfig
+from g2rl.heads import keep_head_inputs_contiguous
 from g2rl.types import Batch, Episode, Problem
 
 
@@ -52,9 +53,7 @@ class Sampler:
         self.system_prompt = system_prompt
         dtype = getattr(torch, config.dtype)
         self.model: Any = model if model.dtype == dtype else copy.deepcopy(model).to(dtype).requires_grad_(False)
-        # transformers hands the head a slice of the prompt's hidden states. PyTorch multiplies such a strided [B, 1, d]
-        # as B products and copies the weight for each of them, which took longer than all decoding.
-        self.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        keep_head_inputs_contiguous(self.model)
         stop = model.generation_config.eos_token_id if model.generation_config else None
         stop = tokenizer.eos_token_id if stop is None else stop
         self.stop_ids = frozenset(stop if isinstance(stop, list) else [stop])

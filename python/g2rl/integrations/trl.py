@@ -29,6 +29,7 @@ from accelerate.utils import DistributedType, gather
 from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from g2rl.heads import keep_head_inputs_contiguous
 from g2rl.integrations.head_pass import HeadOutputs, HeadPass, add_head_pass, join, run_alongside
 from g2rl.integrations.metrics import exploration_metrics
 from g2rl_kernels import Shaping, g2rl_advantages
@@ -147,6 +148,7 @@ class G2RLMixin(_Trainer):
         self._update_rows: torch.Tensor | None = None
         self._said: set[str] = set()
         add_head_pass(self._causal_lm(self.model))
+        keep_head_inputs_contiguous(self._causal_lm(self.model))
         if self.ref_model is not None:
             add_head_pass(self.ref_model)
 
