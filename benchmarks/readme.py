@@ -7,10 +7,10 @@ python -m benchmarks.readme --check    exit with 1 where they differ from what t
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from benchmarks.candidates.lineup import BASELINE
 from benchmarks.cases.registry import GROUP_KIND, OPS
@@ -19,33 +19,30 @@ from benchmarks.reporting.tables import ERRORS, digits, milliseconds
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-# The README's rows: hard inputs in the models' own dtype, enough tokens for a step, and the ops that a step calls.
-_SUMMARY_OPS = ("sequence_features", "token_logprobs", "logprobs_backward", "g2rl_advantages")
+# The README's rows: hard inputs, enough tokens for a step, and the ops that a step calls.
+_SUMMARY_OPS = ("token_logprobs", "sequence_features", "logprobs_backward", "g2rl_advantages")
 _SUMMARY_KINDS = ("peaked", GROUP_KIND)
 _SUMMARY_TOKENS = 1024
 
 
 def summary(reports: list[Report]) -> str:
-    """For the README: ours, eager and the fastest peer, one line a case; one table and one plot a machine."""
-    machines: dict[str, list[tuple[Report, list[Row]]]] = {}
+    """For the README: the best and worst reading of each op on each processor, and what a training step costs."""
+    found: dict[tuple[str, str, str], list[list[Row]]] = {}
     for report in reports:
         for case in report.cases() if report.sweep is None else ():
-            if _in_summary(case[0]):
-                machines.setdefault(report.hardware, []).append((report, case))
-    blocks = []
-    for hardware, found in machines.items():
-        richest, _ = max(found, key=lambda of: len(timed(of[1])))
-        cases = sorted((case for _, case in found), key=_summary_order)
-        blocks.append(f"{hardware}\n\n{_summary_table(cases)}\n\n{_plot(richest, 'benchmarks/results/')}")
+            if _in_summary(case[0]) and timed(case, "ours"):
+                key = (report.processor, case[0]["op"], "" if case[0]["kind"] == GROUP_KIND else case[0]["dtype"])
+                found.setdefault(key, []).append(case)
+    blocks = [_summary_table(found)] if found else []
     blocks += [_step(report) for report in reports if "step" in report.content]
+    blocks += [_trl_step(report) for report in reports if "trl_step" in report.content]
     if not blocks:
         return "Nothing has been measured on this version yet: `make bench`."
     blocks.append(
-        "Times are medians; `x mm` is the ratio to `torch.mm` of the same shapes (three of them for the backward pass) "
-        "in the same run; memory is the peak beyond the inputs, as a share of the logits' bytes in fp32; "
-        "errors are the worst of any response or token against float64, and those of peers are by design: they round "
-        "logits. Every "
-        "candidate, input and error: [results](benchmarks/results/README.md); how to measure: "
+        "Best to worst over heads of 49 to 152 thousand words, and over workspaces. `x torch.mm`: `torch.mm` of the "
+        "same shapes in the same run (three of them for the backward pass); memory is the peak beyond the inputs, as "
+        "a share of the logits' bytes in fp32; errors are against float64, eager PyTorch's 1e-3 to 1e-1 in bf16. Every "
+        "candidate, peer, input and version: [results](benchmarks/results/README.md); how to measure: "
         "[benchmarks](benchmarks/README.md)."
     )
     return "\n\n".join(blocks)
@@ -55,75 +52,48 @@ def _in_summary(row: Row) -> bool:
     return (
         row["op"] in _SUMMARY_OPS
         and row["kind"] in _SUMMARY_KINDS
-        and row["dtype"] == "bfloat16"
         and row["sizes"].get("N", _SUMMARY_TOKENS) >= _SUMMARY_TOKENS
     )
 
 
-def _summary_order(case: list[Row]) -> tuple[Any, ...]:
-    """By op, then as the sizes grow."""
-    sizes = case[0]["sizes"]
-    return _SUMMARY_OPS.index(case[0]["op"]), sizes["d"], sizes.get("N", 0)
-
-
-def _summary_table(cases: list[list[Row]]) -> str:
-    heads = [
-        "op",
-        "head",
-        "g2rl, ms",
-        "x mm",
-        "eager, ms",
-        "fastest peer, ms",
-        "memory: g2rl / eager",
-        "error: g2rl / eager",
-    ]
-    lines = [heads, ["---", "---", *["---:"] * 6]]
-    for rows in cases:
-        eager = named(rows, BASELINE)
-        peers = [row for row in timed(rows, "peer") if row["candidate"] != BASELINE]
-        for ours in _fastest_backend(rows):
-            lines.append(
-                [
-                    f"`{ours['op']}`",
-                    label(ours),
-                    f"**{milliseconds(ours['median_s'])}** ({ours['candidate'].removeprefix('g2rl ')})",
-                    digits(ours.get("times_floor")),
-                    "" if eager is None else milliseconds(eager["median_s"]),
-                    f"{milliseconds(peers[0]['median_s'])} ({_peer_name(peers[0])})" if peers else "",
-                    _pair(ours, eager, lambda row: _percent(row.get("percent_of_logits"))),
-                    _pair(ours, eager, _worst_error),
-                ]
-            )
+def _summary_table(found: dict[tuple[str, str, str], list[list[Row]]]) -> str:
+    heads = ["processor", "op", "dtype", "x `torch.mm`", "faster than eager", "memory", "worst error"]
+    lines = [heads, ["---", "---", "---", *["---:"] * 4]]
+    order = sorted(found, key=lambda key: (key[0], _SUMMARY_OPS.index(key[1]), key[2]))
+    for processor, op, dtype in order:
+        cases = found[processor, op, dtype]
+        ours = [row for rows in cases for row in _fastest_backend(rows)]
+        eager = {id(row): named(rows, BASELINE) for rows in cases for row in _fastest_backend(rows)}
+        faster = [other["median_s"] / row["median_s"] for row in ours if (other := eager[id(row)]) is not None]
+        errors = [row["errors"][measure] for row in ours if (measure := worst_measure(row))]
+        lines.append(
+            [
+                processor,
+                f"`{op}`",
+                dtype,
+                _span([row["times_floor"] for row in ours if "times_floor" in row]),
+                _span(faster, " x", best=max),
+                _span([row["percent_of_logits"] for row in ours if row.get("percent_of_logits")], " %"),
+                f"{max(errors):.0e}" if errors else "",
+            ]
+        )
     return _markdown(lines)
+
+
+def _span(values: list[float], unit: str = "", best: Callable[[list[float]], float] = min) -> str:
+    """The best value, to the worst where that reads otherwise."""
+    if not values:
+        return ""
+    worst = max if best is min else min
+    ends = dict.fromkeys((digits(best(values)), digits(worst(values))))
+    return " to ".join(ends) + unit
 
 
 def _fastest_backend(rows: list[Row]) -> list[Row]:
     """The rows of this project's fastest backend: by default, and with other settings."""
     ours = timed(rows, "ours")
     backend = ours[0]["candidate"].partition(",")[0] if ours else None
-    return sorted(
-        (row for row in ours if row["candidate"].partition(",")[0] == backend), key=lambda row: row["candidate"]
-    )
-
-
-def _worst_error(row: Row) -> str:
-    measure = worst_measure(row)
-    return f"{row['errors'][measure]:.0e}" if measure else ""
-
-
-def _peer_name(row: Row) -> str:
-    """The peer, and what of the op it leaves out."""
-    wants_entropy = "entropy" in OPS[row["op"]].outputs
-    return row["candidate"] + (", no entropy" if wants_entropy and "entropy_absolute" not in row["errors"] else "")
-
-
-def _pair(ours: Row, eager: Row | None, show: Callable[[Row], str]) -> str:
-    shown = [show(row) for row in (ours, eager) if row is not None]
-    return " / ".join(shown) if any(shown) else ""
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{digits(value)} %"
+    return [row for row in ours if row["candidate"].partition(",")[0] == backend]
 
 
 def _step(report: Report) -> str:
@@ -135,6 +105,22 @@ def _step(report: Report) -> str:
         f"A training step with G2RL against plain GRPO, same code and rollouts (`{report.content['config']['file']}`): "
         f"{change['time']:+.1f} % time{spread}{memory}. {report.machine}"
     )
+
+
+def _trl_step(report: Report) -> str:
+    """Seconds and memory of a step through TRL, one column for each length."""
+    content = report.content["trl_step"]
+    heads = ["a training step", *(f"{tokens} tokens, s (x TRL), peak memory" for tokens in content)]
+    lines = [heads, ["---", *["---:"] * len(content)]]
+    for name in next(iter(content.values())):
+        cells = [name]
+        for measured in content.values():
+            plain = statistics.median(next(iter(measured.values()))["seconds"])
+            median = statistics.median(measured[name]["seconds"])
+            peak = digits(max(measured[name]["peak_bytes"]) / 1e9)
+            cells.append(f"{digits(median)} ({digits(median / plain)}), {peak} GB")
+        lines.append(cells)
+    return f"SmolLM2-135M, 64 responses, {report.machine}:\n\n{_markdown(lines)}"
 
 
 def details(reports: list[Report]) -> str:

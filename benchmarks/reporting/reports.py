@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases.registry import OPS, Groups, Shape
-from benchmarks.measuring.timing import hardware_line, machine_line
+from benchmarks.measuring.timing import machine_line
 
 FOLDER = Path(__file__).parent.parent / "results"
 
@@ -22,7 +22,8 @@ class Report:
 
     Attributes:
         name: the file's, without its ending; plots carry it.
-        content: "rows" of `run`, one a candidate and case, or "step" of `e2e`, or "kernels" of `tune`, shown nowhere.
+        content: "rows" of `run`, one a candidate and case; or "step" of `e2e`, "trl_step" of `trl_step`, "kernels" of
+            `tune`, which is shown nowhere.
     """
 
     name: str
@@ -41,8 +42,14 @@ class Report:
         return machine_line(self.content["machine"])
 
     @property
-    def hardware(self) -> str:
-        return hardware_line(self.content["machine"])
+    def processor(self) -> str:
+        """The device in a few words."""
+        facts = self.content["machine"]
+        name = facts["name"].replace("(R)", "").removesuffix(" Processor")
+        if facts["device"] != "cpu":
+            return name
+        widest = "AMX" if "amx" in facts["isa"] else facts["isa"].split()[0]
+        return f"{name}, {facts.get('choices', {}).get('G2RL_CPU_ISA', widest)}"
 
     def cases(self) -> list[list[Row]]:
         """Rows of each case, in the order of the file."""
