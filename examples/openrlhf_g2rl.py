@@ -1,8 +1,8 @@
 """Where G2RL goes in OpenRLHF: two functions for classes of an entry script of your own.
 
 `RemoteExperienceMaker.make_experience` always runs the policy without gradient for old log-probabilities: the worker
-that does so also returns features. `compute_advantages_and_returns` normalises rewards by group: what it reads is shaped
-first. Written from the sources of OpenRLHF 0.11; not run inside it.
+that does so also returns features. `compute_advantages_and_returns` normalises rewards by group: they are shaped
+before. Written from the sources of OpenRLHF 0.11; not run inside it.
 """
 
 from collections.abc import Sequence

@@ -19,6 +19,8 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     HfArgumentParser,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -30,6 +32,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 OTHER_HEADS = {
     "softcap": (Gemma2ForCausalLM, Gemma2Config(vocab_size=77, head_dim=8, final_logit_softcapping=2.0, **SIZES)),
     "scale": (CohereForCausalLM, CohereConfig(vocab_size=77, logit_scale=0.3, **SIZES)),
+    "experts": (MixtralForCausalLM, MixtralConfig(vocab_size=77, num_local_experts=4, **SIZES)),
     "divisor": (GraniteForCausalLM, GraniteConfig(vocab_size=77, logits_scaling=4.0, **SIZES)),
 }
 
@@ -211,6 +214,7 @@ CASES = {
     "softcap": {"head": "softcap"},
     "logit scale": {"head": "scale"},
     "logit divisor": {"head": "divisor", "fused_logprobs": False},
+    "experts": {"head": "experts", "router_aux_loss_coef": 0.1},
     "rloo": {"kind": "rloo", "beta": 0.0},
 }
 

@@ -244,7 +244,7 @@ class G2RLMixin(_Trainer):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, rollout: _Rollout | None
     ) -> HeadPass:
         """What to compute of the last `logits_to_keep` tokens; features too for a round that has none yet."""
-        scored = attention_mask.bool()
+        scored = attention_mask.bool().clone()
         scored[:, :-logits_to_keep] = False
         weights = None if rollout is None else scored.float()
         if weights is not None and rollout is not None and rollout.tool_mask is not None:
@@ -282,7 +282,8 @@ class G2RLMixin(_Trainer):
     def _shares_forward(self) -> bool:
         """Whether one optimiser step takes all rows of a round at once, with the weights that generated them."""
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        return self.args.steps_per_generation == 1 and self.args.num_iterations == 1 and not sharded
+        routes = getattr(self, "aux_loss_enabled", False)  # and wants a loss that this pass does not give
+        return self.args.steps_per_generation == 1 and self.args.num_iterations == 1 and not sharded and not routes
 
     @contextmanager
     def _with_gradient(self) -> Iterator[None]:
