@@ -32,7 +32,12 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 OTHER_HEADS = {
     "softcap": (Gemma2ForCausalLM, Gemma2Config(vocab_size=77, head_dim=8, final_logit_softcapping=2.0, **SIZES)),
     "scale": (CohereForCausalLM, CohereConfig(vocab_size=77, logit_scale=0.3, **SIZES)),
-    "experts": (MixtralForCausalLM, MixtralConfig(vocab_size=77, num_local_experts=4, num_key_value_heads=2, **SIZES)),
+    "experts": (
+        MixtralForCausalLM,
+        MixtralConfig(
+            vocab_size=77, num_local_experts=4, num_key_value_heads=2, experts_implementation="eager", **SIZES
+        ),
+    ),
     "divisor": (GraniteForCausalLM, GraniteConfig(vocab_size=77, logits_scaling=4.0, **SIZES)),
 }
 
