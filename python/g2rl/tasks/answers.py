@@ -23,6 +23,8 @@ _TEX = re.compile(r"(\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*(\{)?)|\\.|[{}]", re.DO
 # first letter of a word is no answer: "write \boxed around it".
 _TOKEN = re.compile(r"-?[0-9]+(?:[.,][0-9]+)*|\\[A-Za-z]+(?:\{[^{}]{0,200}\}){0,3}|[A-Za-z](?![A-Za-z])")
 
+_SPACES = re.compile(r"\s*")
+
 _COMMA = r"(?:,(?:\\!)?|\{,\}|\\,)"
 _NUMBER = re.compile(
     r"(?P<sign>[-\u2212\u2013]?(?:\\?\$)?)"
@@ -50,8 +52,16 @@ def extract_boxed(text: str) -> str | None:
     that follows. Only the last `MAX_TEXT` characters are read; a content above `MAX_ANSWER` characters is None.
     """
     text = text[-MAX_TEXT:]
+    spans = boxed_spans(text)
+    if not spans or spans[-1][1] - spans[-1][0] > MAX_ANSWER:
+        return None
+    return text[slice(*spans[-1])].strip()
+
+
+def boxed_spans(text: str) -> list[tuple[int, int]]:
+    r"""Return (start, end) of the content of each ``\boxed`` or ``\fbox`` that is closed and not empty, by start."""
     opened: list[int | None] = []  # for each open brace: where its box's content starts, None for a plain brace
-    last: tuple[int, int] | None = None
+    spans: list[tuple[int, int]] = []
     for match in _TEX.finditer(text):
         box, brace = match.group(1), match.group(2)
         if brace:
@@ -59,16 +69,15 @@ def extract_boxed(text: str) -> str | None:
         elif box:
             token = _TOKEN.match(text, match.end())
             if token:
-                last = max(last or (0, 0), token.span())
+                spans.append(token.span())
         elif match.group() == "{":
             opened.append(None)
         elif match.group() == "}" and opened:
             start = opened.pop()
-            if start is not None and (last is None or start > last[0]) and text[start : match.start()].strip():
-                last = (start, match.start())
-    if last is None or last[1] - last[0] > MAX_ANSWER:
-        return None
-    return text[last[0] : last[1]].strip()
+            # Only the leading blanks are read, so that nested boxes take linear time.
+            if start is not None and _SPACES.match(text, start).end() < match.start():  # type: ignore[union-attr]
+                spans.append((start, match.start()))
+    return sorted(spans)
 
 
 def extract_tagged(text: str) -> str | None:
@@ -85,6 +94,11 @@ def unwrap_text(answer: str) -> str:
     r"""Return ``word`` for an answer that is ``\text{word}`` as a whole, any other unchanged."""
     match = _WRAPPER.fullmatch(answer.strip())
     return match[1] if match else answer
+
+
+def without_wrappers(text: str) -> str:
+    r"""Return `text` with the content of ``\\text{}`` and its kin in place of them."""
+    return _WRAPPER.sub(r"\1", text)
 
 
 def _is_sign(text: str, at: int) -> bool:
@@ -135,7 +149,7 @@ def canonical(answer: str) -> str:
     value in lowest terms (``+07.50`` -> ``15/2``, ``1,234.0`` -> ``1234``, ``\frac{2}{4}`` -> ``1/2``).
     """
     text = answer[:MAX_ANSWER].replace("\u2212", "-").replace("{,}", ",")
-    text = _BLANK.sub(" ", _NOISE.sub("", _WRAPPER.sub(r"\1", text)))
+    text = _BLANK.sub(" ", _NOISE.sub("", without_wrappers(text)))
     text = re.sub(r"\\[dtc]frac", r"\\frac", _LOOSE_BLANK.sub("", text)).rstrip(".")
     number = text.replace(",", "") if _GROUPED.fullmatch(text) else text
     match = _FRACTION.fullmatch(number)
