@@ -50,7 +50,7 @@ _PHRASE = re.compile(
     r"(?:\b(?:is|was|(?:would|must|should|will|has to)\s{1,3}be)\b|[:=]|-{1,2}>?|=>|→|–|—)"
     r"|(?:I|we)(?:['’](?:ll|d)|\s{1,3}(?:will|would|should|can|must))?\s{1,3}(?:choose|select|pick|go\s{1,3}with)\b"
     r"|(?:so|thus|therefore|hence),?\s{1,3}(?:choose|select|pick)\b)"
-    r"(?:\s{0,3}(?:\b(?:therefore|thus|then|hence|clearly|definitely|probably|likely|most likely|indeed|simply)\b|:)){0,3}",
+    r"(?:\s{0,3}(?:\b(?:therefore|thus|then|hence|clearly|definitely|probably|most|likely|indeed|simply)\b|:)){0,3}",
     re.IGNORECASE,
 )
 _VERDICT = re.compile(

@@ -1,0 +1,133 @@
+"""Final answers without a box: what is accepted, what never is, and that no text takes long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from g2rl.tasks.lenient import lenient_answer, without_delimiters
+from g2rl.tasks.verifier import MathVerifier
+
+# (gold, response, verdict, reason)
+CASES = [
+    ("204", r"So the walk takes \boxed{204} minutes.", True, "box"),
+    ("42", r"\boxed{42", False, "a box that is never closed"),
+    ("42", r"The answer is 42. \boxed{43}", False, "a wrong box before anything else"),
+    ("13", r"\boxed{12} or \boxed{13}", False, "two boxes side by side"),
+    ("13", r"\boxed{12}\boxed{13}", False, "two boxes, no word between"),
+    ("13", r"$\boxed{12}$, $\boxed{13}$", False, "two boxes in formulas"),
+    ("13", r"First \boxed{12}, which was too small. In the end \boxed{13}.", True, "a box corrected"),
+    ("204", "Thus $m=204$.", True, "the last formula"),
+    ("7", "Since $a=2$, we get $f(a)=7$.", True, "the last of two formulas"),
+    ("9", "Answer \\( 9 \\)", True, "phrase without a verb"),
+    ("9", "The answer is\n$$ 9 $$", True, "displayed formula"),
+    (r"\frac{1}{2}", "The answer is 1/2.", True, "plain fraction"),
+    ("0.5", "**Answer:** $\\frac12$", True, "bold phrase"),
+    ("18", "She makes 9 * 2 = 18 dollars every day.", True, "a sum in a sentence"),
+    ("18", "So the total is $18.", True, "money"),
+    ("18", "She keeps $2 and pays $9 twice. The answer is $18 because $9 is paid twice.", True, "money is no formula"),
+    ("18", "16 - 3 - 4 = 9\n#### 18", True, "the data set's own form"),
+    ("1234", "The answer is 1,234 apples.", True, "grouped digits and a unit"),
+    ("-5", "The answer is -5.", True, "sign"),
+    ("50", "The final answer is: 50%", True, "per cent"),
+    (r"\text{Evelyn}", "The answer is Evelyn.", True, "a word"),
+    ("x^2+1", "The answer is $1+x^2$.", True, "an expression"),
+    ("3,5", "The roots are $3$ and $5$.", True, "all of several values"),
+    ("7", "<answer>7</answer>", True, "answer element"),
+    ("7", "The answer is 7. So the answer is 7.", True, "the same twice"),
+    ("14/3", "14/3", True, "nothing but the answer"),
+    ("7", "The answer is not $7$.", False, "denied"),
+    ("7", "The answer isn't 7.", False, "denied, shortened"),
+    ("7", "It is wrong that the answer is 7.", False, "denied from afar"),
+    ("7", "If the answer is 7, then n is odd.", False, "supposed"),
+    ("7", "The answer is 7 if n is odd.", False, "on a condition"),
+    ("7", "Is the answer 7?", False, "asked"),
+    ("7", "The answer is 7?", False, "asked after all"),
+    ("7", "The answer is 7 or 8.", False, "two numbers"),
+    ("8", "The answer is 7 or 8.", False, "two numbers, the last right"),
+    ("8", "The answer is $7$ or $8$.", False, "two formulas"),
+    ("8", "So it is $7$ or $8$.", False, "two formulas, no phrase"),
+    ("8", "The answer is 7. The answer is 8.", False, "two answers"),
+    ("8", "Answer: 7\nAnswer: 8", False, "two lines"),
+    ("3", "The roots are $3$ and $5$.", False, "one of two roots"),
+    ("4", "So $x=3$ and $y=4$.", False, "one of two equations"),
+    ("3", "She has 18 apples after 3 days.", False, "the last number is another one"),
+    ("2", "The answer is sqrt(2).", False, "a number inside an expression"),
+    ("2", "The answer is the square root of 2.", False, "the same in words"),
+    ("2", "The answer is 2 pi.", False, "a multiple of it"),
+    ("2", "The answer is 2 dozen.", False, "a dozen of it"),
+    ("2", "The answer is 2^10.", False, "a power of it"),
+    ("2", "The answer is 2x.", False, "a coefficient"),
+    ("2", "The number is 2 more than 5.", False, "compared with another"),
+    ("2", "This completes step 2.", False, "a number that numbers"),
+    ("7", "It lies between 7 and 9.", False, "a bound"),
+    ("7", "It could be 7.", False, "a guess"),
+    ("7", "We must find the sum.", False, "no number"),
+    ("2", "AZYUK2A", False, "a digit inside a word"),
+    (r"\frac{1}{3}", "The answer is 0.33.", False, "a rounded decimal"),
+    ("7", "", False, "nothing"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[MathVerifier]:
+    with MathVerifier(limit_s=6, workers=2) as made:
+        yield made
+
+
+def test_table(verifier: MathVerifier) -> None:
+    answers = [lenient_answer(response) for _, response, _, _ in CASES]
+    verdicts = verifier.judge([(gold, answer) for (gold, *_), answer in zip(CASES, answers, strict=True)])
+    wrong = [(case, answer) for case, answer, v in zip(CASES, answers, verdicts, strict=True) if v is not case[2]]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("$1/3$", "1/3"),
+        (r"\(1/3\)", "1/3"),
+        (r"So it is: \[ \boxed{7} \]", "7"),
+        ("1/3", "1/3"),
+        ("$3$ and $5$", "$3$ and $5$"),
+        ("$18", "$18"),
+        ("", ""),
+    ],
+)
+def test_delimiters_go(answer: str, expected: str) -> None:
+    assert without_delimiters(answer) == expected
+
+
+ADVERSARIAL = [
+    r"\boxed{" * 4_000,
+    "answer is " * 5_000,
+    "answer to the " * 5_000,
+    "$" * 100_000,
+    "$a" * 50_000,
+    "$$a " * 30_000,
+    r"\( " * 30_000,
+    r"\[ " * 30_000,
+    "is 7 " * 20_000,
+    "7 " * 50_000,
+    "1," * 50_000,
+    "is " + "7" * 100_000,
+    "the answer is " + "x " * 50_000,
+    " " * 100_000,
+    "\n \n" * 30_000,
+    "a. " * 30_000,
+    "<answer>" * 10_000,
+    "####  " * 20_000,
+    "or " * 50_000,
+    "{" * 50_000 + "}" * 50_000,
+]
+
+
+@pytest.mark.parametrize("response", ADVERSARIAL, ids=[text[:16] for text in ADVERSARIAL])
+def test_time_is_bounded(response: str) -> None:
+    start = time.monotonic()
+    for text in (response, response * 10):
+        lenient_answer(text)
+        without_delimiters(text[:10_000])
+    assert time.monotonic() - start < 2  # a linear search takes a small part of that, a quadratic one minutes
