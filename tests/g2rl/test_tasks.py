@@ -374,7 +374,8 @@ class TestReasoningGym:
         [
             ("chain_sums", {}, "task.name: .* found 'chain_sums'; close names: chain_sum"),
             ("aritmetic", {}, "close names: arithmetic"),
-            ("zzzzzz", {}, "task.name: expected arithmetic, jsonl or a reasoning-gym data set, found 'zzzzzz'$"),
+            ("mat500", {}, "close names: math500"),
+            ("zzzzzz", {}, "task.name: expected one of arithmetic, .* or a reasoning-gym data set, found 'zzzzzz'$"),
             ("chain_sum", {"terms": 3}, "task.options.terms: expected one of min_terms, .* found an unknown option"),
             ("chain_sum", {"seed": 3}, "task.options.seed: .* found an unknown option"),
             ("chain_sum", {"min_terms": 0}, "task.options.min_terms: min_terms must be positive, found min_terms=0"),

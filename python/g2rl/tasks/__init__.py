@@ -32,6 +32,10 @@ def make_task(config: TaskConfig, seed: int) -> Task:
         from g2rl.tasks.jsonl import JsonlTask
 
         return JsonlTask(config.options, config.held_out, seed)
+    from g2rl.tasks.data_sets import DATA_SETS, DataSetTask
+
+    if config.name in DATA_SETS:
+        return DataSetTask(config.name, config.options, config.held_out, seed)
     from g2rl.tasks.reasoning_gym import ReasoningGymTask
 
     return ReasoningGymTask(config.name, config.options, config.held_out, seed)

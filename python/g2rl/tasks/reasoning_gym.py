@@ -13,6 +13,7 @@ from typing import Any
 from g2rl.config import ConfigError
 from g2rl.tasks.answers import extract_boxed, extract_tagged, unwrap_text
 from g2rl.tasks.base import Task, check_index, content
+from g2rl.tasks.data_sets import DATA_SETS
 from g2rl.tasks.judges import reasoning_gym_judge
 from g2rl.tasks.pool import JudgePool
 from g2rl.types import Problem
@@ -126,17 +127,17 @@ class ReasoningGymTask(Task):
 
 def _find(name: str) -> tuple[Any, Any]:
     """Return the data set's class and that of its configuration."""
+    ours = ["arithmetic", "jsonl", *DATA_SETS]
+    expected = f"task.name: expected one of {', '.join(ours)} or a reasoning-gym data set, found {name!r}"
     try:
         known: dict[str, tuple[Any, Any]] = importlib.import_module("reasoning_gym.factory").DATASETS
     except ImportError as error:
         raise ConfigError(
-            f"task.name: expected arithmetic, jsonl or a reasoning-gym data set, found {name!r}; the latter need "
-            f"the package: pip install 'g2rl-kernels[reasoning-gym]' ({error})"
+            f"{expected}; the latter need the package: pip install 'g2rl-kernels[reasoning-gym]' ({error})"
         ) from error
     if name not in known:
-        close = difflib.get_close_matches(name, [*known, "arithmetic", "jsonl"], n=5, cutoff=0.5)
-        hint = f"; close names: {', '.join(close)}" if close else ""
-        raise ConfigError(f"task.name: expected arithmetic, jsonl or a reasoning-gym data set, found {name!r}{hint}")
+        close = difflib.get_close_matches(name, [*known, *ours], n=5, cutoff=0.5)
+        raise ConfigError(expected + (f"; close names: {', '.join(close)}" if close else ""))
     return known[name]
 
 

@@ -1,0 +1,97 @@
+"""The judges of data sets, each in two modes.
+
+Strict is the training reward's: the answer stands in a box, as the prompt asks for. Lenient is for evaluation beside
+it: a right answer also counts where the form was not kept. Neither counts a response that leaves a choice of answers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from g2rl.tasks.answers import extract_answer
+from g2rl.tasks.base import FiniteTask
+from g2rl.tasks.choice import boxed_letter, claimed_letter
+from g2rl.tasks.lenient import lenient_answer, without_delimiters
+from g2rl.tasks.verifier import MathVerifier
+from g2rl.types import Problem
+
+
+class Judge(ABC):
+    """Finds final answers in responses and says which are right."""
+
+    @abstractmethod
+    def answer(self, problem: Problem, response: str, lenient: bool = False) -> str | None:
+        """Return the final answer in a response, None if it has none."""
+
+    @abstractmethod
+    def right(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
+        """Return for each answer whether it is right for the problem beside it."""
+
+    def close(self) -> None:  # noqa: B027  # only some judges hold processes
+        """Free what judging needed. Safe to call twice."""
+
+
+class MathJudge(Judge):
+    """Answers are equal if they are mathematically equal: `MathVerifier`.
+
+    Args:
+        allow_number: the strict mode takes the last number of a response without a box.
+    """
+
+    def __init__(self, allow_number: bool = False) -> None:
+        self._allow_number = allow_number
+        self._verifier = MathVerifier()
+
+    def answer(self, problem: Problem, response: str, lenient: bool = False) -> str | None:
+        if not lenient:
+            return extract_answer(response, self._allow_number)
+        found = lenient_answer(response)
+        return None if found is None else without_delimiters(found)
+
+    def right(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
+        golds = [without_delimiters(problem.answer) for problem in problems]
+        return self._verifier.judge(list(zip(golds, answers, strict=True)))
+
+    def close(self) -> None:
+        self._verifier.close()
+
+
+class ChoiceJudge(Judge):
+    """Answers are letters of options; a problem's options are its ``data["options"]``."""
+
+    def answer(self, problem: Problem, response: str, lenient: bool = False) -> str | None:
+        read = claimed_letter if lenient else boxed_letter
+        return read(response, problem.data.get("options", ()))
+
+    def right(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
+        return [answer == problem.answer for problem, answer in zip(problems, answers, strict=True)]
+
+
+JUDGES = {"math": MathJudge, "choice": ChoiceJudge}
+
+
+class JudgedTask(FiniteTask):
+    """A task over a list of problems that a `Judge` judges, strictly.
+
+    Args:
+        name, train, held_out, seed: see `FiniteTask`.
+        judge: closed with the task.
+    """
+
+    def __init__(
+        self, name: str, train: Sequence[Problem], held_out: Sequence[Problem], seed: int, judge: Judge
+    ) -> None:
+        super().__init__(name, train, held_out, seed)
+        self._judge = judge
+        self._any = Problem("", "", "")  # the strict form of an answer does not depend on the problem
+
+    def extract(self, response: str) -> str | None:
+        return self._judge.answer(self._any, response)
+
+    def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:
+        answers = [self._judge.answer(p, response) for p, response in zip(problems, responses, strict=True)]
+        return self._judge.right(problems, answers)
+
+    def close(self) -> None:
+        self._judge.close()

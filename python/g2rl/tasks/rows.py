@@ -1,0 +1,68 @@
+"""Rows of a data set: from a JSON Lines file or the Hugging Face hub, each with where it stands."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from g2rl.config import ConfigError
+
+
+def file_rows(path: str, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a file. Blank lines are skipped.
+
+    Raises:
+        ConfigError: naming `key` without such a file, or the file and line that is not JSON.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"{key}: expected a file, found nothing at {path!r}")
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a number beyond limits
+                raise ConfigError(f"{path}:{number}: expected a JSON object, found {error}") from error
+
+
+def hub_rows(path: str, subset: str | None, split: str, expected: str, way_out: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a hub data set, or of a local folder that `datasets` can read.
+
+    Args:
+        expected: the configuration key and what it takes, for the error message.
+        way_out: what to do when the data set cannot be loaded.
+
+    Raises:
+        ConfigError: no such data set, split or subset, or no network; the message names all three.
+    """
+    try:
+        rows: Iterable[Any] = importlib.import_module("datasets").load_dataset(path, subset, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        found = f"{path!r}, subset {subset!r}, split {split!r}"
+        raise ConfigError(f"{expected}, found {found}: {error}{way_out}") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{path}[{split}]:{number}", row
+
+
+def column(row: Any, names: Sequence[str], place: str, key: str, kinds: tuple[type, ...]) -> Any:
+    """Return the value of the first of the columns `names` that a row has.
+
+    Raises:
+        ConfigError: naming `place`: the row is no object, has none of the columns (those it has are listed), or the
+            value is of another type.
+    """
+    if not isinstance(row, dict):
+        raise ConfigError(f"{place}: expected a JSON object, found {type(row).__name__}")
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        wanted = " or ".join(repr(name) for name in dict.fromkeys(names))
+        raise ConfigError(f"{place}: expected a column {wanted} ({key}), found {', '.join(row) or 'none'}")
+    value = row[name]
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ConfigError(f"{place}: expected {wanted} in {name!r}, found {type(value).__name__}")
+    return value

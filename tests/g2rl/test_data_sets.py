@@ -1,0 +1,194 @@
+"""Data sets by name: where their rows come from, what is held out, and what is said of data that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from g2rl.config import ConfigError, TaskConfig
+from g2rl.tasks import make_task
+from g2rl.tasks.base import Task
+from g2rl.tasks.data_sets import DATA_SETS, load_problems
+from g2rl.tasks.grading import ChoiceJudge, MathJudge
+from g2rl.types import Problem
+
+CHOICE = {"problem": "Which capital?", "answer": "B", "options": ["Paris", "Rome", "Oslo"]}
+HUB_ROWS: dict[str, dict[str, Any]] = {
+    "math": {"problem": "1 + 1?", "expected_answer": "2", "solution": "no"},
+    "math12k": {"problem": "1 + 1?", "answer": "2"},
+    "gsm8k": {"question": "1 + 1?", "answer": "1+1=<<1+1=2>>2\n#### 2"},
+    "math500": {"problem": "1 + 1?", "answer": "2", "solution": "no", "unique_id": "a"},
+    "amc23": {"question": "1 + 1?", "answer": 2.0},
+    "aime24": {"problem": "1 + 1?", "answer": "2"},
+    "aime25": {"problem": "1 + 1?", "answer": "2"},
+    "minerva": {"question": "1 + 1?", "answer": "2"},
+    "mmlu_pro": {"question": "1 + 1?", "answer": "J", "options": [str(i) for i in range(7, -3, -1)]},
+    "gpqa": {
+        "Question": "1 + 1?", "Correct Answer": " 2", "Incorrect Answer 1": "3", "Incorrect Answer 2": "4",
+        "Incorrect Answer 3": "5",
+    },
+}  # fmt: skip
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def numbered(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [{"problem": f"Problem {i}?", "answer": str(i)} for i in range(first, first + count)]
+
+
+def task(name: str, held_out: int = 0, **options: Any) -> Task:
+    return make_task(TaskConfig(name=name, options=options, held_out=held_out), seed=0)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """A hub with one row in each data set; returns what was asked of it."""
+    asked: list[tuple[Any, ...]] = []
+    rows = {spec.path: HUB_ROWS[name] for name, spec in DATA_SETS.items()}
+
+    def load_dataset(path: str, subset: str | None, split: str) -> list[dict[str, Any]]:
+        asked.append((path, subset, split))
+        return [rows[path]]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    return asked
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_hub_columns(name: str, hub: list[tuple[Any, ...]]) -> None:
+    spec = DATA_SETS[name]
+    (problem,) = load_problems(name, spec.test).values()
+    assert hub == [(spec.path, spec.subset, spec.test)]
+    assert problem.prompt.startswith("1 + 1?\n")
+    assert problem.id == f"{name}:1"
+    if spec.judge == "math":
+        assert problem.answer in ("2", "2.0")
+        assert problem.prompt.endswith("final answer within \\boxed{}.")
+    else:
+        assert f"({problem.answer}) {'-2' if name == 'mmlu_pro' else '2'}" in problem.prompt
+        assert problem.prompt.endswith("letter of the right option within \\boxed{}.")
+        assert len(problem.data["options"]) == (10 if name == "mmlu_pro" else 4)
+
+
+@pytest.mark.parametrize(
+    "files", [["gsm8k_train.jsonl", "gsm8k_test.jsonl"], ["gsm8k_train_30.jsonl", "gsm8k_test.jsonl"]]
+)
+def test_local_splits(tmp_path: Path, files: list[str]) -> None:
+    for file, rows in zip(files, (numbered(30), numbered(5, 25)), strict=True):
+        write(tmp_path / file, rows)
+    with task("gsm8k", held_out=64, data=str(tmp_path), instruction="") as made:
+        assert sorted(p.prompt for p in made.held_out()) == [f"Problem {i}?" for i in range(25, 30)]
+        # What is held out is not trained on, though the training file has it.
+        assert {made.train_problem(i).prompt for i in range(25)} == {f"Problem {i}?" for i in range(25)}
+
+
+@pytest.mark.parametrize("file", ["gsm8k.jsonl", "gsm8k_train.jsonl"])
+def test_one_local_file_is_divided(tmp_path: Path, file: str) -> None:
+    write(tmp_path / file, numbered(30))
+    for data in (tmp_path, tmp_path / file):
+        with task("gsm8k", held_out=10, data=str(data)) as made:
+            held_out = {p.prompt for p in made.held_out()}
+            assert len(held_out) == 10
+            assert len({made.train_problem(i).prompt for i in range(20)} | held_out) == 30
+
+
+def test_choice_is_judged_by_letters(tmp_path: Path) -> None:
+    write(tmp_path / "mmlu_pro_2.jsonl", [CHOICE, {**CHOICE, "problem": "Another?"}])
+    with task("mmlu_pro", data=str(tmp_path)) as made:
+        problem = made.train_problem(0)
+        assert "\n(A) Paris\n(B) Rome\n(C) Oslo\n" in problem.prompt
+        responses = [r"\boxed{B}", r"\boxed{A}", "The answer is (B).", r"\boxed{\text{(B) Rome}}", r"\boxed{(B) Oslo}"]
+        assert made.judge([problem] * 5, responses) == [True, False, False, True, False]
+        assert made.extract(responses[0]) == "B"
+
+
+def test_modes() -> None:
+    """Strict takes boxes only; lenient takes what else is right, and never less."""
+    half, capital = Problem("1", "", "$0.5$"), Problem("2", "", "B", {"options": CHOICE["options"]})
+    with_box, without = r"It is \boxed{\frac12}.", "The answer is 1/2."
+    judge = MathJudge()
+    answers = [judge.answer(half, text, lenient) for text in (with_box, without) for lenient in (False, True)]
+    assert judge.right([half] * 4, answers) == [True, True, False, True]
+    judge.close()
+    chosen = [r"\boxed{B}", "The answer is Rome."]
+    read = [ChoiceJudge().answer(capital, text, lenient) for text in chosen for lenient in (False, True)]
+    assert ChoiceJudge().right([capital] * 4, read) == [True, True, False, True]
+
+
+def test_few_rows_may_lack_an_answer(tmp_path: Path) -> None:
+    write(tmp_path / "math.jsonl", [*numbered(198), {"problem": "x", "answer": None}, {"problem": "y", "answer": " "}])
+    assert len(load_problems("math", "train", str(tmp_path))) == 198
+    write(tmp_path / "math.jsonl", [*numbered(10), {"problem": "x", "answer": None}])
+    with pytest.raises(ConfigError, match="math: expected rows with an answer, found 10 of 11"):
+        load_problems("math", "train", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"text": "a", "answer": "B"}, "expected a column 'question' or 'problem' .the problem., found text, answer"),
+        ({"problem": "a", "options": []}, "expected a column 'answer' .the answer., found problem, options"),
+        ({"problem": "a", "answer": "B"}, "expected a column 'options' .the options., found problem, answer"),
+        ({**CHOICE, "options": "Paris"}, "expected list in 'options', found str"),
+        ({**CHOICE, "options": ["Paris"]}, "expected 2 to 10 texts in 'options', found"),
+        ({**CHOICE, "options": ["Paris", 2]}, "expected 2 to 10 texts in 'options', found"),
+        ({**CHOICE, "answer": "D"}, "expected a letter from A to C, found 'D'"),
+        ({**CHOICE, "answer": "Rome"}, "expected a letter from A to C, found 'Rome'"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    write(tmp_path / "mmlu_pro.jsonl", [CHOICE, row])
+    with pytest.raises(ConfigError, match=f"mmlu_pro.jsonl:2: {message}"):
+        load_problems("mmlu_pro", "test", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "error, name, message",
+    [
+        (
+            ConnectionError("Couldn't reach it"),
+            "math500",
+            "math500: .* found 'HuggingFaceH4/MATH-500', subset None, split 'test': Couldn't reach it.*"
+            "math500.jsonl .*--data FOLDER",
+        ),
+        (FileNotFoundError("gated"), "gpqa", "'Idavidrein/gpqa', subset 'gpqa_diamond'.*accept its terms.*HF_TOKEN"),
+        (ValueError("no such split"), "mmlu_pro", "no such split.*problem, answer and options"),
+    ],
+)
+def test_a_hub_out_of_reach(error: Exception, name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, subset: str | None, split: str) -> None:
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(ConfigError, match=message):
+        load_problems(name, DATA_SETS[name].test)
+
+
+def test_local_files_are_looked_for_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k_test.jsonl", numbered(3))
+    with pytest.raises(ConfigError, match="expected gsm8k.jsonl or gsm8k_train.jsonl in .*, found gsm8k_test.jsonl"):
+        task("gsm8k", data=str(tmp_path))
+    with pytest.raises(ConfigError, match="expected a folder or a .jsonl file, found nothing at 'nowhere'"):
+        task("gsm8k", data="nowhere")
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        (
+            "gsm8k",
+            {"path": "a"},
+            "task.options.path: expected one of data, instruction, allow_number, found an unknown",
+        ),
+        ("gsm8k", {"data": 3}, "task.options.data: expected text or null, found 3"),
+        ("mmlu_pro", {"allow_number": True}, "task.options.allow_number: expected false with mmlu_pro"),
+    ],
+)
+def test_options_are_checked(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        task(name, **options)
