@@ -33,6 +33,7 @@ LAYERS = {
         ("tasks", "plots", "checkpoint", "model"),
         ("rewards", "rollout", "objective", "geometry"),
         ("evaluate", "report"),
+        ("evaluation",),
         ("trainer", "integrations"),
         ("cli",),
         ("__main__",),

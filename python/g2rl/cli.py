@@ -12,6 +12,17 @@ from pathlib import Path
 
 from g2rl.config import Config, ConfigError, load_config
 
+_SUITE_FLAGS: tuple[tuple[str, type, str], ...] = (
+    ("samples", int, "responses to each problem; 16"),
+    ("temperature", float, "0.8"),
+    ("max-tokens", int, "token limit of a response; 2048"),
+    ("limit", int, "only the first so many problems of each data set"),
+    ("data", str, "folder with NAME.jsonl for each data set, instead of the hub"),
+    ("seed", int, "of the draws; 0"),
+    ("batch-size", int, "responses generated at once; 16"),
+)
+"""Fields of `g2rl.evaluation.suite.SuiteConfig` that ``g2rl eval --suite`` takes, with type and meaning."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a run that failed, 2 for a bad command or configuration."""
@@ -24,9 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     evaluation = commands.add_parser("eval", help="evaluate a checkpoint, a run's newest checkpoint, or any model")
     evaluation.add_argument(
-        "checkpoint", help="checkpoint or run folder, or a model path for the default configuration"
-    )
-    evaluation.add_argument("overrides", nargs="*", metavar="key=value")
+        "checkpoints", nargs="+", metavar="CHECKPOINT",
+        help="checkpoint or run folder, or a model path for the default configuration; several with --suite; "
+        "key=value after them overrides the configuration",
+    )  # fmt: skip
+    evaluation.add_argument("--suite", help="data sets, such as math500,amc23,aime24,aime25, or a YAML file")
+    evaluation.add_argument("--out", type=Path, default=Path("evals"), help="folder of samples and results")
+    for flag, kind, text in _SUITE_FLAGS:
+        evaluation.add_argument(f"--{flag}", type=kind, help=text)
     report = commands.add_parser("report", help="write report.md with plots for a run")
     report.add_argument("run", type=Path, help="the run's folder")
     options = parser.parse_args(arguments)
@@ -37,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "train":
             return _train(options.config, options.overrides)
         if options.command == "eval":
-            return _evaluate(options.checkpoint, options.overrides)
+            return _evaluate(options)
         return _report(options.run)
     except ConfigError as error:
         print(f"g2rl: {error}", file=sys.stderr)
@@ -92,29 +108,44 @@ def _resumed(path: str | None, overrides: list[str]) -> Config | None:
     return replace(load_config(settings, overrides), name=folder.name, runs_dir=str(folder.parent))
 
 
-def _evaluate(checkpoint: str, overrides: list[str]) -> int:
-    from g2rl.checkpoint import find_checkpoint
+def _evaluate(options: argparse.Namespace) -> int:
+    checkpoints = [text for text in options.checkpoints if "=" not in text or Path(text).exists()]
+    overrides = [text for text in options.checkpoints if text not in checkpoints]
+    flags = {name: getattr(options, name) for name in (flag.replace("-", "_") for flag, _, _ in _SUITE_FLAGS)}
+    given = [name for name, value in flags.items() if value is not None]
+    if not checkpoints:
+        raise ConfigError("checkpoint: expected a checkpoint, a run's folder or a model, found none")
+    if options.suite is None and (len(checkpoints) > 1 or given):
+        found = f"--{given[0].replace('_', '-')}" if given else f"{len(checkpoints)} checkpoints"
+        raise ConfigError(f"suite: expected --suite with data sets, found {found} without it")
+    if options.suite is not None:
+        from g2rl.evaluation.command import evaluate_suite
+
+        evaluate_suite(checkpoints, options.suite, options.out, flags, overrides)
+        return 0
+    return _evaluate_held_out(checkpoints[0], overrides)
+
+
+def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
+    """Evaluate one checkpoint on the problems that its own task holds out."""
     from g2rl.evaluate import evaluate
+    from g2rl.evaluation.command import model_config
     from g2rl.model import load_model
     from g2rl.rollout import Sampler
     from g2rl.tasks import make_task
 
-    folder = Path(checkpoint)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        folder = find_checkpoint(folder)
-    settings = folder.parent.parent / "config.yaml"
-    config = load_config(settings if settings.is_file() else None, overrides)
-    path = str(folder) if folder.is_dir() else checkpoint
+    config = model_config(checkpoint, overrides)
+    folder = Path(config.model.path)
     task = make_task(config.task, config.seed)
     problems = task.held_out()
     if not problems:
         raise ConfigError("task.held_out: expected a number > 0 to evaluate on, found 0")
-    model, tokenizer = load_model(replace(config.model, path=path))
+    model, tokenizer = load_model(config.model)
     sampler = Sampler(model, tokenizer, config.rollout, config.task.system_prompt)
     sampler.sync()
     result = evaluate(sampler, task, problems, config.eval, config.seed)
     task.close()
-    print(f"{path}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each")
+    print(f"{folder}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each")
     for key, value in result.metrics.items():
         print(f"  {key.removeprefix('eval/'):18s} {value:.4f}")
     if folder.is_dir():

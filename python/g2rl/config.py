@@ -256,7 +256,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: no such file, not YAML, an unknown key, or a value of the wrong type or out of range.
     """
-    node = OmegaConf.structured(Config)
+    config = read_structured(Config, path, overrides)
+    assert isinstance(config, Config)
+    return validate(config)
+
+
+def read_structured(cls: type, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
+    """Return an object of the dataclass `cls` from a YAML file and overrides; see `load_config`."""
+    node = OmegaConf.structured(cls)
     try:
         if path is not None:
             if not Path(path).is_file():
@@ -266,12 +273,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             if "=" not in override:
                 raise ConfigError(f"override: expected key=value, found {override!r}")
         node = OmegaConf.merge(node, OmegaConf.from_dotlist(list(overrides)))
-        config = OmegaConf.to_object(node)
+        return OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, Config)
-    return validate(config)
 
 
 def _read_yaml(path: Path) -> DictConfig:

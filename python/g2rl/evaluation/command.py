@@ -1,0 +1,137 @@
+"""``g2rl eval CHECKPOINT [CHECKPOINT ...] --suite ...``: evaluate models on data sets, side by side."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import get_console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
+
+from g2rl.checkpoint import find_checkpoint
+from g2rl.config import Config, ConfigError, load_config
+from g2rl.evaluation.results import write_results
+from g2rl.evaluation.samples import provenance, sample_all
+from g2rl.evaluation.scores import Scores, score
+from g2rl.evaluation.suite import Settings, read_suite, suite_problems
+from g2rl.model import load_model
+from g2rl.rollout import Sampler
+from g2rl.tasks.data_sets import DATA_SETS
+from g2rl.tasks.grading import JUDGES
+from g2rl.types import Problem
+
+
+def model_config(checkpoint: str, overrides: Sequence[str]) -> Config:
+    """Return the configuration of a checkpoint's run, or the default one, with `model.path` the checkpoint.
+
+    Args:
+        checkpoint: a checkpoint, a run's folder (its newest one is taken), a model folder or name.
+        overrides: ``key=value``.
+
+    Raises:
+        ConfigError: a folder that is none of these, or a bad override.
+    """
+    folder = Path(checkpoint)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        folder = find_checkpoint(folder)
+    settings = folder.parent.parent / "config.yaml"
+    config = load_config(settings if settings.is_file() else None, overrides)
+    return replace(config, model=replace(config.model, path=str(folder) if folder.is_dir() else checkpoint))
+
+
+def evaluate_suite(
+    checkpoints: Sequence[str], suite: str, out: Path, flags: Mapping[str, Any], overrides: Sequence[str]
+) -> None:
+    """Evaluate checkpoints on a suite; samples and results go to the folder `out`, and what is there is not repeated.
+
+    Args:
+        checkpoints: see `model_config`.
+        suite, flags: see `read_suite`.
+        overrides: ``key=value`` of the configuration, such as ``rollout.dtype=float32``.
+
+    Raises:
+        ConfigError: everything that can be known is checked before a model is loaded: names, data, columns.
+    """
+    sets = read_suite(suite, flags)
+    problems = [suite_problems(settings) for settings in sets]
+    configs = [model_config(checkpoint, overrides) for checkpoint in checkpoints]
+    scores = []
+    for label, config in zip(labels([config.model.path for config in configs]), configs, strict=True):
+        scores += _evaluate_model(label, config, sets, problems, out)
+        gc.collect()
+        torch.cuda.empty_cache()
+    for table in write_results(out, scores, sets):
+        get_console().print(table)
+    print(f"g2rl: samples, results.json and pass_at_k.png are in {out}")
+
+
+def _evaluate_model(
+    label: str, config: Config, sets: Sequence[Settings], problems: Sequence[Sequence[Problem]], out: Path
+) -> list[Scores]:
+    # Nothing is trained here: the weights are loaded in the type that generates, and no copy of them is needed.
+    model, tokenizer = load_model(replace(config.model, dtype=config.rollout.dtype))
+    sampler = Sampler(model, tokenizer, config.rollout)
+    made_by = {"model": config.model.path, "dtype": config.rollout.dtype, "weights": digest(model)}
+    scores = []
+    for settings, whole in zip(sets, problems, strict=True):
+        _check_context(model, settings)
+        sampler.system_prompt = settings.system_prompt
+        sampler.config = replace(config.rollout, max_new_tokens=settings.max_tokens, batch_size=settings.batch_size)
+        asked = whole[: settings.limit]
+        with _progress() as progress:
+            bar = progress.add_task(f"{label}  {settings.name}", total=len(asked) * settings.samples)
+            path = out / label / f"{settings.name}.jsonl"
+            made_with = provenance(settings, whole, made_by)
+            samples = sample_all(path, sampler, asked, settings, made_with, partial(progress.advance, bar))
+        judge = JUDGES[DATA_SETS[settings.name].judge]()
+        scores.append(score(label, settings.name, asked, samples, judge))
+        judge.close()
+    return scores
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=get_console())
+
+
+def _check_context(model: PreTrainedModel, settings: Settings) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and settings.max_tokens >= context:
+        raise ConfigError(
+            f"max_tokens of {settings.name}: expected less than the model's context of {context} tokens, "
+            f"found {settings.max_tokens}"
+        )
+
+
+def labels(paths: Sequence[str]) -> list[str]:
+    """Return a short name for each model: the last parts of its path, as many as tell it from the others.
+
+    Raises:
+        ConfigError: the same model twice.
+    """
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ConfigError(f"checkpoint: expected different models, found {twice!r} twice")
+    parts = [[part for part in Path(path).parts if part not in ("/", "checkpoints")] for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names) and not any(name.startswith("step-") for name in names):
+            return names
+    return names
+
+
+def digest(model: PreTrainedModel) -> str:
+    """Return what tells a model's weights from others: a digest of a thousand numbers of each tensor."""
+    made = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        flat = weight.detach().flatten()
+        few = flat[:: max(1, flat.numel() // 1000)].float().cpu()
+        made.update(name.encode() + few.numpy().tobytes())
+    return made.hexdigest()[:16]

@@ -1,0 +1,132 @@
+"""What an evaluation shows: tables, ``results.json``, ``results.txt`` and the plot of pass@k."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from g2rl.evaluation.scores import MODES, Estimate, Scores
+from g2rl.evaluation.suite import Settings
+from g2rl.plots import CYCLE, STYLE
+
+_MARKERS = "osD^vP"
+
+
+def write_results(folder: Path, scores: Sequence[Scores], suite: Sequence[Settings]) -> list[Table]:
+    """Write the results of all models on all data sets, and return the tables that show them."""
+    record = {
+        "judge": {"lenient": "the answer in any clear form", "strict": "the answer in a box, as the training reward"},
+        "interval": "95 %, percentile bootstrap over problems",
+        "settings": [asdict(settings) for settings in suite],
+        "results": [asdict(entry) for entry in scores],
+    }
+    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    shown = [summary(scores), details(scores)]
+    with (folder / "results.txt").open("w", encoding="utf-8") as file:
+        console = Console(file=file, width=160)
+        for table in shown:
+            console.print(table)
+    with rc_context(STYLE):
+        plot_pass_at_k(scores).savefig(folder / "pass_at_k.png")
+    return shown
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.1f}"
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{_percent(estimate)} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+
+
+def _unique(values: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def summary(scores: Sequence[Scores]) -> Table:
+    """A row a model, a column a data set: pass@1 / maj@n / pass@n in percent, as papers print them."""
+    table = Table(title=f"pass@1 / maj@n / pass@n in percent, {MODES[0]} judge", box=box.SIMPLE_HEAD)
+    table.add_column("model")
+    names = _unique([entry.name for entry in scores])
+    for name in names:
+        n = next(entry.samples for entry in scores if entry.name == name)
+        table.add_column(f"{name} (n = {n})", justify="right")
+    for model in _unique([entry.model for entry in scores]):
+        cells = []
+        for name in names:
+            entry = next(e for e in scores if e.model == model and e.name == name)
+            keys = ("pass@1", f"maj@{entry.samples}", f"pass@{entry.samples}")
+            cells.append(" / ".join(_percent(entry.metrics[MODES[0]][key]) for key in keys))
+        table.add_row(model, *cells)
+    return table
+
+
+def details(scores: Sequence[Scores]) -> Table:
+    """Every data set with its models below each other: intervals, both modes of the judge, length, truncation."""
+    table = Table(title="in percent, with 95 % intervals (bootstrap over problems)", box=box.SIMPLE_HEAD)
+    for head in (
+        "data set",
+        "model",
+        "problems x n",
+        "pass@1",
+        "maj@n",
+        "pass@n",
+        "pass@1, strict",
+        "tokens",
+        "cut off",
+    ):
+        table.add_column(head, justify="left" if head in ("data set", "model") else "right")
+    for name in _unique([entry.name for entry in scores]):
+        for entry in (e for e in scores if e.name == name):
+            lenient, strict = (entry.metrics[mode] for mode in MODES)
+            table.add_row(
+                name,
+                entry.model,
+                f"{entry.problems} x {entry.samples}",
+                _interval(lenient["pass@1"]),
+                _interval(lenient[f"maj@{entry.samples}"]),
+                _interval(lenient[f"pass@{entry.samples}"]),
+                _interval(strict["pass@1"]),
+                f"{entry.response_length.value:.0f}",
+                f"{_percent(entry.truncated_share)} %",
+            )
+    return table
+
+
+def plot_pass_at_k(scores: Sequence[Scores]) -> Figure:
+    """A panel a data set: pass@k against k, a line a model, its interval as a band."""
+    names = _unique([entry.name for entry in scores])
+    columns = min(len(names), 3)
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(max(6.5, 4.2 * columns), 0.6 + 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    models = _unique([entry.model for entry in scores])
+    for axes, name in zip(panels, names, strict=False):
+        for entry in (e for e in scores if e.name == name):
+            place = models.index(entry.model)
+            color, marker = CYCLE[place % len(CYCLE)], _MARKERS[place % len(_MARKERS)]
+            points = {int(key[5:]): v for key, v in entry.metrics[MODES[0]].items() if key.startswith("pass@")}
+            ks = sorted(points)
+            axes.plot(ks, [points[k].value for k in ks], color=color, marker=marker, markersize=5, label=entry.model)
+            low, high = [points[k].low for k in ks], [points[k].high for k in ks]
+            axes.fill_between(ks, low, high, color=color, alpha=0.15, linewidth=0)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ks, [str(k) for k in ks])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set(title=name, xlabel="k", ylabel="pass@k")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(models)))
+    return figure

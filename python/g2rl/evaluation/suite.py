@@ -1,0 +1,123 @@
+"""Suites: which data sets are evaluated, and how responses to them are sampled."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from g2rl.config import ConfigError, read_structured
+from g2rl.tasks.data_sets import DATA_SETS, load_problems
+from g2rl.types import Problem
+
+
+@dataclass(frozen=True)
+class SetConfig:
+    """What one data set has of its own; None takes the suite's value."""
+
+    samples: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    limit: int | None = None
+    instruction: str | None = None
+    data: str | None = None
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    samples: int = 16
+    """Responses sampled for each problem: n of pass@k and maj@k."""
+    temperature: float = 0.8
+    """Divides the logits; 0 decodes greedily."""
+    top_p: float = 1.0
+    """Nucleus sampling: probability mass kept."""
+    max_tokens: int = 2048
+    """Token limit of a response."""
+    limit: int | None = None
+    """Only the first so many problems of each data set."""
+    instruction: str | None = None
+    """Text added to each problem; None takes the data set's own."""
+    data: str | None = None
+    """Folder with a local NAME.jsonl for each data set; None takes the hub."""
+    system_prompt: str | None = None
+    """System message; None leaves the chat template's own default."""
+    seed: int = 0
+    """Of the draws; each response has a seed of its own."""
+    batch_size: int = 16
+    """Responses generated at once."""
+    sets: dict[str, SetConfig] = field(default_factory=dict)
+    """Data sets by name, each with what differs from the suite's values."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How responses to one data set are sampled: the fields of `SuiteConfig`, resolved for the set `name`."""
+
+    name: str
+    samples: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    limit: int | None
+    instruction: str | None
+    data: str | None
+    system_prompt: str | None
+    seed: int
+    batch_size: int
+
+
+_RANGES = {
+    "samples": ("1 or more", lambda v: v >= 1),
+    "temperature": ("0 or greater", lambda v: v >= 0),
+    "top_p": ("in (0, 1]", lambda v: 0 < v <= 1),
+    "max_tokens": ("1 or more", lambda v: v >= 1),
+    "limit": ("1 or more", lambda v: v is None or v >= 1),
+    "batch_size": ("1 or more", lambda v: v >= 1),
+}
+
+
+def read_suite(suite: str, flags: Mapping[str, Any]) -> list[Settings]:
+    """Return the settings of each data set of a suite.
+
+    Args:
+        suite: names of data sets with commas between them, or a YAML file with the fields of `SuiteConfig`.
+        flags: fields of `SuiteConfig` that override both the suite's and its sets' values; None overrides nothing.
+
+    Raises:
+        ConfigError: no such file, an unknown key or data set (close names are suggested), or a value out of range.
+    """
+    if suite.endswith((".yaml", ".yml")):
+        config = read_structured(SuiteConfig, suite)
+    else:
+        config = SuiteConfig(sets={name.strip(): SetConfig() for name in suite.split(",") if name.strip()})
+    if not config.sets:
+        raise ConfigError(f"suite: expected names of data sets or a YAML file with sets, found {suite!r}")
+    given = {key: value for key, value in flags.items() if value is not None}
+    return [_settings(config, name, given) for name in config.sets]
+
+
+def _settings(config: SuiteConfig, name: str, flags: Mapping[str, Any]) -> Settings:
+    if name not in DATA_SETS:
+        plain = {key.replace("_", ""): key for key in DATA_SETS}
+        close = difflib.get_close_matches("".join(filter(str.isalnum, name.lower())), plain, n=2, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(plain[key] for key in close)}?" if close else ""
+        raise ConfigError(f"suite: expected names from {', '.join(DATA_SETS)}, found {name!r}{hint}")
+    values = {item.name: getattr(config, item.name) for item in fields(SuiteConfig) if item.name != "sets"}
+    own = vars(config.sets[name])
+    settings = Settings(name, **values | {key: value for key, value in own.items() if value is not None} | dict(flags))
+    for key, (expected, holds) in _RANGES.items():
+        if not holds(getattr(settings, key)):
+            raise ConfigError(f"{key} of {name}: expected {expected}, found {getattr(settings, key)!r}")
+    return settings
+
+
+def suite_problems(settings: Settings) -> list[Problem]:
+    """Return a data set's problems, all of them whatever the limit.
+
+    Raises:
+        ConfigError: see `load_problems`.
+    """
+    split = DATA_SETS[settings.name].test
+    return list(load_problems(settings.name, split, settings.data, settings.instruction).values())
