@@ -111,10 +111,9 @@ def test_modes() -> None:
     """Strict takes boxes only; lenient takes what else is right, and never less."""
     half, capital = Problem("1", "", "$0.5$"), Problem("2", "", "B", {"options": CHOICE["options"]})
     with_box, without = r"It is \boxed{\frac12}.", "The answer is 1/2."
-    judge = MathJudge()
-    answers = [judge.answer(half, text, lenient) for text in (with_box, without) for lenient in (False, True)]
-    assert judge.right([half] * 4, answers) == [True, True, False, True]
-    judge.close()
+    with MathJudge() as judge:
+        answers = [judge.answer(half, text, lenient) for text in (with_box, without) for lenient in (False, True)]
+        assert judge.right([half] * 4, answers) == [True, True, False, True]
     chosen = [r"\boxed{B}", "The answer is Rome."]
     read = [ChoiceJudge().answer(capital, text, lenient) for text in chosen for lenient in (False, True)]
     assert ChoiceJudge().right([capital] * 4, read) == [True, True, False, True]

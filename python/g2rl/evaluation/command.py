@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from g2rl.evaluation.suite import Settings, read_suite, suite_problems
 from g2rl.model import load_model
 from g2rl.rollout import Sampler
 from g2rl.tasks.data_sets import DATA_SETS
-from g2rl.tasks.grading import JUDGES
+from g2rl.tasks.grading import JUDGES, Judge
 from g2rl.types import Problem
 
 
@@ -62,18 +63,26 @@ def evaluate_suite(
     sets = read_suite(suite, flags)
     problems = [suite_problems(settings) for settings in sets]
     configs = [model_config(checkpoint, overrides) for checkpoint in checkpoints]
+    names = labels([config.model.path for config in configs])
     scores = []
-    for label, config in zip(labels([config.model.path for config in configs]), configs, strict=True):
-        scores += _evaluate_model(label, config, sets, problems, out)
-        gc.collect()
-        torch.cuda.empty_cache()
+    with ExitStack() as closing:
+        judges = {kind: closing.enter_context(judge()) for kind, judge in JUDGES.items()}
+        for label, config in zip(names, configs, strict=True):
+            scores += _evaluate_model(label, config, sets, problems, out, judges)
+            gc.collect()
+            torch.cuda.empty_cache()
     for table in write_results(out, scores, sets):
         get_console().print(table)
     print(f"g2rl: samples, results.json and pass_at_k.png are in {out}")
 
 
 def _evaluate_model(
-    label: str, config: Config, sets: Sequence[Settings], problems: Sequence[Sequence[Problem]], out: Path
+    label: str,
+    config: Config,
+    sets: Sequence[Settings],
+    problems: Sequence[Sequence[Problem]],
+    out: Path,
+    judges: Mapping[str, Judge],
 ) -> list[Scores]:
     # Nothing is trained here: the weights are loaded in the type that generates, and no copy of them is needed.
     model, tokenizer = load_model(replace(config.model, dtype=config.rollout.dtype))
@@ -90,9 +99,7 @@ def _evaluate_model(
             path = out / label / f"{settings.name}.jsonl"
             made_with = provenance(settings, whole, made_by)
             samples = sample_all(path, sampler, asked, settings, made_with, partial(progress.advance, bar))
-        judge = JUDGES[DATA_SETS[settings.name].judge]()
-        scores.append(score(label, settings.name, asked, samples, judge))
-        judge.close()
+        scores.append(score(label, settings.name, asked, samples, judges[DATA_SETS[settings.name].judge]))
     return scores
 
 
@@ -128,10 +135,9 @@ def labels(paths: Sequence[str]) -> list[str]:
 
 
 def digest(model: PreTrainedModel) -> str:
-    """Return what tells a model's weights from others: a digest of a thousand numbers of each tensor."""
-    made = hashlib.sha256()
+    """Return what tells a model's weights from others: a digest of all their bytes."""
+    made = hashlib.blake2b(digest_size=8)
     for name, weight in model.state_dict().items():
-        flat = weight.detach().flatten()
-        few = flat[:: max(1, flat.numel() // 1000)].float().cpu()
-        made.update(name.encode() + few.numpy().tobytes())
-    return made.hexdigest()[:16]
+        made.update(name.encode())
+        made.update(weight.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+    return made.hexdigest()

@@ -45,7 +45,7 @@ def _percent(estimate: Estimate) -> str:
 
 
 def _interval(estimate: Estimate) -> str:
-    return f"{_percent(estimate)} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    return f"{_percent(estimate)}\n[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
 def _unique(values: Sequence[str]) -> list[str]:
@@ -72,32 +72,21 @@ def summary(scores: Sequence[Scores]) -> Table:
 
 def details(scores: Sequence[Scores]) -> Table:
     """Every data set with its models below each other: intervals, both modes of the judge, length, truncation."""
-    table = Table(title="in percent, with 95 % intervals (bootstrap over problems)", box=box.SIMPLE_HEAD)
-    for head in (
-        "data set",
-        "model",
-        "problems x n",
-        "pass@1",
-        "maj@n",
-        "pass@n",
-        "pass@1, strict",
-        "tokens",
-        "cut off",
-    ):
-        table.add_column(head, justify="left" if head in ("data set", "model") else "right")
+    table = Table(title="in percent, with 95 % intervals: bootstrap over problems", box=box.SIMPLE_HEAD)
+    for head in ("data set", "model"):
+        table.add_column(head, overflow="fold")
+    for head in ("pass@1", "maj@n", "pass@n", "pass@1\nstrict", "tokens", "cut\noff"):
+        table.add_column(head, justify="right", no_wrap=True)
     for name in _unique([entry.name for entry in scores]):
         for entry in (e for e in scores if e.name == name):
             lenient, strict = (entry.metrics[mode] for mode in MODES)
             table.add_row(
-                name,
+                f"{name}\n{entry.problems} x {entry.samples}",
                 entry.model,
-                f"{entry.problems} x {entry.samples}",
-                _interval(lenient["pass@1"]),
-                _interval(lenient[f"maj@{entry.samples}"]),
-                _interval(lenient[f"pass@{entry.samples}"]),
-                _interval(strict["pass@1"]),
+                *(_interval(lenient[key]) for key in ("pass@1", f"maj@{entry.samples}", f"pass@{entry.samples}")),
+                _percent(strict["pass@1"]),
                 f"{entry.response_length.value:.0f}",
-                f"{_percent(entry.truncated_share)} %",
+                _percent(entry.truncated_share),
             )
     return table
 

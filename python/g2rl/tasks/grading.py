@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from types import TracebackType
 
 from g2rl.tasks.answers import extract_answer
 from g2rl.tasks.base import FiniteTask
@@ -30,6 +31,14 @@ class Judge(ABC):
 
     def close(self) -> None:  # noqa: B027  # only some judges hold processes
         """Free what judging needed. Safe to call twice."""
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class MathJudge(Judge):
@@ -68,7 +77,7 @@ class ChoiceJudge(Judge):
         return [answer == problem.answer for problem, answer in zip(problems, answers, strict=True)]
 
 
-JUDGES = {"math": MathJudge, "choice": ChoiceJudge}
+JUDGES: dict[str, type[Judge]] = {"math": MathJudge, "choice": ChoiceJudge}
 
 
 class JudgedTask(FiniteTask):

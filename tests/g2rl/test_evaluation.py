@@ -1,0 +1,387 @@
+"""Suites: their settings, sampling that survives a kill, scores by hand, and what is shown."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from g2rl.cli import main
+from g2rl.config import ConfigError, ModelConfig, RolloutConfig
+from g2rl.evaluation.command import digest, labels
+from g2rl.evaluation.results import plot_pass_at_k, write_results
+from g2rl.evaluation.samples import Sample, provenance, sample_all
+from g2rl.evaluation.scores import Estimate, Scores, bootstrap, score, sizes
+from g2rl.evaluation.suite import Settings, read_suite
+from g2rl.model import load_model
+from g2rl.rollout import Sampler
+from g2rl.tasks.data_sets import DATA_SETS
+from g2rl.tasks.grading import ChoiceJudge, MathJudge
+from g2rl.types import Episode, Problem
+from tests.g2rl.conftest import build_model
+
+ROOT = Path(__file__).parents[2]
+PROBLEMS = [Problem(f"amc23:{i}", f"What is {i} + {i}?", str(2 * i)) for i in range(1, 6)]
+
+
+def settings(**changes: Any) -> Settings:
+    (made,) = read_suite("amc23", {"samples": 3, "batch_size": 4, "max_tokens": 8, **changes})
+    return made
+
+
+class ScriptedSampler:
+    """Answers with what the seed says; may die in the middle."""
+
+    def __init__(self, batches: int | None = None) -> None:
+        self.batches = batches
+        self.drawn: list[tuple[str, int]] = []
+
+    def sample_each(
+        self, problems: Sequence[Problem], seeds: Sequence[int], temperature: float, top_p: float
+    ) -> list[Episode]:
+        if self.batches == 0:
+            raise KeyboardInterrupt
+        if self.batches is not None:
+            self.batches -= 1
+        self.drawn += [(problem.id, seed) for problem, seed in zip(problems, seeds, strict=True)]
+        return [
+            Episode(problem, (1,), (seed % 7, 2), f"So \\boxed{{{seed % 7}}} \ud800", seed % 3 > 0)
+            for problem, seed in zip(problems, seeds, strict=True)
+        ]
+
+
+def run(path: Path, sampler: Any, **changes: Any) -> list[list[Sample]]:
+    chosen = settings(**changes)
+    advanced: list[int] = []
+    made = sample_all(path, sampler, PROBLEMS, chosen, provenance(chosen, PROBLEMS, {"weights": "w"}), advanced.append)
+    assert sum(advanced) == len(PROBLEMS) * chosen.samples
+    return made
+
+
+class TestSamples:
+    def test_every_response_has_its_own_seed(self, tmp_path: Path) -> None:
+        sampler = ScriptedSampler()
+        samples = run(tmp_path / "s.jsonl", sampler)
+        assert [[sample.sample for sample in row] for row in samples] == [[0, 1, 2]] * 5
+        assert [row[0].problem for row in samples] == [problem.id for problem in PROBLEMS]
+        assert len({seed for _, seed in sampler.drawn}) == 15
+        other = ScriptedSampler()
+        run(tmp_path / "other.jsonl", other, seed=1)
+        assert not set(sampler.drawn) & set(other.drawn)
+
+    def test_a_kill_at_any_byte_changes_nothing(self, tmp_path: Path) -> None:
+        whole = ScriptedSampler()
+        expected = run(tmp_path / "whole.jsonl", whole)
+        content = (tmp_path / "whole.jsonl").read_bytes()
+        lines = content.count(b"\n") - 1
+        for cut in range(0, len(content) + 1, 7):
+            path = tmp_path / "cut.jsonl"
+            path.write_bytes(content[:cut])
+            again = ScriptedSampler()
+            assert run(path, again) == expected
+            assert sorted(path.read_bytes().splitlines()[1:]) == sorted(content.splitlines()[1:])
+            # Only batches that lack a sample are drawn again: at most one that was begun, and what comes after it.
+            left = max(0, content[:cut].count(b"\n") - 1)
+            assert len(again.drawn) == lines - left // 4 * 4 if left < lines else not again.drawn
+
+    def test_killed_twice(self, tmp_path: Path) -> None:
+        expected = run(tmp_path / "whole.jsonl", ScriptedSampler())
+        for batches in (1, 2):
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "killed.jsonl", ScriptedSampler(batches))
+        last = ScriptedSampler()
+        assert run(tmp_path / "killed.jsonl", last) == expected
+        assert len(last.drawn) == 3  # 15 samples, 12 of them in the three batches before
+        assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+    def test_more_samples_and_problems_keep_those_there(self, tmp_path: Path) -> None:
+        few = run(tmp_path / "s.jsonl", ScriptedSampler(), samples=2)
+        more = run(tmp_path / "s.jsonl", ScriptedSampler(), samples=6)
+        assert [row[:2] for row in more] == few
+        assert more == run(tmp_path / "at-once.jsonl", ScriptedSampler(), samples=6)
+
+    @pytest.mark.parametrize("change", [{"temperature": 0.5}, {"max_tokens": 9}, {"seed": 3}, {"batch_size": 2}])
+    def test_other_settings_do_not_mix(self, tmp_path: Path, change: dict[str, Any]) -> None:
+        run(tmp_path / "s.jsonl", ScriptedSampler())
+        (key, value) = next(iter(change.items()))
+        with pytest.raises(ConfigError, match=f"out: expected samples with {key} = {value}, found .*--out"):
+            run(tmp_path / "s.jsonl", ScriptedSampler(), **change)
+
+    def test_other_problems_or_weights_do_not_mix(self) -> None:
+        chosen = settings()
+        first = provenance(chosen, PROBLEMS, {"weights": "w"})
+        assert first == provenance(settings(samples=9, limit=1), PROBLEMS, {"weights": "w"})
+        assert first != provenance(chosen, PROBLEMS[:-1], {"weights": "w"})
+        assert first != provenance(chosen, PROBLEMS, {"weights": "v"})
+
+    @pytest.mark.parametrize("line", ["{", "[1]", '{"problem": "a"}'])
+    def test_damage_is_named_by_file_and_line(self, tmp_path: Path, line: str) -> None:
+        run(tmp_path / "s.jsonl", ScriptedSampler())
+        rows = (tmp_path / "s.jsonl").read_text().splitlines()
+        rows[2] = line
+        (tmp_path / "s.jsonl").write_text("\n".join(rows) + "\n")
+        with pytest.raises(ConfigError, match="s.jsonl:3: expected a sample as a JSON object"):
+            run(tmp_path / "s.jsonl", ScriptedSampler())
+
+
+def test_a_seed_gives_the_same_response_in_any_batch(tiny_model: Path) -> None:
+    model, tokenizer = load_model(ModelConfig(path=str(tiny_model)))
+    sampler = Sampler(model, tokenizer, RolloutConfig(max_new_tokens=12, dtype="float32"))
+    # Prompts of one length: padding would move sums by rounding.
+    together = sampler.sample_each(PROBLEMS, range(5), 1.0, 1.0)
+    assert len({episode.text for episode in together}) == 5
+    assert [sampler.sample_each([p], [i], 1.0, 1.0)[0] for i, p in enumerate(PROBLEMS)] == together
+    assert sampler.sample_each(PROBLEMS[::-1], range(4, -1, -1), 1.0, 1.0)[::-1] == together
+
+
+def sample(problem: int, text: str, tokens: int = 10, finished: bool = True) -> Sample:
+    return Sample(PROBLEMS[problem].id, 0, text, tokens, finished)
+
+
+def test_scores_by_hand() -> None:
+    samples = [
+        [sample(0, r"\boxed{2}"), sample(0, "The answer is 2."), sample(0, r"\boxed{3}"), sample(0, "What?", 20)],
+        [sample(1, r"\boxed{5}"), sample(1, r"\boxed{5}"), sample(1, "So it is 4", 90, False), sample(1, "4")],
+    ]
+    with MathJudge() as judge:
+        scores = score("m", "amc23", PROBLEMS[:2], samples, judge)
+    assert (scores.problems, scores.samples) == (2, 4)
+    values = {mode: {key: e.value for key, e in by_key.items()} for mode, by_key in scores.metrics.items()}
+    assert list(values) == ["lenient", "strict"]
+    # Lenient: 2 and 1 of 4 right. Two of 4 hold a right one in 1 - C(2,2)/C(4,2) and 1 - C(3,2)/C(4,2) of the pairs.
+    lenient = {"pass@1": (2 / 4 + 1 / 4) / 2, "pass@2": (5 / 6 + 3 / 6) / 2, "pass@4": 1.0, "maj@4": 0.5}
+    assert {key: values["lenient"][key] for key in lenient} == pytest.approx(lenient)
+    # Strict: 1 and 0 of 4; of the first problem's votes "2" and "3" are equally many.
+    strict = {"pass@1": 1 / 8, "pass@2": (3 / 6) / 2, "pass@4": 0.5, "maj@4": 0.25}
+    assert {key: values["strict"][key] for key in strict} == pytest.approx(strict)
+    assert scores.response_length.value == pytest.approx((50 / 4 + 120 / 4) / 2)
+    assert scores.truncated_share.value == pytest.approx(1 / 8)
+    # Two problems: a resample holds one of them twice half of the time, so the interval spans both their values.
+    pass_at_1 = scores.metrics["lenient"]["pass@1"]
+    assert (pass_at_1.low, pass_at_1.high) == pytest.approx((1 / 4, 2 / 4))
+
+
+def test_choices_vote_by_letter() -> None:
+    problem = Problem("p", "", "B", {"options": ["Paris", "Rome", "Oslo"]})
+    texts = ["The answer is (B).", "Rome", r"\boxed{C}"]
+    scores = score("m", "mmlu_pro", [problem], [[Sample("p", i, text, 1, True) for i, text in enumerate(texts)]],
+                   ChoiceJudge())  # fmt: skip
+    assert scores.metrics["lenient"]["maj@3"].value == 1.0
+    assert scores.metrics["lenient"]["pass@1"].value == pytest.approx(2 / 3)
+    assert scores.metrics["strict"]["pass@3"].value == 0.0
+
+
+def test_bootstrap() -> None:
+    """50 of 100 right: normal intervals 0.5 +- 1.96 * 0.05; the quantiles of 2000 draws err by about 0.003 * 1.2."""
+    values = np.stack([np.arange(100) % 2, np.ones(100), np.arange(100)], axis=1)
+    half, one, mean = bootstrap(values)
+    assert half.value == 0.5
+    assert (half.low, half.high) == pytest.approx((0.402, 0.598), abs=0.015)
+    assert one == Estimate(1.0, 1.0, 1.0)
+    assert mean.value == 49.5
+    assert (mean.low, mean.high) == pytest.approx((49.5 - 1.96 * 2.887, 49.5 + 1.96 * 2.887), abs=0.9)
+    assert bootstrap(values) == [half, one, mean]
+
+
+@pytest.mark.parametrize("n, expected", [(1, [1]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
+def test_sizes(n: int, expected: list[int]) -> None:
+    assert sizes(n) == expected
+
+
+class TestSuite:
+    def test_names_and_flags(self) -> None:
+        first, second = read_suite("math500, aime24", {"samples": 4, "limit": None})
+        assert (first.name, second.name) == ("math500", "aime24")
+        assert (first.samples, first.temperature, first.limit) == (4, 0.8, None)
+
+    def test_flags_override_the_file_and_sets_the_suite(self, tmp_path: Path) -> None:
+        file = tmp_path / "suite.yaml"
+        file.write_text("samples: 8\nmax_tokens: 100\nsets:\n  math500: {}\n  gpqa: {samples: 32, max_tokens: 50}\n")
+        read = read_suite(str(file), {"max_tokens": 10})
+        assert [(s.name, s.samples, s.max_tokens) for s in read] == [("math500", 8, 10), ("gpqa", 32, 10)]
+
+    def test_the_papers_suite(self) -> None:
+        read = {s.name: s for s in read_suite(str(ROOT / "configs/suites/paper.yaml"), {})}
+        assert list(read) == ["math500", "amc23", "aime24", "aime25", "gpqa", "mmlu_pro"]
+        assert (read["aime25"].samples, read["gpqa"].samples, read["mmlu_pro"].samples) == (16, 32, 1)
+        assert {s.temperature for s in read.values()} == {0.8}
+        assert read["math500"].system_prompt.endswith("\\boxed{}.")
+
+    @pytest.mark.parametrize(
+        "suite, flags, message",
+        [
+            ("math-500", {}, "suite: expected names from math, .* found 'math-500'; did you mean math500"),
+            ("AIME_2024", {}, "did you mean aime2"),
+            ("mmlu", {}, "did you mean mmlu_pro"),
+            ("zzz", {}, "found 'zzz'$"),
+            ("", {}, "suite: expected names of data sets or a YAML file with sets, found ''"),
+            ("nowhere.yaml", {}, "expected a YAML file, found nothing at 'nowhere.yaml'"),
+            ("amc23", {"samples": 0}, "samples of amc23: expected 1 or more, found 0"),
+            ("amc23", {"temperature": -1.0}, "temperature of amc23: expected 0 or greater"),
+            ("amc23", {"limit": 0}, "limit of amc23"),
+        ],
+    )
+    def test_bad_suites(self, suite: str, flags: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            read_suite(suite, flags)
+
+    def test_unknown_keys_of_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "suite.yaml").write_text("sets: {math500: {sample: 3}}\n")
+        with pytest.raises(ConfigError, match="sets.math500.sample: Key 'sample' not in 'SetConfig'"):
+            read_suite(str(tmp_path / "suite.yaml"), {})
+
+
+def estimates(**values: float) -> dict[str, Estimate]:
+    return {key.replace("_at_", "@"): Estimate(v, v - 0.1, v + 0.1) for key, v in values.items()}
+
+
+def test_what_is_shown(tmp_path: Path) -> None:
+    strict = estimates(pass_at_1=0.1, pass_at_2=0.2, maj_at_1=0.1, maj_at_2=0.1)
+    scores = [
+        Scores(model, name, 5, 2, {"lenient": estimates(pass_at_1=p, pass_at_2=p + 0.2, maj_at_1=p, maj_at_2=p + 0.1),
+                                   "strict": strict}, Estimate(12.4, 10, 15), Estimate(0.25, 0.2, 0.3))
+        for model, p in (("grpo", 0.3), ("g2rl", 0.5)) for name in ("amc23", "aime24")
+    ]  # fmt: skip
+    tables = write_results(tmp_path, scores, [settings()])
+    assert len(tables) == 2
+    text = (tmp_path / "results.txt").read_text(encoding="utf-8")
+    assert "30.0 / 40.0 / 50.0" in text
+    assert "50.0 / 60.0 / 70.0" in text
+    assert "[20.0, 40.0]" in text
+    console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))
+    console.print(tables[1])
+    assert "[20.0, 40.0]" in console.export_text()  # whole on a narrow terminal
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert set(record["judge"]) == set(record["results"][0]["metrics"]) == {"lenient", "strict"}
+    assert record["results"][2]["metrics"]["lenient"]["pass@2"] == pytest.approx(
+        {"value": 0.7, "low": 0.6, "high": 0.8}
+    )
+    assert record["settings"][0]["temperature"] == 0.8
+    assert (tmp_path / "pass_at_k.png").stat().st_size > 10_000
+    amc, aime = plot_pass_at_k(scores).axes[:2]
+    assert (amc.get_title(), aime.get_title()) == ("amc23", "aime24")
+    assert [list(line.get_ydata()) for line in amc.lines] == [[0.3, 0.5], [0.5, 0.7]]
+
+
+@pytest.mark.parametrize(
+    "paths, expected",
+    [
+        (["smollm2"], ["smollm2"]),
+        (["Qwen/Qwen3-1.7B", "/models/mine"], ["Qwen3-1.7B", "mine"]),
+        (["/a/final", "/b/final"], ["a-final", "b-final"]),
+        (["/runs/g2rl/checkpoints/step-000030"], ["g2rl-step-000030"]),
+    ],
+)
+def test_labels(paths: list[str], expected: list[str]) -> None:
+    assert labels(paths) == expected
+
+
+def test_digests_tell_weights_apart(tiny_model: Path) -> None:
+    model, _ = load_model(ModelConfig(path=str(tiny_model)))
+    before = digest(model)
+    assert before == digest(load_model(ModelConfig(path=str(tiny_model)))[0])
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1e-3
+    assert digest(model) != before
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Iterator[Path]:
+    rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
+    (tmp_path / "amc23.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    yield tmp_path
+
+
+def command(model: Path, data: Path, out: str, *more: str) -> list[str]:
+    return ["eval", str(model), "rollout.dtype=float32", "--suite", "amc23", "--data", str(data), "--samples", "4",
+            "--max-tokens", "12", "--limit", "6", "--batch-size", "3", "--out", str(data / out), *more]  # fmt: skip
+
+
+def test_sigkill_twice(tmp_path: Path) -> None:
+    """Killed at no chosen moment, in a process of its own that only sleeps where a model would work."""
+    program = f"""
+import sys, time
+sys.path[:] = {sys.path!r}
+from pathlib import Path
+from tests.g2rl.test_evaluation import ScriptedSampler, run
+
+class Slow(ScriptedSampler):
+    def sample_each(self, *arguments):
+        time.sleep(0.02)
+        return super().sample_each(*arguments)
+
+run(Path({str(tmp_path / "killed.jsonl")!r}), Slow(), samples=100)
+"""
+    path = tmp_path / "killed.jsonl"
+    for least in (50, 200):
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 60
+        while not (path.exists() and path.read_bytes().count(b"\n") >= least):
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert least <= path.read_bytes().count(b"\n") < 500
+    assert run(path, ScriptedSampler(), samples=100) == run(tmp_path / "whole.jsonl", ScriptedSampler(), samples=100)
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_model_goes_on_where_its_samples_end(tiny_model: Path, data: Path) -> None:
+    """From a file torn in the middle of a batch, the same results as at once."""
+    assert main(command(tiny_model, data, "whole")) == 0
+    samples = f"{tiny_model.name}/amc23.jsonl"
+    whole = (data / "whole" / samples).read_bytes()
+    assert whole.count(b"\n") == 1 + 6 * 4
+    (data / "torn" / samples).parent.mkdir(parents=True)
+    (data / "torn" / samples).write_bytes(whole[: len(whole) * 2 // 5])
+    assert main(command(tiny_model, data, "torn")) == 0
+    for file in (samples, "results.json", "results.txt"):
+        assert (data / "torn" / file).read_bytes() == (data / "whole" / file).read_bytes()
+
+
+def test_several_models_side_by_side(tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = build_model(data / "other", seed=1)
+    arguments = command(tiny_model, data, "out", "--limit", "2")
+    arguments.insert(2, str(other))
+    assert main(arguments) == 0
+    assert "other" in capsys.readouterr().out
+    record = json.loads((data / "out" / "results.json").read_text())
+    assert [(r["model"], r["name"], r["problems"], r["samples"]) for r in record["results"]] == [
+        (tiny_model.name, "amc23", 2, 4),
+        ("other", "amc23", 2, 4),
+    ]
+    assert main(command(tiny_model, data, "out", "--temperature", "0.5")) == 2
+    assert "out: expected samples with temperature = 0.5, found 0.8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["MODEL", "--suite", "amc32"], "found 'amc32'; did you mean amc23 or"),
+        (["MODEL", "--suite", "aime24", "--data", "DATA"], "expected aime24.jsonl or aime24_train.jsonl in"),
+        (["MODEL", "--suite", "amc23", "--data", "DATA", "--max-tokens", "256"], "model's context of 256 tokens"),
+        (["MODEL", "MODEL", "--suite", "amc23", "--data", "DATA"], "checkpoint: expected different models"),
+        (["MODEL", "--samples", "3"], "suite: expected --suite with data sets, found --samples without it"),
+        (["MODEL", "smollm2"], "suite: expected --suite with data sets, found 2 checkpoints without it"),
+        (["eval.samples=3"], "checkpoint: expected a checkpoint, a run's folder or a model, found none"),
+    ],
+)
+def test_bad_commands(
+    arguments: list[str], message: str, tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"MODEL": str(tiny_model), "DATA": str(data)}
+    assert main(["eval", *(names.get(text, text) for text in arguments), "--out", str(data / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_data_set_can_be_named() -> None:
+    assert [s.name for s in read_suite(",".join(DATA_SETS), {})] == list(DATA_SETS)
