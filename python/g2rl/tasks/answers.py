@@ -90,6 +90,12 @@ def extract_tagged(text: str) -> str | None:
     return text[start + len("<answer>") : end].strip()
 
 
+def after_thinking(text: str) -> str:
+    """Return what follows the last ``</think>``; nothing of a ``<think>`` that never ends."""
+    text = text[-MAX_TEXT:].rpartition("</think>")[2]
+    return "" if "<think>" in text else text
+
+
 def unwrap_text(answer: str) -> str:
     r"""Return ``word`` for an answer that is ``\text{word}`` as a whole, any other unchanged."""
     match = _WRAPPER.fullmatch(answer.strip())

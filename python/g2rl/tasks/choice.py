@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from g2rl.tasks.answers import boxed_spans, canonical, extract_tagged, without_wrappers
+from g2rl.tasks.answers import after_thinking, boxed_spans, canonical, extract_tagged, without_wrappers
 
 LETTERS = "ABCDEFGHIJ"
 WINDOW = 20_000
@@ -110,7 +110,7 @@ def claimed_letter(response: str, options: Sequence[str] = ()) -> str | None:
         options: the options' texts, at most ten; an answer that quotes one of them claims its letter. Without them
             only letters are read.
     """
-    text = response[-WINDOW:]
+    text = after_thinking(response)[-WINDOW:]
     texts = _option_keys(options)
     plain = _plain(text)
     claims = set().union(*(_read(content, texts) for content in _contents(text)), _stated(plain, texts), _judged(plain))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from g2rl.tasks.answers import boxed_spans, canonical, extract_boxed, extract_tagged, last_number
+from g2rl.tasks.answers import after_thinking, boxed_spans, canonical, extract_boxed, extract_tagged, last_number
 
 WINDOW = 20_000
 """Characters of a response without a box that are searched, counted from its end."""
@@ -29,33 +29,36 @@ _PHRASE = re.compile(
     r"(?:(?:therefore|thus|then|hence|simply|just|indeed)\s{1,3})?|^####\s{1,3}",
     re.IGNORECASE | re.MULTILINE,
 )
-_CLAUSE = re.compile(r"[.,;:!?\n]|\b(?:so|thus|therefore|hence|then|but|and)\b", re.IGNORECASE)
+_CLAUSE = re.compile(r"[.;:!?\n]|,(?![0-9])|\b(?:so|thus|therefore|hence|then|but|and|which|it['’]s)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[^\s.])[.!?](?=\s|$)|\n[^\S\n]*\n")
 _REASON = re.compile(r",?\s(?:because|since|as|where|which|by|using|from|for|so|with)\s", re.IGNORECASE)
-_NO_ANSWER = re.compile(
-    r"\b(?:not|no|never|neither|nor|wrong|incorrect|false|if|whether|unless|when|suppos\w+|assum\w+|maybe|perhaps|"
-    r"could|might|may|cannot|between)\b|n['’]t\b|\?",
+_SUPPOSED = re.compile(
+    r"\b(?:if|whether|unless|when|suppos\w+|assum\w+|maybe|perhaps|could|might|may|between|either|neither)\b|\?",
     re.IGNORECASE,
 )
+_DENIED = re.compile(r"\b(?:not|no|never|nor|wrong|incorrect|false|cannot)\b|n['’]t\b", re.IGNORECASE)
 _HEDGE = re.compile(r"(?:[\s,;/&]|\b(?:or|and)\b)*", re.IGNORECASE)
-_NUMBER = r"[-\u2212]?\\?\$?[0-9](?:[0-9.,/]*[0-9])?(?![0-9A-Za-z^*/(\\{_])"
+_UNIT = r"(?:\s?(?:[%€£¥°]|[ckm]?m[²³]|[ckm]m\b|kg\b|mg\b|ml\b|mph\b))?"
+_NUMBER = rf"([-\u2212]?\\?\$?[0-9](?:[0-9.,/]*[0-9])?)(?![0-9^*/(\\{{_]){_UNIT}(?![A-Za-z])"
 # What makes another number of the one before it, or says that it is no exact one.
 _MORE = (
-    r"(?!.*(?:[0-9=^*\\]|\b(?:pi|root|roots|sqrt|square|squared|cubed|power|times|plus|minus|over|or|and|than|half|"
+    r"(?!.*(?:[0-9=^*\\]|\b(?:is|was|are|were|has|had|of|pi|root|roots|sqrt|square|squared|cubed|power|times|plus|minus|over|or|and|than|half|"
     r"thirds?|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|degrees? of freedom)\b))"
 )
-_STARTS_WITH_NUMBER = re.compile(rf"(?:[A-Za-z]\s?=\s?)?({_NUMBER})\s?%?(?:\s{_MORE}[^\n]{{0,{_MAX_WORDS}}})?$")
+_WORDS = rf"(?:\s{_MORE}[^\n]{{0,{_MAX_WORDS}}})?"
+_STARTS_WITH_NUMBER = re.compile(rf"(?:[A-Za-z]\s?=\s?)?{_NUMBER}{_WORDS}$")
 _ENDS_WITH_NUMBER = re.compile(
-    r"(?:=|\b(?:is|are|equals?|gets?|becomes?|has|have|costs?|makes?|total of|gives?|yields?|be|takes?|left with)\b)"
-    rf"\s?({_NUMBER})\s?%?(?:\s{_MORE}[^\n]{{0,{_MAX_WORDS}}})?$"
+    r"(?:=|\b(?:is|are|equals?|gets?|becomes?|has|have|costs?|makes?|total of|gives?|yields?|be|takes?|left with)\b"
+    rf"|\bit['’]s)\s?{_NUMBER}{_WORDS}$"
 )
+_GROUPED = re.compile(r"[0-9]{1,3}(?:[ \u00a0\u202f][0-9]{3})+")
 
 
 def lenient_answer(response: str) -> str | None:
     """Return the final answer of a response, boxed or not, None if it has none or leaves a choice."""
     if _BOX.search(response):
         return None if _two_boxes(response) else extract_boxed(response)
-    text = response[-WINDOW:]
+    text = after_thinking(response)[-WINDOW:]
     tagged = extract_tagged(text)
     text = _MARKUP.sub("", text if tagged is None else f"The answer is {tagged}")
     stated = [_stated(text, match) for match in list(_PHRASE.finditer(text))[-_MAX_PHRASES:]]
@@ -100,7 +103,7 @@ def _stated(text: str, phrase: re.Match[str]) -> str | None:
     """Return the answer that follows a phrase, None if what follows is no single answer."""
     before = _CLAUSE.split(text[max(0, phrase.start() - 80) : phrase.start()])[-1]
     sentence = _first_sentence(text[phrase.end() : phrase.end() + _MAX_SENTENCE].strip())
-    if _NO_ANSWER.search(before) or _NO_ANSWER.search(_outside(sentence)):
+    if any(deny.search(part) for deny in (_SUPPOSED, _DENIED) for part in (before, _outside(sentence))):
         return None
     return _only_answer(_REASON.split(sentence)[0].strip(" :"))
 
@@ -128,13 +131,15 @@ def _only_answer(sentence: str) -> str | None:
 
 def _concluded(text: str) -> str | None:
     """Return what a response without such a phrase ends with: the formulas of its last sentence, else a number."""
-    if len(text) <= _MAX_SENTENCE and not _WORD.search(_outside(text)):
-        return _only_answer(text.rstrip("."))
     sentence = _last_sentence(text)
-    outside = _outside(sentence)
-    if _NO_ANSWER.search(outside):
+    if _SUPPOSED.search(_outside(sentence)) or _DENIED.search(_CLAUSE.split(_outside(sentence))[-1]):
         return None
     formulas = _formulas(sentence)
+    short = len(text) <= _MAX_WORDS and not formulas
+    if short or (len(text) <= _MAX_SENTENCE and not _WORD.search(_outside(text))):
+        alone = _only_answer(text.rstrip(" ."))
+        if alone is not None:
+            return re.sub(r"\s", "", alone) if _GROUPED.fullmatch(alone) else alone
     if not formulas:
         number = _ENDS_WITH_NUMBER.search(sentence)
         return number[1] if number else None
