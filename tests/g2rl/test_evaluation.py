@@ -245,9 +245,9 @@ def estimates(**values: float) -> dict[str, Estimate]:
 
 
 def test_what_is_shown(tmp_path: Path) -> None:
-    strict = estimates(pass_at_1=0.1, pass_at_2=0.2, maj_at_1=0.1, maj_at_2=0.1)
+    strict = estimates(pass_at_1=0.1, pass_at_2=0.2, maj_at_2=0.1)
     scores = [
-        Scores(model, name, 5, 2, {"lenient": estimates(pass_at_1=p, pass_at_2=p + 0.2, maj_at_1=p, maj_at_2=p + 0.1),
+        Scores(model, name, 5, 2, {"lenient": estimates(pass_at_1=p, pass_at_2=p + 0.2, maj_at_2=p + 0.1),
                                    "strict": strict}, Estimate(12.4, 10, 15), Estimate(0.25, 0.2, 0.3))
         for model, p in (("grpo", 0.3), ("g2rl", 0.5)) for name in ("amc23", "aime24")
     ]  # fmt: skip

@@ -94,7 +94,7 @@ def details(scores: Sequence[Scores]) -> Table:
 def plot_pass_at_k(scores: Sequence[Scores]) -> Figure:
     """A panel a data set: pass@k against k, a line a model, its interval as a band."""
     names = _unique([entry.name for entry in scores])
-    columns = min(len(names), 3)
+    columns = 2 if len(names) in (2, 4) else min(len(names), 3)
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(max(6.5, 4.2 * columns), 0.6 + 3.4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()

@@ -1,4 +1,4 @@
-"""What the samples of a data set say: pass@k and maj@k in both modes of the judge, with confidence intervals."""
+"""What the samples of a data set say: pass@k and maj@n in both modes of the judge, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Scores:
     Attributes:
         model, name: label of the model, name of the data set.
         problems, samples: how many problems, and responses to each.
-        metrics: by judge's mode, then by ``pass@k`` and ``maj@k``.
+        metrics: by judge's mode, then ``pass@k`` for each k of `sizes`, and ``maj@n``.
         response_length: mean tokens of a response.
         truncated_share: share of responses that the token limit cut off.
     """
@@ -49,7 +49,7 @@ class Scores:
 
 
 def sizes(samples: int) -> list[int]:
-    """Return the k of pass@k and maj@k: powers of two up to the number of samples, and that number."""
+    """Return the k of pass@k: powers of two up to the number of samples, and that number."""
     return sorted({2**i for i in range(samples.bit_length())} | {samples})
 
 
@@ -78,7 +78,7 @@ def _metrics(
     votes = [None if answer is None else canonical(answer) for answer in answers]
     rows = [slice(i, i + n) for i in range(0, len(responses), n)]
     values = {f"pass@{k}": [pass_at_k(n, sum(right[row]), k) for row in rows] for k in sizes(n)}
-    values |= {f"maj@{k}": [maj_at_k(votes[row], right[row], k) for row in rows] for k in sizes(n)}
+    values[f"maj@{n}"] = [maj_at_k(votes[row], right[row], n) for row in rows]
     return dict(zip(values, bootstrap(np.transpose(list(values.values()))), strict=True))
 
 

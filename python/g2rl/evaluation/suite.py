@@ -28,7 +28,7 @@ class SetConfig:
 @dataclass(frozen=True)
 class SuiteConfig:
     samples: int = 16
-    """Responses sampled for each problem: n of pass@k and maj@k."""
+    """Responses sampled for each problem: n; pass@k is given for k up to n, and maj@n."""
     temperature: float = 0.8
     """Divides the logits; 0 decodes greedily."""
     top_p: float = 1.0

@@ -25,6 +25,13 @@ _TOKEN = re.compile(r"-?[0-9]+(?:[.,][0-9]+)*|\\[A-Za-z]+(?:\{[^{}]{0,200}\}){0,
 
 _SPACES = re.compile(r"\s*")
 
+_RECONSIDERED = re.compile(
+    r"\b(?:wait|actually|hold on|scratch that|on second thought|correction|let me re\w+|I made an? (?:error|mistake)"
+    r"|(?:that|this|it)(?:['’]s| is| was| seems| must be| can(?:no|['’])t be) (?:not right|not correct|wrong|incorrect"
+    r"|impossible))\b",
+    re.IGNORECASE,
+)
+
 _COMMA = r"(?:,(?:\\!)?|\{,\}|\\,)"
 _NUMBER = re.compile(
     r"(?P<sign>[-\u2212\u2013]?(?:\\?\$)?)"
@@ -94,6 +101,12 @@ def after_thinking(text: str) -> str:
     """Return what follows the last ``</think>``; nothing of a ``<think>`` that never ends."""
     text = text[-MAX_TEXT:].rpartition("</think>")[2]
     return "" if "<think>" in text else text
+
+
+def reconsiders(text: str, *claims: re.Pattern[str]) -> bool:
+    """Whether what follows the last match of `claims` in `text` takes it back: "Wait, that's wrong"."""
+    end = max((match.end() for claim in claims for match in claim.finditer(text)), default=0)
+    return _RECONSIDERED.search(text, end) is not None
 
 
 def unwrap_text(answer: str) -> str:

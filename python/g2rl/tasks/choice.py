@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from g2rl.tasks.answers import after_thinking, boxed_spans, canonical, extract_tagged, without_wrappers
+from g2rl.tasks.answers import after_thinking, boxed_spans, canonical, extract_tagged, reconsiders, without_wrappers
 
 LETTERS = "ABCDEFGHIJ"
 WINDOW = 20_000
@@ -27,7 +27,7 @@ _ENCLOSED = r"[(\[{]\s?([A-Ja-j])\s?[)\]}]"
 # A bare capital that is not part of a word, formula or name ("B-cells", "C = 2"), nor an article or the pronoun: after
 # a blank only words follow that go on about an answer.
 _BARE = (
-    r"([A-J])(?![A-Za-z0-9_'’^=(\[{<>/*+-]|\s{0,3}[-+*/^=]\s{0,3}[A-Za-z0-9]|\s{1,3}"
+    r"([A-J])(?![A-Za-z0-9_'’^=(\[{<>/*+–—-]|\s{0,3}[+*/^=]\s{0,3}[A-Za-z0-9]|\s{1,3}"
     r"(?!(?:because|since|as|due|given|which|so|and|or|but|not|rather|based|according)\b)[A-Za-z0-9])"
 )
 _SMALL = r"([a-j])(?=\s{0,3}[.)]?\s{0,3}(?:\n|$))"
@@ -35,10 +35,11 @@ _LETTER = rf"(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter|[Aa]nswer)\s{{1,3}})?(?:{_ENCLO
 _FIRST = re.compile(rf"\s{{0,3}}(?:(?:either|both|between|one of)\s{{1,3}})?{_LETTER}")
 _HEDGE = r"(?:\s|\b(?:and|or|maybe|perhaps|possibly|even|also|else|either)\b){0,6}"
 _NEXT = re.compile(
-    rf"[\s.…)]{{0,8}}(?:[,;/&+]|\b(?:and|or)\b){_HEDGE}{_LETTER}"
+    rf"[\s.…)]{{0,8}}(?:[,;/&+–—-]|\b(?:and|or)\b){_HEDGE}{_LETTER}|\s{{0,3}}{_ENCLOSED}"
     r"|[.)]?\s{1,3}([A-J])(?=[.)]?\s{0,3}(?:$|\n|[A-J](?![A-Za-z])))"
 )
 _ALTERNATIVE = re.compile(rf"(?:\b(?:or|and)\b|[;,/]){_HEDGE}(?:{_ENCLOSED}|([A-J])[):](?!\w))")
+_LINK = re.compile(r"^[\s)\].,:–—-]*(?:(?:i\.e\.|that is|namely|which is),?\s)?")
 _LABEL = re.compile(r"[(\[]?([A-J])([)\].:])\s{0,8}(\S.*)?$")
 
 _SUBJECT = (
@@ -74,6 +75,7 @@ _TAKEN_BACK = re.compile(
     re.IGNORECASE,
 )
 _REASON = re.compile(r"[.\n]|\b(?:because|since|as|while|whereas|rather|not|but|instead|unlike|which)\b", re.IGNORECASE)
+_BECAUSE = re.compile(r"[)\].,:]{0,2}\s{0,3}(?:because|since)\b")
 _DENIED = re.compile(
     r"\b(?:neither|except|eliminat\w*|rul\w+ out|exclud\w+|reject\w*|discard\w*|unlike|rather|instead|versus|vs|"
     r"contradict\w*|dismiss\w*|remov\w+|maybe|perhaps|possibly|could|might|may)\b|\?",
@@ -113,7 +115,10 @@ def claimed_letter(response: str, options: Sequence[str] = ()) -> str | None:
     text = after_thinking(response)[-WINDOW:]
     texts = _option_keys(options)
     plain = _plain(text)
-    claims = set().union(*(_read(content, texts) for content in _contents(text)), _stated(plain, texts), _judged(plain))
+    marked = set().union(*(_read(content, texts) for content in _contents(text)))
+    claims = marked | _stated(plain, texts) | _judged(plain)
+    if claims and not marked and reconsiders(plain, _PHRASE, _VERDICT):
+        return None
     if not claims:
         claims = _standing_alone(plain, texts) or _ending(text, plain)
     return claims.pop() if len(claims) == 1 else None
@@ -208,9 +213,8 @@ def _claim(line: str, texts: dict[str, str]) -> set[str]:
     rest = line[end:]
     if not letters or _TAKEN_BACK.match(rest):
         return set()
-    label = _LABEL.match(line)
-    if label and label[3]:
-        letters |= _quoted(label[3], texts)
+    # "(B) Paris", "B, that is Paris", "B (Paris)": the text may be another option's.
+    letters |= _quoted(_LINK.sub("", rest).strip(" ()[]"), texts)
     return letters | {_letter(match) for match in _ALTERNATIVE.finditer(_REASON.split(rest.lstrip(" )."))[0])}
 
 
@@ -236,7 +240,10 @@ def _standing_alone(plain: str, texts: dict[str, str]) -> set[str]:
 
 
 def _line(line: str, texts: dict[str, str]) -> set[str]:
-    """Return the letter of a line: letters, an option's text, or ``(B) text`` with that option's text."""
+    """Return the letter of a line: letters, also with a reason, an option's text, or ``(B) text`` with its own text."""
+    letters, end = _letters(line)
+    if letters and _BECAUSE.match(line, end):
+        return letters
     label = _LABEL.match(line)
     if not label or not label[3]:
         return _read(line, texts)

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import re
 
-from g2rl.tasks.answers import after_thinking, boxed_spans, canonical, extract_boxed, extract_tagged, last_number
+from g2rl.tasks.answers import (
+    after_thinking,
+    boxed_spans,
+    canonical,
+    extract_boxed,
+    extract_tagged,
+    last_number,
+    reconsiders,
+)
 
 WINDOW = 20_000
 """Characters of a response without a box that are searched, counted from its end."""
@@ -63,6 +71,8 @@ def lenient_answer(response: str) -> str | None:
     text = _MARKUP.sub("", text if tagged is None else f"The answer is {tagged}")
     stated = [_stated(text, match) for match in list(_PHRASE.finditer(text))[-_MAX_PHRASES:]]
     if stated:
+        if reconsiders(text, _PHRASE):
+            return None
         # A response that gives two different answers leaves the choice to its reader.
         return stated[0] if len({answer and canonical(answer) for answer in stated}) == 1 else None
     return _concluded(text.strip())
