@@ -65,7 +65,7 @@ def test_hub_columns(name: str, hub: list[tuple[Any, ...]]) -> None:
     (problem,) = load_problems(name, spec.test).values()
     assert hub == [(spec.path, spec.subset, spec.test)]
     assert problem.prompt.startswith("1 + 1?\n")
-    assert problem.id == f"{name}:1"
+    assert problem.id == f"{name}/{spec.test}:1"
     if spec.judge == "math":
         assert problem.answer in ("2", "2.0")
         assert problem.prompt.endswith("final answer within \\boxed{}.")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +19,18 @@ from g2rl.cli import main
 from g2rl.config import ConfigError, ModelConfig, RolloutConfig
 from g2rl.evaluation.command import digest, labels
 from g2rl.evaluation.results import plot_pass_at_k, write_results
-from g2rl.evaluation.samples import Sample, provenance, sample_all
+from g2rl.evaluation.samples import Sample, provenance
 from g2rl.evaluation.scores import Estimate, Scores, bootstrap, score, sizes
-from g2rl.evaluation.suite import Settings, read_suite
+from g2rl.evaluation.suite import read_suite
 from g2rl.model import load_model
 from g2rl.rollout import Sampler
 from g2rl.tasks.data_sets import DATA_SETS
 from g2rl.tasks.grading import ChoiceJudge, MathJudge
-from g2rl.types import Episode, Problem
+from g2rl.types import Problem
 from tests.g2rl.conftest import build_model
+from tests.g2rl.scripted_sampler import PROBLEMS, ScriptedSampler, run, settings
 
 ROOT = Path(__file__).parents[2]
-PROBLEMS = [Problem(f"amc23:{i}", f"What is {i} + {i}?", str(2 * i)) for i in range(1, 6)]
-
-
-def settings(**changes: Any) -> Settings:
-    (made,) = read_suite("amc23", {"samples": 3, "batch_size": 4, "max_tokens": 8, **changes})
-    return made
-
-
-class ScriptedSampler:
-    """Answers with what the seed says; may die in the middle."""
-
-    def __init__(self, batches: int | None = None) -> None:
-        self.batches = batches
-        self.drawn: list[tuple[str, int]] = []
-
-    def sample_each(
-        self, problems: Sequence[Problem], seeds: Sequence[int], temperature: float, top_p: float
-    ) -> list[Episode]:
-        if self.batches == 0:
-            raise KeyboardInterrupt
-        if self.batches is not None:
-            self.batches -= 1
-        self.drawn += [(problem.id, seed) for problem, seed in zip(problems, seeds, strict=True)]
-        return [
-            Episode(problem, (1,), (seed % 7, 2), f"So \\boxed{{{seed % 7}}} \ud800", seed % 3 > 0)
-            for problem, seed in zip(problems, seeds, strict=True)
-        ]
-
-
-def run(path: Path, sampler: Any, **changes: Any) -> list[list[Sample]]:
-    chosen = settings(**changes)
-    advanced: list[int] = []
-    made = sample_all(path, sampler, PROBLEMS, chosen, provenance(chosen, PROBLEMS, {"weights": "w"}), advanced.append)
-    assert sum(advanced) == len(PROBLEMS) * chosen.samples
-    return made
 
 
 class TestSamples:
@@ -295,13 +261,14 @@ def test_digests_tell_weights_apart(tiny_model: Path) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Iterator[Path]:
-    rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
-    (tmp_path / "amc23.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Multiple choice, whose judge starts no processes.
+    rows = [{"problem": f"What is {i} + {i}?", "answer": "B", "options": [str(i), str(2 * i)]} for i in range(8)]
+    (tmp_path / "mmlu_pro.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     yield tmp_path
 
 
 def command(model: Path, data: Path, out: str, *more: str) -> list[str]:
-    return ["eval", str(model), "rollout.dtype=float32", "--suite", "amc23", "--data", str(data), "--samples", "4",
+    return ["eval", str(model), "rollout.dtype=float32", "--suite", "mmlu_pro", "--data", str(data), "--samples", "4",
             "--max-tokens", "12", "--limit", "6", "--batch-size", "3", "--out", str(data / out), *more]  # fmt: skip
 
 
@@ -311,7 +278,7 @@ def test_sigkill_twice(tmp_path: Path) -> None:
 import sys, time
 sys.path[:] = {sys.path!r}
 from pathlib import Path
-from tests.g2rl.test_evaluation import ScriptedSampler, run
+from tests.g2rl.scripted_sampler import ScriptedSampler, run
 
 class Slow(ScriptedSampler):
     def sample_each(self, *arguments):
@@ -338,7 +305,7 @@ run(Path({str(tmp_path / "killed.jsonl")!r}), Slow(), samples=100)
 def test_a_model_goes_on_where_its_samples_end(tiny_model: Path, data: Path) -> None:
     """From a file torn in the middle of a batch, the same results as at once."""
     assert main(command(tiny_model, data, "whole")) == 0
-    samples = f"{tiny_model.name}/amc23.jsonl"
+    samples = f"{tiny_model.name}/mmlu_pro.jsonl"
     whole = (data / "whole" / samples).read_bytes()
     assert whole.count(b"\n") == 1 + 6 * 4
     (data / "torn" / samples).parent.mkdir(parents=True)
@@ -356,8 +323,8 @@ def test_several_models_side_by_side(tiny_model: Path, data: Path, capsys: pytes
     assert "other" in capsys.readouterr().out
     record = json.loads((data / "out" / "results.json").read_text())
     assert [(r["model"], r["name"], r["problems"], r["samples"]) for r in record["results"]] == [
-        (tiny_model.name, "amc23", 2, 4),
-        ("other", "amc23", 2, 4),
+        (tiny_model.name, "mmlu_pro", 2, 4),
+        ("other", "mmlu_pro", 2, 4),
     ]
     assert main(command(tiny_model, data, "out", "--temperature", "0.5")) == 2
     assert "out: expected samples with temperature = 0.5, found 0.8" in capsys.readouterr().err
@@ -368,8 +335,8 @@ def test_several_models_side_by_side(tiny_model: Path, data: Path, capsys: pytes
     [
         (["MODEL", "--suite", "amc32"], "found 'amc32'; did you mean amc23 or"),
         (["MODEL", "--suite", "aime24", "--data", "DATA"], "expected aime24.jsonl or aime24_train.jsonl in"),
-        (["MODEL", "--suite", "amc23", "--data", "DATA", "--max-tokens", "256"], "model's context of 256 tokens"),
-        (["MODEL", "MODEL", "--suite", "amc23", "--data", "DATA"], "checkpoint: expected different models"),
+        (["MODEL", "--suite", "mmlu_pro", "--data", "DATA", "--max-tokens", "256"], "model's context of 256 tokens"),
+        (["MODEL", "MODEL", "--suite", "mmlu_pro", "--data", "DATA"], "checkpoint: expected different models"),
         (["MODEL", "--samples", "3"], "suite: expected --suite with data sets, found --samples without it"),
         (["MODEL", "smollm2"], "suite: expected --suite with data sets, found 2 checkpoints without it"),
         (["eval.samples=3"], "checkpoint: expected a checkpoint, a run's folder or a model, found none"),

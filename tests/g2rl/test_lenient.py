@@ -49,6 +49,7 @@ CASES = [
     ("7", "It is $8$, not $7$.", False, "denied after another"),
     ("7", "If n is odd, it is 7.", False, "on a condition that comes first"),
     ("7", "The answer is 7. Wait, that's wrong.", False, "taken back"),
+    ("7", "A tempting answer is 7.", False, "tempting only"),
     ("7", "The answer is not $7$.", False, "denied"),
     ("7", "The answer isn't 7.", False, "denied, shortened"),
     ("7", "It is wrong that the answer is 7.", False, "denied from afar"),

@@ -25,6 +25,12 @@ _TOKEN = re.compile(r"-?[0-9]+(?:[.,][0-9]+)*|\\[A-Za-z]+(?:\{[^{}]{0,200}\}){0,
 
 _SPACES = re.compile(r"\s*")
 
+# Before "answer is": it is somebody else's, or none that is meant.
+NOT_MINE = (
+    r"\b(?:if|whether|unless|suppos\w+|assum\w+|imagine|let['’]s say|maybe|perhaps|might|could|may|possible|tempt\w+|"
+    r"worst|common|naive|initial\w*|previous|other|another|students?|his|her|their|not|never|no|nor|doubt|unlikely|"
+    r"wrong\w*|incorrect\w*|false\w*|why)\b|n['’]t\b"
+)
 _RECONSIDERED = re.compile(
     r"\b(?:wait|actually|hold on|scratch that|on second thought|correction|let me re\w+|I made an? (?:error|mistake)"
     r"|(?:that|this|it)(?:['’]s| is| was| seems| must be| can(?:no|['’])t be) (?:not right|not correct|wrong|incorrect"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from g2rl.tasks.answers import after_thinking, boxed_spans, canonical, extract_tagged, reconsiders, without_wrappers
+from g2rl.tasks.answers import NOT_MINE, after_thinking, boxed_spans, canonical, reconsiders, without_wrappers
 
 LETTERS = "ABCDEFGHIJ"
 WINDOW = 20_000
@@ -40,6 +40,7 @@ _NEXT = re.compile(
 )
 _ALTERNATIVE = re.compile(rf"(?:\b(?:or|and)\b|[;,/]){_HEDGE}(?:{_ENCLOSED}|([A-J])[):](?!\w))")
 _LINK = re.compile(r"^[\s)\].,:–—-]*(?:(?:i\.e\.|that is|namely|which is),?\s)?")
+_TAG = re.compile(r"<answer>([^<]{1,1000})</answer>")
 _LABEL = re.compile(r"[(\[]?([A-J])([)\].:])\s{0,8}(\S.*)?$")
 
 _SUBJECT = (
@@ -64,13 +65,9 @@ _BEFORE_VERDICT = re.compile(
     r"(?:^|[.,;:!?\n(]|\b(?:so|that|only|and|or|thus|therefore|hence|then|option|choice|answer))\s*$", re.IGNORECASE
 )
 _CLAUSE = re.compile(r"[.,;:!?\n]|\b(?:so|thus|therefore|hence|then|but|and)\b", re.IGNORECASE)
-_NOT_CLAIMED = re.compile(
-    r"\b(?:if|suppos\w+|assum\w+|whether|unless|say|imagine|not|never|no|nor|doubt|unlikely|wrong|incorrect|false|why|"
-    r"would)\b|n['’]t\b",
-    re.IGNORECASE,
-)
+_NOT_CLAIMED = re.compile(NOT_MINE, re.IGNORECASE)
 _TAKEN_BACK = re.compile(
-    r"[)\]}.]?\s{0,3}(?:\?|(?:is|was|would|seems|cannot|can['’]t)\b(?!\s{1,3}(?:the\s{1,3})?(?:correct|right|best))"
+    r"[)\]}]?\s{0,3}(?:\?|(?:is|was|would|seems|cannot|can['’]t)\b(?!\s{1,3}(?:the\s{1,3})?(?:correct|right|best))"
     r"|,?\s{0,3}(?:if|unless|when)\b)",
     re.IGNORECASE,
 )
@@ -78,7 +75,7 @@ _REASON = re.compile(r"[.\n]|\b(?:because|since|as|while|whereas|rather|not|but|
 _BECAUSE = re.compile(r"[)\].,:]{0,2}\s{0,3}(?:because|since)\b")
 _DENIED = re.compile(
     r"\b(?:neither|except|eliminat\w*|rul\w+ out|exclud\w+|reject\w*|discard\w*|unlike|rather|instead|versus|vs|"
-    r"contradict\w*|dismiss\w*|remov\w+|maybe|perhaps|possibly|could|might|may)\b|\?",
+    r"contradict\w*|dismiss\w*|remov\w+|possibly)\b|\?",
     re.IGNORECASE,
 )
 _THEREFORE = r"\b(?:so|thus|therefore|hence),?\s+(?:(?:it['’]s|it is|it must be|that['’]s)\s+)?"
@@ -115,7 +112,7 @@ def claimed_letter(response: str, options: Sequence[str] = ()) -> str | None:
     text = after_thinking(response)[-WINDOW:]
     texts = _option_keys(options)
     plain = _plain(text)
-    marked = set().union(*(_read(content, texts) for content in _contents(text)))
+    marked = set().union(*(_read(content, texts) for content in [*_boxes(text), *_TAG.findall(text)]))
     claims = marked | _stated(plain, texts) | _judged(plain)
     if claims and not marked and reconsiders(plain, _PHRASE, _VERDICT):
         return None
@@ -141,12 +138,6 @@ def _option_keys(options: Sequence[str]) -> dict[str, str]:
 
 def _boxes(text: str) -> list[str]:
     return [text[start:end] for start, end in boxed_spans(text) if end - start <= _MAX_CONTENT]
-
-
-def _contents(text: str) -> list[str]:
-    """Return what is marked as the answer: the content of every box and of the last ``<answer>``."""
-    tagged = extract_tagged(text)
-    return [*_boxes(text), *([] if tagged is None or len(tagged) > _MAX_CONTENT else [tagged])]
 
 
 def _letters(text: str) -> tuple[set[str], int]:
@@ -229,14 +220,15 @@ def _judged(plain: str) -> set[str]:
 
 
 def _standing_alone(plain: str, texts: dict[str, str]) -> set[str]:
-    """Return what the last line names or else the first, if it is no item of a list of options."""
+    """Return what the first and the last line name, unless they are items of a list of options."""
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
-    for i in {len(lines) - 1: None, 0: None} if lines else ():
-        found = _line(lines[i], texts) if len(lines[i]) <= _MAX_CONTENT else set()
-        others = [line for line in lines if line != lines[i] and len(line) <= _MAX_CONTENT]
-        if found and not any(_belongs(other, lines[i], texts) for other in others):
-            return found
-    return set()
+    lines = [line for line in lines if len(line) <= _MAX_CONTENT]
+    found: set[str] = set()
+    for line in {*lines[:1], *lines[-1:]}:
+        claim = _line(line, texts)
+        if claim and not any(_belongs(other, line, texts) for other in lines if other != line):
+            found |= claim
+    return found
 
 
 def _line(line: str, texts: dict[str, str]) -> set[str]:

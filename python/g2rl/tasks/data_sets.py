@@ -127,7 +127,7 @@ def load_problems(name: str, split: str, data: str | None = None, instruction: s
     problems: dict[str, Problem] = {}
     missing = total = 0
     for number, (place, row) in enumerate(_rows(name, split, data), 1):
-        problem = _problem(spec, f"{name}:{number}", place, row, instruction)
+        problem = _problem(spec, f"{name}/{split}:{number}", place, row, instruction)
         total = number
         if problem is None:
             missing += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 from g2rl.tasks.answers import (
+    NOT_MINE,
     after_thinking,
     boxed_spans,
     canonical,
@@ -40,6 +41,7 @@ _PHRASE = re.compile(
 _CLAUSE = re.compile(r"[.;:!?\n]|,(?![0-9])|\b(?:so|thus|therefore|hence|then|but|and|which|it['’]s)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[^\s.])[.!?](?=\s|$)|\n[^\S\n]*\n")
 _REASON = re.compile(r",?\s(?:because|since|as|where|which|by|using|from|for|so|with)\s", re.IGNORECASE)
+_NOT_MINE = re.compile(NOT_MINE, re.IGNORECASE)
 _SUPPOSED = re.compile(
     r"\b(?:if|whether|unless|when|suppos\w+|assum\w+|maybe|perhaps|could|might|may|between|either|neither)\b|\?",
     re.IGNORECASE,
@@ -113,7 +115,8 @@ def _stated(text: str, phrase: re.Match[str]) -> str | None:
     """Return the answer that follows a phrase, None if what follows is no single answer."""
     before = _CLAUSE.split(text[max(0, phrase.start() - 80) : phrase.start()])[-1]
     sentence = _first_sentence(text[phrase.end() : phrase.end() + _MAX_SENTENCE].strip())
-    if any(deny.search(part) for deny in (_SUPPOSED, _DENIED) for part in (before, _outside(sentence))):
+    outside = _outside(sentence)
+    if _NOT_MINE.search(before) or _SUPPOSED.search(outside) or _DENIED.search(outside):
         return None
     return _only_answer(_REASON.split(sentence)[0].strip(" :"))
 
