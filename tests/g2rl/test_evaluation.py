@@ -244,7 +244,8 @@ def test_what_is_shown(tmp_path: Path) -> None:
         (["smollm2"], ["smollm2"]),
         (["Qwen/Qwen3-1.7B", "/models/mine"], ["Qwen3-1.7B", "mine"]),
         (["/a/final", "/b/final"], ["a-final", "b-final"]),
-        (["/runs/g2rl/checkpoints/step-000030"], ["g2rl-step-000030"]),
+        (["/runs/g2rl/checkpoints/step-000030", "smollm2"], ["g2rl-step-000030", "smollm2"]),
+        (["a/x/checkpoints/step-000030", "b/x/checkpoints/step-000030"], ["a-x-step-000030", "b-x-step-000030"]),
     ],
 )
 def test_labels(paths: list[str], expected: list[str]) -> None:

@@ -127,10 +127,12 @@ def labels(paths: Sequence[str]) -> list[str]:
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ConfigError(f"checkpoint: expected different models, found {twice!r} twice")
     parts = [[part for part in Path(path).parts if part not in ("/", "checkpoints")] for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["-".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(names) and not any(name.startswith("step-") for name in names):
-            return names
+    names: list[str] = []
+    for more in range(max(map(len, parts))):
+        # A checkpoint's own name, step-000030, says little without its run's.
+        names = ["-".join(part[-1 - more - part[-1].startswith("step-") :]) for part in parts]
+        if len(set(names)) == len(names):
+            break
     return names
 
 

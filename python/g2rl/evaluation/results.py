@@ -73,16 +73,14 @@ def summary(scores: Sequence[Scores]) -> Table:
 def details(scores: Sequence[Scores]) -> Table:
     """Every data set with its models below each other: intervals, both modes of the judge, length, truncation."""
     table = Table(title="in percent, with 95 % intervals: bootstrap over problems", box=box.SIMPLE_HEAD)
-    for head in ("data set", "model"):
-        table.add_column(head, overflow="fold")
+    table.add_column("problems x n\nmodel", overflow="fold")
     for head in ("pass@1", "maj@n", "pass@n", "pass@1\nstrict", "tokens", "cut\noff"):
         table.add_column(head, justify="right", no_wrap=True)
     for name in _unique([entry.name for entry in scores]):
         for entry in (e for e in scores if e.name == name):
             lenient, strict = (entry.metrics[mode] for mode in MODES)
             table.add_row(
-                f"{name}\n{entry.problems} x {entry.samples}",
-                entry.model,
+                f"{name}  {entry.problems} x {entry.samples}\n{entry.model}",
                 *(_interval(lenient[key]) for key in ("pass@1", f"maj@{entry.samples}", f"pass@{entry.samples}")),
                 _percent(strict["pass@1"]),
                 f"{entry.response_length.value:.0f}",
