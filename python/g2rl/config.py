@@ -256,14 +256,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: no such file, not YAML, an unknown key, or a value of the wrong type or out of range.
     """
-    config = read_structured(Config, path, overrides)
-    assert isinstance(config, Config)
-    return validate(config)
-
-
-def read_structured(cls: type, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
-    """Return an object of the dataclass `cls` from a YAML file and overrides; see `load_config`."""
-    node = OmegaConf.structured(cls)
+    node = OmegaConf.structured(Config)
     try:
         if path is not None:
             if not Path(path).is_file():
@@ -273,10 +266,12 @@ def read_structured(cls: type, path: str | Path | None = None, overrides: Sequen
             if "=" not in override:
                 raise ConfigError(f"override: expected key=value, found {override!r}")
         node = OmegaConf.merge(node, OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_object(node)
+        config = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    return validate(config)
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -292,3 +287,16 @@ def _read_yaml(path: Path) -> DictConfig:
 def save_config(config: Config, path: Path) -> None:
     """Write `config` as YAML that `load_config` reads back to the same values."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def read_structured(cls: type, path: Path) -> Any:
+    """Return an object of the dataclass `cls` from a YAML file.
+
+    Raises:
+        ConfigError: not YAML, an unknown key, or a value of the wrong type; the message names the key.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), _read_yaml(path)))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or str(path)
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error

@@ -20,32 +20,24 @@ class InverseCDFSampler(LogitsProcessor):
     """Draw the next token and leave only it: greedy decoding then takes the sample.
 
     One uniform number a response against the cumulated probabilities. On a CPU, `torch.multinomial` over a vocabulary
-    costs as much as a small model's decoding step; this costs a tenth of it. The draws come from `generator` alone.
+    costs as much as a small model's decoding step; this costs a tenth of it. The draws come from `generator` alone, or
+    each row's from its own, so that they do not depend on the rows beside it.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, generator: torch.Generator | Sequence[torch.Generator]) -> None:
         self.generator = generator
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         cdf = scores.float().softmax(-1).cumsum(-1)
-        u = self.uniforms(scores.shape[0]).to(scores.device)
+        u = self._uniforms(scores.shape[0]).to(scores.device)
         # The first token whose cumulated probability exceeds u * total has a probability above 0.
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
-    def uniforms(self, rows: int) -> torch.Tensor:
-        """The next number of each row, [rows, 1] in [0, 1)."""
-        return torch.rand(rows, 1, generator=self.generator)
-
-
-class SeededRowsSampler(InverseCDFSampler):
-    """The same with a generator for each row: what a row draws does not depend on the rows beside it."""
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def uniforms(self, rows: int) -> torch.Tensor:
-        return torch.cat([torch.rand(1, 1, generator=generator) for generator in self.generators])
+    def _uniforms(self, rows: int) -> torch.Tensor:
+        if isinstance(self.generator, torch.Generator):
+            return torch.rand(rows, 1, generator=self.generator)
+        return torch.cat([torch.rand(1, 1, generator=generator) for generator in self.generator])
 
 
 class Sampler:
@@ -95,47 +87,35 @@ class Sampler:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def sample(
-        self, problems: Sequence[Problem], copies: int, temperature: float, top_p: float, seed: int
+        self, problems: Sequence[Problem], copies: int, temperature: float, top_p: float, seed: int | Sequence[int]
     ) -> list[Episode]:
         """`copies` responses to each problem, those of one problem side by side.
 
         Args:
             temperature: 0 decodes greedily.
             top_p: probability mass kept, in (0, 1].
-            seed: of this call's draws; equal seeds, weights and arguments give equal responses.
+            seed: of this call's draws, or one for each response, in order; equal seeds, weights and arguments give
+                equal responses.
         """
-        draws = InverseCDFSampler(torch.Generator().manual_seed(seed))
+        seeds = [seed] if isinstance(seed, int) else seed
+        generators = [torch.Generator().manual_seed(number) for number in seeds]
+        prompts = {problem.id: self.prompt_ids(problem) for problem in problems}
         asked = [problem for problem in problems for _ in range(copies)]
         episodes = []
         for start in range(0, len(asked), self.config.batch_size):
-            episodes += self._batch(asked[start : start + self.config.batch_size], temperature, top_p, draws)
+            one_each = generators[start : start + self.config.batch_size]
+            generator = generators[0] if isinstance(seed, int) else one_each
+            chunk = asked[start : start + self.config.batch_size]
+            ids = [prompts[problem.id] for problem in chunk]
+            responses = self._generate(ids, temperature, top_p, generator)
+            texts = self.tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
+            for problem, prompt, response, text in zip(chunk, ids, responses, texts, strict=True):
+                finished = bool(response) and response[-1] in self.stop_ids
+                episodes.append(Episode(problem, prompt, response, text, finished))
         return episodes
 
-    def sample_each(
-        self, problems: Sequence[Problem], seeds: Sequence[int], temperature: float, top_p: float
-    ) -> list[Episode]:
-        """One response to each problem, all in one batch, each drawn with its own seed.
-
-        Args:
-            problems, seeds: equally many; a problem may come several times.
-            temperature, top_p: see `sample`.
-        """
-        return self._batch(problems, temperature, top_p, SeededRowsSampler(seeds))
-
-    def _batch(
-        self, problems: Sequence[Problem], temperature: float, top_p: float, draws: InverseCDFSampler
-    ) -> list[Episode]:
-        rendered = {problem.id: self.prompt_ids(problem) for problem in problems}
-        prompts = [rendered[problem.id] for problem in problems]
-        responses = self._generate(prompts, temperature, top_p, draws)
-        texts = self.tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
-        return [
-            Episode(problem, prompt, response, text, bool(response) and response[-1] in self.stop_ids)
-            for problem, prompt, response, text in zip(problems, prompts, responses, texts, strict=True)
-        ]
-
     def _generate(
-        self, prompts: list[tuple[int, ...]], temperature: float, top_p: float, draws: InverseCDFSampler
+        self, prompts: list[tuple[int, ...]], temperature: float, top_p: float, generator: Any
     ) -> list[tuple[int, ...]]:
         input_ids, attention_mask = left_pad(prompts, self.tokenizer.pad_token_id)
         processors = LogitsProcessorList()
@@ -144,7 +124,7 @@ class Sampler:
                 processors.append(TemperatureLogitsWarper(temperature))
             if top_p < 1:
                 processors.append(TopPLogitsWarper(top_p))
-            processors.append(draws)
+            processors.append(InverseCDFSampler(generator))
         training = self.model.training
         self.model.eval()
         with torch.inference_mode():

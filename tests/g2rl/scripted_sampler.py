@@ -25,8 +25,8 @@ class ScriptedSampler:
         self.batches = batches
         self.drawn: list[tuple[str, int]] = []
 
-    def sample_each(
-        self, problems: Sequence[Problem], seeds: Sequence[int], temperature: float, top_p: float
+    def sample(
+        self, problems: Sequence[Problem], copies: int, temperature: float, top_p: float, seeds: Sequence[int]
     ) -> list[Episode]:
         if self.batches == 0:
             raise KeyboardInterrupt

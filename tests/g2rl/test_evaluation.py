@@ -103,10 +103,12 @@ def test_a_seed_gives_the_same_response_in_any_batch(tiny_model: Path) -> None:
     model, tokenizer = load_model(ModelConfig(path=str(tiny_model)))
     sampler = Sampler(model, tokenizer, RolloutConfig(max_new_tokens=12, dtype="float32"))
     # Prompts of one length: padding would move sums by rounding.
-    together = sampler.sample_each(PROBLEMS, range(5), 1.0, 1.0)
+    together = sampler.sample(PROBLEMS, 1, 1.0, 1.0, range(5))
     assert len({episode.text for episode in together}) == 5
-    assert [sampler.sample_each([p], [i], 1.0, 1.0)[0] for i, p in enumerate(PROBLEMS)] == together
-    assert sampler.sample_each(PROBLEMS[::-1], range(4, -1, -1), 1.0, 1.0)[::-1] == together
+    assert [sampler.sample([p], 1, 1.0, 1.0, [i])[0] for i, p in enumerate(PROBLEMS)] == together
+    assert sampler.sample(PROBLEMS[::-1], 1, 1.0, 1.0, range(4, -1, -1))[::-1] == together
+    sampler.config = RolloutConfig(max_new_tokens=12, dtype="float32", batch_size=2)
+    assert sampler.sample(PROBLEMS, 1, 1.0, 1.0, range(5)) == together
 
 
 def sample(problem: int, text: str, tokens: int = 10, finished: bool = True) -> Sample:
@@ -282,9 +284,9 @@ from pathlib import Path
 from tests.g2rl.scripted_sampler import ScriptedSampler, run
 
 class Slow(ScriptedSampler):
-    def sample_each(self, *arguments):
+    def sample(self, *arguments):
         time.sleep(0.02)
-        return super().sample_each(*arguments)
+        return super().sample(*arguments)
 
 run(Path({str(tmp_path / "killed.jsonl")!r}), Slow(), samples=100)
 """

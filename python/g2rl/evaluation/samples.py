@@ -21,8 +21,8 @@ from g2rl.types import Episode, Problem
 class RowSampler(Protocol):
     """What draws responses: `g2rl.rollout.Sampler`."""
 
-    def sample_each(
-        self, problems: Sequence[Problem], seeds: Sequence[int], temperature: float, top_p: float
+    def sample(
+        self, problems: Sequence[Problem], copies: int, temperature: float, top_p: float, seed: Sequence[int]
     ) -> list[Episode]: ...
 
 
@@ -87,7 +87,7 @@ def sample_all(
             missing = [i for i, (problem, number) in enumerate(batch) if (problem.id, number) not in done]
             if missing:
                 seeds = [_seed(settings, problem, number) for problem, number in batch]
-                drawn = sampler.sample_each([p for p, _ in batch], seeds, settings.temperature, settings.top_p)
+                drawn = sampler.sample([p for p, _ in batch], 1, settings.temperature, settings.top_p, seeds)
                 made = [_sample(drawn[i], batch[i][1]) for i in missing]
                 file.write("".join(json.dumps(asdict(sample)) + "\n" for sample in made))
                 file.flush()

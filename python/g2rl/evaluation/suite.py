@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from g2rl.config import ConfigError, read_structured
@@ -89,7 +90,9 @@ def read_suite(suite: str, flags: Mapping[str, Any]) -> list[Settings]:
         ConfigError: no such file, an unknown key or data set (close names are suggested), or a value out of range.
     """
     if suite.endswith((".yaml", ".yml")):
-        config = read_structured(SuiteConfig, suite)
+        if not Path(suite).is_file():
+            raise ConfigError(f"suite: expected a YAML file, found nothing at {suite!r}")
+        config = read_structured(SuiteConfig, Path(suite))
     else:
         config = SuiteConfig(sets={name.strip(): SetConfig() for name in suite.split(",") if name.strip()})
     if not config.sets:
