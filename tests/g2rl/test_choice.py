@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from g2rl.tasks.choice import WINDOW, boxed_letter, claimed_letter
+from g2rl.tasks.lenient import lenient_answer
 
 CITIES = ("Paris", "London", "Rome", "Madrid")
 CELLS = ("T cells", "B cells", "E. coli", "A small increase", "vitamin C", "10 J", "10.5 J", "Both A and B")
@@ -205,3 +208,44 @@ def test_time_is_bounded(response: str) -> None:
 
 def test_only_the_end_is_read() -> None:
     assert claimed_letter("The answer is A." + " " * WINDOW + "The answer is B.", CITIES) == "B"
+
+
+CLAIMS = (
+    "The answer is ({}).", "Answer: {}", "**Answer:** {}", r"\boxed{{{}}}", r"$\boxed{{\text{{{}}}}}$", "I choose {}.",
+    "Option {} is correct.", "The correct option is {}.", "<answer>{}</answer>", "So I would go with ({}).",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("first", CLAIMS)
+@pytest.mark.parametrize("second", CLAIMS)
+def test_two_claims_are_right_only_if_they_agree(first: str, second: str) -> None:
+    for one, other in (("A", "B"), ("C", "A")):
+        response = f"{first.format(one)}\n\n{second.format(other)}"
+        assert claimed_letter(response, CITIES) is None
+        assert boxed_letter(response, CITIES) is None
+    assert claimed_letter(f"{first.format('C')}\n\n{second.format('C')}", CITIES) == "C"
+
+
+PIECES = [
+    "The answer is ",
+    "A",
+    "(B)",
+    " or ",
+    "\n",
+    r"\boxed{",
+    "}",
+    "$",
+    "**",
+    "not ",
+    "Paris",
+    ". ",
+    "<answer>",
+    "?",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
+def test_no_text_raises(text: str) -> None:
+    strict = boxed_letter(text, CITIES)
+    assert strict is None or strict == claimed_letter(text, CITIES)
+    lenient_answer(text)
