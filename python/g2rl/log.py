@@ -47,7 +47,7 @@ METRICS = (
     Metric("train/reward", "Reward", "mean base reward r of the step's responses", "reward"),
     Metric("train/accuracy", "Accuracy", "share of the step's responses that are correct", "share"),
     Metric("train/shaped_reward", "Shaped reward", "mean reward after shaping, r~", "reward"),
-    Metric("train/loss", "Loss", "minus the clipped objective (eq. 4), the KL term included", ""),
+    Metric("train/loss", "Loss", "minus the objective (eq. 4), KL and entropy terms included", ""),
     Metric("train/kl", "KL", "KL(policy, reference) by `objective.kl_estimator`, mean over tokens", "nats"),
     Metric("train/entropy", "Entropy", "next-token entropy at the policy's temperature, mean over tokens", "nats"),
     Metric("train/ratio_clip_share", "Clipped ratios", "share of response tokens beyond the clip range", "share"),

@@ -90,7 +90,7 @@ def policy_loss(
         value = value - config.kl_coef * kl
         shown["kl"] = kl.detach()
     counted = weights > 0
-    return -(weights * value).sum(), {key: series[counted].sum() for key, series in shown.items()}
+    return -(weights * value).sum(), {key: series.where(counted, 0).sum() for key, series in shown.items()}
 
 
 def token_weights(tokens: Tokens, totals: Totals, config: ObjectiveConfig) -> torch.Tensor:

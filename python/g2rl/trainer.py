@@ -73,8 +73,9 @@ class Trainer:
         resume_step = self._restore() if config.resume else None
         log = RunLog(run_dir, resume_step)
         # With the method's options spelt out, since their defaults may change.
-        options = config.methods | {self.method.name: asdict(self.method.options)}
-        save_config(replace(config, resume=None, methods=options), run_dir / "config.yaml")
+        options = asdict(self.method.options)
+        methods = config.methods | ({self.method.name: options} if options else {})
+        save_config(replace(config, resume=None, methods=methods), run_dir / "config.yaml")
         log.environment(environment(self.device))
         try:
             with TrainingProgress(config.steps, self.step) as progress:
