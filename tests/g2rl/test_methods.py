@@ -152,6 +152,16 @@ def test_evol_rl_on_responses(encoder: None, settings: list[str], expected: list
     assert method.metrics(seen, result) == {"method/valid_share": pytest.approx(valid)}
 
 
+def test_evol_rl_without_uniform_groups(encoder: None) -> None:
+    """All wrong, all right, and mixed, of which alone the novelty counts: two right ones alike, a wrong one."""
+    settings = ["method=evol_rl", "objective.normalize=none", "methods.evol_rl.uniform_groups=drop"]
+    correct = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 0]) > 0
+    seen = step(torch.zeros(9), 3, correct=correct, answers=["1"] * 9, texts=list("aabaabccd"))
+    result = make_method(load_config(None, settings)).advantages(seen)
+    assert result.shaped_rewards.tolist() == pytest.approx([-1, -1, -1, 1, 1, 1, 0.75, 0.75, -0.5])
+    assert result.advantages[:6].eq(0).all()
+
+
 def test_evol_rl_sets_the_papers_objective() -> None:
     objective = load_config(None, ["method=evol_rl"]).objective
     assert (objective.clip_high, objective.entropy_coef) == (0.28, 0.003)

@@ -42,6 +42,8 @@ class EvolOptions:
     """`minilm` (all-MiniLM-L6-v2), or any sentence-transformers model; the paper's is Qwen/Qwen3-Embedding-4B."""
     labels: Literal["verifier", "majority"] = "verifier"
     """What is correct: the task's judgement, or the answer that most of the group give, without any label."""
+    uniform_groups: Literal["shape", "drop"] = "shape"
+    """Whether groups that are all correct or all wrong learn from novelty, as in the paper, or are left out."""
     require_digit: bool = True
     """Whether an answer must have a digit to be valid; turn it off for answers that are letters or words."""
 
@@ -83,7 +85,11 @@ class EvolRL(Method):
         unit = unit.view(len(unit) // m, m, -1)
         valid = self._valid(step).view(-1, m)
         positive = valid & (step.correct.view(-1, m) if self.options.labels == "verifier" else self._majority(step))
-        shaped = band_rewards((unit @ unit.mT).clamp(0, 1), positive, valid).flatten().to(step.rewards)
+        shaped = band_rewards((unit @ unit.mT).clamp(0, 1), positive, valid)
+        if self.options.uniform_groups == "drop":
+            uniform = (positive == positive[:, :1]).all(1, keepdim=True)
+            shaped = torch.where(uniform, 2.0 * positive - 1, shaped)
+        shaped = shaped.flatten().to(step.rewards)
         return describe(step, group_advantages(shaped, m, self.config.objective.normalize), shaped)
 
     def metrics(self, step: Step, result: GroupAdvantages) -> dict[str, float]:
