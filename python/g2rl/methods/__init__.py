@@ -26,10 +26,12 @@ __all__ = ["Method", "Step", "describe", "make_method", "method_names"]
 ENTRY_POINTS = "g2rl.methods"
 
 
+_HERE = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"]
+
+
 def method_names() -> list[str]:
     """Names that `method` may have: the files of this folder, and what installed packages announce."""
-    here = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"]
-    return [*here, *entry_points(group=ENTRY_POINTS).names]
+    return [*_HERE, *(name for name in entry_points(group=ENTRY_POINTS).names if name not in _HERE)]
 
 
 def make_method(config: Config) -> Method:
@@ -64,11 +66,11 @@ def _find(name: str) -> Any:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(f"method: expected {expected}, found {name!r}{hint}")
-    for entry in entry_points(group=ENTRY_POINTS, name=name):
-        name = entry.value
-    if ":" not in name:
+    if name in _HERE:
         module = importlib.import_module(f"{__name__}.{name}")
         return next(cls for cls in vars(module).values() if getattr(cls, "name", None) == name)
+    for entry in entry_points(group=ENTRY_POINTS, name=name):
+        name = entry.value
     found = import_named(name, "method", expected)
     if not callable(found) or (isinstance(found, type) and not issubclass(found, Method)):
         raise ConfigError(f"method: expected a class derived from Method or a function of a Step, found {found!r}")
