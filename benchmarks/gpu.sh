@@ -16,7 +16,8 @@ if [ "${1:-}" = --rehearse ]; then
   DEVICE=cpu PATIENCE=3
   shift
   [ $# -eq 1 ] || { echo "--rehearse: expected a folder for what the rehearsal writes" >&2; exit 2; }
-  export CUDA_VISIBLE_DEVICES=""
+  # Beside anything else, threads that spin between small parallel regions would take most of a part's time.
+  export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
 fi
 OUT=${1:+$(realpath -m "$1")}
 cd "$(dirname "$0")/.." || exit 1

@@ -89,7 +89,7 @@ def module_for(x: Tensor) -> ModuleType:
 
 
 def hopper_serves(x: Tensor) -> bool:
-    """Whether the device of x runs Hopper's kernels, or stands for one that does; the others serve where it does not."""
+    """Whether the device of x runs Hopper's kernels, or stands for one that does; where not, the others serve."""
     return not x.is_cuda or runs_hopper(x.device)
 
 
