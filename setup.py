@@ -102,7 +102,7 @@ setup(
         *find_packages("python", include=["g2rl", "g2rl.*"]),
     ],
     package_dir={"g2rl_kernels": "g2rl_kernels", "g2rl": "python/g2rl"},
-    package_data={"g2rl_kernels": ["MATH.md", "py.typed"], "g2rl": ["py.typed"]},
+    package_data={"g2rl_kernels": ["MATH.md", "py.typed"], "g2rl": ["py.typed", "methods/*.yaml"]},
     ext_modules=[Extension("g2rl_kernels._native", sources=[]), Extension("g2rl_kernels._cuda", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

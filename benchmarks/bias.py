@@ -1,6 +1,7 @@
 """How far off are the sums of a GPU's units for 16-bit products, and how often must they be promoted to fp32?
 
     python -m benchmarks.bias [--json FILE] [--d 2048 ...]
+    TRITON_INTERPRET=1 python -m benchmarks.bias --device cpu --d 128 --V 512    # no reading: whether this file works
 
 Tensor cores truncate what they add up, each time they take another 16 products, so errors of one sign grow with d. For
 logits of `torch.mm` (fp32 output) and of one chain of tensor-core products that is added to an fp32 sum every so many
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from g2rl_kernels import testing
 from g2rl_kernels.backends.triton.tiles import dot_rows
+from g2rl_kernels.products import mm
+from g2rl_kernels.self_check import chip
 
 _BLOCK = 64
 # Products after which a chain is added to the fp32 sum; 0: never.
@@ -89,17 +92,22 @@ def reading(z: Tensor, sample: testing.HeadSample, exact: Tensor) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--d", type=int, action="append", help="hidden size, a multiple of 64; may be repeated")
+    parser.add_argument("--V", type=int, default=8192, help="vocabulary size")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     arguments = parser.parse_args()
+    device = torch.device(arguments.device)
     columns = ("bias", "bias at target", "log p", "entropy", "Phi")
     rows = []
     for d in arguments.d or (576, 1024, 2048, 4096, 8192):
         for kind in ("peaked", "random"):
-            shape = testing.Shape((1, 3, 60, 64), d, 8192, "")
-            sample = testing.head_sample(shape, torch.bfloat16, "cuda", kind=kind)
+            shape = testing.Shape((1, 3, 60, 64), d, arguments.V, "")
+            sample = testing.head_sample(shape, torch.bfloat16, device, kind=kind)
             hidden, weight = sample.hidden, sample.head.weight
             exact = hidden.double() @ weight.double().T
-            products = {"torch.mm": torch.mm(hidden, weight.T, out_dtype=torch.float32)}
+            products = {"torch.mm": mm(hidden, weight.T)}
+            if device.type == "cpu":  # where the interpreter's products of bf16 tiles are garbage
+                hidden, weight = hidden.float(), weight.float()
             products |= {f"promoted / {p or 'never'}": chain(hidden, weight, p) for p in _PROMOTE if p < d}
             for name, z in products.items():
                 rows.append({"d": d, "kind": kind, "product": name, **reading(z, sample, exact)})
@@ -108,8 +116,9 @@ def main() -> None:
         table.add_row(str(row["d"]), row["kind"], row["product"], *(f"{row[name]:.1e}" for name in columns))
     Console(width=110).print(table)
     if arguments.json:
-        device = torch.cuda.get_device_name()
-        arguments.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"device": chip(device), "torch": torch.__version__, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

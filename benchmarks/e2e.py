@@ -40,6 +40,7 @@ from benchmarks.measuring.timing import (
 )
 from benchmarks.reporting.tables import digits
 from g2rl.config import Config, ConfigError, LogConfig, load_config
+from g2rl.methods import make_method
 from g2rl.rewards import judge_episodes
 from g2rl.trainer import Trainer
 
@@ -52,7 +53,8 @@ STAGES = ("rollout", "reward", "forward", "head", "backward", "optimizer", "upda
 def choose(trainer: Trainer, variant: str) -> None:
     """Train as `variant` does from the next update on."""
     method, geometry = VARIANTS[variant]
-    trainer.config = replace(trainer.config, method=method, log=LogConfig(geometry))
+    config = replace(trainer.config, method=method, log=LogConfig(geometry))
+    trainer.updater.config, trainer.updater.method = config, make_method(config)
 
 
 def measure_step(config: Config, rounds: int) -> dict[str, Any]:
@@ -69,13 +71,13 @@ def measure_step(config: Config, rounds: int) -> dict[str, Any]:
         tokens.append(sum(len(episode.response_ids) for episode in episodes))
         if i == 0:
             choose(trainer, "g2rl")
-            trainer._update(1, episodes, verdicts, trainer._times())
+            trainer.updater.run(1, episodes, verdicts, trainer._times())
             for variant in order:
                 choose(trainer, variant)
                 release_free_memory()
                 before = memory_in_use(trainer.device)
                 extra, _ = extra_memory(
-                    partial(trainer._update, 1, episodes, verdicts, trainer._times()), trainer.device
+                    partial(trainer.updater.run, 1, episodes, verdicts, trainer._times()), trainer.device
                 )
                 memory[variant] = None if extra is None or before is None else before + extra
             continue
@@ -83,7 +85,7 @@ def measure_step(config: Config, rounds: int) -> dict[str, Any]:
             choose(trainer, variant)
             times = trainer._times()
             with times.stage("update"):
-                trainer._update(i, episodes, verdicts, times)
+                trainer.updater.run(i, episodes, verdicts, times)
             for stage, value in (common | times.seconds).items():
                 seconds[variant][stage.removeprefix("time/")].append(value)
     trainer.task.close()

@@ -1,7 +1,8 @@
 """Time other tiles beside the table's in each kernel with a product, on the GPU that is there.
 
     python -m benchmarks.tune [--kernel NAME ...] [--shape SHAPE] [--seconds S] [--json FILE]
-    python -m benchmarks.tune --compile sm_90 [--kernel NAME ...]    # needs no GPU: registers, spills, shared memory
+    python -m benchmarks.tune --compile sm_90 [--kernel NAME ...]    # needs no GPU: registers, spills, shared
+                                                                    # memory, and counts of instructions
 
 The fastest tile is printed as a line for g2rl_kernels/backends/triton/configs.py, to be pasted there by hand. At run
 time the table stays fixed: a tile decides in which order sums are taken, so that a choice by timing would change bits
@@ -40,6 +41,7 @@ from g2rl_kernels.backends.triton.compilation import (
     Compiled,
     chip_name,
     compiled_in_parallel,
+    instructions,
     misfits,
     parse_chip,
     product_case,
@@ -54,6 +56,8 @@ Where = tuple[torch.device, Chip]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SOFTCAP = 30.0
+# Of which a kernel's time is made: products and waits for them, sums of tiles, epilogues, exponentials, copies.
+_COUNTED = ("HGMMA", "HMMA", "UTCHMMA", "WARPGROUP.DEPBAR", "LDTM", "FADD", "FFMA", "FMUL", "MUFU", "UTMALDG", "LDGSTS")
 _ROUNDS = 9
 # A candidate that has used so many seconds sits out further rounds.
 _LIMIT_S = 2.0
@@ -197,8 +201,8 @@ def cases(kernels: Sequence[str], dtype: str, chip: Chip) -> dict[str, dict[Tile
     }
 
 
-def compile_rows(by_tile: dict[Tile, Case], compiled: Callable[[Case], Compiled]) -> list[Row]:
-    """One row for each tile: what it takes of the chip, and whether it fits."""
+def compile_rows(by_tile: dict[Tile, Case], compiled: Callable[[Case], Compiled], counted: bool = False) -> list[Row]:
+    """One row for each tile: what it takes of the chip, and whether it fits; `counted` adds counts of instructions."""
     rows = []
     for tile, case in by_tile.items():
         row: Row = {"tile": tile, "role": "candidate" if rows else "table"}
@@ -209,6 +213,9 @@ def compile_rows(by_tile: dict[Tile, Case], compiled: Callable[[Case], Compiled]
         else:
             wrong = misfits(case, found)
             row |= {"registers": found.registers, "stack": found.stack, "shared": found.shared}
+            if counted:
+                counts = instructions(found)
+                row["instructions"] = {name: counts[name] for name in _COUNTED if counts[name]}
             row |= {"status": "failed", "reason": "; ".join(wrong)} if wrong else {"status": "ok"}
         rows.append(row)
     return rows
@@ -269,6 +276,7 @@ def kernel_table(title: str, rows: list[Row]) -> Table:
         tile: Tile = row["tile"]
         size = f"{tile.BLOCK_N} x {tile.BLOCK_V} x {tile.BLOCK_D}, {tile.num_warps}, {tile.num_stages}"
         ratio = f"{row['times_floor']:.3f}" if "times_floor" in row else ""
+        counts = " ".join(f"{name} {count}" for name, count in row.get("instructions", {}).items())
         notes = [note for note, holds in (("table", row["role"] == "table"), ("fastest", row is fastest)) if holds]
         table.add_row(
             size + ", TMA" * tile.USE_TMA,
@@ -278,7 +286,9 @@ def kernel_table(title: str, rows: list[Row]) -> Table:
             milliseconds(row.get("median_s")),
             milliseconds(row.get("spread_s")),
             ratio,
-            ", ".join(notes) if row["status"] == "ok" else f"[bold red]{row['status']}[/]: {escape(row['reason'])}",
+            ", ".join(filter(None, (*notes, counts)))
+            if row["status"] == "ok"
+            else f"[bold red]{row['status']}[/]: {escape(row['reason'])}",
         )
     return table
 
@@ -302,12 +312,17 @@ def as_json(rows: list[Row]) -> list[Row]:
 # ---- the two ways to run ---------------------------------------------------------------------------------------------
 
 
-def compile_all(kernels: Sequence[str], dtype: str, chip: Chip, console: Console) -> dict[str, list[Row]]:
+def compile_all(
+    kernels: Sequence[str], dtype: str, chip: Chip, console: Console, counted: bool = False
+) -> dict[str, list[Row]]:
     """Rows without times, by kernel."""
     by_kernel = cases(kernels, dtype, chip)
     started = time.perf_counter()
     with compiled_in_parallel(case for by_tile in by_kernel.values() for case in by_tile.values()) as futures:
-        rows = {kernel: compile_rows(tiles, lambda case: futures[case].result()) for kernel, tiles in by_kernel.items()}
+        rows = {
+            kernel: compile_rows(tiles, lambda case: futures[case].result(), counted)
+            for kernel, tiles in by_kernel.items()
+        }
     console.print(f"compiled for {chip_name(chip)}, {dtype}, in {time.perf_counter() - started:.0f} s")
     return rows
 
@@ -386,7 +401,7 @@ def main() -> int:
         tune(rows, shape, arguments.dtype, where, deadline, report)
         return int(report.wrong)
     report = Report({"chip": chip_name(chip), "dtype": arguments.dtype}, console, arguments.json)
-    rows = compile_all(kernels, arguments.dtype, chip, console)
+    rows = compile_all(kernels, arguments.dtype, chip, console, counted=True)
     for kernel, of_kernel in rows.items():
         report.add(kernel, f"{kernel}, {chip_name(chip)}, {arguments.dtype}", of_kernel)
     return int(any(row["status"] != "ok" for of_kernel in rows.values() for row in of_kernel))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from g2rl_kernels.backends.triton import configs
+from g2rl_kernels.backends.triton import compilation, configs
 from g2rl_kernels.backends.triton.candidates import KERNELS, candidates
 from g2rl_kernels.backends.triton.compilation import Case, Compiled, parse_chip
 from g2rl_kernels.backends.triton.configs import Chip, Tile
@@ -113,7 +113,26 @@ def test_tile_that_does_not_compile_or_fit_is_shown() -> None:
     found = {(row["tile"].BLOCK_N, row["tile"].BLOCK_V): row for row in tune.compile_rows(by_tile, compiled)}
     assert found[256, 64]["reason"] == "RuntimeError: no such layout"
     assert found[64, 256]["reason"] == "spills 400 bytes"
-    assert found[128, 128]["status"] == "ok"
+    assert found[128, 128]["status"] == "ok" and "instructions" not in found[128, 128]
+
+
+def test_instructions_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the disassembler prints them: predicates aside, waits for tensor cores by name, encodings not at all."""
+    sass = """
+        /*0010*/              @!P0 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R1+URZ], RZ ;   /* 0x032028ff80ff89a7 */
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;  /* 0x01e00000081879f0 */
+                                                                                    /* 0x000fe80008701818 */
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0040*/          @UP1 FADD R2, R2, R24 ;
+        /*0050*/                   FADD R3, R3, R25 ;
+    """
+    monkeypatch.setattr(compilation, "_dump", lambda cubin, what: sass)
+    found = compilation.instructions(Compiled(168, 0, 98304, "", "", b"code"))
+    assert found == {"SYNCS": 1, "HGMMA": 1, "WARPGROUP.DEPBAR": 1, "FADD": 2}
+    assert not compilation.instructions(Compiled(168, 0, 98304, "", "amdgcn"))
+    by_tile = tune.cases(["statistics"], "bf16", 90)["statistics"]
+    row = tune.compile_rows(by_tile, lambda case: Compiled(168, 0, 98304, "", "", b"code"), counted=True)[0]
+    assert row["instructions"] == {"HGMMA": 1, "WARPGROUP.DEPBAR": 1, "FADD": 2}
 
 
 def test_chips_have_names() -> None:

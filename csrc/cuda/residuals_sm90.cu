@@ -98,13 +98,14 @@ struct Columns {
   int ends[kGroups];                 // the response whose last group it is, or -1
 };
 
-// Shared by all: columns of two tiles, each with a barrier for "written" and one for "read"; sums of either warpgroup.
+// Shared by all: columns of two tiles, each with a barrier for "written", at which every writer arrives, and one for
+// "read", by warpgroup; sums of either warpgroup.
 struct Scratch {
   Columns columns[2];
   float sums[kConsumers][4][kColumnsOfTile][2];
   uint64_t written[2], read[2];
 };
-constexpr int kWriters = kWarpgroup / kWarp - 1;
+constexpr int kWriters = kWarpgroup - kWarp;
 
 DEVICE void initialise(Scratch& scratch) {
   if (threadIdx.x != 0) return;
@@ -127,14 +128,14 @@ struct WriteColumns {
     for (int i = 0;; ++i) {
       barrier_wait(shared_address(&scratch.read[i % 2]), (i / 2 & 1) ^ 1);
       write(tile, scratch.columns[i % 2]);
-      __syncwarp();
-      if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&scratch.written[i % 2]));
+      __syncwarp();  // nvcc 13.0 spills without
+      barrier_arrive(shared_address(&scratch.written[i % 2]));
       if (!tiles.next(tile)) return;
     }
   }
 
   DEVICE void write(const Tile& tile, Columns& to) const {
-    for (int i = threadIdx.x - kWarp; i < kColumnsOfTile; i += kWriters * kWarp) {
+    for (int i = threadIdx.x - kWarp; i < kColumnsOfTile; i += kWriters) {
       const int g = tile.column + i / kGroupColumns, place = i % kGroupColumns;
       const Group group = g < tile.item ? p.packing.groups()[g] : Group{0, 0, 0, -1};
       const bool inside = place < group.count;

@@ -214,6 +214,13 @@ MUTATIONS = (
         "masked : z[i]",
     ),
     Mutation(
+        "sm90: one arrival stands for a warp of writers",
+        "sm90",
+        "residuals_sm90.cu",
+        "barrier_init(shared_address(&scratch.written[i]), kWriters);",
+        "barrier_init(shared_address(&scratch.written[i]), kWriters / kWarp);",
+    ),
+    Mutation(
         "sm90: columns are overwritten while they are read",
         "sm90",
         "residuals_sm90.cu",

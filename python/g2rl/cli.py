@@ -29,9 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="g2rl", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a model")
-    train.add_argument("config", nargs="?", help="YAML file; may be left out with resume=RUN")
     train.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-5 or resume=runs/quickstart"
+        "settings",
+        nargs="*",
+        metavar="CONFIG | key=value",
+        help="YAML files, each on top of those before, then values such as optim.lr=1e-5; or resume=RUN",
     )
     evaluation = commands.add_parser("eval", help="evaluate a checkpoint, a run's newest checkpoint, or any model")
     evaluation.add_argument(
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     try:
         if options.command == "train":
-            return _train(options.config, options.overrides)
+            return _train(options.settings)
         if options.command == "eval":
             return _evaluate(options)
         return _report(options.run)
@@ -60,11 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _train(path: str | None, overrides: list[str]) -> int:
-    if path is not None and "=" in path:
-        overrides = [path, *overrides]
-        path = None
-    config = _resumed(path, overrides) or _fresh(path, overrides)
+def _train(settings: list[str]) -> int:
+    paths = [setting for setting in settings if "=" not in setting]
+    overrides = [setting for setting in settings if "=" in setting]
+    config = _resumed(paths, overrides) or _fresh(paths, overrides)
     # The trainer loads torch and transformers: only after the configuration has been found good.
     from g2rl.trainer import Trainer, TrainingError
 
@@ -81,11 +82,11 @@ def _train(path: str | None, overrides: list[str]) -> int:
     return _report(config.run_dir)
 
 
-def _fresh(path: str | None, overrides: list[str]) -> Config:
+def _fresh(paths: list[str], overrides: list[str]) -> Config:
     """The configuration of a new run, in a folder of its own."""
-    if path is None:
+    if not paths:
         raise ConfigError("config: expected a YAML file or resume=RUN, found neither")
-    config = load_config(path, overrides)
+    config = load_config(paths, overrides)
     name, number = config.name, 1
     while (config.run_dir / "metrics.jsonl").exists():
         number += 1
@@ -93,7 +94,7 @@ def _fresh(path: str | None, overrides: list[str]) -> Config:
     return config
 
 
-def _resumed(path: str | None, overrides: list[str]) -> Config | None:
+def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     """The configuration of a run to continue: its own, with overrides on top; None when no run is named."""
     runs = [override.partition("=")[2] for override in overrides if override.startswith("resume=")]
     if not runs:
@@ -103,8 +104,8 @@ def _resumed(path: str | None, overrides: list[str]) -> Config | None:
     settings = folder / "config.yaml"
     if not settings.is_file():
         raise ConfigError(f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}")
-    if path is not None:
-        print(f"g2rl: resume takes the run's own configuration, {settings}; {path} is not read")
+    if paths:
+        print(f"g2rl: resume takes the run's own configuration, {settings}; {', '.join(paths)} is not read")
     return replace(load_config(settings, overrides), name=folder.name, runs_dir=str(folder.parent))
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+METHODS = Path(__file__).parent / "methods"
+"""Where a method may have defaults for the rest of the configuration, in ``<name>.yaml``."""
 
 
 class ConfigError(ValueError):
@@ -73,38 +76,48 @@ class RolloutConfig:
     """Type of the weights' copy that generates; bfloat16 halves the bytes read for each token."""
     batch_size: int = 64
     """Responses generated at once."""
-
-
-@dataclass(frozen=True)
-class ShapingConfig:
-    """See `g2rl_kernels.Shaping`, which these values go to unchanged."""
-
-    strength: float = 1.0
-    """lambda of the paper's eq. 12."""
-    clip: float = 3.0
-    """Shaped rewards stay in [-clip, clip]."""
-    rule: Literal["scale", "centered", "literal"] = "scale"
-    """Which reading of eq. 12."""
-    min_range: float = 1e-2
-    """A group whose scores span less than this is left unshaped."""
-    uniform_groups: Literal["shape", "drop"] = "shape"
-    """Whether groups whose raw rewards are all equal are shaped or left without advantage."""
+    max_extra_groups: int = 0
+    """Problems asked at most, a step, in place of those whose responses all earn the same (dynamic sampling, DAPO)."""
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
+    """The loss of an update; `g2rl.objective` has the formulas and the papers they are from."""
+
+    aggregation: Literal["response_mean", "token_mean", "fixed_length"] = "response_mean"
+    """How tokens weigh: alike inside each response (GRPO), in the whole update (DAPO), or by `length` (Dr. GRPO)."""
+    length: int = 0
+    """Tokens that `fixed_length` divides every response by; a good choice is ${rollout.max_new_tokens}."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Probability ratio of each token, or of whole responses (GSPO, with clip ranges of 3e-4 and 4e-4)."""
     clip_low: float = 0.2
     """Lower clip range of the probability ratio (eq. 4)."""
     clip_high: float = 0.2
-    """Upper clip range."""
+    """Upper clip range; larger than the lower one is DAPO's clip-higher."""
+    dual_clip: float = 0.0
+    """Greatest ratio that counts where the advantage is negative, such as 3; 0 sets no bound."""
     kl_coef: float = 0.0
-    """Weight of the KL term (k3 estimator) to the frozen initial model; 0 loads no second model."""
+    """Weight of the KL term to the frozen initial model; 0 loads no second model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL term."""
+    reference_every: int = 0
+    """Steps after which the model of the KL term becomes the present policy, again and again; 0 never."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus: the next-token entropy over the whole vocabulary, aggregated like the rest."""
+    importance_cap: float = 0.0
+    """Weigh tokens by p(old policy) / p(sampling engine), at most this, such as 2; 0 does not."""
+    overlong: Literal["keep", "filter", "punish"] = "keep"
+    """Responses cut off by the token limit: as any other, left out of the loss, or punished by their length (DAPO)."""
+    overlong_buffer: int = 0
+    """`punish`: tokens before the limit over which the penalty falls from 0 to -1."""
     normalize: Literal["std", "none"] = "std"
     """Divide advantages by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
     updates: int = 1
-    """Optimiser updates on the same rollouts; the ratio is against log-probabilities of before the first."""
+    """Passes of updates over the same rollouts; the ratio is against log-probabilities of before the first."""
+    mini_batches: int = 1
+    """Disjoint parts of the step's groups, an optimiser update each."""
     micro_batch_groups: int = 8
-    """Whole groups in one forward and backward pass; gradients accumulate over the step's groups."""
+    """Whole groups in one forward and backward pass; gradients accumulate over the update's groups."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class LogConfig:
     geometry: bool = True
-    """Log norms, scores and cosines of the features. `false`, with method grpo only, computes none."""
+    """Log norms, scores and cosines of the features. `false` computes none, for methods that need none."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +166,10 @@ class Config:
     name: str = "run"
     """The run's folder below `runs_dir`."""
     runs_dir: str = "runs"
-    method: Literal["g2rl", "grpo"] = "g2rl"
-    """How rewards become advantages."""
+    method: str = "g2rl"
+    """How rewards become advantages: a file of `g2rl.methods`, or a method of your own as `module:name`."""
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options by method, as in `methods.g2rl.strength`; each method's file has its own, with their defaults."""
     steps: int = 30
     """Training steps; a step is one round of rollouts."""
     seed: int = 0
@@ -168,7 +183,6 @@ class Config:
     task: TaskConfig = field(default_factory=TaskConfig)
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    shaping: ShapingConfig = field(default_factory=ShapingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -193,13 +207,18 @@ _RANGES = {
     "rollout.temperature": _POSITIVE,
     "rollout.top_p": _PROBABILITY,
     "rollout.batch_size": _POSITIVE,
-    "shaping.strength": _NOT_NEGATIVE,
-    "shaping.clip": _POSITIVE,
-    "shaping.min_range": _NOT_NEGATIVE,
+    "rollout.max_extra_groups": _NOT_NEGATIVE,
     "objective.clip_low": ("in [0, 1)", lambda v: 0 <= v < 1),
     "objective.clip_high": _NOT_NEGATIVE,
+    "objective.length": _NOT_NEGATIVE,
+    "objective.dual_clip": ("greater than 1, or 0 for no bound", lambda v: v == 0 or v > 1),
     "objective.kl_coef": _NOT_NEGATIVE,
+    "objective.reference_every": _NOT_NEGATIVE,
+    "objective.entropy_coef": _NOT_NEGATIVE,
+    "objective.importance_cap": _NOT_NEGATIVE,
+    "objective.overlong_buffer": _NOT_NEGATIVE,
     "objective.updates": _POSITIVE,
+    "objective.mini_batches": _POSITIVE,
     "objective.micro_batch_groups": _POSITIVE,
     "optim.lr": _POSITIVE,
     "optim.beta1": ("in [0, 1)", lambda v: 0 <= v < 1),
@@ -236,8 +255,7 @@ def validate(config: Config) -> Config:
             raise ConfigError(f"{key}: expected a value {expected}, found {leaves[key]!r}")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name: expected a plain folder name, found {config.name!r}")
-    if config.method == "g2rl" and not config.log.geometry:
-        raise ConfigError("log.geometry: expected true with method g2rl, which needs the features, found false")
+    _check_objective(config)
     if not config.rewards:
         raise ConfigError("rewards: expected at least one reward function, found none")
     wrong = [k for k in config.eval.ks if not 1 <= k <= config.eval.samples]
@@ -246,27 +264,53 @@ def validate(config: Config) -> Config:
     return config
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration.
+def _check_objective(config: Config) -> None:
+    """Raise `ConfigError` for keys that are in range each, and cannot work together."""
+    objective, rollout = config.objective, config.rollout
+    if objective.aggregation == "fixed_length" and objective.length == 0:
+        raise ConfigError(
+            "objective.length: expected a number of tokens with aggregation fixed_length, found 0; "
+            "objective.length='${rollout.max_new_tokens}' takes the token limit"
+        )
+    if objective.reference_every and objective.kl_coef == 0:
+        raise ConfigError(
+            "objective.reference_every: expected 0 without a KL term, found "
+            f"{objective.reference_every}; objective.kl_coef=0.001 adds one"
+        )
+    if objective.overlong == "punish" and not 0 < objective.overlong_buffer <= rollout.max_new_tokens:
+        raise ConfigError(
+            f"objective.overlong_buffer: expected 1 to rollout.max_new_tokens = {rollout.max_new_tokens} with overlong "
+            f"punish, found {objective.overlong_buffer}"
+        )
+    if rollout.prompts % objective.mini_batches:
+        raise ConfigError(
+            f"objective.mini_batches: expected a divisor of rollout.prompts = {rollout.prompts}, whole groups each, "
+            f"found {objective.mini_batches}"
+        )
+
+
+def load_config(paths: str | Path | Sequence[str | Path] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration: the defaults, those of its method, files, and overrides, each on top of what comes before.
 
     Args:
-        path: YAML file; None starts from the defaults.
+        paths: YAML file or files, merged in order; None starts from the defaults.
         overrides: ``key=value`` strings, values in YAML syntax, applied in order.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key, or a value of the wrong type or out of range.
     """
-    node = OmegaConf.structured(Config)
+    paths = [] if paths is None else [paths] if isinstance(paths, str | Path) else paths
     try:
-        if path is not None:
-            if not Path(path).is_file():
-                raise ConfigError(f"configuration file: expected a YAML file, found nothing at {str(path)!r}")
-            node = OmegaConf.merge(node, _read_yaml(Path(path)))
+        chosen = [_renamed(_read_yaml(Path(path))) for path in paths]
         for override in overrides:
             if "=" not in override:
                 raise ConfigError(f"override: expected key=value, found {override!r}")
-        node = OmegaConf.merge(node, OmegaConf.from_dotlist(list(overrides)))
-        config = OmegaConf.to_object(node)
+        chosen.append(_renamed(OmegaConf.from_dotlist(list(overrides))))
+        defaults = OmegaConf.structured(Config)
+        method = METHODS / f"{OmegaConf.merge(defaults, *chosen).method}.yaml"
+        if method.is_file():
+            defaults = OmegaConf.merge(defaults, OmegaConf.load(method))
+        config = OmegaConf.to_object(OmegaConf.merge(defaults, *chosen))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
@@ -274,7 +318,17 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return validate(config)
 
 
+def _renamed(node: DictConfig) -> DictConfig:
+    """Settings with the keys of older versions in their new places, so that old runs resume: `shaping` is g2rl's."""
+    if "shaping" not in node:
+        return node
+    old = OmegaConf.create({"methods": {"g2rl": node.pop("shaping")}})
+    return cast(DictConfig, OmegaConf.merge(old, node))
+
+
 def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f"configuration file: expected a YAML file, found nothing at {str(path)!r}")
     try:
         contents = OmegaConf.load(path)
     except YAMLError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from g2rl.config import Config
 from g2rl_kernels import GroupAdvantages
 
 
@@ -20,7 +19,7 @@ def pair_cosines(similarity: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def geometry_metrics(
-    features: torch.Tensor | None, rewards: torch.Tensor, result: GroupAdvantages, group_size: int, config: Config
+    features: torch.Tensor | None, rewards: torch.Tensor, result: GroupAdvantages, group_size: int
 ) -> dict[str, float]:
     """Diagnostics of one step's groups, keyed as in the log; without features, of the rewards alone.
 
@@ -33,14 +32,11 @@ def geometry_metrics(
         return {"groups/zero_variance_share": float(equal)}
     norms = features.norm(dim=1)
     valid = (norms > 0).view(-1, group_size)
-    scores = result.scores.view(-1, group_size)
-    span = _span(scores, valid)
-    degenerate = (span < config.shaping.min_range) | (valid.sum(1) < 2)
+    scores = result.scores
     cosines = pair_cosines(result.similarity, valid)
     shaped = result.shaped_rewards
     metrics = {
         "groups/zero_variance_share": equal,
-        "groups/degenerate_share": degenerate.float().mean(),
         "geometry/feature_norm_min": norms.min(),
         "geometry/feature_norm_mean": norms.mean(),
         "geometry/feature_norm_max": norms.max(),
@@ -50,16 +46,8 @@ def geometry_metrics(
         "geometry/score_max": scores.max(),
         "geometry/shaped_reward_min": shaped.min(),
         "geometry/shaped_reward_max": shaped.max(),
-        "geometry/clip_share": (shaped.abs() >= config.shaping.clip).float().mean(),
     }
     if cosines.numel():
         metrics["geometry/mean_cosine"] = cosines.mean()
         metrics["geometry/negative_share"] = (cosines < 0).float().mean()
     return {key: float(value) for key, value in metrics.items()}
-
-
-def _span(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Largest minus smallest valid score of each group [G]; -inf without a valid response."""
-    low = torch.where(valid, scores, torch.inf).amin(1)
-    high = torch.where(valid, scores, -torch.inf).amax(1)
-    return high - low

@@ -94,9 +94,9 @@ def _missing(run: Run) -> list[str]:
     if not run.keys("geometry/"):
         off = run.config.get("log", {}).get("geometry") is False
         said.append("No feature geometry is logged" + (": it is turned off (`log.geometry` is false)." if off else "."))
-    if run.config.get("method") == "grpo":
+    if run.samples and all(row["shaped"] == row["reward"] for row in run.samples):
         described = "; geometry and scores only describe them" if run.keys("geometry/") else ""
-        said.append(f"No shaping: method grpo trains on the base rewards{described}.")
+        said.append(f"No shaping: method {run.config.get('method', 'unknown')} trains on the base rewards{described}.")
     if not run.groups:
         said.append("No groups are logged: no heat maps and no distribution of cosines.")
     if not run.samples:

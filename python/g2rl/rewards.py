@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from g2rl.config import ConfigError, RewardConfig
+from g2rl.plugins import import_named
 from g2rl.tasks.answers import extract_boxed
 from g2rl.tasks.base import Task
 from g2rl.types import Episode, Problem, Verdict
@@ -94,19 +94,9 @@ def _value(reward: Reward, i: int, episode: Episode, right: bool) -> float:
 
 
 def _import(name: str, key: str) -> RewardFunction:
-    module_name, separator, attribute = name.partition(":")
-    if not (module_name and separator and attribute):
-        raise ConfigError(f"{key}: expected {', '.join(_BUILT_IN)} or module:function, found {name!r}")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything while it is imported
-        hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
-        found = f"{module_name!r}: {type(error).__name__}: {error}{hint}"
-        raise ConfigError(f"{key}: expected a module that can be imported, found {found}") from error
-    function = getattr(module, attribute, None)
+    function = import_named(name, key, f"{', '.join(_BUILT_IN)} or module:function")
     if not callable(function):
-        found = repr(function) if hasattr(module, attribute) else f"no {attribute!r} in {module_name}"
-        raise ConfigError(f"{key}: expected a function, found {found}")
+        raise ConfigError(f"{key}: expected a function, found {function!r}")
     try:
         inspect.signature(function).bind(None, "", True)
     except (TypeError, ValueError) as error:

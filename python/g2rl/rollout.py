@@ -26,12 +26,16 @@ class InverseCDFSampler(LogitsProcessor):
 
     def __init__(self, generator: torch.Generator | Sequence[torch.Generator]) -> None:
         self.generator = generator
+        self.logps: list[torch.Tensor] = []
+        """[B] log-probabilities of the drawn tokens, one tensor a call."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        cdf = scores.float().softmax(-1).cumsum(-1)
+        p = scores.float().softmax(-1)
+        cdf = p.cumsum(-1)
         u = self._uniforms(scores.shape[0]).to(scores.device)
         # The first token whose cumulated probability exceeds u * total has a probability above 0.
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp_(max=scores.shape[1] - 1)
+        self.logps.append(p.gather(1, token).squeeze(1).log())
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
     def _uniforms(self, rows: int) -> torch.Tensor:
@@ -107,24 +111,32 @@ class Sampler:
             generator = generators[0] if isinstance(seed, int) else one_each
             chunk = asked[start : start + self.config.batch_size]
             ids = [prompts[problem.id] for problem in chunk]
-            responses = self._generate(ids, temperature, top_p, generator)
+            responses, logps = self._generate(ids, temperature, top_p, generator)
             texts = self.tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
-            for problem, prompt, response, text in zip(chunk, ids, responses, texts, strict=True):
+            for row in zip(chunk, ids, responses, texts, logps, strict=True):
+                problem, prompt, response, text, known = row
                 finished = bool(response) and response[-1] in self.stop_ids
-                episodes.append(Episode(problem, prompt, response, text, finished))
+                drawn = None if known is None else tuple(known[: len(response)])
+                episodes.append(Episode(problem, prompt, response, text, finished, drawn))
         return episodes
 
     def _generate(
-        self, prompts: list[tuple[int, ...]], temperature: float, top_p: float, generator: Any
-    ) -> list[tuple[int, ...]]:
+        self,
+        prompts: list[tuple[int, ...]],
+        temperature: float,
+        top_p: float,
+        generator: torch.Generator | Sequence[torch.Generator],
+    ) -> tuple[list[tuple[int, ...]], Sequence[list[float] | None]]:
+        """Responses, and their tokens' log-probabilities, None when decoding greedily."""
         input_ids, attention_mask = left_pad(prompts, self.tokenizer.pad_token_id)
         processors = LogitsProcessorList()
+        draw = InverseCDFSampler(generator)
         if temperature > 0:
             if temperature != 1:
                 processors.append(TemperatureLogitsWarper(temperature))
             if top_p < 1:
                 processors.append(TopPLogitsWarper(top_p))
-            processors.append(InverseCDFSampler(generator))
+            processors.append(draw)
         training = self.model.training
         self.model.eval()
         with torch.inference_mode():
@@ -135,7 +147,8 @@ class Sampler:
                 logits_processor=processors,
             )
         self.model.train(training)
-        return [self._until_stop(row) for row in output[:, input_ids.shape[1] :].tolist()]
+        responses = [self._until_stop(row) for row in output[:, input_ids.shape[1] :].tolist()]
+        return responses, torch.stack(draw.logps, 1).tolist() if draw.logps else [None] * len(responses)
 
     def _until_stop(self, tokens: list[int]) -> tuple[int, ...]:
         """The response up to and with its first stop token; what follows is padding."""

@@ -35,6 +35,7 @@ class Episode:
         response_ids: sampled token ids, the end-of-sequence token included when it was reached.
         text: the decoded response, special tokens removed.
         finished: True when the response ended by itself, False when the token limit cut it off.
+        logps: of the sampled tokens, under the distribution that the engine drew them from; None where it does not say.
     """
 
     problem: Problem
@@ -42,6 +43,7 @@ class Episode:
     response_ids: tuple[int, ...]
     text: str
     finished: bool
+    logps: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 from g2rl.config import Config, ConfigError, load_config, save_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+PRESETS = sorted((Path(__file__).parents[2] / "configs" / "methods").glob("*.yaml"))
 
 
 def test_overrides_have_yaml_types() -> None:
@@ -30,6 +31,36 @@ def test_shipped_configurations_load(path: Path) -> None:
     assert load_config(path).name == path.stem
 
 
+def test_files_are_merged_in_order_below_overrides(tmp_path: Path) -> None:
+    for i, text in enumerate(["steps: 5\nseed: 5\nrollout: {prompts: 2}", "seed: 6\nrollout: {group_size: 4}"]):
+        (tmp_path / f"{i}.yaml").write_text(text)
+    config = load_config([tmp_path / "0.yaml", tmp_path / "1.yaml"], ["rollout.prompts=4"])
+    assert (config.steps, config.seed, config.rollout.prompts, config.rollout.group_size) == (5, 6, 4, 4)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_fit_every_configuration(path: Path) -> None:
+    for base in CONFIGS:
+        config = load_config([base, path], ["rollout.max_new_tokens=300"])
+        assert config.name == base.stem
+        assert config.method == "grpo"
+        assert config.objective.length in (0, 300)
+        assert config.objective != load_config(base).objective
+
+
+def test_defaults_of_a_method_are_below_the_users(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("method: g2rl\nobjective: {clip_high: 0.3}\n")
+    config = load_config(tmp_path / "base.yaml", ["method=evol_rl"])
+    assert (config.objective.clip_high, config.objective.entropy_coef) == (0.3, 0.003)
+
+
+def test_settings_of_older_versions(tmp_path: Path) -> None:
+    """`shaping` is now `methods.g2rl`, in files and in overrides; a run's saved file loads whole."""
+    (tmp_path / "old.yaml").write_text("shaping: {strength: 0.5, uniform_groups: drop}\nmethods: {g2rl: {clip: 2.0}}")
+    config = load_config(tmp_path / "old.yaml", ["shaping.strength=0.25"])
+    assert config.methods == {"g2rl": {"strength": 0.25, "uniform_groups": "drop", "clip": 2.0}}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -38,19 +69,21 @@ def test_shipped_configurations_load(path: Path) -> None:
         ("steps", "override: expected key=value, found 'steps'"),
         ("steps=many", "steps: Value 'many'"),
         ("steps=0", "steps: expected a value greater than 0, found 0"),
-        ("method=ppo", "method: Invalid value 'ppo', expected one of"),
         ("optim.lr=nan", "optim.lr: expected a value greater than 0, found nan"),
         ("rollout.group_size=1", "rollout.group_size: expected a value 2 or greater"),
         ("rollout.temperature=0", "rollout.temperature: expected a value greater than 0"),
         ("rollout.top_p=1.5", r"rollout.top_p: expected a value in \(0, 1\]"),
-        ("shaping.strength=-1", "shaping.strength: expected a value 0 or greater"),
-        ("shaping.rule=other", "shaping.rule: Invalid value 'other'"),
         ("eval.ks=[1, 9]", "eval.ks: expected values from 1 to eval.samples = 4, found 9"),
         ("rewards=[]", "rewards: expected at least one"),
         ("rewards=[{nam: correct}]", "Key 'nam' not in 'RewardConfig'"),
         ("name=a/b", "name: expected a plain folder name, found 'a/b'"),
-        ("log.geometry=false", "log.geometry: expected true with method g2rl"),
         ("objective.clip_low=1", r"objective.clip_low: expected a value in \[0, 1\)"),
+        ("objective.aggregation=mean", "objective.aggregation: Invalid value 'mean'"),
+        ("objective.aggregation=fixed_length", "objective.length: expected a number of tokens with aggregation"),
+        ("objective.dual_clip=0.5", "objective.dual_clip: expected a value greater than 1, or 0"),
+        ("objective.reference_every=5", "objective.reference_every: expected 0 without a KL term, found 5"),
+        ("objective.overlong=punish", "objective.overlong_buffer: expected 1 to rollout.max_new_tokens = 24"),
+        ("objective.mini_batches=3", "objective.mini_batches: expected a divisor of rollout.prompts = 8"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:

@@ -103,7 +103,7 @@ def test_a_result_that_is_no_finite_number(tmp_path: Path, monkeypatch: pytest.M
         (":length", "module:function"),
         ("{module}:", "module:function"),
         ("no_such_module_anywhere:f", "found 'no_such_module_anywhere': ModuleNotFoundError: .* PYTHONPATH"),
-        ("{module}:missing", "expected a function, found no 'missing' in {module}"),
+        ("{module}:missing", "found no 'missing' in {module}"),
         ("{module}:LIMIT", "expected a function, found 3"),
         ("{module}:two", r"expected a function of \(problem, response, finished\), found {module}:two: too many"),
     ],

@@ -90,16 +90,104 @@ def test_learns(tiny_model: Path, tmp_path: Path, method: str) -> None:
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.5
 
 
+PRESETS = Path(__file__).parents[2] / "configs" / "methods"
+SHORT = ("steps=2", "eval.every=0", "rewards=[{name: correct}]")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["method=entropy"],
+        ["method=evol_rl"],
+        ["method=evol_rl", "methods.evol_rl.labels=majority"],
+        [str(PRESETS / "dapo.yaml"), "rollout.max_extra_groups=2"],
+        [str(PRESETS / "dr_grpo.yaml")],
+    ],
+    ids=lambda settings: Path(settings[0]).stem,
+)
+def test_methods_and_presets_train(tiny_model: Path, tmp_path: Path, settings: list[str]) -> None:
+    files = [setting for setting in settings if "=" not in setting]
+    settings = [setting for setting in settings if "=" in setting]
+    base = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, *SHORT]
+    run = load_config(files, [*base, "task.options={digits: [1, 1], operations: '+-'}", *settings])
+    Trainer(run).run()
+    records = lines(run.run_dir)
+    assert [record["step"] for record in records] == [1, 2]
+    for record in records:
+        assert all(value is not None and math.isfinite(value) for value in record.values())
+    # A bonus leaves a gradient even where all rewards are equal; a random model rarely adds right.
+    if run.objective.entropy_coef > 0:
+        assert records[-1]["train/grad_norm"] > 0
+    if files and files[0].endswith("dapo.yaml"):
+        assert 0 < records[0]["groups/extra"] <= 2
+
+
+OUTSIDE = """
+from dataclasses import dataclass
+from g2rl.methods import Method, describe
+
+@dataclass(frozen=True)
+class Options:
+    best: float = 1.0
+
+class FewVowels(Method):
+    name = "vowels"
+    Options = Options
+    needs_features = True
+    def advantages(self, step):
+        assert step.features.shape[0] == len(step.texts) == len(step.answers) == len(step.correct)
+        return describe(step, self.options.best * step.rewards, step.rewards)
+"""
+
+
+def test_a_method_from_outside_trains(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside_training.py").write_text(OUTSIDE)
+    run = config(tiny_model, tmp_path, "steps=1", "eval.every=0", "method=outside_training:FewVowels")
+    Trainer(run).run()
+    # The run's file has the options spelt out, and reads back.
+    assert load_config(run.run_dir / "config.yaml").methods == {"vowels": {"best": 1.0}}
+    rows = [json.loads(line) for line in (run.run_dir / "completions.jsonl").read_text().splitlines()]
+    assert all(row["advantage"] == pytest.approx(row["reward"]) for row in rows)
+
+
+def test_reference_is_refreshed(tiny_model: Path, tmp_path: Path) -> None:
+    """Every second step it becomes the policy, from which it then differs by nothing until the next update."""
+    run = config(
+        tiny_model, tmp_path, "steps=5", "eval.every=0", "objective.kl_coef=0.1", "objective.reference_every=2"
+    )
+    Trainer(run).run()
+    far = [record["train/kl"] > 1e-6 for record in lines(run.run_dir)]
+    assert far == [False, True, False, True, False]
+
+
+def test_everything_on_resumes_to_the_same_numbers(tiny_model: Path, tmp_path: Path) -> None:
+    """Stopped between two refreshes of the reference, with all that a step may depend on turned on."""
+    on = (
+        "steps=5", "eval.every=0", "rollout.prompts=4", "objective.kl_coef=0.1", "objective.kl_estimator=k2",
+        "objective.reference_every=2", "objective.entropy_coef=0.01", "objective.aggregation=token_mean",
+        "objective.ratio=sequence", "objective.updates=2", "objective.mini_batches=2", "objective.importance_cap=2",
+        "objective.overlong=punish", "objective.overlong_buffer=4", "objective.dual_clip=3",
+        "rewards=[{name: finished}]", "rollout.max_extra_groups=3", "optim.lr=1e-2",
+    )  # fmt: skip
+    whole = config(tiny_model, tmp_path, "name=whole", *on)
+    Trainer(whole).run()
+    records = lines(whole.run_dir)
+    assert any(record["groups/extra"] > 0 for record in records)
+    Trainer(config(tiny_model, tmp_path, "name=parts", *on, "steps=3")).run()
+    assert main(["train", f"resume={tmp_path / 'parts'}", "steps=5"]) == 0
+    assert lines(tmp_path / "parts") == records
+
+
 @pytest.mark.parametrize("updates", [1, 2])
 def test_grpo_without_geometry(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
     """No features are computed, everything else is the same, and the report says what is missing."""
     common = ("method=grpo", "steps=2", f"objective.updates={updates}")
     full = config(tiny_model, tmp_path, "name=full", *common)
     Trainer(full).run()
-    monkeypatch.setattr("g2rl.trainer.sequence_features", None)
+    monkeypatch.setattr("g2rl.policy.sequence_features", None)
     bare = config(tiny_model, tmp_path, "name=bare", "log.geometry=false", *common)
     Trainer(bare).run()
-    described = ("geometry/", "groups/degenerate_share")
+    described = "geometry/"
     for a, b in zip(lines(full.run_dir), lines(bare.run_dir), strict=True):
         assert not any(key.startswith(described) for key in b)
         assert {key for key in a if not key.startswith(described)} == b.keys()
@@ -230,7 +318,7 @@ def test_features_come_from_the_policy_forward(tiny_model: Path, tmp_path: Path)
     problems = [trainer.task.train_problem(i) for i in range(2)]
     episodes = trainer.sampler.sample(problems, 2, 1.0, 1.0, seed=3)
     batch = make_batch(episodes, [0.0] * 4, 2, trainer.tokenizer.pad_token_id, trainer.device)
-    out, cu_seqlens = trainer._forward(batch, trainer._times())
+    out, cu_seqlens = trainer.updater.policy.forward(batch, trainer._times())
     for b, episode in enumerate(episodes):
         ids = torch.tensor([episode.prompt_ids + episode.response_ids])
         logits = trainer.model(ids).logits[0, len(episode.prompt_ids) - 1 : -1]

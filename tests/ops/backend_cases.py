@@ -17,8 +17,10 @@ every_device = pytest.mark.parametrize(
 )
 
 
-def over_backends(*ops: str, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> pytest.MarkDecorator:
-    """Parametrise a test by (backend, device, dtype), over each backend that serves all of `ops`.
+def over_backends(
+    *ops: str, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES, but: tuple[str, ...] = ()
+) -> pytest.MarkDecorator:
+    """Parametrise a test by (backend, device, dtype), over each backend that serves all of `ops`, `but` for some.
 
     The backend None stands for the automatic choice; it takes part where that mixes backends.
     """
@@ -29,7 +31,7 @@ def over_backends(*ops: str, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> 
             backends: list[str | None] = list(available_backends(device, dtype, ops))
             if len({available_backends(device, dtype, (op,))[0] for op in ops}) > 1:
                 backends.append(None)
-            for backend in backends:
+            for backend in (name for name in backends if name not in but):
                 name = f"{backend or 'automatic'}-{device}-{str(dtype).removeprefix('torch.')}"
                 cases.append(pytest.param(backend, device, dtype, id=name, marks=marks))
     return pytest.mark.parametrize(("backend", "device", "dtype"), cases)

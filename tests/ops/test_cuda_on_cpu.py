@@ -12,15 +12,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from head_cases import PLANS, check, check_gradients, check_second_response_first, features, given, oracle, sample
 
-from g2rl_kernels import Shaping, g2rl_advantages, testing, token_logprobs, use_backend
+from g2rl_kernels import Shaping, dispatch, g2rl_advantages, testing, token_logprobs, use_backend
 from g2rl_kernels.backends import cuda
 from g2rl_kernels.backends.cuda import kernels, library
-from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.records import Head
 from g2rl_kernels.testing import OPTIONS, Shape
 
@@ -171,7 +171,7 @@ def test_a_group_beyond_shared_memory_is_refused_by_name(backend) -> None:  # no
 
 def test_a_cpu_is_not_served_by_accident() -> None:
     with use_backend("cuda"), pytest.raises(RuntimeError, match="needs an NVIDIA GPU"):
-        resolve("token_logprobs", torch.device("cpu"), torch.float32)
+        dispatch.resolve("token_logprobs", torch.device("cpu"), torch.float32)
     assert cuda.unavailable(torch.device("cuda", 0), torch.float64) == "expected bf16, fp16 or fp32, found float64"
 
 
@@ -209,16 +209,37 @@ class FakeModule:
         (FakeModule(), 65536, "needs 101376 bytes of shared memory for a block, found 65536"),
     ],
 )  # fmt: skip
-def test_what_a_device_lacks_is_said(
+def test_what_a_device_lacks_is_said_and_others_serve(
     module: FakeModule, shared: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Properties:
-        shared_memory_per_block_optin = shared
-
+    gpu = pretend_gpu(monkeypatch, (9, 0), shared)
     monkeypatch.setattr(library, "_load", lambda: (module, None))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    assert library.refusal.__wrapped__(torch.device("cuda", 0)) == reason
+    monkeypatch.setattr(library, "refusal", library.refusal.__wrapped__)
+    assert library.refusal(gpu) == reason
+    for op in dispatch.OPS[:3]:
+        ours = dispatch.resolve(op, gpu, torch.bfloat16).__module__ == "g2rl_kernels.backends.cuda.head"
+        assert ours == (reason is None)
+        if reason:
+            with use_backend("cuda"), pytest.raises(RuntimeError, match=f"cannot run {op} on cuda .*{reason}"):
+                dispatch.resolve(op, gpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "runs"),
+    [((9, 0), 232448, True), ((9, 0), 166912, False), ((8, 0), 232448, False), ((10, 0), 232448, False)],
+)
+def test_kernels_of_hopper_ask_for_its_shared_memory(
+    capability: tuple[int, int], shared: int, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = pretend_gpu(monkeypatch, capability, shared)
+    assert library.runs_hopper.__wrapped__(gpu) == runs
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], shared: int) -> torch.device:
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return torch.device("cuda", 0)
 
 
 def test_a_module_that_is_absent_or_broken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 _OLDEST_CAPABILITY = (8, 0)
-# Of a block, in bytes: all chips since sm_80 have it.
+# Of a block, in bytes: all chips since sm_80 have it; and what Hopper has, all of which its own kernels may take.
 _SHARED_MEMORY = 99 << 10
+_SHARED_MEMORY_OF_HOPPER = 227 << 10
 
 # The kernels as they run on a CPU, where a test has put them; no installation has them.
 _on_cpu: ModuleType | None = None
@@ -46,10 +47,13 @@ def refusal(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if reason := missing_code(capability, module.architectures):
         return reason
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-    if shared < _SHARED_MEMORY:
+    if (shared := _shared_memory(device)) < _SHARED_MEMORY:
         return f"needs {_SHARED_MEMORY} bytes of shared memory for a block, found {shared}"
     return None
+
+
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def missing_code(capability: tuple[int, int], architectures: str) -> str | None:
@@ -85,13 +89,13 @@ def module_for(x: Tensor) -> ModuleType:
 
 
 def hopper_serves(x: Tensor) -> bool:
-    """Whether the device of x is of compute capability 9, or stands for such a one."""
-    return not x.is_cuda or _major(x.device) == 9
+    """Whether the device of x runs Hopper's kernels, or stands for one that does; where not, the others serve."""
+    return not x.is_cuda or runs_hopper(x.device)
 
 
 @functools.cache
-def _major(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
+def runs_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9 and _shared_memory(device) >= _SHARED_MEMORY_OF_HOPPER
 
 
 def stream_of(x: Tensor) -> int:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ class Compiled(NamedTuple):
         shared: bytes of shared memory of a block.
         ttir: the compiler's first form of the kernel.
         assembly: PTX or amdgcn.
+        cubin: machine code for an NVIDIA chip.
     """
 
     registers: int
@@ -80,6 +82,7 @@ class Compiled(NamedTuple):
     shared: int
     ttir: str
     assembly: str
+    cubin: bytes = b""
 
 
 def chip_name(chip: Chip) -> str:
@@ -169,17 +172,26 @@ def compile_case(case: Case) -> Compiled:
         # Scalar registers are spilled to lanes of vector registers, which `vgpr_count` counts, and not to memory.
         registers, stack = _numbers(compiled.asm["amdgcn"], r"\.vgpr_count", r"\.private_segment_fixed_size")
         return Compiled(registers, stack, shared, ttir, compiled.asm["amdgcn"])
+    cubin = compiled.asm["cubin"]
+    registers, stack, local = _numbers(_dump(cubin, "--dump-resource-usage"), "REG", "STACK", "LOCAL")
+    return Compiled(registers, stack + local, shared, ttir, compiled.asm["ptx"], cubin)
+
+
+def instructions(compiled: Compiled) -> Counter[str]:
+    """How often each is in the machine code for an NVIDIA chip; waits for tensor cores as WARPGROUP.DEPBAR."""
+    lines = _dump(compiled.cubin, "-sass").splitlines() if compiled.cubin else []
+    found = (re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(WARPGROUP\.\w+|[A-Z0-9]+)", line) for line in lines)
+    return Counter(match[1] for match in found if match)
+
+
+def _dump(cubin: bytes, what: str) -> str:
+    import triton
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    registers, stack, local = _numbers(usage, "REG", "STACK", "LOCAL")
-    return Compiled(registers, stack + local, shared, ttir, compiled.asm["ptx"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _numbers(text: str, *names: str) -> list[int]:

@@ -1,0 +1,41 @@
+"""G2RL (Liang et al., arXiv 2512.15687): rewards shaped by how new each response's gradient direction is.
+
+Needs features, the sensitivity Phi of each response (eq. 8), which the update's own forward pass yields.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from g2rl.methods.base import Method, Step
+from g2rl_kernels import GroupAdvantages, Shaping, g2rl_advantages
+
+
+class G2RL(Method):
+    """Equations 9 to 13; what the paper leaves open is an option of `g2rl_kernels.Shaping`."""
+
+    name = "g2rl"
+    Options = Shaping
+    needs_features = True
+
+    def advantages(self, step: Step) -> GroupAdvantages:
+        assert step.features is not None
+        normalize = self.config.objective.normalize
+        return g2rl_advantages(step.features, step.rewards, step.group_size, self.options, normalize=normalize)
+
+    def metrics(self, step: Step, result: GroupAdvantages) -> dict[str, float]:
+        assert step.features is not None
+        valid = (step.features.norm(dim=1) > 0).view(-1, step.group_size)
+        degenerate = (_span(result.scores.view_as(valid), valid) < self.options.min_range) | (valid.sum(1) < 2)
+        clipped = result.shaped_rewards.abs() >= self.options.clip
+        return {
+            "groups/degenerate_share": float(degenerate.float().mean()),
+            "geometry/clip_share": float(clipped.float().mean()),
+        }
+
+
+def _span(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Largest minus smallest valid score of each group [G]; -inf without a valid response."""
+    low = torch.where(valid, scores, torch.inf).amin(1)
+    high = torch.where(valid, scores, -torch.inf).amax(1)
+    return high - low

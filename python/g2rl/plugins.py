@@ -1,0 +1,32 @@
+"""What users bring themselves, named in the configuration as ``module:name``."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from g2rl.config import ConfigError
+
+
+def import_named(name: str, key: str, expected: str) -> Any:
+    """Import what `name` means.
+
+    Args:
+        key: the configuration's key of `name`, for errors.
+        expected: what `name` may be, in words.
+
+    Raises:
+        ConfigError: not of the form ``module:name``, a module that cannot be imported, or a name it does not have.
+    """
+    module_name, separator, attribute = name.partition(":")
+    if not (module_name and separator and attribute):
+        raise ConfigError(f"{key}: expected {expected}, found {name!r}")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        found = f"{module_name!r}: {type(error).__name__}: {error}{hint}"
+        raise ConfigError(f"{key}: expected a module that can be imported, found {found}") from error
+    if not hasattr(module, attribute):
+        raise ConfigError(f"{key}: expected {expected}, found no {attribute!r} in {module_name}")
+    return getattr(module, attribute)

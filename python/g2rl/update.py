@@ -1,0 +1,270 @@
+"""One step's gradient work: forward passes, advantages, loss, backward passes, optimiser updates.
+
+On-policy, the update's own forward pass gives log-probabilities with gradient and features together, so that no method
+costs an extra pass. With several updates on the same rollouts, features come from the pass for the old
+log-probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from g2rl.config import Config, ConfigError
+from g2rl.geometry import geometry_metrics
+from g2rl.methods import Method, Step
+from g2rl.objective import Tokens, Totals, policy_loss
+from g2rl.policy import Policy, Reference
+from g2rl.rollout import make_batch
+from g2rl.times import StageTimes
+from g2rl.types import Batch, Episode, Verdict
+from g2rl_kernels import GroupAdvantages, SequenceFeatures
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last checkpoint stands."""
+
+
+@dataclass(eq=False)
+class _Part:
+    """One micro-batch: whole groups as the model's tensors and as the method's step, and what is known of them.
+
+    Attributes:
+        kept: [B] bool, False for responses that the loss leaves out.
+        rollout_logps, reference_logps, old_logps: [N].
+        result: None until the features are known.
+    """
+
+    batch: Batch
+    step: Step
+    kept: torch.Tensor
+    rollout_logps: torch.Tensor | None
+    reference_logps: torch.Tensor | None = None
+    old_logps: torch.Tensor | None = None
+    result: GroupAdvantages | None = None
+
+    @property
+    def totals(self) -> tuple[int, int]:
+        """Kept responses and their tokens."""
+        return int(self.kept.sum()), int(self.batch.response_mask[self.kept].sum())
+
+
+@dataclass
+class _Sums:
+    """Sums over micro-batches, from which a step's metrics are made."""
+
+    loss: float = 0.0
+    entropy: float = 0.0
+    tokens: int = 0
+    kept_tokens: int = 0
+    terms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, loss: torch.Tensor, entropy: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
+        self.loss += float(loss.detach())
+        self.entropy += float(entropy.detach().sum())
+        self.tokens += entropy.shape[0]
+        for key, value in terms.items():
+            self.terms[key] += float(value)
+
+
+class Updater:
+    """Changes a policy's weights by a step's responses.
+
+    Args:
+        policy: what is trained.
+        reference: for the KL term, None without one.
+        method: makes advantages.
+        config: of the run.
+        pad_id: fills batches up.
+    """
+
+    def __init__(
+        self, policy: Policy, reference: Reference | None, method: Method, config: Config, pad_id: int
+    ) -> None:
+        self.policy = policy
+        self.reference = reference
+        self.method = method
+        self.config = config
+        self.pad_id = pad_id
+        self.optimizer = torch.optim.AdamW(
+            [p for p in policy.model.parameters() if p.requires_grad],
+            lr=config.optim.lr,
+            betas=(config.optim.beta1, config.optim.beta2),
+            weight_decay=config.optim.weight_decay,
+            fused=True,
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(lr_factor, config))
+
+    def run(
+        self, number: int, episodes: Sequence[Episode], verdicts: Sequence[Verdict], times: StageTimes
+    ) -> tuple[dict[str, float], GroupAdvantages]:
+        """The optimiser updates of one step.
+
+        Args:
+            number: of the step, for errors.
+            episodes, verdicts: whole groups.
+
+        Returns:
+            metrics by a key of `g2rl.log.METRICS`, of the last pass over the rollouts; what the method made of them.
+
+        Raises:
+            TrainingError: a loss, gradient or feature is not finite; the message names the step.
+        """
+        objective = self.config.objective
+        mini_batches = self._mini_batches(episodes, verdicts)
+        parts = [part for mini_batch in mini_batches for part in mini_batch]
+        if self.reference is not None:
+            # The reference is frozen: one pass serves all updates.
+            for part in parts:
+                part.reference_logps = self.reference.logps(part.batch, times)
+        if objective.updates * objective.mini_batches > 1:
+            for part in parts:
+                with torch.no_grad():
+                    out, _ = self.policy.forward(part.batch, times, self.config.log.geometry)
+                self._judge(number, part, out)
+        shown: dict[str, float] = {}
+        for _ in range(objective.updates):
+            sums = _Sums()
+            for mini_batch in mini_batches:
+                self._accumulate(number, mini_batch, sums, times)
+                with times.stage("optimizer", fine=True):
+                    shown = self._optimize(number)
+        metrics, result = self._metrics(parts, sums)
+        return metrics | shown, result
+
+    def _mini_batches(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> list[list[_Part]]:
+        """Disjoint parts of the step, one for each optimiser update of a pass, cut into micro-batches."""
+        size = len(episodes) // self.config.objective.mini_batches
+        stride = self.config.rollout.group_size * self.config.objective.micro_batch_groups
+        return [
+            [
+                self._part(episodes[i : min(i + stride, start + size)], verdicts[i : min(i + stride, start + size)])
+                for i in range(start, start + size, stride)
+            ]
+            for start in range(0, len(episodes), size)
+        ]
+
+    def _part(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> _Part:
+        m, device = self.config.rollout.group_size, self.policy.model.device
+        batch = make_batch(episodes, [verdict.reward for verdict in verdicts], m, self.pad_id, device)
+        step = Step(
+            rewards=batch.rewards,
+            group_size=m,
+            correct=torch.tensor([verdict.correct for verdict in verdicts], device=device),
+            answers=[verdict.answer for verdict in verdicts],
+            texts=[episode.text for episode in episodes],
+        )
+        filters = self.config.objective.overlong == "filter"
+        kept = torch.tensor([episode.finished or not filters for episode in episodes], device=device)
+        return _Part(batch, step, kept, self._rollout_logps(episodes))
+
+    def _rollout_logps(self, episodes: Sequence[Episode]) -> torch.Tensor | None:
+        known = [logp for episode in episodes if episode.logps is not None for logp in episode.logps]
+        if len(known) == sum(len(episode.response_ids) for episode in episodes):
+            return torch.tensor(known, dtype=torch.float32, device=self.policy.model.device)
+        if self.config.objective.importance_cap > 0:
+            raise ConfigError(
+                "objective.importance_cap: expected rollouts with log-probabilities, found an engine that gives none; "
+                "0 does without"
+            )
+        return None
+
+    def _accumulate(self, number: int, parts: Sequence[_Part], sums: _Sums, times: StageTimes) -> None:
+        """Add the gradient of one optimiser update up."""
+        totals = Totals(*map(sum, zip(*(part.totals for part in parts), strict=True)))
+        sums.kept_tokens += totals.tokens
+        for part in parts:
+            # On-policy, the gradient pass itself yields the features: nothing is computed twice.
+            first = part.result is None
+            out, cu_seqlens = self.policy.forward(part.batch, times, first and self.config.log.geometry)
+            if first:
+                self._judge(number, part, out)
+            assert part.result is not None and part.old_logps is not None
+            tokens = Tokens(
+                out.logps,
+                out.entropy,
+                part.old_logps,
+                part.result.advantages,
+                cu_seqlens,
+                part.kept,
+                part.reference_logps,
+                part.rollout_logps,
+            )
+            loss, terms = policy_loss(tokens, totals, self.config.objective)
+            self._require_finite(number, "loss", loss)
+            with times.stage("backward", fine=True):
+                loss.backward()
+            sums.add(loss, out.entropy, terms)
+
+    def _judge(self, number: int, part: _Part, out: SequenceFeatures) -> None:
+        """Have the method weigh the responses, from the pass before the first update."""
+        self._require_finite(number, "features", out.features)
+        part.old_logps = out.logps.detach()
+        part.step = replace(part.step, features=out.features if self.config.log.geometry else None)
+        part.result = self.method.advantages(part.step)
+
+    def _optimize(self, number: int) -> dict[str, float]:
+        """One optimiser update by the gradient that stands, which is then gone."""
+        grad_norm = float(clip_grad_norm_(self.policy.model.parameters(), self.config.optim.max_grad_norm))
+        if not math.isfinite(grad_norm):
+            raise self._not_finite(number, "gradient")
+        shown = {"train/grad_norm": grad_norm, "train/lr": float(self.scheduler.get_last_lr()[0])}
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return shown
+
+    def _metrics(self, parts: Sequence[_Part], sums: _Sums) -> tuple[dict[str, float], GroupAdvantages]:
+        results = [part.result for part in parts if part.result is not None]
+        result = GroupAdvantages(*(torch.cat(columns) for columns in zip(*results, strict=True)))
+        step = _joined([part.step for part in parts])
+        metrics = geometry_metrics(step.features, step.rewards, result, step.group_size)
+        metrics |= self.method.metrics(step, result)
+        metrics |= {
+            "train/loss": sums.loss / self.config.objective.mini_batches,
+            "train/entropy": sums.entropy / max(sums.tokens, 1),
+            "train/shaped_reward": float(result.shaped_rewards.mean()),
+            "train/advantage_abs": float(result.advantages.abs().mean()),
+        }
+        metrics |= {f"train/{key}": value / max(sums.kept_tokens, 1) for key, value in sums.terms.items()}
+        return metrics, result
+
+    def _require_finite(self, number: int, name: str, tensor: torch.Tensor) -> None:
+        if not bool(torch.isfinite(tensor).all()):
+            raise self._not_finite(number, name)
+
+    def _not_finite(self, number: int, name: str) -> TrainingError:
+        return TrainingError(
+            f"step {number}: NaN or infinity in the {name}; training stopped, and the last checkpoint below "
+            f"{self.config.run_dir / 'checkpoints'} stands. A lower optim.lr or optim.max_grad_norm may help."
+        )
+
+
+def _joined(steps: Sequence[Step]) -> Step:
+    """Groups of all micro-batches as one step."""
+    features = [step.features for step in steps if step.features is not None]
+    return Step(
+        rewards=torch.cat([step.rewards for step in steps]),
+        group_size=steps[0].group_size,
+        correct=torch.cat([step.correct for step in steps]),
+        answers=[answer for step in steps for answer in step.answers],
+        texts=[text for step in steps for text in step.texts],
+        features=torch.cat(features) if features else None,
+    )
+
+
+def lr_factor(config: Config, update: int) -> float:
+    """Share of `optim.lr` for an update, counted from 0: linear warm-up from above 0, then constant or linear."""
+    updates = config.objective.updates * config.objective.mini_batches
+    warmup, total = config.optim.warmup_steps * updates, config.steps * updates
+    if update < warmup:
+        return (update + 1) / (warmup + 1)
+    if config.optim.decay == "constant":
+        return 1.0
+    return max(0.0, (total - update) / max(1, total - warmup))

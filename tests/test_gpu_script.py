@@ -1,0 +1,178 @@
+"""The control flow of benchmarks/gpu.sh: parts that end badly, too late or not at all, and what a second run does.
+
+All that it calls is a stand-in here, `timeout` included, which makes limits short. What the parts themselves do is
+rehearsed by `benchmarks/gpu.sh --rehearse FOLDER`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
+TOOLS = "bash cat cksum dirname env find mkdir nproc realpath sort tail tee xargs".split()
+MEASURED = "features lse backward groups small-head large peers".split()
+SANITIZERS = "memcheck racecheck synccheck".split()
+PARTS = f"bias {' '.join(MEASURED[:4])} tests {' '.join(MEASURED[4:])} {' '.join(SANITIZERS)} check tune step".split()
+REHEARSED = [name for name in PARTS if name not in SANITIZERS]
+
+# A Python with every module but those of $ABSENT, whose parts do as $BEHAVIOUR says: "lse=3 peers=sleep".
+PYTHON = """\
+#!{python} -S
+import os, sys, time
+arguments = sys.argv[1:]
+if arguments[0] == "-":
+    print("a-chip 90a" if arguments[1] == "cuda" else "rehearsal 90a")
+    sys.exit(int(os.environ.get("NO_GPU", "0")))
+if arguments[0] == "-c":
+    print(*(name for name in arguments[2:] if name in os.environ.get("ABSENT", "").split()))
+    sys.exit()
+files = [word for word in arguments if word.endswith(".json")]
+name = os.environ.get("TOOL") or ("check" if "--check" in arguments else "tests")
+if files:
+    name = os.path.basename(files[0])[:-5].removeprefix("a-chip-").removeprefix("rehearsal-")
+with open(os.environ["CALLS"], "a") as calls:
+    print(name, *arguments, file=calls)
+print("output of", name, flush=True)
+does = dict(item.split("=") for item in os.environ.get("BEHAVIOUR", "").split()).get(name, "0")
+if does == "sleep":
+    time.sleep(60)
+sys.exit(int(does))
+"""
+STAND_INS = {
+    "timeout": 'exec {timeout} "$1" --kill-after=1 2 "${{@:4}}"',
+    "compute-sanitizer": 'export TOOL=$2; exec "${{@:7}}"',
+    "cmake": 'echo building; exit "${{BUILD:-0}}"',
+    "nvcc": "exit 0",
+}
+
+
+class Place:
+    """A checkout with the script alone, a folder for results, and a PATH of stand-ins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.bin, self.out = folder / "checkout", folder / "bin", folder / "out"
+        self.calls = folder / "calls"
+        for name in ("benchmarks", "csrc", "g2rl_kernels", "python", "tests"):
+            (self.root / name).mkdir(parents=True)
+        self.script = Path(shutil.copy(SCRIPT, self.root / "benchmarks"))
+        self.bin.mkdir()
+        for name in TOOLS:
+            (self.bin / name).symlink_to(shutil.which(name) or pytest.skip(f"needs {name}"))
+        self.stand_in("python3", PYTHON.format(python=sys.executable))
+        for name, text in STAND_INS.items():
+            self.stand_in(name, f"#!{self.bin}/bash\n{text.format(timeout=shutil.which('timeout'))}\n")
+
+    def stand_in(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def run(self, *arguments: str | Path, **environment: str) -> tuple[int, list[str]]:
+        """Exit status and lines that the script itself printed."""
+        self.calls.write_text("")
+        given = {"PATH": str(self.bin), "CALLS": str(self.calls)} | environment
+        command = [self.bin / "bash", self.script, *(arguments or (self.out,))]
+        done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=60)
+        assert "unbound variable" not in done.stderr
+        return done.returncode, [line for line in done.stdout.splitlines() if line.startswith("===")]
+
+    @property
+    def called(self) -> list[str]:
+        return [line.split()[0] for line in self.calls.read_text().splitlines()]
+
+    def arguments(self, part: str) -> str:
+        return next(line for line in self.calls.read_text().splitlines() if line.startswith(f"{part} "))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    if not (shutil.which("bash") and shutil.which("timeout")):
+        pytest.skip("needs bash and timeout")
+    return Place(tmp_path)
+
+
+def test_a_run_and_the_next(place: Place) -> None:
+    status, lines = place.run()
+    assert (status, place.called) == (0, PARTS), lines
+    assert place.arguments("large").endswith("--op sequence_features --op token_logprobs --kind random")
+    assert "--device cuda --shape llama3-8b-8192" in place.arguments("large")
+    assert "-m benchmarks.once --backend cuda" in place.arguments("racecheck")
+    for name in PARTS:
+        assert (place.out / f"a-chip-{name}.log").read_text() == f"output of {name}\n"
+    assert (place.out / "a-chip-build.log").read_text() == "building\n" * 2
+
+    status, lines = place.run()
+    assert (status, place.called) == (0, [])
+    assert [line for line in lines if "earlier" in line] == [f"=== {name}: done in an earlier run" for name in PARTS]
+    (place.root / "csrc" / "new.cu").write_text("")
+    (place.root / "csrc" / "readme.md").write_text("")
+    assert place.run()[0] == 0 and place.called == []
+    (place.root / "csrc" / "new.cu").write_text("other code")
+    assert place.run()[0] == 0 and place.called == PARTS
+
+
+def test_parts_that_do_not_end_well_are_named_and_run_again(place: Place) -> None:
+    (place.bin / "compute-sanitizer").unlink()
+    status, lines = place.run(BEHAVIOUR="lse=3 peers=sleep", ABSENT="hypothesis gguf yaml")
+    assert status == 1
+    assert place.called == [name for name in PARTS if name not in (*SANITIZERS, "tests", "step")], "the others go on"
+    assert "=== lse: status 3 after 0 s" in lines
+    assert any(line.startswith("=== peers: status 124 after ") for line in lines)
+    assert "=== tests will be left out: Python has no hypothesis" in lines
+    assert "=== step: left out, without gguf yaml" in lines
+    assert "=== racecheck: left out, without compute-sanitizer" in lines
+    assert lines[-2:] == [
+        "=== left out: tests memcheck racecheck synccheck step",
+        "=== failed: lse (3) peers (124)",
+    ]
+    status, lines = place.run(BEHAVIOUR="peers=1")
+    assert (status, place.called) == (1, ["lse", "tests", "peers", "step"])
+    assert lines[-1] == "=== failed: peers (1)"
+
+
+def test_a_build_that_fails_leaves_the_rest(place: Place) -> None:
+    status, lines = place.run(BUILD="2")
+    assert (status, place.called) == (1, PARTS)
+    assert lines[-1] == "=== failed: build"
+    (place.bin / "nvcc").unlink()
+    status, lines = place.run()
+    assert status == 0 and any(line.startswith("=== no nvcc or no CMake") for line in lines)
+
+
+def test_another_chip_starts_anew(place: Place) -> None:
+    assert place.run()[0] == 0
+    place.stand_in("python3", PYTHON.format(python=sys.executable).replace("a-chip", "another"))
+    assert place.run()[0] == 0 and place.called == PARTS
+
+
+def test_nothing_starts_without_a_gpu(place: Place) -> None:
+    assert place.run(NO_GPU="1") == (1, []) and place.called == []
+
+
+def test_a_rehearsal_runs_all_but_the_sanitizers(place: Place) -> None:
+    status, lines = place.run("--rehearse", place.out)
+    assert (status, place.called) == (0, REHEARSED)
+    assert [line for line in lines if "left out" in line] == [
+        f"=== {name}: left out, nothing runs on a GPU" for name in SANITIZERS
+    ]
+    for name in MEASURED:
+        assert "--device cpu --shape 48x3x64x1105" in place.arguments(name)
+    assert {path.name for path in place.out.glob("*.log")} == {
+        f"rehearsal-{name}.log" for name in (*REHEARSED, "build")
+    }
+    assert place.run("--rehearse", place.out)[0] == 0 and place.called == []
+
+
+def test_a_rehearsal_is_not_mixed_with_readings(place: Place) -> None:
+    """It needs a folder of its own, named from where the caller stands."""
+    command = [place.bin / "bash", place.script, "--rehearse"]
+    done = subprocess.run(command, env={"PATH": str(place.bin)}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "--rehearse: expected a folder for what the rehearsal writes\n"
+    given = os.environ | {"PATH": str(place.bin), "CALLS": str(place.calls)}
+    subprocess.run([*command, "here"], env=given, cwd=place.bin, capture_output=True)
+    assert (place.bin / "here" / "rehearsal-bias.log").exists()
