@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,17 @@ class TestSamples:
 def test_a_seed_gives_the_same_response_in_any_batch(tiny_model: Path) -> None:
     model, tokenizer = load_model(ModelConfig(path=str(tiny_model)))
     sampler = Sampler(model, tokenizer, RolloutConfig(max_new_tokens=12, dtype="float32"))
+
+    def drawn(problems: Sequence[Problem], seeds: Sequence[int]) -> list[tuple[int, ...]]:
+        return [episode.response_ids for episode in sampler.sample(problems, 1, 1.0, 1.0, seeds)]
+
     # Prompts of one length: padding would move sums by rounding.
-    together = sampler.sample(PROBLEMS, 1, 1.0, 1.0, range(5))
-    assert len({episode.text for episode in together}) == 5
-    assert [sampler.sample([p], 1, 1.0, 1.0, [i])[0] for i, p in enumerate(PROBLEMS)] == together
-    assert sampler.sample(PROBLEMS[::-1], 1, 1.0, 1.0, range(4, -1, -1))[::-1] == together
+    together = drawn(PROBLEMS, range(5))
+    assert len(set(together)) == 5
+    assert [drawn([problem], [i])[0] for i, problem in enumerate(PROBLEMS)] == together
+    assert drawn(PROBLEMS[::-1], range(4, -1, -1))[::-1] == together
     sampler.config = RolloutConfig(max_new_tokens=12, dtype="float32", batch_size=2)
-    assert sampler.sample(PROBLEMS, 1, 1.0, 1.0, range(5)) == together
+    assert drawn(PROBLEMS, range(5)) == together
 
 
 def sample(problem: int, text: str, tokens: int = 10, finished: bool = True) -> Sample:
