@@ -25,12 +25,15 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     PhiConfig,
     PretrainedConfig,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
+from verl.utils import ulysses
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
@@ -61,9 +64,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def batch() -> TensorDict:
+def batch(seed: int = 0) -> TensorDict:
     """Five sequences: prompts of 2 to 5 tokens, ragged responses, tokens of tools inside, a row of padding."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     prompts, responses = (3, 5, 2, 4, 3), (6, 1, 9, 4, 1)
     ids = [torch.randint(77, (p + r,), generator=generator) for p, r in zip(prompts, responses, strict=True)]
     masks = [torch.ones(r, dtype=torch.int64) for r in responses]
@@ -116,6 +119,8 @@ class Case:
     temperature: float = 1.0
     max_tokens: int | None = 16
     strategy: str = "fsdp2"
+    attention: str = "eager"
+    dtype: str = "fp32"
     settings: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
 
@@ -135,7 +140,7 @@ def make_engine(folder: Path, case: Case) -> G2RLEngine:
         use_remove_padding=case.remove_padding,
         use_fused_kernels=case.fused,
         fused_kernel_options={"impl_backend": "torch"},
-        override_config={"attn_implementation": "eager"},
+        override_config={"attn_implementation": case.attention},
         **case.settings,
     )
     model_config.model_type = "language_model"
@@ -147,7 +152,7 @@ def make_engine(folder: Path, case: Case) -> G2RLEngine:
             strategy=case.strategy,
             forward_only=False,
             use_torch_compile=False,
-            mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+            mixed_precision={"param_dtype": case.dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
             **case.engine,
         ),
         optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=1),
@@ -159,9 +164,10 @@ def make_engine(folder: Path, case: Case) -> G2RLEngine:
 
 def run(engine: G2RLEngine, case: Case, data: TensorDict, **asked: Any) -> dict[str, Tensor]:
     data = data.clone()
+    if "temperature" not in data.keys():
+        tu.assign_non_tensor(data, temperature=case.temperature)
     tu.assign_non_tensor(
         data,
-        temperature=case.temperature,
         use_remove_padding=case.remove_padding,
         use_fused_kernels=case.fused,
         use_dynamic_bsz=case.max_tokens is not None,
@@ -172,6 +178,15 @@ def run(engine: G2RLEngine, case: Case, data: TensorDict, **asked: Any) -> dict[
     )
     with engine.eval_mode():
         return engine.infer_batch(data)["model_output"]
+
+
+def assert_equal(features: Tensor, expected: Tensor, bound: float) -> None:
+    """Within `bound`, relative and each response by itself; the last row is padding, whose feature is 0."""
+    features = torch.stack(features.unbind())
+    assert features.dtype == torch.float32
+    assert float(expected[:4].norm(dim=1).min()) > 0.01
+    error = (features - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-9)
+    assert float(error.max()) < bound, error
 
 
 @pytest.fixture(scope="session")
@@ -214,10 +229,74 @@ def test_features_are_those_of_autograd(
     plain = run(engine, case, data)
     assert FEATURES not in plain
     outputs = run(engine, case, data, **{REQUEST: True})
-    features = torch.stack(outputs[FEATURES].unbind())
-    assert features.dtype == torch.float32
-    assert float(expected[:4].norm(dim=1).min()) > 0.01
-    error = (features - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-9)
-    assert float(error.max()) < 1e-5, error
+    assert_equal(outputs[FEATURES], expected, 1e-5)
     for field_name in ("log_probs", "entropy"):
         assert torch.equal(outputs[field_name].values(), plain[field_name].values())
+
+
+def test_bf16_features_point_the_same_way(models: Path, one_rank: None) -> None:
+    case, data = Case(dtype="bf16"), batch()
+    features = torch.stack(run(make_engine(models, case), case, data, **{REQUEST: True})[FEATURES].unbind())
+    cosines = torch.cosine_similarity(features, by_autograd(models / case.model, data, 1.0), dim=1)
+    assert float(cosines[:4].min()) > 0.999 and float(features[4].norm()) == 0
+
+
+def test_refusals_of_the_engine(models: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer_impl, "FSDP", FSDPOnCPU)
+    case = Case(strategy="fsdp", settings={"lora_rank": 2, "target_modules": ["q_proj", "lm_head"]})
+    with pytest.raises(NotImplementedError, match="target_modules: expected no adapter on the head"):
+        run(make_engine(models, case), case, batch(), **{REQUEST: True})
+    data = batch()
+    data["temperature"] = torch.tensor([1.0, 1.0, 0.5, 1.0, 1.0])
+    with pytest.raises(NotImplementedError, match=r"temperature: expected one for all responses, found \[0.5, 1.0\]"):
+        run(make_engine(models, Case()), Case(), data, **{REQUEST: True})
+    # verl's fused kernels know no logit scale.
+    case = Case("divisor", fused=True, strategy="fsdp", engine={"use_orig_params": True})
+    monkeypatch.setattr(GraniteForCausalLM, "forward", GraniteForCausalLM.forward)
+    with pytest.raises(RuntimeError, match=r"logit scale \(0.25\) and soft cap \(None\): set .*use_fused_kernels=False"):
+        run(make_engine(models, case), case, batch(), **{REQUEST: True})
+
+
+def ulysses_attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **kwargs: Any) -> Any:
+    """Attention of packed sequences that are split over ranks; verl has it for flash attention alone."""
+    group = ulysses.get_ulysses_sequence_parallel_group()
+    q, k, v = (ulysses.gather_seq_scatter_heads(x, seq_dim=2, head_dim=1) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    positions = ulysses.all_gather_tensor(kwargs["position_ids"].T.contiguous(), group)[:, 0]
+    sequence = (positions == 0).cumsum(0)
+    sees = (sequence[:, None] == sequence) & (positions[:, None] >= positions)
+    weights = (q @ k.mT * scaling).masked_fill(~sees, -torch.inf).softmax(-1)
+    return ulysses.gather_heads_scatter_seq((weights @ v).transpose(1, 2), head_dim=2, seq_dim=1), None
+
+
+ULYSSES = {"attention": "ulysses", "engine": {"ulysses_sequence_parallel_size": 2}}
+TWO_RANKS = {
+    "data-parallel": Case(temperature=0.7),
+    "data-parallel-fsdp": Case("tied", strategy="fsdp"),
+    "sequence-parallel": Case(temperature=0.7, max_tokens=8, **ULYSSES),
+    "sequence-parallel-one-by-one": Case(max_tokens=None, **ULYSSES),
+    # Last: it replaces a method of the model's class.
+    "sequence-parallel-fused": Case("tied", fused=True, max_tokens=8, **ULYSSES),
+}
+
+
+def one_of_two(rank: int, models: Path, folder: Path) -> None:
+    """All cases, one after the other, on this rank; what they give goes to files."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    transformer_impl.FSDP = FSDPOnCPU
+    ALL_ATTENTION_FUNCTIONS["ulysses"] = ulysses_attention
+    for name, case in TWO_RANKS.items():
+        engine = make_engine(models, case)
+        data = batch(engine.get_data_parallel_rank())
+        torch.save(run(engine, case, data, **{REQUEST: True})[FEATURES].unbind(), folder / f"{name}-{rank}")
+    dist.destroy_process_group()
+
+
+def test_features_over_two_ranks(models: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_of_two, (models, tmp_path), nprocs=2)
+    for name, case in TWO_RANKS.items():
+        for rank in range(2):
+            seed = 0 if name.startswith("sequence") else rank
+            expected = by_autograd(models / case.model, batch(seed), case.temperature)
+            assert_equal(torch.stack(torch.load(tmp_path / f"{name}-{rank}")), expected, 1e-5)
