@@ -9,9 +9,9 @@ os.environ["VERL_USE_EXTERNAL_MODULES"] = "verl_cpu"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
 import logging
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -28,6 +28,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from g2rl.config import ConfigError
 from g2rl.integrations.verl.engine import FEATURES, REQUEST
+from g2rl.integrations.verl.shaping import Options
 from g2rl.integrations.verl.trainer import G2RLTrainer
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
 
@@ -106,9 +107,7 @@ class Actors:
         fields = {"log_probs": ragged(tokens), "entropy": ragged(tokens)}
         if self.features is not None:
             fields[FEATURES] = ragged(list(self.features))
-        return tq.kv_batch_put(
-            keys=batch.keys, partition_id="train", fields=TensorDict(fields, batch_size=len(batch))
-        )
+        return tq.kv_batch_put(keys=batch.keys, partition_id="train", fields=TensorDict(fields, batch_size=len(batch)))
 
 
 def reference(features: Tensor, rewards: Tensor, options: Shaping) -> tuple[Tensor, Tensor]:
@@ -216,3 +215,16 @@ def test_refusals(overrides: list[str], message: str) -> None:
 def test_small_groups_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     G2RLTrainer(configuration("actor_rollout_ref.rollout.n=2"))
     assert "rollout.n: expected 3 or more, found 2" in caplog.text
+
+
+def test_example(tmp_path: Path) -> None:
+    """What the launch script asks for is in verl's configuration, and the trainer takes it."""
+    (tmp_path / "python3").write_text('#!/bin/sh\nshift 2\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python3").chmod(0o755)
+    script = Path(__file__).parents[2] / "examples" / "verl_g2rl.sh"
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [script, "model", "train.parquet", "test.parquet", "trainer.total_epochs=2"]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    config = configuration(*printed.splitlines())
+    assert config.trainer.total_epochs == 2 and config.data.val_files == "test.parquet"
+    assert get_trainer_cls(config.trainer.v1.trainer_mode)(config).options == Options(Shaping(), (0.0, 1.0))

@@ -8,14 +8,13 @@ import os
 os.environ["VERL_USE_EXTERNAL_MODULES"] = "verl_cpu"
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -253,7 +252,7 @@ def test_refusals_of_the_engine(models: Path, one_rank: None, monkeypatch: pytes
     # verl's fused kernels know no logit scale.
     case = Case("divisor", fused=True, strategy="fsdp", engine={"use_orig_params": True})
     monkeypatch.setattr(GraniteForCausalLM, "forward", GraniteForCausalLM.forward)
-    with pytest.raises(RuntimeError, match=r"logit scale \(0.25\) and soft cap \(None\): set .*use_fused_kernels=False"):
+    with pytest.raises(RuntimeError, match=r"logit scale \(0.25\) .*: set .*use_fused_kernels=False"):
         run(make_engine(models, case), case, batch(), **{REQUEST: True})
 
 

@@ -1,14 +1,16 @@
-"""verl on a CPU: a platform of that name. Imported by verl itself, in every process, through VERL_USE_EXTERNAL_MODULES."""
+"""verl on a CPU: a platform and a rollout engine. verl imports it in every process: VERL_USE_EXTERNAL_MODULES."""
 
 from __future__ import annotations
 
-import os
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from verl.plugin.platform import PlatformBase, PlatformRegistry, set_platform
+from verl.plugin.platform import PlatformRegistry, set_platform
 from verl.plugin.platform.platform_cuda import PlatformCUDA
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY
+from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 MODULE = SimpleNamespace(**{name: getattr(torch.cpu, name) for name in torch.cpu.__all__})
 MODULE.mem_get_info = lambda *_: (0, 0)
@@ -35,12 +37,16 @@ class PlatformCPU(PlatformCUDA):
     def communication_backend_name(self) -> str:
         return "gloo"
 
-    def ray_resource_name(self) -> str:
-        return "CPU"
 
-    def ray_resource_options(self, num_gpus: float) -> dict[str, Any]:
-        return {"num_cpus": num_gpus}
+def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
+    """torch's, for verl, which asks for one backend for the CPU and one for its device."""
+    _init_process_group("gloo" if backend == "cpu:gloo,cpu:gloo" else backend, *args, **kwargs)
 
 
+_init_process_group, torch.distributed.init_process_group = torch.distributed.init_process_group, init_process_group
 PlatformRegistry.register(platform="cpu")(PlatformCPU)
 set_platform(PlatformCPU())
+
+# The rollout engine `cpu`.
+_ROLLOUT_REGISTRY["cpu", "async"] = "cpu_rollout.CPURollout"
+RolloutReplicaRegistry.register("cpu", lambda: importlib.import_module("cpu_rollout").CPUReplica)

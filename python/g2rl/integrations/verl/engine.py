@@ -36,6 +36,7 @@ class _FeaturePass:
     Attributes:
         response: [..., L] as the input ids of this rank: the response whose token a position predicts, -1 for none.
         targets: [..., L], that token.
+        predicts: [N], whether this rank's part of the packed sequences predicts one.
         B: responses; temperature: of the policy.
         features: [B, d], once the head has had its hidden states.
         logps: [n] of the predicted tokens of this rank.
@@ -43,10 +44,11 @@ class _FeaturePass:
 
     response: torch.Tensor
     targets: torch.Tensor
+    predicts: torch.Tensor
     B: int
     temperature: float
-    features: torch.Tensor | None = None
-    logps: torch.Tensor | None = None
+    features: Any = None
+    logps: Any = None
 
 
 # A key with a vendor goes before verl's own without one.
@@ -75,25 +77,22 @@ class G2RLEngine(FSDPEngineWithLMHead):
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict[str, torch.Tensor]:
         outputs = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        if self._pass is not None:
-            self._check_logps(outputs["log_probs"].values(), micro_batch, output_args)
-            outputs[FEATURES] = self._pass.features
-            self._pass = None
+        done, self._pass = self._pass, None
+        if done is not None:
+            self._check_logps(done, self._local(outputs["log_probs"].values(), output_args, 0.0))
+            outputs[FEATURES] = done.features
         return outputs
 
     def _feature_pass(
         self, micro_batch: TensorDict, model_inputs: dict[str, Any], output_args: dict[str, Any]
     ) -> _FeaturePass:
-        response = self._local(self._predicted_response(micro_batch), output_args, -1)
-        targets = output_args["input_ids_rmpad_rolled"]
-        padding_mask = model_inputs["attention_mask"]
+        mask = micro_batch["response_mask"]
+        response = predicted_response(micro_batch["input_ids"].offsets(), mask.values(), mask.offsets())
+        response, targets = self._local(response, output_args, -1), output_args["input_ids_rmpad_rolled"]
+        predicts, padding_mask = response >= 0, model_inputs["attention_mask"]
         if padding_mask is not None:
             response, targets = pad(response, padding_mask, -1), pad(targets, padding_mask)
-        return _FeaturePass(response, targets, len(micro_batch), _temperature(micro_batch["temperature"]))
-
-    def _predicted_response(self, micro_batch: TensorDict) -> torch.Tensor:
-        mask = micro_batch["response_mask"]
-        return predicted_response(micro_batch["input_ids"].offsets(), mask.values(), mask.offsets())
+        return _FeaturePass(response, targets, predicts, len(micro_batch), _temperature(micro_batch["temperature"]))
 
     def _local(self, packed: torch.Tensor, output_args: dict[str, Any], value: float) -> torch.Tensor:
         """This rank's part of values [N] of a packed batch, padded as verl pads it."""
@@ -110,8 +109,8 @@ class G2RLEngine(FSDPEngineWithLMHead):
         head = self._model.get_output_embeddings()
         if hasattr(head, "base_layer"):
             raise NotImplementedError(
-                "actor_rollout_ref.model.target_modules: expected no adapter on the head, whose weight the features are "
-                "made of, found one; list the modules of the layers alone"
+                "actor_rollout_ref.model.target_modules: expected no adapter on the head, whose weight the features "
+                "are made of, found one; list the modules of the layers alone"
             )
         if self.model_config.use_fused_kernels:
             # They read the head's weight and never call it.
@@ -139,19 +138,18 @@ class G2RLEngine(FSDPEngineWithLMHead):
         dist.all_reduce(sums, group=self.ulysses_parallel_group)
         return sums[:, :-1] / sums[:, -1:].clamp(min=1)
 
-    def _check_logps(self, logps: torch.Tensor, micro_batch: TensorDict, output_args: dict[str, Any]) -> None:
-        """verl's and the head's, on the first pass: a head that is not understood would give other features."""
+    def _check_logps(self, done: _FeaturePass, logps: torch.Tensor) -> None:
+        """verl's [N] and the head's, on the first pass: a head that is not understood would give other features."""
         if self._checked:
             return
         self._checked = True
-        predicts = self._local(self._predicted_response(micro_batch), output_args, -1) >= 0
-        theirs, ours = self._local(logps.detach().float(), output_args, 0.0)[predicts], self._pass.logps
-        gap, size = (theirs - ours).abs().sum(), ours.abs().sum()
-        if float(gap) > ROUNDING * (ours.numel() + float(size)):
-            options = lm_head(self._model, self._pass.temperature, theirs.dtype)
+        ours = done.logps
+        gap, size = float((logps.detach()[done.predicts] - ours).abs().sum()), float(ours.abs().sum())
+        if gap > ROUNDING * (len(ours) + size):
+            options = lm_head(self._model, done.temperature, ours.dtype)
             raise RuntimeError(
                 f"g2rl: verl's log-probabilities differ from those of the head of {type(self._model).__name__} by "
-                f"{float(gap) / ours.numel():.2g} a token. verl's fused kernels leave out a bias, logit scale "
+                f"{gap / len(ours):.2g} a token. verl's fused kernels leave out a bias, logit scale "
                 f"({options.logit_scale:g}) and soft cap ({options.softcap}): set "
                 "actor_rollout_ref.model.use_fused_kernels=False. Without them, this head is not one that G2RL knows"
             )

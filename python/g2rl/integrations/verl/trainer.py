@@ -29,16 +29,15 @@ ENGINES = ("fsdp", "fsdp2")
 class G2RLTrainer(PPOTrainerSync):
     """`PPOTrainerSync` that shapes `rm_scores` between old log-probabilities and advantages; takes ``config.g2rl``.
 
-    Whatever comes before, as DAPO's filter, and after, as logs and dumps of scores, sees raw rewards: advantages alone are
-    made of shaped ones, which stay in verl's field of rewards after all corrections, `token_level_rewards`.
+    Whatever comes before, as DAPO's filter, and after, as logs and dumps of scores, sees raw rewards: advantages alone
+    are made of shaped ones, which stay in verl's field of rewards after all corrections, `token_level_rewards`.
 
     Raises:
         ConfigError: an option or a setting of verl that G2RL cannot work with.
     """
 
     def __init__(self, config: DictConfig) -> None:
-        section = config.get("g2rl")
-        self.options: Options = read_options(None if section is None else OmegaConf.to_container(section, resolve=True))
+        self.options: Options = read_options(OmegaConf.to_object(config).get("g2rl"))  # type: ignore[union-attr]
         check_config(config)
         with open_dict(config):
             # What else in verl reads the mode asks whether it is "sync", and would take this one for asynchronous.
@@ -62,8 +61,8 @@ class G2RLTrainer(PPOTrainerSync):
         batch.extra_info.update(calculate_entropy=False, compute_loss=False, temperature=temperature)
         self.actor_rollout_wg.compute_log_prob(batch)
         logger.info(
-            "G2RL: with rollout_correction.bypass_mode verl runs no pass for old log-probabilities, from which features "
-            "come; this one is added (%.2g s). bypass_mode=False makes use of it",
+            "G2RL: with rollout_correction.bypass_mode verl runs no pass for old log-probabilities, from which "
+            "features come; this one is added (%.2g s). bypass_mode=False makes use of it",
             time.perf_counter() - start,
         )
 
@@ -84,8 +83,8 @@ class G2RLTrainer(PPOTrainerSync):
         if FEATURES not in data.keys():
             raise RuntimeError(
                 "g2rl: expected features beside the actor's log-probabilities, found none: its processes run another "
-                "engine. Install g2rl-kernels on every node, and leave VERL_USE_EXTERNAL_PLUGINS, VERL_ENGINE_DEVICE and "
-                "VERL_ENGINE_VENDOR unset"
+                "engine. Install g2rl-kernels on every node, and leave VERL_USE_EXTERNAL_PLUGINS, VERL_ENGINE_DEVICE "
+                "and VERL_ENGINE_VENDOR unset"
             )
         raw = data["rm_scores"]
         features, rewards = _dense(data[FEATURES]).float(), torch.stack([x.float().sum() for x in raw.unbind()])
@@ -116,8 +115,8 @@ def check_config(config: DictConfig) -> None:
     actor = config.actor_rollout_ref
     if actor.actor.strategy not in ENGINES:
         raise ConfigError(
-            f"actor_rollout_ref.actor.strategy: expected {' or '.join(ENGINES)}, found {actor.actor.strategy!r}: features "
-            "of G2RL come from these engines; set actor_rollout_ref.actor.strategy=fsdp2"
+            f"actor_rollout_ref.actor.strategy: expected {' or '.join(ENGINES)}, found {actor.actor.strategy!r}: "
+            "features of G2RL come from these engines; set actor_rollout_ref.actor.strategy=fsdp2"
         )
     if actor.rollout.n < 3:
         logger.warning(
