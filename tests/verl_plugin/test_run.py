@@ -52,6 +52,7 @@ def test_training_run(tmp_path: Path) -> None:
         "actor_rollout_ref.actor.fsdp_config.dtype": "float32",
         "actor_rollout_ref.rollout.name": "cpu",
         "actor_rollout_ref.rollout.n": 4,
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 4,
         "actor_rollout_ref.rollout.agent.num_workers": 1,
         "reward.num_workers": 1,

@@ -13,6 +13,7 @@ from verl.workers.rollout.base import _ROLLOUT_REGISTRY
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 MODULE = SimpleNamespace(**{name: getattr(torch.cpu, name) for name in torch.cpu.__all__})
+MODULE.get_device_name = lambda *_: "CPU"
 MODULE.mem_get_info = lambda *_: (0, 0)
 for name in ("empty_cache", "max_memory_allocated", "max_memory_reserved", "memory_allocated", "memory_reserved"):
     setattr(MODULE, name, lambda *_: 0)

@@ -105,8 +105,8 @@ class G2RLEngine(FSDPEngineWithLMHead):
         """Hook features into the model's forward pass; once, when they are first asked for."""
         if self._model is not None:
             return
-        self._model = next(module for module in self.module.modules() if isinstance(module, PreTrainedModel))
-        head = self._model.get_output_embeddings()
+        model = next(module for module in self.module.modules() if isinstance(module, PreTrainedModel))
+        head = model.get_output_embeddings()
         if hasattr(head, "base_layer"):
             raise NotImplementedError(
                 "actor_rollout_ref.model.target_modules: expected no adapter on the head, whose weight the features "
@@ -114,9 +114,10 @@ class G2RLEngine(FSDPEngineWithLMHead):
             )
         if self.model_config.use_fused_kernels:
             # They read the head's weight and never call it.
-            self._model.base_model.register_forward_hook(lambda _, args, output: self._on_hidden_states(output[0]))
+            model.base_model.register_forward_hook(lambda _, args, output: self._on_hidden_states(output[0]))
         else:
             head.register_forward_pre_hook(lambda _, args: self._on_hidden_states(args[0]))
+        self._model = model
 
     def _on_hidden_states(self, hidden: torch.Tensor) -> None:
         if self._pass is None:
@@ -142,8 +143,8 @@ class G2RLEngine(FSDPEngineWithLMHead):
         """verl's [N] and the head's, on the first pass: a head that is not understood would give other features."""
         if self._checked:
             return
-        self._checked = True
         ours = done.logps
+        self._checked = len(ours) > 0
         gap, size = float((logps.detach()[done.predicts] - ours).abs().sum()), float(ours.abs().sum())
         if gap > ROUNDING * (len(ours) + size):
             options = lm_head(self._model, done.temperature, ours.dtype)

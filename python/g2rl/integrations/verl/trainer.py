@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
@@ -37,7 +37,7 @@ class G2RLTrainer(PPOTrainerSync):
     """
 
     def __init__(self, config: DictConfig) -> None:
-        self.options: Options = read_options(OmegaConf.to_object(config).get("g2rl"))  # type: ignore[union-attr]
+        self.options: Options = read_options(config.get("g2rl"))
         check_config(config)
         with open_dict(config):
             # What else in verl reads the mode asks whether it is "sync", and would take this one for asynchronous.
