@@ -49,7 +49,7 @@ VERL := build/verl
 $(VERL)/.ready: tests/verl_plugin/requirements.txt pyproject.toml | $(READY)
 	$(PYTHON) -m venv $(VERL)
 	$(VERL)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(VERL)/bin/pip install --quiet setuptools
+	$(VERL)/bin/pip install --quiet --constraint constraints.txt setuptools
 	$(VERL)/bin/pip install --quiet --no-deps --requirement tests/verl_plugin/requirements.txt
 	G2RL_SKIP_NATIVE=1 $(VERL)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

@@ -80,5 +80,15 @@ def test_training_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *(f"{key}={value}" for key, value in options.items())]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=540)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
+    assert "trainer.v1.trainer_mode=g2rl_sync" in run.stdout + run.stderr
     steps = [json.loads(line)["data"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    print(json.dumps(steps, indent=1))
+    assert [step["training/global_step"] for step in steps] == [1, 2]
+    for step in steps:
+        # The task's rewards stay what they are; advantages are made of others, doubled for the newest of a group.
+        assert {step["critic/score/min"], step["critic/score/max"]} <= {-1, 1}
+        assert max(-step["critic/rewards/min"], step["critic/rewards/max"]) == pytest.approx(2)
+        assert step["g2rl/degenerate_share"] == 0 and -1 / 3 <= step["g2rl/mean_cosine"] < 1
+        assert 0 < step["g2rl/score"] <= 1 and step["g2rl/feature_norm"] > 0.1
+        assert step["actor/grad_norm"] > 0
+        # Weights reach the rollout engine, and it is they that features are made with.
+        assert step["training/rollout_probs_diff_max"] < 0.05
