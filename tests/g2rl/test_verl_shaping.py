@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 
@@ -102,3 +105,16 @@ def test_groups_out_of_order(options: Options) -> None:
 def test_features_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="found NaN or inf in 1 responses"):
         shape_by_uid(torch.tensor([[1.0], [torch.nan]]), torch.tensor([1.0, -1.0]), ["a", "a"], Options())
+
+
+def test_the_plugin_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """verl itself would keep this from its user."""
+    monkeypatch.setitem(sys.modules, "verl", None)
+    for name in ("plugin", "engine", "trainer"):
+        monkeypatch.delitem(sys.modules, f"g2rl.integrations.verl.{name}", raising=False)
+    with pytest.raises(ImportError):
+        importlib.import_module("g2rl.integrations.verl.plugin")
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert "there will be no trainer_mode=g2rl_sync" in caplog.text
+    assert "pip install 'g2rl-kernels[verl]'" in caplog.text and "ModuleNotFoundError: " in caplog.text

@@ -136,6 +136,7 @@ def test_advantages(name: str, queue: None, caplog: pytest.LogCaptureFixture) ->
     config = configuration("+g2rl.min_range=0", *CASES[name])
     trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config)
     assert type(trainer) is G2RLTrainer and type(trainer.replay_buffer) is ReplayBuffer
+    assert trainer.trainer_mode == "sync" and config.trainer.v1.trainer_mode == "g2rl_sync"
     features = torch.randn(len(KEYS), D, generator=torch.Generator().manual_seed(0))
     trainer.actor_rollout_wg = Actors(features)
     wrong = 0.0 if name == "range" else WRONG

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
@@ -39,11 +39,11 @@ class G2RLTrainer(PPOTrainerSync):
     def __init__(self, config: DictConfig) -> None:
         self.options: Options = read_options(config.get("g2rl"))
         check_config(config)
-        with open_dict(config):
-            # What else in verl reads the mode asks whether it is "sync", and would take this one for asynchronous.
-            config.trainer.v1.trainer_mode = "sync"
-        self._warned = False
+        # What else in verl reads the mode asks whether it is "sync", and would take this one for asynchronous.
+        config.trainer.v1.trainer_mode = "sync"
         super().__init__(config)
+        config.trainer.v1.trainer_mode = TRAINER_MODE
+        self._said: set[str] = set()
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch.extra_info[REQUEST] = True
@@ -60,10 +60,11 @@ class G2RLTrainer(PPOTrainerSync):
         temperature = self.config.actor_rollout_ref.rollout.temperature
         batch.extra_info.update(calculate_entropy=False, compute_loss=False, temperature=temperature)
         self.actor_rollout_wg.compute_log_prob(batch)
-        logger.info(
+        seconds = time.perf_counter() - start
+        self._say(
             "G2RL: with rollout_correction.bypass_mode verl runs no pass for old log-probabilities, from which "
-            "features come; this one is added (%.2g s). bypass_mode=False makes use of it",
-            time.perf_counter() - start,
+            f"features come; this one is added. bypass_mode=False makes use of it ({seconds:.2g} s here)",
+            logging.INFO,
         )
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
@@ -102,12 +103,19 @@ class G2RLTrainer(PPOTrainerSync):
 
     def _warn_of_zero_rewards(self, rewards: torch.Tensor) -> None:
         zeros = bool((rewards == 0).any()) and bool((rewards >= 0).all())
-        if zeros and self.options.reward_range == Options.reward_range and not self._warned:
-            self._warned = True
-            logger.warning(
+        if zeros and self.options.reward_range == Options.reward_range:
+            self._say(
                 "G2RL: rewards of 0 are not moved by scaling, so that wrong answers get no signal; "
-                "for rewards of 0 and 1 add +g2rl.reward_range=[0,1]"
+                "for rewards of 0 and 1 add +g2rl.reward_range=[0,1]",
+                logging.WARNING,
             )
+
+    def _say(self, message: str, level: int) -> None:
+        """Once in a run, whatever its numbers."""
+        key = message.split("(")[0]
+        if key not in self._said:
+            self._said.add(key)
+            logger.log(level, message)
 
 
 def check_config(config: DictConfig) -> None:
