@@ -2,6 +2,7 @@
 # make test      run the tests
 # make ctest     build and run the C++ kernels' own tests
 # make trl       the tests of the TRL integration with every version of TRL that it serves
+# make verl      the tests of the plug-in for verl, in an environment of their own
 # make sanitize  those of the CPU kernels under Clang's sanitizers of addresses, undefined behaviour and threads
 # make aarch64   cross-compile the CPU kernels for AArch64 and run their tests under qemu-user
 # make wheel     a wheel in dist/ for the torch of constraints.txt
@@ -23,7 +24,7 @@ WORKERS ?= 2
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ctest trl sanitize aarch64 cuda wheel bench bench-report gpu lint clean
+.PHONY: setup train test ctest trl verl sanitize aarch64 cuda wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -41,6 +42,20 @@ train: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark $(ARGS)
+
+# verl pins versions that the others do not share. The kernels are those of .venv: same torch, same Python.
+VERL := build/verl
+
+$(VERL)/.ready: tests/verl_plugin/requirements.txt pyproject.toml | $(READY)
+	$(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VERL)/bin/pip install --quiet --constraint constraints.txt setuptools
+	$(VERL)/bin/pip install --quiet --no-deps --requirement tests/verl_plugin/requirements.txt
+	G2RL_SKIP_NATIVE=1 $(VERL)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+verl: $(VERL)/.ready
+	$(VERL)/bin/python -m pytest tests/verl_plugin $(ARGS)
 
 ctest: $(READY)
 	$(BIN)/cmake -S . -B build/ctest -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(abspath build/ctest)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from g2rl_kernels import GroupAdvantages
+from g2rl_kernels import GroupAdvantages, pad
 
 
 def exploration_metrics(
-    features: torch.Tensor, result: GroupAdvantages, group_size: int, min_range: float
+    features: torch.Tensor, result: GroupAdvantages, groups: int | torch.Tensor, min_range: float
 ) -> dict[str, float]:
     """Means over a step's responses and groups.
 
     Args:
-        features: [B, d]; group_size: m, B a multiple of it.
+        features: [B, d]; groups: their size m, or offsets [G + 1].
         result: of `g2rl_advantages` on them.
         min_range: of `Shaping`.
 
@@ -22,13 +22,15 @@ def exploration_metrics(
         degenerate_share, of groups whose scores are too close to shape anything.
     """
     norms = features.norm(dim=1)
-    valid = (norms > 0).view(-1, group_size)
-    scores = result.scores.view(-1, group_size)
+    G, m, _ = result.similarity.shape
+    sizes = groups.diff() if isinstance(groups, torch.Tensor) else torch.tensor([groups])
+    inside = (torch.arange(m) < sizes.cpu()[:, None]).expand(G, m).to(norms.device)
+    valid, scores = pad(norms > 0, inside), pad(result.scores, inside)
     low, high = scores.where(valid, torch.inf).amin(1), scores.where(valid, -torch.inf).amax(1)
     pairs = torch.triu(valid[:, :, None] & valid[:, None, :], diagonal=1)
     cosines = result.similarity[pairs]
     metrics = {
-        "score": scores.mean(),
+        "score": result.scores.mean(),
         "feature_norm": norms.mean(),
         "degenerate_share": (high - low < min_range).float().mean(),
     }

@@ -1,0 +1,165 @@
+"""verl's engine for FSDP and FSDP2 that adds the feature of each response to a pass for log-probabilities.
+
+Features are made inside the model's forward pass where the head is about to work: FSDP has its weight whole there, with
+verl's fused kernels as without them. Every other pass is verl's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tensordict import TensorDict
+from transformers import PreTrainedModel
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_name, get_vendor
+from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
+
+from g2rl.heads import lm_head
+from g2rl.integrations.verl.shaping import predicted_response
+from g2rl_kernels import pad, sequence_features
+
+# Asks for features, beside `calculate_entropy`; and the field that they come back in, [B, d] fp32.
+REQUEST, FEATURES = "g2rl_features", "g2rl_phi"
+
+# The mean difference of log-probabilities that rounding logits to 16 bits explains, absolute and relative.
+ROUNDING = 0.1
+
+
+@dataclass
+class _FeaturePass:
+    """One micro-batch's features, from what is asked to what came.
+
+    Attributes:
+        response: [..., L] as the input ids of this rank: the response whose token a position predicts, -1 for none.
+        targets: [..., L], that token.
+        predicts: [N], whether this rank's part of the packed sequences predicts one.
+        B: responses; temperature: of the policy.
+        features: [B, d], once the head has had its hidden states.
+        logps: [n] of the predicted tokens of this rank.
+    """
+
+    response: torch.Tensor
+    targets: torch.Tensor
+    predicts: torch.Tensor
+    B: int
+    temperature: float
+    features: Any = None
+    logps: Any = None
+
+
+# A key with a vendor goes before verl's own without one.
+@EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device=get_device_name(), vendor=get_vendor())
+class G2RLEngine(FSDPEngineWithLMHead):
+    """`FSDPEngineWithLMHead` that returns `FEATURES` where a batch asks for them with `REQUEST`.
+
+    Raises:
+        NotImplementedError: temperatures that differ within a batch, or an adapter on the head.
+        RuntimeError: verl's log-probabilities are not those of the model's head.
+    """
+
+    _pass: _FeaturePass | None = None
+    _model: Any = None
+    _checked = False
+
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
+        model_inputs, output_args = super().prepare_model_inputs(micro_batch)
+        self._pass = None
+        if tu.get_non_tensor_data(data=micro_batch, key=REQUEST, default=False):
+            self._watch_head()
+            self._pass = self._feature_pass(micro_batch, model_inputs, output_args)
+        return model_inputs, output_args
+
+    def prepare_model_outputs(
+        self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
+    ) -> dict[str, torch.Tensor]:
+        outputs = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        done, self._pass = self._pass, None
+        if done is not None:
+            self._check_logps(done, self._local(outputs["log_probs"].values(), output_args, 0.0))
+            outputs[FEATURES] = done.features
+        return outputs
+
+    def _feature_pass(
+        self, micro_batch: TensorDict, model_inputs: dict[str, Any], output_args: dict[str, Any]
+    ) -> _FeaturePass:
+        mask = micro_batch["response_mask"]
+        response = predicted_response(micro_batch["input_ids"].offsets(), mask.values(), mask.offsets())
+        response, targets = self._local(response, output_args, -1), output_args["input_ids_rmpad_rolled"]
+        predicts, padding_mask = response >= 0, model_inputs["attention_mask"]
+        if padding_mask is not None:
+            response, targets = pad(response, padding_mask, -1), pad(targets, padding_mask)
+        return _FeaturePass(response, targets, predicts, len(micro_batch), _temperature(micro_batch["temperature"]))
+
+    def _local(self, packed: torch.Tensor, output_args: dict[str, Any], value: float) -> torch.Tensor:
+        """This rank's part of values [N] of a packed batch, padded as verl pads it."""
+        packed = F.pad(packed, (0, output_args.get("pad_size", 0)), value=value)
+        if not self.use_ulysses_sp:
+            return packed
+        return packed.chunk(self.ulysses_sequence_parallel_size)[self.ulysses_device_mesh["sp"].get_local_rank()]
+
+    def _watch_head(self) -> None:
+        """Hook features into the model's forward pass; once, when they are first asked for."""
+        if self._model is not None:
+            return
+        model = next(module for module in self.module.modules() if isinstance(module, PreTrainedModel))
+        head = model.get_output_embeddings()
+        if hasattr(head, "base_layer"):
+            raise NotImplementedError(
+                "actor_rollout_ref.model.target_modules: expected no adapter on the head, whose weight the features "
+                "are made of, found one; list the modules of the layers alone"
+            )
+        if self.model_config.use_fused_kernels:
+            # They read the head's weight and never call it.
+            model.base_model.register_forward_hook(lambda _, args, output: self._on_hidden_states(output[0]))
+        else:
+            head.register_forward_pre_hook(lambda _, args: self._on_hidden_states(args[0]))
+        self._model = model
+
+    def _on_hidden_states(self, hidden: torch.Tensor) -> None:
+        if self._pass is None:
+            return
+        response = self._pass.response.flatten()
+        predicts = response >= 0
+        hidden, targets = hidden.flatten(0, -2)[predicts], self._pass.targets.flatten()[predicts]
+        lengths = torch.bincount(response[predicts], minlength=self._pass.B)
+        head = lm_head(self._model, self._pass.temperature, self._model.get_output_embeddings().weight.dtype)
+        out = sequence_features(hidden.to(head.weight.dtype), head, targets, F.pad(lengths.cumsum(0), (1, 0)))
+        self._pass.features, self._pass.logps = self._whole(out.features, lengths), out.logps
+
+    def _whole(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Features [B, d] of responses of which each rank of a sequence-parallel group has `lengths` [B] tokens."""
+        if not self.use_ulysses_sp:
+            return features
+        lengths = lengths.to(features.dtype)
+        sums = torch.cat([features * lengths[:, None], lengths[:, None]], dim=1)
+        dist.all_reduce(sums, group=self.ulysses_parallel_group)
+        return sums[:, :-1] / sums[:, -1:].clamp(min=1)
+
+    def _check_logps(self, done: _FeaturePass, logps: torch.Tensor) -> None:
+        """verl's [N] and the head's, on the first pass: a head that is not understood would give other features."""
+        if self._checked:
+            return
+        ours = done.logps
+        self._checked = len(ours) > 0
+        gap, size = float((logps.detach()[done.predicts] - ours).abs().sum()), float(ours.abs().sum())
+        if gap > ROUNDING * (len(ours) + size):
+            options = lm_head(self._model, done.temperature, ours.dtype)
+            raise RuntimeError(
+                f"g2rl: verl's log-probabilities differ from those of the head of {type(self._model).__name__} by "
+                f"{gap / len(ours):.2g} a token. verl's fused kernels leave out a bias, logit scale "
+                f"({options.logit_scale:g}) and soft cap ({options.softcap}): set "
+                "actor_rollout_ref.model.use_fused_kernels=False. Without them, this head is not one that G2RL knows"
+            )
+
+
+def _temperature(temperature: float | torch.Tensor) -> float:
+    if isinstance(temperature, torch.Tensor):
+        values = temperature.unique()
+        if values.numel() != 1:
+            raise NotImplementedError(f"temperature: expected one for all responses, found {values.tolist()}")
+        return float(values)
+    return float(temperature)

@@ -1,0 +1,30 @@
+"""What verl imports when it is imported itself, in every process: registers the trainer `g2rl_sync` and its engine.
+
+verl keeps what a plug-in raises to its log at level DEBUG, and then knows no trainer of this name. So this says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from g2rl_kernels import __version__
+
+logger = logging.getLogger(__name__)
+logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
+
+try:
+    from g2rl.integrations.verl.engine import G2RLEngine
+    from g2rl.integrations.verl.trainer import TRAINER_MODE
+except Exception as error:
+    logger.error(
+        "g2rl-kernels %s: its plug-in for verl failed, and there will be no trainer_mode=g2rl_sync. It needs verl with "
+        "trainer.v1 and its engines for FSDP (0.9.1 or newer) and TransferQueue; pip install 'g2rl-kernels[verl]'. Or "
+        "set VERL_USE_EXTERNAL_PLUGINS=none to go without plug-ins. %s: %s",
+        __version__,
+        type(error).__name__,
+        error,
+    )
+    raise
+
+logger.info("g2rl-kernels %s: trainer.v1.trainer_mode=%s, %s", __version__, TRAINER_MODE, G2RLEngine.__name__)

@@ -1,0 +1,144 @@
+"""verl's synchronous trainer with rewards shaped by G2RL, selected by ``trainer.v1.trainer_mode=g2rl_sync``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
+
+from g2rl.config import ConfigError
+from g2rl.integrations.verl.engine import FEATURES, REQUEST
+from g2rl.integrations.verl.shaping import Options, add_to_last, final_outputs, read_options, shape_by_uid
+
+logger = logging.getLogger(__name__)
+logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
+
+TRAINER_MODE = "g2rl_sync"
+ENGINES = ("fsdp", "fsdp2")
+
+
+@register_trainer(TRAINER_MODE)
+class G2RLTrainer(PPOTrainerSync):
+    """`PPOTrainerSync` that shapes `rm_scores` between old log-probabilities and advantages; takes ``config.g2rl``.
+
+    Whatever comes before, as DAPO's filter, and after, as logs and dumps of scores, sees raw rewards: advantages alone
+    are made of shaped ones, which stay in verl's field of rewards after all corrections, `token_level_rewards`.
+
+    Raises:
+        ConfigError: an option or a setting of verl that G2RL cannot work with.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.options: Options = read_options(config.get("g2rl"))
+        check_config(config)
+        # What else in verl reads the mode asks whether it is "sync", and would take this one for asynchronous.
+        config.trainer.v1.trainer_mode = "sync"
+        super().__init__(config)
+        config.trainer.v1.trainer_mode = TRAINER_MODE
+        self._said: set[str] = set()
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        batch.extra_info[REQUEST] = True
+        correction = self.config.algorithm.get("rollout_correction", None)
+        if correction and correction.get("bypass_mode", False):
+            self._run_feature_pass(batch)
+        batch = super()._compute_old_log_prob(batch, metrics)
+        batch.extra_info.pop(REQUEST, None)
+        return batch
+
+    def _run_feature_pass(self, batch: KVBatchMeta) -> None:
+        """The pass that verl spares when it takes the rollout's log-probabilities for the old ones."""
+        start = time.perf_counter()
+        temperature = self.config.actor_rollout_ref.rollout.temperature
+        batch.extra_info.update(calculate_entropy=False, compute_loss=False, temperature=temperature)
+        self.actor_rollout_wg.compute_log_prob(batch)
+        seconds = time.perf_counter() - start
+        self._say(
+            "G2RL: with rollout_correction.bypass_mode verl runs no pass for old log-probabilities, from which "
+            f"features come; this one is added. bypass_mode=False makes use of it ({seconds:.2g} s here)",
+            logging.INFO,
+        )
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        raw, shaped = self._shape(batch, metrics)
+        _put(batch, rm_scores=shaped)
+        batch = super()._compute_advantage(batch, metrics)
+        if self.config.algorithm.use_kl_in_reward:
+            _put(batch, rm_scores=raw)
+        else:
+            _put(batch, rm_scores=raw, token_level_rewards=shaped)
+        return batch
+
+    def _shape(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw and shaped scores of tokens, ragged [B, response length]."""
+        names = [FEATURES, "rm_scores"]
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
+        if FEATURES not in data.keys():
+            raise RuntimeError(
+                "g2rl: expected features beside the actor's log-probabilities, found none: its processes run another "
+                "engine. Install g2rl-kernels on every node, and leave VERL_USE_EXTERNAL_PLUGINS, VERL_ENGINE_DEVICE "
+                "and VERL_ENGINE_VENDOR unset"
+            )
+        raw = data["rm_scores"]
+        features, rewards = _dense(data[FEATURES]).float(), torch.stack([x.float().sum() for x in raw.unbind()])
+        final = final_outputs(batch.keys)
+        padding = torch.tensor([tag.get("is_padding", False) for tag in batch.tags])
+        rows = ((final == torch.arange(len(final))) & ~padding).nonzero()[:, 0]
+        self._warn_of_zero_rewards(rewards[rows])
+        uids = [batch.keys[row].rsplit("_", 2)[0] for row in rows.tolist()]
+        bonus = torch.zeros_like(rewards)
+        shaped, exploration = shape_by_uid(features[rows], rewards[rows], uids, self.options)
+        bonus[rows] = shaped - rewards[rows]
+        metrics.update({f"g2rl/{name}": value for name, value in exploration.items()})
+        values = add_to_last(raw.values(), raw.offsets(), bonus[final])
+        return raw, torch.nested.nested_tensor_from_jagged(values, raw.offsets())
+
+    def _warn_of_zero_rewards(self, rewards: torch.Tensor) -> None:
+        zeros = bool((rewards == 0).any()) and bool((rewards >= 0).all())
+        if zeros and self.options.reward_range == Options.reward_range:
+            self._say(
+                "G2RL: rewards of 0 are not moved by scaling, so that wrong answers get no signal; "
+                "for rewards of 0 and 1 add +g2rl.reward_range=[0,1]",
+                logging.WARNING,
+            )
+
+    def _say(self, message: str, level: int) -> None:
+        """Once in a run, whatever its numbers."""
+        key = message.split("(")[0]
+        if key not in self._said:
+            self._said.add(key)
+            logger.log(level, message)
+
+
+def check_config(config: DictConfig) -> None:
+    """Raise ConfigError for what cannot work, and warn of what does nothing."""
+    actor = config.actor_rollout_ref
+    if actor.actor.strategy not in ENGINES:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.strategy: expected {' or '.join(ENGINES)}, found {actor.actor.strategy!r}: "
+            "features of G2RL come from these engines; set actor_rollout_ref.actor.strategy=fsdp2"
+        )
+    if actor.rollout.n < 3:
+        logger.warning(
+            "actor_rollout_ref.rollout.n: expected 3 or more, found %d: with one peer, scores of a group are equal and "
+            "G2RL changes nothing",
+            actor.rollout.n,
+        )
+
+
+def _put(batch: KVBatchMeta, **fields: torch.Tensor) -> None:
+    data = TensorDict(fields, batch_size=len(batch))
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=data)
+
+
+def _dense(features: torch.Tensor) -> torch.Tensor:
+    """[B, d], which verl's queue may hand over as ragged rows of one length."""
+    return torch.stack(features.unbind()) if features.is_nested else features

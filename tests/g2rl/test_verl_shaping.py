@@ -1,0 +1,120 @@
+"""What the plug-in for verl does on plain tensors, against numbers by hand and a float64 reference, without verl."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from g2rl.config import ConfigError
+from g2rl.integrations.verl.shaping import (
+    Options,
+    add_to_last,
+    final_outputs,
+    predicted_response,
+    read_options,
+    shape_by_uid,
+)
+from g2rl_kernels import Shaping, g2rl_advantages, use_backend
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        (None, Options()),
+        ({"strength": 2, "rule": "centered"}, Options(Shaping(strength=2, rule="centered"))),
+        ({"reward_range": [0, 1], "min_range": 0.0}, Options(Shaping(min_range=0.0), (0.0, 1.0))),
+    ],
+)
+def test_options(section: dict | None, expected: Options) -> None:
+    assert read_options(section) == expected
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"lambda": 1.0}, r"g2rl\.lambda: expected one of strength, .*, reward_range; found an unknown key"),
+        ({"strength": "strong"}, r"g2rl\.strength: expected a number, found 'strong'"),
+        ({"strength": True}, r"g2rl\.strength: expected a number, found True"),
+        ({"rule": 1}, r"g2rl\.rule: expected text, found 1"),
+        ({"rule": "scales"}, r"g2rl\.rule: expected one of scale, centered, literal, found 'scales'"),
+        ({"clip": 0}, r"g2rl\.clip: expected a number > 0, found 0"),
+        ({"reward_range": [1, 0]}, r"g2rl\.reward_range: expected two numbers, the lower one first, found \[1, 0\]"),
+        ({"reward_range": "01"}, r"g2rl\.reward_range: expected two numbers, the lower one first, found '01'"),
+    ],
+)
+def test_options_that_are_wrong(section: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_options(section)
+
+
+def test_predicted_response() -> None:
+    """Prompts of 2, 1 and 3 tokens, responses of 3 (the second a tool's), 0 and 1."""
+    row = predicted_response(
+        torch.tensor([0, 5, 6, 10]), mask=torch.tensor([1, 0, 1, 1]), mask_offsets=torch.tensor([0, 3, 3, 4])
+    )
+    assert row.tolist() == [-1, 0, -1, 0, -1, -1, -1, -1, 2, -1]
+
+
+def test_final_outputs() -> None:
+    """The order is any; indices are numbers, not text; ids of prompts may hold underscores."""
+    keys = ["a_0_2", "a_1_0", "a_0_10", "b_b_0_0", "a_0_9", "b_b_1_0"]
+    assert final_outputs(keys).tolist() == [2, 1, 2, 3, 2, 5]
+
+
+def test_add_to_last() -> None:
+    values = add_to_last(
+        torch.tensor([0.0, 1.0, 2.0, -1.0]), torch.tensor([0, 2, 2, 4]), torch.tensor([0.5, 9.0, -0.25])
+    )
+    assert values.tolist() == [0.0, 1.5, 2.0, -1.25]
+
+
+@pytest.mark.parametrize("options", [Options(Shaping(min_range=0)), Options(Shaping(min_range=0), (0.0, 1.0))])
+def test_groups_out_of_order(options: Options) -> None:
+    """Groups of 4, 3 and 1, the second with a response without feature."""
+    uids = ["q", "p", "p", "r", "q", "p", "q", "p"]
+    features = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    features[4] = 0
+    signs = torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0, -1.0, -1.0, 1.0])
+    low, high = options.reward_range
+    rewards = (signs + 1) / 2 * (high - low) + low
+    shaped, metrics = shape_by_uid(features, rewards, uids, options)
+    expected, scores = signs.double(), torch.zeros(8, dtype=torch.float64)
+    cosines = []
+    with use_backend("reference"):
+        for rows in ([1, 2, 5, 7], [0, 4, 6], [3]):
+            result = g2rl_advantages(features[rows].double(), signs[rows].double(), len(rows), options.shaping)
+            expected[rows], scores[rows] = result.shaped_rewards, result.scores
+            m = len(rows)
+            real = [i for i, row in enumerate(rows) if row != 4]
+            cosines += [float(result.similarity[0, i, j]) for i in range(m) for j in range(i) if {i, j} <= set(real)]
+    torch.testing.assert_close(shaped.double(), (expected + 1) / 2 * (high - low) + low, rtol=0, atol=1e-6)
+    assert float((shaped - rewards).abs().max()) > 0.1 and shaped[3] == rewards[3] and shaped[4] == rewards[4]
+    assert len(cosines) == 7
+    assert metrics == {
+        "mean_cosine": pytest.approx(sum(cosines) / 7, abs=1e-6),
+        "negative_share": pytest.approx(sum(c < 0 for c in cosines) / 7),
+        "score": pytest.approx(float(scores.mean()), abs=1e-6),
+        "feature_norm": pytest.approx(float(features.norm(dim=1).mean())),
+        "degenerate_share": 0.0,
+    }
+
+
+def test_features_that_are_not_finite() -> None:
+    with pytest.raises(ValueError, match="found NaN or inf in 1 responses"):
+        shape_by_uid(torch.tensor([[1.0], [torch.nan]]), torch.tensor([1.0, -1.0]), ["a", "a"], Options())
+
+
+def test_the_plugin_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """verl itself would keep this from its user."""
+    monkeypatch.setitem(sys.modules, "verl", None)
+    for name in ("plugin", "engine", "trainer"):
+        monkeypatch.delitem(sys.modules, f"g2rl.integrations.verl.{name}", raising=False)
+    with pytest.raises(ImportError):
+        importlib.import_module("g2rl.integrations.verl.plugin")
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert "there will be no trainer_mode=g2rl_sync" in caplog.text
+    assert "pip install 'g2rl-kernels[verl]'" in caplog.text and "ModuleNotFoundError: " in caplog.text

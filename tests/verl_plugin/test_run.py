@@ -1,0 +1,94 @@
+"""verl's own command, from its entry point to the last step: Ray, queue, rollouts, rewards, engine and trainer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+
+HERE = Path(__file__).parent
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return 1.0 if sum(c in "aeiou02468" for c in solution_str) > 0.14 * len(solution_str) else -1.0
+"""
+
+
+def tiny_model(folder: Path) -> Path:
+    spec = importlib.util.spec_from_file_location("tiny", HERE.parent / "g2rl" / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.build_model(folder)
+
+
+@pytest.mark.slow
+def test_training_run(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    (tmp_path / "reward.py").write_text(REWARD)
+    row = {"data_source": "vowels", "prompt": [{"role": "user", "content": "12+3="}]}
+    rows = [row | {"reward_model": {"style": "rule", "ground_truth": ""}, "extra_info": {"index": i}} for i in range(6)]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "data.parquet")
+    options = {
+        "trainer.v1.trainer_mode": "g2rl_sync",
+        "+g2rl.min_range": 0,
+        "algorithm.adv_estimator": "grpo",
+        "data.train_files": tmp_path / "data.parquet",
+        "data.val_files": tmp_path / "data.parquet",
+        "data.train_batch_size": 3,
+        "data.max_prompt_length": 16,
+        "data.max_response_length": 12,
+        "data.dataloader_num_workers": 0,
+        "actor_rollout_ref.model.path": model,
+        "+actor_rollout_ref.model.override_config.attn_implementation": "eager",
+        "actor_rollout_ref.actor.strategy": "fsdp2",
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 2,
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 4,
+        "actor_rollout_ref.actor.use_torch_compile": False,
+        "actor_rollout_ref.actor.fsdp_config.dtype": "float32",
+        "actor_rollout_ref.rollout.name": "cpu",
+        "actor_rollout_ref.rollout.n": 4,
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 4,
+        "actor_rollout_ref.rollout.agent.num_workers": 1,
+        "reward.num_workers": 1,
+        "reward.custom_reward_function.path": tmp_path / "reward.py",
+        "trainer.device": "cpu",
+        "trainer.n_gpus_per_node": 1,
+        "trainer.nnodes": 1,
+        "trainer.logger": "[file]",
+        "trainer.total_training_steps": 2,
+        "trainer.save_freq": -1,
+        "trainer.test_freq": -1,
+        "trainer.val_before_train": False,
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+        "ray_kwargs.ray_init.num_cpus": 16,
+        "+ray_kwargs.ray_init.num_gpus": 1,  # which verl's platform takes for its CPU
+        "hydra.run.dir": tmp_path / "hydra",
+    }
+    environment = os.environ | {
+        "VERL_USE_EXTERNAL_MODULES": "verl_cpu",
+        "PYTHONPATH": str(HERE),
+        "VERL_FILE_LOGGER_PATH": str(tmp_path / "log.jsonl"),
+        "RAY_AUTH_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *(f"{key}={value}" for key, value in options.items())]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=540)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
+    assert "trainer.v1.trainer_mode=g2rl_sync" in run.stdout + run.stderr
+    steps = [json.loads(line)["data"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [step["training/global_step"] for step in steps] == [1, 2]
+    for step in steps:
+        # The task's rewards stay what they are; advantages are made of others, doubled for the newest of a group.
+        assert {step["critic/score/min"], step["critic/score/max"]} <= {-1, 1}
+        assert max(-step["critic/rewards/min"], step["critic/rewards/max"]) == pytest.approx(2)
+        assert step["g2rl/degenerate_share"] == 0 and -1 / 3 <= step["g2rl/mean_cosine"] < 1
+        assert 0 < step["g2rl/score"] <= 1 and step["g2rl/feature_norm"] > 0.1
+        assert step["actor/grad_norm"] > 0
+        # Weights reach the rollout engine, and it is they that features are made with.
+        assert step["training/rollout_probs_diff_max"] < 0.05
