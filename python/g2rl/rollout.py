@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+from g2rl.adapters import copy_weights, has_adapter, plain_copy
 from g2rl.config import RolloutConfig
 from g2rl.heads import keep_head_inputs_contiguous
 from g2rl.types import Batch, Episode, Problem
@@ -45,7 +45,7 @@ class InverseCDFSampler(LogitsProcessor):
 
 
 class Sampler:
-    """Generates with a copy of the policy's weights in the rollout dtype.
+    """Generates with a copy of the policy's weights in the rollout dtype, a LoRA adapter merged into them.
 
     Args:
         model: the policy; `sync` copies its weights.
@@ -62,7 +62,8 @@ class Sampler:
         self.config = config
         self.system_prompt = system_prompt
         dtype = getattr(torch, config.dtype)
-        self.model: Any = model if model.dtype == dtype else copy.deepcopy(model).to(dtype).requires_grad_(False)
+        same = model.dtype == dtype and not has_adapter(model)
+        self.model: Any = model if same else plain_copy(model).to(dtype)
         keep_head_inputs_contiguous(self.model)
         stop = model.generation_config.eos_token_id if model.generation_config else None
         stop = tokenizer.eos_token_id if stop is None else stop
@@ -75,9 +76,7 @@ class Sampler:
     def sync(self) -> None:
         """Copy the policy's weights."""
         if self.model is not self.policy:
-            with torch.no_grad():
-                for mine, theirs in zip(self.model.parameters(), self.policy.parameters(), strict=True):
-                    mine.copy_(theirs)
+            copy_weights(self.policy, self.model)
 
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
         """The rendered prompt; problems go in as they are when the tokenizer has no chat template."""

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 import g2rl_kernels
+from g2rl.adapters import add_adapter, has_adapter, load_adapter
 from g2rl.checkpoint import find_checkpoint, load_state, save_checkpoint
 from g2rl.collect import collect
 from g2rl.config import Config, save_config
@@ -55,6 +56,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model, self.tokenizer = load_model(config.model)
         self.device = self.model.device
+        if config.model.lora.rank:
+            add_adapter(self.model, config.model.lora)
         self.sampler = Sampler(self.model, self.tokenizer, config.rollout, config.task.system_prompt)
         policy = Policy(self.model, config)
         self.reference = Reference(policy, config) if config.objective.kl_coef > 0 else None
@@ -158,8 +161,10 @@ class Trainer:
 
     def _restore(self) -> int:
         folder = find_checkpoint(self.config.run_dir)
-        weights = type(self.model).from_pretrained(folder, dtype=self.model.dtype).state_dict()
-        self.model.load_state_dict(weights)
+        if has_adapter(self.model):
+            load_adapter(self.model, folder)
+        else:
+            self.model.load_state_dict(type(self.model).from_pretrained(folder, dtype=self.model.dtype).state_dict())
         state = load_state(folder)
         self.updater.optimizer.load_state_dict(state["optimizer"])
         self.updater.scheduler.load_state_dict(state["scheduler"])

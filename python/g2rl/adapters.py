@@ -1,0 +1,159 @@
+"""LoRA adapters by peft: what is trained, what generates, and what is saved.
+
+LoRA (Hu et al., arXiv 2106.09685) adds (alpha / rank) B A to the weight of a linear layer and trains A and B alone, in
+fp32 whatever the weight's type. Adapters sit inside the model of transformers, which stays the same object with the same
+modules to everyone else.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from g2rl.config import ConfigError, LoraConfig
+
+_WEIGHTS = "adapter_model.safetensors"
+_NAME = "default"
+
+
+def add_adapter(model: Any, config: LoraConfig) -> None:
+    """Freeze a model of transformers and give it a LoRA adapter, whose parameters require gradients.
+
+    Raises:
+        ConfigError: peft is not installed, a target names no module, or it is the head, whose weight features are made
+            of; the message lists the modules found.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(f"model.lora.rank: LoRA needs peft: pip install 'g2rl-kernels[lora]' ({error})") from error
+    _check_targets(model, config.targets)
+    model.add_adapter(
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=list(config.targets) or "all-linear",
+            task_type="CAUSAL_LM",
+        ),
+        _NAME,
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def has_adapter(model: Any) -> bool:
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The model as it was before it had an adapter; nothing changes for one without."""
+    if not has_adapter(model):
+        yield
+        return
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+def plain_copy(model: Any) -> Any:
+    """A frozen copy of a model without adapter layers; `copy_weights` merges the adapter into it."""
+    plain = copy.deepcopy(model).requires_grad_(False)
+    if has_adapter(model):
+        for name, module in list(plain.named_modules()):
+            if _is_adapted(module):
+                plain.set_submodule(name, module.get_base_layer())
+        plain._hf_peft_config_loaded = False
+        del plain.peft_config
+    return plain
+
+
+@torch.no_grad()
+def copy_weights(source: Any, target: Any) -> None:
+    """Write the weights of `source`, its adapter merged into them, over those of its `plain_copy`, in that one's dtype."""
+    for name, parameter in target.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        module = source.get_submodule(owner)
+        if _is_adapted(module):
+            weight = getattr(module.get_base_layer(), leaf)
+            parameter.copy_(weight + module.get_delta_weight(_NAME) if leaf == "weight" else weight)
+        else:
+            parameter.copy_(getattr(module, leaf))
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Put the adapter of a checkpoint into a model that has one of the same shape.
+
+    Raises:
+        ConfigError: the folder has no adapter, or another one.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if not (folder / _WEIGHTS).is_file():
+        raise ConfigError(f"model.lora.rank: expected a checkpoint with an adapter, found none in {str(folder)!r}")
+    state = {key.removeprefix("base_model.model."): value for key, value in load_file(folder / _WEIGHTS).items()}
+    mine = model.get_adapter_state_dict(_NAME)
+    if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in mine.items()}:
+        raise ConfigError(f"model.lora: expected the rank and targets of the checkpoint {str(folder)!r}, found others")
+    set_peft_model_state_dict(model, state, _NAME)
+
+
+def base_of(path: str) -> str | None:
+    """What the adapter in a local folder was trained on; None where there is no adapter."""
+    file = Path(path) / "adapter_config.json"
+    return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else None
+
+
+def merged(model: Any, folder: str) -> Any:
+    """`model` with the adapter that a folder holds merged into its weights."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConfigError(
+            f"model.path: the adapter in {folder!r} needs peft: pip install 'g2rl-kernels[lora]' ({error})"
+        ) from error
+    model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    model.name_or_path = folder
+    return model
+
+
+def _is_adapted(module: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def _check_targets(model: Any, targets: list[str]) -> None:
+    head = [model.get_output_embeddings()]
+    if head[0].weight is model.get_input_embeddings().weight:
+        head.append(model.get_input_embeddings())
+    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if _is_linear(m) and m not in head}
+    for target in targets:
+        hits = [m for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
+        if any(module in head for module in hits):
+            raise ConfigError(
+                f"model.lora.targets: expected modules other than the head, of whose weight features are made, found "
+                f"{target!r}; others are {', '.join(sorted(linear))}"
+            )
+        if not hits:
+            raise ConfigError(
+                f"model.lora.targets: expected names of the model's linear layers, {', '.join(sorted(linear))}, "
+                f"found {target!r}"
+            )
+
+
+def _is_linear(module: Any) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, torch.nn.Linear | Conv1D)

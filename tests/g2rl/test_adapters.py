@@ -1,0 +1,141 @@
+"""LoRA: what is trained, what generates, what the KL term compares with, what is saved, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from g2rl.adapters import adapter_off, add_adapter
+from g2rl.checkpoint import find_checkpoint
+from g2rl.cli import main
+from g2rl.config import ConfigError, LoraConfig, ModelConfig, load_config
+from g2rl.model import load_model
+from g2rl.trainer import Trainer
+
+SMALL = (
+    "steps=4",
+    "model.autocast=none",
+    "model.lora.rank=4",
+    "task.options={digits: [1, 1]}",
+    "task.held_out=4",
+    "rollout.prompts=2",
+    "rollout.group_size=4",
+    "rollout.max_new_tokens=6",
+    "eval.every=0",
+    "checkpoint.every=2",
+    "optim.lr=2e-2",
+    "objective.entropy_coef=0.5",  # a gradient where no response is right
+)
+
+
+def start(tiny_model: Path, tmp_path: Path, *overrides: str) -> Trainer:
+    return Trainer(load_config(None, [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, *overrides]))
+
+
+def lines(run_dir: Path) -> list[dict]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """Four steps, with dropout and a KL term."""
+    folder = tmp_path_factory.mktemp("lora")
+    trainer = start(tiny_model, folder, "name=whole", "model.lora.dropout=0.1", "objective.kl_coef=0.1")
+    trainer.run()
+    return trainer
+
+
+def test_trains_the_adapter_alone(tiny_model: Path, trained: Trainer) -> None:
+    """Two matrices for each of 7 linear layers in 2 layers; the reference is the initial model, in the same memory."""
+    parameters = [p for p in trained.model.parameters() if p.requires_grad]
+    assert len(parameters) == 2 * 7 * 2
+    assert trained.reference._copy.model is trained.model
+    initial = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        expected, changed = initial(ids).logits, trained.model.eval()(ids).logits
+        with adapter_off(trained.model):
+            assert torch.equal(trained.model(ids).logits, expected)
+    trained.model.train()
+    assert (changed - expected).abs().max() > 1e-2
+    kl = [record["train/kl"] for record in lines(trained.config.run_dir)]
+    assert kl[0] < 1e-3 < kl[-1]
+
+
+def test_rollouts_have_the_adapter_merged(tiny_model: Path, trained: Trainer) -> None:
+    """In the rollouts' own dtype, without adapter layers: one rounding to bf16 of the fp32 sum."""
+    trained.sampler.sync()
+    names = [name for name, _ in trained.sampler.model.named_parameters()]
+    assert names == [name for name, _ in AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters()]
+    layer = trained.model.model.layers[1].self_attn.q_proj
+    weight = layer.base_layer.weight + 32 / 4 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    merged = trained.sampler.model.model.layers[1].self_attn.q_proj.weight
+    assert merged.dtype == torch.bfloat16
+    torch.testing.assert_close(merged.float(), weight, atol=0, rtol=2**-8)
+    assert not torch.equal(merged, layer.base_layer.weight.bfloat16())
+
+
+def test_checkpoints_resume_and_export(trained: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The adapter alone is saved; a run that continues repeats the numbers; the export is the merged model."""
+    run_dir = trained.config.run_dir
+    folder = find_checkpoint(run_dir)
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not (folder / "model.safetensors").exists()
+    assert main(["eval", str(run_dir), "eval.samples=1", "eval.ks=[1]"]) == 0
+    assert main(["export", str(run_dir), str(tmp_path / "merged")]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, trained.model.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    trained.model.train()
+    assert main(["export", str(run_dir), str(tmp_path / "merged")]) == 2
+    assert "folder: expected a new one" in capsys.readouterr().err
+
+    expected = lines(run_dir)
+    half = run_dir.parent / "half"
+    start(
+        Path(trained.config.model.path), run_dir.parent, "name=half", "steps=2", "model.lora.dropout=0.1",
+        "objective.kl_coef=0.1",
+    ).run()  # fmt: skip
+    assert main(["train", f"resume={half}", "steps=4"]) == 0
+    assert lines(half) == expected
+    assert main(["train", f"resume={half}", "steps=5", "model.lora.rank=2"]) == 2
+    assert "model.lora: expected the rank and targets of the checkpoint" in capsys.readouterr().err
+
+
+def test_adapters_are_fp32_on_bf16_weights(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = start(tiny_model, tmp_path, "model.dtype=bfloat16", "steps=1", "checkpoint.every=0")
+    trainer.run()
+    assert {p.dtype for p in trainer.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    states = trainer.updater.optimizer.state.values()
+    assert {state["exp_avg"].dtype for state in states} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["lm_head"], "expected modules other than the head, of whose weight features are made, found 'lm_head'"),
+        (["embed_tokens"], "expected modules other than the head"),
+        (
+            ["q_proj", "query"],
+            "expected names of the model's linear layers, down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, "
+            "v_proj, found 'query'",
+        ),
+    ],
+)
+def test_bad_targets(tiny_model: Path, targets: list[str], message: str) -> None:
+    """Embeddings are the head here, by tied weights."""
+    model, _ = load_model(ModelConfig(path=str(tiny_model)))
+    with pytest.raises(ConfigError, match=f"model.lora.targets: {message}"):
+        add_adapter(model, LoraConfig(rank=4, targets=targets))
+
+
+def test_a_reference_that_is_refreshed_is_refused() -> None:
+    with pytest.raises(ConfigError, match="objective.reference_every: expected 0 with model.lora.rank > 0"):
+        load_config(None, ["model.lora.rank=4", "objective.kl_coef=0.1", "objective.reference_every=3"])
