@@ -1,8 +1,8 @@
 """LoRA adapters by peft: what is trained, what generates, and what is saved.
 
 LoRA (Hu et al., arXiv 2106.09685) adds (alpha / rank) B A to the weight of a linear layer and trains A and B alone, in
-fp32 whatever the weight's type. Adapters sit inside the model of transformers, which stays the same object with the same
-modules to everyone else.
+fp32 whatever the weight's type. Adapters sit inside the model of transformers, which stays the same object with the
+same modules to everyone else.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def plain_copy(model: Any) -> Any:
 
 @torch.no_grad()
 def copy_weights(source: Any, target: Any) -> None:
-    """Write the weights of `source`, its adapter merged into them, over those of its `plain_copy`, in that one's dtype."""
+    """Write the weights of `source`, its adapter merged into them, over those of its `plain_copy`, in their dtype."""
     for name, parameter in target.named_parameters():
         owner, _, leaf = name.rpartition(".")
         module = source.get_submodule(owner)

@@ -29,7 +29,7 @@ class LoraConfig:
 
     rank: int = 0
     """Rank of the adapter; 0 trains all weights."""
-    alpha: float = 32.0
+    alpha: int = 32
     """The adapter's product counts alpha / rank times."""
     dropout: float = 0.0
     """Of the adapter's inputs, in training."""
@@ -133,6 +133,8 @@ class ObjectiveConfig:
     """Disjoint parts of the step's groups, an optimiser update each."""
     micro_batch_groups: int = 8
     """Whole groups in one forward and backward pass; gradients accumulate over the update's groups."""
+    tokens_per_micro_batch: int = 0
+    """Cut micro-batches by length instead: rows times the longest prompt and response stay within this; 0 does not."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,7 @@ _RANGES = {
     "objective.updates": _POSITIVE,
     "objective.mini_batches": _POSITIVE,
     "objective.micro_batch_groups": _POSITIVE,
+    "objective.tokens_per_micro_batch": _NOT_NEGATIVE,
     "optim.lr": _POSITIVE,
     "optim.beta1": ("in [0, 1)", lambda v: 0 <= v < 1),
     "optim.beta2": ("in [0, 1)", lambda v: 0 <= v < 1),
@@ -297,13 +300,18 @@ def _check_objective(config: Config) -> None:
         )
     if objective.reference_every and config.model.lora.rank:
         raise ConfigError(
-            "objective.reference_every: expected 0 with model.lora.rank > 0, since the KL term's model is then this one "
-            f"with its adapter off, found {objective.reference_every}"
+            "objective.reference_every: expected 0 with model.lora.rank > 0, since the KL term's model is then the "
+            f"policy with its adapter off, found {objective.reference_every}"
         )
     if objective.overlong == "punish" and not 0 < objective.overlong_buffer <= rollout.max_new_tokens:
         raise ConfigError(
             f"objective.overlong_buffer: expected 1 to rollout.max_new_tokens = {rollout.max_new_tokens} with overlong "
             f"punish, found {objective.overlong_buffer}"
+        )
+    if 0 < objective.tokens_per_micro_batch <= rollout.max_new_tokens:
+        raise ConfigError(
+            "objective.tokens_per_micro_batch: expected room for a prompt and rollout.max_new_tokens = "
+            f"{rollout.max_new_tokens} tokens, or 0, found {objective.tokens_per_micro_batch}"
         )
     if rollout.prompts % objective.mini_batches:
         raise ConfigError(

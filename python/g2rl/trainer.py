@@ -65,6 +65,7 @@ class Trainer:
         self.step = 0
         self.position = 0
         self._saving = self._times()
+        self._tells_first_pass = True
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -104,6 +105,9 @@ class Trainer:
         episodes, verdicts = groups.episodes, groups.verdicts
         with times.stage("update"):
             metrics, results = self.updater.run(step, episodes, verdicts, times)
+        if self._tells_first_pass and "time/first_pass" in times.seconds:
+            self._tells_first_pass = False
+            progress.message(_first_pass_cost(times.seconds, self.method.needs_features))
         self.step, self.position = step, self.position + groups.asked
         if self.reference is not None and self._due(step, config.objective.reference_every):
             self.reference.refresh()
@@ -182,6 +186,15 @@ class Trainer:
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and step % every == 0
+
+
+def _first_pass_cost(seconds: dict[str, float], needed: bool) -> str:
+    spent, update = seconds["time/first_pass"], seconds["time/update"]
+    way_out = "more objective.tokens_per_micro_batch" if needed else "log.geometry=false"
+    return (
+        f"step does not fit one micro-batch: a first pass for its features takes {spent:.2g} s of the update's "
+        f"{update:.2g} s (time/first_pass); {way_out} would save it"
+    )
 
 
 def _held_out_numbers(metrics: dict[str, float]) -> str:

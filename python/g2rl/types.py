@@ -65,7 +65,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole groups of episodes as tensors: what one forward pass takes.
+    """Whole groups of episodes as tensors: what one forward pass takes. Cut by length, each is a group of its own.
 
     B episodes, L = longest prompt + response, N = response tokens of the whole batch.
 

@@ -3,6 +3,10 @@
 On-policy, the update's own forward pass gives log-probabilities with gradient and features together, so that no method
 costs an extra pass. With several updates on the same rollouts, features come from the pass for the old
 log-probabilities.
+
+Micro-batches of whole groups know their groups' features by themselves. Those cut by length
+(`objective.tokens_per_micro_batch`) do not: where an update needs more than one of them, a first pass without gradient
+gives the features, unless nothing makes use of features.
 """
 
 from __future__ import annotations
@@ -33,26 +37,48 @@ class TrainingError(RuntimeError):
 
 @dataclass(eq=False)
 class _Part:
-    """One micro-batch: whole groups as the model's tensors and as the method's step, and what is known of them.
+    """One micro-batch: responses as the model's tensors, and what is known of them.
 
     Attributes:
+        rows: [B] int64, which responses of its `_Groups` these are.
         kept: [B] bool, False for responses that the loss leaves out.
-        rollout_logps, reference_logps, old_logps: [N].
-        result: None until the features are known.
+        rollout_logps, reference_logps: [N].
+        old_logps: [N], None until the pass before the first update.
+        features: [B, d], of the same pass; None without `log.geometry`.
     """
 
     batch: Batch
-    step: Step
+    rows: torch.Tensor
     kept: torch.Tensor
     rollout_logps: torch.Tensor | None
     reference_logps: torch.Tensor | None = None
     old_logps: torch.Tensor | None = None
-    result: GroupAdvantages | None = None
+    features: torch.Tensor | None = None
 
     @property
     def totals(self) -> tuple[int, int]:
         """Kept responses and their tokens."""
         return int(self.kept.sum()), int(self.batch.response_mask[self.kept].sum())
+
+
+@dataclass(eq=False)
+class _Groups:
+    """Whole groups that are judged together, and the micro-batches that hold their responses.
+
+    Attributes:
+        result: None until they are judged.
+    """
+
+    step: Step
+    parts: list[_Part]
+    result: GroupAdvantages | None = None
+
+    def features(self) -> torch.Tensor | None:
+        """[B, d] in the order of the step; None where there are none."""
+        columns = [part.features for part in self.parts if part.features is not None]
+        if not columns:
+            return None
+        return torch.cat(columns)[torch.cat([part.rows for part in self.parts]).argsort()]
 
 
 @dataclass
@@ -118,16 +144,17 @@ class Updater:
         """
         objective = self.config.objective
         mini_batches = self._mini_batches(episodes, verdicts)
-        parts = [part for mini_batch in mini_batches for part in mini_batch]
+        everything = [groups for mini_batch in mini_batches for groups in mini_batch]
+        parts = [part for groups in everything for part in groups.parts]
         if self.reference is not None:
             # The reference is frozen: one pass serves all updates.
             for part in parts:
                 part.reference_logps = self.reference.logps(part.batch, times)
         if objective.updates * objective.mini_batches > 1:
-            for part in parts:
-                with torch.no_grad():
-                    out, _ = self.policy.forward(part.batch, times, self.config.log.geometry)
-                self._judge(number, part, out)
+            self._first_pass(number, everything, times)
+        elif self.config.log.geometry and any(len(groups.parts) > 1 for groups in everything):
+            with times.stage("first_pass"):
+                self._first_pass(number, everything, times)
         shown: dict[str, float] = {}
         for _ in range(objective.updates):
             sums = _Sums()
@@ -135,34 +162,54 @@ class Updater:
                 self._accumulate(number, mini_batch, sums, times)
                 with times.stage("optimizer", fine=True):
                     shown = self._optimize(number)
-        metrics, result = self._metrics(parts, sums)
+        metrics, result = self._metrics(everything, sums)
         return metrics | shown, result
 
-    def _mini_batches(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> list[list[_Part]]:
+    def _first_pass(self, number: int, everything: Sequence[_Groups], times: StageTimes) -> None:
+        """Features and log-probabilities of before the first update, without gradient."""
+        for groups in everything:
+            for part in groups.parts:
+                with torch.no_grad():
+                    out, _ = self.policy.forward(part.batch, times, self.config.log.geometry)
+                self._keep(number, part, out)
+            self._judge(groups)
+
+    def _mini_batches(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> list[list[_Groups]]:
         """Disjoint parts of the step, one for each optimiser update of a pass, cut into micro-batches."""
         size = len(episodes) // self.config.objective.mini_batches
         stride = self.config.rollout.group_size * self.config.objective.micro_batch_groups
+        if self.config.objective.tokens_per_micro_batch:
+            stride = size
         return [
             [
-                self._part(episodes[i : min(i + stride, start + size)], verdicts[i : min(i + stride, start + size)])
+                self._groups(episodes[i : min(i + stride, start + size)], verdicts[i : min(i + stride, start + size)])
                 for i in range(start, start + size, stride)
             ]
             for start in range(0, len(episodes), size)
         ]
 
-    def _part(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> _Part:
+    def _groups(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> _Groups:
         m, device = self.config.rollout.group_size, self.policy.model.device
-        batch = make_batch(episodes, [verdict.reward for verdict in verdicts], m, self.pad_id, device)
         step = Step(
-            rewards=batch.rewards,
+            rewards=torch.tensor([verdict.reward for verdict in verdicts], dtype=torch.float32, device=device),
             group_size=m,
             correct=torch.tensor([verdict.correct for verdict in verdicts], device=device),
             answers=[verdict.answer for verdict in verdicts],
             texts=[episode.text for episode in episodes],
         )
+        budget = self.config.objective.tokens_per_micro_batch
+        cuts = cut_by_length(episodes, budget) if budget else [list(range(len(episodes)))]
+        # Responses of a group may be in several micro-batches: each is then a group of its own to the model.
+        return _Groups(step, [self._part(episodes, verdicts, rows, m if len(cuts) == 1 else 1) for rows in cuts])
+
+    def _part(
+        self, episodes: Sequence[Episode], verdicts: Sequence[Verdict], rows: list[int], group_size: int
+    ) -> _Part:
+        chosen, device = [episodes[i] for i in rows], self.policy.model.device
+        batch = make_batch(chosen, [verdicts[i].reward for i in rows], group_size, self.pad_id, device)
         filters = self.config.objective.overlong == "filter"
-        kept = torch.tensor([episode.finished or not filters for episode in episodes], device=device)
-        return _Part(batch, step, kept, self._rollout_logps(episodes))
+        kept = torch.tensor([episode.finished or not filters for episode in chosen], device=device)
+        return _Part(batch, torch.tensor(rows, device=device), kept, self._rollout_logps(chosen))
 
     def _rollout_logps(self, episodes: Sequence[Episode]) -> torch.Tensor | None:
         known = [logp for episode in episodes if episode.logps is not None for logp in episode.logps]
@@ -175,22 +222,25 @@ class Updater:
             )
         return None
 
-    def _accumulate(self, number: int, parts: Sequence[_Part], sums: _Sums, times: StageTimes) -> None:
+    def _accumulate(self, number: int, mini_batch: Sequence[_Groups], sums: _Sums, times: StageTimes) -> None:
         """Add the gradient of one optimiser update up."""
-        totals = Totals(*map(sum, zip(*(part.totals for part in parts), strict=True)))
+        parts = [(groups, part) for groups in mini_batch for part in groups.parts]
+        totals = Totals(*map(sum, zip(*(part.totals for _, part in parts), strict=True)))
         sums.kept_tokens += totals.tokens
-        for part in parts:
-            # On-policy, the gradient pass itself yields the features: nothing is computed twice.
-            first = part.result is None
+        for groups, part in parts:
+            # On-policy, the gradient pass of whole groups itself yields the features: nothing is computed twice.
+            first = part.old_logps is None
             out, cu_seqlens = self.policy.forward(part.batch, times, first and self.config.log.geometry)
             if first:
-                self._judge(number, part, out)
-            assert part.result is not None and part.old_logps is not None
+                self._keep(number, part, out)
+            if groups.result is None:
+                self._judge(groups)
+            assert groups.result is not None and part.old_logps is not None
             tokens = Tokens(
                 out.logps,
                 out.entropy,
                 part.old_logps,
-                part.result.advantages,
+                groups.result.advantages[part.rows],
                 cu_seqlens,
                 part.kept,
                 part.reference_logps,
@@ -202,12 +252,16 @@ class Updater:
                 loss.backward()
             sums.add(loss, out.entropy, terms)
 
-    def _judge(self, number: int, part: _Part, out: SequenceFeatures) -> None:
-        """Have the method weigh the responses, from the pass before the first update."""
+    def _keep(self, number: int, part: _Part, out: SequenceFeatures) -> None:
+        """What later passes need of the one before the first update."""
         self._require_finite(number, "features", out.features)
         part.old_logps = out.logps.detach()
-        part.step = replace(part.step, features=out.features if self.config.log.geometry else None)
-        part.result = self.method.advantages(part.step)
+        part.features = out.features if self.config.log.geometry else None
+
+    def _judge(self, groups: _Groups) -> None:
+        """Have the method weigh the responses, by the features of all of them."""
+        groups.step = replace(groups.step, features=groups.features())
+        groups.result = self.method.advantages(groups.step)
 
     def _optimize(self, number: int) -> dict[str, float]:
         """One optimiser update by the gradient that stands, which is then gone."""
@@ -220,10 +274,10 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         return shown
 
-    def _metrics(self, parts: Sequence[_Part], sums: _Sums) -> tuple[dict[str, float], GroupAdvantages]:
-        results = [part.result for part in parts if part.result is not None]
+    def _metrics(self, everything: Sequence[_Groups], sums: _Sums) -> tuple[dict[str, float], GroupAdvantages]:
+        results = [groups.result for groups in everything if groups.result is not None]
         result = GroupAdvantages(*(torch.cat(columns) for columns in zip(*results, strict=True)))
-        step = _joined([part.step for part in parts])
+        step = _joined([groups.step for groups in everything])
         metrics = geometry_metrics(step.features, step.rewards, result, step.group_size)
         metrics |= self.method.metrics(step, result)
         metrics |= {
@@ -257,6 +311,23 @@ def _joined(steps: Sequence[Step]) -> Step:
         texts=[text for step in steps for text in step.texts],
         features=torch.cat(features) if features else None,
     )
+
+
+def cut_by_length(episodes: Sequence[Episode], budget: int) -> list[list[int]]:
+    """Positions of the episodes, in micro-batches of at most `budget` tokens with their padding.
+
+    All of them in their order where they fit; else longest first. An episode longer than that has a micro-batch of its
+    own.
+    """
+    lengths = [len(episode.prompt_ids) + len(episode.response_ids) for episode in episodes]
+    cuts: list[list[int]] = []
+    if len(episodes) * max(lengths) <= budget:
+        return [list(range(len(episodes)))]
+    for i in sorted(range(len(episodes)), key=lambda i: -lengths[i]):
+        if not cuts or (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] > budget:
+            cuts.append([])
+        cuts[-1].append(i)
+    return cuts
 
 
 def lr_factor(config: Config, update: int) -> float:

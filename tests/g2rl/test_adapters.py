@@ -31,6 +31,8 @@ SMALL = (
     "objective.entropy_coef=0.5",  # a gradient where no response is right
 )
 
+NOISY = ("model.lora.dropout=0.1", "objective.kl_coef=0.1", "objective.tokens_per_micro_batch=150")
+
 
 def start(tiny_model: Path, tmp_path: Path, *overrides: str) -> Trainer:
     return Trainer(load_config(None, [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, *overrides]))
@@ -43,9 +45,9 @@ def lines(run_dir: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    """Four steps, with dropout and a KL term."""
+    """Four steps, with dropout, a KL term, and micro-batches cut by length."""
     folder = tmp_path_factory.mktemp("lora")
-    trainer = start(tiny_model, folder, "name=whole", "model.lora.dropout=0.1", "objective.kl_coef=0.1")
+    trainer = start(tiny_model, folder, "name=whole", *NOISY)
     trainer.run()
     return trainer
 
@@ -98,10 +100,7 @@ def test_checkpoints_resume_and_export(trained: Trainer, tmp_path: Path, capsys:
 
     expected = lines(run_dir)
     half = run_dir.parent / "half"
-    start(
-        Path(trained.config.model.path), run_dir.parent, "name=half", "steps=2", "model.lora.dropout=0.1",
-        "objective.kl_coef=0.1",
-    ).run()  # fmt: skip
+    start(Path(trained.config.model.path), run_dir.parent, "name=half", "steps=2", *NOISY).run()
     assert main(["train", f"resume={half}", "steps=4"]) == 0
     assert lines(half) == expected
     assert main(["train", f"resume={half}", "steps=5", "model.lora.rank=2"]) == 2

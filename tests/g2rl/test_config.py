@@ -83,6 +83,8 @@ def test_settings_of_older_versions(tmp_path: Path) -> None:
         ("objective.dual_clip=0.5", "objective.dual_clip: expected a value greater than 1, or 0"),
         ("objective.reference_every=5", "objective.reference_every: expected 0 without a KL term, found 5"),
         ("objective.overlong=punish", "objective.overlong_buffer: expected 1 to rollout.max_new_tokens = 24"),
+        ("objective.tokens_per_micro_batch=24", "expected room for a prompt and rollout.max_new_tokens = 24 tokens"),
+        ("model.lora.dropout=1", r"model.lora.dropout: expected a value in \[0, 1\)"),
         ("objective.mini_batches=3", "objective.mini_batches: expected a divisor of rollout.prompts = 8"),
     ],
 )

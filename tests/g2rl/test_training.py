@@ -168,6 +168,7 @@ def test_everything_on_resumes_to_the_same_numbers(tiny_model: Path, tmp_path: P
         "objective.ratio=sequence", "objective.updates=2", "objective.mini_batches=2", "objective.importance_cap=2",
         "objective.overlong=punish", "objective.overlong_buffer=4", "objective.dual_clip=3",
         "rewards=[{name: finished}]", "rollout.max_extra_groups=3", "optim.lr=1e-2",
+        "objective.tokens_per_micro_batch=150",
     )  # fmt: skip
     whole = config(tiny_model, tmp_path, "name=whole", *on)
     Trainer(whole).run()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from g2rl.config import ConfigError, load_config
 from g2rl.rewards import judge_episodes
 from g2rl.trainer import Trainer
 from g2rl.types import Episode, Verdict
-from g2rl.update import _Sums, lr_factor
+from g2rl.update import _Sums, cut_by_length, lr_factor
 
 SMALL = (
     "model.autocast=none",
@@ -57,7 +61,8 @@ def gradients(trainer: Trainer, micro_batch_groups: int) -> torch.Tensor:
     updater.config = replace(trainer.config, objective=objective)
     (mini_batch,) = updater._mini_batches(*rollouts(trainer))
     assert len(mini_batch) == 4 // micro_batch_groups
-    for part in mini_batch:
+    for groups in mini_batch:
+        (part,) = groups.parts
         if updater.reference is not None:
             part.reference_logps = updater.reference.logps(part.batch, trainer._times())
     updater._accumulate(1, mini_batch, _Sums(), trainer._times())
@@ -83,6 +88,107 @@ def test_micro_batches_do_not_change_the_gradient(
     assert whole.norm() > 1e-3
     for groups in (2, 1):
         assert (gradients(trainer, groups) - whole).norm() <= 1e-6 * whole.norm()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=g2rl"],
+        ["method=grpo", "objective.aggregation=token_mean"],
+        ["method=grpo", "log.geometry=false"],
+        ["method=g2rl", "objective.mini_batches=2", "objective.updates=2"],
+    ],
+    ids=["g2rl", "token_mean", "no features", "several updates"],
+)
+def test_cut_by_length(tiny_model: Path, tmp_path: Path, overrides: list[str]) -> None:
+    """Micro-batches by length change no gradient and no metric of a step; 1e-6 is fp32 sums in another order.
+
+    The gradient of every update is read from Adam's momentum, which is linear in it.
+    """
+    common = ("objective.overlong=filter", "objective.entropy_coef=0.01", "objective.kl_coef=0.1", "optim.lr=1e-4")
+    whole = start(tiny_model, tmp_path, *overrides, *common)
+    cut = start(tiny_model, tmp_path, *overrides, *common, "objective.tokens_per_micro_batch=150")
+    episodes, verdicts = rollouts(whole)
+    lengths = [len(e.prompt_ids) + len(e.response_ids) for e in episodes]
+    parts = cut_by_length(episodes, 150)
+    assert sorted(i for rows in parts for i in rows) == list(range(16))
+    assert all(len(rows) * max(lengths[i] for i in rows) <= 150 for rows in parts)
+    assert any(len({i // 4 for i in rows}) > 1 for rows in parts)
+    found = []
+    for trainer in (whole, cut):
+        with torch.no_grad():  # a reference that differs
+            trainer.model.get_input_embeddings().weight.mul_(1.01)
+        times = trainer._times()
+        metrics, result = trainer.updater.run(1, episodes, verdicts, times)
+        momentum = torch.cat([s["exp_avg"].flatten() for s in trainer.updater.optimizer.state.values()])
+        found.append((metrics, result, momentum, "time/first_pass" in times.seconds))
+    (metrics, result, momentum, first), (metrics_cut, result_cut, momentum_cut, first_cut) = found
+    assert (momentum_cut - momentum).norm() <= 1e-6 * momentum.norm()
+    assert metrics.keys() == metrics_cut.keys()
+    for key, value in metrics.items():
+        assert metrics_cut[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+    torch.testing.assert_close(result_cut.advantages, result.advantages, atol=1e-4, rtol=1e-4)
+    assert (first, first_cut) == (False, len(overrides) < 3 and "log.geometry=false" not in overrides)
+
+
+class LiveMemory(TorchDispatchMode):
+    """Most bytes of tensors that are alive at once, among those that operators make; the same on every machine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._seen:
+                self._follow(tensor.untyped_storage())
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def test_long_responses_fit_where_whole_groups_do_not(tiny_model: Path, tmp_path: Path) -> None:
+    """Sixteen responses of up to 2048 tokens: activations, most of the memory, are those of one micro-batch."""
+    peaks = {}
+    for budget in (0, 4200):
+        trainer = start(
+            tiny_model, tmp_path, "rollout.prompts=1", "rollout.group_size=16", "rollout.max_new_tokens=2048",
+            f"objective.tokens_per_micro_batch={budget}",
+        )  # fmt: skip
+        problem = trainer.task.train_problem(0)
+        prompt, draw = trainer.sampler.prompt_ids(problem), torch.Generator().manual_seed(0)
+        episodes = []
+        for i in range(16):
+            ids = torch.randint(3, 70, (2048 - 37 * i,), generator=draw).tolist()
+            episodes.append(Episode(problem, prompt, tuple(ids), "", True))
+        verdicts = [Verdict(i % 2 * 2.0 - 1, i % 2 == 1, {}, None) for i in range(16)]
+        with LiveMemory() as memory:
+            trainer.updater.run(1, episodes, verdicts, trainer._times())
+        peaks[budget] = memory.peak
+    # Two of sixteen rows at a time; parameters, Adam's states and the group mathematics stay.
+    assert peaks[0] > 2 * 8 * 16 * 1770 * 32 * 4  # eight tensors [tokens, 32] saved in each of two layers, at least
+    assert peaks[4200] < peaks[0] / 5
+
+
+def test_the_first_pass_is_announced_once(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = start(
+        tiny_model, tmp_path, "steps=2", "eval.every=0", "checkpoint.every=0", "objective.tokens_per_micro_batch=150"
+    )
+    trainer.run()
+    records = [json.loads(line) for line in (trainer.config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < record["time/first_pass"] < record["time/update"] for record in records)
+    assert capsys.readouterr().out.count("a first pass for its features takes") == 1
 
 
 def test_mini_batches(tiny_model: Path, tmp_path: Path) -> None:
@@ -129,7 +235,7 @@ def test_engines_log_probabilities(tiny_model: Path, tmp_path: Path) -> None:
     """Those of the sampler are the trainer's, at a temperature of 0.8; without any there is no correction."""
     trainer = start(tiny_model, tmp_path, "method=grpo", "objective.importance_cap=2")
     episodes, verdicts = rollouts(trainer)
-    (part,) = trainer.updater._mini_batches(episodes, verdicts)[0]
+    (part,) = trainer.updater._mini_batches(episodes, verdicts)[0][0].parts
     out, _ = trainer.updater.policy.forward(part.batch, trainer._times())
     torch.testing.assert_close(part.rollout_logps, out.logps.detach(), atol=1e-5, rtol=1e-5)
     metrics, _ = trainer.updater.run(1, episodes, verdicts, trainer._times())
