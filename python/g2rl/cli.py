@@ -72,6 +72,8 @@ def _train(settings: list[str]) -> int:
     overrides = [setting for setting in settings if "=" in setting]
     config = _resumed(paths, overrides) or _fresh(paths, overrides)
     # The trainer loads torch and transformers: only after the configuration has been found good.
+    if config.dry_run:
+        return _dry_run(config)
     from g2rl.trainer import Trainer, TrainingError
 
     what = f"{config.method} on {config.task.name} with {config.model.path}"
@@ -85,6 +87,18 @@ def _train(settings: list[str]) -> int:
         print(f"\ng2rl: stopped; continue from its last checkpoint with: g2rl train resume={config.run_dir}")
         return 130
     return _report(config.run_dir)
+
+
+def _dry_run(config: Config) -> int:
+    from g2rl.dry_run import dry_run
+    from g2rl.trainer import TrainingError
+
+    try:
+        dry_run(config)
+    except TrainingError as error:
+        print(f"g2rl: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _fresh(paths: list[str], overrides: list[str]) -> Config:

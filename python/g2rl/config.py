@@ -42,7 +42,8 @@ class ModelConfig:
     path: str = "smollm2"
     """Hugging Face hub name or local folder of a causal language model, or `smollm2` for the embedded default."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the master weights that the optimiser updates."""
+    """Type of the weights that the optimiser updates, and of its states. In bfloat16 a change of less than 1/256 of a
+    weight is lost, so it is for frozen weights, under an adapter of `lora`, which is fp32 itself."""
     autocast: Literal["bfloat16", "none"] = "bfloat16"
     """Type of the matrix products in the training forward and backward pass."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -196,6 +197,8 @@ class Config:
     """Log the time of every stage of a step, and print their medians and tokens per second at the end."""
     resume: str | None = None
     """Folder of a run to continue; its configuration is taken, and overrides apply on top."""
+    dry_run: bool = False
+    """Take one step of a tiny random model of the same architecture, forecast memory and time, and write nothing."""
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     rewards: list[RewardConfig] = field(default_factory=lambda: [RewardConfig()])

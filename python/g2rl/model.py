@@ -46,24 +46,39 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         ConfigError: nothing loadable at `model.path`, or an adapter that does not fit the model.
     """
     device = resolve_device(config.device)
-    path = str(smollm2_folder()) if config.path == "smollm2" else config.path
-    if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
-        raise ConfigError(f"model.path: expected a causal language model, found no folder {path!r}")
-    path = str(Path(path).expanduser()) if path.startswith("~") else path
+    path = local_path(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        tokenizer = load_tokenizer(path)
         model = _load_weights(path, config)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: expected a causal language model at {config.path!r}: {error}") from error
     except ImportError as error:
         raise ConfigError(f"model.attention: {config.attention!r} is not installed: {error}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     model.config.use_cache = False
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device), tokenizer
+
+
+def local_path(config: ModelConfig) -> str:
+    """What transformers takes for `model.path`.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    path = str(smollm2_folder()) if config.path == "smollm2" else config.path
+    if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+        raise ConfigError(f"model.path: expected a causal language model, found no folder {path!r}")
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, padding on the left."""
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _load_weights(path: str, config: ModelConfig) -> Any:

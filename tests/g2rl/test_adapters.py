@@ -15,6 +15,7 @@ from g2rl.cli import main
 from g2rl.config import ConfigError, LoraConfig, ModelConfig, load_config
 from g2rl.model import load_model
 from g2rl.trainer import Trainer
+from g2rl.types import Verdict
 
 SMALL = (
     "steps=4",
@@ -114,6 +115,20 @@ def test_adapters_are_fp32_on_bf16_weights(tiny_model: Path, tmp_path: Path) -> 
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     states = trainer.updater.optimizer.state.values()
     assert {state["exp_avg"].dtype for state in states} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path, tmp_path: Path) -> None:
+    """Layers whose inputs need no gradient, since embeddings are frozen; to fp32's rounding."""
+    found = []
+    for checkpointing in ("false", "true"):
+        trainer = start(tiny_model, tmp_path, f"model.gradient_checkpointing={checkpointing}")
+        problems = [trainer.task.train_problem(i) for i in range(2)]
+        episodes = trainer.sampler.sample(problems, 4, 1.0, 1.0, seed=1)
+        trainer.updater.run(1, episodes, [Verdict(i % 2 * 2.0 - 1, i % 2 == 1, {}, None) for i in range(8)],
+                            trainer._times())  # fmt: skip
+        found.append(torch.cat([s["exp_avg"].flatten() for s in trainer.updater.optimizer.state.values()]))
+    assert found[0].norm() > 0
+    assert (found[1] - found[0]).norm() <= 1e-6 * found[0].norm()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""Before machines are rented: one step of a tiny model of the same architecture, and a forecast for the full one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from g2rl.config import Config, ConfigError
+from g2rl.forecast import Forecast, Rates, forecast, measure_rates
+from g2rl.model import load_tokenizer, local_path, resolve_device
+from g2rl.trainer import Trainer
+
+_SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "max_window_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+"""What is scaled down in a model's configuration, where it has such a key; the vocabulary stays the tokenizer's."""
+
+_TOKENS = 16
+
+
+def dry_run(config: Config) -> Forecast:
+    """Take every part of a step once, on random weights in a folder that is then removed, and print the forecast.
+
+    The configuration, task, tokenizer and chat template are the run's own; the model's weights are not loaded.
+
+    Raises:
+        ConfigError, TrainingError: as in training.
+    """
+    path = local_path(config.model)
+    try:
+        shape = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: expected a causal language model at {config.model.path!r}: {error}") from error
+    device = resolve_device(config.model.device)
+    with tempfile.TemporaryDirectory(prefix="g2rl-dry-run-") as folder:
+        prompt_tokens, seconds = _rehearse(config, shape, load_tokenizer(path), Path(folder))
+    computes = config.model.autocast if config.model.autocast == "bfloat16" else config.model.dtype
+    rates = measure_rates(getattr(torch, computes), device)
+    expected = forecast(config, shape, prompt_tokens, rates)
+    console = Console()
+    console.print(f"One step with a tiny {shape.model_type} on {config.task.name} works ({seconds:.1f} s).")
+    console.print(_table(config, expected))
+    console.print(_basis(device, computes, rates, prompt_tokens))
+    return expected
+
+
+def scaled_down(shape: Any) -> Any:
+    """The same architecture, two narrow layers of it."""
+    values = shape.to_dict()
+    small: dict[str, Any] = {key: value for key, value in _SMALL.items() if values.get(key) is not None}
+    if values.get("num_key_value_heads"):
+        shared = values["num_key_value_heads"] < values["num_attention_heads"]
+        small["num_key_value_heads"] = 2 if shared else 4
+    if values.get("layer_types"):
+        small["layer_types"] = values["layer_types"][: _SMALL["num_hidden_layers"]]
+    return type(shape).from_dict(values | small)
+
+
+def _rehearse(config: Config, shape: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, float]:
+    """One step; returns the tokens of the longest of a full step's prompts, and the seconds."""
+    torch.manual_seed(config.seed)
+    model: Any = AutoModelForCausalLM.from_config(scaled_down(shape), dtype=torch.float32)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    trainer = Trainer(_shortened(config, folder))
+    problems = [trainer.task.train_problem(i) for i in range(config.rollout.prompts)]
+    prompt_tokens = max(len(trainer.sampler.prompt_ids(problem)) for problem in problems)
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):  # what random weights say is of no interest
+        trainer.run()
+    return prompt_tokens, time.perf_counter() - start
+
+
+def _shortened(config: Config, folder: Path) -> Config:
+    objective, rollout = config.objective, config.rollout
+    return replace(
+        config,
+        runs_dir=str(folder),
+        name="run",
+        steps=1,
+        resume=None,
+        model=replace(config.model, path=str(folder / "model")),
+        rollout=replace(
+            rollout,
+            prompts=2,
+            group_size=min(rollout.group_size, 4),
+            max_new_tokens=min(rollout.max_new_tokens, _TOKENS),
+            max_extra_groups=min(rollout.max_extra_groups, 1),
+        ),
+        objective=replace(
+            objective,
+            mini_batches=min(objective.mini_batches, 2),
+            overlong_buffer=min(objective.overlong_buffer, _TOKENS),
+            # One response in a micro-batch, so that there are several.
+            tokens_per_micro_batch=min(objective.tokens_per_micro_batch, _TOKENS + 1),
+        ),
+        eval=replace(config.eval, every=0),
+        checkpoint=replace(config.checkpoint, every=0),
+    )
+
+
+def _table(config: Config, expected: Forecast) -> Table:
+    table = Table(title=f"{config.model.path}, a step of {config.name}", title_justify="left")
+    table.add_column("")
+    table.add_column("forecast", justify="right")
+    table.add_row("parameters", f"{expected.parameters / 1e6:,.1f} M")
+    table.add_row("of them trained", f"{expected.trained / 1e6:,.1f} M")
+    sections = {
+        "memory from step to step": expected.lasting,
+        "memory of the update": expected.update,
+        "memory of the rollouts": expected.rollout,
+    }
+    for title, rows in sections.items():
+        table.add_section()
+        table.add_row(f"[bold]{title}", f"[bold]{sum(rows.values()) / 1e9:,.2f} GB")
+        for name, size in rows.items():
+            table.add_row(f"  {name}", f"{size / 1e9:,.2f} GB")
+    table.add_row("[bold]peak", f"[bold]{expected.peak / 1e9:,.2f} GB")
+    table.add_section()
+    table.add_row("[bold]time of a step, at least", f"[bold]{_duration(sum(expected.seconds.values()))}")
+    for name, seconds in expected.seconds.items():
+        table.add_row(f"  {name}", _duration(seconds))
+    table.add_row(f"{config.steps} steps, at least", _duration(config.steps * sum(expected.seconds.values())))
+    return table
+
+
+def _basis(device: torch.device, dtype: str, rates: Rates, prompt_tokens: int) -> str:
+    return (
+        f"Every response as long as it may be, prompts of {prompt_tokens} tokens. Memory: tensors, counted without "
+        f"running; fragments come on top. Time: multiplications at the {rates.flops / 1e12:.2f} TFLOP/s of a {dtype} "
+        f"matrix product on this {device.type.upper()}, and decoding at its memory's {rates.bandwidth / 1e9:.0f} GB/s, "
+        "both measured just now; on another device, its own rates count."
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.2g} s"
