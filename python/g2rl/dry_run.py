@@ -47,12 +47,12 @@ def dry_run(config: Config) -> Forecast:
     """
     path = local_path(config.model)
     try:
-        shape = AutoConfig.from_pretrained(path)
+        shape, tokenizer = AutoConfig.from_pretrained(path), load_tokenizer(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: expected a causal language model at {config.model.path!r}: {error}") from error
     device = resolve_device(config.model.device)
     with tempfile.TemporaryDirectory(prefix="g2rl-dry-run-") as folder:
-        prompt_tokens, seconds = _rehearse(config, shape, load_tokenizer(path), Path(folder))
+        prompt_tokens, seconds = _rehearse(config, shape, tokenizer, Path(folder))
     computes = config.model.autocast if config.model.autocast == "bfloat16" else config.model.dtype
     rates = measure_rates(getattr(torch, computes), device)
     expected = forecast(config, shape, prompt_tokens, rates)
