@@ -135,7 +135,8 @@ class ObjectiveConfig:
     micro_batch_groups: int = 8
     """Whole groups in one forward and backward pass; gradients accumulate over the update's groups."""
     tokens_per_micro_batch: int = 0
-    """Cut micro-batches by length instead: rows times the longest prompt and response stay within this; 0 does not."""
+    """Fill micro-batches by length instead, up to so many tokens with their padding; a group that is longer is cut. 0
+    does not."""
 
 
 @dataclass(frozen=True)

@@ -230,8 +230,7 @@ def _seconds_by_stage(config: Config, model: Any, shape: Any, prompt_tokens: int
     backward = forward * (1 if config.model.lora.rank else 2)
     backward += through_body if config.model.gradient_checkpointing else 0
     passes = {"forward and backward": objective.updates * (forward + backward)}
-    update = responses // objective.mini_batches
-    cut = objective.tokens_per_micro_batch and config.log.geometry and _rows(config, length) < update
+    cut = objective.tokens_per_micro_batch and config.log.geometry and _rows(config, length) < rollout.group_size
     if objective.updates * objective.mini_batches > 1 or cut:
         passes["first pass"] = forward
     if objective.kl_coef > 0:

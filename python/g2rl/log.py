@@ -93,7 +93,7 @@ METRICS = (
     Metric("time/update", "Update", "everything from the batch to the changed weights", "s"),
     Metric("time/eval", "Evaluation", "generating and judging the held-out responses", "s"),
     Metric("time/checkpoint", "Checkpoint", "saving checkpoints since the line before", "s"),
-    Metric("time/first_pass", "First pass", "part of the update: features of all its groups, without gradient", "s"),
+    Metric("time/first_pass", "First pass", "part of the update: features of groups that had to be cut", "s"),
     Metric("time/forward", "Forward", "part of the update: the model up to its last hidden states", "s"),
     Metric("time/head", "Head", "part of the update: log-probabilities, features, shaping and loss", "s"),
     Metric("time/backward", "Backward", "part of the update: the backward pass", "s"),

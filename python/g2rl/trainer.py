@@ -192,7 +192,7 @@ def _first_pass_cost(seconds: dict[str, float], needed: bool) -> str:
     spent, update = seconds["time/first_pass"], seconds["time/update"]
     way_out = "more objective.tokens_per_micro_batch" if needed else "log.geometry=false"
     return (
-        f"step does not fit one micro-batch: a first pass for its features takes {spent:.2g} s of the update's "
+        f"groups do not fit one micro-batch: a first pass for their features takes {spent:.2g} s of the update's "
         f"{update:.2g} s (time/first_pass); {way_out} would save it"
     )
 

@@ -65,7 +65,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole groups of episodes as tensors: what one forward pass takes. Cut by length, each is a group of its own.
+    """Whole groups of episodes as tensors, or a piece of one group: what one forward pass takes.
 
     B episodes, L = longest prompt + response, N = response tokens of the whole batch.
 

@@ -4,9 +4,9 @@ On-policy, the update's own forward pass gives log-probabilities with gradient a
 costs an extra pass. With several updates on the same rollouts, features come from the pass for the old
 log-probabilities.
 
-Micro-batches of whole groups know their groups' features by themselves. Those cut by length
-(`objective.tokens_per_micro_batch`) do not: where an update needs more than one of them, a first pass without gradient
-gives the features, unless nothing makes use of features.
+Micro-batches hold whole groups, so that they know their groups' features by themselves. A group that is too long for
+one (`objective.tokens_per_micro_batch`) is cut: a first pass without gradient gives its features, unless nothing makes
+use of features.
 """
 
 from __future__ import annotations
@@ -150,11 +150,12 @@ class Updater:
             # The reference is frozen: one pass serves all updates.
             for part in parts:
                 part.reference_logps = self.reference.logps(part.batch, times)
+        cut = [groups for groups in everything if len(groups.parts) > 1]
         if objective.updates * objective.mini_batches > 1:
             self._first_pass(number, everything, times)
-        elif self.config.log.geometry and any(len(groups.parts) > 1 for groups in everything):
+        elif cut and self.config.log.geometry:
             with times.stage("first_pass"):
-                self._first_pass(number, everything, times)
+                self._first_pass(number, cut, times)
         shown: dict[str, float] = {}
         for _ in range(objective.updates):
             sums = _Sums()
@@ -165,9 +166,9 @@ class Updater:
         metrics, result = self._metrics(everything, sums)
         return metrics | shown, result
 
-    def _first_pass(self, number: int, everything: Sequence[_Groups], times: StageTimes) -> None:
+    def _first_pass(self, number: int, chosen: Sequence[_Groups], times: StageTimes) -> None:
         """Features and log-probabilities of before the first update, without gradient."""
-        for groups in everything:
+        for groups in chosen:
             for part in groups.parts:
                 with torch.no_grad():
                     out, _ = self.policy.forward(part.batch, times, self.config.log.geometry)
@@ -177,16 +178,28 @@ class Updater:
     def _mini_batches(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> list[list[_Groups]]:
         """Disjoint parts of the step, one for each optimiser update of a pass, cut into micro-batches."""
         size = len(episodes) // self.config.objective.mini_batches
-        stride = self.config.rollout.group_size * self.config.objective.micro_batch_groups
-        if self.config.objective.tokens_per_micro_batch:
-            stride = size
         return [
             [
-                self._groups(episodes[i : min(i + stride, start + size)], verdicts[i : min(i + stride, start + size)])
-                for i in range(start, start + size, stride)
+                self._groups(episodes[start:stop], verdicts[start:stop])
+                for start, stop in self._spans(episodes, first, first + size)
             ]
-            for start in range(0, len(episodes), size)
+            for first in range(0, len(episodes), size)
         ]
+
+    def _spans(self, episodes: Sequence[Episode], first: int, last: int) -> list[tuple[int, int]]:
+        """Whole groups side by side that share a micro-batch, or a single one that does not fit one."""
+        m, objective = self.config.rollout.group_size, self.config.objective
+        if not objective.tokens_per_micro_batch:
+            stride = m * objective.micro_batch_groups
+            return [(start, min(start + stride, last)) for start in range(first, last, stride)]
+        spans = [(first, first + m)]
+        for start in range(first + m, last, m):
+            wider = (spans[-1][0], start + m)
+            if padded_tokens(episodes[slice(*wider)]) <= objective.tokens_per_micro_batch:
+                spans[-1] = wider
+            else:
+                spans.append((start, start + m))
+        return spans
 
     def _groups(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> _Groups:
         m, device = self.config.rollout.group_size, self.policy.model.device
@@ -199,8 +212,8 @@ class Updater:
         )
         budget = self.config.objective.tokens_per_micro_batch
         cuts = cut_by_length(episodes, budget) if budget else [list(range(len(episodes)))]
-        # Responses of a group may be in several micro-batches: each is then a group of its own to the model.
-        return _Groups(step, [self._part(episodes, verdicts, rows, m if len(cuts) == 1 else 1) for rows in cuts])
+        # Only a single group is cut: to the model each piece is a group, with one prompt.
+        return _Groups(step, [self._part(episodes, verdicts, rows, min(m, len(rows))) for rows in cuts])
 
     def _part(
         self, episodes: Sequence[Episode], verdicts: Sequence[Verdict], rows: list[int], group_size: int
@@ -313,21 +326,29 @@ def _joined(steps: Sequence[Step]) -> Step:
     )
 
 
+def padded_tokens(episodes: Sequence[Episode]) -> int:
+    """Of the batch that the episodes make: rows times the longest."""
+    return len(episodes) * max(map(_length, episodes))
+
+
 def cut_by_length(episodes: Sequence[Episode], budget: int) -> list[list[int]]:
     """Positions of the episodes, in micro-batches of at most `budget` tokens with their padding.
 
     All of them in their order where they fit; else longest first. An episode longer than that has a micro-batch of its
     own.
     """
-    lengths = [len(episode.prompt_ids) + len(episode.response_ids) for episode in episodes]
     cuts: list[list[int]] = []
-    if len(episodes) * max(lengths) <= budget:
+    if padded_tokens(episodes) <= budget:
         return [list(range(len(episodes)))]
-    for i in sorted(range(len(episodes)), key=lambda i: -lengths[i]):
-        if not cuts or (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] > budget:
+    for i in sorted(range(len(episodes)), key=lambda i: -_length(episodes[i])):
+        if not cuts or (len(cuts[-1]) + 1) * _length(episodes[cuts[-1][0]]) > budget:
             cuts.append([])
         cuts[-1].append(i)
     return cuts
+
+
+def _length(episode: Episode) -> int:
+    return len(episode.prompt_ids) + len(episode.response_ids)
 
 
 def lr_factor(config: Config, update: int) -> float:

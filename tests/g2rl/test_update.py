@@ -16,7 +16,7 @@ from g2rl.config import ConfigError, load_config
 from g2rl.rewards import judge_episodes
 from g2rl.trainer import Trainer
 from g2rl.types import Episode, Verdict
-from g2rl.update import _Sums, cut_by_length, lr_factor
+from g2rl.update import _Sums, lr_factor
 
 SMALL = (
     "model.autocast=none",
@@ -90,6 +90,7 @@ def test_micro_batches_do_not_change_the_gradient(
         assert (gradients(trainer, groups) - whole).norm() <= 1e-6 * whole.norm()
 
 
+@pytest.mark.parametrize(("budget", "parts"), [(150, [2, 2, 2, 2]), (450, [1, 1])])
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -100,20 +101,21 @@ def test_micro_batches_do_not_change_the_gradient(
     ],
     ids=["g2rl", "token_mean", "no features", "several updates"],
 )
-def test_cut_by_length(tiny_model: Path, tmp_path: Path, overrides: list[str]) -> None:
+def test_cut_by_length(tiny_model: Path, tmp_path: Path, overrides: list[str], budget: int, parts: list[int]) -> None:
     """Micro-batches by length change no gradient and no metric of a step; 1e-6 is fp32 sums in another order.
 
-    The gradient of every update is read from Adam's momentum, which is linear in it.
+    Groups of four are cut where two responses fit, and go two by two where eight fit. The gradient of every update is
+    read from Adam's momentum, which is linear in it.
     """
     common = ("objective.overlong=filter", "objective.entropy_coef=0.01", "objective.kl_coef=0.1", "optim.lr=1e-4")
     whole = start(tiny_model, tmp_path, *overrides, *common)
-    cut = start(tiny_model, tmp_path, *overrides, *common, "objective.tokens_per_micro_batch=150")
+    cut = start(tiny_model, tmp_path, *overrides, *common, f"objective.tokens_per_micro_batch={budget}")
     episodes, verdicts = rollouts(whole)
-    lengths = [len(e.prompt_ids) + len(e.response_ids) for e in episodes]
-    parts = cut_by_length(episodes, 150)
-    assert sorted(i for rows in parts for i in rows) == list(range(16))
-    assert all(len(rows) * max(lengths[i] for i in rows) <= 150 for rows in parts)
-    assert any(len({i // 4 for i in rows}) > 1 for rows in parts)
+    made = [groups for mini_batch in cut.updater._mini_batches(episodes, verdicts) for groups in mini_batch]
+    assert [len(groups.parts) for groups in made] == parts
+    for groups in made:
+        assert sorted(torch.cat([part.rows for part in groups.parts]).tolist()) == list(range(len(groups.step.texts)))
+        assert all(part.batch.input_ids.numel() <= budget for part in groups.parts)
     found = []
     for trainer in (whole, cut):
         with torch.no_grad():  # a reference that differs
@@ -128,7 +130,8 @@ def test_cut_by_length(tiny_model: Path, tmp_path: Path, overrides: list[str]) -
     for key, value in metrics.items():
         assert metrics_cut[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
     torch.testing.assert_close(result_cut.advantages, result.advantages, atol=1e-4, rtol=1e-4)
-    assert (first, first_cut) == (False, len(overrides) < 3 and "log.geometry=false" not in overrides)
+    assert not first
+    assert first_cut == (budget == 150 and len(overrides) < 3 and "log.geometry=false" not in overrides)
 
 
 class LiveMemory(TorchDispatchMode):
@@ -188,7 +191,7 @@ def test_the_first_pass_is_announced_once(tiny_model: Path, tmp_path: Path, caps
     trainer.run()
     records = [json.loads(line) for line in (trainer.config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < record["time/first_pass"] < record["time/update"] for record in records)
-    assert capsys.readouterr().out.count("a first pass for its features takes") == 1
+    assert capsys.readouterr().out.count("a first pass for their features takes") == 1
 
 
 def test_mini_batches(tiny_model: Path, tmp_path: Path) -> None:
