@@ -29,8 +29,8 @@ LAYERS = {
         ("__main__",),
     ),
     "g2rl": (
-        ("__init__", "types", "config", "log", "heads"),
-        ("tasks", "plots", "checkpoint", "model"),
+        ("__init__", "types", "config", "log", "heads", "shared_prompts"),
+        ("tasks", "plots", "checkpoint", "model", "forward"),
         ("rewards", "rollout", "objective", "geometry"),
         ("evaluate", "report"),
         ("trainer", "integrations"),

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 import transformers
@@ -25,6 +24,7 @@ import g2rl_kernels
 from g2rl.checkpoint import find_checkpoint, load_state, save_checkpoint
 from g2rl.config import Config, save_config
 from g2rl.evaluate import evaluate
+from g2rl.forward import ForwardPass
 from g2rl.geometry import geometry_metrics
 from g2rl.heads import lm_head
 from g2rl.log import Completion, GroupGeometry, RunLog, TrainingProgress
@@ -34,7 +34,7 @@ from g2rl.rewards import judge_episodes, resolve_rewards
 from g2rl.rollout import Sampler, make_batch
 from g2rl.tasks import make_task
 from g2rl.types import Batch, Episode, Verdict
-from g2rl_kernels import GroupAdvantages, SequenceFeatures, sequence_features, token_logprobs, unpad, use_backend
+from g2rl_kernels import GroupAdvantages, SequenceFeatures, sequence_features, token_logprobs, use_backend
 
 
 class TrainingError(RuntimeError):
@@ -101,6 +101,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model, self.tokenizer = load_model(config.model)
         self.device = self.model.device
+        self.forward_pass = ForwardPass(self.model, config.model)
         self.sampler = Sampler(self.model, self.tokenizer, config.rollout, config.task.system_prompt)
         self.reference = None
         if config.objective.kl_coef > 0:
@@ -273,7 +274,7 @@ class Trainer:
         Without features, that field is empty.
         """
         with times.stage("forward", fine=True):
-            hidden, targets, cu_seqlens = self._hidden(self.model, batch)
+            hidden, targets, cu_seqlens = self.forward_pass(self.model, batch)
         with times.stage("head", fine=True):
             head = lm_head(self.model, self.config.rollout.temperature, hidden.dtype)
             if with_features:
@@ -281,24 +282,11 @@ class Trainer:
             out = token_logprobs(hidden, head, targets)
             return SequenceFeatures(hidden.new_zeros(0), *out), cu_seqlens
 
-    def _hidden(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states [N, d] that predict the response tokens, those tokens [N], and cu_seqlens [B + 1]."""
-        positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
-        in_bf16 = self.config.model.autocast == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16):
-            output = model.base_model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions
-            )
-        predicts = batch.response_mask[:, 1:]
-        hidden, cu_seqlens = unpad(output.last_hidden_state[:, :-1], predicts)
-        dtype = torch.bfloat16 if in_bf16 else self.model.dtype
-        return hidden.to(dtype), batch.input_ids[:, 1:][predicts], cu_seqlens
-
     @torch.no_grad()
     def _reference_logps(self, batch: Batch) -> torch.Tensor | None:
         if self.reference is None:
             return None
-        hidden, targets, _ = self._hidden(self.reference, batch)
+        hidden, targets, _ = self.forward_pass(self.reference, batch)
         head = lm_head(self.reference, self.config.rollout.temperature, hidden.dtype)
         return token_logprobs(hidden, head, targets).logps
 
