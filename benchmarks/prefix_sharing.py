@@ -4,8 +4,8 @@
 
 Both ways take turns on the same random tokens. A sample is what an update computes but for the optimiser's step: the
 backbone, the head's log-probabilities and features, a loss of random advantages, and the backward pass. Beside the time
-stands by how much the gradient of all weights differs between the two ways, as a share of its norm: in the dtype that is
-timed, and in fp32.
+stands by how much the gradient of all weights differs between the two ways, as a share of its norm: in fp32, and in the
+dtype that is timed.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.prefix_sharing", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--case", action="append", choices=CASES, help="may be given several times; all by default")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
@@ -139,7 +139,7 @@ def main() -> None:
     facts = machine(model.device)
     console = Console(width=max(Console().width, 120))
     console.print(machine_line(facts))
-    measured = {name: measure(model, config, CASES[name], arguments.rounds) for name in arguments.case}
+    measured = {name: measure(model, config, CASES[name], arguments.rounds) for name in arguments.case or CASES}
     console.print(table(measured))
     if arguments.json:
         described = {"file": str(CONFIG), "overrides": arguments.overrides}

@@ -29,7 +29,8 @@ LAYERS = {
         ("__main__",),
     ),
     "g2rl": (
-        ("__init__", "types", "config", "log", "heads", "shared_prompts"),
+        ("__init__", "types", "config", "log", "heads"),
+        ("shared_prompts",),
         ("tasks", "plots", "checkpoint", "model", "forward"),
         ("rewards", "rollout", "objective", "geometry"),
         ("evaluate", "report"),

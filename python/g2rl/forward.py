@@ -98,7 +98,7 @@ class ForwardPass:
             return None
         packed = pack_groups(batch, _additive(model))
         rows, length = batch.input_ids.shape
-        cheaper = self._cost(packed.input_ids.numel(), packed.entries) < self._cost(rows * length, rows * length**2)
+        cheaper = self._cost(packed.input_ids.numel(), packed.pairs) < self._cost(rows * length, rows * length**2)
         return packed if self._always or cheaper else None
 
     def _cost(self, tokens: int, pairs: int) -> int:

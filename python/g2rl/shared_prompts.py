@@ -62,9 +62,9 @@ class PackedGroups:
     cu_seqlens: Tensor
 
     @property
-    def entries(self) -> int:
-        """Scores that attention computes for one head of one layer."""
-        return attention_entries(*self.sizes)
+    def pairs(self) -> int:
+        """Pairs of tokens that one head of one layer scores."""
+        return attention_pairs(*self.sizes)
 
     def spread(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Heads [1, h, T, k] of the packed row as those of prompts [G, h, P, k] and responses [B, h, R, k]."""
@@ -97,8 +97,8 @@ class _Gather(torch.autograd.Function):
         return gradient if unread is None else gradient.masked_fill_(unread, 0), None, None, None
 
 
-def attention_entries(groups: int, prompt: int, responses: int, length: int) -> int:
-    """Scores of one head of one layer: prompts among themselves, responses with their prompt and themselves."""
+def attention_pairs(groups: int, prompt: int, responses: int, length: int) -> int:
+    """Of tokens that one head of one layer scores: of prompts, and of responses with their prompt and themselves."""
     return groups * prompt**2 + responses * length * (prompt + length)
 
 
@@ -197,9 +197,11 @@ def _attention(
     attend = _implementation(name, module)
     if packed_groups is None:
         return attend(module, query, key, value, attention_mask, **options)
-    groups, _, responses, _ = packed_groups.sizes
+    groups, _, responses, length = packed_groups.sizes
     (q_prompt, q), (k_prompt, k), (v_prompt, v) = map(packed_groups.spread, (query, key, value))
     prompts, _ = attend(module, q_prompt, k_prompt, v_prompt, packed_groups.prompt_mask, **options)
+    if length == 0:
+        return packed_groups.pack(prompts, prompts[:0, :0]), None
     copies = [x[:, None].expand(-1, responses // groups, -1, -1, -1).flatten(0, 1) for x in (k_prompt, v_prompt)]
     keys, values = torch.cat([copies[0], k], 2), torch.cat([copies[1], v], 2)
     out, _ = attend(module, q, keys, values, packed_groups.response_mask, **options)
