@@ -30,7 +30,8 @@ LAYERS = {
     ),
     "g2rl": (
         ("__init__", "types", "config", "log", "heads", "times"),
-        ("tasks", "plots", "checkpoint", "model", "encoder", "plugins"),
+        ("shared_prompts",),
+        ("tasks", "plots", "checkpoint", "model", "encoder", "plugins", "forward"),
         ("rewards", "rollout", "objective", "geometry", "policy"),
         ("evaluate", "report", "methods", "collect"),
         ("update", "evaluation"),
