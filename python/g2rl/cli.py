@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="write report.md with plots for a run, or one that compares several")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
     report.add_argument("--out", type=Path, help="folder of a comparison; `comparison` beside the first run's")
-    push = commands.add_parser("push", help="upload a run's newest checkpoint with a model card to the Hugging Face hub")
+    push = commands.add_parser(
+        "push", help="upload a run's newest checkpoint with a model card to the Hugging Face hub"
+    )
     push.add_argument("run", type=Path, help="the run's folder")
     push.add_argument("repo", metavar="REPO", help="OWNER/NAME of the model; created where there is none")
     push.add_argument("--dry-run", action="store_true", help="write the folder that would be uploaded, and stop")

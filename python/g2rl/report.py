@@ -27,7 +27,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _value(key: str, value: float | None) -> str:
+def metric_value(key: str, value: float | None) -> str:
+    """A metric as text, shares in percent."""
     if value is None:
         return "-"
     return f"{100 * value:.1f} %" if metric(key).unit == "share" else f"{value:.4g}"
@@ -59,9 +60,9 @@ def _headline(run: Run) -> str:
     if not steps:
         result = "Neither an evaluation nor a training accuracy was logged."
     elif len(steps) == 1:
-        result = f"{name}: {_value(lead, values[0])} at step {steps[0]}."
+        result = f"{name}: {metric_value(lead, values[0])} at step {steps[0]}."
     else:
-        first, last = _value(lead, values[0]), _value(lead, values[-1])
+        first, last = metric_value(lead, values[0]), metric_value(lead, values[-1])
         result = f"{name}: {first} at step {steps[0]}, {last} at step {steps[-1]}."
     config = run.config
     model, task = config.get("model", {}), config.get("task", {})
@@ -124,7 +125,9 @@ def _evaluation(run: Run) -> str:
         chosen = [("only", records[0])]
     else:
         chosen = [("first", records[0]), (f"best {lead[5:]}", best), ("last", records[-1])]
-    rows = [(name, str(record["step"]), *(_value(key, record.get(key)) for key in keys)) for name, record in chosen]
+    rows = [
+        (name, str(record["step"]), *(metric_value(key, record.get(key)) for key in keys)) for name, record in chosen
+    ]
     head = ["evaluation", "step"]
     head += [key[5:] if "@" in key else f"{metric(key).title.removeprefix('Held-out ')}" for key in keys]
     return markdown_table(head, rows)
@@ -201,19 +204,19 @@ def _metrics(run: Run) -> str:
     rows = []
     for key in run.keys(""):
         values = run.series(key)[1]
-        ends = [_value(key, value) for value in (values[0], values[-1])] if values else ["-", "-"]
+        ends = [metric_value(key, value) for value in (values[0], values[-1])] if values else ["-", "-"]
         rows.append((f"`{key}`", *ends, metric(key).unit if metric(key).unit != "share" else "", metric(key).meaning))
     absent = [f"`{item.key}`" for item in METRICS if item.key not in {metric(key).key for key in run.keys("")}]
     table = markdown_table(("metric", "first", "last", "unit", "meaning"), rows)
     return table + (f"\n\nDefined but not logged by this run: {', '.join(absent)}." if absent else "")
 
 
-def draw_plots(run: Run, folder: Path) -> list[tuple[str, str, str]]:
-    """Write the plots for which the run has data to ``folder/<stem>.png``; returns stem, heading and caption of each."""
+def draw_plots(run: Run, folder: Path, without: Sequence[str] = ()) -> list[tuple[str, str, str]]:
+    """Write the plots that the run has data for to ``folder/<stem>.png``; returns stem, heading and caption of each."""
     drawn = []
     with rc_context(STYLE):
         for stem, heading, draw, caption in PLOTS:
-            figure = draw(run)
+            figure = None if stem in without else draw(run)
             if figure is not None:
                 figure.savefig(folder / f"{stem}.png")
                 drawn.append((stem, heading, caption))

@@ -1,7 +1,7 @@
 """Experiment trackers that get a run's metrics besides its own files: trackio and Weights & Biases.
 
-Both have the interface of ``wandb``: ``init``, ``log`` and ``finish``. Accounts, modes and servers are set up by their own
-means, such as ``wandb login``, ``WANDB_MODE=offline`` or ``TRACKIO_SPACE_ID``.
+Both have the interface of ``wandb``: ``init``, ``log`` and ``finish``. Accounts, modes and servers are set up by their
+own means, such as ``wandb login``, ``WANDB_MODE=offline`` or ``TRACKIO_SPACE_ID``.
 """
 
 from __future__ import annotations

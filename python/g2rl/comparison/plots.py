@@ -67,6 +67,7 @@ def _draw(axes: Axes, curve: Curve, i: int, bands: int) -> object:
 def _label(axes: Axes, key: str) -> None:
     item = metric(key)
     title = f"held-out {key[5:]}" if "@" in key else item.title[0].lower() + item.title[1:]
+    title = f"training {title}" if key in ("train/accuracy", "train/reward") else title
     axes.set_ylabel(title if item.unit in ("", "share", "reward") else f"{title} [{item.unit}]")
     axes.set_xlabel("training step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))

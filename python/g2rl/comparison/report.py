@@ -14,8 +14,8 @@ from g2rl.plots import SMOOTHED, STYLE, load_run
 from g2rl.report import markdown_table
 
 CAPTION = (
-    "Line: mean over the band's seeds; shaded: from the least to the greatest of them. Drawn are the steps that all runs "
-    f"of a band have; training metrics from {SMOOTHED} steps on are moving averages."
+    "Line: mean over the band's seeds; shaded: from the least to the greatest of them. Drawn are the steps that all "
+    f"runs of a band have; training metrics from {SMOOTHED} steps on are moving averages."
 )
 
 
