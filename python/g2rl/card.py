@@ -58,8 +58,7 @@ def model_card(run: Run, step: int, repo: str, plots: Sequence[tuple[str, str, s
         pipeline_tag="text-generation",
         tags=["reinforcement-learning", "g2rl-kernels", method.rpartition(":")[2]],
         model_name=repo.partition("/")[2],
-        eval_results=[_eval_result(key, value, task, evaluated) for key, value in results.items() if "@" in key]
-        or None,
+        eval_results=[_eval_result(key, results[key], task, evaluated) for key in results if "@" in key] or None,
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
@@ -68,7 +67,7 @@ def _base_model(path: str) -> tuple[str, bool]:
     """The model that training began with, and whether it is one of the hub's."""
     path = EMBEDDED_MODELS.get(path, path)
     local = path.startswith(_LOCAL) or path.count("/") > 1 or os.path.exists(path) or path == "unknown"
-    return (_without_folders(path), False) if local else (path, True)
+    return (Path(path).name, False) if local else (path, True)
 
 
 def _without_folders(value: Any) -> Any:
@@ -125,9 +124,8 @@ def _training(run: Run) -> str:
     rows = [(code(key), code(_without_folders(value))) for key, value in changed.items()]
     versions = ", ".join(f"{key} {value}" for key, value in run.environment.items() if key != "threads")
     table = markdown_table(("key", "value"), rows) if rows else "All values are the defaults."
-    return (
-        f"Configuration, where it is not the default of g2rl-kernels {_version(run)}:\n\n{table}\n\n{versions}".strip()
-    )
+    where = f"Configuration, where it is not the default of g2rl-kernels {_version(run)}:"
+    return "\n\n".join(filter(None, (where, table, versions)))
 
 
 def _version(run: Run) -> str:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 
 from g2rl.config import Config, ConfigError, load_config
@@ -168,13 +169,17 @@ def _report(run_dirs: list[Path], out: Path | None = None) -> int:
     from g2rl.report import write_report
 
     run_dirs = list({run_dir.resolve(): run_dir for run_dir in run_dirs}.values())
+    folder = out or run_dirs[0].parent / "comparison"
+    if len(run_dirs) > 1:  # runs/* may name the folder of an older comparison as well
+        is_run = [(path / "metrics.jsonl").is_file() or path.resolve() != folder.resolve() for path in run_dirs]
+        run_dirs = list(compress(run_dirs, is_run))
     if out is not None and len(run_dirs) == 1:
         raise ConfigError(f"out: expected several runs to compare, found one; its report is in {run_dirs[0]}/report")
     try:
         if len(run_dirs) == 1:
             path = write_report(run_dirs[0])
         else:
-            path = write_comparison(run_dirs, out or run_dirs[0].parent / "comparison")
+            path = write_comparison(run_dirs, folder)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"report: {error}") from error
     print(f"g2rl: the report is in {path}")

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from written_runs import write_run
 
 from g2rl.cli import main
-from g2rl.comparison.bands import compare
+from g2rl.comparison.bands import Comparison, compare
 from g2rl.comparison.plots import plot_bands
 from g2rl.plots import load_run
 
@@ -21,7 +21,7 @@ def records(*passes: float, **more: float) -> list[dict[str, float]]:
     ]
 
 
-def comparison_of(*run_dirs: Path):
+def comparison_of(*run_dirs: Path) -> Comparison:
     return compare([load_run(run_dir) for run_dir in run_dirs])
 
 
@@ -113,6 +113,7 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", *map(str, runs), str(runs[0])]) == 0
     folder = tmp_path / "comparison"
     assert capsys.readouterr().out == f"g2rl: the report is in {folder / 'report.md'}\n"
+    assert main(["report", *map(str, sorted(tmp_path.iterdir()))]) == 0  # as by runs/*, with the report of before
     text = (folder / "report.md").read_text()
     assert text.startswith("# Comparison of 4 runs\n")
     final = "40.0 ± 10.0 % (30.0 to 50.0)"

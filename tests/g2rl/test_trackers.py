@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from g2rl.config import ConfigError, load_config
 from g2rl.log import RunLog, read_records
 from g2rl.trackers import make_trackers
+from g2rl.trainer import Trainer
 
 LIBRARY = """
 calls = []
@@ -47,7 +49,7 @@ def library(name: str) -> ModuleType:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder where libraries are found before any that is installed."""
     folder = tmp_path / "site"
     folder.mkdir()
@@ -128,6 +130,29 @@ def test_a_tracker_that_is_not_installed_is_refused(
     config = load_config(overrides=["log.trackers=[wandb]"])  # elsewhere, as for `g2rl eval`, it need not be installed
     with pytest.raises(ConfigError, match=r"^log\.trackers: .* found 'wandb', which is not; pip install wandb$"):
         make_trackers(config)
+
+
+def test_training_goes_on_without_a_tracker_that_fails(site: Path, tiny_model: Path, tmp_path: Path) -> None:
+    install(site, "trackio", raises="log")
+    small = ("rollout.prompts=2", "rollout.group_size=2", "rollout.max_new_tokens=4", "eval.every=0", "steps=2")
+    settings = [
+        f"model.path={tiny_model}",
+        f"runs_dir={tmp_path}",
+        *small,
+        "model.device=cpu",
+        "log.trackers=[trackio]",
+    ]
+    run = load_config(overrides=settings)
+    Trainer(run).run()
+    assert [name for name, *_ in library("trackio").calls] == ["import", "init", "log"]
+    assert [record["step"] for record in read_records(run.run_dir / "metrics.jsonl")] == [1, 2]
+    assert (run.run_dir / "checkpoints" / "step-000002" / "trainer.pt").is_file()
+
+
+def test_training_refuses_an_absent_tracker_before_it_loads_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^log\.trackers: "):
+        Trainer(load_config(overrides=["log.trackers=[wandb]", "model.path=/nowhere"]))
 
 
 def test_an_unknown_tracker_is_refused() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -77,7 +76,7 @@ class Band:
             smooth = series
         else:
             smooth = [dict(zip(values, moving_average(list(values.values())), strict=True)) for values in series]
-        steps = sorted(reduce(set.intersection, map(set, smooth)))
+        steps = sorted(set(smooth[0]).intersection(*smooth[1:]))
         return Curve(steps, [[values[step] for step in steps] for values in smooth]) if steps else None
 
 

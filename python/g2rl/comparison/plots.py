@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from g2rl.comparison.bands import Band, Curve
@@ -14,7 +16,7 @@ from g2rl.plots import CYCLE
 
 # Line styles and markers beside colours, for print and for colour-blind readers; the lengths have no common divisor, so
 # that no two of many bands look the same.
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MARKS = 8
 """Markers on a long line."""
@@ -48,13 +50,12 @@ def plot_bands(bands: Sequence[Band], keys: Sequence[str]) -> Figure | None:
     return figure
 
 
-def _draw(axes: Axes, curve: Curve, i: int, bands: int) -> object:
+def _draw(axes: Axes, curve: Curve, i: int, bands: int) -> Line2D:
     """Draw one band's curve, and return what stands for it in the legend."""
     color, style, marker = CYCLE[i % len(CYCLE)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
     every = max(1, len(curve.steps) // MARKS)
     offset = i * every // bands  # markers of bands that lie on each other stay apart
-    look = {"color": color, "linestyle": style, "marker": marker, "markersize": 6, "markevery": (offset, every)}
-    (line,) = axes.plot(curve.steps, curve.mean, **look)
+    (line,) = axes.plot(curve.steps, curve.mean, color=color, linestyle=style, marker=marker, markevery=(offset, every))
     if len(curve.values) > 1 and len(curve.steps) > 1:
         axes.fill_between(curve.steps, curve.least, curve.greatest, color=color, alpha=0.2, linewidth=0)
         for edge in (curve.least, curve.greatest):

@@ -107,9 +107,9 @@ def _notes(comparison: Comparison, names: dict[Path, str]) -> list[str]:
             lacking = [names[run.dir] for run in band.runs if not run.series(key)[0]]
             if lacking:
                 notes.append(f"`{key}` is not logged by {', '.join(lacking)}: it is not shown for {band.label}.")
-    ends = {band.label: curve.steps[-1] for band in comparison.bands if (curve := _lead(band)) is not None}
-    if len(set(ends.values())) > 1:
-        listed = ", ".join(f"{label}: {step}" for label, step in ends.items())
+    last = {band.label: curve.steps[-1] for band in comparison.bands if (curve := _lead(band)) is not None}
+    if len(set(last.values())) > 1:
+        listed = ", ".join(f"{label}: {step}" for label, step in last.items())
         notes.append(f"The last evaluations are of different steps ({listed}).")
     return notes
 
