@@ -34,9 +34,9 @@ def metric_value(key: str, value: float | None) -> str:
     return f"{100 * value:.1f} %" if metric(key).unit == "share" else f"{value:.4g}"
 
 
-def code(value: object) -> str:
+def code(value: object, limit: int = 200) -> str:
     """A value as a span of code on one line, its middle left out where it is long."""
-    return "`" + printable(str(value), 200).replace("`", "'") + "`"
+    return "`" + printable(str(value), limit).replace("`", "'") + "`"
 
 
 def _fenced(text: str, language: str = "text") -> str:

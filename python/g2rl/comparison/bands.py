@@ -11,13 +11,15 @@ from typing import Any
 from g2rl.config import METHODS
 from g2rl.log import printable
 from g2rl.plots import SMOOTHED, Run, moving_average
-from g2rl.report import default_values, leaves
+from g2rl.report import code, default_values, leaves
 
 EVALUATION = ("task.", "eval.samples", "eval.temperature", "eval.top_p", "rollout.max_new_tokens")
 """Keys, or beginnings of keys, on which held-out results depend besides the model: they have to be equal."""
 IGNORED = ("name", "runs_dir", "resume", "profile", "log.", "checkpoint.", "eval.every", "eval.ks")
 """Keys, or beginnings of keys, that change what is kept of a run and not what it learns."""
 LABEL_KEYS = 2
+CELL = 60
+"""Characters of a configuration's value that are shown."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,8 @@ def _grouped(runs: Sequence[Run], key: Any) -> list[list[Run]]:
 
 def _misfit(values: dict[str, Any], expected: dict[str, Any]) -> str:
     keys = differing([_chosen(values, EVALUATION), _chosen(expected, EVALUATION)])
-    said = [f"`{key}` is {shown(values.get(key))}, not {shown(expected.get(key))}" for key in keys]
+    said = [f"`{key}` is {code(values.get(key), CELL)}, not {code(expected.get(key), CELL)}" for key in keys]
     return f"{'; '.join(said)}."
-
-
-def shown(value: Any) -> str:
-    return "`" + printable(str(value), 60).replace("`", "'") + "`"
 
 
 def _without_repetitions(group: list[Run], left_out: list[tuple[Run, str]]) -> list[Run]:

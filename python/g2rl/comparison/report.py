@@ -7,11 +7,11 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from g2rl.comparison.bands import IGNORED, Band, Comparison, Curve, compare, differing, run_names, seed_of, shown
+from g2rl.comparison.bands import CELL, IGNORED, Band, Comparison, Curve, compare, differing, run_names, seed_of
 from g2rl.comparison.plots import PLOTS, plot_bands
 from g2rl.log import metric
 from g2rl.plots import SMOOTHED, STYLE, load_run
-from g2rl.report import markdown_table
+from g2rl.report import code, markdown_table
 
 CAPTION = (
     "Line: mean over the band's seeds; shaded: from the least to the greatest of them. Drawn are the steps that all "
@@ -154,7 +154,7 @@ def _configuration(bands: Sequence[Band]) -> str:
         for band in bands
     ]
     keys = differing(settings)
-    rows = [(f"`{key}`", *(shown(v[key]) if key in v else "-" for v in settings)) for key in keys]
+    rows = [(f"`{key}`", *(code(v[key], CELL) if key in v else "-" for v in settings)) for key in keys]
     table = markdown_table(("key", *(band.label for band in bands)), rows) if rows else "The bands do not differ."
     listed = ", ".join(f"`{key}*`" if key.endswith(".") else f"`{key}`" for key in IGNORED)
     return f"{table}\n\nKeys that change nothing in what a run learns are not compared: {listed}."
