@@ -161,6 +161,10 @@ class CheckpointConfig:
 class LogConfig:
     geometry: bool = True
     """Log norms, scores and cosines of the features. `false` computes none, for methods that need none."""
+    trackers: list[Literal["trackio", "wandb"]] = field(default_factory=list)
+    """Where metrics go besides the run's folder; each has to be installed."""
+    project: str = "g2rl"
+    """The trackers' project."""
 
 
 @dataclass(frozen=True)
