@@ -1,4 +1,4 @@
-"""Command line: ``g2rl train``, ``g2rl eval``, ``g2rl export``, ``g2rl report``."""
+"""Command line: ``g2rl train``, ``g2rl eval``, ``g2rl export``, ``g2rl report``, ``g2rl push``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 
 from g2rl.config import Config, ConfigError, load_config
@@ -48,8 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export = commands.add_parser("export", help="write a checkpoint as a plain model, a LoRA adapter merged into it")
     export.add_argument("checkpoint", help="checkpoint, or a run's folder for its newest one")
     export.add_argument("folder", type=Path, help="where the model goes; must not exist yet")
-    report = commands.add_parser("report", help="write report.md with plots for a run")
-    report.add_argument("run", type=Path, help="the run's folder")
+    report = commands.add_parser("report", help="write report.md with plots for a run, or one that compares several")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    report.add_argument("--out", type=Path, help="folder of a comparison; `comparison` beside the first run's")
+    push = commands.add_parser(
+        "push", help="upload a run's newest checkpoint with a model card to the Hugging Face hub"
+    )
+    push.add_argument("run", type=Path, help="the run's folder")
+    push.add_argument("repo", metavar="REPO", help="OWNER/NAME of the model; created where there is none")
+    push.add_argument("--dry-run", action="store_true", help="write the folder that would be uploaded, and stop")
     options = parser.parse_args(arguments)
     # Before torch loads OpenMP: threads that spin while they wait slow decoding several times on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -61,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _evaluate(options)
         if options.command == "export":
             return _export(Path(options.checkpoint), options.folder)
-        return _report(options.run)
+        if options.command == "push":
+            return _push(options.run, options.repo, options.dry_run)
+        return _report(options.runs, options.out)
     except ConfigError as error:
         print(f"g2rl: {error}", file=sys.stderr)
         return 2
@@ -86,7 +96,7 @@ def _train(settings: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\ng2rl: stopped; continue from its last checkpoint with: g2rl train resume={config.run_dir}")
         return 130
-    return _report(config.run_dir)
+    return _report([config.run_dir])
 
 
 def _dry_run(config: Config) -> int:
@@ -189,14 +199,33 @@ def _export(checkpoint: Path, folder: Path) -> int:
     return 0
 
 
-def _report(run_dir: Path) -> int:
+def _report(run_dirs: list[Path], out: Path | None = None) -> int:
+    from g2rl.comparison.report import write_comparison
     from g2rl.report import write_report
 
+    run_dirs = list({run_dir.resolve(): run_dir for run_dir in run_dirs}.values())
+    folder = out or run_dirs[0].parent / "comparison"
+    if len(run_dirs) > 1:  # runs/* may name the folder of an older comparison as well
+        is_run = [(path / "metrics.jsonl").is_file() or path.resolve() != folder.resolve() for path in run_dirs]
+        run_dirs = list(compress(run_dirs, is_run))
+    if out is not None and len(run_dirs) == 1:
+        raise ConfigError(f"out: expected several runs to compare, found one; its report is in {run_dirs[0]}/report")
     try:
-        path = write_report(run_dir)
+        if len(run_dirs) == 1:
+            path = write_report(run_dirs[0])
+        else:
+            path = write_comparison(run_dirs, folder)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"report: {error}") from error
     print(f"g2rl: the report is in {path}")
+    return 0
+
+
+def _push(run_dir: Path, repo: str, dry_run: bool) -> int:
+    from g2rl.push import push
+
+    said = push(run_dir, repo, dry_run)
+    print(f"g2rl: {'this would be uploaded' if dry_run else 'uploaded'}: {said}")
     return 0
 
 

@@ -48,6 +48,8 @@ class ModelConfig:
     """Type of the matrix products in the training forward and backward pass."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """transformers' attention implementation. On a CPU, `eager` has the faster backward pass for short sequences."""
+    prefix_sharing: Literal["auto", "always", "never"] = "auto"
+    """Compute a prompt once for all responses of its group: `auto` where the model can and it is cheaper."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -178,6 +180,10 @@ class CheckpointConfig:
 class LogConfig:
     geometry: bool = True
     """Log norms, scores and cosines of the features. `false` computes none, for methods that need none."""
+    trackers: list[Literal["trackio", "wandb"]] = field(default_factory=list)
+    """Where metrics go besides the run's folder; each has to be installed."""
+    project: str = "g2rl"
+    """The trackers' project."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import math
 import os
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -31,6 +31,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
+
+from g2rl.trackers import Tracker
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ class RunLog:
         run_dir: the run's folder; created when missing.
         resume_step: last step to keep, for a run that continues from the checkpoint of that step; None for a new run.
         console: where completions are printed; None is the process's own.
+        trackers: what gets the metrics besides the run's folder, one for each service; see `g2rl.trackers`.
 
     Raises:
         FileExistsError: a new run, but the folder holds the log of another one.
@@ -233,7 +236,13 @@ class RunLog:
     GROUPS_PER_STEP = 4
     RESPONSES_PER_GROUP = 16
 
-    def __init__(self, run_dir: Path, resume_step: int | None = None, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int | None = None,
+        console: Console | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         self._dir = run_dir
         self._console = console or get_console()
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -251,6 +260,8 @@ class RunLog:
         self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in self.FILES}
         purge = None if resume_step is None else resume_step + 1
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        self._trackers = trackers
+        self._track(lambda tracker: tracker.start(run_dir, resume_step))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Write all numbers of one step: training, evaluation and times in one call.
@@ -274,6 +285,7 @@ class RunLog:
         for key, value in numbers.items():
             self._board.add_scalar(key, value, step)
         self._board.flush()
+        self._track(lambda tracker: tracker.log(step, numbers))
 
     def stages(self) -> None:
         """Print where the time of the steps logged so far went: each stage's median, share and tokens/s.
@@ -338,6 +350,21 @@ class RunLog:
         for file in self._files.values():
             file.close()
         self._board.close()
+        self._track(lambda tracker: tracker.finish())
+
+    def _track(self, call: Callable[[Tracker], None]) -> None:
+        """Have every tracker do something. One that fails is left out from then on, after a warning."""
+        kept = []
+        for tracker in self._trackers:
+            try:
+                call(tracker)
+            except (Exception, SystemExit) as error:  # whatever another's library raises, the run goes on
+                found = printable(f"{type(error).__name__}: {error}", 300)
+                said = f"g2rl: warning: tracker {tracker.name} failed and is left out; the run goes on ({found})"
+                self._console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            else:
+                kept.append(tracker)
+        self._trackers = kept
 
     def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         file = self._files[name]

@@ -32,6 +32,8 @@ STYLE: Any = {
     "savefig.dpi": 130,
 }
 SCATTER_POINTS = 4000
+SMOOTHED = 20
+"""From so many steps on, training curves are moving averages."""
 
 
 @dataclass(frozen=True)
@@ -128,18 +130,23 @@ def _panels(rows: int, columns: int = 1, height: float = 3.0, width: float = 8.0
     return figure, [axes for row in grid for axes in row]
 
 
+def moving_average(values: Sequence[float]) -> list[float]:
+    """Mean of each value and its neighbours, a thirtieth of the series on either side."""
+    half = max(2, len(values) // 30)
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(w) / len(w) for w in windows]
+
+
 def _line(axes: Axes, run: Run, key: str, label: str, color: str, style: str = "-") -> None:
     """A metric over steps; long series get a moving average, their raw values stay behind it."""
     steps, values = run.series(key)
     if not steps:
         return
-    if len(values) < 20:
+    if len(values) < SMOOTHED:
         axes.plot(steps, values, style, color=color, label=label, marker="o", markersize=4)
         return
-    half = max(2, len(values) // 30)
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-    axes.plot(steps, [sum(w) / len(w) for w in windows], style, color=color, label=label, linewidth=2)
+    axes.plot(steps, moving_average(values), style, color=color, label=label, linewidth=2)
 
 
 def _held_out(axes: Axes, run: Run, prefix: str, marker: str, style: str) -> None:

@@ -9,24 +9,28 @@ import torch
 
 from g2rl.adapters import adapter_off, has_adapter
 from g2rl.config import Config
+from g2rl.forward import ForwardPass
 from g2rl.heads import lm_head
 from g2rl.times import StageTimes
 from g2rl.types import Batch
-from g2rl_kernels import SequenceFeatures, sequence_features, token_logprobs, unpad
+from g2rl_kernels import SequenceFeatures, sequence_features, token_logprobs
 
 
 class Policy:
     """A causal language model at the rollouts' temperature.
 
     Args:
-        model: its body takes padded batches.
-        config: of the run; temperature and autocast count here.
+        model: in its master dtype.
+        config: of the run; temperature, autocast and prefix sharing count here.
+
+    Raises:
+        ConfigError: prompts must be shared, and the model cannot.
     """
 
     def __init__(self, model: Any, config: Config) -> None:
         self.model = model
         self._temperature = config.rollout.temperature
-        self._in_bf16 = config.model.autocast == "bfloat16"
+        self._forward_pass = ForwardPass(model, config.model)
 
     def forward(
         self, batch: Batch, times: StageTimes, with_features: bool = True
@@ -36,25 +40,13 @@ class Policy:
         Without features, that field is empty.
         """
         with times.stage("forward", fine=True):
-            hidden, targets, cu_seqlens = self._hidden(batch)
+            hidden, targets, cu_seqlens = self._forward_pass(self.model, batch)
         with times.stage("head", fine=True):
             head = lm_head(self.model, self._temperature, hidden.dtype)
             if with_features:
                 return sequence_features(hidden, head, targets, cu_seqlens), cu_seqlens
             out = token_logprobs(hidden, head, targets)
             return SequenceFeatures(hidden.new_zeros(0), *out), cu_seqlens
-
-    def _hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states [N, d] that predict the response tokens, those tokens [N], and cu_seqlens [B + 1]."""
-        positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._in_bf16):
-            output = self.model.base_model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions
-            )
-        predicts = batch.response_mask[:, 1:]
-        hidden, cu_seqlens = unpad(output.last_hidden_state[:, :-1], predicts)
-        dtype = torch.bfloat16 if self._in_bf16 else self.model.dtype
-        return hidden.to(dtype), batch.input_ids[:, 1:][predicts], cu_seqlens
 
 
 class Reference:
@@ -65,9 +57,9 @@ class Reference:
 
     def __init__(self, policy: Policy, config: Config) -> None:
         self._source = policy.model
-        self._copy = policy
+        self._copy = copy.copy(policy)
         if not has_adapter(policy.model):
-            self._copy = Policy(copy.deepcopy(policy.model).eval().requires_grad_(False), config)
+            self._copy.model = copy.deepcopy(policy.model).eval().requires_grad_(False)
 
     @torch.no_grad()
     def logps(self, batch: Batch, times: StageTimes) -> torch.Tensor:

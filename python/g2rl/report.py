@@ -16,24 +16,27 @@ from omegaconf import OmegaConf
 
 from g2rl.config import Config
 from g2rl.log import METRICS, duration, metric, printable
-from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, plain, plot_cosines, valid_part
+from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, plain, valid_part
 
 SAMPLE_CHARACTERS = 1200
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; cells may hold bars."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _value(key: str, value: float | None) -> str:
+def metric_value(key: str, value: float | None) -> str:
+    """A metric as text, shares in percent."""
     if value is None:
         return "-"
     return f"{100 * value:.1f} %" if metric(key).unit == "share" else f"{value:.4g}"
 
 
-def _code(value: object) -> str:
-    return "`" + printable(str(value), 200).replace("`", "'") + "`"
+def code(value: object, limit: int = 200) -> str:
+    """A value as a span of code on one line, its middle left out where it is long."""
+    return "`" + printable(str(value), limit).replace("`", "'") + "`"
 
 
 def _fenced(text: str, language: str = "text") -> str:
@@ -57,9 +60,9 @@ def _headline(run: Run) -> str:
     if not steps:
         result = "Neither an evaluation nor a training accuracy was logged."
     elif len(steps) == 1:
-        result = f"{name}: {_value(lead, values[0])} at step {steps[0]}."
+        result = f"{name}: {metric_value(lead, values[0])} at step {steps[0]}."
     else:
-        first, last = _value(lead, values[0]), _value(lead, values[-1])
+        first, last = metric_value(lead, values[0]), metric_value(lead, values[-1])
         result = f"{name}: {first} at step {steps[0]}, {last} at step {steps[-1]}."
     config = run.config
     model, task = config.get("model", {}), config.get("task", {})
@@ -76,7 +79,7 @@ def _headline(run: Run) -> str:
         ("device", device),
         *((key, text) for key, text in run.environment.items() if key != "device"),
     ]
-    return f"**{result}**\n\n" + _table(("", ""), [(key, str(value)) for key, value in facts])
+    return f"**{result}**\n\n" + markdown_table(("", ""), [(key, str(value)) for key, value in facts])
 
 
 def _missing(run: Run) -> list[str]:
@@ -122,10 +125,12 @@ def _evaluation(run: Run) -> str:
         chosen = [("only", records[0])]
     else:
         chosen = [("first", records[0]), (f"best {lead[5:]}", best), ("last", records[-1])]
-    rows = [(name, str(record["step"]), *(_value(key, record.get(key)) for key in keys)) for name, record in chosen]
+    rows = [
+        (name, str(record["step"]), *(metric_value(key, record.get(key)) for key in keys)) for name, record in chosen
+    ]
     head = ["evaluation", "step"]
     head += [key[5:] if "@" in key else f"{metric(key).title.removeprefix('Held-out ')}" for key in keys]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _geometry(run: Run) -> str:
@@ -142,7 +147,7 @@ def _geometry(run: Run) -> str:
             rows.append((name, str(len(pairs)), mean, f"{100 * negative:.1f} %", f"{sum(sizes) / len(sizes):.2f}"))
     header = ("logged groups of", "pairs", "mean cosine", "negative pairs", "effective dimension")
     note = "Effective dimension: participation ratio of the eigenvalues of S, 1 to the group's size, mean over groups."
-    return f"{_table(header, rows)}\n\n{note}" if rows else ""
+    return f"{markdown_table(header, rows)}\n\n{note}" if rows else ""
 
 
 def _samples(run: Run) -> str:
@@ -157,29 +162,40 @@ def _samples(run: Run) -> str:
             names = (("reward", "reward"), ("score", "ν"), ("shaped", "shaped reward"), ("advantage", "advantage"))
             numbers = ", ".join(f"{name} {row[key]:.3g}" for key, name in names if row[key] is not None)
             judged = "correct" if correct else "wrong"
-            parts.append(f"### Step {step}, {judged}\n\nProblem {_code(row['problem'])}; {numbers}.")
+            parts.append(f"### Step {step}, {judged}\n\nProblem {code(row['problem'])}; {numbers}.")
             parts.append(f"{_fenced(_excerpt(row['prompt']))}\n\n{_fenced(_excerpt(row['response']))}")
     return "\n\n".join(parts) or "No completions are logged."
 
 
-def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
+def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value of nested dictionaries by its dotted key."""
+    found: dict[str, Any] = {}
     for key, value in node.items():
         value = list(value) if isinstance(value, tuple) else value  # YAML knows lists only
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def default_values() -> dict[str, Any]:
+    """Every default of `Config` by its dotted key."""
+    return leaves(plain(OmegaConf.structured(Config)))
+
+
+def changed_values(run: Run) -> dict[str, Any]:
+    """What a run's configuration sets to something else than the default, by dotted key."""
+    defaults = default_values()
+    return {k: v for k, v in leaves(run.config).items() if k not in defaults or defaults[k] != v}
 
 
 def _configuration(run: Run) -> str:
     if not run.config:
         return "No `config.yaml` in the run's folder."
-    defaults = _leaves(plain(OmegaConf.structured(Config)))
+    defaults = default_values()
     changed = [
-        (_code(key), _code(value), _code(defaults[key]) if key in defaults else "-")
-        for key, value in _leaves(run.config).items()
-        if key not in defaults or defaults[key] != value
+        (code(key), code(value), code(defaults[key]) if key in defaults else "-")
+        for key, value in changed_values(run).items()
     ]
-    table = _table(("key", "value", "default"), changed) if changed else "All values are the defaults."
+    table = markdown_table(("key", "value", "default"), changed) if changed else "All values are the defaults."
     full = _fenced((run.dir / "config.yaml").read_text(encoding="utf-8").strip(), "yaml")
     return f"{table}\n\n<details><summary>All values</summary>\n\n{full}\n\n</details>"
 
@@ -188,11 +204,23 @@ def _metrics(run: Run) -> str:
     rows = []
     for key in run.keys(""):
         values = run.series(key)[1]
-        ends = [_value(key, value) for value in (values[0], values[-1])] if values else ["-", "-"]
+        ends = [metric_value(key, value) for value in (values[0], values[-1])] if values else ["-", "-"]
         rows.append((f"`{key}`", *ends, metric(key).unit if metric(key).unit != "share" else "", metric(key).meaning))
     absent = [f"`{item.key}`" for item in METRICS if item.key not in {metric(key).key for key in run.keys("")}]
-    table = _table(("metric", "first", "last", "unit", "meaning"), rows)
+    table = markdown_table(("metric", "first", "last", "unit", "meaning"), rows)
     return table + (f"\n\nDefined but not logged by this run: {', '.join(absent)}." if absent else "")
+
+
+def draw_plots(run: Run, folder: Path, without: Sequence[str] = ()) -> list[tuple[str, str, str]]:
+    """Write the plots that the run has data for to ``folder/<stem>.png``; returns stem, heading and caption of each."""
+    drawn = []
+    with rc_context(STYLE):
+        for stem, heading, draw, caption in PLOTS:
+            figure = None if stem in without else draw(run)
+            if figure is not None:
+                figure.savefig(folder / f"{stem}.png")
+                drawn.append((stem, heading, caption))
+    return drawn
 
 
 def write_report(run_dir: Path) -> Path:
@@ -212,13 +240,9 @@ def write_report(run_dir: Path) -> Path:
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
     plots = []
-    with rc_context(STYLE):
-        for stem, heading, draw, caption in PLOTS:
-            figure = draw(run)
-            if figure is not None:
-                figure.savefig(folder / f"{stem}.png")
-                extra = _geometry(run) if draw is plot_cosines else ""
-                plots.append("\n\n".join(filter(None, (f"### {heading}", f"![{heading}]({stem}.png)", caption, extra))))
+    for stem, heading, caption in draw_plots(run, folder):
+        extra = _geometry(run) if stem == "cosines" else ""
+        plots.append("\n\n".join(filter(None, (f"### {heading}", f"![{heading}]({stem}.png)", caption, extra))))
     missing = _missing(run)
     sections = [
         f"# Run `{run.config.get('name', run_dir.name)}`",

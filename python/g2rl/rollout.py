@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from g2rl.adapters import copy_weights, has_adapter, plain_copy
@@ -144,10 +145,37 @@ class Sampler:
                 attention_mask=attention_mask.to(self.model.device),
                 max_new_tokens=self.config.max_new_tokens,
                 logits_processor=processors,
+                past_key_values=self._prefilled(prompts),
             )
         self.model.train(training)
         responses = [self._until_stop(row) for row in output[:, input_ids.shape[1] :].tolist()]
         return responses, torch.stack(draw.logps, 1).tolist() if draw.logps else [None] * len(responses)
+
+    def _prefilled(self, prompts: list[tuple[int, ...]]) -> DynamicCache | None:
+        """Keys and values of the prompts but for their last tokens, each prompt computed once for its copies.
+
+        None where no two are the same, and for models with other layers than full attention.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        cache = DynamicCache(config=self.model.config)
+        if len(distinct) == len(prompts) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        input_ids, attention_mask = (
+            x[:, :-1].to(self.model.device) for x in left_pad(distinct, self.tokenizer.pad_token_id)
+        )
+        if input_ids.shape[1] == 0:
+            return None
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        self.model.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        copies = [distinct.index(prompt) for prompt in prompts]
+        cache.batch_select_indices(torch.tensor(copies, device=self.model.device))
+        return cache
 
     def _until_stop(self, tokens: list[int]) -> tuple[int, ...]:
         """The response up to and with its first stop token; what follows is padding."""

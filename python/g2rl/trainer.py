@@ -29,6 +29,7 @@ from g2rl.rewards import resolve_rewards
 from g2rl.rollout import Sampler
 from g2rl.tasks import make_task
 from g2rl.times import StageTimes
+from g2rl.trackers import make_trackers
 from g2rl.types import Episode, Verdict
 from g2rl.update import TrainingError, Updater
 from g2rl_kernels import GroupAdvantages, use_backend
@@ -49,6 +50,7 @@ class Trainer:
         if config.backend != "auto":
             use_backend(config.backend)
         resolve_rewards(config.rewards)
+        self.trackers = make_trackers(config)
         self.method = make_method(config)
         self.task = make_task(config.task, config.seed)
         self.method.check(self.task)
@@ -75,7 +77,7 @@ class Trainer:
         run_dir = config.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         resume_step = self._restore() if config.resume else None
-        log = RunLog(run_dir, resume_step)
+        log = RunLog(run_dir, resume_step, trackers=self.trackers)
         # With the method's options spelt out, since their defaults may change.
         options = asdict(self.method.options)
         methods = config.methods | ({self.method.name: options} if options else {})

@@ -53,6 +53,21 @@ def test_greedy_equals_the_models_argmax(sampler: Sampler) -> None:
         assert tuple(logits.argmax(-1).tolist()) == episode.response_ids
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_prompt_is_prefilled_once(sampler: Sampler, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    """Five responses at once, of three each to two prompts of different lengths: the same tokens as with copies."""
+    fed: list[tuple[int, int]] = []
+    embeddings = sampler.model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, inputs: fed.append(tuple(inputs[0].shape)))
+    found = sampler.sample(PROBLEMS, 3, temperature, 1.0, seed=4)
+    long = len(sampler.prompt_ids(PROBLEMS[1]))
+    assert fed[:2] == [(2, long - 1), (5, 1)]
+    # The last of the six is alone.
+    assert (1, long) in fed
+    monkeypatch.setattr(sampler, "_prefilled", lambda prompts: None)
+    assert sampler.sample(PROBLEMS, 3, temperature, 1.0, seed=4) == found
+
+
 def test_response_ends_at_its_first_stop_token(sampler: Sampler) -> None:
     stop = next(iter(sampler.stop_ids))
     assert sampler._until_stop([5, 6, stop, 7, stop]) == (5, 6, stop)

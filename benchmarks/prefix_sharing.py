@@ -1,0 +1,151 @@
+"""What it saves to compute a prompt once for its group: forward and backward pass, shared against repeated.
+
+    python -m benchmarks.prefix_sharing [--case NAME ...] [--rounds 7] [--json FILE] [KEY=VALUE ...]
+
+Both ways take turns on the same random tokens. A sample is what an update computes but for the optimiser's step: the
+backbone, the head's log-probabilities and features, a loss of random advantages, and the backward pass. Beside the time
+stands by how much the gradient of all weights differs between the two ways, as a share of its norm: in fp32, and in the
+dtype that is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measuring.timing import Run, extra_memory, interleave, machine, machine_line
+from benchmarks.reporting.tables import digits
+from g2rl.config import ConfigError, ModelConfig, load_config
+from g2rl.forward import ForwardPass
+from g2rl.heads import lm_head
+from g2rl.model import load_model
+from g2rl.rollout import make_batch
+from g2rl.types import Batch, Episode, Problem
+from g2rl_kernels import sequence_features
+
+CONFIG = Path("configs/quickstart.yaml")
+WAYS = {"repeated": "never", "shared": "always"}
+_LIMIT_S = 600.0
+
+
+class Sizes(NamedTuple):
+    """Groups, responses a group, tokens of each prompt and of each response."""
+
+    groups: int
+    m: int
+    prompt: int
+    response: int
+
+
+CASES = {"quickstart": Sizes(8, 8, 29, 21), "512-token prompt": Sizes(1, 8, 512, 64)}
+
+
+def measure(model: Any, config: ModelConfig, sizes: Sizes, rounds: int) -> dict[str, Any]:
+    """Seconds by way and round, peak memory by way, and relative differences of the gradient."""
+    measured: dict[str, Any] = {"sizes": sizes._asdict()}
+    exact = _runs(model, replace(config, autocast="none"), sizes)
+    measured["gradient_difference_float32"] = _gradient_difference(model, exact)
+    runs = _runs(model, config, sizes)
+    measured["gradient_difference"] = _gradient_difference(model, runs)
+    measured["extra_bytes"] = {way: extra_memory(run, model.device)[0] for way, run in runs.items()}
+    timings = interleave(runs, model.device, rounds, _LIMIT_S)
+    measured["seconds"] = {way: timing.by_round for way, timing in timings.items()}
+    measured["median_s"] = {way: timing.median for way, timing in timings.items()}
+    measured["faster"], measured["faster_spread"] = timings["repeated"].ratio(timings["shared"])
+    return measured
+
+
+def _runs(model: Any, config: ModelConfig, sizes: Sizes) -> dict[str, Run]:
+    """An update's work by way, on the same tokens."""
+    generator = torch.Generator().manual_seed(0)
+    batch = _batch(sizes, model, generator)
+    advantages = torch.randn(sizes.groups * sizes.m, generator=generator).to(model.device)
+    return {
+        way: partial(_update, model, ForwardPass(model, replace(config, prefix_sharing=name)), batch, advantages)
+        for way, name in WAYS.items()
+    }
+
+
+def _batch(sizes: Sizes, model: Any, generator: torch.Generator) -> Batch:
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator).tolist())
+
+    prompts = [tokens(sizes.prompt) for _ in range(sizes.groups)]
+    problem = Problem("", "", "")
+    episodes = [Episode(problem, p, tokens(sizes.response), "", True) for p in prompts for _ in range(sizes.m)]
+    return make_batch(episodes, [0.0] * len(episodes), sizes.m, 0, model.device)
+
+
+def _update(model: Any, forward_pass: ForwardPass, batch: Batch, advantages: torch.Tensor) -> None:
+    """Leave the gradient of a policy loss in the parameters."""
+    model.zero_grad(set_to_none=True)
+    hidden, targets, cu_seqlens = forward_pass(model, batch)
+    out = sequence_features(hidden, lm_head(model, 1.0, hidden.dtype), targets, cu_seqlens)
+    lengths = cu_seqlens.diff()
+    (-(advantages / lengths).repeat_interleave(lengths) * out.logps).sum().backward()
+
+
+def _gradient_difference(model: Any, runs: dict[str, Run]) -> float:
+    """Norm of the difference of the two ways' gradients over the norm of the gradient."""
+    runs["repeated"]()
+    repeated = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    runs["shared"]()
+    apart = sum(float((p.grad - repeated[name]).double().square().sum()) for name, p in model.named_parameters())
+    return (apart / sum(float(g.double().square().sum()) for g in repeated.values())) ** 0.5
+
+
+def table(measured: dict[str, dict[str, Any]]) -> Table:
+    shown = Table(title="\nforward and backward pass of an update", title_justify="left")
+    heads = ["groups x responses, prompt + response", *(f"{way}, ms (MB)" for way in WAYS), "x faster"]
+    for head in (*heads, "gradient, fp32", "gradient, as timed"):
+        shown.add_column(head, justify="right" if shown.columns else "left")
+    for name, case in measured.items():
+        sizes, memory = Sizes(**case["sizes"]), case["extra_bytes"]
+        times = {way: digits(1e3 * seconds) for way, seconds in case["median_s"].items()}
+        peaks = {way: "" if memory[way] is None else f" ({digits(memory[way] / 1e6)})" for way in WAYS}
+        shown.add_row(
+            f"{name}: {sizes.groups} x {sizes.m}, {sizes.prompt} + {sizes.response}",
+            *(f"{times[way]}{peaks[way]}" for way in WAYS),
+            f"{case['faster']:.2f} ± {digits(case['faster_spread']) or '?'}",
+            f"{case['gradient_difference_float32']:.0e}",
+            f"{case['gradient_difference']:.0e}",
+        )
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.prefix_sharing", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--case", action="append", choices=CASES, help="may be given several times; all by default")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(CONFIG, arguments.overrides).model
+        model, _ = load_model(config)
+    except ConfigError as error:
+        sys.exit(f"benchmarks.prefix_sharing: {error}")
+    facts = machine(model.device)
+    console = Console(width=max(Console().width, 120))
+    console.print(machine_line(facts))
+    measured = {name: measure(model, config, CASES[name], arguments.rounds) for name in arguments.case or CASES}
+    console.print(table(measured))
+    if arguments.json:
+        described = {"file": str(CONFIG), "overrides": arguments.overrides}
+        report = {"machine": facts, "config": described, "prefix_sharing": measured}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

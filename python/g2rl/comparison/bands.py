@@ -1,0 +1,188 @@
+"""Which runs may be compared, and which differ in their seed alone and so make one band."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from g2rl.config import METHODS
+from g2rl.log import printable
+from g2rl.plots import SMOOTHED, Run, moving_average
+from g2rl.report import code, default_values, leaves
+
+EVALUATION = ("task.", "eval.samples", "eval.temperature", "eval.top_p", "rollout.max_new_tokens")
+"""Keys, or beginnings of keys, on which held-out results depend besides the model: they have to be equal."""
+IGNORED = ("name", "runs_dir", "resume", "profile", "log.", "checkpoint.", "eval.every", "eval.ks")
+"""Keys, or beginnings of keys, that change what is kept of a run and not what it learns."""
+LABEL_KEYS = 2
+CELL = 60
+"""Characters of a configuration's value that are shown."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over the steps that every run of a band logged.
+
+    Attributes:
+        steps: [S] in order, at least one.
+        values: [runs, S].
+    """
+
+    steps: list[int]
+    values: list[list[float]]
+
+    @property
+    def columns(self) -> list[tuple[float, ...]]:
+        return list(zip(*self.values, strict=True))
+
+    @property
+    def mean(self) -> list[float]:
+        return [fmean(column) for column in self.columns]
+
+    @property
+    def least(self) -> list[float]:
+        return [min(column) for column in self.columns]
+
+    @property
+    def greatest(self) -> list[float]:
+        return [max(column) for column in self.columns]
+
+    @property
+    def final_error(self) -> float | None:
+        """Standard error of the last mean: s / sqrt(n), with s over n - 1; None for a single run."""
+        last = self.columns[-1]
+        return stdev(last) / len(last) ** 0.5 if len(last) > 1 else None
+
+
+@dataclass(frozen=True)
+class Band:
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        label: method, and what else sets the band apart from others of that method.
+        runs: by seed, each with another one.
+        settings: their configuration by dotted key, without the seed and `IGNORED`.
+    """
+
+    label: str
+    runs: list[Run]
+    settings: dict[str, Any]
+
+    def curve(self, key: str) -> Curve | None:
+        """A metric of all runs, training metrics as moving averages; None where they have no step of it in common."""
+        series = [dict(zip(*run.series(key), strict=True)) for run in self.runs]
+        if key.startswith("eval/") or min(map(len, series)) < SMOOTHED:
+            smooth = series
+        else:
+            smooth = [dict(zip(values, moving_average(list(values.values())), strict=True)) for values in series]
+        steps = sorted(set(smooth[0]).intersection(*smooth[1:]))
+        return Curve(steps, [[values[step] for step in steps] for values in smooth]) if steps else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Bands to draw together, and the runs that do not belong there, each with the reason as a sentence."""
+
+    bands: list[Band]
+    left_out: list[tuple[Run, str]]
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """Sort runs into bands.
+
+    Compared are the runs that share the task and the way of evaluating of most runs, of the first one's if several are
+    equally common. The others are left out, and so are repetitions of a seed.
+
+    Raises:
+        ValueError: no run has a configuration.
+    """
+    settings = {run.dir: _settings(run) for run in runs if run.config}
+    left_out = [(run, "It has no `config.yaml`, so that its task is not known.") for run in runs if not run.config]
+    known = [run for run in runs if run.config]
+    if not known:
+        raise ValueError("expected runs with a config.yaml, found none")
+    by_evaluation = _grouped(known, lambda run: _chosen(settings[run.dir], EVALUATION))
+    fitting = max(by_evaluation, key=len)
+    for run in known:
+        if run not in fitting:
+            left_out.append((run, _misfit(settings[run.dir], settings[fitting[0].dir])))
+    groups = [_without_repetitions(group, left_out) for group in _grouped(fitting, lambda run: settings[run.dir])]
+    labels = _labels([settings[group[0].dir] for group in groups])
+    bands = [Band(label, group, settings[group[0].dir]) for label, group in zip(labels, groups, strict=True)]
+    return Comparison(bands, left_out)
+
+
+def seed_of(run: Run) -> int:
+    return int(run.config.get("seed", 0))
+
+
+def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys whose values are not the same everywhere, in alphabetical order."""
+    keys = sorted({key for values in settings for key in values})
+    return [key for key in keys if any(values.get(key) != settings[0].get(key) for values in settings)]
+
+
+def run_names(runs: Sequence[Run]) -> dict[Path, str]:
+    """What to call each run: its folder's name, or the whole path where two runs have the same one."""
+    names = [run.dir.name for run in runs]
+    return {run.dir: run.dir.name if names.count(run.dir.name) == 1 else str(run.dir) for run in runs}
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """A run's configuration with the defaults of keys it lacks, without seed, `IGNORED` and other methods' options."""
+    values = default_values() | leaves(run.config)
+    dropped = _chosen(values, ("seed", *IGNORED))
+    for key in values:
+        section, _, rest = key.removeprefix("methods.").partition(".")
+        other = section != values["method"] and (METHODS / f"{section}.py").is_file()
+        if key.startswith("methods.") and rest and other:
+            dropped[key] = None
+    return {key: value for key, value in values.items() if key not in dropped}
+
+
+def _chosen(values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    whole = {key for key in keys if not key.endswith(".")}
+    beginnings = tuple(key for key in keys if key.endswith("."))
+    return {key: value for key, value in values.items() if key in whole or key.startswith(beginnings)}
+
+
+def _grouped(runs: Sequence[Run], key: Any) -> list[list[Run]]:
+    """Runs with equal keys together, in the order of the first of each."""
+    groups: list[tuple[Any, list[Run]]] = []
+    for run in runs:
+        group = next((group for other, group in groups if other == key(run)), None)
+        if group is None:
+            groups.append((key(run), [run]))
+        else:
+            group.append(run)
+    return [group for _, group in groups]
+
+
+def _misfit(values: dict[str, Any], expected: dict[str, Any]) -> str:
+    keys = differing([_chosen(values, EVALUATION), _chosen(expected, EVALUATION)])
+    said = [f"`{key}` is {code(values.get(key), CELL)}, not {code(expected.get(key), CELL)}" for key in keys]
+    return f"{'; '.join(said)}."
+
+
+def _without_repetitions(group: list[Run], left_out: list[tuple[Run, str]]) -> list[Run]:
+    """One run of each seed, the one that got furthest."""
+    kept: dict[int, Run] = {}
+    for run in sorted(group, key=lambda run: -run.last_step):
+        first = kept.setdefault(seed_of(run), run)
+        if first is not run:
+            left_out.append((run, f"It repeats `{first.dir.name}`: same configuration, same seed."))
+    return [kept[seed] for seed in sorted(kept)]
+
+
+def _labels(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The method's name, and of several bands with one method the values in which they differ."""
+    labels = []
+    for values in settings:
+        keys = differing([other for other in settings if other["method"] == values["method"]])
+        parts = [f"{key.split('.')[-1]}={printable(str(values.get(key, '-')), 24)}" for key in keys[:LABEL_KEYS]]
+        labels.append(", ".join([str(values["method"]), *parts, *(["..."] if len(keys) > LABEL_KEYS else [])]))
+    numbers = [labels[:i].count(label) + 1 for i, label in enumerate(labels)]
+    return [f"{label} ({n})" if labels.count(label) > 1 else label for label, n in zip(labels, numbers, strict=True)]

@@ -1,0 +1,164 @@
+"""The report that compares runs: ``report.md`` with its plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import rc_context
+
+from g2rl.comparison.bands import CELL, IGNORED, Band, Comparison, Curve, compare, differing, run_names, seed_of
+from g2rl.comparison.plots import PLOTS, plot_bands
+from g2rl.log import metric
+from g2rl.plots import SMOOTHED, STYLE, load_run
+from g2rl.report import code, markdown_table
+
+CAPTION = (
+    "Line: mean over the band's seeds; shaded: from the least to the greatest of them. Drawn are the steps that all "
+    f"runs of a band have; training metrics from {SMOOTHED} steps on are moving averages."
+)
+
+
+def write_comparison(run_dirs: Sequence[Path], folder: Path) -> Path:
+    """Write a report on several runs, in place of an older one.
+
+    Args:
+        run_dirs: the runs' folders; a run may still be going on.
+        folder: where ``report.md`` and its plots go; created when missing.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        FileNotFoundError: one of the folders has no metrics; the message names the file looked for.
+        ValueError: a log file is damaged before its last line, or no run has a configuration.
+    """
+    runs = [load_run(run_dir.resolve()) for run_dir in run_dirs]
+    names = run_names(runs)
+    comparison = compare(runs)
+    bands = comparison.bands
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = _notes(comparison, names)
+    sections = [
+        f"# Comparison of {len(runs)} runs",
+        _headline(bands),
+        f"## Bands\n\n{_bands(bands, names)}",
+        "## What does not fit\n\n" + "\n".join(f"- {note}" for note in notes) if notes else "",
+        f"## Held-out results at the end\n\n{_results(bands)}",
+        f"## Plots\n\n{_plots(bands, folder)}",
+        f"## Configuration\n\n{_configuration(bands)}",
+    ]
+    path = folder / "report.md"
+    path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8", errors="replace")
+    return path
+
+
+def _held_out_keys(bands: Sequence[Band]) -> list[str]:
+    """pass@k, then maj@k, in the order of k; maj@1 is the same as pass@1."""
+    runs = [run for band in bands for run in band.runs]
+    keys = {key for run in runs for key in (*run.keys("eval/pass@"), *run.keys("eval/maj@"))} - {"eval/maj@1"}
+    return sorted(keys, key=lambda key: (key.startswith("eval/maj"), int(key.partition("@")[2])))
+
+
+def _final(key: str, curve: Curve) -> str:
+    """Mean, standard error and range at the last step."""
+    factor, unit = (100, " %") if metric(key).unit == "share" else (1, "")
+    mean, error = curve.mean[-1] * factor, curve.final_error
+    if error is None:
+        return f"{mean:.1f}{unit}"
+    least, greatest = curve.least[-1] * factor, curve.greatest[-1] * factor
+    return f"{mean:.1f} ± {error * factor:.1f}{unit} ({least:.1f} to {greatest:.1f})"
+
+
+def _headline(bands: Sequence[Band]) -> str:
+    key = next((key for key in _held_out_keys(bands) if any(band.curve(key) for band in bands)), None)
+    if key is None:
+        return "**No evaluation is logged that all runs of a band have.**"
+    found = []
+    for band in bands:
+        curve = band.curve(key)
+        if curve is not None:
+            found.append(f"{band.label} {_final(key, curve)} at step {curve.steps[-1]}")
+    return f"**Held-out {key[5:]}: {'; '.join(found)}.**"
+
+
+def _bands(bands: Sequence[Band], names: dict[Path, str]) -> str:
+    rows = []
+    for band in bands:
+        seeds = ", ".join(str(seed_of(run)) for run in band.runs)
+        steps = sorted({run.last_step for run in band.runs})
+        reached = " to ".join(str(step) for step in dict.fromkeys((steps[0], steps[-1])))
+        planned = str(band.settings.get("steps", "unknown"))
+        rows.append((band.label, ", ".join(names[run.dir] for run in band.runs), seeds, reached, planned))
+    note = "A band is the runs that differ in nothing but their seed."
+    return f"{markdown_table(('band', 'runs', 'seeds', 'steps done', 'planned'), rows)}\n\n{note}"
+
+
+def _notes(comparison: Comparison, names: dict[Path, str]) -> list[str]:
+    """Runs left out, and what keeps the others from being compared to the end, in sentences."""
+    notes = [f"`{names[run.dir]}` is left out. {reason}" for run, reason in comparison.left_out]
+    for band in comparison.bands:
+        furthest = max(run.last_step for run in band.runs)
+        for run in band.runs:
+            if run.last_step < furthest:
+                ends = f"the curves of its band, {band.label}, end there; another run went on to step {furthest}"
+                notes.append(f"`{names[run.dir]}` stands at step {run.last_step}: {ends}.")
+        for key in _held_out_keys([band]):
+            lacking = [names[run.dir] for run in band.runs if not run.series(key)[0]]
+            if lacking:
+                notes.append(f"`{key}` is not logged by {', '.join(lacking)}: it is not shown for {band.label}.")
+    last = {band.label: curve.steps[-1] for band in comparison.bands if (curve := _lead(band)) is not None}
+    if len(set(last.values())) > 1:
+        listed = ", ".join(f"{label}: {step}" for label, step in last.items())
+        notes.append(f"The last evaluations are of different steps ({listed}).")
+    return notes
+
+
+def _lead(band: Band) -> Curve | None:
+    """The first held-out metric that all runs of a band have."""
+    curves = (band.curve(key) for key in _held_out_keys([band]))
+    return next((curve for curve in curves if curve is not None), None)
+
+
+def _results(bands: Sequence[Band]) -> str:
+    keys = _held_out_keys(bands)
+    if not keys:
+        return "No evaluation is logged."
+    rows = []
+    for band in bands:
+        lead, curves = _lead(band), [band.curve(key) for key in keys]
+        step = "-" if lead is None else str(lead.steps[-1])
+        cells = ["-" if curve is None else _final(key, curve) for key, curve in zip(keys, curves, strict=True)]
+        rows.append((band.label, str(len(band.runs)), step, *cells))
+    note = "Mean ± standard error over seeds (least to greatest), at the last step that all runs of a band evaluated."
+    return f"{markdown_table(('band', 'seeds', 'step', *(key[5:] for key in keys)), rows)}\n\n{note}"
+
+
+def _plots(bands: Sequence[Band], folder: Path) -> str:
+    passes = [key for key in _held_out_keys(bands) if key.startswith("eval/pass@")]
+    parts = []
+    with rc_context(STYLE):
+        for stem, heading, keys in PLOTS:
+            held_out = list(dict.fromkeys((passes[0], passes[-1]))) if passes and stem == "learning" else []
+            figure = plot_bands(bands, [*held_out, *keys])
+            if figure is not None:
+                figure.savefig(folder / f"{stem}.png")
+                parts.append(f"### {heading}\n\n![{heading}]({stem}.png)")
+    return "\n\n".join([*parts, CAPTION]) if parts else "Nothing that could be drawn is logged."
+
+
+def _configuration(bands: Sequence[Band]) -> str:
+    settings = [
+        band.settings
+        | {f"environment: {key}": _facts(band, key) for key in sorted({k for r in band.runs for k in r.environment})}
+        for band in bands
+    ]
+    keys = differing(settings)
+    rows = [(f"`{key}`", *(code(v[key], CELL) if key in v else "-" for v in settings)) for key in keys]
+    table = markdown_table(("key", *(band.label for band in bands)), rows) if rows else "The bands do not differ."
+    listed = ", ".join(f"`{key}*`" if key.endswith(".") else f"`{key}`" for key in IGNORED)
+    return f"{table}\n\nKeys that change nothing in what a run learns are not compared: {listed}."
+
+
+def _facts(band: Band, key: str) -> str:
+    return " / ".join(sorted({run.environment.get(key, "unknown") for run in band.runs}))

@@ -1,0 +1,96 @@
+"""Upload a run's newest checkpoint to the Hugging Face hub, with a model card made from the run."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+import g2rl_kernels
+from g2rl.card import model_card
+from g2rl.checkpoint import find_checkpoint
+from g2rl.config import ConfigError
+from g2rl.plots import load_run
+from g2rl.report import draw_plots
+
+NOT_PUSHED = ("trainer.pt", "README.md")
+LOCAL_PLOTS = ("groups",)
+"""Plots that stay here: problems' names may hold paths of this machine."""
+
+
+def push(run_dir: Path, repo: str, dry_run: bool = False) -> str:
+    """Upload a run's newest checkpoint as a model folder with a card and plots.
+
+    Args:
+        repo: ``owner/name`` of the model; created when missing.
+        dry_run: only write what would be uploaded.
+
+    Returns:
+        The commit's address; in a dry run the path of the folder, ``run_dir/hub``, an older one replaced.
+
+    Raises:
+        ConfigError: `repo` is not a model's name, there is no run or checkpoint, no login, no access or no network.
+    """
+    _check_name(repo)
+    if dry_run:
+        folder = run_dir / "hub"
+        write_folder(run_dir, repo, folder)
+        return str(folder)
+    if get_token() is None:
+        raise ConfigError("push: expected a login to the hub, found none; run `hf auth login`, or set HF_TOKEN")
+    with tempfile.TemporaryDirectory(prefix=".hub-", dir=run_dir if run_dir.is_dir() else None) as temporary:
+        folder = Path(temporary) / "hub"
+        step = write_folder(run_dir, repo, folder)
+        return _upload(folder, repo, step)
+
+
+def write_folder(run_dir: Path, repo: str, folder: Path) -> int:
+    """Write a checkpoint's model, the card and the plots to `folder`, in place of an older one; returns its step."""
+    try:
+        run = load_run(run_dir)
+        checkpoint = find_checkpoint(run_dir)
+    except (FileNotFoundError, ValueError) as error:  # ConfigError is a ValueError
+        raise ConfigError(f"push: {error}") from error
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*NOT_PUSHED))
+    (folder / "plots").mkdir()
+    plots = draw_plots(run, folder / "plots", without=LOCAL_PLOTS)
+    step = int(checkpoint.name.removeprefix("step-"))
+    (folder / "README.md").write_text(model_card(run, step, repo, plots), encoding="utf-8", errors="replace")
+    return step
+
+
+def _check_name(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+        valid = repo.count("/") == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"repo: expected a model's name as OWNER/NAME, found {repo!r}")
+
+
+def _upload(folder: Path, repo: str, step: int) -> str:
+    api = HfApi(library_name="g2rl-kernels", library_version=g2rl_kernels.__version__)
+    try:
+        api.create_repo(repo, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Checkpoint of step {step}")
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            hint = "see `hf auth whoami`, and whether its token may write"
+            raise ConfigError(
+                f"push: expected access to {repo}, found that the hub refuses it ({status}); {hint}"
+            ) from error
+        raise ConfigError(f"push: expected the hub to take {repo}, found status {status}: {error}") from error
+    except (HTTPError, OSError) as error:  # of the connection, or HF_HUB_OFFLINE
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"push: expected a connection to the hub, found none ({found}); --dry-run needs none"
+        ) from error
+    return str(commit.commit_url)

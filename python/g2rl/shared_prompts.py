@@ -1,0 +1,221 @@
+"""Attention over packed groups: one copy of each prompt, and responses that attend to it and to themselves.
+
+Responses to one prompt need its keys and values, and nothing else of it but the hidden state of its last token. So a
+prompt passes the model once for its group, and the pass has P + m R tokens where padded copies have m (P + R). See
+Prefix Grouper (https://arxiv.org/abs/2506.05433); tokens lie in one row here, so that padding costs no product either.
+
+Attention itself is transformers' own, called once for the prompts and once for the responses. It is reached through the
+names that `transformers.AttentionInterface` lets others register.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from g2rl.types import Batch
+
+PREFIX = "g2rl_"
+ATTENTIONS = ("sdpa", "eager")
+"""Implementations of transformers that take a mask of any form."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedGroups:
+    """A batch's groups as one row of T tokens: all prompts, one a group, then all responses without their last tokens.
+
+    G groups, B responses, m = B / G, P = longest prompt, R = longest response - 1. Inside attention, prompts are
+    [G, P] and responses [B, R], padded on the right: S = G P + B R slots.
+
+    Attributes:
+        input_ids, positions: [1, T] int64.
+        slots: [S] int64, the token that each slot holds; any in padding.
+        padding: [S, 1, 1] bool, True where a slot holds none.
+        order: [T] int64, the slot of each token.
+        sizes: G, P, B, R.
+        prompt_mask, response_mask: as the implementation takes them: [1, 1, P, P], None for its own causal mask, and
+            [B, 1, R, P + R].
+        predicts: [N] int64, the token whose hidden state predicts each response token; a prompt's last one, m times.
+        targets: [N] int64, the response tokens.
+        cu_seqlens: [B + 1] int32.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    padding: Tensor
+    order: Tensor
+    sizes: tuple[int, int, int, int]
+    prompt_mask: Tensor | None
+    response_mask: Tensor
+    predicts: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens that one head of one layer scores."""
+        return attention_pairs(*self.sizes)
+
+    def spread(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads [1, h, T, k] of the packed row as those of prompts [G, h, P, k] and responses [B, h, R, k]."""
+        g, p, b, r = self.sizes
+        rows = _Gather.apply(states[0].transpose(0, 1), self.slots, self.order, None)
+        prompts, responses = rows.split([g * p, b * r])
+        return prompts.unflatten(0, (g, p)).transpose(1, 2), responses.unflatten(0, (b, r)).transpose(1, 2)
+
+    def pack(self, prompts: Tensor, responses: Tensor) -> Tensor:
+        """[1, T, h, k] of [G, P, h, k] and [B, R, h, k]."""
+        rows = torch.cat([prompts.flatten(0, 1), responses.flatten(0, 1)])
+        return _Gather.apply(rows, self.order, self.slots, self.padding)[None]
+
+
+class _Gather(torch.autograd.Function):
+    """Rows [n, ...] by index where each row goes to one place at most: the gradient is a gather, too, without a race.
+
+    `back` is where each row went, any place where `unread` [n, 1, 1] marks it as gone nowhere.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, there: Tensor, back: Tensor, unread: Tensor | None) -> Tensor:
+        ctx.save_for_backward(back, unread)
+        return rows.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        back, unread = ctx.saved_tensors
+        gradient = gradient.index_select(0, back)
+        return gradient if unread is None else gradient.masked_fill_(unread, 0), None, None, None
+
+
+def attention_pairs(groups: int, prompt: int, responses: int, length: int) -> int:
+    """Of tokens that one head of one layer scores: of prompts, and of responses with their prompt and themselves."""
+    return groups * prompt**2 + responses * length * (prompt + length)
+
+
+def pack_groups(batch: Batch, additive: torch.dtype | None = None) -> PackedGroups:
+    """Lay a batch's groups out with one copy of each prompt.
+
+    Args:
+        batch: whole groups.
+        additive: type of the masks that are added to scores (`eager`); None makes them bool (`sdpa`).
+
+    Raises:
+        ValueError: responses of one group have different prompts.
+    """
+    m, device = batch.group_size, batch.input_ids.device
+    ids, attended, response = (x.cpu() for x in (batch.input_ids, batch.attention_mask.bool(), batch.response_mask))
+    prompt, fed = attended & ~response, response[:, :-1]
+    _require_one_prompt(ids, prompt, m)
+    prompts, responses = _right_padded(prompt[::m].sum(1)), _right_padded(fed.sum(1))
+    held = torch.cat([prompts.flatten(), responses.flatten()])
+    order = held.nonzero()[:, 0]
+    slots = torch.zeros(held.shape, dtype=torch.int64)
+    slots[order] = torch.arange(order.shape[0])
+    causal, mask = _masks(prompts, responses, m, device)
+    cu_seqlens = F.pad(response.sum(1).cumsum(0), (1, 0))
+
+    def row(padded: Tensor) -> Tensor:
+        return torch.cat([padded[::m][prompt[::m]], padded[:, :-1][fed]])[None].to(device)
+
+    return PackedGroups(
+        input_ids=row(ids),
+        positions=row(attended.cumsum(1) - 1),
+        slots=slots.to(device),
+        padding=~held[:, None, None].to(device),
+        order=order.to(device),
+        sizes=(*prompts.shape, *responses.shape),  # type: ignore[arg-type]
+        prompt_mask=None if additive is None else _added(causal, additive),
+        response_mask=mask if additive is None else _added(mask, additive),
+        predicts=_predictors(prompts.sum(1), cu_seqlens, m).to(device),
+        targets=ids[response].to(device),
+        cu_seqlens=cu_seqlens.to(device, torch.int32),
+    )
+
+
+def _require_one_prompt(ids: Tensor, prompt: Tensor, m: int) -> None:
+    lengths = prompt.sum(1).view(-1, m)
+    same = bool((lengths == lengths[:, :1]).all())
+    if same:
+        expected = [row for group in ids[::m][prompt[::m]].split(lengths[:, 0].tolist()) for row in [group] * m]
+        same = torch.equal(ids[prompt], torch.cat(expected))
+    if not same:
+        raise ValueError(f"batch: expected every {m} responses in a row to answer one prompt, found different prompts")
+
+
+def _right_padded(lengths: Tensor) -> Tensor:
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def _predictors(prompt_lengths: Tensor, cu_seqlens: Tensor, m: int) -> Tensor:
+    """Tokens of the row that predict the responses: a prompt's last one, then the response's own but its last."""
+    lengths = cu_seqlens.diff()
+    last_of_prompt = (prompt_lengths.cumsum(0) - 1).repeat_interleave(m)
+    fed = (lengths - 1).clamp(min=0)
+    start = prompt_lengths.sum() + fed.cumsum(0) - fed
+    response = torch.arange(lengths.shape[0]).repeat_interleave(lengths)
+    offset = torch.arange(response.shape[0]) - cu_seqlens[response]
+    return torch.where(offset == 0, last_of_prompt[response], start[response] + offset - 1)
+
+
+def _masks(prompts: Tensor, responses: Tensor, m: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Bool masks of prompts [1, 1, P, P] and responses [B, 1, R, P + R] of what is held in [G, P] and [B, R]."""
+    (b, r), p = responses.shape, prompts.shape[1]
+    mask = torch.empty(b, 1, r, p + r, dtype=torch.bool, device=device)
+    mask[..., :p] = prompts.to(device).repeat_interleave(m, 0)[:, None, None]
+    mask[..., p:] = torch.ones(r, r, dtype=torch.bool, device=device).tril()
+    return torch.ones(1, 1, p, p, dtype=torch.bool, device=device).tril(), mask
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def _attention(
+    name: str,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed_groups: PackedGroups | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention `name`, twice where the model was called with `packed_groups`, as it is elsewhere."""
+    attend = _implementation(name, module)
+    if packed_groups is None:
+        return attend(module, query, key, value, attention_mask, **options)
+    groups, _, responses, length = packed_groups.sizes
+    (q_prompt, q), (k_prompt, k), (v_prompt, v) = map(packed_groups.spread, (query, key, value))
+    prompts, _ = attend(module, q_prompt, k_prompt, v_prompt, packed_groups.prompt_mask, **options)
+    if length == 0:
+        return packed_groups.pack(prompts, prompts[:0, :0]), None
+    copies = [x[:, None].expand(-1, responses // groups, -1, -1, -1).flatten(0, 1) for x in (k_prompt, v_prompt)]
+    keys, values = torch.cat([copies[0], k], 2), torch.cat([copies[1], v], 2)
+    out, _ = attend(module, q, keys, values, packed_groups.response_mask, **options)
+    return packed_groups.pack(prompts, out), None
+
+
+def _implementation(name: str, module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """A model's eager attention stands in its own file, the others in one table."""
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]
+    files = (vars(sys.modules[kind.__module__]) for kind in type(module).__mro__ if kind.__module__ in sys.modules)
+    return next(file["eager_attention_forward"] for file in files if "eager_attention_forward" in file)
+
+
+for _name in ATTENTIONS:
+    AttentionInterface.register(PREFIX + _name, partial(_attention, _name))
+    AttentionMaskInterface.register(PREFIX + _name, AttentionMaskInterface()[_name])

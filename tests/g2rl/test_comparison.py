@@ -1,0 +1,185 @@
+"""g2rl.comparison: bands, their numbers by hand, what is left out, and the report with its plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+from written_runs import write_run
+
+from g2rl.cli import main
+from g2rl.comparison.bands import Comparison, compare
+from g2rl.comparison.plots import plot_bands
+from g2rl.plots import load_run
+
+
+def records(*passes: float, **more: float) -> list[dict[str, float]]:
+    """Evaluations at steps 0, 10, 20, ... with these values of pass@1, twice them of pass@4."""
+    return [
+        {"step": 10 * i, "eval/pass@1": p, "eval/maj@1": p, "eval/pass@4": 2 * p, **more} for i, p in enumerate(passes)
+    ]
+
+
+def comparison_of(*run_dirs: Path) -> Comparison:
+    return compare([load_run(run_dir) for run_dir in run_dirs])
+
+
+def members(*run_dirs: Path) -> dict[str, list[str]]:
+    return {band.label: [run.dir.name for run in band.runs] for band in comparison_of(*run_dirs).bands}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "labels"),
+    [
+        # What is kept of a run, and the options of a method that it does not use, do not set it apart.
+        (["seed=1", "log.geometry=false", "checkpoint.keep=5", "eval.every=5", "methods.g2rl.strength=2"], ["grpo"]),
+        (["seed=1", "optim.lr=1e-4"], ["grpo, lr=2e-05", "grpo, lr=0.0001"]),
+        (["method=g2rl", "seed=0"], ["grpo", "g2rl"]),
+        (["optim.lr=1e-4", "optim.beta1=0.8", "steps=5"],
+         ["grpo, beta1=0.9, lr=2e-05, ...", "grpo, beta1=0.8, lr=0.0001, ..."]),
+        (["rewards=[{name: boxed}, {name: correct}]"], ["grpo, rewards=[{'name':", "grpo, rewards=[{'name':"]),
+    ],
+)  # fmt: skip
+def test_bands_are_runs_that_differ_in_their_seed(tmp_path: Path, overrides: list[str], labels: list[str]) -> None:
+    first = write_run(tmp_path / "first", records(0.1), "method=grpo")
+    second = write_run(tmp_path / "second", records(0.1), "method=grpo", *overrides)
+    found = members(first, second)
+    assert [label[: len(expected)] for label, expected in zip(found, labels, strict=True)] == labels
+    assert sum(found.values(), []) == ["first", "second"]
+
+
+def test_a_configuration_of_an_older_version_lacks_keys(tmp_path: Path) -> None:
+    old = write_run(tmp_path / "old", records(0.1), configured=False)
+    (old / "config.yaml").write_text("method: grpo\nseed: 1\n")
+    assert members(old, write_run(tmp_path / "new", records(0.1), "method=grpo")) == {"grpo": ["new", "old"]}
+
+
+def test_mean_error_and_range_of_a_band(tmp_path: Path) -> None:
+    passes = ((0.1, 0.2, 0.6), (0.3, 0.5), (0.2, 0.2))
+    runs = [write_run(tmp_path / f"run{i}", records(*p), f"seed={i}") for i, p in enumerate(passes)]
+    (band,) = comparison_of(*runs).bands
+    curve = band.curve("eval/pass@1")
+    assert curve is not None
+    assert curve.steps == [0, 10]  # the third evaluation is not every run's
+    assert curve.mean == pytest.approx([0.2, 0.3])
+    assert (curve.least, curve.greatest) == ([0.1, 0.2], [0.3, 0.5])
+    # deviations -0.1, 0.2, -0.1: s^2 = 0.06 / 2, over n = 3 seeds
+    assert curve.final_error == pytest.approx(0.1)
+    assert band.curve("train/loss") is None
+
+
+def test_long_training_curves_are_moving_averages(tmp_path: Path) -> None:
+    steps = [{"step": step, "train/reward": float(step % 2)} for step in range(1, 31)]
+    (band,) = comparison_of(write_run(tmp_path / "run", steps)).bands
+    curve = band.curve("train/reward")
+    assert curve is not None
+    assert curve.mean[:4] == pytest.approx([2 / 3, 2 / 4, 3 / 5, 2 / 5])  # windows of 3, 4, 5, 5 steps
+    assert curve.final_error is None
+
+
+def test_runs_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "other-task", records(0.9), "task.options={digits: [1, 1]}"),
+        write_run(tmp_path / "a", records(0.1)),
+        write_run(tmp_path / "b", records(0.2), "seed=1"),
+        write_run(tmp_path / "b-again", records(0.2, 0.3), "seed=1"),
+        write_run(tmp_path / "other-evaluation", records(0.9), "eval.samples=8", "rollout.max_new_tokens=99"),
+        write_run(tmp_path / "unknown", records(0.9), configured=False),
+    ]
+    comparison = comparison_of(*runs)
+    assert [[run.dir.name for run in band.runs] for band in comparison.bands] == [["a", "b-again"]]
+    assert {run.dir.name: reason for run, reason in comparison.left_out} == {
+        "unknown": "It has no `config.yaml`, so that its task is not known.",
+        "other-task": "`task.options.digits` is `[1, 1]`, not `None`.",
+        "other-evaluation": "`eval.samples` is `8`, not `4`; `rollout.max_new_tokens` is `99`, not `24`.",
+        "b": "It repeats `b-again`: same configuration, same seed.",
+    }
+
+
+def section(text: str, heading: str) -> str:
+    return text.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0].strip()
+
+
+def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"train/accuracy": 0.5, "train/entropy": 1.0, "geometry/mean_cosine": 0.1}
+    runs = [
+        write_run(tmp_path / "g-0", records(0.1, 0.3, **more), "seed=0", "steps=20"),
+        write_run(tmp_path / "g-1", records(0.1, 0.5, 0.5, **more), "seed=1", "steps=20"),
+        write_run(tmp_path / "plain", records(0.1, 0.2, 0.25, **more), "method=grpo", "steps=20"),
+        write_run(tmp_path / "other", records(0.9), "eval.temperature=0.1"),
+    ]
+    (runs[0] / "environment.json").write_text('{"torch": "2.13"}')
+    assert main(["report", *map(str, runs), str(runs[0])]) == 0
+    folder = tmp_path / "comparison"
+    assert capsys.readouterr().out == f"g2rl: the report is in {folder / 'report.md'}\n"
+    assert main(["report", *map(str, sorted(tmp_path.iterdir()))]) == 0  # as by runs/*, with the report of before
+    text = (folder / "report.md").read_text()
+    assert text.startswith("# Comparison of 4 runs\n")
+    final = "40.0 ± 10.0 % (30.0 to 50.0)"
+    assert f"**Held-out pass@1: g2rl {final} at step 10; grpo 25.0 % at step 20.**" in text
+    assert section(text, "Bands").splitlines()[2:4] == [
+        "| g2rl | g-0, g-1 | 0, 1 | 10 to 20 | 20 |",
+        "| grpo | plain | 0 | 20 | 20 |",
+    ]
+    assert section(text, "What does not fit").splitlines() == [
+        "- `other` is left out. `eval.temperature` is `0.1`, not `0.8`.",
+        "- `g-0` stands at step 10: the curves of its band, g2rl, end there; another run went on to step 20.",
+        "- The last evaluations are of different steps (g2rl: 10, grpo: 20).",
+    ]
+    assert section(text, "Held-out results at the end").splitlines()[:4] == [
+        "| band | seeds | step | pass@1 | pass@4 |",
+        "| --- | --- | --- | --- | --- |",
+        f"| g2rl | 2 | 10 | {final} | 80.0 ± 20.0 % (60.0 to 100.0) |",
+        "| grpo | 1 | 20 | 25.0 % | 50.0 % |",
+    ]
+    configuration = section(text, "Configuration")
+    assert "| key | g2rl | grpo |" in configuration
+    assert "| `method` | `g2rl` | `grpo` |" in configuration
+    assert "| `environment: torch` | `2.13 / unknown` | - |" in configuration
+    assert "`steps`" not in configuration
+    for stem in ("learning", "behaviour", "geometry"):
+        assert f"({stem}.png)" in section(text, "Plots")
+        image = imread(folder / f"{stem}.png")
+        assert image.shape[0] > 200
+        assert image[..., :3].std() > 0.05
+
+
+def test_bands_differ_by_more_than_colour_and_axes_have_units(tmp_path: Path) -> None:
+    values = {"train/entropy": 1.0, "train/response_length": 9.0}
+    runs = [write_run(tmp_path / f"{i}", records(0.1, 0.2, **values), f"optim.lr={i + 1}e-5") for i in range(8)]
+    figure = plot_bands(comparison_of(*runs).bands, ["eval/pass@4", "train/entropy", "train/response_length"])
+    assert figure is not None
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "held-out pass@4",
+        "entropy [nats]",
+        "response length [tokens]",
+    ]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "training step"]
+    looks = {(line.get_linestyle(), line.get_marker()) for line in figure.axes[1].lines}
+    assert len(looks) == 8
+    assert len(figure.legends[0].get_texts()) == 8
+
+
+def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = [write_run(tmp_path / name, records(0.1), configured=False) for name in ("a", "b")]
+    for arguments, said in (
+        ([*bare], "report: expected runs with a config.yaml, found none"),
+        ([bare[0], tmp_path / "c"], f"report: {tmp_path / 'c' / 'metrics.jsonl'}: expected the metrics of a run"),
+        ([bare[0], "--out", tmp_path], "out: expected several runs to compare, found one"),
+    ):
+        assert main(["report", *map(str, arguments)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_band_with_one_evaluation_or_none(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "one", records(0.1), "seed=0"),
+        write_run(tmp_path / "two", records(0.3), "seed=1"),
+        write_run(tmp_path / "none", [{"step": 1, "train/accuracy": 0.5}], "method=grpo"),
+    ]
+    out = tmp_path / "elsewhere"
+    assert main(["report", *map(str, runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert "| grpo | 1 | - | - | - |" in text
+    assert "| g2rl | 2 | 0 | 20.0 ± 10.0 % (10.0 to 30.0) |" in text

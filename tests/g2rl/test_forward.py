@@ -1,0 +1,301 @@
+"""Prompts computed once: the same states, features and gradients as with copies, and models that cannot."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+
+from g2rl import shared_prompts
+from g2rl.config import ConfigError, ModelConfig, load_config
+from g2rl.forward import ForwardPass, ResponseStates
+from g2rl.heads import lm_head
+from g2rl.model import load_model
+from g2rl.rollout import make_batch
+from g2rl.shared_prompts import pack_groups
+from g2rl.trainer import Trainer
+from g2rl.types import Batch, Episode, Problem
+from g2rl_kernels import sequence_features
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA = LlamaConfig(**SIZES)
+# Rotary positions alone; norms of queries and keys; a soft cap inside attention and windows longer than any sequence
+# here; learned positions.
+MODELS = {
+    "llama": (LLAMA, "sdpa"),
+    "llama, eager": (LLAMA, "eager"),
+    "qwen3": (Qwen3Config(**SIZES, head_dim=16), "sdpa"),
+    "gemma2": (Gemma2Config(**SIZES, head_dim=8, query_pre_attn_scalar=8), "eager"),
+    "mistral": (MistralConfig(**SIZES, sliding_window=20), "sdpa"),
+    "gpt2": (
+        GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0),
+        "sdpa",
+    ),
+}
+# Prompt length and response lengths of each group: prompts of different lengths, responses of none, one and several
+# tokens, so that the padded batch has padding on the left of everything; no response that is fed; one prompt token.
+BATCHES = {
+    "ragged": ((9, (5, 0, 1)), (4, (3, 7, 2))),
+    "one token each": ((6, (1, 1)), (3, (1, 1))),
+    "shortest prompt": ((1, (6, 4, 2, 0)),),
+}
+
+
+def batch(groups: tuple[tuple[int, tuple[int, ...]], ...], vocabulary: int = 61, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, vocabulary, (n,), generator=generator).tolist())
+
+    problem = Problem("", "", "")
+    episodes = []
+    for prompt, responses in groups:
+        ids = tokens(prompt)
+        episodes += [Episode(problem, ids, tokens(n), "", True) for n in responses]
+    return make_batch(episodes, [0.0] * len(episodes), len(groups[0][1]), 0, torch.device("cpu"))
+
+
+def build(config: PretrainedConfig, attention: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+
+
+def both_ways(model: Any, autocast: str = "none") -> dict[str, ForwardPass]:
+    return {
+        name: ForwardPass(model, ModelConfig(autocast=autocast, prefix_sharing=name)) for name in ("never", "always")
+    }
+
+
+def results(model: Any, forward_pass: ForwardPass, groups: Batch) -> dict[str, torch.Tensor]:
+    """States, log-probabilities, entropy, features, and the gradient of all weights from a random one of logps."""
+    model.zero_grad(set_to_none=True)
+    states = forward_pass(model, groups)
+    out = sequence_features(states.hidden, lm_head(model, 0.9, states.hidden.dtype), states.targets, states.cu_seqlens)
+    upstream = torch.randn(out.logps.shape, generator=torch.Generator().manual_seed(1))
+    (out.logps * upstream).sum().backward()
+    found = {"hidden": states.hidden, "logps": out.logps, "entropy": out.entropy, "features": out.features}
+    found["gradient"] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return {name: value.detach() for name, value in found.items()}
+
+
+def assert_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name] - value).norm() / value.norm().clamp(min=1e-6)
+        assert error <= relative, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("groups", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("name", MODELS)
+def test_both_ways_agree(name: str, groups: tuple) -> None:
+    """fp32: sums in another order, 1e-5 of each result's norm."""
+    model = build(*MODELS[name]).train()
+    ways, given = both_ways(model), batch(groups)
+    expected = ways["never"](model, given)
+    found = ways["always"](model, given)
+    assert torch.equal(found.targets, expected.targets)
+    assert torch.equal(found.cu_seqlens, expected.cu_seqlens)
+    assert found.cu_seqlens.dtype == torch.int32
+    assert_alike(results(model, ways["always"], given), results(model, ways["never"], given))
+
+
+def test_states_equal_those_of_each_response_alone() -> None:
+    """Neither way leaks padding or neighbours: one sequence at a time, without any, is the same."""
+    model = build(LLAMA, "sdpa").eval()
+    given = batch(BATCHES["ragged"])
+    for forward_pass in both_ways(model).values():
+        states: ResponseStates = forward_pass(model, given)
+        for b in range(6):
+            ids = given.input_ids[b][given.attention_mask[b].bool()][None]
+            length = int(given.response_mask[b].sum())
+            alone = model.model(ids).last_hidden_state[0, ids.shape[1] - 1 - length : -1]
+            rows = slice(states.cu_seqlens[b], states.cu_seqlens[b + 1])
+            torch.testing.assert_close(states.hidden[rows], alone, atol=1e-5, rtol=1e-5)
+            assert torch.equal(states.targets[rows], ids[0, ids.shape[1] - length :])
+
+
+def test_layout_by_hand() -> None:
+    """Prompts (3 and 2 tokens) first, then responses without their last tokens."""
+    problem = Problem("", "", "")
+    rows = (((4, 5, 6), (7, 8)), ((4, 5, 6), ()), ((9, 10), (11,)), ((9, 10), (12, 13, 14)))
+    episodes = [Episode(problem, prompt, response, "", True) for prompt, response in rows]
+    packed = pack_groups(make_batch(episodes, [0.0] * 4, 2, 0, torch.device("cpu")))
+    assert packed.input_ids.tolist() == [[4, 5, 6, 9, 10, 7, 12, 13]]
+    assert packed.positions.tolist() == [[0, 1, 2, 0, 1, 3, 2, 3]]
+    assert packed.targets.tolist() == [7, 8, 11, 12, 13, 14]
+    assert packed.predicts.tolist() == [2, 5, 4, 4, 6, 7]
+    assert packed.cu_seqlens.tolist() == [0, 2, 2, 3, 6]
+    assert packed.sizes == (2, 3, 4, 2)
+    assert packed.pairs == 2 * 3**2 + 4 * 2 * (3 + 2)
+    assert packed.order.tolist() == [0, 1, 2, 3, 4, 6, 12, 13]
+    assert packed.response_mask[3, 0].int().tolist() == [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
+
+
+def test_different_prompts_in_a_group_are_refused() -> None:
+    given = batch(((5, (2, 2)),))
+    given.input_ids[1, 0] += 1
+    with pytest.raises(ValueError, match="batch: expected every 2 responses in a row to answer one prompt"):
+        pack_groups(given)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_gradient_checkpointing(attention: str) -> None:
+    """Layers are computed again in the backward pass, with shared prompts as well."""
+    model, given = build(LLAMA, attention).train(), batch(BATCHES["ragged"])
+    ways = both_ways(model)
+    expected = results(model, ways["never"], given)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_alike(results(model, ways["always"], given), expected)
+
+
+def test_autocast() -> None:
+    """bf16 products: relative errors of a few units in the last place (2^-8), gradients after two layers of them."""
+    model, given = build(LLAMA, "sdpa").train(), batch(BATCHES["ragged"])
+    ways = both_ways(model, "bfloat16")
+    found, expected = (results(model, ways[name], given) for name in ("always", "never"))
+    assert ways["always"](model, given).hidden.dtype == torch.bfloat16
+    assert_alike(*({name: value.float() for name, value in r.items()} for r in (found, expected)), relative=0.05)
+
+
+def test_embedded_default() -> None:
+    """SmolLM2, eager as in the quickstart: 30 layers, fp32, gradients to 1e-5."""
+    model, _ = load_model(ModelConfig(path="smollm2", attention="eager"))
+    ways = both_ways(model)
+    given = batch(((12, (6, 3)), (9, (1, 4))), vocabulary=40000)
+    assert_alike(results(model, ways["always"], given), results(model, ways["never"], given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_comparison_passes_where_nothing_is_wrong(name: str, dtype: torch.dtype) -> None:
+    model = build(*MODELS[name], dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        forward_pass = ForwardPass(model, ModelConfig(autocast="none"))
+    assert not forward_pass.obstacle
+    assert model.training
+
+
+def leak(packed: Any) -> None:
+    packed.response_mask[:] = True
+
+
+def shift(packed: Any) -> None:
+    packed.positions[:] = torch.arange(packed.positions.shape[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spoil", [leak, shift])
+def test_the_comparison_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, spoil: Any, dtype: torch.dtype) -> None:
+    """Responses that see what follows, or positions that run on: found in both dtypes, and prompts are repeated."""
+
+    def spoilt(*arguments: Any) -> Any:
+        packed = shared_prompts.pack_groups(*arguments)
+        spoil(packed)
+        return packed
+
+    monkeypatch.setattr("g2rl.forward.pack_groups", spoilt)
+    model = build(LLAMA, "sdpa", dtype)
+    with pytest.warns(RuntimeWarning, match="hidden states with shared prompts differ by .*, where rounding explains"):
+        forward_pass = ForwardPass(model, ModelConfig(autocast="none"))
+    assert model.config._attn_implementation == "sdpa"
+    given = batch(BATCHES["ragged"])
+    never = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing="never"))
+    assert torch.equal(forward_pass(model, given).hidden, never(model, given).hidden)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4), "bloom has an attention of its own"),
+        (MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2), "mamba has layers of type linear_attention"),
+    ],
+    ids=["alibi", "recurrent"],
+)
+def test_models_that_cannot(config: PretrainedConfig, why: str) -> None:
+    model, given = build(config, "eager").eval(), batch(BATCHES["ragged"])
+    with pytest.warns(RuntimeWarning, match=why):
+        forward_pass = ForwardPass(model, ModelConfig(autocast="none"))
+    expected = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing="never"))(model, given)
+    assert torch.equal(forward_pass(model, given).hidden, expected.hidden)
+    with pytest.raises(ConfigError, match=f"model.prefix_sharing: expected auto or never, found always, but {why}"):
+        ForwardPass(model, ModelConfig(prefix_sharing="always"))
+
+
+def test_sliding_window_shorter_than_a_sequence() -> None:
+    """Batches with a longer sequence repeat prompts, and say so; shorter ones share."""
+    model = build(MistralConfig(**SIZES, sliding_window=14), "sdpa").eval()
+    forward_pass = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing="always"))
+    never = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing="never"))
+    short, long = batch(((9, (5, 2)),)), batch(((9, (6, 2)),))
+    seen: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["input_ids"].shape[0]), with_kwargs=True
+    )
+    forward_pass(model, short)
+    with pytest.warns(RuntimeWarning, match="a sequence of 15 tokens is longer than the sliding window of 14"):
+        found = forward_pass(model, long)
+    assert seen == [1, 2]
+    assert torch.equal(found.hidden, never(model, long).hidden)
+
+
+@pytest.mark.parametrize(
+    ("groups", "shares"),
+    [
+        (((9, (4, 4)),), True),  # 15 tokens against 26
+        (((1, (6, 6)),), True),  # 11 against 14
+        (((40, (1, 1)), (1, (40, 40))), False),  # 121 against 164, but 2 * 40^2 + 4 * 39 * 79 pairs against 4 * 41^2
+    ],
+)
+def test_auto_counts(groups: tuple, shares: bool) -> None:
+    """A wide attention on few weights, so that pairs matter."""
+    sizes = SIZES | {"hidden_size": 8, "intermediate_size": 4, "num_attention_heads": 8, "num_key_value_heads": 1}
+    model = build(LlamaConfig(**sizes, head_dim=16), "sdpa").eval()
+    forward_pass = ForwardPass(model, ModelConfig(autocast="none"))
+    rows: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(given["input_ids"].shape[0]), with_kwargs=True
+    )
+    forward_pass(model, batch(groups))
+    assert (rows == [1]) == shares
+
+
+def test_training_is_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    """Two steps with a KL term and two updates each: metrics agree to fp32 through two steps of Adam."""
+    common = (
+        f"model.path={tiny_model}", f"runs_dir={tmp_path}", "steps=2", "model.autocast=none", "rollout.dtype=float32",
+        "task.options={digits: [1, 1]}", "task.held_out=0", "rollout.prompts=3", "rollout.group_size=4",
+        "rollout.max_new_tokens=6", "objective.kl_coef=0.1", "objective.updates=2", "eval.every=0",
+        "rewards=[{name: boxed}, {name: finished}]",
+    )  # fmt: skip
+    weights = []
+    for name in ("always", "never"):
+        trainer = Trainer(load_config(None, [*common, f"name={name}", f"model.prefix_sharing={name}"]))
+        trainer.run()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert (weights[0] - weights[1]).norm() <= 1e-4 * weights[1].norm()
