@@ -115,7 +115,7 @@ def test_prefix_sharing(benchmark) -> None:
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
     model = AutoModelForCausalLM.from_config(config)
-    sizes = prefix_sharing.Sizes(groups=2, m=3, prompt=6, response=4)
+    sizes = prefix_sharing.Sizes(groups=2, m=3, prompt=6, response=4, attention="sdpa")
     arguments = (model, ModelConfig(autocast="none"), sizes, 2)
     measured = benchmark.pedantic(prefix_sharing.measure, arguments, rounds=1)
     assert measured["gradient_difference_float32"] < 1e-5
