@@ -38,20 +38,22 @@ _LIMIT_S = 600.0
 
 
 class Sizes(NamedTuple):
-    """Groups, responses a group, tokens of each prompt and of each response."""
+    """Groups, responses a group, tokens of each prompt and of each response; the attention that is faster repeated."""
 
     groups: int
     m: int
     prompt: int
     response: int
+    attention: str
 
 
-CASES = {"quickstart": Sizes(8, 8, 29, 21), "512-token prompt": Sizes(1, 8, 512, 64)}
+CASES = {"quickstart": Sizes(8, 8, 29, 21, "eager"), "512-token prompt": Sizes(1, 8, 512, 64, "sdpa")}
 
 
 def measure(model: Any, config: ModelConfig, sizes: Sizes, rounds: int) -> dict[str, Any]:
     """Seconds by way and round, peak memory by way, and relative differences of the gradient."""
     measured: dict[str, Any] = {"sizes": sizes._asdict()}
+    model.set_attn_implementation(sizes.attention)
     exact = _runs(model, replace(config, autocast="none"), sizes)
     measured["gradient_difference_float32"] = _gradient_difference(model, exact)
     runs = _runs(model, config, sizes)
@@ -113,7 +115,7 @@ def table(measured: dict[str, dict[str, Any]]) -> Table:
         times = {way: digits(1e3 * seconds) for way, seconds in case["median_s"].items()}
         peaks = {way: "" if memory[way] is None else f" ({digits(memory[way] / 1e6)})" for way in WAYS}
         shown.add_row(
-            f"{name}: {sizes.groups} x {sizes.m}, {sizes.prompt} + {sizes.response}",
+            f"{name}: {sizes.groups} x {sizes.m}, {sizes.prompt} + {sizes.response}, {sizes.attention}",
             *(f"{times[way]}{peaks[way]}" for way in WAYS),
             f"{case['faster']:.2f} ± {digits(case['faster_spread']) or '?'}",
             f"{case['gradient_difference_float32']:.0e}",

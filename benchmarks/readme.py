@@ -36,6 +36,7 @@ def summary(reports: list[Report]) -> str:
     blocks = [_summary_table(found)] if found else []
     blocks += [_step(report) for report in reports if "step" in report.content]
     blocks += [_trl_step(report) for report in reports if "trl_step" in report.content]
+    blocks += [_prefix_sharing(report) for report in reports if "prefix_sharing" in report.content]
     if not blocks:
         return "Nothing has been measured on this version yet: `make bench`."
     blocks.append(
@@ -121,6 +122,22 @@ def _trl_step(report: Report) -> str:
             cells.append(f"{digits(median)} ({digits(median / plain)}), {peak} GB")
         lines.append(cells)
     return f"SmolLM2-135M, 64 responses, {report.machine}:\n\n{_markdown(lines)}"
+
+
+def _prefix_sharing(report: Report) -> str:
+    """One sentence on what it saves to compute a prompt once for its group."""
+    content = report.content["prefix_sharing"].values()
+    cases = [
+        f"{case['faster']:.1f} x with {case['sizes']['m']} responses of {case['sizes']['response']} tokens to each "
+        f"prompt of {case['sizes']['prompt']}"
+        for case in content
+    ]
+    worst = max(case["gradient_difference_float32"] for case in content)
+    return (
+        "A prompt is computed once for the responses of its group (`model.prefix_sharing`). Forward and backward pass "
+        f"of SmolLM2-135M get faster: {', '.join(cases)}; gradients are those of padded copies to {worst:.0e} in fp32. "
+        f"{report.machine}"
+    )
 
 
 def details(reports: list[Report]) -> str:

@@ -11,15 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import readme, run
+from benchmarks import prefix_sharing, readme, run
 from benchmarks.candidates.lineup import Case, candidates
 from benchmarks.cases.registry import GROUP_OP, GROUPS, HEAD_OPS, OPS, Op, Shape
 from benchmarks.cases.workloads import group_workload, head_workload, lengths
 from benchmarks.measuring.accuracy import broken_bounds, errors, expected_groups, expected_head
 from benchmarks.measuring.measure import Settings
+from benchmarks.measuring.timing import machine
 from benchmarks.plots import draw_cases, draw_sweep
 from benchmarks.reporting.reports import Report
+from g2rl.config import ModelConfig
 from g2rl_kernels import testing
 
 CPU = torch.device("cpu")
@@ -104,6 +107,22 @@ def test_wrong_result_has_no_time(benchmark, monkeypatch: pytest.MonkeyPatch) ->
     report = benchmark.pedantic(run.measure_all, (plan, settings, None, Console(quiet=True)), rounds=1)
     (ours,) = [row for row in report["rows"] if row["role"] == "ours"]
     assert ours["status"] == "failed" and "logp_absolute" in ours["reason"] and "median_s" not in ours
+
+
+def test_prefix_sharing(benchmark) -> None:
+    """Both ways of a two-layer model, and the README's sentence about them."""
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    sizes = prefix_sharing.Sizes(groups=2, m=3, prompt=6, response=4, attention="sdpa")
+    arguments = (model, ModelConfig(autocast="none"), sizes, 2)
+    measured = benchmark.pedantic(prefix_sharing.measure, arguments, rounds=1)
+    assert measured["gradient_difference_float32"] < 1e-5
+    assert measured["faster"] > 0 and set(measured["median_s"]) == {"repeated", "shared"}
+    report = Report("prefix", {"machine": machine(CPU), "prefix_sharing": {"small": measured}})
+    assert "with 3 responses of 4 tokens to each prompt of 6" in readme.summary([report])
+    assert prefix_sharing.table({"small": measured}).row_count == 1
 
 
 def test_readme_block_is_replaced(benchmark) -> None:

@@ -42,12 +42,13 @@ class ForwardPass:
     token and weight of the backbone, and 2 h k for each pair of tokens that h heads of width k score in a layer:
 
     - repeated: B L tokens and B L^2 pairs, L the longest prompt with its response;
-    - shared: G P + sum of responses tokens, no padding among them, and G P^2 + B R (P + R) pairs, P and R the longest
-      prompt and response.
+    - shared: all prompts' tokens, once a group, and all responses', without padding; G P^2 + B R (P + R) pairs, P and R
+      the longest prompt and response.
 
-    With prompts of one length that is never more, whatever P, R and m: long responses do not see each other, so they do
-    not cost (P + m R)^2. Pairs can be up to twice as many where the longest prompt has short responses and a short
-    prompt has the longest one, hence the count.
+    (Last tokens of responses predict nothing and are left out of both.) With prompts of one length the second is never
+    more, whatever P, R and m: responses do not see each other, so that long ones do not cost (P + m R)^2. Pairs can be
+    up to twice as many where the longest prompt has short responses and a short prompt the longest one, hence the
+    count.
 
     What a configuration says of a model may not be all. Both ways are compared once, on a small batch of random tokens
     in the model's own dtype, without autocast. What rounding explains is measured: by how much states move in the
@@ -90,6 +91,13 @@ class ForwardPass:
             states = _repeated(model, batch) if packed is None else _shared(model, packed)
         return states._replace(hidden=states.hidden.to(torch.bfloat16 if self._in_bf16 else model.dtype))
 
+    @property
+    def prompts(self) -> str:
+        """How prompts are computed, in words for the run's facts."""
+        if self.obstacle:
+            return f"once for each response ({self.obstacle})"
+        return "once for each group" if self._always else "once for each group, where that is cheaper"
+
     def _packed(self, model: Any, batch: Batch) -> PackedGroups | None:
         """The batch with shared prompts, None where that must not or need not be."""
         longest = int(batch.attention_mask.sum(1).max())
@@ -97,7 +105,7 @@ class ForwardPass:
             _say_repeated(f"a sequence of {longest} tokens is longer than the sliding window of {self._window}")
             return None
         packed = pack_groups(batch, _additive(model))
-        rows, length = batch.input_ids.shape
+        rows, length = batch.input_ids[:, :-1].shape
         cheaper = self._cost(packed.input_ids.numel(), packed.pairs) < self._cost(rows * length, rows * length**2)
         return packed if self._always or cheaper else None
 

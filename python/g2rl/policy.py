@@ -30,7 +30,7 @@ class Policy:
     def __init__(self, model: Any, config: Config) -> None:
         self.model = model
         self._temperature = config.rollout.temperature
-        self._forward_pass = ForwardPass(model, config.model)
+        self.forward_pass = ForwardPass(model, config.model)
 
     def forward(
         self, batch: Batch, times: StageTimes, with_features: bool = True
@@ -40,7 +40,7 @@ class Policy:
         Without features, that field is empty.
         """
         with times.stage("forward", fine=True):
-            hidden, targets, cu_seqlens = self._forward_pass(self.model, batch)
+            hidden, targets, cu_seqlens = self.forward_pass(self.model, batch)
         with times.stage("head", fine=True):
             head = lm_head(self.model, self._temperature, hidden.dtype)
             if with_features:

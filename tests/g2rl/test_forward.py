@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from g2rl import shared_prompts
+from g2rl.checkpoint import find_checkpoint
 from g2rl.config import ConfigError, ModelConfig, load_config
 from g2rl.forward import ForwardPass, ResponseStates
 from g2rl.heads import lm_head
@@ -294,8 +296,12 @@ def test_training_is_the_same(tiny_model: Path, tmp_path: Path) -> None:
         "rewards=[{name: boxed}, {name: finished}]",
     )  # fmt: skip
     weights = []
+    said = {"always": "once for each group", "never": "once for each response (model.prefix_sharing is never)"}
     for name in ("always", "never"):
         trainer = Trainer(load_config(None, [*common, f"name={name}", f"model.prefix_sharing={name}"]))
         trainer.run()
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        assert json.loads((tmp_path / name / "environment.json").read_text())["prompts"] == said[name]
+        # What is saved is a plain model.
+        assert "g2rl" not in (find_checkpoint(tmp_path / name) / "config.json").read_text()
     assert (weights[0] - weights[1]).norm() <= 1e-4 * weights[1].norm()

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from g2rl.config import ConfigError, load_config
+from g2rl.forward import ForwardPass
 from g2rl.rewards import judge_episodes
 from g2rl.trainer import Trainer
 from g2rl.types import Episode, Verdict
@@ -76,7 +77,10 @@ def gradients(trainer: Trainer, micro_batch_groups: int) -> torch.Tensor:
 def test_micro_batches_do_not_change_the_gradient(
     tiny_model: Path, tmp_path: Path, aggregation: str, method: str
 ) -> None:
-    """One, two and four micro-batches, with every term of the loss on, to 1e-6 of the gradient's norm, in fp32."""
+    """One, two and four micro-batches, with every term of the loss on, to 1e-6 of the gradient's norm, in fp32.
+
+    And prompts computed once for each group or for each response: sums in another order, to 1e-5.
+    """
     trainer = start(
         tiny_model, tmp_path, f"method={method}", f"objective.aggregation={aggregation}", "objective.length=8",
         "objective.overlong=filter", "objective.entropy_coef=0.01", "objective.kl_coef=0.1",
@@ -84,10 +88,15 @@ def test_micro_batches_do_not_change_the_gradient(
     )  # fmt: skip
     with torch.no_grad():  # a reference that differs
         trainer.model.get_input_embeddings().weight.mul_(1.1)
-    whole = gradients(trainer, 4)
-    assert whole.norm() > 1e-3
-    for groups in (2, 1):
-        assert (gradients(trainer, groups) - whole).norm() <= 1e-6 * whole.norm()
+    found = {}
+    for sharing in ("always", "never"):
+        forward_pass = ForwardPass(trainer.model, replace(trainer.config.model, prefix_sharing=sharing))
+        trainer.updater.policy.forward_pass = trainer.updater.reference._copy.forward_pass = forward_pass
+        found[sharing] = whole = gradients(trainer, 4)
+        assert whole.norm() > 1e-3
+        for groups in (2, 1):
+            assert (gradients(trainer, groups) - whole).norm() <= 1e-6 * whole.norm()
+    assert (found["always"] - found["never"]).norm() <= 1e-5 * found["never"].norm()
 
 
 @pytest.mark.parametrize(("budget", "parts"), [(150, [2, 2, 2, 2]), (450, [1, 1])])
