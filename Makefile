@@ -60,7 +60,7 @@ verl: $(VERL)/.ready
 ctest: $(READY)
 	$(BIN)/cmake -S . -B build/ctest -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(abspath build/ctest)
 	$(BIN)/cmake --build build/ctest --parallel --target $(CPU_TESTS) cuda_tests
-	$(BIN)/ctest --test-dir build/ctest --output-on-failure
+	$(BIN)/ctest --test-dir build/ctest --output-on-failure --parallel $(WORKERS)
 
 TRL_VERSIONS ?= 1.12.0 1.13.0 1.14.2 1.15.0 1.16.0
 
