@@ -18,6 +18,13 @@ def pair_cosines(similarity: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return similarity[pairs]
 
 
+def score_span(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Largest minus smallest valid score of each group [G], of scores and valid [G, m]; -inf without a valid one."""
+    low = torch.where(valid, scores, torch.inf).amin(1)
+    high = torch.where(valid, scores, -torch.inf).amax(1)
+    return high - low
+
+
 def geometry_metrics(
     features: torch.Tensor | None, rewards: torch.Tensor, result: GroupAdvantages, group_size: int
 ) -> dict[str, float]:

@@ -30,9 +30,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from g2rl.heads import keep_head_inputs_contiguous
+from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, shape_in_range
 from g2rl.integrations.head_pass import HeadOutputs, HeadPass, add_head_pass, join, run_alongside
-from g2rl.integrations.metrics import exploration_metrics
-from g2rl_kernels import Shaping, g2rl_advantages
+from g2rl_kernels import Shaping
 
 try:
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -146,7 +146,7 @@ class G2RLMixin(_Trainer):
         _refuse(self)
         self._rollout: _Rollout | None = None
         self._update_rows: torch.Tensor | None = None
-        self._said: set[str] = set()
+        self._say = Once(logger)  # by the main process
         add_head_pass(self._causal_lm(self.model))
         keep_head_inputs_contiguous(self._causal_lm(self.model))
         if self.ref_model is not None:
@@ -186,16 +186,14 @@ class G2RLMixin(_Trainer):
         raw = (rewards * weights).nansum(1)
         scorable = ~rewards.isnan().all(1)
         self._warn_of_zero_rewards(raw[scorable])
-        low, high = self.args.reward_range or (-1.0, 1.0)
-        scale, middle = (high - low) / 2, (high + low) / 2
         features, valid = gather(rollout.features), gather(rollout.valid) & scorable
-        result = g2rl_advantages(features, (raw - middle) / scale, self.num_generations, self.args.shaping, valid)
-        bonus = result.shaped_rewards * scale + middle - raw
-        for name, value in exploration_metrics(features, result, self.num_generations, self.args.min_range).items():
+        reward_range = self.args.reward_range or (-1.0, 1.0)
+        shaped, metrics = shape_in_range(features, raw, self.num_generations, self.args.shaping, reward_range, valid)
+        for name, value in metrics.items():
             self._metrics["train"][f"g2rl/{name}"].append(value)
         # Only now: TRL walks through reward functions and their names side by side.
         self.reward_func_names.append(BONUS)
-        return torch.cat([rewards, bonus.where(scorable, torch.nan)[:, None]], dim=1)
+        return torch.cat([rewards, (shaped - raw).where(scorable, torch.nan)[:, None]], dim=1)
 
     # ---- forward passes -----------------------------------------------------------------------------------------
 
@@ -349,28 +347,17 @@ class G2RLMixin(_Trainer):
 
     def _say_added_pass(self, rollout: _Rollout) -> None:
         if rollout.shared is not None:
-            self._say("G2RL: features come from the forward pass of the update, which runs when rewards are computed")
+            message = "G2RL: features come from the forward pass of the update, which runs when rewards are computed"
+            self._say(message, logging.INFO)
             return
         self._say(
             "G2RL: with these settings TRL runs no pass for old log-probabilities, from which features come; one is "
-            f"added ({rollout.seconds:.2g} s here). With steps_per_generation=1 the update shares it",
-            logging.WARNING,
+            f"added ({rollout.seconds:.2g} s here). With steps_per_generation=1 the update shares it"
         )
 
     def _warn_of_zero_rewards(self, raw: torch.Tensor) -> None:
-        if self.args.reward_range is None and bool((raw == 0).any()) and bool((raw >= 0).all()):
-            self._say(
-                "G2RL: rewards of 0 are not moved by scaling, so that wrong answers get no signal; set reward_range, "
-                "for rewards of 0 and 1 to [0, 1]",
-                logging.WARNING,
-            )
-
-    def _say(self, message: str, level: int = logging.INFO) -> None:
-        """Once in a run, by the main process."""
-        key = message.split(";")[0].split("(")[0]
-        if key not in self._said:
-            self._said.add(key)
-            logger.log(level, message)
+        if self.args.reward_range is None and has_unmoved_zeros(raw):
+            self._say(f"{ZERO_REWARDS}; set reward_range, for rewards of 0 and 1 to [0, 1]")
 
 
 def _refuse(trainer: Any) -> None:

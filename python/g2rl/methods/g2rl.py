@@ -5,8 +5,7 @@ Needs features, the sensitivity Phi of each response (eq. 8), which the update's
 
 from __future__ import annotations
 
-import torch
-
+from g2rl.geometry import score_span
 from g2rl.methods.base import Method, Step
 from g2rl_kernels import GroupAdvantages, Shaping, g2rl_advantages
 
@@ -26,16 +25,9 @@ class G2RL(Method):
     def metrics(self, step: Step, result: GroupAdvantages) -> dict[str, float]:
         assert step.features is not None
         valid = (step.features.norm(dim=1) > 0).view(-1, step.group_size)
-        degenerate = (_span(result.scores.view_as(valid), valid) < self.options.min_range) | (valid.sum(1) < 2)
+        degenerate = (score_span(result.scores.view_as(valid), valid) < self.options.min_range) | (valid.sum(1) < 2)
         clipped = result.shaped_rewards.abs() >= self.options.clip
         return {
             "groups/degenerate_share": float(degenerate.float().mean()),
             "geometry/clip_share": float(clipped.float().mean()),
         }
-
-
-def _span(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Largest minus smallest valid score of each group [G]; -inf without a valid response."""
-    low = torch.where(valid, scores, torch.inf).amin(1)
-    high = torch.where(valid, scores, -torch.inf).amax(1)
-    return high - low

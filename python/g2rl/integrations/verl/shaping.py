@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from g2rl.config import ConfigError
-from g2rl.integrations.metrics import exploration_metrics
-from g2rl_kernels import Shaping, g2rl_advantages
+from g2rl.integrations.exploration import shape_in_range
+from g2rl_kernels import Shaping
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,10 @@ def shape_by_uid(
     rows = sorted(range(len(uids)), key=uids.__getitem__)
     sizes = [len(list(group)) for _, group in groupby(rows, key=uids.__getitem__)]
     order, cu_groups = torch.tensor(rows), torch.tensor([0, *accumulate(sizes)])
-    low, high = options.reward_range
-    scale, middle = (high - low) / 2, (high + low) / 2
-    features, centred = features[order], (rewards[order] - middle) / scale
-    result = g2rl_advantages(features, centred, cu_groups, options.shaping)
+    found, metrics = shape_in_range(features[order], rewards[order], cu_groups, options.shaping, options.reward_range)
     shaped = torch.empty_like(rewards)
-    shaped[order] = result.shaped_rewards * scale + middle
-    return shaped, exploration_metrics(features, result, cu_groups, options.shaping.min_range)
+    shaped[order] = found
+    return shaped, metrics
 
 
 def add_to_last(values: torch.Tensor, offsets: torch.Tensor, bonus: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
 from g2rl.config import ConfigError
+from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros
 from g2rl.integrations.verl.engine import FEATURES, REQUEST
 from g2rl.integrations.verl.shaping import Options, add_to_last, final_outputs, read_options, shape_by_uid
 
@@ -43,7 +44,7 @@ class G2RLTrainer(PPOTrainerSync):
         config.trainer.v1.trainer_mode = "sync"
         super().__init__(config)
         config.trainer.v1.trainer_mode = TRAINER_MODE
-        self._said: set[str] = set()
+        self._say = Once(logger)
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch.extra_info[REQUEST] = True
@@ -102,20 +103,8 @@ class G2RLTrainer(PPOTrainerSync):
         return raw, torch.nested.nested_tensor_from_jagged(values, raw.offsets())
 
     def _warn_of_zero_rewards(self, rewards: torch.Tensor) -> None:
-        zeros = bool((rewards == 0).any()) and bool((rewards >= 0).all())
-        if zeros and self.options.reward_range == Options.reward_range:
-            self._say(
-                "G2RL: rewards of 0 are not moved by scaling, so that wrong answers get no signal; "
-                "for rewards of 0 and 1 add +g2rl.reward_range=[0,1]",
-                logging.WARNING,
-            )
-
-    def _say(self, message: str, level: int) -> None:
-        """Once in a run, whatever its numbers."""
-        key = message.split("(")[0]
-        if key not in self._said:
-            self._said.add(key)
-            logger.log(level, message)
+        if self.options.reward_range == Options.reward_range and has_unmoved_zeros(rewards):
+            self._say(f"{ZERO_REWARDS}; for rewards of 0 and 1 add +g2rl.reward_range=[0,1]")
 
 
 def check_config(config: DictConfig) -> None:

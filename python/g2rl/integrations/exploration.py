@@ -1,0 +1,87 @@
+"""What every integration does with a step's features: shape its rewards, and tell what came of it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from g2rl.geometry import pair_cosines, score_span
+from g2rl_kernels import GroupAdvantages, Shaping, g2rl_advantages, pad
+
+ZERO_REWARDS = "G2RL: rewards of 0 are not moved by scaling, so that wrong answers get no signal"
+
+
+def shape_in_range(
+    features: torch.Tensor,
+    rewards: torch.Tensor,
+    groups: int | torch.Tensor,
+    shaping: Shaping,
+    reward_range: tuple[float, float],
+    valid: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Rewards shaped as if their range were -1 to 1, and the step's metrics.
+
+    Args:
+        features, groups, shaping, valid: as in `g2rl_advantages`.
+        rewards: [B], raw.
+        reward_range: lowest and highest reward.
+
+    Returns:
+        shaped rewards [B] in the scale of the raw ones, and `exploration_metrics`.
+    """
+    low, high = reward_range
+    scale, middle = (high - low) / 2, (high + low) / 2
+    result = g2rl_advantages(features, (rewards - middle) / scale, groups, shaping, valid)
+    metrics = exploration_metrics(features, result, groups, shaping.min_range)
+    return result.shaped_rewards * scale + middle, metrics
+
+
+def exploration_metrics(
+    features: torch.Tensor, result: GroupAdvantages, groups: int | torch.Tensor, min_range: float
+) -> dict[str, float]:
+    """Means over a step's responses and groups.
+
+    Args:
+        features: [B, d]; groups: their size m, or offsets [G + 1].
+        result: of `g2rl_advantages` on them.
+        min_range: of `Shaping`.
+
+    Returns:
+        mean_cosine and negative_share of the pairs of a group, if there are any; score (nu), feature_norm; and
+        degenerate_share, of groups whose scores are too close to shape anything.
+    """
+    norms = features.norm(dim=1)
+    G, m, _ = result.similarity.shape
+    sizes = groups.diff() if isinstance(groups, torch.Tensor) else torch.tensor([groups])
+    inside = (torch.arange(m) < sizes.cpu()[:, None]).expand(G, m).to(norms.device)
+    valid, scores = pad(norms > 0, inside), pad(result.scores, inside)
+    cosines = pair_cosines(result.similarity, valid)
+    metrics = {
+        "score": result.scores.mean(),
+        "feature_norm": norms.mean(),
+        "degenerate_share": (score_span(scores, valid) < min_range).float().mean(),
+    }
+    if cosines.numel():
+        metrics |= {"mean_cosine": cosines.mean(), "negative_share": (cosines < 0).float().mean()}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def has_unmoved_zeros(rewards: torch.Tensor) -> bool:
+    """Whether rewards [B] look like 0 for wrong and more for right, which scaling cannot tell apart as it should."""
+    return bool((rewards == 0).any()) and bool((rewards >= 0).all())
+
+
+class Once:
+    """Says a thing once in a run, whatever numbers stand in it after its first parenthesis."""
+
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+        self._said: set[str] = set()
+
+    def __call__(self, message: str, level: int = logging.WARNING) -> None:
+        key = message.partition("(")[0]
+        if key not in self._said:
+            self._said.add(key)
+            self._logger.log(level, message)
