@@ -62,10 +62,9 @@ def _summary_table(found: dict[tuple[str, str, str], list[list[Row]]]) -> str:
     lines = [heads, ["---", "---", "---", *["---:"] * 4]]
     order = sorted(found, key=lambda key: (key[0], _SUMMARY_OPS.index(key[1]), key[2]))
     for processor, op, dtype in order:
-        cases = found[processor, op, dtype]
-        ours = [row for rows in cases for row in _fastest_backend(rows)]
-        eager = {id(row): named(rows, BASELINE) for rows in cases for row in _fastest_backend(rows)}
-        faster = [other["median_s"] / row["median_s"] for row in ours if (other := eager[id(row)]) is not None]
+        pairs = [(row, named(rows, BASELINE)) for rows in found[processor, op, dtype] for row in _fastest_backend(rows)]
+        ours = [row for row, _ in pairs]
+        faster = [eager["median_s"] / row["median_s"] for row, eager in pairs if eager is not None]
         errors = [row["errors"][measure] for row in ours if (measure := worst_measure(row))]
         lines.append(
             [

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from g2rl.heads import lm_head
-from g2rl_kernels import Shaping, g2rl_advantages, sequence_features, unpad
+from g2rl.integrations.head_pass import HeadPass
+from g2rl_kernels import Shaping, g2rl_advantages
 
 
 @torch.no_grad()
@@ -27,9 +27,7 @@ def policy_features(
     hidden = model.base_model(input_ids=sequences, attention_mask=attention_mask).last_hidden_state
     own = torch.zeros_like(sequences, dtype=torch.bool)
     own[:, -action_mask.shape[1] :] = action_mask.bool()
-    packed, cu_seqlens = unpad(hidden[:, :-1], own[:, 1:])
-    head = lm_head(model, temperature, packed.dtype)
-    return sequence_features(packed, head, sequences[:, 1:][own[:, 1:]], cu_seqlens).features
+    return HeadPass(sequences, own, own.float(), temperature)(model, hidden).features
 
 
 def shape_experiences(experiences: Sequence[Any], samples: int, shaping: Shaping | None = None) -> None:

@@ -11,13 +11,14 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from g2rl.config import ConfigError
+from g2rl.config import Config, ConfigError, load_config
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -89,6 +90,17 @@ def find_checkpoint(path: Path) -> Path:
     if not found:
         raise ConfigError(f"expected a checkpoint, or a run's folder with one, found none at {str(path)!r}")
     return found[-1][1]
+
+
+def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of the run that a checkpoint is of; the default one for any other folder.
+
+    Args:
+        folder: the checkpoint's own.
+        overrides: ``key=value``.
+    """
+    settings = folder.parent.parent / "config.yaml"
+    return load_config(settings if settings.is_file() else None, overrides)
 
 
 def _random_states() -> dict[str, Any]:

@@ -184,15 +184,13 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
 
 
 def _export(checkpoint: Path, folder: Path) -> int:
-    from g2rl.checkpoint import find_checkpoint
+    from g2rl.checkpoint import checkpoint_config, find_checkpoint
     from g2rl.model import load_model
 
     if folder.exists():
         raise ConfigError(f"folder: expected a new one, found {str(folder)!r}")
     checkpoint = find_checkpoint(checkpoint)
-    settings = checkpoint.parent.parent / "config.yaml"
-    config = load_config(settings if settings.is_file() else None)
-    model, tokenizer = load_model(replace(config.model, path=str(checkpoint)))
+    model, tokenizer = load_model(replace(checkpoint_config(checkpoint).model, path=str(checkpoint)))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print(f"g2rl: the model of {checkpoint} is in {folder}")

@@ -6,7 +6,8 @@ before a model or data set is touched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -330,6 +331,16 @@ def _check_objective(config: Config) -> None:
         )
 
 
+@contextmanager
+def _named_errors(otherwise: str) -> Iterator[None]:
+    """OmegaConf's errors as `ConfigError`, with `otherwise` where they know no key."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or otherwise
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
 def load_config(paths: str | Path | Sequence[str | Path] | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration: the defaults, those of its method, files, and overrides, each on top of what comes before.
 
@@ -341,7 +352,7 @@ def load_config(paths: str | Path | Sequence[str | Path] | None = None, override
         ConfigError: no such file, not YAML, an unknown key, or a value of the wrong type or out of range.
     """
     paths = [] if paths is None else [paths] if isinstance(paths, str | Path) else paths
-    try:
+    with _named_errors("configuration"):
         chosen = [_renamed(_read_yaml(Path(path))) for path in paths]
         for override in overrides:
             if "=" not in override:
@@ -352,9 +363,6 @@ def load_config(paths: str | Path | Sequence[str | Path] | None = None, override
         if method.is_file():
             defaults = OmegaConf.merge(defaults, OmegaConf.load(method))
         config = OmegaConf.to_object(OmegaConf.merge(defaults, *chosen))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "configuration"
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
     return validate(config)
 
@@ -390,8 +398,5 @@ def read_structured(cls: type, path: Path) -> Any:
     Raises:
         ConfigError: not YAML, an unknown key, or a value of the wrong type; the message names the key.
     """
-    try:
+    with _named_errors(str(path)):
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), _read_yaml(path)))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or str(path)
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error

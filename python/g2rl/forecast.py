@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from g2rl.adapters import add_adapter
 from g2rl.config import Config
+from g2rl.forward import backbone_weights, head_width
 
 _FUSED = "g2rl_forecast"
 
@@ -203,11 +204,7 @@ def _cache_width(shape: Any) -> int:
     """Numbers in the keys and values of one token."""
     text = shape.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * _head_width(text)
-
-
-def _head_width(text: Any) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * head_width(text)
 
 
 def _cache_bytes(config: Config, shape: Any, length: int) -> float:
@@ -221,9 +218,9 @@ def _seconds_by_stage(config: Config, model: Any, shape: Any, prompt_tokens: int
     objective, rollout, text = config.objective, config.rollout, shape.get_text_config()
     responses, length = rollout.prompts * rollout.group_size, prompt_tokens + rollout.max_new_tokens
     head = text.vocab_size * text.hidden_size
-    body = sum(p.numel() for p in model.base_model.parameters()) - model.get_input_embeddings().weight.numel()
+    body = backbone_weights(model)
     # A token attends to half of its sequence on average: two products of a multiplication and an addition.
-    attention = 2 * text.num_hidden_layers * text.num_attention_heads * _head_width(text) * length
+    attention = 2 * text.num_hidden_layers * text.num_attention_heads * head_width(text) * length
     through_body = responses * length * (2 * body + attention)
     forward = through_body + responses * rollout.max_new_tokens * 2 * head
     # With an adapter no gradient of the other weights is computed.

@@ -80,9 +80,7 @@ class ForwardPass:
             raise ConfigError(f"model.prefix_sharing: expected auto or never, found always, but {self.obstacle}")
         if self.obstacle:
             _say_repeated(self.obstacle)
-        self._weights = (
-            sum(p.numel() for p in model.base_model.parameters()) - model.get_input_embeddings().weight.numel()
-        )
+        self._weights = backbone_weights(model)
 
     def __call__(self, model: Any, batch: Batch) -> ResponseStates:
         """States of a batch by `model`: the one given at first, or one of the same architecture."""
@@ -111,8 +109,8 @@ class ForwardPass:
 
     def _cost(self, tokens: int, pairs: int) -> int:
         config = self._config
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return tokens * self._weights + pairs * 2 * config.num_attention_heads * width * config.num_hidden_layers
+        width = config.num_attention_heads * head_width(config)
+        return tokens * self._weights + pairs * 2 * width * config.num_hidden_layers
 
     def _difference(self, model: Any) -> str:
         """What is wrong where both ways differ by more than rounding explains; else empty, and `model` set to share."""
@@ -137,6 +135,16 @@ class ForwardPass:
             return ""
         model.set_attn_implementation(name)
         return why
+
+
+def backbone_weights(model: Any) -> int:
+    """Numbers of weights that multiply each token on its way to the head."""
+    return sum(p.numel() for p in model.base_model.parameters()) - model.get_input_embeddings().weight.numel()
+
+
+def head_width(config: Any) -> int:
+    """k of the attention heads of a text model's configuration."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _repeated(model: Any, batch: Batch) -> ResponseStates:

@@ -223,6 +223,13 @@ def draw_plots(run: Run, folder: Path, without: Sequence[str] = ()) -> list[tupl
     return drawn
 
 
+def write_sections(path: Path, sections: Sequence[str]) -> Path:
+    """Write a report's sections, those that are not empty, and return its path."""
+    # "replace": a model's text may hold halves of surrogate pairs, which UTF-8 cannot encode.
+    path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8", errors="replace")
+    return path
+
+
 def write_report(run_dir: Path) -> Path:
     """Write a run's report, in place of an older one.
 
@@ -254,7 +261,4 @@ def write_report(run_dir: Path) -> Path:
         f"## Configuration\n\n{_configuration(run)}",
         f"## Metrics\n\n{_metrics(run)}",
     ]
-    path = folder / "report.md"
-    # "replace": a model's text may hold halves of surrogate pairs, which UTF-8 cannot encode.
-    path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8", errors="replace")
-    return path
+    return write_sections(folder / "report.md", sections)

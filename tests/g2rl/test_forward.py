@@ -32,19 +32,8 @@ from g2rl.shared_prompts import pack_groups
 from g2rl.trainer import Trainer
 from g2rl.types import Batch, Episode, Problem
 from g2rl_kernels import sequence_features
+from tests.g2rl.architectures import SIZES
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 LLAMA = LlamaConfig(**SIZES)
 # Rotary positions alone; norms of queries and keys; a soft cap inside attention and windows longer than any sequence
 # here; learned positions.

@@ -20,19 +20,8 @@ from g2rl.model import load_model
 from g2rl.rollout import Sampler
 from g2rl.types import Problem
 from g2rl_kernels import token_logprobs
+from tests.g2rl.architectures import SIZES
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 # Each puts something else between hidden states and logits.
 ARCHITECTURES = {
     "plain": LlamaConfig(**SIZES),

@@ -46,6 +46,10 @@ def vowels(completions: list[str], **_: Any) -> list[float]:
     return [1.0 if sum(c in "aeiou02468" for c in text) > len(text) * 0.14 else -1.0 for text in completions]
 
 
+def zero_one(completions: list[str], **_: Any) -> list[float]:
+    return [(r + 1) / 2 for r in vowels(completions)]
+
+
 def even(completions: list[str], **_: Any) -> list[float | None]:
     """None for one response of each group, and now and then for all of them but by `vowels`."""
     return [None if i % M == 1 else float(len(text) % 2) for i, text in enumerate(completions)]
@@ -212,7 +216,7 @@ CASES = {
     "TRL's, stale": {"fused_logprobs": False, "steps_per_generation": 2, "top_entropy_quantile": 0.5},
     "temperature, rule": {"temperature": 0.7, "rule": "centered", "clip": 1.2},
     "0 and 1": {
-        "reward_funcs": [lambda completions, **_: [(r + 1) / 2 for r in vowels(completions)]],
+        "reward_funcs": [zero_one],
         "reward_range": [0, 1],
     },
     "lora": {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False), "beta": 0.04},
@@ -369,9 +373,6 @@ def test_what_cannot_work_is_refused(message: str, tiny_model: Path, prompts: Da
 def test_what_helps_little_is_warned_of(
     tiny_model: Path, prompts: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def zero_one(completions: list[str], **_: Any) -> list[float]:
-        return [(r + 1) / 2 for r in vowels(completions)]
-
     with pytest.warns(UserWarning, match="num_generations: expected 3 or more, found 2"):
         run = trainer(
             G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path,

@@ -11,7 +11,7 @@ from g2rl.comparison.bands import CELL, IGNORED, Band, Comparison, Curve, compar
 from g2rl.comparison.plots import PLOTS, plot_bands
 from g2rl.log import metric
 from g2rl.plots import SMOOTHED, STYLE, load_run
-from g2rl.report import code, markdown_table
+from g2rl.report import code, markdown_table, write_sections
 
 CAPTION = (
     "Line: mean over the band's seeds; shaded: from the least to the greatest of them. Drawn are the steps that all "
@@ -48,9 +48,7 @@ def write_comparison(run_dirs: Sequence[Path], folder: Path) -> Path:
         f"## Plots\n\n{_plots(bands, folder)}",
         f"## Configuration\n\n{_configuration(bands)}",
     ]
-    path = folder / "report.md"
-    path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8", errors="replace")
-    return path
+    return write_sections(folder / "report.md", sections)
 
 
 def _held_out_keys(bands: Sequence[Band]) -> list[str]:

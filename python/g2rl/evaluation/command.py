@@ -16,8 +16,8 @@ from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
-from g2rl.checkpoint import find_checkpoint
-from g2rl.config import Config, ConfigError, load_config
+from g2rl.checkpoint import checkpoint_config, find_checkpoint
+from g2rl.config import Config, ConfigError
 from g2rl.evaluation.results import write_results
 from g2rl.evaluation.samples import provenance, sample_all
 from g2rl.evaluation.scores import Scores, score
@@ -42,8 +42,7 @@ def model_config(checkpoint: str, overrides: Sequence[str]) -> Config:
     folder = Path(checkpoint)
     if folder.is_dir() and not (folder / "config.json").is_file():
         folder = find_checkpoint(folder)
-    settings = folder.parent.parent / "config.yaml"
-    config = load_config(settings if settings.is_file() else None, overrides)
+    config = checkpoint_config(folder, overrides)
     return replace(config, model=replace(config.model, path=str(folder) if folder.is_dir() else checkpoint))
 
 
