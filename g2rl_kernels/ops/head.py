@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from g2rl_kernels.checks import check_offsets, check_targets, check_tensor, values_readable
+from g2rl_kernels.checks import ValueChecks, check_tensor
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.records import Head, Needs, Responses, SequenceFeatures, TokenLogprobs
 
@@ -213,10 +213,12 @@ def _token_logprobs(
     softcap: float,
     workspace_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_targets(targets, weight.shape[0])
+    checks = ValueChecks()
+    targets = checks.targets(targets, weight.shape[0])
     head = Head(weight, bias, temperature, logit_scale, softcap)
     run = resolve("token_logprobs", hidden.device, hidden.dtype, head)
-    return tuple(run(hidden, head, targets, workspace_bytes))
+    with checks:
+        return tuple(run(hidden, head, targets, workspace_bytes))
 
 
 @_token_logprobs.register_fake
@@ -239,15 +241,15 @@ def _sequence_features(
     softcap: float,
     workspace_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_targets(targets, weight.shape[0])
-    check_offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
-    if token_weights is not None and token_weights.numel() and values_readable(token_weights):
-        lowest = float(token_weights.min())
-        if not lowest >= 0:
-            raise ValueError(f"token_weights: expected values >= 0, found {lowest}")
+    checks = ValueChecks()
+    targets = checks.targets(targets, weight.shape[0])
+    cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
+    if token_weights is not None:
+        checks.not_negative("token_weights", token_weights)
     head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights, lse)
     run = resolve("sequence_features", hidden.device, hidden.dtype, head)
-    return tuple(run(hidden, head, targets, responses, workspace_bytes))
+    with checks:
+        return tuple(run(hidden, head, targets, responses, workspace_bytes))
 
 
 @_sequence_features.register_fake
