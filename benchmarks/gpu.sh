@@ -3,6 +3,7 @@
 #
 #     benchmarks/gpu.sh [folder for results, benchmarks/results by default]
 #     benchmarks/gpu.sh --rehearse folder        every line in small on a CPU: it tells whether this script works, no more
+#     ONLY="features lse" benchmarks/gpu.sh      these parts alone
 #
 # No network, no installation, no virtual environment: needs a C compiler, torch, triton, for the CUDA kernels nvcc and
 # CMake (or a module that was built before), and what NEEDS lists. A part that lacks something is named at the start and
@@ -47,6 +48,7 @@ leave_out() { # name, why
 part() { # name, seconds, command ...
   local name=$1 limit=$(($2 * PATIENCE)) mark=$OUT/.done-$CHIP-$1 start=$SECONDS status
   shift 2
+  [[ -z ${ONLY:-} || " $ONLY " == *" $name "* ]] || return
   if [ -n "${MISSING[$name]:-}" ]; then
     leave_out "$name" "without ${MISSING[$name]}"
     return

@@ -117,14 +117,18 @@ class ValueChecks:
             check()
             return offsets
         safe = offsets.clamp(0, total).cummax(0).values
-        safe[0], safe[-1] = 0, total
+        safe[:1].zero_()
+        safe[-1:].fill_(total)  # to assign a number is to wait for its copy
         return self._replaced(offsets, safe, check)
 
     def not_negative(self, name: str, tensor: torch.Tensor) -> None:
         """`check_not_negative`."""
-        check = partial(check_not_negative, name, tensor)
+        self.run(partial(check_not_negative, name, tensor), tensor, lambda: (tensor >= 0).logical_not_().any())
+
+    def run(self, check: Callable[[], None], tensor: torch.Tensor, suspicious: Callable[[], torch.Tensor]) -> None:
+        """Any check of a tensor's values: on a GPU it runs where the flag [] that `suspicious` makes is true."""
         if self._is_late(tensor):
-            self._late.append(((tensor >= 0).logical_not_().any(), check))
+            self._late.append((suspicious(), check))
         else:
             check()
 

@@ -104,8 +104,8 @@ struct Columns {
   unsigned special[kGroups];
 };
 
-// Shared by all: columns of two tiles, each with a barrier for "written", at which every writer arrives, and one for
-// "read", by warpgroup; sums of either warpgroup.
+// Shared by all: columns of two tiles, each with a barrier for "written" and one for "read", at which every writer and
+// every reader arrives; sums of either warpgroup.
 struct Scratch {
   Columns columns[2];
   float sums[kConsumers][4][kColumnsOfTile][2];
@@ -117,7 +117,7 @@ DEVICE void initialise(Scratch& scratch) {
   if (threadIdx.x != 0) return;
   for (int i = 0; i < 2; ++i) {
     barrier_init(shared_address(&scratch.written[i]), kWriters);
-    barrier_init(shared_address(&scratch.read[i]), kConsumers);
+    barrier_init(shared_address(&scratch.read[i]), kConsumers * kWarpgroup);
   }
 }
 
@@ -189,8 +189,8 @@ struct ResidualsEpilogue {
     if (p.head.bias) add_bias(tile, z);
     add(tile, columns, z, held);
     if (STATISTICS) store_statistics(tile, columns, z);
-    named_barrier(3 + consumer(), kWarpgroup);
-    if (threadIdx.x % kWarpgroup == 0) barrier_arrive(shared_address(&scratch.read[calls % 2]));
+    if (STATISTICS) named_barrier(3 + consumer(), kWarpgroup);
+    barrier_arrive(shared_address(&scratch.read[calls % 2]));
     ++calls;
   }
 

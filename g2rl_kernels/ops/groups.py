@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Literal
 
 import torch
 
-from g2rl_kernels.checks import check_offsets, check_tensor, values_readable
+from g2rl_kernels.checks import ValueChecks, check_offsets, check_tensor, values_readable
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.products import wide
 from g2rl_kernels.records import GroupAdvantages, Shaping
@@ -222,6 +223,11 @@ def _check_rewards(rewards: torch.Tensor) -> None:
         )
 
 
+def _suspicious(rewards: torch.Tensor) -> torch.Tensor:
+    """Whether `_check_rewards` may have something to say: all are 0 or 1, or one is not finite."""
+    return ((rewards == 0) | (rewards == 1)).all() | (rewards - rewards != 0).any()
+
+
 def _largest(cu_groups: torch.Tensor, m_max: int | None) -> int:
     if m_max is not None:
         return m_max
@@ -341,11 +347,14 @@ def _g2rl_advantages(
     uniform_groups: str,
     normalize: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_offsets("groups", cu_groups, features.shape[0], "B")
-    _check_rewards(rewards)
+    checks = ValueChecks()
+    if m_max is None:  # else they are `_offsets`' own
+        cu_groups = checks.offsets("groups", cu_groups, features.shape[0], "B")
+    checks.run(partial(_check_rewards, rewards), rewards, lambda: _suspicious(rewards))
     run = resolve("g2rl_advantages", features.device, features.dtype)
     shaping = _shaping(strength, clip, rule, min_range, uniform_groups)
-    return tuple(run(features, rewards, cu_groups, _largest(cu_groups, m_max), valid, shaping, normalize))
+    with checks:
+        return tuple(run(features, rewards, cu_groups, _largest(cu_groups, m_max), valid, shaping, normalize))
 
 
 @_g2rl_advantages.register_fake

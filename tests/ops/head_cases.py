@@ -34,7 +34,7 @@ def given(plan: str, s: HeadSample, request: pytest.FixtureRequest) -> Tensor | 
     if plan not in ("given", "perturbed"):
         return None
     lse = testing.oracle(s).lse.float()
-    return lse + 1e-4 * torch.arange(s.hidden.shape[0]) * (plan == "perturbed")
+    return lse + 1e-4 * torch.arange(s.hidden.shape[0], device=lse.device) * (plan == "perturbed")
 
 
 def features(s: HeadSample, **changes: object) -> SequenceFeatures:
