@@ -27,6 +27,8 @@ OPS = (
     "token_logprobs",
     "sequence_features",
     "logprobs_backward",
+    "token_sums",
+    "part_features",
     "group_similarity",
     "exploration_scores",
     "shape_rewards",

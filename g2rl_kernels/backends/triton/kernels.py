@@ -10,12 +10,15 @@ from g2rl_kernels.backends.triton.responses import inverse_and_flags, inverse_we
 from g2rl_kernels.backends.triton.statistics import room_for_logits, statistics, statistics_bytes
 from g2rl_kernels.backends.triton.targets import add_targets
 
+log_unit = 1.0
+
 __all__ = [
     "add_kept",
     "add_targets",
     "grad_logits",
     "inverse_and_flags",
     "inverse_weights",
+    "log_unit",
     "merge",
     "project",
     "residual_statistics_bytes",
