@@ -154,8 +154,7 @@ def token_logprobs(
     weight, bias = head.tensors
     _check_tokens(hidden, weight, targets, workspace_bytes, check_finite)
     if head.part is not None:
-        no_responses = targets.new_zeros(1)
-        results = _over_parts(hidden, head, (weight, bias), targets, (no_responses, None), workspace_bytes)[1:]
+        results = _over_parts(hidden, head, (weight, bias), targets, (None, None), workspace_bytes)[1:]
     else:
         results = head_ops.token_logprobs(hidden, weight, bias, targets, *head.options, workspace_bytes or 0)
     return TokenLogprobs(*results)
@@ -224,7 +223,7 @@ def _over_parts(
     head: LMHead,
     tensors: tuple[torch.Tensor, torch.Tensor | None],
     targets: torch.Tensor,
-    responses: tuple[torch.Tensor, torch.Tensor | None],
+    responses: tuple[torch.Tensor | None, torch.Tensor | None],
     workspace_bytes: int | None,
 ) -> tuple[torch.Tensor, ...]:
     """features, logps, entropy and lse where ranks hold parts of the vocabulary: MATH.md, section 9."""
@@ -236,7 +235,7 @@ def _over_parts(
         order = torch.arange(1, targets.shape[0] + 1, device=targets.device)
         alike = {
             f"hidden: N {where}": hidden.shape[0],
-            f"cu_seqlens: B + 1 {where}": responses[0].shape[0],
+            f"cu_seqlens: B + 1 {where}": 0 if responses[0] is None else responses[0].shape[0],
             f"targets: checksum {where}": (targets * order).sum(),
         }
         distributed.check_alike(alike, part.ranks, part.group, hidden.device)

@@ -22,8 +22,9 @@ def _fake_results(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(hidden.new_empty(hidden.shape[0], dtype=_result_dtype(hidden)) for _ in range(3))
 
 
-def _fake_features(hidden: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    return hidden.new_empty((cu_seqlens.shape[0] - 1, hidden.shape[1]), dtype=_result_dtype(hidden))
+def _fake_features(hidden: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    B = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return hidden.new_empty((B, hidden.shape[1]), dtype=_result_dtype(hidden))
 
 
 def _check_responses(cu_seqlens: torch.Tensor, token_weights: torch.Tensor | None, N: int) -> None:
@@ -117,7 +118,7 @@ def part_features(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
     token_weights: torch.Tensor | None,
     sums: torch.Tensor,
     dgrad_group: str,
@@ -128,10 +129,13 @@ def part_features(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """From the sums [4, ranks, N] of all parts: this part's share of features, and the results of the whole vocabulary.
 
-    `targets` count from the part's first word, and are -1 in other parts. `dgrad_group` names the ranks over which the
-    backward pass sums hidden's gradient; "" leaves it a share.
+    `targets` count from the part's first word, and are -1 in other parts. There are no features without cu_seqlens.
+    `dgrad_group` names the ranks over which the backward pass sums hidden's gradient; "" leaves it a share.
     """
-    _check_responses(cu_seqlens, token_weights, hidden.shape[0])
+    if cu_seqlens is None:
+        cu_seqlens = targets.new_zeros(1)
+    else:
+        _check_responses(cu_seqlens, token_weights, hidden.shape[0])
     head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights)
     run = resolve("part_features", hidden.device, hidden.dtype, head)
     return tuple(run(hidden, head, targets, responses, sums, workspace_bytes))

@@ -6,13 +6,17 @@ Each runs on the backend that the caller chose.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
 from g2rl_kernels import SequenceFeatures, sequence_features, testing
-from g2rl_kernels.testing import OPTIONS, HeadSample, Options, Shape
+from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.distributed import local_targets
+from g2rl_kernels.records import Gradients, Head, Needs, Responses, TokenLogprobs
+from g2rl_kernels.testing import OPTIONS, ROUNDOFF, HeadSample, Options, Shape
 
 PLANS = ("recomputed", "kept", "given", "perturbed")
 
@@ -91,3 +95,38 @@ def upstream(s: HeadSample, seed: int = 3) -> tuple[Tensor, Tensor]:
 def check_gradients(s: HeadSample, workspace_bytes: int) -> None:
     g = upstream(s)
     testing.assert_gradients(testing.gradients(s, *g, workspace_bytes), *testing.oracle_gradients(s, *g))
+
+
+def check_parts(s: HeadSample, words: tuple[int, ...], logit_error: Tensor | None = None) -> None:
+    """Parts of the vocabulary, from words[i] to words[i + 1] each, hold the contract together, without ranks."""
+    dtype, device, g = s.hidden.dtype, s.hidden.device, upstream(s)
+    responses = Responses(s.cu_seqlens, s.token_weights)
+    parts = []
+    for first, last in itertools.pairwise(words):
+        bias = None if s.head.bias is None else s.head.bias[first:last]
+        parts.append((Head(s.head.weight[first:last], bias, *s.options), local_targets(s.targets, first, last - first)))
+
+    def run(op: str, head: Head, *arguments: object) -> object:
+        return resolve(op, device, dtype, head)(*arguments, 0)
+
+    sums = torch.stack([run("token_sums", head, s.hidden, head, y) for head, y in parts], 1)
+    shares = [run("part_features", head, s.hidden, head, y, responses, sums) for head, y in parts]
+    for share in shares[1:]:
+        assert all(torch.equal(x, of_first) for x, of_first in zip(share[1:], shares[0][1:], strict=True))
+    whole = shares[0]._replace(features=sum(share.features for share in shares))
+    testing.assert_bounds(whole, testing.oracle(s), s.cu_seqlens, logit_error)
+
+    saved = TokenLogprobs(*whole[1:])
+    of_parts = [run("logprobs_backward", head, *g, s.hidden, head, y, saved, Needs()) for head, y in parts]
+    check_gradients_of_parts(s, of_parts, sum(x.hidden.double() for x in of_parts))
+
+
+def check_gradients_of_parts(s: HeadSample, parts: list[Gradients], hidden: Tensor) -> None:
+    """Gradients of parts' words, and of hidden [N, d], which shares that were rounded to its dtype make up."""
+    bias = None if s.head.bias is None else torch.cat([part.bias for part in parts])
+    exact, allowed = testing.oracle_gradients(s, *upstream(s))
+    # fp16 rounds to multiples of 2^-24. Shares are rounded, and so is each of their sums.
+    smallest = 2.0**-25 if s.hidden.dtype == torch.float16 else 0.0
+    rounding = sum(2 * (ROUNDOFF[s.hidden.dtype] * part.hidden.double().abs() + smallest) for part in parts)
+    found = Gradients(hidden, torch.cat([part.weight for part in parts]), bias)
+    testing.assert_gradients(found, exact, allowed._replace(hidden=allowed.hidden + rounding))

@@ -52,7 +52,7 @@ CASES = {
     "two-words": Case(Shape((2, 1), 1, 3, "a word or two for each rank")),
 }
 TINY_CASES = {
-    f"{options}-{dtype}": Case(TINY, getattr(torch, dtype), "peaked", options)
+    f"tiny-{options}-{dtype}": Case(TINY, getattr(torch, dtype), "peaked", options)
     for options in ("plain", "together")
     for dtype in ("float32", "float16")
 }
