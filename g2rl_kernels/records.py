@@ -11,10 +11,10 @@
     group_advantages(rewards, cu_groups, normalize) -> Tensor
     g2rl_advantages(features, rewards, cu_groups, m_max, valid, shaping, normalize) -> GroupAdvantages
 
-The two before groups are for a head that holds a part of the vocabulary, where targets in other parts are -1.
-`token_sums` gives sums over the part [4, N]: m, S_rest, X_rest and raw z_y (0 in other parts), see `sums`; a backend may
-have units of its own for them. `part_features` takes those of all parts [4, parts, N], and returns results of the whole
-vocabulary and the part's share of features; `logprobs_backward` then gives a share of hidden's gradient.
+`token_sums` and `part_features` are for a head that holds a part of the vocabulary; targets in other parts are -1. The
+first gives sums over the part [4, N]: m, S_rest, X_rest and raw z_y (0 in other parts), see `sums`; a backend may
+count them in units of its own. The second takes those of all parts [4, parts, N], and returns the results of the whole
+vocabulary and the part's share of features. With these results `logprobs_backward` gives a share of hidden's gradient.
 
 Ops are registered with flat arguments, which `ops` alone knows. `workspace_bytes` is 0 where the caller set no limit.
 N tokens, d hidden, V vocab, B responses, G groups.

@@ -101,6 +101,7 @@ class LMHead:
         if group.size() == 1:
             return None
         alike = {
+            "head.vocab_start: expected on every rank or on none": self.vocab_start is not None,
             "head.weight: expected the same d on every rank": weight.shape[1],
             "head.weight: expected dtypes of one size on every rank": weight.dtype.itemsize,
             "head.bias: expected on every rank or on none": self.bias is not None,
@@ -231,12 +232,12 @@ def _over_parts(
     assert part is not None
     options = (*head.options, workspace_bytes or 0)
     if not torch.compiler.is_compiling() and values_readable(targets):
-        where = "expected the same on every rank of head.process_group (else: head.gather_weight)"
+        where = "on every rank of the head (gather_weight is for ranks with tokens of their own)"
         order = torch.arange(1, targets.shape[0] + 1, device=targets.device)
         alike = {
-            f"hidden: N {where}": hidden.shape[0],
-            f"cu_seqlens: B + 1 {where}": 0 if responses[0] is None else responses[0].shape[0],
-            f"targets: checksum {where}": (targets * order).sum(),
+            f"hidden: expected the same N {where}": hidden.shape[0],
+            f"cu_seqlens: expected the same B + 1 {where}": 0 if responses[0] is None else responses[0].shape[0],
+            f"targets: expected the same checksum {where}": (targets * order).sum(),
         }
         distributed.check_alike(alike, part.ranks, part.group, hidden.device)
     with torch.no_grad():

@@ -106,9 +106,7 @@ def token_sums(
 
 
 @token_sums.register_fake
-def _(
-    hidden, weight, bias, targets, vocab_start, vocab_size, temperature, logit_scale, softcap, workspace_bytes
-):
+def _(hidden, weight, bias, targets, vocab_start, vocab_size, temperature, logit_scale, softcap, workspace_bytes):
     return hidden.new_empty((4, hidden.shape[0]), dtype=_result_dtype(hidden))
 
 

@@ -125,8 +125,8 @@ def check_gradients_of_parts(s: HeadSample, parts: list[Gradients], hidden: Tens
     """Gradients of parts' words, and of hidden [N, d], which shares that were rounded to its dtype make up."""
     bias = None if s.head.bias is None else torch.cat([part.bias for part in parts])
     exact, allowed = testing.oracle_gradients(s, *upstream(s))
-    # fp16 rounds to multiples of 2^-24. Shares are rounded, and so is each of their sums.
+    # Each share is rounded, and so is each sum of some, fp16 to multiples of 2^-24 at best.
     smallest = 2.0**-25 if s.hidden.dtype == torch.float16 else 0.0
-    rounding = sum(2 * (ROUNDOFF[s.hidden.dtype] * part.hidden.double().abs() + smallest) for part in parts)
+    rounding = sum(ROUNDOFF[s.hidden.dtype] * part.hidden.double().abs() + smallest for part in parts) * len(parts)
     found = Gradients(hidden, torch.cat([part.weight for part in parts]), bias)
     testing.assert_gradients(found, exact, allowed._replace(hidden=allowed.hidden + rounding))

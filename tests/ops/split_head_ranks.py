@@ -1,6 +1,6 @@
 """What each rank of test_split_head.py runs; all that it finds is saved for the parent to check.
 
-    python -m tests.ops.split_head_ranks RANK RANKS FOLDER
+python -m tests.ops.split_head_ranks RANK RANKS FOLDER
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def forward_and_backward(s: HeadSample, head: LMHead, lse: Tensor | None = None)
 
 
 def split(rank: int, ranks: int) -> dict[str, Any]:
-    """Each case on each backend; log-probabilities alone; hidden's gradient as shares."""
+    """Each case on each backend; the same with hidden's gradient as shares; log-probabilities alone."""
     found = {}
     for backend in BACKENDS:
         for name, case in CASES.items():
@@ -94,9 +94,8 @@ def split(rank: int, ranks: int) -> dict[str, Any]:
                 head = part_of_head(s, rank, ranks)
                 of_case = forward_and_backward(s, head, lse)
                 of_case["alone"] = token_logprobs(s.hidden, head, s.targets)
-            found[f"{backend}-{name}"] = of_case
-    s = sample("plain", ranks)
-    found["shares"] = forward_and_backward(s, part_of_head(s, rank, ranks, allreduce_dgrad=False))
+                shares = forward_and_backward(s, part_of_head(s, rank, ranks, allreduce_dgrad=False))
+            found |= {f"{backend}-{name}": of_case, f"{backend}-{name}-shares": shares}
     return found
 
 
@@ -121,9 +120,7 @@ class _SumOverRanks(torch.autograd.Function):
         return grad
 
 
-def loss_of_tied(
-    weight: Tensor, embedded: Callable[[Tensor], Tensor], head: LMHead | Tensor, s: HeadSample
-) -> Tensor:
+def loss_of_tied(weight: Tensor, embedded: Callable[[Tensor], Tensor], head: LMHead | Tensor, s: HeadSample) -> Tensor:
     ids = s.targets.roll(1)
     out = token_logprobs(torch.tanh(embedded(ids)), head, s.targets)
     return out.logps.sum() - 0.3 * out.entropy.sum()
@@ -166,34 +163,32 @@ def fsdp(rank: int, ranks: int) -> dict[str, Tensor]:
     out = forward_and_backward(own, LMHead(module.weight, gather_weight=True))
     found |= {"features": out["features"], "gathered": out["grad_weight"].full_tensor()}
     whole = [forward_and_backward(x, LMHead(leaf(s.head.weight))) for x in (s, own)]
-    return found | {"whole": whole[0]["grad_weight"], "own": whole[1]["grad_weight"], "own-features": whole[1]["features"]}
+    return found | {
+        "whole": whole[0]["grad_weight"],
+        "own": whole[1]["grad_weight"],
+        "own-features": whole[1]["features"],
+    }
 
 
 def context(rank: int, ranks: int) -> dict[str, Any]:
-    """Tokens dealt out to ranks: each has some, or none, of each response; the whole head, and a part of it."""
+    """Tokens dealt out to ranks: each has some, or none, of each response."""
     s = sample("bf16", ranks)
     mine = torch.arange(SMALL.N) % ranks == rank
     cu_seqlens = F.pad(mine.cumsum(0), (1, 0))[s.cu_seqlens.long()]
     inputs = s.hidden[mine], s.targets[mine], cu_seqlens
     world = dist.group.WORLD
-    found = {
-        "weighted": sequence_features(
-            inputs[0], s.head, *inputs[1:], s.token_weights[mine], context_group=world
-        ).features,
-        "plain": sequence_features(inputs[0], s.head, *inputs[1:], context_group=world).features,
-    }
-    return found | {"whole": sequence_features(s.hidden, s.head, s.targets, s.cu_seqlens).features}
+    weighted = sequence_features(inputs[0], s.head, *inputs[1:], s.token_weights[mine], context_group=world)
+    plain = sequence_features(inputs[0], s.head, *inputs[1:], context_group=world)
+    return {"weighted": weighted.features, "plain": plain.features}
 
 
 def compiled(rank: int, ranks: int) -> list[tuple[Tensor, ...]]:
-    """One graph with all collectives in it, forward and backward, of two batches: what it gives, and what eager does."""
+    """One graph, collectives included, for two batches: what eager gives for each, and then what the graph does."""
     found = []
     head = part_of_head(sample("plain", ranks), rank, ranks)
 
     def step(hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, token_weights: Tensor) -> tuple[Tensor, Tensor]:
-        out = sequence_features(
-            hidden * 2, head, targets, cu_seqlens, token_weights, context_group=dist.group.WORLD
-        )
+        out = sequence_features(hidden * 2, head, targets, cu_seqlens, token_weights, context_group=dist.group.WORLD)
         return out.logps.sum() - out.entropy.sum(), out.features
 
     fast = torch.compile(step, fullgraph=True, backend="aot_eager_decomp_partition", dynamic=True)
@@ -217,8 +212,8 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
     def call(n: int = 2, targets: tuple[int, ...] = (0, 8), **more: Any) -> Any:
         return token_logprobs(torch.zeros(n, 3, **more), head, torch.tensor(targets))
 
-    def features(lengths: int, **more: Any) -> Any:
-        cu_seqlens = torch.arange(3).clamp(max=2)[: lengths + 1]
+    def features(B: int, head: LMHead | Tensor = head, **more: Any) -> Any:
+        cu_seqlens = torch.tensor([0, 2] if B == 1 else [0, 1, 2])
         return sequence_features(torch.zeros(2, 3), head, torch.tensor([0, 1]), cu_seqlens, **more)
 
     attempts: dict[str, Callable[[], Any]] = {
@@ -228,16 +223,17 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
         "d": lambda: LMHead(torch.zeros(4, 3 + rank), process_group=world),
         "bias": lambda: LMHead(weight, torch.zeros(5) if rank else None, process_group=world),
         "temperature": lambda: LMHead(weight, temperature=1.0 + rank / 10, process_group=world),
-        "group": lambda: LMHead(weight, process_group="tp"),
         "device": lambda: LMHead(weight, process_group=dist.new_group(backend="cuda:gloo")),
         "N": lambda: call(2 + rank, (0, 1, 2)[: 2 + rank]),
         "targets": lambda: call(2, (0, 1 + rank)),
         "beyond": lambda: call(2, (0, 9)),
         "B": lambda: features(2 if rank else 1),
+        "context": lambda: features(2 if rank else 1, head=torch.zeros(4, 3), context_group=world),
         "columns": lambda: LMHead(columns),
         "two groups": lambda: LMHead(rows, process_group=world),
-        "gather": lambda: LMHead(weight, gather_weight=True),
-        "hidden": lambda: token_logprobs(distribute_tensor(torch.zeros(2, 4), mesh), LMHead(rows), torch.zeros(2).long()),
+        "hidden": lambda: token_logprobs(
+            distribute_tensor(torch.zeros(2, 4), mesh), LMHead(rows), torch.zeros(2).long()
+        ),
     }
     found = {}
     for name, attempt in attempts.items():
@@ -248,14 +244,15 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
     return found
 
 
-ALL = (split, reversed_parts, tied, dtensors, fsdp, context, compiled)
+ON_ANY_RANKS = (split, reversed_parts, tied, dtensors, fsdp, context)
+ON_TWO_RANKS = (*ON_ANY_RANKS, compiled, refused)
 
 
 def main() -> None:
     rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=2))
-    found = {run.__name__: run(rank, ranks) for run in (*ALL, *((refused,) if ranks == 2 else ()))}
+    found = {run.__name__: run(rank, ranks) for run in (ON_TWO_RANKS if ranks == 2 else ON_ANY_RANKS)}
     torch.save(found, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

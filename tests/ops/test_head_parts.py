@@ -1,4 +1,4 @@
-"""The ops for a part of the vocabulary, on every backend: parts together hold the contract of the whole, without ranks."""
+"""Ops for a part of the vocabulary, on every backend, without ranks: together, parts hold the contract of the whole."""
 
 from __future__ import annotations
 
