@@ -5,6 +5,7 @@ Groups go by name, so that `torch.compile` traces these collectives (PyTorch's f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from g2rl_kernels.checks import is_dtensor
 
 _COLLECTIVES = torch.ops._c10d_functional
+Values = Mapping[str, float | Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def check_group(name: str, group: Any, device: torch.device) -> None:
         raise ValueError(f"{name}: expected a group for {device.type} tensors, found one for {backends}")
 
 
-def check_alike(expected: dict[str, float | Tensor], ranks: int, group: str, device: torch.device) -> None:
+def check_alike(expected: Values, ranks: int, group: str, device: torch.device) -> None:
     """Raise ValueError unless all ranks have the same: collectives would mix their tokens up, or never end.
 
     `expected` has what to say where ranks differ in a value.
@@ -93,7 +95,7 @@ def check_alike(expected: dict[str, float | Tensor], ranks: int, group: str, dev
 
 
 def join_parts(
-    words: int, start: int | None, alike: dict[str, float | Tensor], group: dist.ProcessGroup, device: torch.device
+    words: int, start: int | None, alike: Values, group: dist.ProcessGroup, device: torch.device
 ) -> VocabularyPart:
     """The part of `words` words from `start` on; None: that follows those of the ranks before.
 
@@ -119,9 +121,7 @@ def _compare(found: dict[str, list[float]]) -> None:
             raise ValueError(f"{expected}, found {min(of_ranks):g} and {max(of_ranks):g}")
 
 
-def _exchange(
-    values: dict[str, float | Tensor], ranks: int, group: str, device: torch.device
-) -> dict[str, list[float]]:
+def _exchange(values: Values, ranks: int, group: str, device: torch.device) -> dict[str, list[float]]:
     """What each rank has of each value."""
     mine = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in values.values()])
     return dict(zip(values, all_gather(mine, ranks, group).T.tolist(), strict=True))
@@ -147,8 +147,8 @@ def gathered(x: Tensor) -> Tensor:
     return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)  # type: ignore[attr-defined]
 
 
-def vocabulary_group(weight: Tensor) -> dist.ProcessGroup:
-    """The ranks that a DTensor's rows are split over.
+def vocabulary_group(weight: Tensor) -> dist.ProcessGroup | None:
+    """The ranks that a DTensor's rows are split over; None for a replicated one.
 
     Raises:
         ValueError: it is split otherwise, or over more than one dimension of its mesh.
@@ -157,4 +157,4 @@ def vocabulary_group(weight: Tensor) -> dist.ProcessGroup:
     split = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
     if len(split) > 1 or not all(placements[i].is_shard(0) for i in split):
         raise ValueError(f"head.weight: expected a DTensor sharded once, on dimension 0, found {tuple(placements)}")
-    return mesh.get_group(split[0] if split else 0)
+    return mesh.get_group(split[0]) if split else None

@@ -21,7 +21,7 @@ import torch
 
 from g2rl_kernels import distributed
 from g2rl_kernels.checks import check_tensor, is_dtensor, values_readable
-from g2rl_kernels.distributed import VocabularyPart
+from g2rl_kernels.distributed import Values, VocabularyPart
 from g2rl_kernels.ops import head_ops
 from g2rl_kernels.records import SequenceFeatures, TokenLogprobs
 
@@ -227,14 +227,14 @@ def _over_parts(
     responses: tuple[torch.Tensor | None, torch.Tensor | None],
     workspace_bytes: int | None,
 ) -> tuple[torch.Tensor, ...]:
-    """features, logps, entropy and lse where ranks hold parts of the vocabulary: MATH.md, section 9."""
+    """features, logps, entropy and lse where ranks hold parts of the vocabulary: MATH.md, section 10."""
     part, (weight, bias) = head.part, tensors
     assert part is not None
     options = (*head.options, workspace_bytes or 0)
     if not torch.compiler.is_compiling() and values_readable(targets):
         where = "on every rank of the head (gather_weight is for ranks with tokens of their own)"
         order = torch.arange(1, targets.shape[0] + 1, device=targets.device)
-        alike = {
+        alike: Values = {
             f"hidden: expected the same N {where}": hidden.shape[0],
             f"cu_seqlens: expected the same B + 1 {where}": 0 if responses[0] is None else responses[0].shape[0],
             f"targets: expected the same checksum {where}": (targets * order).sum(),

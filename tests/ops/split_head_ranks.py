@@ -143,10 +143,11 @@ def tied(rank: int, ranks: int) -> dict[str, Tensor]:
 
 
 def dtensors(rank: int, ranks: int) -> dict[str, Tensor]:
-    """A DTensor's own, uneven parts; gradients are DTensors."""
+    """A DTensor's own, uneven parts; gradients are DTensors. One that is replicated is whole."""
     s = sample("large", ranks)
     mesh = init_device_mesh("cpu", (ranks,))
     weight, bias = (distribute_tensor(x, mesh, [Shard(0)]).requires_grad_() for x in (s.head.weight, s.head.bias))
+    assert LMHead(distribute_tensor(s.head.weight, mesh)).part is None
     found = forward_and_backward(s, LMHead(weight, bias))
     return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in found.items()}
 
