@@ -100,8 +100,11 @@ def join_parts(
     """The part of `words` words from `start` on; None: that follows those of the ranks before.
 
     Raises:
+        RuntimeError: called in a program under compilation.
         ValueError: parts leave a gap or overlap, or ranks differ in a value of `alike`, see `check_alike`.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("head.process_group: expected construction outside of what torch.compile compiles")
     mine = {"words": words, "start": -1 if start is None else start, **alike}
     found = _exchange(mine, group.size(), group.group_name, device)
     sizes, starts = ([int(x) for x in found.pop(name)] for name in ("words", "start"))

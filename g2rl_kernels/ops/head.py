@@ -21,9 +21,10 @@ import torch
 
 from g2rl_kernels import distributed
 from g2rl_kernels.checks import check_tensor, is_dtensor, values_readable
+from g2rl_kernels.dispatch import BACKENDS, backend_number, resolve
 from g2rl_kernels.distributed import Values, VocabularyPart
 from g2rl_kernels.ops import head_ops
-from g2rl_kernels.records import SequenceFeatures, TokenLogprobs
+from g2rl_kernels.records import Head, SequenceFeatures, TokenLogprobs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -232,14 +233,8 @@ def _over_parts(
     assert part is not None
     options = (*head.options, workspace_bytes or 0)
     if not torch.compiler.is_compiling() and values_readable(targets):
-        where = "on every rank of the head (gather_weight is for ranks with tokens of their own)"
-        order = torch.arange(1, targets.shape[0] + 1, device=targets.device)
-        alike: Values = {
-            f"hidden: expected the same N {where}": hidden.shape[0],
-            f"cu_seqlens: expected the same B + 1 {where}": 0 if responses[0] is None else responses[0].shape[0],
-            f"targets: expected the same checksum {where}": (targets * order).sum(),
-        }
-        distributed.check_alike(alike, part.ranks, part.group, hidden.device)
+        run = resolve("token_sums", hidden.device, hidden.dtype, Head(weight, bias, *head.options))
+        _check_same_tokens(part, targets, 0 if responses[0] is None else responses[0].shape[0], backend_number(run))
     with torch.no_grad():
         sums = head_ops.token_sums(hidden, weight, bias, targets, part.start, part.vocab_size, *options)
         sums = distributed.gather_sums(sums, part)
@@ -249,6 +244,18 @@ def _over_parts(
     if features.shape[0]:
         features = distributed.all_reduce(features, part.group)
     return features, *results
+
+
+def _check_same_tokens(part: VocabularyPart, targets: torch.Tensor, offsets: int, backend: int) -> None:
+    where = "on every rank of the head (gather_weight is for ranks with tokens of their own)"
+    N = targets.shape[0]
+    alike: Values = {
+        f"hidden: expected the same N {where}": N,
+        f"cu_seqlens: expected the same B + 1 {where}": offsets,
+        f"targets: expected the same checksum {where}": (targets * torch.arange(1, N + 1, device=targets.device)).sum(),
+        f"backend: expected the same on every rank, by number of {[b.name for b in BACKENDS]}": backend,
+    }
+    distributed.check_alike(alike, part.ranks, part.group, targets.device)
 
 
 def _over_context(

@@ -217,6 +217,10 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
         cu_seqlens = torch.tensor([0, 2] if B == 1 else [0, 1, 2])
         return sequence_features(torch.zeros(2, 3), head, torch.tensor([0, 1]), cu_seqlens, **more)
 
+    def with_backend(name: str, function: Callable[[], Any]) -> Any:
+        with use_backend(name):
+            return function()
+
     attempts: dict[str, Callable[[], Any]] = {
         "gap": lambda: LMHead(weight, process_group=world, vocab_start=5 * rank),
         "overlap": lambda: LMHead(weight, process_group=world, vocab_start=3 * rank),
@@ -230,6 +234,7 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
         "beyond": lambda: call(2, (0, 9)),
         "B": lambda: features(2 if rank else 1),
         "context": lambda: features(2 if rank else 1, head=torch.zeros(4, 3), context_group=world),
+        "backend": lambda: with_backend("torch" if rank else "reference", call),
         "columns": lambda: LMHead(columns),
         "two groups": lambda: LMHead(rows, process_group=world),
         "hidden": lambda: token_logprobs(

@@ -145,6 +145,8 @@ REFUSED = {
     "beyond": "IndexError: targets: expected values in [0, 9), found 9",
     "B": f"ValueError: cu_seqlens: expected the same B + 1 {WHERE}, found 2 and 3",
     "context": "ValueError: cu_seqlens: expected the same B + 1 on every rank of context_group, found 2 and 3",
+    "backend": "ValueError: backend: expected the same on every rank, by number of "
+    "['cuda', 'triton', 'native', 'torch', 'reference'], found 3 and 4",
     "columns": "ValueError: head.weight: expected a DTensor sharded once, on dimension 0, found (Shard(dim=1),)",
     "two groups": "ValueError: head.process_group: expected None beside a DTensor, which has its own, found a group",
     "hidden": "TypeError: hidden: expected a plain tensor, found a DTensor: pass its to_local()",
