@@ -99,26 +99,37 @@ def check_gradients(s: HeadSample, workspace_bytes: int) -> None:
 
 def check_parts(s: HeadSample, words: tuple[int, ...], logit_error: Tensor | None = None) -> None:
     """Parts of the vocabulary, from words[i] to words[i + 1] each, hold the contract together, without ranks."""
-    dtype, device, g = s.hidden.dtype, s.hidden.device, upstream(s)
-    responses = Responses(s.cu_seqlens, s.token_weights)
+    whole = joined_parts(s, words)
+    testing.assert_bounds(whole, testing.oracle(s), s.cu_seqlens, logit_error)
+    saved = TokenLogprobs(*whole[1:])
+    of_parts = [
+        _run("logprobs_backward", *upstream(s), s.hidden, head, y, saved, Needs()) for head, y in _parts(s, words)
+    ]
+    check_gradients_of_parts(s, of_parts, sum(x.hidden.double() for x in of_parts))
+
+
+def joined_parts(s: HeadSample, words: tuple[int, ...]) -> SequenceFeatures:
+    """What ranks have together; each finds the same bits for tokens."""
+    responses, parts = Responses(s.cu_seqlens, s.token_weights), _parts(s, words)
+    sums = torch.stack([_run("token_sums", s.hidden, head, y) for head, y in parts], 1)
+    shares = [_run("part_features", s.hidden, head, y, responses, sums) for head, y in parts]
+    for share in shares[1:]:
+        assert all(torch.equal(x, of_first) for x, of_first in zip(share[1:], shares[0][1:], strict=True))
+    return shares[0]._replace(features=sum(share.features for share in shares))
+
+
+def _parts(s: HeadSample, words: tuple[int, ...]) -> list[tuple[Head, Tensor]]:
+    """Each part's head and targets."""
     parts = []
     for first, last in itertools.pairwise(words):
         bias = None if s.head.bias is None else s.head.bias[first:last]
         parts.append((Head(s.head.weight[first:last], bias, *s.options), local_targets(s.targets, first, last - first)))
+    return parts
 
-    def run(op: str, head: Head, *arguments: object) -> object:
-        return resolve(op, device, dtype, head)(*arguments, 0)
 
-    sums = torch.stack([run("token_sums", head, s.hidden, head, y) for head, y in parts], 1)
-    shares = [run("part_features", head, s.hidden, head, y, responses, sums) for head, y in parts]
-    for share in shares[1:]:
-        assert all(torch.equal(x, of_first) for x, of_first in zip(share[1:], shares[0][1:], strict=True))
-    whole = shares[0]._replace(features=sum(share.features for share in shares))
-    testing.assert_bounds(whole, testing.oracle(s), s.cu_seqlens, logit_error)
-
-    saved = TokenLogprobs(*whole[1:])
-    of_parts = [run("logprobs_backward", head, *g, s.hidden, head, y, saved, Needs()) for head, y in parts]
-    check_gradients_of_parts(s, of_parts, sum(x.hidden.double() for x in of_parts))
+def _run(op: str, *arguments: object) -> object:
+    head = next(x for x in arguments if isinstance(x, Head))
+    return resolve(op, head.weight.device, head.weight.dtype, head)(*arguments, 0)
 
 
 def check_gradients_of_parts(s: HeadSample, parts: list[Gradients], hidden: Tensor) -> None:

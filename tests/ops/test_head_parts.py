@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from backend_cases import FLOAT_DTYPES, over_backends
-from head_cases import check_parts, sample
+from head_cases import check_parts, joined_parts, sample
 
 from g2rl_kernels import testing, use_backend
-from g2rl_kernels.testing import OPTIONS, SMALL, Shape
+from g2rl_kernels.testing import OPTIONS, SMALL, HeadSample, Shape
 
 PART_OPS = ("token_sums", "part_features", "logprobs_backward")
 every_backend = over_backends(*PART_OPS)
@@ -47,3 +47,16 @@ def test_kinds_of_logits(backend: str | None, device: str, dtype: torch.dtype, k
 def test_shapes(backend: str | None, device: str, dtype: torch.dtype, shape: Shape, words: tuple[int, ...]) -> None:
     with use_backend(backend):
         check_parts(sample(shape, dtype, device, kind="random", options=OPTIONS["plain"]), words)
+
+
+@over_backends(*PART_OPS, dtypes=(torch.bfloat16, torch.float32), but=("torch",))
+def test_bits_do_not_depend_on_the_batch(backend: str | None, device: str, dtype: torch.dtype) -> None:
+    """The last response of 8 tokens, alone and behind the others; the torch backend leaves it to the library."""
+    s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["together"])
+    last = slice(SMALL.N - 8, None)
+    cu_seqlens = torch.tensor([0, 8], device=device)
+    alone = HeadSample(s.hidden[last], s.head, s.targets[last], cu_seqlens, s.token_weights[last])
+    with use_backend(backend):
+        together, found = joined_parts(s, WORDS), joined_parts(alone, WORDS)
+    assert torch.equal(found.features[0], together.features[-1])
+    assert all(torch.equal(x, y[last]) for x, y in zip(found[1:], together[1:], strict=True))
