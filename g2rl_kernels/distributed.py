@@ -109,7 +109,7 @@ def join_parts(
     found = _exchange(mine, group.size(), group.group_name, device)
     sizes, starts = ([int(x) for x in found.pop(name)] for name in ("words", "start"))
     _compare(found)
-    if set(starts) == {-1}:
+    if start is None:
         starts = [sum(sizes[:rank]) for rank in range(group.size())]
     parts = sorted(zip(starts, sizes, strict=True))
     if any(begin != sum(size for _, size in parts[:i]) for i, (begin, _) in enumerate(parts)):

@@ -97,6 +97,8 @@ class LMHead:
         if sharded:
             group = distributed.vocabulary_group(self.weight)
         if group is None:
+            if self.vocab_start is not None:
+                raise ValueError(f"head.vocab_start: expected None without a process_group, found {self.vocab_start}")
             return None
         distributed.check_group("head.process_group", group, weight.device)
         if group.size() == 1:

@@ -106,6 +106,11 @@ HEADS = [
         TypeError,
         "head.gather_weight: expected a DTensor for weight, found Tensor",
     ),
+    (
+        lambda: LMHead(weight(), vocab_start=9),
+        ValueError,
+        "head.vocab_start: expected None without a process_group, found 9",
+    ),
 ]
 
 HEAD_FUNCTIONS = [
