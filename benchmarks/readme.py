@@ -158,7 +158,14 @@ def _details_table(rows: list[Row]) -> str:
     measures = [measure for measure in ERRORS if any(measure in row.get("errors", {}) for row in rows)]
     ratio = "times_floor" if OPS[rows[0]["op"]].products else "times_eager"
     heads = ["candidate", "ms", "± IQR", "x mm" if ratio == "times_floor" else "x eager", "GFLOP/s", "% best"]
-    heads += ["extra MB", "% fp32 logits", *(ERRORS[measure] for measure in measures), "bounds"]
+    launch = any(row.get("launch_s") is not None for row in rows)
+    heads += [
+        "extra MB",
+        "% fp32 logits",
+        *(["launch ms"] if launch else []),
+        *(ERRORS[measure] for measure in measures),
+        "bounds",
+    ]
     lines = [heads, ["---", *["---:"] * (len(heads) - 2), "---"]]
     for row in rows:
         if row["status"] == "unavailable":
@@ -175,6 +182,7 @@ def _details_table(rows: list[Row]) -> str:
                 digits(row.get("percent_of_best")),
                 digits(None if extra is None else extra / 1e6),
                 digits(row.get("percent_of_logits")),
+                *([milliseconds(row.get("launch_s"))] if launch else []),
                 *(f"{found[measure]:.1e}" if measure in found else "" for measure in measures),
                 row["note"] if row["role"] == "floor" else row["status"],
             ]

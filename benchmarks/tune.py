@@ -102,7 +102,7 @@ def work(kernel: str, sample: HeadSample) -> Work:
     from g2rl_kernels.backends.triton.merge import merge
     from g2rl_kernels.backends.triton.projection import project
     from g2rl_kernels.backends.triton.residuals import residuals, residuals_and_statistics
-    from g2rl_kernels.backends.triton.statistics import room_for_logits, statistics
+    from g2rl_kernels.backends.triton.statistics import room_for_kept, statistics
     from g2rl_kernels.plans.inputs import addressable
 
     hidden, weight, targets = sample.hidden, sample.head.weight, sample.targets
@@ -135,7 +135,7 @@ def work(kernel: str, sample: HeadSample) -> Work:
 
         def run() -> Results:
             found = empty(3, rows)
-            kept = room_for_logits(hidden, head, rows)
+            kept = room_for_kept(hidden, head, rows)
             merge(statistics(hidden[:rows], head, targets[:rows], kept), head, found)
             return of_tokens(found) | {"features": kept[:rows, :V]}
 

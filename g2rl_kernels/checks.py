@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -78,3 +81,81 @@ def check_offsets(name: str, offsets: torch.Tensor, total: int, total_name: str)
     for at, (here, following) in enumerate(itertools.pairwise(values)):
         if following < here:
             raise ValueError(f"{name}: expected values that never decrease, found {here} then {following} at {at}")
+
+
+def check_not_negative(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless every value is at least 0; NaN is not."""
+    if tensor.numel() == 0 or not values_readable(tensor):
+        return
+    lowest = float(tensor.min())
+    if not lowest >= 0:
+        raise ValueError(f"{name}: expected values >= 0, found {lowest}")
+
+
+class ValueChecks:
+    """What an op checks of its arguments' values.
+
+    On a CPU it raises at once. To read a value of a GPU is to wait for all earlier work, and then the GPU is idle while
+    the op's kernels are launched. So there checks are launched first, kernels get values that are safe to address
+    memory with, and the ``with`` block in which they are launched ends by waiting for the checks alone::
+
+        checks = ValueChecks()
+        targets = checks.targets(targets, V)
+        with checks:
+            ...  # launch
+    """
+
+    def __init__(self) -> None:
+        # A flag on the GPU, and the check that says what is wrong.
+        self._late: list[tuple[torch.Tensor, Callable[[], None]]] = []
+
+    def targets(self, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        """`check_targets`; what kernels may use in their place."""
+        check = partial(check_targets, targets, vocab_size)
+        if not self._is_late(targets):
+            check()
+            return targets
+        return self._replaced(targets, targets.clamp(0, vocab_size - 1), check)
+
+    def offsets(self, name: str, offsets: torch.Tensor, total: int, total_name: str) -> torch.Tensor:
+        """`check_offsets`; what kernels may use in their place."""
+        check = partial(check_offsets, name, offsets, total, total_name)
+        if not self._is_late(offsets):
+            check()
+            return offsets
+        safe = offsets.clamp(0, total).cummax(0).values
+        safe[0], safe[-1] = 0, total
+        return self._replaced(offsets, safe, check)
+
+    def not_negative(self, name: str, tensor: torch.Tensor) -> None:
+        """`check_not_negative`."""
+        check = partial(check_not_negative, name, tensor)
+        if self._is_late(tensor):
+            self._late.append(((tensor >= 0).logical_not_().any(), check))
+        else:
+            check()
+
+    def __enter__(self) -> None:
+        if self._late:
+            flags = torch.stack([flag for flag, _ in self._late])
+            with torch.cuda.device_of(flags):
+                # Into pinned memory, without waiting.
+                self._failed = flags.to("cpu", non_blocking=True)
+                self._read = torch.cuda.Event()
+                self._read.record()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Raise for the first argument whose values are wrong."""
+        if kind is not None or not self._late:
+            return
+        self._read.synchronize()
+        for failed, (_, check) in zip(self._failed.tolist(), self._late, strict=True):
+            if failed:
+                check()
+
+    def _is_late(self, tensor: torch.Tensor) -> bool:
+        return tensor.is_cuda and tensor.numel() > 0 and values_readable(tensor)
+
+    def _replaced(self, given: torch.Tensor, safe: torch.Tensor, check: Callable[[], None]) -> torch.Tensor:
+        self._late.append(((safe != given).any(), check))
+        return safe

@@ -34,13 +34,39 @@ def exact_products(weight: Tensor) -> Iterator[None]:
         # Read back, a setting that follows the device's looks like one of its own: it is handed back as a follower.
         restored = "none" if before == device_wide.fp32_precision else before
         matmul.fp32_precision = "bf16" if weight.dtype == torch.bfloat16 and not on_cuda else "ieee"
-        fp16_sums = torch.backends.cuda.matmul.allow_fp16_accumulation
-        torch.backends.cuda.matmul.allow_fp16_accumulation = False
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = restored
-            torch.backends.cuda.matmul.allow_fp16_accumulation = fp16_sums
+        with _fp32_sums():
+            try:
+                yield
+            finally:
+                matmul.fp32_precision = restored
+
+
+# Of CUDA's products of 16-bit numbers: sums, and parts of sums that are joined, in fewer bits than fp32.
+_NARROW_SUMS = (
+    "allow_fp16_accumulation",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+)
+
+
+@contextmanager
+def _fp32_sums() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = {name: _setting(name) for name in _NARROW_SUMS}
+    for name in _NARROW_SUMS:
+        setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
+
+
+def _setting(name: str) -> bool | tuple[bool, bool]:
+    """Of `torch.backends.cuda.matmul`; some have a second part."""
+    matmul = torch.backends.cuda.matmul
+    value, split_k = getattr(matmul, name), getattr(matmul, f"{name}_split_k", None)
+    return value if split_k is None else (value, split_k)
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
@@ -50,6 +76,14 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())
+
+
+def mm_rounded(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """a @ b for equal dtypes with fp32 sums, rounded once to the dtype of `out`, which is theirs."""
+    if a.is_cuda:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(mm(a, b))
 
 
 def wide(tensor: Tensor) -> Tensor:

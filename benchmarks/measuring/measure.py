@@ -121,6 +121,7 @@ def _time_entries(timing: Timing, timings: dict[str, Timing]) -> Row:
         "spread_s": timing.spread,
         "fastest_s": timing.fastest,
         "samples": len(timing.samples),
+        "launch_s": timing.launch,
     }
     for key, other in (("floor", FLOOR), ("eager", BASELINE)):
         if other in timings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
+import math
 import os
 import platform
 import statistics
@@ -24,6 +25,8 @@ Run = Callable[[], Any]
 _SHORTEST_SAMPLE_S = 2e-3
 # More than the last-level cache of any GPU so far.
 _FLUSH_BYTES = 256 << 20
+# 5 ms, for a call that takes longer to return waits for the GPU itself.
+_MOST_FLUSHES = 50
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,11 @@ class Timing:
 
     Attributes:
         by_round: one entry a round; None where a slow candidate sat out.
+        launch: seconds until a call returns on an idle GPU, which may still be at work; None on a CPU.
     """
 
     by_round: tuple[float | None, ...]
+    launch: float | None = None
 
     @property
     def samples(self) -> list[float]:
@@ -97,7 +102,7 @@ def interleave(runs: Mapping[str, Run], device: torch.device, rounds: int, limit
                 spent[name] += sample * repeats[name]
     finally:
         gc.enable()
-    return {name: Timing(tuple(samples)) for name, samples in seconds.items()}
+    return {name: Timing(tuple(samples), clock.launch(runs[name])) for name, samples in seconds.items()}
 
 
 class _CpuClock:
@@ -109,24 +114,49 @@ class _CpuClock:
             run()
         return (time.perf_counter() - start) / repeats
 
+    def launch(self, run: Run) -> None:
+        return None
+
 
 class _CudaClock:
-    """Seconds of one call between CUDA events, with a cold L2 cache: in training, other layers run in between."""
+    """Seconds of one call between CUDA events, as in training: other layers have left the L2 cache cold, and the GPU
+    has so much to do beforehand that it never waits for the host. What the host takes is `launch`.
+    """
 
     def __init__(self) -> None:
         self.cache = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        self.launches: dict[Run, float] = {}
+        self.cache.zero_()
+        self.flush_s = self._between_events(self.cache.zero_)
 
     def __call__(self, run: Run, repeats: int) -> float:
-        events = []
+        flushes = 1 + min(_MOST_FLUSHES, math.ceil(2 * self.launch(run) / self.flush_s))
+        total = 0.0
         for _ in range(repeats):
-            self.cache.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            events.append((start, end))
+            for _ in range(flushes):
+                self.cache.zero_()
+            total += self._between_events(run)
+        return total / repeats
+
+    def launch(self, run: Run) -> float:
+        if run not in self.launches:
+            samples = []
+            for _ in range(3):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                run()
+                samples.append(time.perf_counter() - start)
+            torch.cuda.synchronize()
+            self.launches[run] = statistics.median(samples)
+        return self.launches[run]
+
+    def _between_events(self, run: Run) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
         torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in events) / repeats / 1e3
+        return start.elapsed_time(end) / 1e3
 
 
 def kernel_launches(run: Run) -> int:

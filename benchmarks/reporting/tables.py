@@ -34,6 +34,7 @@ def case_table(op: Op, label: str, kind: str, rows: list[dict[str, Any]]) -> Tab
     """One case: a row for each candidate that was measured, and below it why the others were not."""
     measures = [measure for measure in ERRORS if any(measure in row.get("errors", {}) for row in rows)]
     launches = any("launches" in row for row in rows)
+    launch = any(row.get("launch_s") is not None for row in rows)
     table = Table(title=f"\n{op.name} ({op.summary}), {label}; {KINDS.get(kind, kind)}", title_justify="left")
     table.add_column("candidate", no_wrap=True)
     heads = [
@@ -45,6 +46,7 @@ def case_table(op: Op, label: str, kind: str, rows: list[dict[str, Any]]) -> Tab
         "extra MB",
         "% fp32 logits",
     ]
+    heads += ["launch ms"] if launch else []
     for head in [*heads, *(["launches"] if launches else []), *(ERRORS[measure] for measure in measures)]:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("bounds", no_wrap=True)
@@ -60,6 +62,7 @@ def case_table(op: Op, label: str, kind: str, rows: list[dict[str, Any]]) -> Tab
             digits(row.get("percent_of_best")),
             megabytes(row.get("extra_bytes")),
             digits(row.get("percent_of_logits")),
+            *([milliseconds(row.get("launch_s"))] if launch else []),
             *([str(row.get("launches", ""))] if launches else []),
             *(_error(measure, row.get("errors", {})) for measure in measures),
         ]

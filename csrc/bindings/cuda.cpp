@@ -72,7 +72,7 @@ void bind_structs(py::module_& m) {
     return Terms{first, first + stride, first + 2 * stride, first + 3 * stride};
   }));
   py::class_<Kept>(m, "Kept").def(
-      py::init([](Address logits, int64_t stride) { return Kept{at<float>(logits), stride}; }));
+      py::init([](Address rows, int64_t stride, int roots_of) { return Kept{at<void>(rows), stride, roots_of}; }));
   py::class_<Strip>(m, "Strip")
       .def(py::init([](Address G, Address G_even, Address even_scale, int64_t stride, int v_start, int v_end) {
         return Strip{at<void>(G), at<void>(G_even), at<float>(even_scale), stride, v_start, v_end};
@@ -82,23 +82,25 @@ void bind_structs(py::module_& m) {
 // The functions that sm80 and sm90 have alike.
 struct Generation {
   decltype(&sm80::splits) splits, residual_splits;
-  decltype(&sm80::kept_columns) kept_columns;
+  decltype(&sm80::kept_bytes) kept_bytes;
+  decltype(&sm80::kept_roots) kept_roots;
   decltype(&sm80::statistics) statistics;
   decltype(&sm80::residuals) residuals;
   decltype(&sm80::residuals_and_statistics) residuals_and_statistics;
   decltype(&sm80::grad_logits) grad_logits;
 };
 
-#define G2RL_GENERATION(name)                                                                   \
-  Generation {                                                                                  \
-    name::splits, name::residual_splits, name::kept_columns, name::statistics, name::residuals, \
-        name::residuals_and_statistics, name::grad_logits                                       \
+#define G2RL_GENERATION(name)                                                                                   \
+  Generation {                                                                                                  \
+    name::splits, name::residual_splits, name::kept_bytes, name::kept_roots, name::statistics, name::residuals, \
+        name::residuals_and_statistics, name::grad_logits                                                       \
   }
 
 void bind_generation(py::module_ m, const Generation& of) {
   m.def("splits", of.splits);
   m.def("residual_splits", of.residual_splits);
-  m.def("kept_columns", of.kept_columns);
+  m.def("kept_bytes", of.kept_bytes);
+  m.def("kept_roots", of.kept_roots);
   m.def("statistics",
         [of](const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept, Address stream) {
           check(of.statistics(head, tokens, partials, kept, stream_of(stream)), "statistics");

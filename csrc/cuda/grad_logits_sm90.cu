@@ -40,13 +40,14 @@ struct GradLogitsEpilogue {
   const Options options{p.head};
   const Place at = Place::here();
 
-  DEVICE void operator()(const Tile& tile, Sums& z) const {
+  DEVICE void operator()(const Tile& tile, Sums& z, Held& held) const {
     add_bias_of_columns(p.head, tile.column, at, z);
     UNROLL for (int q = 0; q < 2; ++q) {
-      become_gradients(tile, q, z);
+      become_gradients(of_row(tile, q), q, z);
       const int n = row(tile, q);
       if (p.strip.G_even) store(tile, q, p.strip.G_even, *p.strip.even_scale, z);
       store(tile, q, p.strip.G, p.strip.G_even ? p.rows_in[5 * p.rows_stride + n] : 1.f, z);
+      if (q == 0) held.at_most<2>();
     }
   }
 
@@ -56,11 +57,22 @@ struct GradLogitsEpilogue {
     return n < p.tokens.N ? n : p.tokens.N - 1;
   }
 
-  DEVICE void become_gradients(const Tile& tile, int q, Sums& z) const {
-    const GradRow of_row = GradRow::of(p, row(tile, q), tile.column + at.column);
+  DEVICE GradRow of_row(const Tile& tile, int q) const { return GradRow::of(p, row(tile, q), tile.column + at.column); }
+
+  // Few tiles hold a target of a warp's rows. A soft cap leaves no registers for two ways.
+  DEVICE void become_gradients(const GradRow& of_row, int q, Sums& z) const {
+    if (SOFTCAP || __any_sync(kAllLanes, unsigned(of_row.y) < kColumnsOfTile)) {
+      become_gradients<true>(of_row, q, z);
+    } else {
+      become_gradients<false>(of_row, q, z);
+    }
+  }
+
+  template <bool TARGETS>
+  DEVICE void become_gradients(const GradRow& of_row, int q, Sums& z) const {
     UNROLL for (int i = 0; i < kSums / 2; ++i) {
       float& x = z[i / 2 * 4 + 2 * q + i % 2];
-      x = of_row.template at<SOFTCAP>(i / 2 * 8 + i % 2, x, options);
+      x = of_row.template at<SOFTCAP, TARGETS>(i / 2 * 8 + i % 2, x, options);
     }
   }
 

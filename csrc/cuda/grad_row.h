@@ -30,12 +30,13 @@ struct GradRow {
     return {int(p.tokens.targets[n]) - first_word, lse, fmaf(g_entropy, H, g), g_entropy * kLn2, of_target};
   }
 
-  template <bool SOFTCAP>
+  // Without TARGETS no word is the target.
+  template <bool SOFTCAP, bool TARGETS = true>
   DEVICE float at(int word, float z, const Options& options) const {
     float slope;
     const float log_p = exponent_above<SOFTCAP>(lse, z, options, slope);
     const float others = -exp2_fast(log_p) * fmaf(factor, log_p, constant);  // made for all: a branch costs more
-    const float grad = word == y ? of_target : others;
+    const float grad = TARGETS && word == y ? of_target : others;
     return SOFTCAP ? grad * slope : grad;
   }
 };

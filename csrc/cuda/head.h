@@ -38,7 +38,8 @@ struct Responses {
 };
 
 // Sums over the vocabulary that leave the target out, for each token in `splits` parts: planes [4, splits, N] of
-//   m = max t_v,  S = sum 2^(t_v - m),  X = sum 2^(t_v - m) (t_v - m)  over v != y;  z_y, 0 in parts without y.
+//   m = max t_v, or less by 10 at most,  S = sum 2^(t_v - m),  X = sum 2^(t_v - m) (t_v - m)  over v != y;
+//   z_y, 0 in parts without y.
 // A part in which nothing is left has m <= kNoMaximum and S = X = 0.
 struct Partials {
   float* planes;
@@ -56,11 +57,19 @@ struct Terms {
   float* S;
 };
 
-// Raw logits of a chunk of tokens, [rows, stride] fp32, with room for whole tiles: `kept_columns`. Null: none are kept.
+// What a chunk of tokens leaves for `add_kept`, a row for each, `stride` bytes apart; null: nothing is left.
+//
+// With roots_of = 0 raw logits in fp32. Otherwise, with t* the largest t of `roots_of` words, target left out:
+//   round(65535 * 2^((t - t*) / 2)) in 16 bits for each word, 0 for the target, then t* in fp32 for each `roots_of`
+//   words.
+// A square grows with its root, and so does its error: 1.5e-5 of the largest at most, where fp16 would leave 5e-4. Of
+// each 32 words, place 8 l + 2 j + e has word 8 j + 2 l + e, as threads have them that multiply (l, j < 4; e < 2).
 struct Kept {
-  float* logits;
+  void* rows;
   int64_t stride;
+  int roots_of;
 };
+constexpr float kRootUnit = 1.f / 65535;
 
 // Gradients of raw logits for columns v_start to v_end, [N, stride] each in the head's dtype.
 struct Strip {
@@ -81,8 +90,9 @@ int64_t packing_bytes(int N, int B);
 #define G2RL_HEAD_KERNELS                                                                                              \
   /* Parts of the vocabulary in Partials; fixed by V, so that a token's sums do not depend on its batch. */            \
   int splits(int V);                                                                                                   \
-  /* Numbers from one row of memory for logits to the next: V rounded up to whole tiles. */                            \
-  int64_t kept_columns(int V);                                                                                         \
+  /* A row of `Kept`, and `roots_of`. */                                                                               \
+  int64_t kept_bytes(const Head&);                                                                                     \
+  int kept_roots(const Head&);                                                                                         \
   int statistics(const Head&, const Tokens&, const Partials&, const Kept&, Stream);                                    \
   /* R[b, v] = sum over tokens t of b of: target_t at v = y_t, else -weight_t slope_tv 2^(t_tv - shift_t); [B, V].     \
      For responses whose flag is not 0; null: for all. `packing`: memory of packing_bytes(N, B). */                    \
@@ -112,7 +122,7 @@ int merge(const Head&, const Partials&, int N, const float* lse, const float* a,
           const Terms&, Stream);
 // inverse[b] = 1 / sum a (0 without weight); flags[b] = 1 where a token of weight has S too far from 1 for its lse.
 int responses(const Responses&, const float* a, const float* S, const float* lse, float* inverse, int* flags, Stream);
-// R [B, V] += residuals of tokens first to last, whose logits `kept` holds; terms count from `first`.
+// R [B, V] += residuals of tokens first to last, of which `kept` tells; terms count from `first`.
 int add_kept(const Head&, const Kept&, const int64_t* targets, const Responses&, const Terms&, int first, int last,
              float* R, Stream);
 // R [B, V] += target_t S_t at y_t, for responses whose flag is 0.

@@ -19,8 +19,9 @@ namespace g2rl::cuda::sm90 {
 constexpr int kRows = 128;           // of A in a tile
 constexpr int kColumnsOfTile = 192;  // rows of B
 constexpr int kStages = 5;
-// Of a chain, in stages; the first of a tile is short, for it holds its stages during an epilogue.
-constexpr int kChain = 3, kFirstChain = 2;
+// Of a chain, in stages. What the tensor cores do while an epilogue computes is the first of the next tile, the longer
+// the more.
+constexpr int kChain = 3, kFirstChain = 3;
 constexpr int kConsumers = 2;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kBytesA = kRows * kRowBytes, kBytesB = kColumnsOfTile * kRowBytes;
@@ -114,10 +115,23 @@ DEVICE void release(const Ring& ring) {
   if (threadIdx.x % kWarpgroup == 0) barrier_arrive(ring.empty());
 }
 
-// Issues a chain of `stages` stages. With `hold`, all of them are under way afterwards and none is released; otherwise
-// each is released once the next is under way, and the last alone is under way afterwards.
+// Stages of a chain that is under way, not released yet. All who wait for products wait for them in order.
+struct Held {
+  const Ring& ring;  // after the last of them
+  int stages;
+
+  // Waits until products of at most LEFT stages are under way, and releases the others.
+  template <int LEFT>
+  DEVICE void at_most() {
+    wgmma_wait<LEFT>();
+    UNROLL_1 for (; stages > LEFT; --stages) release(ring.back(stages));
+  }
+};
+
+// Issues a chain of `stages` stages. With `hold`, all of them are held afterwards; otherwise each is released once the
+// next is under way, and the last alone is held.
 template <class T>
-DEVICE void issue_chain(Ring& ring, int stages, bool hold, Sums& chain) {
+DEVICE Held issue_chain(Ring& ring, int stages, bool hold, Sums& chain) {
   const int consumer = threadIdx.x / kWarpgroup - 1;
   wgmma_fence();
   UNROLL_1 for (int i = 0; i < stages; ++i) {
@@ -131,10 +145,12 @@ DEVICE void issue_chain(Ring& ring, int stages, bool hold, Sums& chain) {
     }
     ring.advance();
   }
+  return {ring, hold ? stages : 1};
 }
 
-// A multiplying warpgroup. `Epilogue` has `void operator()(const Tile&, Sums&)`, which may change the
-// sums.
+// A multiplying warpgroup. `Epilogue` has `void operator()(const Tile&, Sums&, Held&)`, which may change the sums. Now
+// and then it lets go of what is held, late enough not to wait: the first half of its work costs the products of two
+// warpgroups.
 //
 // The compiler keeps all sums in registers only where products are issued at one place of the program, hence one loop
 // for all chains, and where no branch leads around the epilogue, hence its call for the tile before the first. What a
@@ -155,18 +171,18 @@ DEVICE void consume(Ring ring, const Tile* queue, int steps, Epilogue& epilogue)
     }
     const int longest = first ? kFirstChain : kChain, stages = steps - k < longest ? steps - k : longest;
     turn.take();
-    issue_chain<T>(ring, stages, first, chain);
+    Held held = issue_chain<T>(ring, stages, first, chain);
     turn.pass();
     if (first) {
-      epilogue(queue[(tiles + kTiles - 2) % kTiles], sums);
+      epilogue(queue[(tiles + kTiles - 2) % kTiles], sums, held);
       UNROLL for (int i = 0; i < kSums; ++i) sums[i] = 0.f;
     }
-    wgmma_wait<0>();
-    UNROLL_1 for (int i = first ? stages : 1; i > 0; --i) release(ring.back(i));
+    held.at_most<0>();
     UNROLL for (int i = 0; i < kSums; ++i) sums[i] += chain[i];
     k = k + stages < steps ? k + stages : 0;
   }
-  epilogue(queue[(tiles + kTiles - 1) % kTiles], sums);
+  Held held{ring, 0};
+  epilogue(queue[(tiles + kTiles - 1) % kTiles], sums, held);
   if (consumer == 0) turn.take();
 }
 

@@ -139,7 +139,8 @@ DEVICE float reciprocal_fast(float x) {
 }
 
 // Four numbers that are read once: they need not stay in a cache.
-DEVICE float4 load_once(const float4* at) {
+template <class Four>
+DEVICE Four load_once(const Four* at) {
 #ifdef __CUDA_ARCH__
   return __ldcs(at);
 #else

@@ -22,6 +22,9 @@ struct ResidualsArguments {
 };
 
 constexpr int kGroups = kColumnsOfTile / kGroupColumns;
+constexpr int kAtATime = 3;  // groups
+static_assert(kGroups % kAtATime == 0);
+constexpr int kWarpRows = kRows * kWarp / (kConsumers * kWarpgroup);
 
 // Boxes of 64, 32, 16 and 8 tokens.
 constexpr int kBoxes = 4;
@@ -96,6 +99,9 @@ struct Columns {
   int targets[kColumnsOfTile];       // -1 beyond a response
   int tokens[kColumnsOfTile];        // -1 beyond a response
   int ends[kGroups];                 // the response whose last group it is, or -1
+  // Bit w: warp w of the multiplying ones cannot take the group like any other. It ends a response, does not have eight
+  // tokens, or has one of the warp's words for a target.
+  unsigned special[kGroups];
 };
 
 // Shared by all: columns of two tiles, each with a barrier for "written", at which every writer arrives, and one for
@@ -144,10 +150,22 @@ struct WriteColumns {
       float* terms = &to.terms[i / 2].x + i % 2 * 2;
       terms[0] = STATISTICS && inside ? shift * kLog2e : shift;
       terms[1] = inside ? p.weight[n] : 0.f;
-      to.targets[i] = inside ? int(p.tokens.targets[n]) : -1;
+      const int target = inside ? int(p.tokens.targets[n]) : -1;
+      to.targets[i] = target;
       to.tokens[i] = inside ? n : -1;
-      if (place == 0) to.ends[i / kGroupColumns] = group.response;
+      const unsigned word = unsigned(target - tile.row), mine = word < kRows ? 1u << word / kWarpRows : 0u;
+      const unsigned special = or_of_eight(!inside || group.response >= 0 ? ~0u : mine);
+      if (place == 0) {
+        to.ends[i / kGroupColumns] = group.response;
+        to.special[i / kGroupColumns] = special;
+      }
     }
+  }
+
+  // Of the eight lanes of a group.
+  static DEVICE unsigned or_of_eight(unsigned bits) {
+    UNROLL for (int other = 1; other < kGroupColumns; other *= 2) bits |= __shfl_xor_sync(kAllLanes, bits, other);
+    return bits;
   }
 };
 
@@ -164,12 +182,12 @@ struct ResidualsEpilogue {
   DEVICE int word(const Tile& tile, int q) const { return tile.row + at.row + 8 * q; }
   static DEVICE int consumer() { return threadIdx.x / kWarpgroup - 1; }
 
-  DEVICE void operator()(const Tile& tile, Sums& z) {
+  DEVICE void operator()(const Tile& tile, Sums& z, Held& held) {
     if (tile.first) r[0] = r[1] = 0.f;
     const Columns& columns = scratch.columns[calls % 2];
     barrier_wait(shared_address(&scratch.written[calls % 2]), calls / 2 & 1);
     if (p.head.bias) add_bias(tile, z);
-    add(tile, columns, z);
+    add(tile, columns, z, held);
     if (STATISTICS) store_statistics(tile, columns, z);
     named_barrier(3 + consumer(), kWarpgroup);
     if (threadIdx.x % kWarpgroup == 0) barrier_arrive(shared_address(&scratch.read[calls % 2]));
@@ -181,55 +199,66 @@ struct ResidualsEpilogue {
     UNROLL for (int i = 0; i < kSums; ++i) z[i] += bias[i / 2 % 2];
   }
 
-  // Bit j: the eight columns of group j end a response, do not all have a token, or have one of this warp's words for a
-  // target.
+  // Bit j: group j is special to this warp.
   DEVICE unsigned special_groups(const Tile& tile, const Columns& columns) const {
-    const int lane = threadIdx.x % kWarp, words = tile.row + at.row - lane / 4;
-    bool special = STATISTICS && tile.row + kRows > p.head.V;
-    if (lane < kGroups) {
-      special |= columns.ends[lane] >= 0;
-      for (int i = 0; i < kGroupColumns; ++i) {
-        const int column = lane * kGroupColumns + i;
-        special |= columns.tokens[column] < 0 || unsigned(columns.targets[column] - words) < 16;
-      }
-    }
-    return __ballot_sync(kAllLanes, special);
+    const int lane = threadIdx.x % kWarp;
+    const bool special = lane < kGroups && columns.special[lane] >> at.row / kWarpRows & 1;
+    return __ballot_sync(kAllLanes, special || (STATISTICS && tile.row + kRows > p.head.V));
   }
 
   // Sums of a response go to R with its last group. With STATISTICS, z becomes what `store_statistics` sums.
-  DEVICE void add(const Tile& tile, const Columns& columns, Sums& z) {
+  //
+  // A few groups at a time, whose exponentials the compiler can then interleave: a branch for each group costs twice
+  // the time of all else.
+  DEVICE void add(const Tile& tile, const Columns& columns, Sums& z, Held& held) {
     const unsigned special = special_groups(tile, columns);
-    UNROLL for (int j = 0; j < kGroups; ++j) {
-      float (&of_group)[4] = reinterpret_cast<float (&)[4]>(z[4 * j]);
-      if (special >> j & 1) leave_out(tile, columns, 8 * j + at.column, of_group);
-      const float4 two = columns.terms[4 * j + at.column / 2];
-      float e[4], x[4];
-      UNROLL for (int i = 0; i < 4; ++i) {
-        float slope;
-        x[i] = exponent_above<SOFTCAP>(i % 2 ? two.z : two.x, of_group[i], options, slope);
-        if (SOFTCAP && STATISTICS && of_group[i] == masked) x[i] = kMasked;  // the cap would let it count
-        e[i] = exp2_fast(x[i]);
-        const float others = (i % 2 ? two.w : two.y) * e[i];
-        r[i / 2] -= SOFTCAP ? others * slope : others;
-      }
-      if (STATISTICS) {
-        UNROLL for (int i = 0; i < 2; ++i) {
-          of_group[i] = e[i] + e[2 + i];
-          of_group[2 + i] = fmaf(x[i], e[i], x[2 + i] * e[2 + i]);
+    UNROLL for (int first = 0; first < kGroups; first += kAtATime) {
+      float of_groups[kAtATime][2] = {};
+      if (special >> first & ((1u << kAtATime) - 1)) {
+        UNROLL for (int j = 0; j < kAtATime; ++j) {
+          leave_out(tile, columns, 8 * (first + j) + at.column, group_of(z, first + j), of_groups[j]);
         }
       }
-      if (special >> j & 1) finish(tile, columns, j);
+      UNROLL for (int j = 0; j < kAtATime; ++j) {
+        add_group(columns.terms[4 * (first + j) + at.column / 2], group_of(z, first + j), of_groups[j]);
+      }
+      UNROLL for (int j = 0; j < kAtATime; ++j) {
+        UNROLL for (int q = 0; q < 2; ++q) r[q] += of_groups[j][q];
+        if (special >> (first + j) & 1) finish(tile, columns, first + j);
+      }
+      if (first + kAtATime == kGroups / 2) held.at_most<2>();
+    }
+  }
+
+  static DEVICE float (&group_of(Sums& z, int j))[4] { return reinterpret_cast<float (&)[4]>(z[4 * j]); }
+
+  // `two`: the terms of the two columns; `sums`: of the two rows.
+  DEVICE void add_group(const float4& two, float (&z)[4], float (&sums)[2]) const {
+    float e[4], x[4];
+    UNROLL for (int i = 0; i < 4; ++i) {
+      float slope;
+      x[i] = exponent_above<SOFTCAP>(i % 2 ? two.z : two.x, z[i], options, slope);
+      if (SOFTCAP && STATISTICS && z[i] == masked) x[i] = kMasked;  // the cap would let it count
+      e[i] = exp2_fast(x[i]);
+      const float others = (i % 2 ? two.w : two.y) * e[i];
+      sums[i / 2] -= SOFTCAP ? others * slope : others;
+    }
+    if (STATISTICS) {
+      UNROLL for (int i = 0; i < 2; ++i) {
+        z[i] = e[i] + e[2 + i];
+        z[2 + i] = fmaf(x[i], e[i], x[2 + i] * e[2 + i]);
+      }
     }
   }
 
   // Targets count as 0 among the others and have a residual of their own. So does what lies beyond a response, where z
   // may be NaN, which a weight of 0 would not stop; and with statistics, words beyond the vocabulary.
-  DEVICE void leave_out(const Tile& tile, const Columns& columns, int column, float (&z)[4]) {
+  DEVICE void leave_out(const Tile& tile, const Columns& columns, int column, float (&z)[4], float (&sums)[2]) const {
     UNROLL for (int i = 0; i < 4; ++i) {
       const int n = columns.tokens[column + i % 2], v = word(tile, i / 2);
       const bool target = columns.targets[column + i % 2] == v;
       if (target && STATISTICS) p.partials.planes[n] = z[i];
-      if (target && !STATISTICS) r[i / 2] += p.target[n];
+      if (target && !STATISTICS) sums[i / 2] += p.target[n];
       z[i] = target || (STATISTICS && v >= p.head.V) ? masked : n < 0 ? 0.f : z[i];
     }
   }
@@ -295,9 +324,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   run<T>(shared, weight, p.head.d, walk, epilogue, WriteColumns<STATISTICS>{p, scratch, walk});
 }
 
-// Ranges such that the tiles of the weight that are in use at one time fit half of an H100's L2 cache.
+// Ranges such that the tiles of the weight that are in use at one time take a quarter of an H100's L2 cache: with half
+// of it a third of all reads missed.
 int ranges_for(int d) {
-  constexpr int64_t kInUse = 132 * int64_t(kRows) * 2, kCache = 24 << 20;
+  constexpr int64_t kInUse = 132 * int64_t(kRows) * 2, kCache = 12 << 20;
   return int(ceil_div(kInUse * d, kCache));
 }
 

@@ -39,7 +39,7 @@ struct Statistics {
   DEVICE void operator()(int tile, Sums& z) {
     const int v = v0 + tile * kTile + at.column;
     add_bias_of_columns(p.head, v, z);
-    if (p.kept.logits != nullptr) keep(v, z);
+    if (p.kept.rows != nullptr) keep(v, z);
     cap(v, z);
     UNROLL for (int row = 0; row < kRowsOfThread; ++row) add(row, z[row / 2] + row % 2 * 2);
   }
@@ -47,7 +47,7 @@ struct Statistics {
   DEVICE void keep(int v, const Sums& z) const {
     UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
       if (token(row) >= p.tokens.N) continue;
-      float* to = p.kept.logits + token(row) * p.kept.stride + v;
+      float* to = reinterpret_cast<float*>(static_cast<uint8_t*>(p.kept.rows) + token(row) * p.kept.stride) + v;
       const float* from = z[row / 2] + row % 2 * 2;
       UNROLL for (int j = 0; j < kColumnBlocks; ++j) {
         *reinterpret_cast<float2*>(to + 8 * j) = {from[4 * j], from[4 * j + 1]};
@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 int splits(int V) { return int(ceil_div(V, kPart)); }
-int64_t kept_columns(int V) { return ceil_div(V, kTile) * kTile; }
+int64_t kept_bytes(const Head& head) { return ceil_div(head.V, kTile) * kTile * 4; }
+int kept_roots(const Head&) { return 0; }
 
 int statistics(const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept, Stream stream) {
   const Arguments p{head, tokens, partials, kept};

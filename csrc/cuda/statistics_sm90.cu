@@ -48,28 +48,39 @@ struct StatisticsWalk {
   }
 };
 
+// A row of `Kept` that holds roots: those of whole tiles, then a reference for each tile.
+constexpr int64_t row_of_roots(int tiles) { return (int64_t(tiles) * (2 * kColumnsOfTile + 4) + 15) / 16 * 16; }
+
 template <bool SOFTCAP, bool KEEP>
 struct StatisticsEpilogue {
+  // The slopes of a soft cap could not be told from roots.
+  static constexpr bool kKeepLogits = KEEP && SOFTCAP, kKeepRoots = KEEP && !SOFTCAP;
+
   const StatisticsArguments& p;
   const Options options{p.head};
   const Place at = Place::here();
-  const float masked = masked_logit(options);
+  const float masked = masked_logit(options), scale = fabsf(options.scale);
   int y[2];
   float m[2], S[2], X[2], z_y[2];
 
   DEVICE int token(const Tile& tile, int q) const { return tile.row + at.row + 8 * q; }
 
-  DEVICE void operator()(const Tile& tile, Sums& z) {
+  DEVICE void operator()(const Tile& tile, Sums& z, Held& held) {
     if (tile.first) begin(tile);
     add_bias_of_columns(p.head, tile.column, at, z);
-    if (KEEP) keep(tile, z);
+    if (kKeepLogits) keep_logits(tile, z);
     const bool targeted =
         unsigned(y[0] - tile.column) < kColumnsOfTile || unsigned(y[1] - tile.column) < kColumnsOfTile;
     const bool special = __any_sync(kAllLanes, targeted) || tile.column + kColumnsOfTile > p.head.V;
     if (special) take_targets(tile, z);
     if (SOFTCAP) cap(z);
     if (special) leave_out(tile, z);
-    add(z);
+    if (options.scale < 0.f) negate(z);
+    if (kKeepRoots) {
+      add_and_keep(tile, z, held);
+    } else {
+      add(tile, z, held);
+    }
     if (tile.last) end(tile);
   }
 
@@ -82,12 +93,14 @@ struct StatisticsEpilogue {
     }
   }
 
+  DEVICE uint8_t* row_of(int n) const { return static_cast<uint8_t*>(p.kept.rows) + n * p.kept.stride; }
+
   // Neighbours exchange pairs, so that a thread stores four numbers and the four threads of a row 64 bytes.
-  DEVICE void keep(const Tile& tile, const Sums& z) const {
+  DEVICE void keep_logits(const Tile& tile, const Sums& z) const {
     const bool odd = at.column & 2;
     UNROLL for (int q = 0; q < 2; ++q) {
       const int n = token(tile, q);
-      float* to = p.kept.logits + n * p.kept.stride + tile.column + (odd ? 8 : 0) + (at.column & 4);
+      float* to = reinterpret_cast<float*>(row_of(n)) + tile.column + (odd ? 8 : 0) + (at.column & 4);
       UNROLL for (int j = 0; j < kSums / 4; j += 2) {
         const float *even = &z[4 * j + 2 * q], *next = &z[4 * j + 4 + 2 * q];
         float other[2];
@@ -118,17 +131,104 @@ struct StatisticsEpilogue {
     }
   }
 
-  DEVICE void add(const Sums& z) {
-    float largest[2] = {m[0], m[1]};
-    // NaN is no maximum, but shows in the sums.
-    UNROLL for (int i = 0; i < kSums; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], z[i] * options.scale);
-    UNROLL for (int q = 0; q < 2; ++q) rescale(m[q], S[q], X[q], largest[q]);
+  DEVICE void negate(Sums& z) const { UNROLL for (int i = 0; i < kSums; ++i) z[i] = -z[i]; }
+
+  // The largest exponent of a row, by way of four that do not wait for each other. NaN is no maximum, but shows in the
+  // sums.
+  DEVICE float largest(int q, const Sums& z) const {
+    float of[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    UNROLL for (int i = 0; i < kSums / 2; ++i) of[i % 4] = fmaxf(of[i % 4], z[i / 2 * 4 + 2 * q + i % 2]);
+    return fmaxf(fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3])) * scale, kNoMaximum);
+  }
+
+  // Counts exponents from the largest of the first tile, and looks for a larger one only once a thread's sum over a
+  // tile says that there is one to mind: by then the sum is 2^10 at least, where it would be 48 at most. Each row
+  // decides for itself, or its bits would depend on others.
+  DEVICE void add(const Tile& tile, const Sums& z, Held& held) {
+    constexpr float kLate = 1024.f;
+    float S_tile[2] = {}, X_tile[2] = {};
+    if (tile.first) raise({true, true}, z);
     UNROLL for (int i = 0; i < kSums; ++i) {
-      const int q = i / 2 % 2;
-      const float x = fmaf(z[i], options.scale, -m[q]), e = exp2_fast(x);
-      S[q] += e;
-      X[q] = fmaf(x, e, X[q]);
+      add(z[i], i / 2 % 2, S_tile, X_tile);
+      if (i + 1 == kSums / 2) held.at_most<2>();
+      if (i + 1 == kSums * 3 / 4) held.at_most<1>();
     }
+    const Rows late = {!(S_tile[0] <= kLate), !(S_tile[1] <= kLate)};
+    if (__any_sync(kAllLanes, late.first || late.second)) {
+      raise(late, z);
+      UNROLL for (int q = 0; q < 2; ++q) S_tile[q] = X_tile[q] = 0.f;
+      UNROLL for (int i = 0; i < kSums; ++i) add(z[i], i / 2 % 2, S_tile, X_tile);
+    }
+    UNROLL for (int q = 0; q < 2; ++q) {
+      S[q] += S_tile[q];
+      X[q] += X_tile[q];
+    }
+  }
+
+  DEVICE void add(float z, int q, float (&S_tile)[2], float (&X_tile)[2]) const {
+    const float x = fmaf(z, scale, -m[q]), e = exp2_fast(x);
+    S_tile[q] += e;
+    X_tile[q] = fmaf(x, e, X_tile[q]);
+  }
+
+  struct Rows {
+    bool first, second;
+  };
+  DEVICE void raise(const Rows& which, const Sums& z) {
+    UNROLL for (int q = 0; q < 2; ++q) {
+      const float found = fmaxf(m[q], largest(q, z));
+      rescale(m[q], S[q], X[q], (q ? which.second : which.first) ? found : m[q]);
+    }
+  }
+
+  // The same sums out of roots, and the roots to memory: `Kept`.
+  DEVICE void add_and_keep(const Tile& tile, const Sums& z, Held& held) {
+    const int tiles = int(ceil_div(p.head.V, kColumnsOfTile));
+    float references[2] = {largest(0, z), largest(1, z)};
+    UNROLL for (int other = 1; other <= 2; other *= 2) {
+      UNROLL for (int q = 0; q < 2; ++q) {
+        references[q] = fmaxf(references[q], __shfl_xor_sync(kAllLanes, references[q], other));
+      }
+    }
+    UNROLL for (int q = 0; q < 2; ++q) {
+      const float reference = references[q];
+      const int n = token(tile, q);
+      const bool inside = n < p.tokens.N;
+      uint8_t* row = static_cast<uint8_t*>(p.kept.rows) + n * p.kept.stride;
+      uint4* to = reinterpret_cast<uint4*>(row + 2 * tile.column) + at.column / 2;
+      const float half_scale = 0.5f * scale, half_reference = 0.5f * reference;
+      float S_tile = 0.f, X_tile = 0.f;
+      UNROLL for (int j = 0; j < kSums / 4; j += 4) {
+        uint32_t pairs[4];
+        UNROLL for (int i = 0; i < 4; ++i) {
+          const float* two = &z[4 * (j + i) + 2 * q];
+          float root[2];
+          UNROLL for (int e = 0; e < 2; ++e) {
+            const float x = fmaf(two[e], half_scale, -half_reference);
+            root[e] = exp2_fast(x);
+            const float square = root[e] * root[e];
+            S_tile += square;
+            X_tile = fmaf(x, square, X_tile);
+          }
+          pairs[i] = pack_roots(root[0], root[1]);
+        }
+        if (inside) store_once(to + j, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
+      }
+      if (inside && at.column == 0) {
+        reinterpret_cast<float*>(row + int64_t(tiles) * 2 * kColumnsOfTile)[tile.column / kColumnsOfTile] = reference;
+      }
+      rescale(m[q], S[q], X[q], fmaxf(m[q], reference));
+      const float moved = reference - m[q], factor = exp2_fast(moved);
+      S[q] = fmaf(S_tile, factor, S[q]);
+      X[q] = fmaf(fmaf(S_tile, moved, 2.f * X_tile), factor, X[q]);
+      if (q == 0) held.at_most<2>();
+    }
+  }
+
+  // Added to 2^23, a number up to 65535 leaves itself in the low 16 bits.
+  static DEVICE uint32_t pack_roots(float low, float high) {
+    const uint32_t bits[2] = {to_bits(fmaf(low, 65535.f, 0x1p23f)), to_bits(fmaf(high, 65535.f, 0x1p23f))};
+    return (bits[0] & 0xffff) | bits[1] << 16;
   }
 
   // Joins the four threads of a row and stores its sums.
@@ -166,7 +266,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 int splits(int V) { return int(ceil_div(V, kPart)); }
-int64_t kept_columns(int V) { return ceil_div(V, kColumnsOfTile) * kColumnsOfTile; }
+int64_t kept_bytes(const Head& head) {
+  const int tiles = int(ceil_div(head.V, kColumnsOfTile));
+  return head.softcap ? int64_t(tiles) * kColumnsOfTile * 4 : row_of_roots(tiles);
+}
+int kept_roots(const Head& head) { return head.softcap ? 0 : kColumnsOfTile; }
 
 int statistics(const Head& head, const Tokens& tokens, const Partials& partials, const Kept& kept, Stream stream) {
   if (tokens.N == 0) return 0;
@@ -176,7 +280,7 @@ int statistics(const Head& head, const Tokens& tokens, const Partials& partials,
   const int64_t items = StatisticsWalk::order_of(tokens.N, head.V).items();
   return choose_half(head.dtype, [&](auto number) {
     return choose(head.softcap, [&](auto softcap) {
-      return choose(kept.logits != nullptr, [&](auto keep) {
+      return choose(kept.rows != nullptr, [&](auto keep) {
         return launch_persistent(items, 0, stream, statistics_kernel<decltype(number), softcap, keep>, hidden, weight,
                                  p);
       });

@@ -142,15 +142,14 @@ __global__ void __launch_bounds__(kResponseThreads)
   flags[b] = marks[0];
 }
 
-// ---- residuals from kept logits ----
+// ---- residuals from what a chunk of tokens has left ----
 //
-// A block owns (response, 512 words) and adds tokens one by one, so that chunks can end anywhere without changing a
-// bit. Four rows of logits are on their way at a time.
+// A block owns a response and the words of its threads, eight or four each, and adds tokens one by one, so that chunks
+// can end anywhere without changing a bit. Eight rows are on their way at a time.
 
-constexpr int kKeptThreads = 128;
-constexpr int kKeptColumns = 4 * kKeptThreads;
-constexpr int kKeptTokens = 128;  // whose terms are in shared memory
-constexpr int kAhead = 4;
+constexpr int kKeptThreads = 96;
+constexpr int kKeptTokens = kKeptThreads;  // whose terms are in shared memory
+constexpr int kAhead = 8;
 
 struct KeptArguments {
   Head head;
@@ -167,34 +166,86 @@ struct TokenTerms {
   int y;
 };
 
+// Raw logits of four words of a token.
 template <bool SOFTCAP>
-DEVICE void add_token(const float4& z, const TokenTerms& token, int v, const Options& options, float (&r)[4]) {
-  const float of_columns[4] = {z.x, z.y, z.z, z.w};
-  UNROLL for (int i = 0; i < 4; ++i) {
-    float slope;
-    const float e = exp2_fast(exponent_above<SOFTCAP>(token.shift, of_columns[i], options, slope));
-    const float others = fmaf(-token.weight * slope, e, r[i]);
-    r[i] = v + i == token.y ? r[i] + token.target : others;
+struct KeptLogits {
+  static constexpr int kWords = 4;
+  float4 z;
+
+  static DEVICE int word(int thread, int i) { return kWords * thread + i; }
+  static DEVICE KeptLogits read(const KeptArguments&, const uint8_t* row, int thread) {
+    return {load_once(reinterpret_cast<const float4*>(row) + thread)};
+  }
+  DEVICE void subtract(const TokenTerms& token, const Options& options, float (&r)[kWords]) const {
+    const float of_words[4] = {z.x, z.y, z.z, z.w};
+    UNROLL for (int i = 0; i < kWords; ++i) {
+      float slope;
+      const float e = exp2_fast(exponent_above<SOFTCAP>(token.shift, of_words[i], options, slope));
+      r[i] = fmaf(-token.weight * slope, e, r[i]);
+    }
+  }
+};
+
+// Roots of eight.
+struct KeptRoots {
+  static constexpr int kWords = 8;
+  uint4 roots;
+  float reference;
+
+  static DEVICE int word(int thread, int i) { return thread / 4 * 32 + i / 2 * 8 + thread % 4 * 2 + i % 2; }
+  static DEVICE KeptRoots read(const KeptArguments& p, const uint8_t* row, int thread) {
+    const int tiles = int(ceil_div(p.head.V, p.kept.roots_of));
+    const float* references = reinterpret_cast<const float*>(row + int64_t(tiles) * p.kept.roots_of * 2);
+    return {load_once(reinterpret_cast<const uint4*>(row) + thread), references[kWords * thread / p.kept.roots_of]};
+  }
+  DEVICE void subtract(const TokenTerms& token, const Options&, float (&r)[kWords]) const {
+    const float factor = -token.weight * (kRootUnit * kRootUnit) * exp2_fast(reference - token.shift);
+    const uint32_t pairs[4] = {roots.x, roots.y, roots.z, roots.w};
+    UNROLL for (int i = 0; i < kWords; ++i) {
+      // A number of 16 bits under the exponent of 2^23 is itself above 2^23.
+      const uint32_t bits = i % 2 ? pairs[i / 2] >> 16 : pairs[i / 2] & 0xffff;
+      const float root = from_bits(0x4b000000 | bits) - 0x1p23f;
+      r[i] = fmaf(factor * root, root, r[i]);
+    }
+  }
+};
+
+// The target's residual takes the place of what others would add.
+template <class Words>
+DEVICE void add_token(const Words& words, const TokenTerms& token, int thread, const Options& options,
+                      float (&r)[Words::kWords]) {
+  constexpr int kNear = Words::kWords * 4;  // the words of four threads lie together
+  if (unsigned(token.y - thread / 4 * kNear) >= kNear) {
+    words.subtract(token, options, r);
+    return;
+  }
+  float before[Words::kWords];
+  UNROLL for (int i = 0; i < Words::kWords; ++i) before[i] = r[i];
+  words.subtract(token, options, r);
+  UNROLL for (int i = 0; i < Words::kWords; ++i) {
+    if (Words::word(thread, i) == token.y) r[i] = before[i] + token.target;
   }
 }
 
-template <bool SOFTCAP>
+template <class Words>
 __global__ void __launch_bounds__(kKeptThreads) add_kept_kernel(const __grid_constant__ KeptArguments p) {
   SHARED(shared);
   TokenTerms* terms = reinterpret_cast<TokenTerms*>(shared);
-  const int tiles = int(ceil_div(p.head.V, kKeptColumns));
-  const int b = blockIdx.x / tiles, v = blockIdx.x % tiles * kKeptColumns + 4 * threadIdx.x;
+  constexpr int kWords = Words::kWords;
+  const int blocks = int(ceil_div(p.head.V, kWords * kKeptThreads));
+  // Of all threads of a response. Those past the vocabulary read its first words, and store nothing.
+  const int b = blockIdx.x / blocks, thread = blockIdx.x % blocks * kKeptThreads + threadIdx.x;
+  const int reads = thread / 4 * 4 * kWords < p.head.V ? thread : 0;
   const int start = p.cu_seqlens[b] > p.first ? p.cu_seqlens[b] : p.first;
   const int end = p.cu_seqlens[b + 1] < p.last ? p.cu_seqlens[b + 1] : p.last;
   if (start >= end) return;
 
   const Options options(p.head);
-  float* to = p.R + int64_t(b) * p.head.V + v;
-  // Threads past the vocabulary read its first columns, and store nothing.
-  const int64_t column = v < p.head.V ? v : 0;
-  float r[4] = {};
-  UNROLL for (int i = 0; i < 4; ++i) {
-    if (v + i < p.head.V) r[i] = to[i];
+  float* R = p.R + int64_t(b) * p.head.V;
+  float r[kWords] = {};
+  UNROLL for (int i = 0; i < kWords; ++i) {
+    const int v = Words::word(thread, i);
+    if (v < p.head.V) r[i] = R[v];
   }
   for (int n0 = start; n0 < end; n0 += kKeptTokens) {
     const int count = end - n0 < kKeptTokens ? end - n0 : kKeptTokens;
@@ -206,20 +257,21 @@ __global__ void __launch_bounds__(kKeptThreads) add_kept_kernel(const __grid_con
       terms[threadIdx.x] = {p.terms.shift[t], p.terms.weight[t], p.terms.target[t], int(p.targets[n0 + threadIdx.x])};
     }
     __syncthreads();
-    const float* logits = p.kept.logits + row * p.kept.stride + column;
+    const uint8_t* rows = static_cast<const uint8_t*>(p.kept.rows) + row * p.kept.stride;
     for (int t = 0; t < count; t += kAhead) {
-      float4 z[kAhead];
+      Words words[kAhead];
       UNROLL for (int i = 0; i < kAhead; ++i) {
         const int at = t + i < count ? t + i : count - 1;
-        z[i] = load_once(reinterpret_cast<const float4*>(logits + at * p.kept.stride));
+        words[i] = Words::read(p, rows + at * p.kept.stride, reads);
       }
       UNROLL for (int i = 0; i < kAhead; ++i) {
-        if (t + i < count) add_token<SOFTCAP>(z[i], terms[t + i], v, options, r);
+        if (t + i < count) add_token(words[i], terms[t + i], thread, options, r);
       }
     }
   }
-  UNROLL for (int i = 0; i < 4; ++i) {
-    if (v + i < p.head.V) to[i] = r[i];
+  UNROLL for (int i = 0; i < kWords; ++i) {
+    const int v = Words::word(thread, i);
+    if (v < p.head.V) R[v] = r[i];
   }
 }
 
@@ -288,13 +340,18 @@ int responses(const Responses& responses, const float* a, const float* S, const 
 int add_kept(const Head& head, const Kept& kept, const int64_t* targets, const Responses& responses, const Terms& terms,
              int first, int last, float* R, Stream stream) {
   const KeptArguments p{head, kept, targets, responses.cu_seqlens, terms, first, last, R};
-  const Launch at{responses.B * ceil_div(head.V, kKeptColumns), kKeptThreads, kKeptTokens * int(sizeof(TokenTerms))};
-  return choose(head.softcap, [&](auto softcap) { return launch(at, stream, add_kept_kernel<softcap>, p); });
+  const auto launch_for = [&](auto words) {
+    using Words = decltype(words);
+    const int64_t blocks = responses.B * ceil_div(head.V, Words::kWords * kKeptThreads);
+    return launch({blocks, kKeptThreads, kKeptTokens * int(sizeof(TokenTerms))}, stream, add_kept_kernel<Words>, p);
+  };
+  if (kept.roots_of) return launch_for(KeptRoots{});
+  return choose(head.softcap, [&](auto softcap) { return launch_for(KeptLogits<softcap>{}); });
 }
 
 int add_targets(const int64_t* targets, const Responses& responses, const Terms& terms, const int* flags, int V,
                 float* R, Stream stream) {
-  const Launch at{int64_t(responses.B) * kBlocksPerResponse, kTargetThreads, kTargetThreads * int(sizeof(TargetTerm))};
+  const Launch at{responses.B * kBlocksPerResponse, kTargetThreads, kTargetThreads * int(sizeof(TargetTerm))};
   return launch(at, stream, add_targets_kernel, targets, responses.cu_seqlens, terms.target, terms.S, flags, V, R);
 }
 

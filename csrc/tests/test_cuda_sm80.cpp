@@ -113,9 +113,10 @@ void check_gradients(Problem& p, const std::string& what) {
 
 void test_head(const Case& c, const std::string& what) {
   Problem p(c);
-  const int64_t stride = sm80::kept_columns(c.V);
-  Floats logits(p.N * stride, NAN);
-  const Found two = in_two_passes(p, {logits.data(), stride}), one = in_one_pass(p);
+  const int64_t stride = sm80::kept_bytes(p.head());
+  Floats logits(p.N * stride / 4, NAN);
+  const Kept kept{logits.data(), stride, sm80::kept_roots(p.head())};
+  const Found two = in_two_passes(p, kept), one = in_one_pass(p);
   check_tokens(p, two.results, what + ", two passes");
   check_rows(p, two.R, p.R, c.V, what + ": R of two passes");
   check_tokens(p, one.results, what + ", one pass");
@@ -123,8 +124,7 @@ void test_head(const Case& c, const std::string& what) {
   for (int b = 0; b < p.B && c.dtype != Dtype::fp32; ++b) expect(one.flags[b] == 0, what + ": flag", b, 0);
 
   Floats R(size_t(p.B) * c.V, 0.f);
-  add_kept(p.head(), {logits.data(), stride}, p.targets.data(), p.responses(), two.terms.terms, 0, p.N, R.data(),
-           nullptr);
+  add_kept(p.head(), kept, p.targets.data(), p.responses(), two.terms.terms, 0, p.N, R.data(), nullptr);
   check_rows(p, R, p.R, c.V, what + ": R from kept logits");
   check_gradients(p, what);
 }

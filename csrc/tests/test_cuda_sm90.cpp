@@ -9,24 +9,60 @@ namespace {
 using Floats = std::vector<float>;
 constexpr double kBound = 1e-5;
 
+// Memory for `Kept` of so many tokens, NaN where nobody writes.
+struct OwnKept {
+  int64_t stride;
+  int roots_of;
+  Floats rows;
+
+  OwnKept(const Head& head, int N)
+      : stride(sm90::kept_bytes(head)), roots_of(sm90::kept_roots(head)), rows(N * stride / 4, NAN) {}
+  operator Kept() { return {rows.data(), stride, roots_of}; }
+  const float* row(int n) const { return &rows[n * stride / 4]; }
+};
+
 struct Forward {
-  Floats results, kept, R;
+  Floats results, R;
+  OwnKept kept;
   OwnTerms terms;
 
   explicit Forward(Problem& p, bool keep = true)
-      : results(3 * size_t(p.N), NAN), R(size_t(p.B) * p.c.V, NAN), terms(p.N) {
+      : results(3 * size_t(p.N), NAN), R(size_t(p.B) * p.c.V, NAN), kept(p.head(), keep ? p.N : 0), terms(p.N) {
     const Partials partials{nullptr, sm90::splits(p.c.V)};
     Floats planes(4 * size_t(partials.splits) * p.N, NAN);
-    const int64_t stride = sm90::kept_columns(p.c.V);
-    kept.assign(keep ? p.N * stride : 0, NAN);
-    sm90::statistics(p.head(), p.tokens(), {planes.data(), partials.splits}, {keep ? kept.data() : nullptr, stride},
-                     nullptr);
+    sm90::statistics(p.head(), p.tokens(), {planes.data(), partials.splits}, keep ? Kept(kept) : Kept{}, nullptr);
     merge(p.head(), {planes.data(), partials.splits}, p.N, nullptr, p.a.data(), results.data(), p.N, terms.terms,
           nullptr);
     std::vector<int> packing(packing_bytes(p.N, p.B) / sizeof(int));
     sm90::residuals(p.head(), p.tokens(), p.responses(), terms.terms, nullptr, packing.data(), R.data(), nullptr);
   }
 };
+
+// What is kept of a token: raw logits, or roots with a reference for each tile.
+void check_kept(Problem& p, const OwnKept& kept, int n, const std::string& at) {
+  const int V = p.c.V, of = kept.roots_of;
+  const double* z = &p.z[size_t(n) * V];
+  if (of == 0) {
+    for (int v = 0; v < V; ++v) expect_below(std::fabs(kept.row(n)[v] - z[v]), 1e-5 * (1 + std::fabs(z[v])), at);
+    return;
+  }
+  const auto* roots = reinterpret_cast<const uint16_t*>(kept.row(n));
+  const auto* references = reinterpret_cast<const float*>(roots + ceil_div(V, of) * of);
+  for (int first = 0; first < V; first += of) {
+    double largest = kNoMaximum;
+    const auto t = [&](int v) { return p.head().scale * z[v] / std::log(2.0); };
+    for (int v = first; v < std::min(V, first + of); ++v) {
+      if (v != p.targets[n]) largest = std::max(largest, t(v));
+    }
+    const double reference = references[first / of];
+    expect_below(std::fabs(reference - largest), 1e-5 * (1 + std::fabs(largest)), at + ": reference");
+    for (int v = first; v < std::min(V, first + of); ++v) {
+      const int within = v % 32, place = v / 32 * 32 + within % 8 / 2 * 8 + within / 8 * 2 + within % 2;
+      const double root = v == p.targets[n] ? 0 : std::exp2(0.5 * (t(v) - reference));
+      expect_below(std::fabs(roots[place] / 65535. - root), 0.51 / 65535 + 1e-5 * root, at + ": root");
+    }
+  }
+}
 
 void check(Problem& p, const Forward& f, const std::string& what) {
   for (int n = 0; n < p.N; ++n) {
@@ -35,10 +71,7 @@ void check(Problem& p, const Forward& f, const std::string& what) {
                  at + ": log p");
     expect_below(std::fabs(f.results[p.N + n] - p.entropy[n]), kBound, at + ": entropy");
     expect_below(std::fabs(f.results[2 * p.N + n] - p.lse[n]), kBound, at + ": lse");
-    for (int v = 0; v < p.c.V && !f.kept.empty(); ++v) {
-      const double z = p.z[size_t(n) * p.c.V + v];
-      expect_below(std::fabs(f.kept[n * sm90::kept_columns(p.c.V) + v] - z), 1e-5 * (1 + std::fabs(z)), at + ": kept");
-    }
+    if (!f.kept.rows.empty()) check_kept(p, f.kept, n, at + ": kept");
   }
   for (int b = 0; b < p.B; ++b) {
     expect_below(relative_error(&f.R[size_t(b) * p.c.V], &p.R[size_t(b) * p.c.V], p.c.V), kBound,
@@ -80,28 +113,26 @@ void test_gradients(Problem& p, const std::string& what) {
   }
 }
 
-// Tokens in chunks, whose logits are kept: no other bits of log p, and R from the logits.
+// Tokens in chunks: no other bits of log p, and R from what is kept.
 void test_kept(Problem& p, const Forward& expected, int chunk, const std::string& what) {
   Floats R(expected.R.size(), 0.f);
   OwnTerms terms(p.N);
-  const int64_t stride = sm90::kept_columns(p.c.V);
-  Floats kept(chunk * stride, NAN);
+  OwnKept kept(p.head(), chunk);
   const int splits = sm90::splits(p.c.V);
   Floats planes(4 * size_t(splits) * chunk, NAN), results(3 * size_t(p.N), NAN);
   for (int first = 0; first < p.N; first += chunk) {
     const int last = std::min(first + chunk, p.N);
     const Tokens tokens{p.hidden.data() + first * p.stride * p.hidden.size(), p.targets.data() + first, p.stride,
                         last - first};
-    sm90::statistics(p.head(), tokens, {planes.data(), splits}, {kept.data(), stride}, nullptr);
+    sm90::statistics(p.head(), tokens, {planes.data(), splits}, kept, nullptr);
     merge(p.head(), {planes.data(), splits}, tokens.N, nullptr, p.a.data() + first, results.data() + first, p.N,
           terms.from(first), nullptr);
-    add_kept(p.head(), {kept.data(), stride}, p.targets.data(), p.responses(), terms.from(first), first, last, R.data(),
-             nullptr);
+    add_kept(p.head(), kept, p.targets.data(), p.responses(), terms.from(first), first, last, R.data(), nullptr);
   }
   expect(results == expected.results, what + ": chunks change bits", 1, 0);
   for (int b = 0; b < p.B; ++b) {
     expect_below(relative_error(&R[size_t(b) * p.c.V], &p.R[size_t(b) * p.c.V], p.c.V), kBound,
-                 what + ", R of response " + std::to_string(b) + " from kept logits");
+                 what + ", R of response " + std::to_string(b) + " from what was kept");
   }
 }
 
@@ -129,8 +160,9 @@ void test_given_lse(Problem& p, const std::string& what) {
 
 void test_case(const Case& c, const std::string& what) {
   Problem p(c);
-  const Forward once(p), again(p, false);
+  const Forward once(p), again(p);
   check(p, once, what);
+  check(p, Forward(p, false), what + ", nothing kept");
   expect(once.results == again.results && once.R == again.R, what + ": twice, other bits", 1, 0);
   test_kept(p, once, 96, what);
   test_gradients(p, what);

@@ -79,7 +79,7 @@ Floats partial_sums(Problem& p, int columns, const float* lse) {
 Floats add_kept_in(Problem& p, Floats& kept, int64_t stride, const OwnTerms& terms, int chunk) {
   Floats R(size_t(p.B) * p.c.V, 0.f);
   for (int first = 0; first < p.N; first += chunk) {
-    const Kept of_chunk{kept.data() + first * stride, stride};
+    const Kept of_chunk{kept.data() + first * stride, 4 * stride, 0};
     add_kept(p.head(), of_chunk, p.targets.data(), p.responses(), terms.from(first), first,
              std::min(first + chunk, p.N), R.data(), nullptr);
   }

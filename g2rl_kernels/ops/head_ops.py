@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from g2rl_kernels.checks import check_offsets, check_targets, values_readable
+from g2rl_kernels.checks import ValueChecks
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.distributed import all_reduce, local_targets
 from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
@@ -27,14 +27,6 @@ def _fake_features(hidden: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tor
     return hidden.new_empty((B, hidden.shape[1]), dtype=_result_dtype(hidden))
 
 
-def _check_responses(cu_seqlens: torch.Tensor, token_weights: torch.Tensor | None, N: int) -> None:
-    check_offsets("cu_seqlens", cu_seqlens, N, "N")
-    if token_weights is not None and token_weights.numel() and values_readable(token_weights):
-        lowest = float(token_weights.min())
-        if not lowest >= 0:
-            raise ValueError(f"token_weights: expected values >= 0, found {lowest}")
-
-
 @torch.library.custom_op("g2rl::token_logprobs", mutates_args=())
 def token_logprobs(
     hidden: torch.Tensor,
@@ -46,10 +38,12 @@ def token_logprobs(
     softcap: float,
     workspace_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_targets(targets, weight.shape[0])
+    checks = ValueChecks()
+    targets = checks.targets(targets, weight.shape[0])
     head = Head(weight, bias, temperature, logit_scale, softcap)
     run = resolve("token_logprobs", hidden.device, hidden.dtype, head)
-    return tuple(run(hidden, head, targets, workspace_bytes))
+    with checks:
+        return tuple(run(hidden, head, targets, workspace_bytes))
 
 
 @token_logprobs.register_fake
@@ -71,11 +65,15 @@ def sequence_features(
     softcap: float,
     workspace_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_targets(targets, weight.shape[0])
-    _check_responses(cu_seqlens, token_weights, hidden.shape[0])
+    checks = ValueChecks()
+    targets = checks.targets(targets, weight.shape[0])
+    cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
+    if token_weights is not None:
+        checks.not_negative("token_weights", token_weights)
     head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights, lse)
     run = resolve("sequence_features", hidden.device, hidden.dtype, head)
-    return tuple(run(hidden, head, targets, responses, workspace_bytes))
+    with checks:
+        return tuple(run(hidden, head, targets, responses, workspace_bytes))
 
 
 @sequence_features.register_fake
@@ -99,10 +97,12 @@ def token_sums(
     workspace_bytes: int,
 ) -> torch.Tensor:
     """Sums [4, N] over the words vocab_start to vocab_start + V of vocab_size; only a backend's own can read them."""
-    check_targets(targets, vocab_size)
+    checks = ValueChecks()
+    targets = checks.targets(targets, vocab_size)
     head = Head(weight, bias, temperature, logit_scale, softcap)
     run = resolve("token_sums", hidden.device, hidden.dtype, head)
-    return run(hidden, head, local_targets(targets, vocab_start, weight.shape[0]), workspace_bytes)
+    with checks:
+        return run(hidden, head, local_targets(targets, vocab_start, weight.shape[0]), workspace_bytes)
 
 
 @token_sums.register_fake
@@ -130,13 +130,17 @@ def part_features(
     `targets` count from the part's first word, and are -1 in other parts. There are no features without cu_seqlens.
     `dgrad_group` names the ranks over which the backward pass sums hidden's gradient; "" leaves it a share.
     """
+    checks = ValueChecks()
     if cu_seqlens is None:
         cu_seqlens = targets.new_zeros(1)
     else:
-        _check_responses(cu_seqlens, token_weights, hidden.shape[0])
+        cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
+    if token_weights is not None:
+        checks.not_negative("token_weights", token_weights)
     head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights)
     run = resolve("part_features", hidden.device, hidden.dtype, head)
-    return tuple(run(hidden, head, targets, responses, sums, workspace_bytes))
+    with checks:
+        return tuple(run(hidden, head, targets, responses, sums, workspace_bytes))
 
 
 @part_features.register_fake

@@ -24,13 +24,16 @@ class Kernels(Protocol):
     def log_unit(self) -> float: ...
 
     def statistics(self, hidden: Tensor, head: Head, targets: Tensor, kept: Tensor | None = None) -> Tensor:
-        """partials [4, splits, N] of each token's sums over the vocabulary; `kept` receives raw logits."""
+        """partials [4, splits, N] of each token's sums over the vocabulary; `kept` receives what `add_kept` reads."""
 
     def statistics_bytes(self, hidden: Tensor, head: Head) -> int:
         """Of those partials, for one token."""
 
-    def room_for_logits(self, hidden: Tensor, head: Head, rows: int) -> Tensor:
-        """Memory for `kept` of so many tokens, fp32."""
+    def kept_bytes(self, head: Head) -> int:
+        """Of `kept`, for one token: raw logits in fp32, or less."""
+
+    def room_for_kept(self, hidden: Tensor, head: Head, rows: int) -> Tensor:
+        """Memory for `kept` of so many tokens."""
 
     def merge(
         self, partials: Tensor, head: Head, results: Tensor, a: Tensor | None = None, lse: Tensor | None = None
@@ -77,7 +80,7 @@ class Kernels(Protocol):
         first: int,
         last: int,
     ) -> None:
-        """Add tokens first to last, whose raw logits `kept` holds, to R [B, V]; rows of terms count from `first`."""
+        """Add tokens first to last, of which `kept` tells, to R [B, V]; rows of terms count from `first`."""
 
     def add_targets(self, targets: Tensor, cu_seqlens: Tensor, terms: Tensor, flags: Tensor, R: Tensor) -> None:
         """Add targets' residuals to R [B, V] of responses whose flag is 0."""

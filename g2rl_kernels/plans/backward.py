@@ -12,7 +12,7 @@ from torch import Tensor
 
 from g2rl_kernels.plans import Kernels
 from g2rl_kernels.plans.inputs import addressable, on_device_of, unit_stride
-from g2rl_kernels.products import exact_products, mm
+from g2rl_kernels.products import exact_products, mm, mm_rounded
 from g2rl_kernels.records import Gradients, Head, Needs, TokenLogprobs
 from g2rl_kernels.workspace import workspace_or_default
 
@@ -45,11 +45,13 @@ def logprobs_backward(
     rows_in, even_scale = _rows_in(head, *upstream, saved, scaled)
 
     grad_hidden = torch.zeros(N, d, dtype=torch.float32, device=device) if needs.hidden else None
-    grad_weight = torch.zeros(V, d, dtype=dtype, device=device) if needs.weight else None
+    grad_weight = hidden.new_empty(V, d) if needs.weight else None
     grad_bias = torch.zeros(V, dtype=torch.float32, device=device) if need_bias else None
     rows, columns = _chunks(
         N, V, workspace_or_default(workspace_bytes, device) // ((2 if scaled else 1) * dtype.itemsize)
     )
+    if grad_weight is not None and N == 0:
+        grad_weight.zero_()
     with exact_products(head.weight), on_device_of(hidden):
         for v0 in range(0, V if N else 0, columns):
             strip = range(v0, min(v0 + columns, V))
@@ -72,7 +74,9 @@ def logprobs_backward(
                     part = mm(G, head.weight[of_strip])
                     grad_hidden[at] += part / of_rows[5, :, None] if scaled else part
                 even = G if G_even is None else G_even
-                if grad_weight is not None:
+                if grad_weight is not None and rows >= N and not scaled:
+                    mm_rounded(even.T, h, grad_weight[of_strip])
+                elif grad_weight is not None:
                     part = mm(even.T, h)
                     part = part / scale if scaled else part
                     grad_w = part if grad_w is None else grad_w.add_(part)

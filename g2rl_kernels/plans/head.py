@@ -1,17 +1,17 @@
 """Plans of the head's forward ops: which kernels run, on which tokens and responses, within the workspace.
 
     token_logprobs      statistics -> merge
-    sequence_features   lse given:         residuals_and_statistics -> merge -> residuals where lse was off -> targets
-                        kept logits:       for each chunk of tokens, statistics that keep z -> merge -> add_kept
-                        recomputed logits: statistics -> merge -> residuals
-                        and always:        responses -> project
+    sequence_features   kept exponents:     for each chunk of tokens, statistics that keep z -> merge -> add_kept
+                        lse given:          residuals_and_statistics -> merge -> residuals where lse was off -> targets
+                        recomputed:         statistics -> merge -> residuals
+                        and always:         responses -> project
     token_sums          statistics -> a part's splits joined to one; the caller gathers those of all parts
     part_features       merge of all parts -> residuals -> responses -> project
 
-Kept logits cost 8 bytes of traffic for each token and word, recomputed ones a second product of 2 d operations: the
-first wins for large d if chunks are large enough to fill the chip. Plans differ in rounding alone. Which one runs
-depends on shapes that a response shares with its batch (d, V, workspace), never on N or B: a response's bits are its
-own.
+What is kept costs 4 to 8 bytes of traffic for each token and word, to compute it again a second product of 2 d
+operations: the first wins from small d on if chunks are large enough to fill the chip, even where lse is known, since
+sums for each response make a product slower than writing does. Plans differ in rounding alone. Which one runs depends
+on shapes that a response shares with its batch (d, V, workspace), never on N or B: a response's bits are its own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from g2rl_kernels.plans.inputs import addressable, on_device_of, unit_stride
 from g2rl_kernels.records import Head, Responses, SequenceFeatures, TokenLogprobs
 from g2rl_kernels.workspace import workspace_or_default
 
-# From here on 8 bytes of traffic cost less than 2 d operations: at 3 TB/s and 600 TFLOP/s where d = 800.
-KEEP_FROM_D = 1024
+# From here on 4 bytes of traffic cost less than 2 d operations: at 2.4 TB/s and 600 TFLOP/s where d = 500. Kept takes
+# 1.3 ms at d = 576 (V = 49152, N = 8192), a second product 1.9.
+KEEP_FROM_D = 512
 # Fewer rows of logits than this do not fill a chip with programs.
 KEEP_FROM_ROWS = 256
 _FP32 = 4
@@ -56,10 +57,10 @@ def sequence_features(
         with on_device_of(hidden):
             # Plans that cut tokens may read offsets on the host, which a graph under capture cannot.
             capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
-            if lse is not None and not capturing:
-                plan = _from_lse(batch, cu_seqlens, a, lse.float().contiguous())
-            elif d >= KEEP_FROM_D and batch.kept_rows >= KEEP_FROM_ROWS and not capturing:
+            if d >= KEEP_FROM_D and batch.kept_rows >= KEEP_FROM_ROWS and not capturing:
                 plan = _from_kept(batch, cu_seqlens, a)
+            elif lse is not None and not capturing:
+                plan = _from_lse(batch, cu_seqlens, a, lse.float().contiguous())
             else:
                 plan = _from_recomputed(batch, cu_seqlens, a)
             for first, R, inverse in plan:
@@ -94,8 +95,8 @@ class _Batch:
 
     @property
     def kept_rows(self) -> int:
-        """Tokens whose logits are within the limit; from `_ROWS` on, a multiple of that."""
-        return _multiple(self.limit // (_FP32 * self.head.V))
+        """Tokens for which `kept` is within the limit; from `_ROWS` on, a multiple of that."""
+        return _multiple(self.limit // self.kernels.kept_bytes(self.head))
 
     @property
     def statistics_rows(self) -> int:
@@ -186,7 +187,7 @@ def _from_kept(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:
     N, B = batch.hidden.shape[0], cu_seqlens.shape[0] - 1
     # Offsets on the host, for which it must wait, only where R of all responses does not fit.
     offsets = None if B <= batch.responses else cu_seqlens.tolist()
-    kept = kernels.room_for_logits(batch.hidden, head, min(rows, N))
+    kept = kernels.room_for_kept(batch.hidden, head, min(rows, N))
     for start in range(0, B, batch.responses):
         stop = min(start + batch.responses, B)
         R = batch.empty(stop - start, head.V).zero_()

@@ -50,7 +50,7 @@ class CudaKernels:
             _head(self.module, head),
             _tokens(self.module, hidden, targets),
             self.module.Partials(partials.data_ptr(), splits),
-            self._kept(kept),
+            self._kept(kept, head),
             library.stream_of(hidden),
         )
         return partials
@@ -58,8 +58,11 @@ class CudaKernels:
     def statistics_bytes(self, hidden: Tensor, head: Head) -> int:
         return _FP32 * _PLANES * self.generation.splits(head.V)
 
-    def room_for_logits(self, hidden: Tensor, head: Head, rows: int) -> Tensor:
-        return _floats(hidden, rows, self.generation.kept_columns(head.V))
+    def kept_bytes(self, head: Head) -> int:
+        return self.generation.kept_bytes(_head(self.module, head))
+
+    def room_for_kept(self, hidden: Tensor, head: Head, rows: int) -> Tensor:
+        return torch.empty(rows, self.kept_bytes(head), dtype=torch.uint8, device=hidden.device)
 
     def merge(
         self, partials: Tensor, head: Head, results: Tensor, a: Tensor | None = None, lse: Tensor | None = None
@@ -154,7 +157,7 @@ class CudaKernels:
     ) -> None:
         self.module.add_kept(
             _head(self.module, head),
-            self._kept(kept),
+            self._kept(kept, head),
             targets.data_ptr(),
             self._responses(cu_seqlens),
             self._terms(terms),
@@ -210,8 +213,10 @@ class CudaKernels:
             library.stream_of(hidden),
         )
 
-    def _kept(self, kept: Tensor | None) -> Any:
-        return self.module.Kept(0, 0) if kept is None else self.module.Kept(kept.data_ptr(), kept.stride(0))
+    def _kept(self, kept: Tensor | None, head: Head) -> Any:
+        if kept is None:
+            return self.module.Kept(0, 0, 0)
+        return self.module.Kept(kept.data_ptr(), kept.stride(0), self.generation.kept_roots(_head(self.module, head)))
 
     def _packing(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         size = self.module.packing_bytes(hidden.shape[0], cu_seqlens.shape[0] - 1)

@@ -7,7 +7,7 @@ from g2rl_kernels.backends.triton.projection import project
 from g2rl_kernels.backends.triton.residuals import residuals, residuals_and_statistics
 from g2rl_kernels.backends.triton.residuals import statistics_bytes as residual_statistics_bytes
 from g2rl_kernels.backends.triton.responses import inverse_and_flags, inverse_weights
-from g2rl_kernels.backends.triton.statistics import room_for_logits, statistics, statistics_bytes
+from g2rl_kernels.backends.triton.statistics import kept_bytes, room_for_kept, statistics, statistics_bytes
 from g2rl_kernels.backends.triton.targets import add_targets
 
 log_unit = 1.0
@@ -18,13 +18,14 @@ __all__ = [
     "grad_logits",
     "inverse_and_flags",
     "inverse_weights",
+    "kept_bytes",
     "log_unit",
     "merge",
     "project",
     "residual_statistics_bytes",
     "residuals",
     "residuals_and_statistics",
-    "room_for_logits",
+    "room_for_kept",
     "statistics",
     "statistics_bytes",
 ]

@@ -103,15 +103,19 @@ def _tile(hidden: Tensor, head: Head, keep: bool) -> Tile:
     return configs.tile("statistics", hidden, head.weight, "softcap" if head.softcap > 0 else "kept" if keep else "")
 
 
-def room_for_logits(hidden: Tensor, head: Head, rows: int) -> Tensor:
-    """Memory for `kept`: [rows, V] rounded up to whole tiles, fp32."""
+def kept_bytes(head: Head) -> int:
+    return 4 * head.V
+
+
+def room_for_kept(hidden: Tensor, head: Head, rows: int) -> Tensor:
+    """[rows, V] rounded up to whole tiles, fp32."""
     tile = _tile(hidden, head, True)
     shape = (triton.cdiv(rows, tile.BLOCK_N) * tile.BLOCK_N, triton.cdiv(head.V, tile.BLOCK_V) * tile.BLOCK_V)
     return torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
 
 def statistics(hidden: Tensor, head: Head, targets: Tensor, kept: Tensor | None = None) -> Tensor:
-    """partials [4, splits, N] of tokens hidden [N, d]; `kept` from `room_for_logits` receives raw logits."""
+    """partials [4, splits, N] of tokens hidden [N, d]; `kept` from `room_for_kept` receives raw logits."""
     N, D = hidden.shape
     V = head.V
     tile = _tile(hidden, head, kept is not None)
