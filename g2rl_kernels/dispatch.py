@@ -27,6 +27,8 @@ OPS = (
     "token_logprobs",
     "sequence_features",
     "logprobs_backward",
+    "token_sums",
+    "part_features",
     "group_similarity",
     "exploration_scores",
     "shape_rewards",
@@ -124,6 +126,11 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, head: Head | None
             continue
         return getattr(_load(backend), op)
     raise AssertionError("the torch backend serves every op on every device")
+
+
+def backend_number(run: Callable) -> int:
+    """The place in `BACKENDS` of the backend whose function this is."""
+    return next(i for i, backend in enumerate(BACKENDS) if run.__module__.startswith(backend.module))
 
 
 class use_backend:

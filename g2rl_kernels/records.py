@@ -3,11 +3,18 @@
     token_logprobs(hidden, head, targets, workspace_bytes) -> TokenLogprobs
     sequence_features(hidden, head, targets, responses, workspace_bytes) -> SequenceFeatures
     logprobs_backward(grad_logps, grad_entropy, hidden, head, targets, saved, needs, workspace_bytes) -> Gradients
+    token_sums(hidden, head, targets, workspace_bytes) -> Tensor
+    part_features(hidden, head, targets, responses, sums, workspace_bytes) -> SequenceFeatures
     group_similarity(features, cu_groups, m_max) -> Tensor
     exploration_scores(similarity, rewards, cu_groups, valid) -> Tensor
     shape_rewards(rewards, scores, cu_groups, valid, shaping) -> Tensor
     group_advantages(rewards, cu_groups, normalize) -> Tensor
     g2rl_advantages(features, rewards, cu_groups, m_max, valid, shaping, normalize) -> GroupAdvantages
+
+`token_sums` and `part_features` are for a head that holds a part of the vocabulary; targets in other parts are -1. The
+first gives sums over the part [4, N]: m, S_rest, X_rest and raw z_y (0 in other parts), see `sums`; a backend may
+count them in units of its own. The second takes those of all parts [4, parts, N], and returns the results of the whole
+vocabulary and the part's share of features. With these results `logprobs_backward` gives a share of hidden's gradient.
 
 Ops are registered with flat arguments, which `ops` alone knows. `workspace_bytes` is 0 where the caller set no limit.
 N tokens, d hidden, V vocab, B responses, G groups.

@@ -67,7 +67,7 @@ class Subject:
 
     @classmethod
     def of(cls, backend: str, op: str, dtype: torch.dtype, head: Head | None) -> Subject:
-        if op not in ("token_logprobs", "sequence_features", "logprobs_backward"):
+        if op not in ("token_logprobs", "sequence_features", "logprobs_backward", "token_sums", "part_features"):
             return cls(backend, "float32", "groups")
         work = "head"
         if head is not None:

@@ -20,8 +20,8 @@ SOURCES = {"g2rl_kernels": ROOT / "g2rl_kernels", "g2rl": ROOT / "python" / "g2r
 LAYERS = {
     "g2rl_kernels": (
         ("version", "checks", "products", "records", "workspace"),
-        ("self_check", "plans"),
-        ("distributed", "backends"),
+        ("self_check", "plans", "sums", "distributed"),
+        ("backends",),
         ("dispatch",),
         ("ops",),
         ("__init__", "testing"),

@@ -69,6 +69,23 @@ auto sequence_features(const Tensor& hidden, const py::object& head, const Tenso
   return std::make_tuple(features, s.logps, s.entropy, s.lse);
 }
 
+Tensor token_sums(const Tensor& hidden, const py::object& head, const Tensor& targets) {
+  const Head of_kernels = head_of(head);
+  py::gil_scoped_release release;
+  return g2rl::token_sums(rows(hidden), of_kernels, targets.contiguous());
+}
+
+auto part_features(const Tensor& hidden, const py::object& head, const Tensor& targets, const py::object& responses,
+                   const Tensor& sums) {
+  const Head of_kernels = head_of(head);
+  const Responses r = responses_of(responses);
+  py::gil_scoped_release release;
+  const auto [features, s] =
+      g2rl::part_features(rows(hidden), of_kernels, targets.contiguous(), r.cu_seqlens.to(at::kLong).contiguous(),
+                          floats(r.token_weights), sums.contiguous());
+  return std::make_tuple(features, s.logps, s.entropy, s.lse);
+}
+
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> logprobs_backward(
     const Tensor& grad_logps, const Tensor& grad_entropy, const Tensor& hidden, const py::object& head,
     const Tensor& targets, const std::tuple<Tensor, Tensor, Tensor>& saved, const std::tuple<bool, bool, bool>& needs,
@@ -99,6 +116,8 @@ auto g2rl_advantages(const Tensor& features, const Tensor& rewards, const Tensor
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("token_logprobs", &token_logprobs);
   m.def("sequence_features", &sequence_features);
+  m.def("token_sums", &token_sums);
+  m.def("part_features", &part_features);
   m.def("logprobs_backward", &logprobs_backward);
   m.def("g2rl_advantages", &g2rl_advantages);
   m.def("instruction_set", [] { return std::string(g2rl::isa_name(g2rl::isa())); });

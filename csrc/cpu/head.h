@@ -38,7 +38,20 @@ std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, c
                                                      const std::optional<at::Tensor>& token_weights,
                                                      const std::optional<at::Tensor>& lse, int64_t workspace_bytes);
 
-// Gradients of sum(grad_logps * logps + grad_entropy * entropy); a tensor that is not needed is undefined.
+// Where the head holds a part of the vocabulary, targets in other parts are -1.
+//
+// Sums over the part, [4, N] fp32: a reference m, sums of exp(u - m) and of exp(u - m) (u - m) without the target, and
+// the target's W h + b, 0 in other parts.
+at::Tensor token_sums(const at::Tensor& hidden, const Head& head, const at::Tensor& targets);
+
+// From the sums of all parts, [4, parts, N]: the tokens' results, and this part's share of the features.
+std::tuple<at::Tensor, TokenStats> part_features(const at::Tensor& hidden, const Head& head, const at::Tensor& targets,
+                                                 const at::Tensor& cu_seqlens,
+                                                 const std::optional<at::Tensor>& token_weights,
+                                                 const at::Tensor& sums);
+
+// Gradients of sum(grad_logps * logps + grad_entropy * entropy); a tensor that is not needed is undefined. With the
+// results of all parts, a part's own gradients, and its share of hidden's.
 struct Needs {
   bool hidden, weight, bias;
 };

@@ -53,14 +53,15 @@ void finish_features(const HeadProblem& p, const Responses& r, const std::vector
         const float* part = slabs.row(s, b - r.first);
         for (int64_t i = 0; i < p.d; ++i) total[i] += part[i];
       }
-      // Without a cap a row of R sums to zero, and what all rows of W share, large in real models, cancels: the
-      // targets' entries are made to balance the others to the last digit, whatever rounding or a believed lse did to
-      // those.
+      // Without a cap a row of the whole R sums to zero, and what all rows of W share, large in real models, cancels:
+      // the targets' entries are made to balance the others to the last digit, whatever rounding or a believed lse did
+      // to those.
       double rest = 0, others = 0, balance = 1;
       for (int64_t t = r.cu[b]; t < r.cu[b + 1]; ++t) rest += r.weight[t] * tokens[t].rest;
       for (int64_t s = 0; s < p.cut.slabs; ++s) others -= slabs.total(s, b - r.first);
-      if (p.cap <= 0 && std::abs(others / rest - 1) < kImbalance) balance = others / rest;
+      if (p.whole && p.cap <= 0 && std::abs(others / rest - 1) < kImbalance) balance = others / rest;
       for (int64_t t = r.cu[b]; t < r.cu[b + 1]; ++t) {
+        if (p.targets[t] < 0) continue;
         const double a = balance * r.weight[t] * tokens[t].rest * tokens[t].slope;
         rowwise().widen(p.weight.row(p.targets[t]), p.format.dtype, p.d, row.data());
         for (int64_t i = 0; i < p.d; ++i) total[i] += a * row[i];

@@ -32,12 +32,15 @@ Tile rows_of(const Tile& t, int64_t begin, int64_t end) {
   return {t.acc + begin * t.ld, t.ld, static_cast<int>(end - begin), t.cols, t.width};
 }
 
-// Log-probabilities and the rest for all tokens. `scales`, if not null, is what the features of the same tokens will be
-// rounded by.
-void statistics_pass(const HeadProblem& p, const RowPanels& rows, const TokenStats& stats, Token* tokens,
-                     const TileScales* scales) {
-  const Partials partials(p.cut.slabs, 0, p.N);
-  std::vector<float> target_acc(p.N, 0.0f);
+// What a pass over the vocabulary finds of each token.
+struct Collected {
+  Partials partials;
+  std::vector<float> target_acc;
+};
+
+// The sums of all tokens. `scales`, if not null, is what the features of the same tokens will be rounded by.
+Collected statistics_pass(const HeadProblem& p, const RowPanels& rows, const TileScales* scales) {
+  Collected found{Partials(p.cut.slabs, 0, p.N), std::vector<float>(p.N, 0.0f)};
   struct State {
     LogitTile logits;
     RunningSums sums;
@@ -45,16 +48,18 @@ void statistics_pass(const HeadProblem& p, const RowPanels& rows, const TokenSta
   for_tasks(
       p.cut.slabs, [&] { return State{LogitTile(p), RunningSums(p.N)}; },
       [&](State& s, int64_t slab) {
-        slab_statistics(p, rows, slab, s.logits, s.sums, partials, target_acc.data(), scales, KeepNothing{});
+        slab_statistics(p, rows, slab, s.logits, s.sums, found.partials, found.target_acc.data(), scales,
+                        KeepNothing{});
       });
-  merge_slabs(p, partials, target_acc, 0, p.N, stats, tokens);
+  return found;
 }
 
-// The sums a feature pass collects when the lse it uses is only believed.
-struct Collected {
-  Partials partials;
-  std::vector<float> target_acc;
-};
+// Log-probabilities and the rest for all tokens.
+void whole_statistics(const HeadProblem& p, const RowPanels& rows, const TokenStats& stats, Token* tokens,
+                      const TileScales* scales) {
+  const Collected found = statistics_pass(p, rows, scales);
+  merge_slabs(p, found.partials, found.target_acc, 0, p.N, stats, tokens);
+}
 
 // One pass over the vocabulary for the responses in r: every slab's part of their features. With `scales` the
 // exponentials are rounded as the plan that keeps them would round them; with `collect` the statistics of the tokens
@@ -175,7 +180,7 @@ TokenStats token_logprobs(const at::Tensor& hidden, const Head& head, const at::
   const TokenStats stats = empty_stats(p.N);
   if (p.N == 0) return stats;
   const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
-  statistics_pass(p, rows, stats, nullptr, nullptr);
+  whole_statistics(p, rows, stats, nullptr, nullptr);
   return stats;
 }
 
@@ -210,8 +215,44 @@ std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, c
   std::optional<TileScales> scales;
   if (p.cap <= 0) scales.emplace(p.cut.tiles, p.N);
   const TileScales* rounding = scales ? &*scales : nullptr;
-  statistics_pass(p, rows, stats, tokens.data(), rounding);
+  whole_statistics(p, rows, stats, tokens.data(), rounding);
   each_group([&](const Responses& r) { return exact_features(p, rows, r, tokens, rounding, out), true; });
+  return {features, stats};
+}
+
+at::Tensor token_sums(const at::Tensor& hidden, const Head& head, const at::Tensor& targets) {
+  const HeadProblem p(hidden, head, targets, /*whole=*/false);
+  const at::Tensor out = at::empty({4, p.N}, at::kFloat);
+  if (p.N == 0) return out;
+  const Collected found = statistics_pass(p, RowPanels(p.hidden, p.format, p.depth, 0, p.N), nullptr);
+  float* of_tokens = out.mutable_data_ptr<float>();
+  for (int64_t t = 0; t < p.N; ++t) {
+    const Sums sums = slab_sums(p, found.partials, t);
+    const int64_t y = p.targets[t];
+    const double row[4] = {sums.m, sums.S, sums.X, y < 0 ? 0.0 : p.raw(found.target_acc[t], y)};
+    for (int64_t i = 0; i < 4; ++i) of_tokens[i * p.N + t] = static_cast<float>(row[i]);
+  }
+  return out;
+}
+
+std::tuple<at::Tensor, TokenStats> part_features(const at::Tensor& hidden, const Head& head, const at::Tensor& targets,
+                                                 const at::Tensor& cu_seqlens,
+                                                 const std::optional<at::Tensor>& token_weights,
+                                                 const at::Tensor& sums) {
+  const HeadProblem p(hidden, head, targets, /*whole=*/false);
+  const int64_t B = cu_seqlens.size(0) - 1;
+  const int64_t* cu = cu_seqlens.const_data_ptr<int64_t>();
+  const TokenStats stats = empty_stats(p.N);
+  const at::Tensor features = at::zeros({B, p.d}, at::kFloat);
+  std::vector<Token> tokens(p.N);
+  merge_parts(p, sums, stats, tokens.data());
+  if (p.N == 0 || B == 0) return {features, stats};
+  const std::vector<double> weight =
+      normalised_weights(cu, B, p.N, token_weights ? token_weights->const_data_ptr<float>() : nullptr);
+  const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
+  for_groups(cu, B, weight.data(), kResponses, [&](const Responses& r) {
+    return exact_features(p, rows, r, tokens, nullptr, features.mutable_data_ptr<float>()), true;
+  });
   return {features, stats};
 }
 

@@ -31,11 +31,32 @@ Merged merge_target(double m, double S_rest, double X_rest, double u_y) {
   return out;
 }
 
-void write(const TokenStats& stats, int64_t t, const Merged& m) {
+// `part(i)` gives the sums of each.
+template <typename F>
+Sums join(int64_t parts, const F& part) {
+  Sums all{-INFINITY, 0, 0};
+  for (int64_t i = 0; i < parts; ++i) all.m = std::max(all.m, part(i).m);
+  for (int64_t i = 0; i < parts; ++i) {
+    const auto [m, S, X] = part(i);
+    const double lag = m - all.m;
+    if (lag < -200) continue;
+    const double w = std::exp(lag);
+    all.S += w * S;
+    all.X += w * (X + lag * S);
+  }
+  return all;
+}
+
+// Results of token t, `raw` being its target's W h + b.
+void write(const HeadProblem& p, int64_t t, const Sums& sums, double raw, const TokenStats& stats, Token* tokens) {
+  const Merged m = merge_target(sums.m, sums.S, sums.X, p.logit(raw));
   stats.logps.mutable_data_ptr<float>()[t] = static_cast<float>(m.logp);
   stats.entropy.mutable_data_ptr<float>()[t] = static_cast<float>(m.entropy);
   stats.lse.mutable_data_ptr<float>()[t] = static_cast<float>(m.lse);
+  if (tokens) tokens[t] = {m.lse, m.rest, p.cap_slope(raw)};
 }
+
+constexpr int64_t kTokensOfTask = 512;
 
 }  // namespace
 
@@ -50,23 +71,32 @@ TokenStats empty_stats(int64_t N) {
   return {at::empty({N}, at::kFloat), at::empty({N}, at::kFloat), at::empty({N}, at::kFloat)};
 }
 
+Sums slab_sums(const HeadProblem& p, const Partials& partials, int64_t t) {
+  return join(p.cut.slabs, [&](int64_t slab) {
+    return Sums{*partials.ref(slab, t), *partials.sum(slab, t), *partials.sum_x(slab, t)};
+  });
+}
+
 void merge_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, int64_t begin,
                  int64_t end, const TokenStats& stats, Token* tokens) {
-  at::parallel_for(begin, end, 512, [&](int64_t t0, int64_t t1) {
+  at::parallel_for(begin, end, kTokensOfTask, [&](int64_t t0, int64_t t1) {
+    for (int64_t t = t0; t < t1; ++t)
+      write(p, t, slab_sums(p, partials, t), p.raw(target_acc[t], p.targets[t]), stats, tokens);
+  });
+}
+
+void merge_parts(const HeadProblem& p, const at::Tensor& sums, const TokenStats& stats, Token* tokens) {
+  const int64_t parts = sums.size(1), plane = parts * p.N;
+  at::parallel_for(0, p.N, kTokensOfTask, [&](int64_t t0, int64_t t1) {
     for (int64_t t = t0; t < t1; ++t) {
-      double m = -INFINITY, s = 0, x = 0;
-      for (int64_t slab = 0; slab < p.cut.slabs; ++slab) m = std::max<double>(m, *partials.ref(slab, t));
-      for (int64_t slab = 0; slab < p.cut.slabs; ++slab) {
-        const double lag = *partials.ref(slab, t) - m;
-        if (lag < -200) continue;
-        const double w = std::exp(lag), sum = *partials.sum(slab, t);
-        s += w * sum;
-        x += w * (*partials.sum_x(slab, t) + lag * sum);
-      }
-      const int64_t y = p.targets[t];
-      const Merged merged = merge_target(m, s, x, p.logit(target_acc[t], y));
-      write(stats, t, merged);
-      if (tokens) tokens[t] = {merged.lse, merged.rest, p.cap_slope(target_acc[t], y)};
+      const float* of_token = sums.const_data_ptr<float>() + t;
+      const auto part = [&](int64_t i) {
+        const float* at = of_token + i * p.N;
+        return Sums{at[0], at[plane], at[2 * plane]};
+      };
+      double raw = 0;
+      for (int64_t i = 0; i < parts; ++i) raw += of_token[3 * plane + i * p.N];
+      write(p, t, join(parts, part), raw, stats, tokens);
     }
   });
 }

@@ -20,8 +20,9 @@ VocabCut cut_vocabulary(int64_t V, const Depth& depth, const Format& format) {
 
 }  // namespace
 
-HeadProblem::HeadProblem(const at::Tensor& hidden_, const Head& head, const at::Tensor& targets_)
-    : N(hidden_.size(0)),
+HeadProblem::HeadProblem(const at::Tensor& hidden_, const Head& head, const at::Tensor& targets_, bool whole_)
+    : whole(whole_),
+      N(hidden_.size(0)),
       d(hidden_.size(1)),
       V(head.weight.size(0)),
       format(choose_format(hidden_.scalar_type())),
@@ -53,14 +54,14 @@ HeadProblem::HeadProblem(const at::Tensor& hidden_, const Head& head, const at::
   }
 }
 
-double HeadProblem::logit(double acc, int64_t v) const {
-  const double z = scale * (acc + (raw_bias.empty() ? 0.0 : raw_bias[v]));
+double HeadProblem::logit(double raw) const {
+  const double z = scale * raw;
   return (cap > 0 ? cap * std::tanh(z / cap) : z) / temperature;
 }
 
-double HeadProblem::cap_slope(double acc, int64_t v) const {
+double HeadProblem::cap_slope(double raw) const {
   if (cap <= 0) return 1.0;
-  const double c = std::cosh(scale * (acc + raw_bias[v]) / cap);
+  const double c = std::cosh(scale * raw / cap);
   return 1.0 / (c * c);
 }
 

@@ -20,8 +20,9 @@ struct VocabCut {
 
 // One call's head and tokens.
 struct HeadProblem {
-  HeadProblem(const at::Tensor& hidden, const Head& head, const at::Tensor& targets);
+  HeadProblem(const at::Tensor& hidden, const Head& head, const at::Tensor& targets, bool whole = true);
 
+  bool whole;  // the vocabulary; a part of it lacks targets, which are -1 then
   int64_t N, d, V;
   Format format;
   Depth depth;
@@ -35,9 +36,10 @@ struct HeadProblem {
   std::vector<double> raw_bias;
 
   int64_t padded_d() const { return depth.units * format.per_unit(); }
-  // u of a raw product, and d z / d raw product without the scale.
-  double logit(double acc, int64_t v) const;
-  double cap_slope(double acc, int64_t v) const;
+  // W h + b of a raw product; from that u, and d z / d raw product without the scale.
+  double raw(double acc, int64_t v) const { return acc + (raw_bias.empty() ? 0.0 : raw_bias[v]); }
+  double logit(double raw) const;
+  double cap_slope(double raw) const;
 };
 
 // A thread's panel of weights and the tiles of logits computed from it. Two take turns: while one is multiplied, the

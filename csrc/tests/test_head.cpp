@@ -58,6 +58,30 @@ Row row_by_definition(const double* h, const double* w, const double* b, int64_t
   return out;
 }
 
+// Two parts of the vocabulary, the first of a single word, add up to the results of the whole.
+void check_parts(const g2rl::Head& head, const at::Tensor& hidden, const at::Tensor& targets, const at::Tensor& cu,
+                 const at::Tensor& weights, const at::Tensor& features, const g2rl::TokenStats& stats) {
+  std::vector<g2rl::Head> parts(2, head);
+  std::vector<at::Tensor> local, sums;
+  for (int64_t i = 0; i < 2; ++i) {
+    const int64_t first = i, last = i == 0 ? 1 : head.weight.size(0);
+    parts[i].weight = head.weight.slice(0, first, last);
+    if (head.bias) parts[i].bias = head.bias->slice(0, first, last);
+    const at::Tensor y = targets - first;
+    local.push_back(at::where((y >= 0).logical_and(y < last - first), y, -1));
+    sums.push_back(g2rl::token_sums(hidden, parts[i], local[i]));
+  }
+  at::Tensor total = at::zeros_like(features);
+  for (int64_t i = 0; i < 2; ++i) {
+    const auto [share, of_parts] = g2rl::part_features(hidden, parts[i], local[i], cu, weights, at::stack(sums, 1));
+    total += share;
+    const double error = (of_parts.logps - stats.logps).abs().max().item<double>();
+    expect(error <= 1e-5, "log p of parts", error, 1e-5);
+  }
+  const double error = (total - features).norm().item<double>(), limit = 1e-5 * features.norm().item<double>();
+  expect(error <= limit, "features of parts", error, limit);
+}
+
 void check(const Case& c) {
   at::manual_seed(c.N + c.d);
   const at::Tensor hidden = at::randn({c.N, c.d}).to(c.dtype), weight = (at::randn({c.V, c.d}) * 0.3).to(c.dtype);
@@ -68,6 +92,7 @@ void check(const Case& c) {
   const g2rl::Head head{weight, c.bias ? std::optional<at::Tensor>(bias) : std::nullopt, c.temperature, c.scale, c.cap};
   const auto [features, stats] = g2rl::sequence_features(hidden, head, targets, cu, weights, std::nullopt, 0);
   const auto [one_pass, again] = g2rl::sequence_features(hidden, head, targets, cu, weights, stats.lse, 0);
+  check_parts(head, hidden, targets, cu, weights, features, stats);
 
   const at::Tensor h = hidden.to(at::kDouble), w = weight.to(at::kDouble), b = bias.to(at::kDouble);
   std::vector<Row> rows;

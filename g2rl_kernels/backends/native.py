@@ -89,6 +89,16 @@ def sequence_features(
     return SequenceFeatures(*_module().sequence_features(hidden, head, targets, responses, workspace_bytes))
 
 
+def token_sums(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> Tensor:
+    return _module().token_sums(hidden, head, targets)
+
+
+def part_features(
+    hidden: Tensor, head: Head, targets: Tensor, responses: Responses, sums: Tensor, workspace_bytes: int
+) -> SequenceFeatures:
+    return SequenceFeatures(*_module().part_features(hidden, head, targets, responses, sums))
+
+
 def logprobs_backward(
     grad_logps: Tensor,
     grad_entropy: Tensor,

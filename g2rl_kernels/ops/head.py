@@ -14,14 +14,17 @@ Neither logits [N, V] nor token gradients [N, d] are kept. MATH.md derives the f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from g2rl_kernels.checks import ValueChecks, check_tensor
-from g2rl_kernels.dispatch import resolve
-from g2rl_kernels.records import Head, Needs, Responses, SequenceFeatures, TokenLogprobs
+from g2rl_kernels import distributed
+from g2rl_kernels.checks import check_tensor, is_dtensor, values_readable
+from g2rl_kernels.dispatch import BACKENDS, backend_number, resolve
+from g2rl_kernels.distributed import Values, VocabularyPart
+from g2rl_kernels.ops import head_ops
+from g2rl_kernels.records import Head, SequenceFeatures, TokenLogprobs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,17 +36,25 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class LMHead:
     """The last layer of a language model and how its logits are used.
 
+    Ranks may each hold a part of the vocabulary (tensor parallel): same tokens on every rank, same results on every
+    rank, and gradients of the rank's own part. Construction is then a collective: ranks compare their parts.
+
     Attributes:
-        weight: [V, d], bf16, fp16, fp32 or fp64.
+        weight: [V, d], bf16, fp16, fp32 or fp64; the rank's part where the vocabulary is split. A DTensor sharded on
+            dimension 0 brings its ranks along.
         bias: [V], weight's dtype or fp32.
         temperature: divides the logits for log-probabilities, entropy and features alike; > 0.
         logit_scale: multiplies W h + b (Cohere, Granite).
         softcap: c in c tanh(z / c), applied before the temperature (Gemma); None for none.
-        process_group: ranks that hold equal shares of the vocabulary. Not implemented for more than one rank.
+        process_group: ranks that hold a part each, of any sizes; None for a whole vocabulary, or a DTensor's.
+        vocab_start: first word of this rank's part; None: parts follow each other in the order of ranks.
+        allreduce_dgrad: sum hidden's gradient over ranks, in its dtype. False leaves this rank's share to a caller that
+            sums it, as Megatron's `sequence_parallel` does by a reduce-scatter.
+        gather_weight: gather a DTensor for each call: its ranks have tokens of their own (FSDP2, outside of its
+            module's forward pass). Its gradient is averaged over ranks, as FSDP2 does.
 
     Raises:
-        TypeError, ValueError: an attribute has another type, shape, device or range.
-        NotImplementedError: `process_group` has more than one rank.
+        TypeError, ValueError: an attribute has another type, shape, device or range, or parts do not join up.
     """
 
     weight: torch.Tensor
@@ -52,25 +63,67 @@ class LMHead:
     logit_scale: float = 1.0
     softcap: float | None = None
     process_group: ProcessGroup | None = None
+    vocab_start: int | None = None
+    allreduce_dgrad: bool = True
+    gather_weight: bool = False
+    part: VocabularyPart | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
-        check_tensor("head.weight", self.weight, ("V", "d"), FLOAT_DTYPES)
-        if self.weight.shape[0] == 0 or self.weight.shape[1] == 0:
-            raise ValueError(f"head.weight: expected V > 0 and d > 0, found shape {list(self.weight.shape)}")
+        weight = distributed.local_part(self.weight)
+        check_tensor("head.weight", weight, ("V", "d"), FLOAT_DTYPES)
+        sizes = list(self.weight.shape if self.gather_weight else weight.shape)
+        if 0 in sizes:
+            raise ValueError(f"head.weight: expected V > 0 and d > 0, found shape {sizes}")
         if self.bias is not None:
-            accepted = (self.weight.dtype, torch.float32)
-            check_tensor("head.bias", self.bias, (self.weight.shape[0],), accepted, self.weight.device)
+            bias = distributed.local_part(self.bias)
+            check_tensor("head.bias", bias, (weight.shape[0],), (weight.dtype, torch.float32), weight.device)
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(f"head.temperature: expected a finite number > 0, found {self.temperature}")
         if self.logit_scale == 0 or not math.isfinite(self.logit_scale):
             raise ValueError(f"head.logit_scale: expected a finite number other than 0, found {self.logit_scale}")
         if self.softcap is not None and not (self.softcap > 0 and math.isfinite(self.softcap)):
             raise ValueError(f"head.softcap: expected None or a finite number > 0, found {self.softcap}")
-        if self.process_group is not None and self.process_group.size() > 1:
-            raise NotImplementedError(
-                f"head.process_group: expected one rank, found {self.process_group.size()}: a vocabulary split over "
-                "ranks is not implemented; gather the weight and pass it whole"
-            )
+        object.__setattr__(self, "part", self._part(weight))
+
+    def _part(self, weight: torch.Tensor) -> VocabularyPart | None:
+        """Which words this rank holds; None for all."""
+        group, sharded = self.process_group, is_dtensor(self.weight)
+        if sharded and group is not None:
+            raise ValueError("head.process_group: expected None beside a DTensor, which has its own, found a group")
+        if self.gather_weight:
+            if not sharded:
+                raise TypeError(f"head.gather_weight: expected a DTensor for weight, found {type(weight).__name__}")
+            return None
+        if sharded:
+            group = distributed.vocabulary_group(self.weight)
+        if group is None:
+            if self.vocab_start is not None:
+                raise ValueError(f"head.vocab_start: expected None without a process_group, found {self.vocab_start}")
+            return None
+        distributed.check_group("head.process_group", group, weight.device)
+        if group.size() == 1:
+            return None
+        alike = {
+            "head.vocab_start: expected on every rank or on none": self.vocab_start is not None,
+            "head.weight: expected the same d on every rank": weight.shape[1],
+            "head.weight: expected dtypes of one size on every rank": weight.dtype.itemsize,
+            "head.bias: expected on every rank or on none": self.bias is not None,
+            "head.temperature: expected the same on every rank": self.temperature,
+            "head.logit_scale: expected the same on every rank": self.logit_scale,
+            "head.softcap: expected the same on every rank": self.softcap or 0.0,
+        }
+        return distributed.join_parts(weight.shape[0], self.vocab_start, alike, group, weight.device)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """weight and bias as kernels take them, differentiable."""
+        plain = distributed.gathered if self.gather_weight else distributed.local_part
+        return plain(self.weight), None if self.bias is None else plain(self.bias)
+
+    @property
+    def options(self) -> tuple[float, float, float]:
+        """temperature, logit_scale and softcap as ops take them."""
+        return float(self.temperature), float(self.logit_scale), float(self.softcap or 0.0)
 
 
 def token_logprobs(
@@ -92,7 +145,7 @@ def token_logprobs(
     Args:
         hidden: [N, d], the head's dtype; what the head multiplies, after the final norm.
         head: an `LMHead`, or its weight [V, d] alone.
-        targets: [N] int64 in [0, V).
+        targets: [N] int64 in [0, V), V the whole vocabulary.
         workspace_bytes: limit for temporary tensors of vocabulary size; more of it can save a second product with the
             weight. Default: 256 MiB; on a GPU a fortieth of its memory if that is more, 2 GiB at most; on a CPU with
             the compiled kernels, 5 % of what fp32 logits would take.
@@ -101,19 +154,14 @@ def token_logprobs(
     Raises:
         TypeError, ValueError, IndexError: an argument has another type, shape, device or range.
     """
-    head = _checked_head(hidden, head, targets, workspace_bytes, check_finite)
-    return TokenLogprobs(
-        *_token_logprobs(
-            hidden,
-            head.weight,
-            head.bias,
-            targets,
-            float(head.temperature),
-            float(head.logit_scale),
-            float(head.softcap or 0.0),
-            workspace_bytes or 0,
-        )
-    )
+    head = _as_head(head)
+    weight, bias = head.tensors
+    _check_tokens(hidden, weight, targets, workspace_bytes, check_finite)
+    if head.part is not None:
+        results = _over_parts(hidden, head, (weight, bias), targets, (None, None), workspace_bytes)[1:]
+    else:
+        results = head_ops.token_logprobs(hidden, weight, bias, targets, *head.options, workspace_bytes or 0)
+    return TokenLogprobs(*results)
 
 
 def sequence_features(
@@ -126,6 +174,7 @@ def sequence_features(
     *,
     workspace_bytes: int | None = None,
     check_finite: bool = False,
+    context_group: ProcessGroup | None = None,
 ) -> SequenceFeatures:
     """The gradient feature Phi of each response (eq. 8), with the log-probabilities and entropy of `token_logprobs`.
 
@@ -142,47 +191,101 @@ def sequence_features(
         token_weights: [N] float >= 0, a_t of eq. 8; None weighs all tokens alike.
         lse: [N] float from the same weights and hidden states (say, of the pass for old log-probabilities); spares
             kernels the search for the row maximum. Values of it only steer rounding: the result is normalised anew.
+            Not used where ranks hold parts of the vocabulary.
+        context_group: ranks that hold some tokens each of the same B responses (context parallel); features are those
+            of whole responses, on every rank. A rank without tokens of a response gives it an empty range.
 
     Features are additive: parts of one response, weighted by their sums of a_t, add up to the whole.
 
     Raises:
-        TypeError, ValueError, IndexError: an argument has another type, shape, device or range.
+        TypeError, ValueError, IndexError: an argument has another type, shape, device or range, or ranks of one group
+            have not the same tokens or responses.
     """
-    head = _checked_head(hidden, head, targets, workspace_bytes, check_finite)
+    head = _as_head(head)
+    weight, bias = head.tensors
+    _check_tokens(hidden, weight, targets, workspace_bytes, check_finite)
     check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32, torch.int64), hidden.device)
     if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens: expected at least the offset 0, found an empty tensor")
     for name, tensor in (("token_weights", token_weights), ("lse", lse)):
         if tensor is not None:
             check_tensor(name, tensor, (hidden.shape[0],), FLOAT_DTYPES, hidden.device)
-    return SequenceFeatures(
-        *_sequence_features(
-            hidden,
-            head.weight,
-            head.bias,
-            targets,
-            cu_seqlens,
-            token_weights,
-            lse,
-            float(head.temperature),
-            float(head.logit_scale),
-            float(head.softcap or 0.0),
-            workspace_bytes or 0,
+    if head.part is not None:
+        found = _over_parts(hidden, head, (weight, bias), targets, (cu_seqlens, token_weights), workspace_bytes)
+    else:
+        found = head_ops.sequence_features(
+            hidden, weight, bias, targets, cu_seqlens, token_weights, lse, *head.options, workspace_bytes or 0
         )
-    )
+    result = SequenceFeatures(*found)
+    if context_group is None:
+        return result
+    return result._replace(features=_over_context(result.features, cu_seqlens, token_weights, context_group))
 
 
-def _checked_head(
+def _over_parts(
     hidden: torch.Tensor,
-    head: LMHead | torch.Tensor,
+    head: LMHead,
+    tensors: tuple[torch.Tensor, torch.Tensor | None],
+    targets: torch.Tensor,
+    responses: tuple[torch.Tensor | None, torch.Tensor | None],
+    workspace_bytes: int | None,
+) -> tuple[torch.Tensor, ...]:
+    """features, logps, entropy and lse where ranks hold parts of the vocabulary: MATH.md, section 10."""
+    part, (weight, bias) = head.part, tensors
+    assert part is not None
+    options = (*head.options, workspace_bytes or 0)
+    if not torch.compiler.is_compiling() and values_readable(targets):
+        run = resolve("token_sums", hidden.device, hidden.dtype, Head(weight, bias, *head.options))
+        _check_same_tokens(part, targets, 0 if responses[0] is None else responses[0].shape[0], backend_number(run))
+    with torch.no_grad():
+        sums = head_ops.token_sums(hidden, weight, bias, targets, part.start, part.vocab_size, *options)
+        sums = distributed.gather_sums(sums, part)
+    local = distributed.local_targets(targets, part.start, weight.shape[0])
+    dgrad_group = part.group if head.allreduce_dgrad else ""
+    features, *results = head_ops.part_features(hidden, weight, bias, local, *responses, sums, dgrad_group, *options)
+    if features.shape[0]:
+        features = distributed.all_reduce(features, part.group)
+    return features, *results
+
+
+def _check_same_tokens(part: VocabularyPart, targets: torch.Tensor, offsets: int, backend: int) -> None:
+    where = "on every rank of the head (gather_weight is for ranks with tokens of their own)"
+    N = targets.shape[0]
+    alike: Values = {
+        f"hidden: expected the same N {where}": N,
+        f"cu_seqlens: expected the same B + 1 {where}": offsets,
+        f"targets: expected the same checksum {where}": (targets * torch.arange(1, N + 1, device=targets.device)).sum(),
+        f"backend: expected the same on every rank, by number of {[b.name for b in BACKENDS]}": backend,
+    }
+    distributed.check_alike(alike, part.ranks, part.group, targets.device)
+
+
+def _over_context(
+    features: torch.Tensor, cu_seqlens: torch.Tensor, token_weights: torch.Tensor | None, group: ProcessGroup
+) -> torch.Tensor:
+    distributed.check_group("context_group", group, features.device)
+    if not torch.compiler.is_compiling() and values_readable(features):
+        alike = {"cu_seqlens: expected the same B + 1 on every rank of context_group": cu_seqlens.shape[0]}
+        distributed.check_alike(alike, group.size(), group.group_name, features.device)
+    if token_weights is None:
+        weights = cu_seqlens.diff().to(features.dtype)
+    else:
+        weights = torch.segment_reduce(token_weights.to(features.dtype), "sum", offsets=cu_seqlens, initial=0)
+    return distributed.sum_features(features, weights, group.group_name)
+
+
+def _as_head(head: LMHead | torch.Tensor) -> LMHead:
+    return head if isinstance(head, LMHead) else LMHead(head)
+
+
+def _check_tokens(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
     targets: torch.Tensor,
     workspace_bytes: int | None,
     check_finite: bool,
-) -> LMHead:
-    """The head as an `LMHead`, after the checks that need no values."""
-    if not isinstance(head, LMHead):
-        head = LMHead(head)
-    weight = head.weight
+) -> None:
+    """The checks that need no values of targets."""
     check_tensor("hidden", hidden, ("N", weight.shape[1]), (weight.dtype,), weight.device)
     check_tensor("targets", targets, (hidden.shape[0],), (torch.int64,), hidden.device)
     if workspace_bytes is not None and workspace_bytes <= 0:
@@ -192,148 +295,3 @@ def _checked_head(
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
             raise ValueError(f"hidden: expected finite values, found NaN or inf in row {row}")
-    return head
-
-
-# Registration. Values are checked inside the ops, so that compiled programs check them too.
-
-
-def _result_dtype(hidden: torch.Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-@torch.library.custom_op("g2rl::token_logprobs", mutates_args=())
-def _token_logprobs(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    workspace_bytes: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    checks = ValueChecks()
-    targets = checks.targets(targets, weight.shape[0])
-    head = Head(weight, bias, temperature, logit_scale, softcap)
-    run = resolve("token_logprobs", hidden.device, hidden.dtype, head)
-    with checks:
-        return tuple(run(hidden, head, targets, workspace_bytes))
-
-
-@_token_logprobs.register_fake
-def _(hidden, weight, bias, targets, temperature, logit_scale, softcap, workspace_bytes):
-    dtype = _result_dtype(hidden)
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
-
-
-@torch.library.custom_op("g2rl::sequence_features", mutates_args=())
-def _sequence_features(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    token_weights: torch.Tensor | None,
-    lse: torch.Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    workspace_bytes: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    checks = ValueChecks()
-    targets = checks.targets(targets, weight.shape[0])
-    cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
-    if token_weights is not None:
-        checks.not_negative("token_weights", token_weights)
-    head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights, lse)
-    run = resolve("sequence_features", hidden.device, hidden.dtype, head)
-    with checks:
-        return tuple(run(hidden, head, targets, responses, workspace_bytes))
-
-
-@_sequence_features.register_fake
-def _(
-    hidden, weight, bias, targets, cu_seqlens, token_weights, lse, temperature, logit_scale, softcap, workspace_bytes
-):
-    dtype = _result_dtype(hidden)
-    features = hidden.new_empty((cu_seqlens.shape[0] - 1, hidden.shape[1]), dtype=dtype)
-    return (features, *(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3)))
-
-
-@torch.library.custom_op("g2rl::logprobs_backward", mutates_args=())
-def _logprobs_backward(
-    grad_logps: torch.Tensor,
-    grad_entropy: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    logps: torch.Tensor,
-    entropy: torch.Tensor,
-    lse: torch.Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    workspace_bytes: int,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients for hidden, weight and bias; those that `needs` does not ask for are tensors without elements."""
-    head, saved = Head(weight, bias, temperature, logit_scale, softcap), TokenLogprobs(logps, entropy, lse)
-    run = resolve("logprobs_backward", hidden.device, hidden.dtype, head)
-    grads = run(grad_logps, grad_entropy, hidden, head, targets, saved, Needs(*needs), workspace_bytes)
-    grad_hidden, grad_weight, grad_bias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
-    return grad_hidden, grad_weight, grad_bias
-
-
-@_logprobs_backward.register_fake
-def _(
-    grad_logps,
-    grad_entropy,
-    hidden,
-    weight,
-    bias,
-    targets,
-    logps,
-    entropy,
-    lse,
-    temperature,
-    logit_scale,
-    softcap,
-    workspace_bytes,
-    needs,
-):
-    inputs = (hidden, weight, bias)
-    return tuple(
-        hidden.new_empty(x.shape, dtype=x.dtype) if need else hidden.new_empty(0)
-        for x, need in zip(inputs, needs, strict=True)
-    )
-
-
-def _save_for_backward(ctx, inputs, output):
-    hidden, weight, bias, targets = inputs[:4]
-    *features, logps, entropy, lse = output
-    ctx.mark_non_differentiable(*features, lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, targets, logps, entropy, lse)
-    ctx.options = inputs[-4:]
-    ctx.trailing = len(inputs) - 3
-
-
-def _backward(ctx, *grads):
-    grad_logps, grad_entropy = grads[-3:-1]
-    hidden, weight, bias, targets, logps, entropy, lse = ctx.saved_tensors
-    none = (None,) * ctx.trailing
-    if grad_logps is None and grad_entropy is None:
-        return (None, None, None, *none)
-    needs = list(ctx.needs_input_grad[:3])
-    grad_logps = torch.zeros_like(logps) if grad_logps is None else grad_logps
-    grad_entropy = torch.zeros_like(entropy) if grad_entropy is None else grad_entropy
-    computed = _logprobs_backward(
-        grad_logps, grad_entropy, hidden, weight, bias, targets, logps, entropy, lse, *ctx.options, needs
-    )
-    return (*(grad if need else None for grad, need in zip(computed, needs, strict=True)), *none)
-
-
-_token_logprobs.register_autograd(_backward, setup_context=_save_for_backward)
-_sequence_features.register_autograd(_backward, setup_context=_save_for_backward)

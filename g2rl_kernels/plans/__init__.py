@@ -14,7 +14,14 @@ from g2rl_kernels.records import Head
 
 
 class Kernels(Protocol):
-    """What plans are made of; each launches on the current stream of hidden's device."""
+    """What plans are made of; each launches on the current stream of hidden's device.
+
+    Attributes:
+        log_unit: what exponents of partials are counted in: 1, or ln 2 for powers of 2.
+    """
+
+    @property
+    def log_unit(self) -> float: ...
 
     def statistics(self, hidden: Tensor, head: Head, targets: Tensor, kept: Tensor | None = None) -> Tensor:
         """partials [4, splits, N] of each token's sums over the vocabulary; `kept` receives what `add_kept` reads."""

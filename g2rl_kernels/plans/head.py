@@ -5,6 +5,8 @@
                         lse given:          residuals_and_statistics -> merge -> residuals where lse was off -> targets
                         recomputed:         statistics -> merge -> residuals
                         and always:         responses -> project
+    token_sums          statistics -> a part's splits joined to one; the caller gathers those of all parts
+    part_features       merge of all parts -> residuals -> responses -> project
 
 What is kept costs 4 to 8 bytes of traffic for each token and word, to compute it again a second product of 2 d
 operations: the first wins from small d on if chunks are large enough to fill the chip, even where lse is known, since
@@ -128,7 +130,10 @@ Plan = Iterator[tuple[int, Tensor, Tensor]]
 
 def _from_recomputed(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:
     """Two products; needs no values on the host."""
-    terms = _merged_statistics(batch, a)
+    yield from _from_terms(batch, cu_seqlens, a, _merged_statistics(batch, a))
+
+
+def _from_terms(batch: _Batch, cu_seqlens: Tensor, a: Tensor, terms: Tensor) -> Plan:
     B = cu_seqlens.shape[0] - 1
     for first in range(0, B, batch.responses):
         offsets = cu_seqlens[first : first + batch.responses + 1]
@@ -198,3 +203,45 @@ def _from_kept(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:
                 kept, head, batch.targets, cu_seqlens[b0 : b1 + 1], terms, R[b0 - start : b1 - start], first, last
             )
         yield start, R, kernels.inverse_weights(cu_seqlens[start : stop + 1], a)
+
+
+def token_sums(kernels: Kernels, hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> Tensor:
+    batch = _Batch.of(kernels, hidden, head, targets, workspace_bytes)
+    sums = batch.empty(4, hidden.shape[0])
+    with on_device_of(hidden):
+        for first in range(0, hidden.shape[0], batch.statistics_rows):
+            rows = slice(first, first + batch.statistics_rows)
+            partials = kernels.statistics(batch.hidden[rows], batch.head, batch.targets[rows])
+            sums[:, rows] = _one_split(partials, kernels.log_unit)
+    return sums
+
+
+def _one_split(partials: Tensor, log_unit: float) -> Tensor:
+    """Partials [4, splits, N] as those of one split [4, N]."""
+    m_of, S_of, X_of, z_y = partials
+    m = m_of.amax(0)
+    moved = m_of - m
+    factor = torch.exp(moved * log_unit)
+    return torch.stack((m, (S_of * factor).sum(0), ((X_of + S_of * moved) * factor).sum(0), z_y.sum(0)))
+
+
+def part_features(
+    kernels: Kernels,
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    responses: Responses,
+    sums: Tensor,
+    workspace_bytes: int,
+) -> SequenceFeatures:
+    batch = _Batch.of(kernels, hidden, head, targets, workspace_bytes)
+    N, d = hidden.shape
+    cu_seqlens, weights = responses.cu_seqlens.contiguous(), responses.token_weights
+    a = hidden.new_ones(N, dtype=torch.float32) if weights is None else weights.float().contiguous()
+    features = torch.zeros(cu_seqlens.shape[0] - 1, d, dtype=torch.float32, device=hidden.device)
+    if N:
+        with on_device_of(hidden):
+            terms = kernels.merge(sums.contiguous(), batch.head, batch.results, a)
+            for first, R, inverse in _from_terms(batch, cu_seqlens, a, terms):
+                kernels.project(R, inverse, batch.head, features[first : first + R.shape[0]])
+    return SequenceFeatures(features, *batch.separate_results())

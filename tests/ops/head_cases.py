@@ -6,13 +6,17 @@ Each runs on the backend that the caller chose.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
 from g2rl_kernels import SequenceFeatures, sequence_features, testing
-from g2rl_kernels.testing import OPTIONS, HeadSample, Options, Shape
+from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.distributed import local_targets
+from g2rl_kernels.records import Gradients, Head, Needs, Responses, TokenLogprobs
+from g2rl_kernels.testing import OPTIONS, ROUNDOFF, HeadSample, Options, Shape
 
 PLANS = ("recomputed", "kept", "given", "perturbed")
 
@@ -91,3 +95,49 @@ def upstream(s: HeadSample, seed: int = 3) -> tuple[Tensor, Tensor]:
 def check_gradients(s: HeadSample, workspace_bytes: int) -> None:
     g = upstream(s)
     testing.assert_gradients(testing.gradients(s, *g, workspace_bytes), *testing.oracle_gradients(s, *g))
+
+
+def check_parts(s: HeadSample, words: tuple[int, ...], logit_error: Tensor | None = None) -> None:
+    """Parts of the vocabulary, from words[i] to words[i + 1] each, hold the contract together, without ranks."""
+    whole = joined_parts(s, words)
+    testing.assert_bounds(whole, testing.oracle(s), s.cu_seqlens, logit_error)
+    saved = TokenLogprobs(*whole[1:])
+    of_parts = [
+        _run("logprobs_backward", *upstream(s), s.hidden, head, y, saved, Needs()) for head, y in _parts(s, words)
+    ]
+    check_gradients_of_parts(s, of_parts, sum(x.hidden.double() for x in of_parts))
+
+
+def joined_parts(s: HeadSample, words: tuple[int, ...]) -> SequenceFeatures:
+    """What ranks have together; each finds the same bits for tokens."""
+    responses, parts = Responses(s.cu_seqlens, s.token_weights), _parts(s, words)
+    sums = torch.stack([_run("token_sums", s.hidden, head, y) for head, y in parts], 1)
+    shares = [_run("part_features", s.hidden, head, y, responses, sums) for head, y in parts]
+    for share in shares[1:]:
+        assert all(torch.equal(x, of_first) for x, of_first in zip(share[1:], shares[0][1:], strict=True))
+    return shares[0]._replace(features=sum(share.features for share in shares))
+
+
+def _parts(s: HeadSample, words: tuple[int, ...]) -> list[tuple[Head, Tensor]]:
+    """Each part's head and targets."""
+    parts = []
+    for first, last in itertools.pairwise(words):
+        bias = None if s.head.bias is None else s.head.bias[first:last]
+        parts.append((Head(s.head.weight[first:last], bias, *s.options), local_targets(s.targets, first, last - first)))
+    return parts
+
+
+def _run(op: str, *arguments: object) -> object:
+    head = next(x for x in arguments if isinstance(x, Head))
+    return resolve(op, head.weight.device, head.weight.dtype, head)(*arguments, 0)
+
+
+def check_gradients_of_parts(s: HeadSample, parts: list[Gradients], hidden: Tensor) -> None:
+    """Gradients of parts' words, and of hidden [N, d], which shares that were rounded to its dtype make up."""
+    bias = None if s.head.bias is None else torch.cat([part.bias for part in parts])
+    exact, allowed = testing.oracle_gradients(s, *upstream(s))
+    # Each share is rounded, and so is each sum of some, fp16 to multiples of 2^-24 at best.
+    smallest = 2.0**-25 if s.hidden.dtype == torch.float16 else 0.0
+    rounding = sum(ROUNDOFF[s.hidden.dtype] * part.hidden.double().abs() + smallest for part in parts) * len(parts)
+    found = Gradients(hidden, torch.cat([part.weight for part in parts]), bias)
+    testing.assert_gradients(found, exact, allowed._replace(hidden=allowed.hidden + rounding))

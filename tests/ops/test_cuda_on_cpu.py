@@ -16,7 +16,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from head_cases import PLANS, check, check_gradients, check_second_response_first, features, given, oracle, sample
+from head_cases import (
+    PLANS,
+    check,
+    check_gradients,
+    check_parts,
+    check_second_response_first,
+    features,
+    given,
+    oracle,
+    sample,
+)
 
 from g2rl_kernels import Shaping, dispatch, g2rl_advantages, testing, token_logprobs, use_backend
 from g2rl_kernels.backends import cuda
@@ -72,6 +82,14 @@ def test_plans(plan: str, shape: Shape, dtype: torch.dtype, backend, request: py
     """An lse that is off makes the kernel compute the response again; one that is exact does not."""
     lse = given(plan, sample(shape, dtype, kind="peaked", options=OPTIONS["together"]), request)
     check(shape, dtype, "peaked", OPTIONS["together"], lse=lse)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["plain", "together"])
+@pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
+def test_parts_of_the_vocabulary(shape: Shape, options: str, backend) -> None:  # noqa: ANN001
+    """Rows of a part, too, are aligned where d is: Hopper's kernels serve one of the shapes."""
+    check_parts(sample(shape, torch.float16, kind="peaked", options=OPTIONS[options]), (0, 1, 140, 200))
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from g2rl_kernels.testing import OPTIONS, HeadSample, Shape, available_backends,
 SHAPE = Shape((3, 0, 4), 5, 11, "small: gradcheck asks for a forward pass for each input value")
 # Ahead-of-time tracing with the cut into forward and backward that inductor makes, without its code.
 PARTITIONED = "aot_eager_decomp_partition"
-HEAD_OPS = ("token_logprobs", "sequence_features", "logprobs_backward")
+HEAD_OPS = ("token_logprobs", "sequence_features", "logprobs_backward", "token_sums", "part_features")
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -64,6 +64,9 @@ def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, list[t
     similarity = group_similarity(features, equal)
     shaping = (1.0, 3.0, "scale", 1e-2, "shape")
     cu = plain.cu_seqlens
+    # Of three parts of the vocabulary; the words after the second token's target are in another part.
+    sums = torch.randn(4, 3, SHAPE.N, generator=torch.Generator().manual_seed(8)).abs().to(device, wide)
+    local = plain.targets.where(plain.targets <= plain.targets[1], -1)
     return {
         "token_logprobs": [
             (*head_inputs(plain), *plain.options, 1 << 20),
@@ -89,6 +92,15 @@ def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, list[t
             + ([True, False, False],),
             (*per_token[:2], full.hidden.T.contiguous().T, full.head.weight.T.contiguous().T, full.head.bias)
             + (full.targets, *per_token[1:], *full.options, 1, [True, True, True]),
+        ],
+        "token_sums": [
+            (plain.hidden, plain.head.weight, None, plain.targets + 5, 5, 16, *plain.options, 1 << 20),
+            (full.hidden.T.contiguous().T, full.head.weight, full.head.bias, full.targets, 1, 12, *full.options, 1),
+        ],
+        "part_features": [
+            (*head_inputs(plain)[:3], local, cu, None, sums, "", *plain.options, 1 << 20),
+            (*head_inputs(full)[:3], local, cu.long(), full.token_weights, sums, "", *full.options, 1),
+            (*transposed, None, local, None, None, sums, "", *plain.options, 1 << 20),
         ],
         "group_similarity": [(leaf(features), equal, 3), (leaf(features), ragged, None)],
         "exploration_scores": [(similarity, rewards, equal, None), (similarity, rewards, equal, valid)],

@@ -37,13 +37,6 @@ from g2rl_kernels import (
 N, D, V, B = 6, 4, 9, 2
 
 
-class TwoRanks:
-    """Stands in for a process group, of which only the size is asked."""
-
-    def size(self) -> int:
-        return 2
-
-
 def weight(**options: Any) -> torch.Tensor:
     return torch.zeros(V, D, **options)
 
@@ -104,9 +97,19 @@ HEADS = [
     ),
     (lambda: LMHead(weight(), softcap=float("inf")), ValueError, "head.softcap: expected None or a finite number > 0"),
     (
-        lambda: LMHead(weight(), process_group=TwoRanks()),
-        NotImplementedError,
-        "head.process_group: expected one rank, found 2",
+        lambda: LMHead(weight(), process_group="tp"),
+        TypeError,
+        "head.process_group: expected a torch.distributed.ProcessGroup, found str",
+    ),
+    (
+        lambda: LMHead(weight(), gather_weight=True),
+        TypeError,
+        "head.gather_weight: expected a DTensor for weight, found Tensor",
+    ),
+    (
+        lambda: LMHead(weight(), vocab_start=9),
+        ValueError,
+        "head.vocab_start: expected None without a process_group, found 9",
     ),
 ]
 
@@ -510,12 +513,14 @@ def test_public_names() -> None:
         "backends",
         "checks",
         "dispatch",
+        "distributed",
         "ops",
         "plans",
         "products",
         "records",
         "self_check",
         "self_check_run",
+        "sums",
         "testing",
         "version",
         "workspace",

@@ -11,7 +11,17 @@ import itertools
 
 import pytest
 import torch
-from head_cases import PLANS, check, check_gradients, check_second_response_first, features, given, oracle, sample
+from head_cases import (
+    PLANS,
+    check,
+    check_gradients,
+    check_parts,
+    check_second_response_first,
+    features,
+    given,
+    oracle,
+    sample,
+)
 from torch import Tensor
 
 from g2rl_kernels import LMHead, Shaping, g2rl_advantages, sequence_features, testing, token_logprobs, use_backend
@@ -49,6 +59,13 @@ def triton_backend():  # noqa: ANN201
 def test_plans_and_logits(plan: str, kind: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     s = sample(RAGGED, dtype, kind=kind, options=OPTIONS["plain"])
     check(RAGGED, dtype, kind, lse=given(plan, s, request))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", ["plain", "together"])
+def test_parts_of_the_vocabulary(options: str, dtype: torch.dtype) -> None:
+    """A part of one word, one of a split and a tile, and one of less than a split."""
+    check_parts(sample(RAGGED, dtype, kind="peaked", options=OPTIONS[options]), (0, 1, 280, 321))
 
 
 @pytest.mark.parametrize("error", ["rounded", "shared", "of-one-token", "of-a-token-without-weight"])

@@ -6,9 +6,23 @@ import torch
 
 from g2rl_kernels.backends.cuda import library
 from g2rl_kernels.backends.cuda.groups import g2rl_advantages
-from g2rl_kernels.backends.cuda.head import logprobs_backward, sequence_features, token_logprobs
+from g2rl_kernels.backends.cuda.head import (
+    logprobs_backward,
+    part_features,
+    sequence_features,
+    token_logprobs,
+    token_sums,
+)
 
-__all__ = ["g2rl_advantages", "logprobs_backward", "sequence_features", "token_logprobs", "unavailable"]
+__all__ = [
+    "g2rl_advantages",
+    "logprobs_backward",
+    "part_features",
+    "sequence_features",
+    "token_logprobs",
+    "token_sums",
+    "unavailable",
+]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -28,6 +28,20 @@ def sequence_features(
     return forward.sequence_features(kernels, hidden, head, targets, responses, workspace_bytes)
 
 
+def token_sums(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> Tensor:
+    hidden, head, targets = _as_kernels_read(hidden, head, targets)
+    return forward.token_sums(CudaKernels.of(hidden, head, targets), hidden, head, targets, workspace_bytes)
+
+
+def part_features(
+    hidden: Tensor, head: Head, targets: Tensor, responses: Responses, sums: Tensor, workspace_bytes: int
+) -> SequenceFeatures:
+    hidden, head, targets = _as_kernels_read(hidden, head, targets)
+    kernels = CudaKernels.of(hidden, head, targets)
+    responses = replace(responses, cu_seqlens=responses.cu_seqlens.to(torch.int32))
+    return forward.part_features(kernels, hidden, head, targets, responses, sums, workspace_bytes)
+
+
 def logprobs_backward(
     grad_logps: Tensor,
     grad_entropy: Tensor,

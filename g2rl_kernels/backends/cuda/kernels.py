@@ -5,6 +5,7 @@ Terms hold their first row, the shift of exponents, in units of log 2; nobody bu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,8 @@ class CudaKernels:
 
     module: Any
     generation: Any
+
+    log_unit = math.log(2)
 
     @classmethod
     def of(cls, hidden: Tensor, head: Head, targets: Tensor) -> CudaKernels:

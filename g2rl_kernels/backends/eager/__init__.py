@@ -11,7 +11,13 @@ from g2rl_kernels.backends.eager.groups import (
     group_similarity,
     shape_rewards,
 )
-from g2rl_kernels.backends.eager.head import logprobs_backward, sequence_features, token_logprobs
+from g2rl_kernels.backends.eager.head import (
+    logprobs_backward,
+    part_features,
+    sequence_features,
+    token_logprobs,
+    token_sums,
+)
 
 __all__ = [
     "exploration_scores",
@@ -19,9 +25,11 @@ __all__ = [
     "group_advantages",
     "group_similarity",
     "logprobs_backward",
+    "part_features",
     "sequence_features",
     "shape_rewards",
     "token_logprobs",
+    "token_sums",
     "unavailable",
 ]
 

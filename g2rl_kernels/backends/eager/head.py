@@ -10,7 +10,7 @@ cancellation for confident tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from g2rl_kernels.backends.eager.products import mm_fp32_left, mm_in_blocks
 from g2rl_kernels.products import exact_products, mm
 from g2rl_kernels.records import Gradients, Head, Needs, Responses, SequenceFeatures, TokenLogprobs
+from g2rl_kernels.sums import join_parts, logprobs_of_sums
 from g2rl_kernels.workspace import workspace_or_default
 
 # Rows are handled in slices of this size after the product: on a CPU a slice stays in cache over its passes.
@@ -107,46 +108,105 @@ def _power_of_two(n: int) -> int:
 
 def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> TokenLogprobs:
     blocks = _Blocks.of(head, workspace_bytes)
+
+    def results(z: Tensor, y: Tensor) -> Tensor:
+        return torch.stack(_exponentials(blocks.apply_options(z)[0], y, None)[1][:3])
+
+    return TokenLogprobs(*(x.clone() for x in _of_tokens(blocks, hidden, targets, 3, results).unbind()))
+
+
+def token_sums(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> Tensor:
+    blocks = _Blocks.of(head, workspace_bytes)
+
+    def sums(z: Tensor, y: Tensor) -> Tensor:
+        z_y = _at(z, y) if head.bias is None else _at(z, y) + head.bias[y.clamp(min=0)].to(blocks.dtype)
+        u, _ = blocks.apply_options(z)
+        m = u.amax(1)
+        _, _, _, S_rest, X_rest = _exponentials_without(u, y, m)
+        return torch.stack((m, S_rest, X_rest, torch.where(y >= 0, z_y, 0)))
+
+    return _of_tokens(blocks, hidden, targets, 4, sums)
+
+
+def _of_tokens(
+    blocks: _Blocks, hidden: Tensor, targets: Tensor, numbers: int, of_slice: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """[numbers, N]: what `of_slice` makes of a few tokens' raw logits, which it may overwrite, and targets."""
     N = hidden.shape[0]
-    results = torch.empty(3, N, dtype=blocks.dtype, device=hidden.device)
-    with exact_products(head.weight):
+    found = torch.empty(numbers, N, dtype=blocks.dtype, device=hidden.device)
+    with exact_products(blocks.head.weight):
         for start in range(0, N, blocks.token_rows):
             end = min(start + blocks.token_rows, N)
             tokens = blocks.block(start, end)
             z = blocks.raw_logits(hidden[tokens])
-            parts = []
-            for rows in blocks.slices(z.shape[0]):
-                u, _ = blocks.apply_options(z[rows])
-                parts.append(torch.stack(_exponentials(u, targets[tokens[rows]], None)[1][:3]))
-            results[:, start:end] = torch.cat(parts, 1)[:, : end - start]
-    return TokenLogprobs(*(x.clone() for x in results.unbind()))
+            parts = [of_slice(z[rows], targets[tokens[rows]]) for rows in blocks.slices(z.shape[0])]
+            found[:, start:end] = torch.cat(parts, 1)[:, : end - start]
+    return found
 
 
 def sequence_features(
     hidden: Tensor, head: Head, targets: Tensor, responses: Responses, workspace_bytes: int
 ) -> SequenceFeatures:
     blocks = _Blocks.of(head, workspace_bytes)
-    (N, d), V, device = hidden.shape, head.V, hidden.device
-    offsets, token_weights = responses.cu_seqlens.tolist(), responses.token_weights
-    a = torch.ones(N, dtype=blocks.dtype, device=device) if token_weights is None else token_weights.to(blocks.dtype)
-    results = torch.empty(3, N, dtype=blocks.dtype, device=device)
-    features = torch.zeros(len(offsets) - 1, d, dtype=blocks.dtype, device=device)
+    a = _token_weights(hidden, responses, blocks.dtype)
+    results = torch.empty(3, hidden.shape[0], dtype=blocks.dtype, device=hidden.device)
 
+    def residuals(z: Tensor, at: Tensor, real: slice) -> Tensor:
+        u, slope = blocks.apply_options(z)
+        shift = None if responses.lse is None else responses.lse[at].to(blocks.dtype)
+        e, statistics = _exponentials(u, targets[at], shift)
+        results[:, real] = torch.stack(statistics[:3])[:, : real.stop - real.start]
+        return _weighted_residuals(e, targets[at], slope, a[at], *statistics[3:])
+
+    features = _features(blocks, hidden, a, responses, residuals)
+    return SequenceFeatures(features, *(x.clone() for x in results.unbind()))
+
+
+def part_features(
+    hidden: Tensor, head: Head, targets: Tensor, responses: Responses, sums: Tensor, workspace_bytes: int
+) -> SequenceFeatures:
+    blocks = _Blocks.of(head, workspace_bytes)
+    joined, a = join_parts(sums, head), _token_weights(hidden, responses, blocks.dtype)
+    logps, entropy, lse = (x.to(blocks.dtype) for x in joined.results)
+    # What rounding took from lse goes into the weights: residuals must add up to 0.
+    inverse_S, rest_share = (lse - joined.results.lse).exp().to(blocks.dtype), joined.rest_share.to(blocks.dtype)
+
+    def residuals(z: Tensor, at: Tensor, real: slice) -> Tensor:
+        u, slope = blocks.apply_options(z)
+        e = _exponentials_without(u, targets[at], lse[at])[0]
+        return _weighted_residuals(e, targets[at], slope, a[at], rest_share[at], inverse_S[at])
+
+    return SequenceFeatures(_features(blocks, hidden, a, responses, residuals), logps, entropy, lse)
+
+
+def _token_weights(hidden: Tensor, responses: Responses, dtype: torch.dtype) -> Tensor:
+    weights = responses.token_weights
+    return hidden.new_ones(hidden.shape[0], dtype=dtype) if weights is None else weights.to(dtype)
+
+
+def _features(
+    blocks: _Blocks,
+    hidden: Tensor,
+    a: Tensor,
+    responses: Responses,
+    residuals: Callable[[Tensor, Tensor, slice], Tensor],
+) -> Tensor:
+    """Phi [B, d]; `residuals` turns raw logits of a few tokens, of whom it gets the indices, into weighted residuals.
+
+    The last token may come more than once: `real` are those without repetition.
+    """
+    head, d, V, device = blocks.head, hidden.shape[1], blocks.head.V, hidden.device
+    offsets = responses.cu_seqlens.tolist()
+    features = torch.zeros(len(offsets) - 1, d, dtype=blocks.dtype, device=device)
     with exact_products(head.weight):
         for of_R, parts_of_tokens in _plan(offsets, blocks.token_rows, blocks.response_rows):
             R = torch.zeros(len(of_R), V, dtype=blocks.dtype, device=device)
             for start, end, segments in parts_of_tokens:
                 tokens = blocks.block(start, end)
                 z = blocks.raw_logits(hidden[tokens])
-                parts = []
                 for rows in blocks.slices(z.shape[0]):
-                    at = tokens[rows]
-                    u, slope = blocks.apply_options(z[rows])
-                    shift = None if responses.lse is None else responses.lse[at].to(blocks.dtype)
-                    e, statistics = _exponentials(u, targets[at], shift)
-                    parts.append(torch.stack(statistics[:3]))
-                    z[rows] = _weighted_residuals(e, targets[at], slope, a[at], statistics[3], statistics[4])
-                results[:, start:end] = torch.cat(parts, 1)[:, : end - start]
+                    real = slice(*(min(start + row, end) for row in (rows.start, rows.stop)))
+                    z[rows] = residuals(z[rows], tokens[rows], real)
                 for b, s, t in segments:
                     R[b - of_R.start] += z[s - start : t - start].sum(0)
             for tile in blocks.vocab_tiles():
@@ -154,40 +214,46 @@ def sequence_features(
 
     totals = torch.stack([a[s:t].sum() for s, t in zip(offsets[:-1], offsets[1:], strict=True)] or [a.new_zeros(())])
     totals = totals[: len(offsets) - 1]
-    features *= torch.where(totals > 0, head.logit_scale / totals, 0)[:, None]
-    return SequenceFeatures(features, *(x.clone() for x in results.unbind()))
+    return features.mul_(torch.where(totals > 0, head.logit_scale / totals, 0)[:, None])
 
 
 def _exponentials(u: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """e = exp(u - shift) [n, V] with e_y set to 0 (u is overwritten), and (logps, entropy, lse, S_rest / S, 1 / S) [n].
 
-    `shift` is the row maximum unless given; the results are normalised by the sum found here either way. The entropy,
-    too, leaves the target out of its sums: the gradient of a confident token needs log p_y + H, both small, to the last
-    digit.
+    `shift` is the row maximum unless given; the results are normalised by the sum found here either way.
     """
-    column = y[:, None]
     shift = u.amax(1) if shift is None else shift
-    x = u.sub_(shift[:, None])
-    x_y = x.gather(1, column)[:, 0]
-    e = x.exp()
-    e_y = e.gather(1, column)[:, 0]
-    e.scatter_(1, column, 0)
-    S_rest = e.sum(1)
-    weighted_rest = (x.mul_(e)).sum(1)
+    e, x_y, e_y, S_rest, X_rest = _exponentials_without(u, y, shift)
     S = S_rest + e_y
-    confident = e_y > S_rest
-    logps = -torch.log1p(S_rest / e_y)
-    log_S = torch.where(confident, x_y - logps, S.log())
-    logps = torch.where(confident, logps, x_y - log_S)
-    entropy = (S_rest * log_S - weighted_rest - e_y * logps) / S
+    logps, entropy, log_S = logprobs_of_sums(x_y, e_y, S_rest, X_rest)
     return e, (logps, entropy, shift + log_S, S_rest / S, S.reciprocal())
+
+
+def _exponentials_without(u: Tensor, y: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+    """e = exp(u - shift) [n, V] with e_y set to 0 (u is overwritten), and x_y, e_y, S_rest, X_rest of `sums` [n]."""
+    x = u.sub_(shift[:, None])
+    x_y = _at(x, y)
+    e = x.exp()
+    e_y = _at(e, y)
+    _set(e, y, torch.zeros_like(e_y))
+    return e, x_y, e_y, e.sum(1), x.mul_(e).sum(1)
+
+
+def _at(x: Tensor, y: Tensor) -> Tensor:
+    """x[n, y_n]; some other number where y is -1."""
+    return x.gather(1, y.clamp(min=0)[:, None])[:, 0]
+
+
+def _set(x: Tensor, y: Tensor, values: Tensor) -> Tensor:
+    """x[n, y_n] = values_n, in place; rows where y is -1, whose target is in another part, stay as they are."""
+    return x.scatter_(1, y.clamp(min=0)[:, None], torch.where(y >= 0, values, _at(x, y))[:, None])
 
 
 def _weighted_residuals(
     e: Tensor, y: Tensor, slope: Tensor | None, a: Tensor, rest_share: Tensor, inverse_S: Tensor
 ) -> Tensor:
     """a_t (e_y - p_t) dz/dz_raw [n, V], from exponentials without the target's; in place."""
-    residuals = e.mul_((-a * inverse_S)[:, None]).scatter_(1, y[:, None], (a * rest_share)[:, None])
+    residuals = _set(e.mul_((-a * inverse_S)[:, None]), y, a * rest_share)
     return residuals if slope is None else residuals.mul_(slope)
 
 
@@ -276,4 +342,4 @@ def _grad_logits(u: Tensor, y: Tensor, grad_logps: Tensor, grad_entropy: Tensor,
     p_y = logps.exp()
     grad_y = grad_logps * -torch.expm1(logps) - grad_entropy * p_y * (logps + entropy)
     factor = log_p.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_logps[:, None])
-    return p.mul_(factor).neg_().scatter_(1, y[:, None], grad_y[:, None])
+    return _set(p.mul_(factor).neg_(), y, grad_y)

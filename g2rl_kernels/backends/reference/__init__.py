@@ -15,7 +15,13 @@ from g2rl_kernels.backends.reference.groups import (
     group_similarity,
     shape_rewards,
 )
-from g2rl_kernels.backends.reference.head import logprobs_backward, sequence_features, token_logprobs
+from g2rl_kernels.backends.reference.head import (
+    logprobs_backward,
+    part_features,
+    sequence_features,
+    token_logprobs,
+    token_sums,
+)
 
 __all__ = [
     "exploration_scores",
@@ -23,9 +29,11 @@ __all__ = [
     "group_advantages",
     "group_similarity",
     "logprobs_backward",
+    "part_features",
     "sequence_features",
     "shape_rewards",
     "token_logprobs",
+    "token_sums",
     "unavailable",
 ]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from g2rl_kernels.records import Gradients, Head, Needs, Responses, SequenceFeatures, TokenLogprobs
+from g2rl_kernels.sums import join_parts
 
 
 def _result(tensor: Tensor, hidden: Tensor) -> Tensor:
@@ -42,9 +43,6 @@ def sequence_features(
 ) -> SequenceFeatures:
     """A given `lse` is not used: the oracle computes its own."""
     h, exact = hidden.double(), _double(head)
-    W, cu_seqlens = exact.weight, responses.cu_seqlens
-    a = torch.ones_like(h[:, 0]) if responses.token_weights is None else responses.token_weights.double()
-
     logps, entropy, lses, phis = [], [], [], []
     for t in range(h.shape[0]):
         u, slope = _logits(h[t], exact)
@@ -57,22 +55,56 @@ def sequence_features(
         logps.append(log_p[y])
         entropy.append(-(p * log_p).sum())
         lses.append(lse_t)
-        if cu_seqlens.shape[0] > 1:
-            phis.append(head.logit_scale * (W.T @ ((onehot - p) * slope)))
+        if responses.cu_seqlens.shape[0] > 1:
+            phis.append(head.logit_scale * (exact.weight.T @ ((onehot - p) * slope)))
 
-    features = []
-    offsets = cu_seqlens.tolist()
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    def stack(numbers: list[Tensor]) -> Tensor:
+        return _result(torch.stack(numbers) if numbers else h.new_zeros(0), hidden)
+
+    return SequenceFeatures(_mean(phis, responses, hidden), stack(logps), stack(entropy), stack(lses))
+
+
+def _mean(phis: list[Tensor], responses: Responses, hidden: Tensor) -> Tensor:
+    """Phi [B, d] from the tokens' phi."""
+    a = hidden.new_ones(hidden.shape[0]) if responses.token_weights is None else responses.token_weights
+    offsets, a = responses.cu_seqlens.tolist(), a.double()
+    features = [hidden.new_zeros(hidden.shape[1]).double() for _ in offsets[1:]]
+    for b, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         total = a[start:end].sum()
-        if start == end or float(total) == 0:
-            features.append(torch.zeros_like(W[0]))
-        else:
-            features.append(sum(a[t] * phis[t] for t in range(start, end)) / total)
+        if start < end and float(total) != 0:
+            features[b] = sum(a[t] * phis[t] for t in range(start, end)) / total
+    return _result(torch.stack(features) if features else hidden.new_zeros(0, hidden.shape[1]), hidden)
 
-    def stack(rows: list[Tensor], *empty: int) -> Tensor:
-        return _result(torch.stack(rows) if rows else h.new_zeros(0, *empty), hidden)
 
-    return SequenceFeatures(stack(features, h.shape[1]), stack(logps), stack(entropy), stack(lses))
+def token_sums(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int = 0) -> Tensor:
+    h, exact = hidden.double(), _double(head)
+    sums = h.new_zeros(4, h.shape[0], dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    for t in range(h.shape[0]):
+        u, _ = _logits(h[t], exact)
+        y = int(targets[t])
+        sums[0, t] = u.max()
+        x = u - sums[0, t].double()
+        e = x.exp()
+        if y >= 0:
+            e[y] = 0
+            sums[3, t] = exact.weight[y] @ h[t] + (0 if exact.bias is None else exact.bias[y])
+        sums[1, t], sums[2, t] = e.sum(), (e * x).sum()
+    return sums
+
+
+def part_features(
+    hidden: Tensor, head: Head, targets: Tensor, responses: Responses, sums: Tensor, workspace_bytes: int = 0
+) -> SequenceFeatures:
+    h, exact = hidden.double(), _double(head)
+    joined = join_parts(sums, exact)
+    phis = []
+    for t in range(h.shape[0] if responses.cu_seqlens.shape[0] > 1 else 0):
+        u, slope = _logits(h[t], exact)
+        residual = -torch.exp(u - joined.results.lse[t])
+        if int(targets[t]) >= 0:
+            residual[int(targets[t])] = joined.rest_share[t]
+        phis.append(head.logit_scale * (exact.weight.T @ (residual * slope)))
+    return SequenceFeatures(_mean(phis, responses, hidden), *(_result(x, hidden) for x in joined.results))
 
 
 def logprobs_backward(
@@ -85,18 +117,18 @@ def logprobs_backward(
     needs: Needs,
     workspace_bytes: int = 0,
 ) -> Gradients:
-    """With u = z / T: dlogp/du = e_y - p and dH/du = -p (log p + H). The forward's results are recomputed, not used."""
+    """With u = z / T: dlogp/du = e_y - p and dH/du = -p (log p + H)."""
     h, exact = hidden.double(), _double(head)
     W = exact.weight
     grad_h, grad_W, grad_b = (h.new_zeros(shape) for shape in (h.shape, W.shape, W.shape[:1]))
     for t in range(h.shape[0]):
         u, slope = _logits(h[t], exact)
-        log_p = torch.log_softmax(u, 0)
-        p = log_p.exp()
-        onehot = torch.zeros_like(p)
-        onehot[int(targets[t])] = 1
-        H = -(p * log_p).sum()
-        grad_u = grad_logps[t].double() * (onehot - p) - grad_entropy[t].double() * p * (log_p + H)
+        logp, H, lse = (x[t].double() for x in saved)
+        log_p = u - lse
+        g_logp, g_H = grad_logps[t].double(), grad_entropy[t].double()
+        grad_u = -log_p.exp() * (g_logp + g_H * (log_p + H))
+        if int(targets[t]) >= 0:
+            grad_u[int(targets[t])] = -g_logp * torch.expm1(logp) - g_H * logp.exp() * (logp + H)
         grad_z = grad_u * slope * head.logit_scale / head.temperature
         grad_h[t] = W.T @ grad_z
         grad_W += torch.outer(grad_z, h[t])

@@ -17,6 +17,8 @@ _MODULES = {
     "token_logprobs": "head",
     "sequence_features": "head",
     "logprobs_backward": "head",
+    "token_sums": "head",
+    "part_features": "head",
     "g2rl_advantages": "groups",
 }
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

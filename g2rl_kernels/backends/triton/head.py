@@ -20,6 +20,16 @@ def sequence_features(
     return forward.sequence_features(kernels, hidden, head, targets, responses, workspace_bytes)
 
 
+def token_sums(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> Tensor:
+    return forward.token_sums(kernels, hidden, head, targets, workspace_bytes)
+
+
+def part_features(
+    hidden: Tensor, head: Head, targets: Tensor, responses: Responses, sums: Tensor, workspace_bytes: int
+) -> SequenceFeatures:
+    return forward.part_features(kernels, hidden, head, targets, responses, sums, workspace_bytes)
+
+
 def logprobs_backward(
     grad_logps: Tensor,
     grad_entropy: Tensor,

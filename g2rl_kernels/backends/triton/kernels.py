@@ -10,6 +10,8 @@ from g2rl_kernels.backends.triton.responses import inverse_and_flags, inverse_we
 from g2rl_kernels.backends.triton.statistics import kept_bytes, room_for_kept, statistics, statistics_bytes
 from g2rl_kernels.backends.triton.targets import add_targets
 
+log_unit = 1.0
+
 __all__ = [
     "add_kept",
     "add_targets",
@@ -17,6 +19,7 @@ __all__ = [
     "inverse_and_flags",
     "inverse_weights",
     "kept_bytes",
+    "log_unit",
     "merge",
     "project",
     "residual_statistics_bytes",

@@ -1,0 +1,254 @@
+"""The head's ops as PyTorch knows them: flat schemas, fakes, one autograd formula; `ops.head` documents them.
+
+Values are checked inside the ops, so that compiled programs check them too. Where ranks hold parts of the vocabulary
+`token_sums` and `part_features` take the place of the others, see `ops.split_head`; they share the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from g2rl_kernels.checks import ValueChecks
+from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.distributed import all_reduce, local_targets
+from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
+
+
+def _result_dtype(hidden: torch.Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _fake_results(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=_result_dtype(hidden)) for _ in range(3))
+
+
+def _fake_features(hidden: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    B = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return hidden.new_empty((B, hidden.shape[1]), dtype=_result_dtype(hidden))
+
+
+@torch.library.custom_op("g2rl::token_logprobs", mutates_args=())
+def token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    workspace_bytes: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    checks = ValueChecks()
+    targets = checks.targets(targets, weight.shape[0])
+    head = Head(weight, bias, temperature, logit_scale, softcap)
+    run = resolve("token_logprobs", hidden.device, hidden.dtype, head)
+    with checks:
+        return tuple(run(hidden, head, targets, workspace_bytes))
+
+
+@token_logprobs.register_fake
+def _(hidden, weight, bias, targets, temperature, logit_scale, softcap, workspace_bytes):
+    return _fake_results(hidden)
+
+
+@torch.library.custom_op("g2rl::sequence_features", mutates_args=())
+def sequence_features(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    token_weights: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    workspace_bytes: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    checks = ValueChecks()
+    targets = checks.targets(targets, weight.shape[0])
+    cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
+    if token_weights is not None:
+        checks.not_negative("token_weights", token_weights)
+    head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights, lse)
+    run = resolve("sequence_features", hidden.device, hidden.dtype, head)
+    with checks:
+        return tuple(run(hidden, head, targets, responses, workspace_bytes))
+
+
+@sequence_features.register_fake
+def _(
+    hidden, weight, bias, targets, cu_seqlens, token_weights, lse, temperature, logit_scale, softcap, workspace_bytes
+):
+    return (_fake_features(hidden, cu_seqlens), *_fake_results(hidden))
+
+
+@torch.library.custom_op("g2rl::token_sums", mutates_args=())
+def token_sums(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    vocab_start: int,
+    vocab_size: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    workspace_bytes: int,
+) -> torch.Tensor:
+    """Sums [4, N] over the words vocab_start to vocab_start + V of vocab_size; only a backend's own can read them."""
+    checks = ValueChecks()
+    targets = checks.targets(targets, vocab_size)
+    head = Head(weight, bias, temperature, logit_scale, softcap)
+    run = resolve("token_sums", hidden.device, hidden.dtype, head)
+    with checks:
+        return run(hidden, head, local_targets(targets, vocab_start, weight.shape[0]), workspace_bytes)
+
+
+@token_sums.register_fake
+def _(hidden, weight, bias, targets, vocab_start, vocab_size, temperature, logit_scale, softcap, workspace_bytes):
+    return hidden.new_empty((4, hidden.shape[0]), dtype=_result_dtype(hidden))
+
+
+@torch.library.custom_op("g2rl::part_features", mutates_args=())
+def part_features(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    token_weights: torch.Tensor | None,
+    sums: torch.Tensor,
+    dgrad_group: str,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    workspace_bytes: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From the sums [4, ranks, N] of all parts: this part's share of features, and the results of the whole vocabulary.
+
+    `targets` count from the part's first word, and are -1 in other parts. There are no features without cu_seqlens.
+    `dgrad_group` names the ranks over which the backward pass sums hidden's gradient; "" leaves it a share.
+    """
+    checks = ValueChecks()
+    if cu_seqlens is None:
+        cu_seqlens = targets.new_zeros(1)
+    else:
+        cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
+    if token_weights is not None:
+        checks.not_negative("token_weights", token_weights)
+    head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights)
+    run = resolve("part_features", hidden.device, hidden.dtype, head)
+    with checks:
+        return tuple(run(hidden, head, targets, responses, sums, workspace_bytes))
+
+
+@part_features.register_fake
+def _(
+    hidden,
+    weight,
+    bias,
+    targets,
+    cu_seqlens,
+    token_weights,
+    sums,
+    dgrad_group,
+    temperature,
+    logit_scale,
+    softcap,
+    workspace_bytes,
+):
+    return (_fake_features(hidden, cu_seqlens), *_fake_results(hidden))
+
+
+@torch.library.custom_op("g2rl::logprobs_backward", mutates_args=())
+def logprobs_backward(
+    grad_logps: torch.Tensor,
+    grad_entropy: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    logps: torch.Tensor,
+    entropy: torch.Tensor,
+    lse: torch.Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    workspace_bytes: int,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for hidden, weight and bias; those that `needs` does not ask for are tensors without elements."""
+    head, saved = Head(weight, bias, temperature, logit_scale, softcap), TokenLogprobs(logps, entropy, lse)
+    run = resolve("logprobs_backward", hidden.device, hidden.dtype, head)
+    grads = run(grad_logps, grad_entropy, hidden, head, targets, saved, Needs(*needs), workspace_bytes)
+    grad_hidden, grad_weight, grad_bias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_hidden, grad_weight, grad_bias
+
+
+@logprobs_backward.register_fake
+def _(
+    grad_logps,
+    grad_entropy,
+    hidden,
+    weight,
+    bias,
+    targets,
+    logps,
+    entropy,
+    lse,
+    temperature,
+    logit_scale,
+    softcap,
+    workspace_bytes,
+    needs,
+):
+    inputs = (hidden, weight, bias)
+    return tuple(
+        hidden.new_empty(x.shape, dtype=x.dtype) if need else hidden.new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
+    )
+
+
+def _save_for_backward(ctx, inputs, output):
+    hidden, weight, bias, targets = inputs[:4]
+    *features, logps, entropy, lse = output
+    ctx.mark_non_differentiable(*features, lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, targets, logps, entropy, lse)
+    ctx.options = inputs[-4:]
+    ctx.trailing = len(inputs) - 3
+
+
+def _backward(ctx, *grads):
+    grad_logps, grad_entropy = grads[-3:-1]
+    hidden, weight, bias, targets, logps, entropy, lse = ctx.saved_tensors
+    none = (None,) * ctx.trailing
+    if grad_logps is None and grad_entropy is None:
+        return (None, None, None, *none)
+    needs = list(ctx.needs_input_grad[:3])
+    grad_logps = torch.zeros_like(logps) if grad_logps is None else grad_logps
+    grad_entropy = torch.zeros_like(entropy) if grad_entropy is None else grad_entropy
+    computed = logprobs_backward(
+        grad_logps, grad_entropy, hidden, weight, bias, targets, logps, entropy, lse, *ctx.options, needs
+    )
+    return (*(grad if need else None for grad, need in zip(computed, needs, strict=True)), *none)
+
+
+token_logprobs.register_autograd(_backward, setup_context=_save_for_backward)
+sequence_features.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _save_of_part(ctx, inputs, output):
+    _save_for_backward(ctx, inputs, output)
+    ctx.dgrad_group = inputs[7]
+
+
+def _backward_of_part(ctx, *grads):
+    grad_hidden, *others = _backward(ctx, *grads)
+    if grad_hidden is not None and ctx.dgrad_group:
+        grad_hidden = all_reduce(grad_hidden, ctx.dgrad_group)
+    return (grad_hidden, *others)
+
+
+part_features.register_autograd(_backward_of_part, setup_context=_save_of_part)
