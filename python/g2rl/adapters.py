@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from g2rl.config import ConfigError, LoraConfig
+from g2rl.heads import whole
 
 _WEIGHTS = "adapter_model.safetensors"
 _NAME = "default"
@@ -88,7 +89,7 @@ def copy_weights(source: Any, target: Any) -> None:
             weight = getattr(module.get_base_layer(), leaf)
             parameter.copy_(weight + module.get_delta_weight(_NAME) if leaf == "weight" else weight)
         else:
-            parameter.copy_(getattr(module, leaf))
+            parameter.copy_(whole(getattr(module, leaf)))
 
 
 def load_adapter(model: Any, folder: Path) -> None:

@@ -188,6 +188,14 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Several processes, started by ``torchrun --nproc-per-node=K -m g2rl train CONFIG``."""
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """Weights, gradients and the optimiser's states: all of them on every rank, or split over ranks."""
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = "run"
     """The run's folder below `runs_dir`."""
@@ -216,6 +224,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def run_dir(self) -> Path:
@@ -267,27 +276,32 @@ _RANGES = {
 }
 
 
-def _walk(value: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     """Every leaf of a configuration by its dotted key."""
-    leaves = {}
+    found = {}
     for item in fields(value):
         child = getattr(value, item.name)
         if is_dataclass(child):
-            leaves.update(_walk(child, f"{prefix}{item.name}."))
+            found.update(leaves(child, f"{prefix}{item.name}."))
         else:
-            leaves[prefix + item.name] = child
-    return leaves
+            found[prefix + item.name] = child
+    return found
 
 
 def validate(config: Config) -> Config:
     """Return `config`, or raise `ConfigError` naming the first key whose value is out of range."""
-    leaves = _walk(config)
+    values = leaves(config)
     for key, (expected, holds) in _RANGES.items():
-        if not holds(leaves[key]):
-            raise ConfigError(f"{key}: expected a value {expected}, found {leaves[key]!r}")
+        if not holds(values[key]):
+            raise ConfigError(f"{key}: expected a value {expected}, found {values[key]!r}")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name: expected a plain folder name, found {config.name!r}")
     _check_objective(config)
+    if config.parallel.strategy == "fsdp2" and config.model.lora.rank:
+        raise ConfigError(
+            "parallel.strategy: expected ddp with model.lora.rank > 0, since an adapter is small and its model frozen, "
+            "found fsdp2"
+        )
     if not config.rewards:
         raise ConfigError("rewards: expected at least one reward function, found none")
     wrong = [k for k in config.eval.ks if not 1 <= k <= config.eval.samples]

@@ -53,17 +53,23 @@ class Sampler:
         tokenizer: pads on the left; its chat template renders problems.
         config: token limit, batch size, and dtype.
         system_prompt: system message, None for the template's own default.
+        own_copy: generate with a copy even where the policy could, since its weights will be split.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Tokenizer, config: RolloutConfig, system_prompt: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        config: RolloutConfig,
+        system_prompt: str | None = None,
+        own_copy: bool = False,
     ) -> None:
         self.policy = model
         self.tokenizer = tokenizer
         self.config = config
         self.system_prompt = system_prompt
         dtype = getattr(torch, config.dtype)
-        same = model.dtype == dtype and not has_adapter(model)
+        same = model.dtype == dtype and not has_adapter(model) and not own_copy
         self.model: Any = model if same else plain_copy(model).to(dtype)
         keep_head_inputs_contiguous(self.model)
         stop = model.generation_config.eos_token_id if model.generation_config else None
