@@ -23,7 +23,7 @@ from g2rl.adapters import has_adapter, load_adapter
 from g2rl.config import Config, ConfigError, load_config
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.parallel.sharding import load_weights, split_states
-from g2rl.parallel.shards import SHARDS, load_shards, require_same_model, save_shards
+from g2rl.parallel.shards import SHARDS, load_shards, require_same_model, save_description, save_shards
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -57,7 +57,10 @@ def save_checkpoint(
         if ranks.sharded:
             state = save_shards(folder / SHARDS, model, state)
         if ranks.first:
-            (model.config if ranks.sharded else model).save_pretrained(folder)
+            if ranks.sharded:
+                save_description(folder, model)
+            else:
+                model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             state = {key: part.state_dict() if hasattr(part, "state_dict") else part for key, part in state.items()}
             torch.save({**state, "step": step, "random": random_states}, folder / "trainer.pt")

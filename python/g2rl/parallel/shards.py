@@ -5,6 +5,7 @@ They are read by any number of ranks, weights split or not, and by a process wit
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from g2rl.config import ConfigError
 
@@ -33,6 +35,13 @@ def save_shards(folder: Path, model: Any, state: Mapping[str, Any]) -> dict[str,
     tensors = _tensors(model, rest.pop("optimizer"), rest.pop("reference", None))
     checkpoint.save(tensors, checkpoint_id=folder)
     return rest
+
+
+def save_description(folder: Path, model: Any) -> None:
+    """Write what a model folder of transformers has besides weights and tokenizer."""
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def load_shards(folder: Path, model: Any, parts: Mapping[str, Any]) -> None:
@@ -65,6 +74,8 @@ def load_model_of_shards(path: Path, **settings: Any) -> Any:
     _read({"model": weights}, path / SHARDS)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
+    if (path / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 
@@ -94,4 +105,6 @@ def _shapes(folder: Path) -> dict[str, dict[str, torch.Size]]:
 
 
 def _read(tensors: dict[str, Any], folder: Path) -> None:
-    checkpoint.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():  # that there is one process
+        warnings.simplefilter("ignore", UserWarning)
+        checkpoint.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())

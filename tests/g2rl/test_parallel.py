@@ -1,0 +1,122 @@
+"""Training on several ranks: the numbers of one process, and what happens when a rank is gone or differs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from g2rl.checkpoint import checkpoints
+from g2rl.cli import main
+from g2rl.config import ModelConfig
+from g2rl.model import load_model
+from tests.g2rl.ranks import Ended, launch
+
+# Groups that are cut, so that ranks have different numbers of micro-batches; groups that are asked for again; a
+# reference that changes; evaluation of a number of problems that no number of ranks divides.
+SETTINGS = """
+steps: 3
+model: {autocast: none}
+rollout: {dtype: float32, prompts: 8, group_size: 4, max_new_tokens: 6, max_extra_groups: 3}
+task: {options: {digits: [1, 1]}, held_out: 5}
+objective: {aggregation: token_mean, mini_batches: 2, kl_coef: 0.1, reference_every: 2, entropy_coef: 0.01,
+            tokens_per_micro_batch: 150, importance_cap: 2, overlong: filter}
+eval: {every: 3, samples: 2, ks: [1, 2]}
+checkpoint: {every: 1}
+optim: {lr: 1e-3}
+rewards: [{name: "ranks_reward:digits"}]
+"""
+REWARD = """
+def digits(problem, response, finished):
+    return 2 * sum(c.isdigit() for c in response) / max(len(response), 1) - 1
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """With a configuration, a reward, and two models, whose embeddings and heads share their weight or do not."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "settings.yaml").write_text(SETTINGS)
+    (folder / "ranks_reward.py").write_text(REWARD)
+    shutil.copytree(tiny_model, folder / "tied")
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.tie_word_embeddings = False
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "untied")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "untied")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def reward(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)
+
+
+def train(folder: Path, name: str, model: str, *overrides: str) -> list[str]:
+    paths = [f"model.path={folder / model}", f"runs_dir={folder / 'runs'}", f"name={name}"]
+    return ["train", str(folder / "settings.yaml"), *paths, *overrides]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """The folder of runs of one process, named as their models."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(folder)
+        for model in ("tied", "untied"):
+            assert main(train(folder, model, model)) == 0
+    return folder / "runs"
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(run: Path) -> list[dict]:
+    """Without times, which no two runs share."""
+    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in read(run / "metrics.jsonl")]
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """The same responses and rewards; advantages within 1e-5, all else within fp32's sums in another order.
+
+    Scores inside a group are stretched to [0, 1], which stretches rounding, hence 1e-5 for what is made of them.
+    """
+    theirs, ours = read(expected / "completions.jsonl"), read(found / "completions.jsonl")
+    keys = ("step", "problem", "prompt", "response", "reward", "correct")
+    assert [[row[key] for key in keys] for row in ours] == [[row[key] for key in keys] for row in theirs]
+    for key in ("advantage", "shaped", "score"):
+        assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], abs=1e-5, rel=1e-5)
+    for record, want in zip(metrics(found), metrics(expected), strict=True):
+        assert record == pytest.approx(want, rel=1e-4, abs=1e-5)
+
+
+def weights(run: Path) -> torch.Tensor:
+    """Of its last checkpoint, as `g2rl export` reads them."""
+    model, _ = load_model(ModelConfig(path=str(checkpoints(run)[-1][1])))
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+CASES = [(strategy, model) for strategy in ("ddp", "fsdp2") for model in ("tied", "untied")]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_do_what_one_process_does(folder: Path, alone: Path, size: int) -> None:
+    commands = [
+        train(folder, f"{strategy}-{model}-{size}", model, f"parallel.strategy={strategy}") for strategy, model in CASES
+    ]
+    ended = launch([commands] * size, folder / f"printed-{size}")
+    assert [rank.status for rank in ended] == [0] * size, ended
+    assert all("held-out pass@1" in line for line in ended[0].printed.splitlines() if "step 3/3" in line)
+    assert [rank.printed for rank in ended[1:]] == [""] * (size - 1)
+    for strategy, model in CASES:
+        run = alone / f"{strategy}-{model}-{size}"
+        assert_same(run, alone / model)
+        expected = weights(alone / model)
+        assert (weights(run) - expected).norm() <= 1e-4 * expected.norm()
+        assert (run / "report" / "report.md").is_file()
