@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,59 @@ def test_ranks_do_what_one_process_does(folder: Path, alone: Path, size: int) ->
         expected = weights(alone / model)
         assert (weights(run) - expected).norm() <= 1e-4 * expected.norm()
         assert (run / "report" / "report.md").is_file()
+
+
+# ---- a rank that is gone ---------------------------------------------------------------------------------------------
+
+KILLED = {
+    # In the middle of step 3: while the other rank samples, or waits for what this one has sampled.
+    "step": """
+import os, signal
+from g2rl import rewards
+judge, calls = rewards.judge_episodes, []
+def killed(*arguments):
+    calls.append(1)
+    if RANK == 1 and len(calls) > 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return judge(*arguments)
+import g2rl.collect
+g2rl.collect.judge_episodes = killed
+""",
+    # While the checkpoint of step 2 is written: this rank's part is there, and nothing says that all parts are.
+    "save": """
+import os, signal
+from torch.distributed.checkpoint import FileSystemWriter
+write, calls = FileSystemWriter.write_data, []
+def killed(self, *arguments):
+    written = write(self, *arguments)
+    written.wait()
+    calls.append(1)
+    if RANK == 1 and len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return written
+FileSystemWriter.write_data = killed
+""",
+}
+
+
+@pytest.mark.parametrize("moment", KILLED)
+def test_a_killed_rank(folder: Path, alone: Path, moment: str) -> None:
+    """The other one stops with a word, within a minute; the run goes on with one rank, or two, to the same numbers."""
+    hook = folder / f"killed_{moment}.py"
+    hook.write_text(KILLED[moment])
+    command = train(folder, f"killed-{moment}", "untied", "parallel.strategy=fsdp2")
+    start = time.monotonic()
+    ended = launch([[command]] * 2, folder / f"printed-{moment}", before=hook)
+    assert time.monotonic() - start < 60
+    assert [rank.status for rank in ended] == [1, -signal.SIGKILL], ended
+    assert "g2rl: rank 1 is gone without a word" in ended[0].printed
+    run = alone / f"killed-{moment}"
+    assert f"the last checkpoint below {run / 'checkpoints'} stands" in ended[0].printed
+    left = {"step": [1, 2], "save": [1]}[moment]
+    assert [step for step, _ in checkpoints(run)] == left
+    for name in ("one", "two"):
+        shutil.copytree(run, alone / f"{run.name}-{name}")
+    assert main(["train", f"resume={run}-one", "parallel.strategy=ddp"]) == 0
+    assert [rank.status for rank in launch([[["train", f"resume={run}-two"]]] * 2, folder / "printed-two")] == [0, 0]
+    for name in ("one", "two"):
+        assert_same(alone / f"{run.name}-{name}", alone / "untied")
