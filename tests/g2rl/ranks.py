@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import runpy
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["g2rl.trainer", "g2rl.parallel.launch", "g2rl.report"])
+_CONTEXT.set_forkserver_preload(["g2rl.trainer", "g2rl.parallel.launch"])
+_LIMIT = 100
+"""Seconds after which a rank that is still there is killed."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What a rank ended with: status, minus the number of a signal; and what it printed."""
+    """What a rank ended with: status, or minus the number of a signal; what it printed; and when, in seconds."""
 
     status: int | None
     printed: str
+    time: float
 
 
 def free_ports(count: int) -> list[int]:
@@ -35,8 +39,8 @@ def launch(
     commands: Sequence[Sequence[Sequence[str]]],
     folder: Path,
     ports: Sequence[int] | None = None,
-    before: Path | None = None,
-    timeout: float = 100,
+    before: str = "",
+    reports: bool = False,
 ) -> list[Ended]:
     """Run commands one after the other on all ranks, each in a process group of its own.
 
@@ -44,25 +48,27 @@ def launch(
         commands: by rank, then in order; arguments of `g2rl`.
         folder: where what is printed goes, and the working directory.
         ports: one a command; None chooses free ones.
-        before: a Python file that each rank runs first.
-        timeout: seconds for all; ranks that are still there are ended, with status None.
+        before: Python code that each rank runs first, with its number as `RANK`.
+        reports: whether rank 0 draws a run's report, which takes longer than these runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ports = ports or free_ports(len(commands[0]))
     processes = []
     for rank, own in enumerate(commands):
-        arguments = (rank, len(commands), ports, [list(command) for command in own], folder, before, sys.path)
+        arguments = (rank, len(commands), ports, [list(command) for command in own], folder, before, reports, sys.path)
         processes.append(_CONTEXT.Process(target=_run, args=arguments))
         processes[-1].start()
-    ended = []
-    for rank, process in enumerate(processes):
-        process.join(timeout)
-        status = process.exitcode
-        if status is None:
+    times = {}
+    waiting = {process.sentinel: process for process in processes}
+    while waiting:
+        gone = wait(list(waiting), _LIMIT)
+        for sentinel in gone or list(waiting):
+            process = waiting.pop(sentinel)
             process.kill()
             process.join()
-        ended.append(Ended(status, (folder / f"rank{rank}.txt").read_text()))
-    return ended
+            times[process] = time.monotonic()
+    printed = [(folder / f"rank{rank}.txt").read_text() for rank in range(len(commands))]
+    return [Ended(process.exitcode, text, times[process]) for process, text in zip(processes, printed, strict=True)]
 
 
 def _run(
@@ -71,7 +77,8 @@ def _run(
     ports: Sequence[int],
     commands: list[list[str]],
     folder: Path,
-    before: Path | None,
+    before: str,
+    reports: bool,
     path: list[str],
 ) -> None:
     sys.path[:] = path
@@ -84,13 +91,14 @@ def _run(
 
     import torch
 
-    from g2rl.cli import main
+    from g2rl import cli
 
     torch.set_num_threads(1)
-    if before is not None:
-        runpy.run_path(str(before), {"RANK": rank})
+    if not reports:
+        cli._report = lambda run_dirs: 0
+    exec(before, {"RANK": rank})
     status = 0
     for port, command in zip(ports, commands, strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        status = main(command) or status
+        status = cli.main(command) or status
     sys.exit(status)

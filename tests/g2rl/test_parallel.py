@@ -6,8 +6,6 @@ import json
 import shutil
 import signal
 import socket
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from g2rl.checkpoint import checkpoints
 from g2rl.cli import main
 from g2rl.config import ModelConfig
 from g2rl.model import load_model
-from tests.g2rl.ranks import Ended, launch
+from tests.g2rl.ranks import launch
 
 # Groups that are cut, so that ranks have different numbers of micro-batches; groups that are asked for again; a
 # reference that changes; evaluation of a number of problems that no number of ranks divides.
@@ -42,16 +40,16 @@ def digits(problem, response, finished):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """With a configuration, a reward, and two models, whose embeddings and heads share their weight or do not."""
+    """With a configuration, a reward, and models: embeddings and head share their weight, or do not; and another."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "settings.yaml").write_text(SETTINGS)
     (folder / "ranks_reward.py").write_text(REWARD)
     shutil.copytree(tiny_model, folder / "tied")
-    config = AutoConfig.from_pretrained(tiny_model)
-    config.tie_word_embeddings = False
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "untied")
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "untied")
+    for name, change in {"untied": {"tie_word_embeddings": False}, "narrow": {"intermediate_size": 40}}.items():
+        config = AutoConfig.from_pretrained(tiny_model, **change)
+        torch.manual_seed(1)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / name)
     return folder
 
 
@@ -70,6 +68,7 @@ def alone(folder: Path) -> Path:
     """The folder of runs of one process, named as their models."""
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(folder)
+        patched.setattr("g2rl.cli._report", lambda run_dirs: 0)
         for model in ("tied", "untied"):
             assert main(train(folder, model, model)) == 0
     return folder / "runs"
@@ -121,10 +120,17 @@ def test_ranks_do_what_one_process_does(folder: Path, alone: Path, size: int) ->
         assert_same(run, alone / model)
         expected = weights(alone / model)
         assert (weights(run) - expected).norm() <= 1e-4 * expected.norm()
-        assert (run / "report" / "report.md").is_file()
 
 
 # ---- a rank that is gone ---------------------------------------------------------------------------------------------
+
+ANOTHER = "resume: expected the run's model, with model.layers.0.mlp.down_proj.weight [32, 40], found [32, 64] in "
+
+
+def another_model(run: Path, folder: Path) -> int:
+    """Status of a run that goes on with a model that is not the checkpoint's."""
+    return main(["train", f"resume={run}", f"model.path={folder / 'narrow'}", "parallel.strategy=ddp"])
+
 
 KILLED = {
     # In the middle of step 3: while the other rank samples, or waits for what this one has sampled.
@@ -158,14 +164,13 @@ FileSystemWriter.write_data = killed
 
 
 @pytest.mark.parametrize("moment", KILLED)
-def test_a_killed_rank(folder: Path, alone: Path, moment: str) -> None:
+def test_a_killed_rank(
+    folder: Path, alone: Path, moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The other one stops with a word, within a minute; the run goes on with one rank, or two, to the same numbers."""
-    hook = folder / f"killed_{moment}.py"
-    hook.write_text(KILLED[moment])
     command = train(folder, f"killed-{moment}", "untied", "parallel.strategy=fsdp2")
-    start = time.monotonic()
-    ended = launch([[command]] * 2, folder / f"printed-{moment}", before=hook)
-    assert time.monotonic() - start < 60
+    ended = launch([[command]] * 2, folder / f"printed-{moment}", before=KILLED[moment])
+    assert ended[0].time - ended[1].time < 60
     assert [rank.status for rank in ended] == [1, -signal.SIGKILL], ended
     assert "g2rl: rank 1 is gone without a word" in ended[0].printed
     run = alone / f"killed-{moment}"
@@ -174,7 +179,113 @@ def test_a_killed_rank(folder: Path, alone: Path, moment: str) -> None:
     assert [step for step, _ in checkpoints(run)] == left
     for name in ("one", "two"):
         shutil.copytree(run, alone / f"{run.name}-{name}")
+    monkeypatch.setattr("g2rl.cli._report", lambda run_dirs: 0)
     assert main(["train", f"resume={run}-one", "parallel.strategy=ddp"]) == 0
-    assert [rank.status for rank in launch([[["train", f"resume={run}-two"]]] * 2, folder / "printed-two")] == [0, 0]
+    ended = launch([[["train", f"resume={run}-two"]]] * 2, folder / f"printed-{moment}-two", reports=True)
+    assert [rank.status for rank in ended] == [0, 0], ended
+    assert (alone / f"{run.name}-two" / "report" / "report.md").is_file()
     for name in ("one", "two"):
         assert_same(alone / f"{run.name}-{name}", alone / "untied")
+    # What ranks have written is a model like any other, and no other model's.
+    assert main(["export", f"{run}-two", f"{run}-exported"]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(f"{run}-exported")
+    assert torch.equal(torch.cat([p.detach().flatten() for p in exported.parameters()]), weights(Path(f"{run}-two")))
+    assert another_model(Path(f"{run}-two"), folder) == 2
+    assert ANOTHER in capsys.readouterr().err
+
+
+# ---- ranks that cannot work together ---------------------------------------------------------------------------------
+
+OTHER_CODE = """
+from g2rl.parallel import agree
+found = agree.versions()
+agree.versions = lambda: {**found, "code": f"of rank {RANK}"}
+"""
+OTHER_WEIGHTS = """
+import torch
+from g2rl import trainer
+load = trainer.load_model
+def loaded(config):
+    model, tokenizer = load(config)
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] += RANK
+    return model, tokenizer
+trainer.load_model = loaded
+"""
+FAILS_ALONE = """
+from g2rl import collect
+def judge_episodes(*arguments):
+    if RANK == 1:
+        raise ZeroDivisionError("a reward function's own")
+    return judge(*arguments)
+judge, collect.judge_episodes = collect.judge_episodes, judge_episodes
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "of_rank_1", "before", "status", "message"),
+    [
+        (["rollout.prompts=6"], [], "", 2, "rollout.prompts: expected a multiple of 4, 2 ranks with whole groups in "),
+        ([], ["optim.lr=1e-5"], "", 2, "optim.lr: expected the same on every rank, found 0.001 on rank 0 and 1e-05 on"),
+        ([], ["optim.lr=-1"], "", 2, "rank 1: optim.lr: expected a value greater than 0, found -1.0"),
+        (
+            [],
+            [],
+            OTHER_CODE,
+            2,
+            "code: expected the same on every rank, found 'of rank 0' on rank 0 and 'of rank 1' on",
+        ),
+        ([], [], OTHER_WEIGHTS, 2, "model.path: expected the same weights on every rank, found others on rank 1 than"),
+        (["dry_run=true"], [], "", 2, "dry_run: expected a process of its own, found a launcher"),
+        ([], [], FAILS_ALONE, 1, "rank 1: ZeroDivisionError: a reward function's own; the last checkpoint below"),
+    ],
+    ids=["prompts", "configuration", "bad configuration", "code", "weights", "dry run", "failure"],
+)
+def test_told_by_rank_0(
+    folder: Path, tmp_path: Path, overrides: list[str], of_rank_1: list[str], before: str, status: int, message: str
+) -> None:
+    """Once, and before any rollout."""
+    command = train(folder, "refused", "tied", *overrides)
+    ended = launch([[command], [[*command, *of_rank_1]]], tmp_path, before=before)
+    assert [rank.status for rank in ended][0] == status, ended
+    assert message in ended[0].printed
+    assert "g2rl: " not in ended[1].printed
+    assert "Traceback" not in ended[0].printed
+    assert not (folder / "runs" / "refused" / "metrics.jsonl").exists() or status == 1
+
+
+def test_a_port_in_use(folder: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        (ended,) = launch([[train(folder, "refused", "tied")]], tmp_path, ports=[port])
+    assert ended.status == 2
+    assert f"g2rl: rank 0: MASTER_PORT: expected a free port at 127.0.0.1:{port}, found" in ended.printed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.strategy=fsdp2"], "parallel.strategy: expected ddp in a process of its own, found fsdp2"),
+        (
+            ["parallel.strategy=fsdp2", "model.lora.rank=2", "objective.reference_every=0"],
+            "parallel.strategy: expected ddp with model.lora.rank > 0",
+        ),
+    ],
+)
+def test_refused_alone(folder: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(train(folder, "refused", "tied", *overrides)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_whole_checkpoint_goes_on_split(
+    folder: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One process stops after step 2; two ranks with split weights take the last one."""
+    run = shutil.copytree(alone / "tied", alone / "goes-on")
+    shutil.rmtree(checkpoints(run)[-1][1])
+    assert [step for step, _ in checkpoints(run)] == [2]
+    assert another_model(run, folder) == 2
+    assert ANOTHER in capsys.readouterr().err
+    ended = launch([[["train", f"resume={run}", "parallel.strategy=fsdp2"]]] * 2, tmp_path)
+    assert [rank.status for rank in ended] == [0, 0], ended
+    assert_same(run, alone / "tied")

@@ -107,11 +107,10 @@ def _connect(found: Config | ConfigError, rank: int, size: int) -> dist.Store:
 
 def _fail(watch: Watch, error: BaseException, foreseen: tuple[type[Exception], ...]) -> None:
     """Tell what happened on this rank, and end it, and with it the others."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher may be faster than this is told
     if isinstance(error, KeyboardInterrupt):
         watch.fail("stopped", 130)
-    if isinstance(error, _Terminated):
-        watch.fail("ended by the launcher, as it does once another rank has failed", 143)
-    if is_loss(error):
+    if is_loss(error) or isinstance(error, _Terminated):
         watch.lost(error)
     if isinstance(error, ConfigError):
         watch.fail(str(error), 2)
@@ -122,7 +121,7 @@ def _fail(watch: Watch, error: BaseException, foreseen: tuple[type[Exception], .
 
 
 def _terminate(*_: object) -> None:
-    raise _Terminated
+    raise _Terminated("the launcher ended this rank, as it does once another one has failed")
 
 
 def _be_silent() -> None:

@@ -81,9 +81,9 @@ class Ranks:
         """[size * n, ...] of every rank's [n, ...], in the order of ranks."""
         if self.size == 1 or own.numel() == 0:
             return own
-        whole = own.new_empty(self.size * own.shape[0], *own.shape[1:])
-        dist.all_gather_into_tensor(whole, own.contiguous())
-        return whole
+        parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
 
     def summed(self, *own: int) -> list[int]:
         """Each number's sum over ranks."""

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -66,7 +67,7 @@ class Watch:
         """The same where an operation failed since another rank is gone: says which, as soon as that is known."""
         self._limit = SOON
         self._over.wait(SOON + 3 * INTERVAL)
-        self.fail(f"an operation with other ranks failed: {error}", 1)
+        self.fail(f"stopped: {error}", 1)
 
     def _look(self) -> None:
         count, last = 0, time.monotonic()
@@ -90,21 +91,23 @@ class Watch:
             if self._beats.setdefault(rank, (beat, now))[0] != beat:
                 self._beats[rank] = beat, now
             if now - self._beats[rank][1] > self._limit:
-                self._end(self._store, f"rank {rank} is gone without a word: killed, or out of memory", 1)
+                self._end(self._store, f"rank {rank} is gone without a word: killed, out of memory, or stopped", 1)
 
     def _end(self, store: dist.Store, message: str, status: int) -> NoReturn:
         """Stop here, as all other ranks do when they see why; rank 0 tells it, unless it is gone."""
         try:
             told = store.compare_set(_FAILURE, "", message).decode() if message else store.get(_FAILURE).decode()
+            if self.rank and (told != message or self._is_read(store)):
+                _stop("", status)
             if self.rank == 0:
-                store.set(_READ, "")
-            elif told == message:
-                told = "" if self._is_read(store) else told
-            else:
-                told = ""
+                _say(told + self.advice)
+                with suppress(RuntimeError):
+                    store.set(_READ, "")
+                time.sleep(2 * INTERVAL)  # where rank 0 has the store, others must still read it
+                _stop("", status)
         except RuntimeError:  # the store is gone
-            told = message
-        _stop(told and told + self.advice, status)
+            told = message or f"rank {self.rank}: stopped, since another one has failed"
+        _stop(told + self.advice, status)
 
     def _is_read(self, store: dist.Store) -> bool:
         for _ in range(3):
@@ -123,6 +126,10 @@ def is_loss(error: BaseException) -> bool:
 def _stop(message: str, status: int) -> NoReturn:
     """End the process at once: nothing may wait for ranks that are gone."""
     if message:
-        print(f"g2rl: {message}", file=sys.stderr, flush=True)
+        _say(message)
     sys.stdout.flush()
     os._exit(status)
+
+
+def _say(message: str) -> None:
+    print(f"g2rl: {message}", file=sys.stderr, flush=True)
