@@ -120,7 +120,7 @@ def load_checkpoint(folder: Path, model: Any, parts: dict[str, Any], ranks: Rank
 
 
 def load_state(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """The trainer's state of a checkpoint; also restores the random states of Python, PyTorch and its devices.
+    """The trainer's state of a checkpoint; also restores the random states of Python, PyTorch and its device.
 
     They are those of this rank, or of the first one where the checkpoint is by another number of ranks.
     """
@@ -133,7 +133,7 @@ def load_state(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"][0])
     return state
 
 
@@ -167,7 +167,7 @@ def _random_states() -> dict[str, Any]:
     return {
         "python": [version, list(internal), gauss],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 

@@ -114,7 +114,7 @@ def _train_together(read: Callable[[], Config]) -> int:
     from g2rl.trainer import Trainer, TrainingError
 
     def train(config: Config, ranks: Ranks) -> None:
-        _announce(config, f", {ranks.size} x {config.parallel.strategy}")
+        _announce(config, f", {ranks}")
         Trainer(config, ranks).run()
 
     done = train_together(read, train, (TrainingError,))

@@ -94,7 +94,8 @@ class Trainer:
         options = asdict(self.method.options)
         methods = config.methods | ({self.method.name: options} if options else {})
         self.ranks.on_first(save_config, replace(config, resume=None, methods=methods), run_dir / "config.yaml")
-        log.environment(environment(self.device) | {"prompts": self.updater.policy.forward_pass.prompts})
+        facts = environment(self.device) | {"prompts": self.updater.policy.forward_pass.prompts}
+        log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})
         try:
             with self.ranks.on_first(TrainingProgress, config.steps, self.step) as progress:
                 if resume_step is None and config.eval.every:

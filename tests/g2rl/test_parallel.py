@@ -188,8 +188,11 @@ def test_a_killed_rank(
         assert_same(alone / f"{run.name}-{name}", alone / "untied")
     # What ranks have written is a model like any other, and no other model's.
     assert main(["export", f"{run}-two", f"{run}-exported"]) == 0
-    exported = AutoModelForCausalLM.from_pretrained(f"{run}-exported")
-    assert torch.equal(torch.cat([p.detach().flatten() for p in exported.parameters()]), weights(Path(f"{run}-two")))
+    assert main(["push", f"{run}-two", "owner/name", "--dry-run"]) == 0
+    for plain in (f"{run}-exported", f"{run}-two/hub"):
+        model = AutoModelForCausalLM.from_pretrained(plain)
+        found = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        assert torch.equal(found, weights(Path(f"{run}-two")))
     assert another_model(Path(f"{run}-two"), folder) == 2
     assert ANOTHER in capsys.readouterr().err
 

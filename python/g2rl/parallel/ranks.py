@@ -48,6 +48,9 @@ class Ranks:
         self.size = size
         self.sharded = sharded
 
+    def __str__(self) -> str:
+        return f"{self.size} x {'fsdp2' if self.sharded else 'ddp'}"
+
     @property
     def first(self) -> bool:
         """Whether this is the rank that prints and writes."""

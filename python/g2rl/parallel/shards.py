@@ -66,10 +66,11 @@ def load_model_of_shards(path: Path, **settings: Any) -> Any:
 
     Args:
         path: the checkpoint's folder.
-        settings: as `from_pretrained` takes them; its `dtype` may be another than the files'.
+        settings: as `from_pretrained` takes them; `dtype` may be another than the files', which is the default.
     """
+    config = AutoConfig.from_pretrained(path)
     with init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **settings)
+        model: Any = AutoModelForCausalLM.from_config(config, **{"dtype": config.dtype, **settings})
     weights = {key: torch.empty_like(weight, device="cpu") for key, weight in model.state_dict().items()}
     _read({"model": weights}, path / SHARDS)
     model.load_state_dict(weights, assign=True)
