@@ -103,6 +103,22 @@ def weights(run: Path) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
+# The op takes the gathered weight itself, and between forward and backward passes there is nothing but parts.
+ONE_WEIGHT = """
+from torch.distributed.tensor import DTensor
+from g2rl import policy, update
+make, clip = policy.lm_head, update.clip_grad_norm_
+def lm_head(model, temperature, dtype):
+    head, weight = make(model, temperature, dtype), model.get_output_embeddings().weight
+    assert not isinstance(weight, DTensor) and head.weight.data_ptr() == weight.data_ptr()
+    return head
+def clip_grad_norm_(parameters, norm):
+    parameters = list(parameters)
+    split = {isinstance(tensor, DTensor) for p in parameters for tensor in (p, p.grad)}
+    assert len(split) == 1
+    return clip(parameters, norm)
+policy.lm_head, update.clip_grad_norm_ = lm_head, clip_grad_norm_
+"""
 CASES = [(strategy, model) for strategy in ("ddp", "fsdp2") for model in ("tied", "untied")]
 
 
@@ -111,7 +127,7 @@ def test_ranks_do_what_one_process_does(folder: Path, alone: Path, size: int) ->
     commands = [
         train(folder, f"{strategy}-{model}-{size}", model, f"parallel.strategy={strategy}") for strategy, model in CASES
     ]
-    ended = launch([commands] * size, folder / f"printed-{size}")
+    ended = launch([commands] * size, folder / f"printed-{size}", before=ONE_WEIGHT)
     assert [rank.status for rank in ended] == [0] * size, ended
     assert all("held-out pass@1" in line for line in ended[0].printed.splitlines() if "step 3/3" in line)
     assert [rank.printed for rank in ended[1:]] == [""] * (size - 1)
@@ -195,6 +211,15 @@ def test_a_killed_rank(
         assert torch.equal(found, weights(Path(f"{run}-two")))
     assert another_model(Path(f"{run}-two"), folder) == 2
     assert ANOTHER in capsys.readouterr().err
+
+
+def test_the_first_rank_is_killed(folder: Path, tmp_path: Path) -> None:
+    """With it goes what the ranks share."""
+    command = train(folder, "killed-first", "tied")
+    ended = launch([[command]] * 2, tmp_path, before=KILLED["step"].replace("RANK == 1", "RANK == 0"))
+    assert [rank.status for rank in ended] == [-signal.SIGKILL, 1], ended
+    assert ended[1].time - ended[0].time < 60
+    assert "g2rl: rank 1: rank 0, or the launcher, cannot be reached" in ended[1].printed
 
 
 # ---- ranks that cannot work together ---------------------------------------------------------------------------------
