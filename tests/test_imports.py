@@ -30,7 +30,8 @@ LAYERS = {
     ),
     "g2rl": (
         ("__init__", "types", "config", "heads", "times"),
-        ("trackers", "shared_prompts", "adapters", "parallel"),
+        ("trackers", "shared_prompts", "adapters"),
+        ("parallel",),
         ("log",),
         ("tasks", "plots", "checkpoint", "model", "encoder", "plugins", "forward"),
         ("rewards", "rollout", "objective", "geometry", "policy", "forecast"),

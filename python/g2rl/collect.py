@@ -72,7 +72,7 @@ def _sample(
     m, own = config.rollout.group_size, ranks.share(count)
     with times.stage("rollout"):
         problems = [task.train_problem(position + i) for i in own]
-        seeds = response_seeds(seed, own, m)
+        seeds = response_seeds(seed, m * len(own), m * own.start)
         episodes = sampler.sample(problems, m, config.rollout.temperature, config.rollout.top_p, seeds)
     with times.stage("reward"):
         verdicts = judge_episodes(episodes, task, config.rewards)

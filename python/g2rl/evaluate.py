@@ -86,7 +86,8 @@ def evaluate(
     """
     n, own = config.samples, ranks.share(len(problems))
     chosen = [problems[i] for i in own]
-    drawn = sampler.sample(chosen, n, config.temperature, config.top_p, response_seeds(seed, own, n))
+    seeds = response_seeds(seed, n * len(own), n * own.start)
+    drawn = sampler.sample(chosen, n, config.temperature, config.top_p, seeds)
     judged = task.judge([e.problem for e in drawn], [e.text for e in drawn])
     episodes, correct = ranks.gathered(drawn), ranks.gathered(judged)
     extracted = (task.extract(e.text) for e in episodes)

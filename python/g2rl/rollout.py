@@ -53,23 +53,17 @@ class Sampler:
         tokenizer: pads on the left; its chat template renders problems.
         config: token limit, batch size, and dtype.
         system_prompt: system message, None for the template's own default.
-        own_copy: generate with a copy even where the policy could, since its weights will be split.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Tokenizer,
-        config: RolloutConfig,
-        system_prompt: str | None = None,
-        own_copy: bool = False,
+        self, model: PreTrainedModel, tokenizer: Tokenizer, config: RolloutConfig, system_prompt: str | None = None
     ) -> None:
         self.policy = model
         self.tokenizer = tokenizer
         self.config = config
         self.system_prompt = system_prompt
         dtype = getattr(torch, config.dtype)
-        same = model.dtype == dtype and not has_adapter(model) and not own_copy
+        same = model.dtype == dtype and not has_adapter(model)
         self.model: Any = model if same else plain_copy(model).to(dtype)
         keep_head_inputs_contiguous(self.model)
         stop = model.generation_config.eos_token_id if model.generation_config else None

@@ -14,9 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-import transformers
 
-import g2rl_kernels
 from g2rl.adapters import add_adapter
 from g2rl.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from g2rl.collect import collect
@@ -25,6 +23,7 @@ from g2rl.evaluate import evaluate
 from g2rl.log import Completion, GroupGeometry, RunLog, TrainingProgress
 from g2rl.methods import make_method
 from g2rl.model import load_model, resolve_device
+from g2rl.parallel.agree import versions
 from g2rl.parallel.place import place, where_to_load
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.policy import Policy, Reference
@@ -68,9 +67,7 @@ class Trainer:
         self.model, self.tokenizer = load_model(where_to_load(config.model, ranks))
         if config.model.lora.rank:
             add_adapter(self.model, config.model.lora)
-        self.sampler = Sampler(
-            self.model, self.tokenizer, config.rollout, config.task.system_prompt, own_copy=ranks.sharded
-        )
+        self.sampler = Sampler(self.model, self.tokenizer, config.rollout, config.task.system_prompt)
         policy = Policy(self.model, config)
         self.reference = Reference(policy, config) if config.objective.kl_coef > 0 else None
         self.device = resolve_device(config.model.device)
@@ -251,8 +248,5 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         "device": f"{device.type} ({name})",
         "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "g2rl-kernels": g2rl_kernels.__version__,
+        **versions(),
     }

@@ -29,7 +29,7 @@ def agree(read: Config | ConfigError) -> Config:
     Raises:
         ConfigError: on every rank, if one could not read it, or has other values, or another version of the code.
     """
-    found = gather_objects((read, versions()))
+    found = gather_objects((read, {**versions(), "code": code()}))
     for rank, (config, _) in enumerate(found):
         if isinstance(config, ConfigError):
             raise config if rank == 0 else ConfigError(f"rank {rank}: {config}")
@@ -46,15 +46,19 @@ def agree(read: Config | ConfigError) -> Config:
 
 
 def versions() -> dict[str, str]:
-    """What runs the training, by name; `code` is a digest of both packages' Python files."""
-    digest = hashlib.sha256()
-    for package in PACKAGES:
-        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
-            digest.update(path.read_bytes())
+    """What runs the training, by name."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "g2rl-kernels": g2rl_kernels.__version__,
-        "code": digest.hexdigest()[:16],
     }
+
+
+def code() -> str:
+    """A digest of both packages' Python files."""
+    digest = hashlib.sha256()
+    for package in PACKAGES:
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

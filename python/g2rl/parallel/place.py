@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from g2rl.adapters import plain_copy
 from g2rl.config import ConfigError, ModelConfig
 from g2rl.parallel.ranks import Ranks
 from g2rl.parallel.sharding import checksum, shard
@@ -37,6 +38,8 @@ def place(model: Any, reference: Any, sampler: Any, config: ModelConfig, device:
     if not ranks.first:  # dropout of other inputs has other draws
         torch.manual_seed(torch.initial_seed() + ranks.rank)
     if ranks.sharded:
+        if sampler.model is model:
+            sampler.model = plain_copy(model)
         sampler.model.to(device)
         for part in (model,) if reference is None else (model, reference.model):
             shard(part, config, device, ranks.size)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 
 
-def response_seeds(seed: int, places: range, copies: int) -> list[int]:
-    """A seed for each of `copies` responses to the problems at `places`, those of one problem side by side.
+def response_seeds(seed: int, count: int, first: int = 0) -> list[int]:
+    """The seeds of responses `first` to `first + count - 1` of a call with `seed`, each in [0, 2^63).
 
-    Args:
-        seed: of the step.
-        places: of the problems among all that the step asks.
+    Whoever samples a part of them draws the same numbers for it.
     """
-    return [_seed(f"{seed} {place} {copy}") for place in places for copy in range(copies)]
-
-
-def _seed(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
+    return [
+        int.from_bytes(hashlib.blake2b(f"{seed} {place}".encode(), digest_size=8).digest()) >> 1
+        for place in range(first, first + count)
+    ]
