@@ -297,11 +297,7 @@ def validate(config: Config) -> Config:
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name: expected a plain folder name, found {config.name!r}")
     _check_objective(config)
-    if config.parallel.strategy == "fsdp2" and config.model.lora.rank:
-        raise ConfigError(
-            "parallel.strategy: expected ddp with model.lora.rank > 0, since an adapter is small and its model frozen, "
-            "found fsdp2"
-        )
+    _check_parallel(config)
     if not config.rewards:
         raise ConfigError("rewards: expected at least one reward function, found none")
     wrong = [k for k in config.eval.ks if not 1 <= k <= config.eval.samples]
@@ -342,6 +338,20 @@ def _check_objective(config: Config) -> None:
         raise ConfigError(
             f"objective.mini_batches: expected a divisor of rollout.prompts = {rollout.prompts}, whole groups each, "
             f"found {objective.mini_batches}"
+        )
+
+
+def _check_parallel(config: Config) -> None:
+    """As `_check_objective`."""
+    if config.parallel.strategy == "fsdp2" and config.model.lora.rank:
+        raise ConfigError(
+            "parallel.strategy: expected ddp with model.lora.rank > 0, since an adapter is small and its model frozen, "
+            "found fsdp2"
+        )
+    if config.parallel.strategy == "fsdp2" and config.model.dtype != "float32":
+        raise ConfigError(
+            "model.dtype: expected float32 with parallel.strategy fsdp2, which gathers weights in the type of "
+            f"model.autocast, found {config.model.dtype}"
         )
 
 

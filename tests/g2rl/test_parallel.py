@@ -297,6 +297,7 @@ def test_a_port_in_use(folder: Path, tmp_path: Path) -> None:
             ["parallel.strategy=fsdp2", "model.lora.rank=2", "objective.reference_every=0"],
             "parallel.strategy: expected ddp with model.lora.rank > 0",
         ),
+        (["parallel.strategy=fsdp2", "model.dtype=bfloat16"], "model.dtype: expected float32 with parallel.strategy"),
     ],
 )
 def test_refused_alone(folder: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
