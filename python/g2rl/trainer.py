@@ -26,7 +26,7 @@ from g2rl.methods import make_method
 from g2rl.model import load_model
 from g2rl.policy import Policy, Reference
 from g2rl.rewards import resolve_rewards
-from g2rl.rollout import Sampler
+from g2rl.rollout import make_sampler
 from g2rl.tasks import make_task
 from g2rl.times import StageTimes
 from g2rl.trackers import make_trackers
@@ -60,7 +60,7 @@ class Trainer:
         self.device = self.model.device
         if config.model.lora.rank:
             add_adapter(self.model, config.model.lora)
-        self.sampler = Sampler(self.model, self.tokenizer, config.rollout, config.task.system_prompt)
+        self.sampler = make_sampler(self.model, self.tokenizer, config.rollout, config.task.system_prompt)
         policy = Policy(self.model, config)
         self.reference = Reference(policy, config) if config.objective.kl_coef > 0 else None
         self.updater = Updater(policy, self.reference, self.method, config, self.tokenizer.pad_token_id)
