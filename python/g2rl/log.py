@@ -59,6 +59,13 @@ METRICS = (
         "probability by the old policy over that by the sampling engine, before truncation, mean over tokens",
         "",
     ),
+    Metric(
+        "train/rollout_gap",
+        "Rollout gap",
+        "difference of log p by the old policy and by the sampling engine, mean over tokens",
+        "nats",
+    ),
+    Metric("train/rollout_gap_max", "Rollout gap, greatest", "the same, of the token where it is greatest", "nats"),
     Metric("train/grad_norm", "Gradient norm", "global norm of the gradient before it is scaled down", ""),
     Metric("train/lr", "Learning rate", "learning rate of the step", ""),
     Metric("train/response_length", "Response length", "mean tokens of a response", "tokens"),

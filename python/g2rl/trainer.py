@@ -26,7 +26,7 @@ from g2rl.methods import make_method
 from g2rl.model import load_model
 from g2rl.policy import Policy, Reference
 from g2rl.rewards import resolve_rewards
-from g2rl.rollout import make_sampler
+from g2rl.rollout import gap_warning, make_sampler
 from g2rl.tasks import make_task
 from g2rl.times import StageTimes
 from g2rl.trackers import make_trackers
@@ -68,6 +68,7 @@ class Trainer:
         self.position = 0
         self._saving = self._times()
         self._tells_first_pass = True
+        self._gap_told = False
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -106,10 +107,15 @@ class Trainer:
         groups = collect(self.sampler, self.task, config, self.position, self._seed(step, "rollout"), times)
         episodes, verdicts = groups.episodes, groups.verdicts
         with times.stage("update"):
+            self.sampler.sleep()
             metrics, results = self.updater.run(step, episodes, verdicts, times)
         if self._tells_first_pass and "time/first_pass" in times.seconds:
             self._tells_first_pass = False
             progress.message(_first_pass_cost(times.seconds, self.method.needs_features))
+        warning = gap_warning(metrics, config.rollout)
+        if warning and not self._gap_told:
+            self._gap_told = True
+            progress.message(warning)
         self.step, self.position = step, self.position + groups.asked
         if self.reference is not None and self._due(step, config.objective.reference_every):
             self.reference.refresh()

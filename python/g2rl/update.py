@@ -25,7 +25,7 @@ from g2rl.geometry import geometry_metrics
 from g2rl.methods import Method, Step
 from g2rl.objective import Tokens, Totals, policy_loss
 from g2rl.policy import Policy, Reference
-from g2rl.rollout import make_batch
+from g2rl.rollout import gap_metrics, make_batch
 from g2rl.times import StageTimes
 from g2rl.types import Batch, Episode, Verdict
 from g2rl_kernels import GroupAdvantages, SequenceFeatures
@@ -293,6 +293,8 @@ class Updater:
         step = _joined([groups.step for groups in everything])
         metrics = geometry_metrics(step.features, step.rewards, result, step.group_size)
         metrics |= self.method.metrics(step, result)
+        parts = [part for groups in everything for part in groups.parts]
+        metrics |= gap_metrics([(part.old_logps, part.rollout_logps) for part in parts if part.old_logps is not None])
         metrics |= {
             "train/loss": sums.loss / self.config.objective.mini_batches,
             "train/entropy": sums.entropy / max(sums.tokens, 1),

@@ -86,6 +86,7 @@ def _evaluate_model(
     # Nothing is trained here: the weights are loaded in the type that generates, and no copy of them is needed.
     model, tokenizer = load_model(replace(config.model, dtype=config.rollout.dtype))
     sampler = make_sampler(model, tokenizer, config.rollout)
+    sampler.sync()
     made_by = {"model": config.model.path, "dtype": config.rollout.dtype, "weights": digest(model)}
     scores = []
     for settings, whole in zip(sets, problems, strict=True):

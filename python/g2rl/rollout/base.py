@@ -20,6 +20,10 @@ class Response(NamedTuple):
     logps: tuple[float, ...] | None
 
 
+class RolloutError(RuntimeError):
+    """Rollouts cannot go on: the engine has gone, or has other weights than it was handed."""
+
+
 class Sampling(NamedTuple):
     """How tokens are drawn; a temperature of 0 decodes greedily."""
 
@@ -51,6 +55,10 @@ class Sampler(ABC):
     @abstractmethod
     def sync(self) -> None:
         """Take the policy's present weights."""
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Give memory back until the next `sync`, where the engine can."""
 
     @abstractmethod
     def respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:

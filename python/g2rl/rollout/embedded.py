@@ -42,6 +42,9 @@ class TransformersSampler(Sampler):
         if self.model is not self.policy:
             copy_weights(self.policy, self.model)
 
+    def sleep(self) -> None:
+        """Nothing: keys and values are gone when responses are there, and the copy is what evaluation needs."""
+
     def respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
         training = self.model.training
         self.model.eval()

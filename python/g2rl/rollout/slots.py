@@ -36,13 +36,13 @@ class Slots:
         self.rows = torch.arange(count, device=device)
         layers = DynamicCache(config=config).layers
         self.layers = [_SlotLayer(self) for _ in layers]
-        self.cache = Cache(layers=self.layers)
+        self.cache = Cache(layers=list(self.layers))
 
-    def admit(self, prefilled: DynamicCache, sources: Sequence[int], lengths: Sequence[int]) -> None:
+    def admit(self, prefilled: Any, sources: Sequence[int], lengths: Sequence[int]) -> None:
         """Put further rows behind those in use.
 
         Args:
-            prefilled: keys and values of prompts, padded on the right.
+            prefilled: transformers' cache of prompts that are padded on the right.
             sources: the row of `prefilled` that each new row starts from.
             lengths: tokens of each new row.
         """
