@@ -89,7 +89,8 @@ class RolloutConfig:
     server: str | None = None
     """`vllm`: URL of vLLM's own server, on other devices; None has the engine in this process."""
     vllm: dict[str, Any] = field(default_factory=dict)
-    """`vllm`: further arguments of vllm.LLM, such as {gpu_memory_utilization: 0.5, max_model_len: 4096}."""
+    """`vllm`: further arguments of vllm.LLM, such as {max_model_len: 4096}; on a GPU it takes
+    gpu_memory_utilization = 0.3 of the memory, on a CPU kv_cache_memory_bytes = 1 GiB."""
     prompts: int = 8
     """Problems (groups) a step."""
     group_size: int = 8

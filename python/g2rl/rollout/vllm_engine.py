@@ -23,6 +23,9 @@ from g2rl.rollout.base import Response, RolloutError, Sampler, Sampling
 VERSIONS = ((0, 32), (0, 34))
 """First version of vLLM that is served, and the first that is not."""
 
+_ON_GPU = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.3}
+_ON_CPU = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
+
 Checksum = tuple[int, int]
 """Rows, and the sum of their bits as integers, which no order of summation changes."""
 
@@ -78,7 +81,7 @@ class VLLMSampler(Sampler):
             self._engine = self._start(folder)
 
     def _start(self, folder: str) -> Any:
-        device = {"enable_sleep_mode": True} if self._sleeps else {"enforce_eager": True}
+        device = _ON_GPU if self._sleeps else _ON_CPU
         options = {
             "model": folder,
             "dtype": self.config.dtype,
@@ -87,7 +90,6 @@ class VLLMSampler(Sampler):
             "generation_config": "vllm",
             "logprobs_mode": "processed_logprobs",
             "max_num_seqs": self.config.batch_size,
-            "gpu_memory_utilization": 0.3,
             **device,
             **self.config.vllm,
         }
