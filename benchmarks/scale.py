@@ -3,8 +3,8 @@
     python -m benchmarks.scale [--assumptions FILE] [--out FOLDER]
 
 Nothing is run: rates are measured ones of this project or published ones, all in scaling/assumptions.yaml. Response
-lengths are drawn; the rollouts are simulated on them, engine by engine, and responses are dealt out to the ranks, so that
-long ones are waited for. Training is sharded data parallel (FSDP2), rollouts are by engines of `engine_gpus`
+lengths are drawn; the rollouts are simulated on them, engine by engine, and responses are dealt out to the ranks,
+so that long ones are waited for. Training is sharded data parallel (FSDP2), rollouts are by engines of `engine_gpus`
 each on the same GPUs, asleep while the policy is updated. Writes SCALING.md and scaling.png.
 """
 
@@ -345,8 +345,8 @@ def page(table: Table, steps: list[Step]) -> str:
         f"again.\n\n## Time of a step\n\n{_markdown(times)}\n\n![stages of a step](scaling/scaling.png)\n\n"
         "Seconds. A stage lasts as long as its slowest rank: with as few responses in an update as these runs have "
         "(32), 64 ranks wait for the one with the longest. G2RL adds the features of the pass before the first "
-        "update, the group op and one gather of Phi [B, d]; they are part of head and communication. Runs that do not fit are timed as if the trainer's "
-        "shards waited in the host's memory.\n\n"
+        "update, the group op and one gather of Phi [B, d]; they are part of head and communication. Runs "
+        "that do not fit are timed as if the trainer's shards waited in the host's memory.\n\n"
         f"## Memory\n\n{_markdown(memory)}\n\nBy sharded data parallel training, with every micro-batch as long as it "
         "may be. G2RL adds Phi [B, d] and the micro-batch's residuals [B, V], in fp32.\n\n"
         f"## Assumptions\n\n{responses}.\n\n{_markdown(assumed)}\n"

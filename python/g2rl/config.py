@@ -88,6 +88,9 @@ class RolloutConfig:
     """What samples: `transformers`, a copy of the model, or `vllm`, in this process or at `server`."""
     server: str | None = None
     """`vllm`: URL of vLLM's own server, on other devices; None has the engine in this process."""
+    server_folder: str | None = None
+    """`server`: folder that this process and the server see, where weights are handed over; None has the system's for
+    temporary files."""
     vllm: dict[str, Any] = field(default_factory=dict)
     """`vllm`: further arguments of vllm.LLM, such as {max_model_len: 4096}; on a GPU it takes
     gpu_memory_utilization = 0.3 of the memory, on a CPU kv_cache_memory_bytes = 1 GiB."""

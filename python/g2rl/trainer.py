@@ -97,6 +97,7 @@ class Trainer:
         finally:
             log.close()
             self.task.close()
+            self.sampler.close()
 
     def _one_step(self, log: RunLog, progress: TrainingProgress) -> None:
         config, times = self.config, self._times()

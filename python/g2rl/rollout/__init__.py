@@ -34,6 +34,10 @@ def make_sampler(model: Any, tokenizer: Tokenizer, config: RolloutConfig, system
     Raises:
         ConfigError: the engine is not installed, or cannot serve the model.
     """
+    if config.server:
+        from g2rl.rollout.vllm_server import ServerSampler
+
+        return ServerSampler(model, tokenizer, config, system_prompt)
     if config.engine == "vllm":
         from g2rl.rollout.vllm_engine import VLLMSampler
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from g2rl.config import RolloutConfig
+from g2rl.config import ConfigError, RolloutConfig
 from g2rl.rollout.draws import response_seeds
 from g2rl.types import Episode, Problem
+
+VERSIONS = ((0, 32), (0, 34))
+"""First version of vLLM that is served, and the first that is not."""
+
+
+def check_version(key: str, found: str) -> None:
+    """Raise `ConfigError` for a version of vLLM whose hand-over of weights is not known here."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    if not VERSIONS[0] <= numbers < VERSIONS[1]:
+        first, last = (".".join(map(str, version)) for version in VERSIONS)
+        raise ConfigError(f"{key}: expected vLLM {first} or newer, below {last}, found {found}")
 
 
 class Response(NamedTuple):
@@ -59,6 +71,10 @@ class Sampler(ABC):
     @abstractmethod
     def sleep(self) -> None:
         """Give memory back until the next `sync`, where the engine can."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The last call: remove what was left outside of this process."""
 
     @abstractmethod
     def respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:

