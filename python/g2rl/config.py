@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-_ENGINES = {"vllm": {"objective": {"importance_cap": 2.0}}}
-"""Defaults of the rest of the configuration by `rollout.engine`: other kernels have other log-probabilities."""
+_OFF_POLICY = {"objective": {"importance_cap": 2.0}}
+"""Defaults of the rest where responses are of another policy: by other kernels, or an older one."""
 
 METHODS = Path(__file__).parent / "methods"
 """Where a method may have defaults for the rest of the configuration, in ``<name>.yaml``."""
@@ -110,6 +110,9 @@ class RolloutConfig:
     """Responses generated at once."""
     max_extra_groups: int = 0
     """Problems asked at most, a step, in place of those whose responses all earn the same (dynamic sampling, DAPO)."""
+    ahead: int = 0
+    """1: sample a step's responses while the step before updates, but for the first step and those behind a checkpoint.
+    Of the policy before that update, they are corrected by objective.importance_cap, which is then 2 by default."""
     max_logp_gap: float = 0.1
     """Warn once when log p by the engine and by the policy are further apart than this, on average over a step."""
 
@@ -254,6 +257,7 @@ _RANGES = {
     "rollout.top_p": _PROBABILITY,
     "rollout.batch_size": _POSITIVE,
     "rollout.max_extra_groups": _NOT_NEGATIVE,
+    "rollout.ahead": ("0 or 1", lambda v: v in (0, 1)),
     "rollout.max_logp_gap": _POSITIVE,
     "objective.clip_low": ("in [0, 1)", lambda v: 0 <= v < 1),
     "objective.clip_high": _NOT_NEGATIVE,
@@ -340,6 +344,11 @@ def _check_objective(config: Config) -> None:
             "objective.tokens_per_micro_batch: expected room for a prompt and rollout.max_new_tokens = "
             f"{rollout.max_new_tokens} tokens, or 0, found {objective.tokens_per_micro_batch}"
         )
+    if rollout.ahead and objective.importance_cap == 0:
+        raise ConfigError(
+            "objective.importance_cap: expected a value above 0 with rollout.ahead=1, whose responses are of an older "
+            "policy, found 0"
+        )
     if rollout.engine != "vllm" and (rollout.server or rollout.vllm):
         key = "server" if rollout.server else "vllm"
         raise ConfigError(f"rollout.{key}: expected none without rollout.engine=vllm, found {getattr(rollout, key)!r}")
@@ -379,7 +388,8 @@ def load_config(paths: str | Path | Sequence[str | Path] | None = None, override
         chosen.append(_renamed(OmegaConf.from_dotlist(list(overrides))))
         defaults = OmegaConf.structured(Config)
         asked = OmegaConf.merge(defaults, *chosen)
-        defaults = OmegaConf.merge(defaults, _ENGINES.get(asked.rollout.engine, {}))
+        if asked.rollout.engine == "vllm" or asked.rollout.ahead:
+            defaults = OmegaConf.merge(defaults, _OFF_POLICY)
         method = METHODS / f"{asked.method}.yaml"
         if method.is_file():
             defaults = OmegaConf.merge(defaults, OmegaConf.load(method))

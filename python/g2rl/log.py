@@ -97,7 +97,7 @@ METRICS = (
     Metric("eval/response_length", "Held-out response length", "mean tokens of a held-out response", "tokens"),
     Metric("eval/finished_share", "Held-out finished", "share of held-out responses that ended by themselves", "share"),
     Metric("time/step", "Step", "the step's rollouts, rewards and update; no evaluation, no checkpoint", "s"),
-    Metric("time/rollout", "Rollout", "generating the responses", "s"),
+    Metric("time/rollout", "Rollout", "generating the responses, or waiting for those sampled ahead", "s"),
     Metric("time/reward", "Reward", "judging the responses", "s"),
     Metric("time/update", "Update", "everything from the batch to the changed weights", "s"),
     Metric("time/eval", "Evaluation", "generating and judging the held-out responses", "s"),

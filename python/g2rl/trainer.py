@@ -17,8 +17,8 @@ import transformers
 
 import g2rl_kernels
 from g2rl.adapters import add_adapter, has_adapter, load_adapter
+from g2rl.ahead import Rollouts
 from g2rl.checkpoint import find_checkpoint, load_state, save_checkpoint
-from g2rl.collect import collect
 from g2rl.config import Config, save_config
 from g2rl.evaluate import evaluate
 from g2rl.log import Completion, GroupGeometry, RunLog, TrainingProgress
@@ -61,6 +61,7 @@ class Trainer:
         if config.model.lora.rank:
             add_adapter(self.model, config.model.lora)
         self.sampler = make_sampler(self.model, self.tokenizer, config.rollout, config.task.system_prompt)
+        self.rollouts = Rollouts(self.sampler, self.task, config)
         policy = Policy(self.model, config)
         self.reference = Reference(policy, config) if config.objective.kl_coef > 0 else None
         self.updater = Updater(policy, self.reference, self.method, config, self.tokenizer.pad_token_id)
@@ -97,22 +98,21 @@ class Trainer:
         finally:
             log.close()
             self.task.close()
-            self.sampler.close()
+            self.rollouts.close()
 
     def _one_step(self, log: RunLog, progress: TrainingProgress) -> None:
         config, times = self.config, self._times()
         start = time.perf_counter()
         step = self.step + 1
-        with times.stage("rollout"):
-            self.sampler.sync()
-        groups = collect(self.sampler, self.task, config, self.position, self._seed(step, "rollout"), times)
+        groups = self.rollouts.take(self.position, self._seed(step, "rollout"), times)
         episodes, verdicts = groups.episodes, groups.verdicts
         with times.stage("update"):
-            self.sampler.sleep()
+            self.rollouts.begin(step, self.position + groups.asked, self._seed(step + 1, "rollout"), times)
             metrics, results = self.updater.run(step, episodes, verdicts, times)
         if self._tells_first_pass and "time/first_pass" in times.seconds:
             self._tells_first_pass = False
             progress.message(_first_pass_cost(times.seconds, self.method.needs_features))
+        self.rollouts.wait(times)
         warning = gap_warning(metrics, config.rollout)
         if warning and not self._gap_told:
             self._gap_told = True

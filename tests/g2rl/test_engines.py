@@ -25,6 +25,7 @@ def test_defaults_with_vllm() -> None:
     """Other kernels have other log-probabilities: corrected unless the user says otherwise."""
     assert load_config().objective.importance_cap == 0
     assert load_config(None, ["rollout.engine=vllm"]).objective.importance_cap == 2
+    assert load_config(None, ["rollout.ahead=1"]).objective.importance_cap == 2
     assert load_config(None, ["rollout.engine=vllm", "objective.importance_cap=0"]).objective.importance_cap == 0
 
 
@@ -33,6 +34,8 @@ def test_defaults_with_vllm() -> None:
     [
         (["rollout.engine=sglang"], r"rollout\.engine: .*sglang"),
         (["rollout.server=http://localhost:1"], r"rollout\.server: expected none without rollout\.engine=vllm"),
+        (["rollout.ahead=2"], r"rollout\.ahead: expected a value 0 or 1, found 2"),
+        (["rollout.ahead=1", "objective.importance_cap=0"], r"objective\.importance_cap: expected a value above 0"),
         (["rollout.vllm={max_model_len: 9}"], r"rollout\.vllm: expected none without rollout\.engine=vllm"),
     ],
 )

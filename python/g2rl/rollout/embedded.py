@@ -29,7 +29,8 @@ class TransformersSampler(Sampler):
     ) -> None:
         super().__init__(model, tokenizer, config, system_prompt)
         dtype = getattr(torch, config.dtype)
-        same = model.dtype == dtype and not has_adapter(model)
+        # What is sampled ahead is of weights that an update is about to change.
+        same = model.dtype == dtype and not has_adapter(model) and not config.ahead
         self.model: Any = model if same else plain_copy(model).to(dtype)
         keep_head_inputs_contiguous(self.model)
         # The model's own generation defaults (top-k, penalties) would change the policy that is sampled from.
