@@ -83,6 +83,8 @@ class Fake(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/weight_checker" and not Fake.held:
+            return self._answer({"checksums": dict.fromkeys(self.answers["names"], "")})
         if self.path == "/collective_rpc" and self.answers["loads"]:
             self._load(Path(body["kwargs"]["weights_path"]))
         if self.path == "/v1/completions":
@@ -112,8 +114,17 @@ class Fake(BaseHTTPRequestHandler):
         pass
 
 
-SHAPE = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2}
-SERVED = {"dtype": "torch.float32", "logprobs_mode": "processed_logprobs", "hf_config": SHAPE}
+SERVED = {"dtype": "torch.float32", "logprobs_mode": "processed_logprobs"}
+NAMES = [
+    f"dp0:pp0:pcp0:tp{rank}:model.{name}.weight"
+    for rank in range(2)
+    for name in (
+        "embed_tokens",
+        "norm",
+        *(f"layers.{i}.{norm}_layernorm" for i in range(2) for norm in ("input", "post_attention")),
+        "layers.0.self_attn.qkv_proj",
+    )
+]
 
 
 @pytest.fixture
@@ -123,6 +134,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "/v1/models": {"data": [{"id": "m"}]},
         "/server_info?config_format=json": {"vllm_config": {"model_config": SERVED}},
         "loads": True,
+        "names": NAMES,
     }
     monkeypatch.setattr(Fake, "answers", answers)
     monkeypatch.setattr(Fake, "held", {})
@@ -164,10 +176,18 @@ def test_server(url: str, tiny_model: Path, tmp_path: Path) -> None:
     ("path", "answer", "error"),
     [
         ("/version", {"version": "0.31.0"}, r"rollout\.server: expected vLLM 0\.32 or newer, .* found 0\.31\.0"),
-        ("/server_info?config_format=json", None, r"found 404 Not Found; start it with VLLM_SERVER_DEV_MODE=1 vllm"),
+        (
+            "/server_info?config_format=json",
+            None,
+            r"found 404 Not Found; start it with VLLM_SERVER_DEV_MODE=1 python -m vllm",
+        ),
         ("dtype", "torch.bfloat16", r"expected dtype = float32 at http.*, found bfloat16; start it with"),
         ("logprobs_mode", "raw_logprobs", r"expected logprobs_mode = processed_logprobs .* found raw_logprobs"),
-        ("hf_config", SHAPE | {"hidden_size": 64}, r"rollout\.server: expected hidden_size = 32 .* found 64"),
+        (
+            "names",
+            NAMES[:4],
+            r"expected the policy's model at .*, found m, .* without model\.layers\.1\.input",
+        ),
     ],
 )
 def test_other_servers(url: str, tiny_model: Path, tmp_path: Path, path: str, answer: Any, error: str) -> None:

@@ -25,6 +25,14 @@ def check_version(key: str, found: str) -> None:
         raise ConfigError(f"{key}: expected vLLM {first} or newer, below {last}, found {found}")
 
 
+def is_checked(name: str) -> bool:
+    """Whether a weight is compared after each hand-over.
+
+    vLLM holds embeddings and norms as the trainer does; it fuses, splits and packs others.
+    """
+    return "embed" in name or "norm" in name
+
+
 class Response(NamedTuple):
     """Sampled tokens, a stop token at the end included, and their log-probabilities, None where they were not drawn."""
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from g2rl.adapters import plain_weights
 from g2rl.config import ConfigError, RolloutConfig
-from g2rl.rollout.base import Response, RolloutError, Sampler, Sampling, check_version
+from g2rl.rollout.base import Response, RolloutError, Sampler, Sampling, check_version, is_checked
 
 _ON_GPU = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.3}
 _ON_CPU = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
@@ -156,11 +156,8 @@ def _response(output: Any, sampling: Sampling) -> Response:
 
 
 def checksums(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Checksum]:
-    """Rows, and the sum of the bits, of each of the embeddings and norms, by name.
-
-    Engines hold these as the trainer does; they fuse, split and pack others.
-    """
-    return {name: _checksum(weight, len(weight)) for name, weight in weights if "embed" in name or "norm" in name}
+    """Rows, and the sum of the bits, of each weight that is compared, by name."""
+    return {name: _checksum(weight, len(weight)) for name, weight in weights if is_checked(name)}
 
 
 def _checksum(weight: torch.Tensor, rows: int) -> Checksum:

@@ -2,7 +2,8 @@
 
 The server is started as
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --dtype bfloat16
+    VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL \\
+        --logprobs-mode processed_logprobs --dtype bfloat16
 
 with any number of devices. Before each step the policy's weights are written to `rollout.server_folder`, the server is
 told to load them, and what it then holds is compared with what was written.
@@ -28,9 +29,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from g2rl.adapters import plain_weights
 from g2rl.config import ConfigError, RolloutConfig
-from g2rl.rollout.base import Response, RolloutError, Sampler, Sampling, check_version
+from g2rl.rollout.base import Response, RolloutError, Sampler, Sampling, check_version, is_checked
 
-START = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --dtype {dtype}"
+START = (
+    "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL "
+    "--logprobs-mode processed_logprobs --dtype {dtype}"
+)
 
 # vLLM fills vocabularies up with rows of zeros.
 _VOCABULARY_STEP = 64
@@ -56,14 +60,15 @@ class ServerSampler(Sampler):
         self.url = (config.server or "").rstrip("/")
         self._start = START.format(dtype=config.dtype)
         check_version("rollout.server", str(self._asked("/version").get("version")))
-        self.model_name = self._asked("/v1/models")["data"][0]["id"]
         self._check(self._asked("/server_info?config_format=json")["vllm_config"]["model_config"])
+        self.model_name = self._asked("/v1/models")["data"][0]["id"]
+        self._check_weights(self._asked("/weight_checker", {"action": "checksum"})["checksums"])
         self._folder = Path(tempfile.mkdtemp(prefix="g2rl-weights-", dir=config.server_folder))
 
-    def _asked(self, path: str) -> Any:
+    def _asked(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """An answer at the start, or the reason why none came."""
         try:
-            return self._call(path, timeout=_QUICK_S)
+            return self._call(path, body, timeout=_QUICK_S if body is None else _TIMEOUT_S)
         except urllib.error.HTTPError as error:
             raise ConfigError(
                 f"rollout.server: expected an answer to {path} from {self.url}, found {error.code} {error.reason}; "
@@ -76,19 +81,22 @@ class ServerSampler(Sampler):
             ) from error
 
     def _check(self, served: dict[str, Any]) -> None:
-        mine = self.policy.config.get_text_config()
-        theirs = served["hf_config"] if isinstance(served.get("hf_config"), dict) else {}
-        expected = {"logprobs_mode": "processed_logprobs", "dtype": self.config.dtype}
-        found: dict[str, Any] = {key: str(served.get(key)).removeprefix("torch.") for key in expected}
-        for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-            if key in theirs:
-                expected[key], found[key] = getattr(mine, key), theirs[key]
-        wrong = [key for key in expected if expected[key] != found[key]]
-        if wrong:
-            key = wrong[0]
+        for key, expected in (("logprobs_mode", "processed_logprobs"), ("dtype", self.config.dtype)):
+            found = str(served.get(key)).removeprefix("torch.")
+            if found != expected:
+                raise ConfigError(
+                    f"rollout.server: expected {key} = {expected} at {self.url}, found {found}; start it "
+                    f"with {self._start}"
+                )
+
+    def _check_weights(self, held: dict[str, str]) -> None:
+        mine = {name for name, _ in plain_weights(self.policy) if is_checked(name)}
+        theirs = {name for name in (key.split(":", 4)[4] for key in held) if is_checked(name)}
+        differing = sorted(mine ^ theirs)
+        if differing:
             raise ConfigError(
-                f"rollout.server: expected {key} = {expected[key]} at {self.url}, found {found[key]}; start it with "
-                f"{self._start}"
+                f"rollout.server: expected the policy's model at {self.url}, found {self.model_name}, and one of them "
+                f"without {differing[0]}"
             )
 
     def _call(self, path: str, body: dict[str, Any] | None = None, timeout: float = _TIMEOUT_S) -> Any:
@@ -168,7 +176,7 @@ def compare(sent: dict[str, torch.Tensor], held: dict[str, str]) -> None:
     wrong, compared = [], 0
     for key, digest in held.items():
         *_, rank, name = key.split(":", 4)
-        if name not in sent or not ("embed" in name or "norm" in name):
+        if name not in sent or not is_checked(name):
             continue
         compared += 1
         if digest != _digest(sent[name], int(rank.removeprefix("tp")), workers):
