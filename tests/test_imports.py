@@ -36,7 +36,7 @@ LAYERS = {
         ("tasks", "plots", "checkpoint", "model", "encoder", "plugins", "forward"),
         ("rewards", "rollout", "objective", "geometry", "policy", "forecast"),
         ("evaluate", "report", "methods", "collect"),
-        ("update", "evaluation", "comparison", "card"),
+        ("update", "ahead", "evaluation", "comparison", "card"),
         ("trainer", "integrations", "push"),
         ("dry_run",),
         ("cli",),

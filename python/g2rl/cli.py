@@ -188,7 +188,7 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
     from g2rl.evaluate import evaluate
     from g2rl.evaluation.command import model_config
     from g2rl.model import load_model
-    from g2rl.rollout import Sampler
+    from g2rl.rollout import make_sampler
     from g2rl.tasks import make_task
 
     config = model_config(checkpoint, overrides)
@@ -198,7 +198,7 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
     if not problems:
         raise ConfigError("task.held_out: expected a number > 0 to evaluate on, found 0")
     model, tokenizer = load_model(config.model)
-    sampler = Sampler(model, tokenizer, config.rollout, config.task.system_prompt)
+    sampler = make_sampler(model, tokenizer, config.rollout, config.task.system_prompt)
     sampler.sync()
     result = evaluate(sampler, task, problems, config.eval, config.seed)
     task.close()

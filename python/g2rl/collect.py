@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from g2rl.config import Config
 from g2rl.objective import overlong_penalty
 from g2rl.parallel.ranks import ALONE, Ranks
-from g2rl.parallel.seeds import response_seeds
 from g2rl.rewards import judge_episodes
-from g2rl.rollout import Sampler
+from g2rl.rollout import Sampler, response_seeds
 from g2rl.tasks.base import Task
 from g2rl.times import StageTimes
 from g2rl.types import Episode, Verdict
@@ -73,7 +72,8 @@ def _sample(
     with times.stage("rollout"):
         problems = [task.train_problem(position + i) for i in own]
         seeds = response_seeds(seed, m * len(own), m * own.start)
-        episodes = sampler.sample(problems, m, config.rollout.temperature, config.rollout.top_p, seeds)
+        temperature, top_p = config.rollout.temperature, config.rollout.top_p
+        episodes = sampler.sample(problems, m, temperature, top_p, seeds) if problems else []
     with times.stage("reward"):
         verdicts = judge_episodes(episodes, task, config.rewards)
     pairs = ranks.gathered(list(zip(episodes, verdicts, strict=True)))

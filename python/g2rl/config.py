@@ -16,6 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+_OFF_POLICY = {"objective": {"importance_cap": 2.0}}
+"""Defaults of the rest where responses are of another policy: by other kernels, or an older one."""
+
 METHODS = Path(__file__).parent / "methods"
 """Where a method may have defaults for the rest of the configuration, in ``<name>.yaml``."""
 
@@ -81,6 +84,16 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples: `transformers`, a copy of the model, or `vllm`, in this process or at `server`."""
+    server: str | None = None
+    """`vllm`: URL of vLLM's own server, on other devices; None has the engine in this process."""
+    server_folder: str | None = None
+    """`server`: folder that this process and the server see, where weights are handed over; None has the system's for
+    temporary files."""
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """`vllm`: further arguments of vllm.LLM, such as {max_model_len: 4096}; on a GPU it takes
+    gpu_memory_utilization = 0.3 of the memory, on a CPU kv_cache_memory_bytes = 1 GiB."""
     prompts: int = 8
     """Problems (groups) a step."""
     group_size: int = 8
@@ -97,6 +110,11 @@ class RolloutConfig:
     """Responses generated at once."""
     max_extra_groups: int = 0
     """Problems asked at most, a step, in place of those whose responses all earn the same (dynamic sampling, DAPO)."""
+    ahead: int = 0
+    """1: sample a step's responses while the step before updates, but for the first step and those behind a checkpoint.
+    Of the policy before that update, they are corrected by objective.importance_cap, which is then 2 by default."""
+    max_logp_gap: float = 0.1
+    """Warn once when log p by the engine and by the policy are further apart than this, on average over a step."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,7 @@ class ObjectiveConfig:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus: the next-token entropy over the whole vocabulary, aggregated like the rest."""
     importance_cap: float = 0.0
-    """Weigh tokens by p(old policy) / p(sampling engine), at most this, such as 2; 0 does not."""
+    """Weigh tokens by p(old policy) / p(sampling engine), at most this; 0 does not. With vLLM the default is 2."""
     overlong: Literal["keep", "filter", "punish"] = "keep"
     """Responses cut off by the token limit: as any other, left out of the loss, or punished by their length (DAPO)."""
     overlong_buffer: int = 0
@@ -248,6 +266,8 @@ _RANGES = {
     "rollout.top_p": _PROBABILITY,
     "rollout.batch_size": _POSITIVE,
     "rollout.max_extra_groups": _NOT_NEGATIVE,
+    "rollout.ahead": ("0 or 1", lambda v: v in (0, 1)),
+    "rollout.max_logp_gap": _POSITIVE,
     "objective.clip_low": ("in [0, 1)", lambda v: 0 <= v < 1),
     "objective.clip_high": _NOT_NEGATIVE,
     "objective.length": _NOT_NEGATIVE,
@@ -334,6 +354,14 @@ def _check_objective(config: Config) -> None:
             "objective.tokens_per_micro_batch: expected room for a prompt and rollout.max_new_tokens = "
             f"{rollout.max_new_tokens} tokens, or 0, found {objective.tokens_per_micro_batch}"
         )
+    if rollout.ahead and objective.importance_cap == 0:
+        raise ConfigError(
+            "objective.importance_cap: expected a value above 0 with rollout.ahead=1, whose responses are of an older "
+            "policy, found 0"
+        )
+    if rollout.engine != "vllm" and (rollout.server or rollout.vllm):
+        key = "server" if rollout.server else "vllm"
+        raise ConfigError(f"rollout.{key}: expected none without rollout.engine=vllm, found {getattr(rollout, key)!r}")
     if rollout.prompts % objective.mini_batches:
         raise ConfigError(
             f"objective.mini_batches: expected a divisor of rollout.prompts = {rollout.prompts}, whole groups each, "
@@ -383,7 +411,10 @@ def load_config(paths: str | Path | Sequence[str | Path] | None = None, override
                 raise ConfigError(f"override: expected key=value, found {override!r}")
         chosen.append(_renamed(OmegaConf.from_dotlist(list(overrides))))
         defaults = OmegaConf.structured(Config)
-        method = METHODS / f"{OmegaConf.merge(defaults, *chosen).method}.yaml"
+        asked = OmegaConf.merge(defaults, *chosen)
+        if asked.rollout.engine == "vllm" or asked.rollout.ahead:
+            defaults = OmegaConf.merge(defaults, _OFF_POLICY)
+        method = METHODS / f"{asked.method}.yaml"
         if method.is_file():
             defaults = OmegaConf.merge(defaults, OmegaConf.load(method))
         config = OmegaConf.to_object(OmegaConf.merge(defaults, *chosen))

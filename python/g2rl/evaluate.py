@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from g2rl.config import EvalConfig
 from g2rl.parallel.ranks import ALONE, Ranks
-from g2rl.parallel.seeds import response_seeds
-from g2rl.rollout import Sampler
+from g2rl.rollout import Sampler, response_seeds
 from g2rl.tasks.answers import canonical
 from g2rl.tasks.base import Task
 from g2rl.types import Episode, Problem
@@ -87,7 +86,7 @@ def evaluate(
     n, own = config.samples, ranks.share(len(problems))
     chosen = [problems[i] for i in own]
     seeds = response_seeds(seed, n * len(own), n * own.start)
-    drawn = sampler.sample(chosen, n, config.temperature, config.top_p, seeds)
+    drawn = sampler.sample(chosen, n, config.temperature, config.top_p, seeds) if chosen else []
     judged = task.judge([e.problem for e in drawn], [e.text for e in drawn])
     episodes, correct = ranks.gathered(drawn), ranks.gathered(judged)
     extracted = (task.extract(e.text) for e in episodes)

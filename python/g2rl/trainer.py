@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from g2rl.adapters import add_adapter
+from g2rl.ahead import Rollouts
 from g2rl.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from g2rl.collect import collect
 from g2rl.config import Config, save_config
 from g2rl.evaluate import evaluate
 from g2rl.log import Completion, GroupGeometry, RunLog, TrainingProgress
@@ -28,7 +28,7 @@ from g2rl.parallel.place import place, where_to_load
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.policy import Policy, Reference
 from g2rl.rewards import resolve_rewards
-from g2rl.rollout import Sampler
+from g2rl.rollout import gap_warning, make_sampler
 from g2rl.tasks import make_task
 from g2rl.times import StageTimes
 from g2rl.trackers import make_trackers
@@ -67,7 +67,8 @@ class Trainer:
         self.model, self.tokenizer = load_model(where_to_load(config.model, ranks))
         if config.model.lora.rank:
             add_adapter(self.model, config.model.lora)
-        self.sampler = Sampler(self.model, self.tokenizer, config.rollout, config.task.system_prompt)
+        self.sampler = make_sampler(self.model, self.tokenizer, config.rollout, config.task.system_prompt)
+        self.rollouts = Rollouts(self.sampler, self.task, config, ranks)
         policy = Policy(self.model, config)
         self.reference = Reference(policy, config) if config.objective.kl_coef > 0 else None
         self.device = resolve_device(config.model.device)
@@ -77,6 +78,7 @@ class Trainer:
         self.position = 0
         self._saving = self._times()
         self._tells_first_pass = True
+        self._gap_told = False
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -106,21 +108,25 @@ class Trainer:
         finally:
             log.close()
             self.task.close()
+            self.rollouts.close()
 
     def _one_step(self, log: RunLog, progress: TrainingProgress) -> None:
         config, times = self.config, self._times()
         start = time.perf_counter()
         step = self.step + 1
-        with times.stage("rollout"):
-            self.sampler.sync()
-        seed = self._seed(step, "rollout")
-        groups = collect(self.sampler, self.task, config, self.position, seed, times, self.ranks)
+        groups = self.rollouts.take(self.position, self._seed(step, "rollout"), times)
         episodes, verdicts = groups.episodes, groups.verdicts
         with times.stage("update"):
+            self.rollouts.begin(step, self.position + groups.asked, self._seed(step + 1, "rollout"), times)
             metrics, results = self.updater.run(step, episodes, verdicts, times)
         if self._tells_first_pass and "time/first_pass" in times.seconds:
             self._tells_first_pass = False
             progress.message(_first_pass_cost(times.seconds, self.method.needs_features))
+        self.rollouts.wait(times)
+        warning = gap_warning(metrics, config.rollout)
+        if warning and not self._gap_told:
+            self._gap_told = True
+            progress.message(warning)
         self.step, self.position = step, self.position + groups.asked
         if self.reference is not None and self._due(step, config.objective.reference_every):
             self.reference.refresh()

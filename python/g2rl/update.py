@@ -28,7 +28,7 @@ from g2rl.methods import Method, Step
 from g2rl.objective import Tokens, Totals, policy_loss
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.policy import Policy, Reference
-from g2rl.rollout import make_batch
+from g2rl.rollout import gap_metrics, make_batch
 from g2rl.times import StageTimes
 from g2rl.types import Batch, Episode, Verdict
 from g2rl_kernels import GroupAdvantages, SequenceFeatures
@@ -341,6 +341,10 @@ class Updater:
         sums = _Sums.total(self.ranks.gathered([sums]))
         metrics = geometry_metrics(step.features, step.rewards, result, step.group_size)
         metrics |= self.method.metrics(step, result)
+        parts = [part for mini_batch in mini_batches for groups in mini_batch for part in groups.parts]
+        known = [(part.old_logps, part.rollout_logps) for part in parts]
+        own = [(a.cpu(), b.cpu()) for a, b in known if a is not None and b is not None]
+        metrics |= gap_metrics(self.ranks.gathered(own))
         metrics |= {
             "train/loss": sums.loss / self.config.objective.mini_batches,
             "train/entropy": sums.entropy / max(sums.tokens, 1),

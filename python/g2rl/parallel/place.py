@@ -38,8 +38,7 @@ def place(model: Any, reference: Any, sampler: Any, config: ModelConfig, device:
     if not ranks.first:  # dropout of other inputs has other draws
         torch.manual_seed(torch.initial_seed() + ranks.rank)
     if ranks.sharded:
-        if sampler.model is model:
-            sampler.model = plain_copy(model)
-        sampler.model.to(device)
+        if isinstance(getattr(sampler, "model", None), torch.nn.Module):  # of the engine in this process
+            sampler.model = (plain_copy(model) if sampler.model is model else sampler.model).to(device)
         for part in (model,) if reference is None else (model, reference.model):
             shard(part, config, device, ranks.size)

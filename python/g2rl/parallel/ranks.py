@@ -41,12 +41,19 @@ class Ranks:
     Args:
         rank, size: this process, of how many.
         sharded: whether the weights are split over ranks (`parallel.strategy=fsdp2`) or repeated on each.
+        group: PyTorch's process group that objects go by; None for the default one.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, sharded: bool = False) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, sharded: bool = False, group: Any = None) -> None:
         self.rank = rank
         self.size = size
         self.sharded = sharded
+        self._group = group
+
+    def apart(self) -> Ranks:
+        """The same ranks for another thread, which may gather objects while this one is at work."""
+        group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
+        return Ranks(self.rank, self.size, self.sharded, group)
 
     def __str__(self) -> str:
         return f"{self.size} x {'fsdp2' if self.sharded else 'ddp'}"
@@ -78,7 +85,8 @@ class Ranks:
 
     def gathered(self, own: Sequence[T]) -> list[T]:
         """Everybody's things in the order of ranks."""
-        return list(own) if self.size == 1 else [item for part in gather_objects(own) for item in part]
+        parts = [own] if self.size == 1 else gather_objects(own, self._group)
+        return [item for part in parts for item in part]
 
     def rows(self, own: torch.Tensor) -> torch.Tensor:
         """[size * n, ...] of every rank's [n, ...], in the order of ranks."""
@@ -127,8 +135,8 @@ ALONE = Ranks()
 """One process, all of the run."""
 
 
-def gather_objects(own: Any) -> list[Any]:
+def gather_objects(own: Any, group: Any = None) -> list[Any]:
     """Everybody's object, by rank; on CPUs, so that a rank that is gone is noticed at once."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
+    dist.all_gather_object(found, own, group)
     return found
