@@ -73,7 +73,8 @@ def _sample(
     with times.stage("rollout"):
         problems = [task.train_problem(position + i) for i in own]
         seeds = response_seeds(seed, m * len(own), m * own.start)
-        episodes = sampler.sample(problems, m, config.rollout.temperature, config.rollout.top_p, seeds)
+        temperature, top_p = config.rollout.temperature, config.rollout.top_p
+        episodes = sampler.sample(problems, m, temperature, top_p, seeds) if problems else []
     with times.stage("reward"):
         verdicts = judge_episodes(episodes, task, config.rewards)
     pairs = ranks.gathered(list(zip(episodes, verdicts, strict=True)))

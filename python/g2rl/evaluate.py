@@ -87,7 +87,7 @@ def evaluate(
     n, own = config.samples, ranks.share(len(problems))
     chosen = [problems[i] for i in own]
     seeds = response_seeds(seed, n * len(own), n * own.start)
-    drawn = sampler.sample(chosen, n, config.temperature, config.top_p, seeds)
+    drawn = sampler.sample(chosen, n, config.temperature, config.top_p, seeds) if chosen else []
     judged = task.judge([e.problem for e in drawn], [e.text for e in drawn])
     episodes, correct = ranks.gathered(drawn), ranks.gathered(judged)
     extracted = (task.extract(e.text) for e in episodes)

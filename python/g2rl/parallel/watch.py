@@ -47,6 +47,7 @@ class Watch:
         # Connections of their own: a call through one waits for the call before.
         self._store, self._main_store = store.clone(), store.clone()  # type: ignore[attr-defined]
         self._over = threading.Event()
+        self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
     def __enter__(self) -> Watch:
@@ -95,6 +96,8 @@ class Watch:
 
     def _end(self, store: dist.Store, message: str, status: int) -> NoReturn:
         """Stop here, as all other ranks do when they see why; rank 0 tells it, unless it is gone."""
+        if not self._ending.acquire(blocking=False):
+            threading.Event().wait()  # the other thread ends this process
         try:
             told = store.compare_set(_FAILURE, "", message).decode() if message else store.get(_FAILURE).decode()
             if self.rank and (told != message or self._is_read(store)):
