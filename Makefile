@@ -3,6 +3,7 @@
 # make ctest     build and run the C++ kernels' own tests
 # make trl       the tests of the TRL integration with every version of TRL that it serves
 # make verl      the tests of the plug-in for verl, in an environment of their own
+# make vllm      those of sampling by vLLM, in an environment of their own
 # make sanitize  those of the CPU kernels under Clang's sanitizers of addresses, undefined behaviour and threads
 # make aarch64   cross-compile the CPU kernels for AArch64 and run their tests under qemu-user
 # make wheel     a wheel in dist/ for the torch of constraints.txt
@@ -24,7 +25,7 @@ WORKERS ?= 2
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ctest trl verl sanitize aarch64 cuda wheel bench bench-report gpu lint clean
+.PHONY: setup train test ctest trl verl vllm sanitize aarch64 cuda wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -56,6 +57,20 @@ $(VERL)/.ready: tests/verl_plugin/requirements.txt pyproject.toml | $(READY)
 
 verl: $(VERL)/.ready
 	$(VERL)/bin/python -m pytest tests/verl_plugin $(ARGS)
+
+# So does vLLM. A training run with it: build/vllm/bin/g2rl train configs/quickstart.yaml rollout.engine=vllm
+VLLM := build/vllm
+
+$(VLLM)/.ready: tests/vllm_engine/requirements.txt pyproject.toml | $(READY)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VLLM)/bin/pip install --quiet --constraint constraints.txt setuptools
+	$(VLLM)/bin/pip install --quiet --no-deps --requirement tests/vllm_engine/requirements.txt
+	G2RL_SKIP_NATIVE=1 $(VLLM)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest tests/vllm_engine $(ARGS)
 
 ctest: $(READY)
 	$(BIN)/cmake -S . -B build/ctest -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(abspath build/ctest)

@@ -37,6 +37,7 @@ def summary(reports: list[Report]) -> str:
     blocks += [_step(report) for report in reports if "step" in report.content]
     blocks += [_trl_step(report) for report in reports if "trl_step" in report.content]
     blocks += [_prefix_sharing(report) for report in reports if "prefix_sharing" in report.content]
+    blocks += [_rollouts(report) for report in reports if "rollout" in report.content]
     if not blocks:
         return "Nothing has been measured on this version yet: `make bench`."
     blocks.append(
@@ -137,6 +138,19 @@ def _prefix_sharing(report: Report) -> str:
         f"of SmolLM2-135M get faster: {', '.join(cases)}; gradients are those of padded copies to {worst:.0e} in fp32. "
         f"{report.machine}"
     )
+
+
+def _rollouts(report: Report) -> str:
+    """Tokens a second of the sampling engines, a line for each case."""
+    content = report.content["rollout"]
+    names = list(next(iter(content.values()))["tokens"])
+    lines = [["64 responses", *names], ["---", *["---:"] * len(names)]]
+    for case, measured in content.items():
+        rate = measured["rate"]
+        times = rate["times"]["generate"]
+        lines.append([case, *(f"{digits(rate['median'][name])} ({times[name]:.2f} x)" for name in names)])
+    without = f" {report.content['without_vllm']}" if report.content["without_vllm"] else ""
+    return f"Response tokens a second (x `generate`), SmolLM2-135M, {report.machine}{without}:\n\n{_markdown(lines)}"
 
 
 def details(reports: list[Report]) -> str:

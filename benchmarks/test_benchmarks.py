@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import prefix_sharing, readme, run
+from benchmarks import prefix_sharing, readme, rollout, run
 from benchmarks.candidates.lineup import Case, candidates
 from benchmarks.cases.registry import GROUP_OP, GROUPS, HEAD_OPS, OPS, Op, Shape
 from benchmarks.cases.workloads import group_workload, head_workload, lengths
@@ -22,8 +22,9 @@ from benchmarks.measuring.measure import Settings
 from benchmarks.measuring.timing import machine
 from benchmarks.plots import draw_cases, draw_sweep
 from benchmarks.reporting.reports import Report
-from g2rl.config import ModelConfig
+from g2rl.config import ModelConfig, load_config
 from g2rl_kernels import testing
+from tests.g2rl.conftest import build_model
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", "small", 64, 4, 128, 8192)
@@ -123,6 +124,22 @@ def test_prefix_sharing(benchmark) -> None:
     report = Report("prefix", {"machine": machine(CPU), "prefix_sharing": {"small": measured}})
     assert "with 3 responses of 4 tokens to each prompt of 6" in readme.summary([report])
     assert prefix_sharing.table({"small": measured}).row_count == 1
+
+
+def test_rollouts(benchmark, tmp_path: Path) -> None:
+    """By the same draws, `generate` and the embedded engine sample the same tokens; the README's line about them."""
+    settings = [f"model.path={build_model(tmp_path)}", "rollout.dtype=float32", "rollout.max_new_tokens=6"]
+    config = load_config(rollout.CONFIG, [*settings, "rollout.prompts=2"])
+    samplers, reason = rollout.engines(config)
+    ways = rollout.runs(samplers, rollout.prompts_of("quickstart", samplers[rollout.EMBEDDED], config))
+    measured = benchmark.pedantic(rollout.measure, (ways, 2), rounds=1)
+    assert measured["tokens"][rollout.SHARED] == measured["tokens"][rollout.EMBEDDED]
+    assert all(0 < n <= 16 * 6 for counts in measured["tokens"].values() for n in counts)
+    assert measured["rate"]["times"][rollout.GENERATE][rollout.GENERATE] == 1
+    assert (rollout.VLLM in ways) == (reason == "")
+    report = Report("rollout", {"machine": machine(CPU), "rollout": {"small": measured}, "without_vllm": reason})
+    assert "| small | " in readme.summary([report])
+    assert rollout.table({"small": measured}).row_count == 1
 
 
 def test_readme_block_is_replaced(benchmark) -> None:

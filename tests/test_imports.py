@@ -31,11 +31,12 @@ LAYERS = {
     "g2rl": (
         ("__init__", "types", "config", "heads", "times"),
         ("trackers", "shared_prompts", "adapters"),
+        ("parallel",),
         ("log",),
         ("tasks", "plots", "checkpoint", "model", "encoder", "plugins", "forward"),
         ("rewards", "rollout", "objective", "geometry", "policy", "forecast"),
         ("evaluate", "report", "methods", "collect"),
-        ("update", "evaluation", "comparison", "card"),
+        ("update", "ahead", "evaluation", "comparison", "card"),
         ("trainer", "integrations", "push"),
         ("dry_run",),
         ("cli",),

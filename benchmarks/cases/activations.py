@@ -60,7 +60,7 @@ def _save(data: dict[str, Tensor], path: Path) -> None:
 def _sample(responses: int, tokens: int) -> dict[str, Tensor]:
     from g2rl.config import ConfigError, ModelConfig, RolloutConfig
     from g2rl.model import load_model
-    from g2rl.rollout import Sampler, make_batch
+    from g2rl.rollout import make_batch, make_sampler
     from g2rl.types import Problem
 
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def _sample(responses: int, tokens: int) -> dict[str, Tensor]:
         model, tokenizer = load_model(ModelConfig(dtype="bfloat16"))
     except ConfigError as error:
         raise RuntimeError(str(error)) from error
-    sampler = Sampler(model, tokenizer, RolloutConfig(max_new_tokens=tokens))
+    sampler = make_sampler(model, tokenizer, RolloutConfig(max_new_tokens=tokens))
     copies = -(-responses * _COPIES_MARGIN // len(PROMPTS))
     problems = [Problem(str(i), prompt, "") for i, prompt in enumerate(PROMPTS)]
     episodes = sampler.sample(problems, copies, temperature=1.0, top_p=1.0, seed=0)

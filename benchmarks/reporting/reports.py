@@ -23,7 +23,7 @@ class Report:
     Attributes:
         name: the file's, without its ending; plots carry it.
         content: "rows" of `run`, one a candidate and case; or "step" of `e2e`, "trl_step" of `trl_step`,
-            "prefix_sharing" of `prefix_sharing`, "kernels" of `tune`, which is shown nowhere.
+            "prefix_sharing" of `prefix_sharing`, "rollout" of `rollout`, "kernels" of `tune`, which is shown nowhere.
     """
 
     name: str

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from g2rl.config import ConfigError, LoraConfig
+from g2rl.heads import whole
 
 _WEIGHTS = "adapter_model.safetensors"
 _NAME = "default"
@@ -82,13 +83,26 @@ def plain_copy(model: Any) -> Any:
 def copy_weights(source: Any, target: Any) -> None:
     """Write the weights of `source`, its adapter merged into them, over those of its `plain_copy`, in their dtype."""
     for name, parameter in target.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        module = source.get_submodule(owner)
-        if _is_adapted(module):
-            weight = getattr(module.get_base_layer(), leaf)
-            parameter.copy_(weight + module.get_delta_weight(_NAME) if leaf == "weight" else weight)
-        else:
-            parameter.copy_(getattr(module, leaf))
+        parameter.copy_(_plain_weight(source, name))
+
+
+@torch.no_grad()
+def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight by its name in a `plain_copy`, an adapter merged into it; tied ones by each of their names."""
+    adapted = has_adapter(model)
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if not adapted or ".lora_" not in name:
+            plain = name.replace(".base_layer.", ".")
+            yield plain, _plain_weight(model, plain)
+
+
+def _plain_weight(model: Any, name: str) -> torch.Tensor:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if not has_adapter(model) or not _is_adapted(module):
+        return whole(getattr(module, leaf).detach())
+    weight = getattr(module.get_base_layer(), leaf).detach()
+    return weight + module.get_delta_weight(_NAME) if leaf == "weight" else weight
 
 
 def load_adapter(model: Any, folder: Path) -> None:

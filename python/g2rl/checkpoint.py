@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``checkpoints/step-000010`` with a Hugging Face model folder (weights in their master dtype, or
 with LoRA the adapter alone, and the tokenizer) and ``trainer.pt`` (optimiser, scheduler, random states, step, data
-position).
+position). Weights that are split over ranks are in ``shards/`` instead (`g2rl.parallel.shards`), with the optimiser.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from g2rl.adapters import has_adapter, load_adapter
 from g2rl.config import Config, ConfigError, load_config
+from g2rl.parallel.ranks import ALONE, Ranks
+from g2rl.parallel.sharding import load_weights, split_states
+from g2rl.parallel.shards import SHARDS, load_shards, require_same_model, save_description, save_shards
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -40,41 +45,95 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
     keep: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
-    """Write a checkpoint and remove all but the newest `keep`.
+    """Write a checkpoint and remove all but the newest `keep`. Every rank has to call this.
 
     Args:
-        state: what `load_state` gives back; random states are added here.
+        state: what `load_checkpoint` gives back, and objects with a `state_dict`; random states are added here.
     """
+    random_states = ranks.gathered([_random_states()])
+    with _whole_or_absent(run_dir, step, keep, ranks) as folder:
+        if ranks.sharded:
+            state = save_shards(folder / SHARDS, model, state)
+        if ranks.first:
+            if ranks.sharded:
+                save_description(folder, model)
+            else:
+                model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            state = {key: part.state_dict() if hasattr(part, "state_dict") else part for key, part in state.items()}
+            torch.save({**state, "step": step, "random": random_states}, folder / "trainer.pt")
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+@contextmanager
+def _whole_or_absent(run_dir: Path, step: int, keep: int, ranks: Ranks) -> Iterator[Path]:
+    """A folder under a temporary name, which becomes the step's checkpoint after the block."""
     parent = run_dir / "checkpoints"
-    parent.mkdir(parents=True, exist_ok=True)
-    for leftover in parent.glob(".step-*"):
-        shutil.rmtree(leftover)
-    folder = parent / f"step-{step:06d}"
-    temporary = parent / f".{folder.name}"
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    torch.save({**state, "step": step, "random": _random_states()}, temporary / "trainer.pt")
-    for path in temporary.iterdir():
-        _sync(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-    _sync(parent)
-    for _, old in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
-    return folder
+    folder, temporary = parent / f"step-{step:06d}", parent / f".step-{step:06d}"
+    if ranks.first:
+        parent.mkdir(parents=True, exist_ok=True)
+        for leftover in parent.glob(".step-*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+    ranks.wait()
+    yield temporary
+    ranks.wait()
+    if ranks.first:
+        for path in temporary.rglob("*"):
+            _sync(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _sync(parent)
+        for _, old in checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old)
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """The trainer's state of a checkpoint; also restores the random states of Python, PyTorch and its devices."""
+def load_checkpoint(folder: Path, model: Any, parts: dict[str, Any], ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Put a checkpoint's weights into a model, and its states into `parts`; returns the rest of the trainer's state.
+
+    Args:
+        folder: of a checkpoint, written by any number of ranks, their weights split or not.
+        model: of the run, split or not.
+        parts: objects with a `state_dict`, by name, as they were saved.
+
+    Raises:
+        ConfigError: it is of another model.
+    """
+    state = load_state(folder, ranks)
+    if (folder / SHARDS).is_dir():
+        load_shards(folder / SHARDS, model, parts)
+    elif has_adapter(model):
+        load_adapter(model, folder)
+    else:
+        weights = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
+        require_same_model(folder, {key: weight.shape for key, weight in weights.items()}, model)
+        load_weights(model, weights)
+        if ranks.sharded:
+            split_states(state["optimizer"], parts["optimizer"])
+    for key, part in parts.items():
+        if key in state:
+            part.load_state_dict(state.pop(key))
+    return state
+
+
+def load_state(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """The trainer's state of a checkpoint; also restores the random states of Python, PyTorch and its device.
+
+    They are those of this rank, or of the first one where the checkpoint is by another number of ranks.
+    """
     state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    states = state.pop("random")
+    random_states = state.pop("random")
+    if isinstance(random_states, dict):  # of a version for one process
+        random_states = [random_states]
+    states = random_states[ranks.rank if len(random_states) == ranks.size else 0]
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"][0])
     return state
 
 
@@ -108,7 +167,7 @@ def _random_states() -> dict[str, Any]:
     return {
         "python": [version, list(internal), gauss],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 

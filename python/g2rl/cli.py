@@ -6,12 +6,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from g2rl.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from g2rl.parallel.ranks import Ranks
 
 _SUITE_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("samples", int, "responses to each problem; 16"),
@@ -80,14 +84,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(settings: list[str]) -> int:
     paths = [setting for setting in settings if "=" not in setting]
     overrides = [setting for setting in settings if "=" in setting]
-    config = _resumed(paths, overrides) or _fresh(paths, overrides)
+
+    def read() -> Config:
+        return _resumed(paths, overrides) or _fresh(paths, overrides)
+
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _train_together(read)
+    config = read()
     # The trainer loads torch and transformers: only after the configuration has been found good.
     if config.dry_run:
         return _dry_run(config)
     from g2rl.trainer import Trainer, TrainingError
 
-    what = f"{config.method} on {config.task.name} with {config.model.path}"
-    print(f"g2rl: {what}, {config.steps} steps, in {config.run_dir}", flush=True)
+    _announce(config)
     try:
         Trainer(config).run()
     except TrainingError as error:
@@ -97,6 +106,24 @@ def _train(settings: list[str]) -> int:
         print(f"\ng2rl: stopped; continue from its last checkpoint with: g2rl train resume={config.run_dir}")
         return 130
     return _report([config.run_dir])
+
+
+def _train_together(read: Callable[[], Config]) -> int:
+    """One of the processes that ``torchrun`` or ``accelerate launch`` has started."""
+    from g2rl.parallel.launch import train_together
+    from g2rl.trainer import Trainer, TrainingError
+
+    def train(config: Config, ranks: Ranks) -> None:
+        _announce(config, f", {ranks}")
+        Trainer(config, ranks).run()
+
+    done = train_together(read, train, (TrainingError,))
+    return done if isinstance(done, int) else _report([done.run_dir])
+
+
+def _announce(config: Config, how: str = "") -> None:
+    what = f"{config.method} on {config.task.name} with {config.model.path}"
+    print(f"g2rl: {what}, {config.steps} steps{how}, in {config.run_dir}", flush=True)
 
 
 def _dry_run(config: Config) -> int:
@@ -161,7 +188,7 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
     from g2rl.evaluate import evaluate
     from g2rl.evaluation.command import model_config
     from g2rl.model import load_model
-    from g2rl.rollout import Sampler
+    from g2rl.rollout import make_sampler
     from g2rl.tasks import make_task
 
     config = model_config(checkpoint, overrides)
@@ -171,7 +198,7 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
     if not problems:
         raise ConfigError("task.held_out: expected a number > 0 to evaluate on, found 0")
     model, tokenizer = load_model(config.model)
-    sampler = Sampler(model, tokenizer, config.rollout, config.task.system_prompt)
+    sampler = make_sampler(model, tokenizer, config.rollout, config.task.system_prompt)
     sampler.sync()
     result = evaluate(sampler, task, problems, config.eval, config.seed)
     task.close()

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from g2rl.config import Config
 from g2rl.objective import overlong_penalty
+from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.rewards import judge_episodes
-from g2rl.rollout import Sampler
+from g2rl.rollout import Sampler, response_seeds
 from g2rl.tasks.base import Task
 from g2rl.times import StageTimes
 from g2rl.types import Episode, Verdict
@@ -29,7 +30,15 @@ class Collected:
     asked: int
 
 
-def collect(sampler: Sampler, task: Task, config: Config, position: int, seed: int, times: StageTimes) -> Collected:
+def collect(
+    sampler: Sampler,
+    task: Task,
+    config: Config,
+    position: int,
+    seed: int,
+    times: StageTimes,
+    ranks: Ranks = ALONE,
+) -> Collected:
     """Sample the step's groups.
 
     A group whose rewards are all equal teaches GRPO nothing. DAPO's dynamic sampling (Yu et al., arXiv 2503.14476,
@@ -39,13 +48,14 @@ def collect(sampler: Sampler, task: Task, config: Config, position: int, seed: i
     Args:
         position: of the first problem in the task's order.
         seed: of the draws.
+        ranks: share the problems; each gets the groups of all.
     """
     wanted, budget = config.rollout.prompts, config.rollout.max_extra_groups
     groups: list[Group] = []
     varied: list[int] = []
     turn, count = 0, wanted
     while count > 0:
-        groups += _sample(sampler, task, config, position + len(groups), count, seed + (turn << 40), times)
+        groups += _sample(sampler, task, config, position + len(groups), count, seed + (turn << 40), times, ranks)
         varied = [i for i, group in enumerate(groups) if len({verdict.reward for _, verdict in group}) > 1]
         count = min(wanted - len(varied), wanted + budget - len(groups))
         turn += 1
@@ -56,15 +66,17 @@ def collect(sampler: Sampler, task: Task, config: Config, position: int, seed: i
 
 
 def _sample(
-    sampler: Sampler, task: Task, config: Config, position: int, count: int, seed: int, times: StageTimes
+    sampler: Sampler, task: Task, config: Config, position: int, count: int, seed: int, times: StageTimes, ranks: Ranks
 ) -> list[Group]:
-    m = config.rollout.group_size
+    m, own = config.rollout.group_size, ranks.share(count)
     with times.stage("rollout"):
-        problems = [task.train_problem(position + i) for i in range(count)]
-        episodes = sampler.sample(problems, m, config.rollout.temperature, config.rollout.top_p, seed)
+        problems = [task.train_problem(position + i) for i in own]
+        seeds = response_seeds(seed, m * len(own), m * own.start)
+        temperature, top_p = config.rollout.temperature, config.rollout.top_p
+        episodes = sampler.sample(problems, m, temperature, top_p, seeds) if problems else []
     with times.stage("reward"):
         verdicts = judge_episodes(episodes, task, config.rewards)
-    pairs = list(zip(episodes, verdicts, strict=True))
+    pairs = ranks.gathered(list(zip(episodes, verdicts, strict=True)))
     return [pairs[i : i + m] for i in range(0, len(pairs), m)]
 
 

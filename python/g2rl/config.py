@@ -16,6 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+_OFF_POLICY = {"objective": {"importance_cap": 2.0}}
+"""Defaults of the rest where responses are of another policy: by other kernels, or an older one."""
+
 METHODS = Path(__file__).parent / "methods"
 """Where a method may have defaults for the rest of the configuration, in ``<name>.yaml``."""
 
@@ -81,6 +84,16 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples: `transformers`, a copy of the model, or `vllm`, in this process or at `server`."""
+    server: str | None = None
+    """`vllm`: URL of vLLM's own server, on other devices; None has the engine in this process."""
+    server_folder: str | None = None
+    """`server`: folder that this process and the server see, where weights are handed over; None has the system's for
+    temporary files."""
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """`vllm`: further arguments of vllm.LLM, such as {max_model_len: 4096}; on a GPU it takes
+    gpu_memory_utilization = 0.3 of the memory, on a CPU kv_cache_memory_bytes = 1 GiB."""
     prompts: int = 8
     """Problems (groups) a step."""
     group_size: int = 8
@@ -97,6 +110,11 @@ class RolloutConfig:
     """Responses generated at once."""
     max_extra_groups: int = 0
     """Problems asked at most, a step, in place of those whose responses all earn the same (dynamic sampling, DAPO)."""
+    ahead: int = 0
+    """1: sample a step's responses while the step before updates, but for the first step and those behind a checkpoint.
+    Of the policy before that update, they are corrected by objective.importance_cap, which is then 2 by default."""
+    max_logp_gap: float = 0.1
+    """Warn once when log p by the engine and by the policy are further apart than this, on average over a step."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,7 @@ class ObjectiveConfig:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus: the next-token entropy over the whole vocabulary, aggregated like the rest."""
     importance_cap: float = 0.0
-    """Weigh tokens by p(old policy) / p(sampling engine), at most this, such as 2; 0 does not."""
+    """Weigh tokens by p(old policy) / p(sampling engine), at most this; 0 does not. With vLLM the default is 2."""
     overlong: Literal["keep", "filter", "punish"] = "keep"
     """Responses cut off by the token limit: as any other, left out of the loss, or punished by their length (DAPO)."""
     overlong_buffer: int = 0
@@ -188,6 +206,14 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Several processes, started by ``torchrun --nproc-per-node=K -m g2rl train CONFIG``."""
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """Weights, gradients and the optimiser's states: all of them on every rank, or split over ranks."""
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = "run"
     """The run's folder below `runs_dir`."""
@@ -216,6 +242,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def run_dir(self) -> Path:
@@ -239,6 +266,8 @@ _RANGES = {
     "rollout.top_p": _PROBABILITY,
     "rollout.batch_size": _POSITIVE,
     "rollout.max_extra_groups": _NOT_NEGATIVE,
+    "rollout.ahead": ("0 or 1", lambda v: v in (0, 1)),
+    "rollout.max_logp_gap": _POSITIVE,
     "objective.clip_low": ("in [0, 1)", lambda v: 0 <= v < 1),
     "objective.clip_high": _NOT_NEGATIVE,
     "objective.length": _NOT_NEGATIVE,
@@ -267,27 +296,28 @@ _RANGES = {
 }
 
 
-def _walk(value: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     """Every leaf of a configuration by its dotted key."""
-    leaves = {}
+    found = {}
     for item in fields(value):
         child = getattr(value, item.name)
         if is_dataclass(child):
-            leaves.update(_walk(child, f"{prefix}{item.name}."))
+            found.update(leaves(child, f"{prefix}{item.name}."))
         else:
-            leaves[prefix + item.name] = child
-    return leaves
+            found[prefix + item.name] = child
+    return found
 
 
 def validate(config: Config) -> Config:
     """Return `config`, or raise `ConfigError` naming the first key whose value is out of range."""
-    leaves = _walk(config)
+    values = leaves(config)
     for key, (expected, holds) in _RANGES.items():
-        if not holds(leaves[key]):
-            raise ConfigError(f"{key}: expected a value {expected}, found {leaves[key]!r}")
+        if not holds(values[key]):
+            raise ConfigError(f"{key}: expected a value {expected}, found {values[key]!r}")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name: expected a plain folder name, found {config.name!r}")
     _check_objective(config)
+    _check_parallel(config)
     if not config.rewards:
         raise ConfigError("rewards: expected at least one reward function, found none")
     wrong = [k for k in config.eval.ks if not 1 <= k <= config.eval.samples]
@@ -324,10 +354,32 @@ def _check_objective(config: Config) -> None:
             "objective.tokens_per_micro_batch: expected room for a prompt and rollout.max_new_tokens = "
             f"{rollout.max_new_tokens} tokens, or 0, found {objective.tokens_per_micro_batch}"
         )
+    if rollout.ahead and objective.importance_cap == 0:
+        raise ConfigError(
+            "objective.importance_cap: expected a value above 0 with rollout.ahead=1, whose responses are of an older "
+            "policy, found 0"
+        )
+    if rollout.engine != "vllm" and (rollout.server or rollout.vllm):
+        key = "server" if rollout.server else "vllm"
+        raise ConfigError(f"rollout.{key}: expected none without rollout.engine=vllm, found {getattr(rollout, key)!r}")
     if rollout.prompts % objective.mini_batches:
         raise ConfigError(
             f"objective.mini_batches: expected a divisor of rollout.prompts = {rollout.prompts}, whole groups each, "
             f"found {objective.mini_batches}"
+        )
+
+
+def _check_parallel(config: Config) -> None:
+    """As `_check_objective`."""
+    if config.parallel.strategy == "fsdp2" and config.model.lora.rank:
+        raise ConfigError(
+            "parallel.strategy: expected ddp with model.lora.rank > 0, since an adapter is small and its model frozen, "
+            "found fsdp2"
+        )
+    if config.parallel.strategy == "fsdp2" and config.model.dtype != "float32":
+        raise ConfigError(
+            "model.dtype: expected float32 with parallel.strategy fsdp2, which gathers weights in the type of "
+            f"model.autocast, found {config.model.dtype}"
         )
 
 
@@ -359,7 +411,10 @@ def load_config(paths: str | Path | Sequence[str | Path] | None = None, override
                 raise ConfigError(f"override: expected key=value, found {override!r}")
         chosen.append(_renamed(OmegaConf.from_dotlist(list(overrides))))
         defaults = OmegaConf.structured(Config)
-        method = METHODS / f"{OmegaConf.merge(defaults, *chosen).method}.yaml"
+        asked = OmegaConf.merge(defaults, *chosen)
+        if asked.rollout.engine == "vllm" or asked.rollout.ahead:
+            defaults = OmegaConf.merge(defaults, _OFF_POLICY)
+        method = METHODS / f"{asked.method}.yaml"
         if method.is_file():
             defaults = OmegaConf.merge(defaults, OmegaConf.load(method))
         config = OmegaConf.to_object(OmegaConf.merge(defaults, *chosen))

@@ -101,6 +101,10 @@ def _shortened(config: Config, folder: Path) -> Config:
         model=replace(config.model, path=str(folder / "model")),
         rollout=replace(
             rollout,
+            # Engines have kernels for real models' sizes alone.
+            engine="transformers",
+            server=None,
+            vllm={},
             prompts=2,
             group_size=min(rollout.group_size, 4),
             max_new_tokens=min(rollout.max_new_tokens, _TOKENS),

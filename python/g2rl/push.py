@@ -14,10 +14,11 @@ import g2rl_kernels
 from g2rl.card import model_card
 from g2rl.checkpoint import find_checkpoint
 from g2rl.config import ConfigError
+from g2rl.parallel.shards import SHARDS, load_model_of_shards
 from g2rl.plots import load_run
 from g2rl.report import draw_plots
 
-NOT_PUSHED = ("trainer.pt", "README.md")
+NOT_PUSHED = ("trainer.pt", "README.md", SHARDS)
 LOCAL_PLOTS = ("groups",)
 """Plots that stay here: problems' names may hold paths of this machine."""
 
@@ -58,6 +59,8 @@ def write_folder(run_dir: Path, repo: str, folder: Path) -> int:
     if folder.exists():
         shutil.rmtree(folder)
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*NOT_PUSHED))
+    if (checkpoint / SHARDS).is_dir():
+        load_model_of_shards(checkpoint).save_pretrained(folder)
     (folder / "plots").mkdir()
     plots = draw_plots(run, folder / "plots", without=LOCAL_PLOTS)
     step = int(checkpoint.name.removeprefix("step-"))

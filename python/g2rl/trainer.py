@@ -11,22 +11,24 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
-import transformers
 
-import g2rl_kernels
-from g2rl.adapters import add_adapter, has_adapter, load_adapter
-from g2rl.checkpoint import find_checkpoint, load_state, save_checkpoint
-from g2rl.collect import collect
+from g2rl.adapters import add_adapter
+from g2rl.ahead import Rollouts
+from g2rl.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from g2rl.config import Config, save_config
 from g2rl.evaluate import evaluate
 from g2rl.log import Completion, GroupGeometry, RunLog, TrainingProgress
 from g2rl.methods import make_method
-from g2rl.model import load_model
+from g2rl.model import load_model, resolve_device
+from g2rl.parallel.agree import versions
+from g2rl.parallel.place import place, where_to_load
+from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.policy import Policy, Reference
 from g2rl.rewards import resolve_rewards
-from g2rl.rollout import Sampler
+from g2rl.rollout import gap_warning, make_sampler
 from g2rl.tasks import make_task
 from g2rl.times import StageTimes
 from g2rl.trackers import make_trackers
@@ -40,13 +42,19 @@ __all__ = ["Trainer", "TrainingError"]
 class Trainer:
     """Trains one model on one task; see `Config` for everything that can be chosen.
 
+    Args:
+        config: of the run.
+        ranks: all processes that train it; each has a trainer, made with the same configuration.
+
     Raises:
         ConfigError: the configuration names something that does not exist here.
         TrainingError: a loss, gradient or feature is not finite; the message names the step.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
         self.config = config
+        self.ranks = ranks
+        ranks.check(config)
         if config.backend != "auto":
             use_backend(config.backend)
         resolve_rewards(config.rewards)
@@ -56,18 +64,21 @@ class Trainer:
         self.method.check(self.task)
         self.held_out = self.task.held_out()
         torch.manual_seed(config.seed)
-        self.model, self.tokenizer = load_model(config.model)
-        self.device = self.model.device
+        self.model, self.tokenizer = load_model(where_to_load(config.model, ranks))
         if config.model.lora.rank:
             add_adapter(self.model, config.model.lora)
-        self.sampler = Sampler(self.model, self.tokenizer, config.rollout, config.task.system_prompt)
+        self.sampler = make_sampler(self.model, self.tokenizer, config.rollout, config.task.system_prompt)
+        self.rollouts = Rollouts(self.sampler, self.task, config, ranks)
         policy = Policy(self.model, config)
         self.reference = Reference(policy, config) if config.objective.kl_coef > 0 else None
-        self.updater = Updater(policy, self.reference, self.method, config, self.tokenizer.pad_token_id)
+        self.device = resolve_device(config.model.device)
+        place(self.model, self.reference, self.sampler, config.model, self.device, ranks)
+        self.updater = Updater(policy, self.reference, self.method, config, self.tokenizer.pad_token_id, ranks)
         self.step = 0
         self.position = 0
         self._saving = self._times()
         self._tells_first_pass = True
+        self._gap_told = False
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -77,14 +88,15 @@ class Trainer:
         run_dir = config.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         resume_step = self._restore() if config.resume else None
-        log = RunLog(run_dir, resume_step, trackers=self.trackers)
+        log = self.ranks.on_first(RunLog, run_dir, resume_step, trackers=self.trackers)
         # With the method's options spelt out, since their defaults may change.
         options = asdict(self.method.options)
         methods = config.methods | ({self.method.name: options} if options else {})
-        save_config(replace(config, resume=None, methods=methods), run_dir / "config.yaml")
-        log.environment(environment(self.device) | {"prompts": self.updater.policy.forward_pass.prompts})
+        self.ranks.on_first(save_config, replace(config, resume=None, methods=methods), run_dir / "config.yaml")
+        facts = environment(self.device) | {"prompts": self.updater.policy.forward_pass.prompts}
+        log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})
         try:
-            with TrainingProgress(config.steps, self.step) as progress:
+            with self.ranks.on_first(TrainingProgress, config.steps, self.step) as progress:
                 if resume_step is None and config.eval.every:
                     metrics = self._evaluate(self._times())
                     log.metrics(0, metrics)
@@ -96,20 +108,25 @@ class Trainer:
         finally:
             log.close()
             self.task.close()
+            self.rollouts.close()
 
     def _one_step(self, log: RunLog, progress: TrainingProgress) -> None:
         config, times = self.config, self._times()
         start = time.perf_counter()
         step = self.step + 1
-        with times.stage("rollout"):
-            self.sampler.sync()
-        groups = collect(self.sampler, self.task, config, self.position, self._seed(step, "rollout"), times)
+        groups = self.rollouts.take(self.position, self._seed(step, "rollout"), times)
         episodes, verdicts = groups.episodes, groups.verdicts
         with times.stage("update"):
+            self.rollouts.begin(step, self.position + groups.asked, self._seed(step + 1, "rollout"), times)
             metrics, results = self.updater.run(step, episodes, verdicts, times)
         if self._tells_first_pass and "time/first_pass" in times.seconds:
             self._tells_first_pass = False
             progress.message(_first_pass_cost(times.seconds, self.method.needs_features))
+        self.rollouts.wait(times)
+        warning = gap_warning(metrics, config.rollout)
+        if warning and not self._gap_told:
+            self._gap_told = True
+            progress.message(warning)
         self.step, self.position = step, self.position + groups.asked
         if self.reference is not None and self._due(step, config.objective.reference_every):
             self.reference.refresh()
@@ -140,7 +157,8 @@ class Trainer:
             return {}
         with times.stage("eval"):
             self.sampler.sync()
-            result = evaluate(self.sampler, self.task, self.held_out, self.config.eval, self._seed(0, "eval"))
+            seed = self._seed(0, "eval")
+            result = evaluate(self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks)
         return {**result.metrics, "time/eval": times.seconds["time/eval"]}
 
     def _rollout_metrics(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -154,28 +172,19 @@ class Trainer:
 
     # ---- state -------------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
-        state = {
-            "optimizer": self.updater.optimizer.state_dict(),
-            "scheduler": self.updater.scheduler.state_dict(),
-            "position": self.position,
-        }
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own beside the model."""
+        parts = {"optimizer": self.updater.optimizer, "scheduler": self.updater.scheduler}
         if self.reference is not None and self.config.objective.reference_every:
-            state["reference"] = self.reference.state_dict()
-        keep = self.config.checkpoint.keep
-        save_checkpoint(self.config.run_dir, self.step, self.model, self.tokenizer, state, keep)
+            parts["reference"] = self.reference
+        return parts
+
+    def _save(self) -> None:
+        state, keep = {**self._parts(), "position": self.position}, self.config.checkpoint.keep
+        save_checkpoint(self.config.run_dir, self.step, self.model, self.tokenizer, state, keep, self.ranks)
 
     def _restore(self) -> int:
-        folder = find_checkpoint(self.config.run_dir)
-        if has_adapter(self.model):
-            load_adapter(self.model, folder)
-        else:
-            self.model.load_state_dict(type(self.model).from_pretrained(folder, dtype=self.model.dtype).state_dict())
-        state = load_state(folder)
-        self.updater.optimizer.load_state_dict(state["optimizer"])
-        self.updater.scheduler.load_state_dict(state["scheduler"])
-        if self.reference is not None and "reference" in state:
-            self.reference.load_state_dict(state["reference"])
+        state = load_checkpoint(find_checkpoint(self.config.run_dir), self.model, self._parts(), self.ranks)
         self.step, self.position = state["step"], state["position"]
         return self.step
 
@@ -245,8 +254,5 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         "device": f"{device.type} ({name})",
         "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "g2rl-kernels": g2rl_kernels.__version__,
+        **versions(),
     }

@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from g2rl.config import Config, ConfigError
 from g2rl.geometry import geometry_metrics
+from g2rl.heads import whole
 from g2rl.methods import Method, Step
 from g2rl.objective import Tokens, Totals, policy_loss
+from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.policy import Policy, Reference
-from g2rl.rollout import make_batch
+from g2rl.rollout import gap_metrics, make_batch
 from g2rl.times import StageTimes
 from g2rl.types import Batch, Episode, Verdict
 from g2rl_kernels import GroupAdvantages, SequenceFeatures
@@ -98,6 +101,18 @@ class _Sums:
         for key, value in terms.items():
             self.terms[key] += float(value)
 
+    @classmethod
+    def total(cls, parts: Sequence[_Sums]) -> _Sums:
+        """Of all ranks, which count the same `kept_tokens`."""
+        whole = cls(kept_tokens=parts[0].kept_tokens)
+        for part in parts:
+            whole.loss += part.loss
+            whole.entropy += part.entropy
+            whole.tokens += part.tokens
+            for key, value in part.terms.items():
+                whole.terms[key] += value
+        return whole
+
 
 class Updater:
     """Changes a policy's weights by a step's responses.
@@ -108,16 +123,24 @@ class Updater:
         method: makes advantages.
         config: of the run.
         pad_id: fills batches up.
+        ranks: share each update's groups; their gradients are summed.
     """
 
     def __init__(
-        self, policy: Policy, reference: Reference | None, method: Method, config: Config, pad_id: int
+        self,
+        policy: Policy,
+        reference: Reference | None,
+        method: Method,
+        config: Config,
+        pad_id: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.policy = policy
         self.reference = reference
         self.method = method
         self.config = config
         self.pad_id = pad_id
+        self.ranks = ranks
         self.optimizer = torch.optim.AdamW(
             [p for p in policy.model.parameters() if p.requires_grad],
             lr=config.optim.lr,
@@ -134,7 +157,7 @@ class Updater:
 
         Args:
             number: of the step, for errors.
-            episodes, verdicts: whole groups.
+            episodes, verdicts: whole groups, of all ranks.
 
         Returns:
             metrics by a key of `g2rl.log.METRICS`, of the last pass over the rollouts; what the method made of them.
@@ -150,10 +173,11 @@ class Updater:
             # The reference is frozen: one pass serves all updates.
             for part in parts:
                 part.reference_logps = self.reference.logps(part.batch, times)
+            self._keep_pace(len(parts), self.reference.logps, times)
         cut = [groups for groups in everything if len(groups.parts) > 1]
         if objective.updates * objective.mini_batches > 1:
             self._first_pass(number, everything, times)
-        elif cut and self.config.log.geometry:
+        elif self.ranks.any(cut) and self.config.log.geometry:
             with times.stage("first_pass"):
                 self._first_pass(number, cut, times)
         shown: dict[str, float] = {}
@@ -163,7 +187,7 @@ class Updater:
                 self._accumulate(number, mini_batch, sums, times)
                 with times.stage("optimizer", fine=True):
                     shown = self._optimize(number)
-        metrics, result = self._metrics(everything, sums)
+        metrics, result = self._metrics(self._step(episodes, verdicts), mini_batches, sums)
         return metrics | shown, result
 
     def _first_pass(self, number: int, chosen: Sequence[_Groups], times: StageTimes) -> None:
@@ -174,14 +198,16 @@ class Updater:
                     out, _ = self.policy.forward(part.batch, times, self.config.log.geometry)
                 self._keep(number, part, out)
             self._judge(groups)
+        self._keep_pace(sum(len(groups.parts) for groups in chosen), self._idle, times)
 
     def _mini_batches(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> list[list[_Groups]]:
-        """Disjoint parts of the step, one for each optimiser update of a pass, cut into micro-batches."""
-        size = len(episodes) // self.config.objective.mini_batches
+        """Disjoint parts of the step, one for each optimiser update of a pass: this rank's micro-batches of each."""
+        m, size = self.config.rollout.group_size, len(episodes) // self.config.objective.mini_batches
+        own = self.ranks.share(size // m)
         return [
             [
                 self._groups(episodes[start:stop], verdicts[start:stop])
-                for start, stop in self._spans(episodes, first, first + size)
+                for start, stop in self._spans(episodes, first + m * own.start, first + m * own.stop)
             ]
             for first in range(0, len(episodes), size)
         ]
@@ -202,18 +228,21 @@ class Updater:
         return spans
 
     def _groups(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> _Groups:
-        m, device = self.config.rollout.group_size, self.policy.model.device
-        step = Step(
+        m, budget = self.config.rollout.group_size, self.config.objective.tokens_per_micro_batch
+        cuts = cut_by_length(episodes, budget) if budget else [list(range(len(episodes)))]
+        # Only a single group is cut: to the model each piece is a group, with one prompt.
+        step = self._step(episodes, verdicts)
+        return _Groups(step, [self._part(episodes, verdicts, rows, min(m, len(rows))) for rows in cuts])
+
+    def _step(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> Step:
+        device = self.policy.model.device
+        return Step(
             rewards=torch.tensor([verdict.reward for verdict in verdicts], dtype=torch.float32, device=device),
-            group_size=m,
+            group_size=self.config.rollout.group_size,
             correct=torch.tensor([verdict.correct for verdict in verdicts], device=device),
             answers=[verdict.answer for verdict in verdicts],
             texts=[episode.text for episode in episodes],
         )
-        budget = self.config.objective.tokens_per_micro_batch
-        cuts = cut_by_length(episodes, budget) if budget else [list(range(len(episodes)))]
-        # Only a single group is cut: to the model each piece is a group, with one prompt.
-        return _Groups(step, [self._part(episodes, verdicts, rows, min(m, len(rows))) for rows in cuts])
 
     def _part(
         self, episodes: Sequence[Episode], verdicts: Sequence[Verdict], rows: list[int], group_size: int
@@ -238,7 +267,8 @@ class Updater:
     def _accumulate(self, number: int, mini_batch: Sequence[_Groups], sums: _Sums, times: StageTimes) -> None:
         """Add the gradient of one optimiser update up."""
         parts = [(groups, part) for groups in mini_batch for part in groups.parts]
-        totals = Totals(*map(sum, zip(*(part.totals for _, part in parts), strict=True)))
+        own = map(sum, zip(*(part.totals for _, part in parts), strict=True))
+        totals = Totals(*self.ranks.summed(*own))
         sums.kept_tokens += totals.tokens
         for groups, part in parts:
             # On-policy, the gradient pass of whole groups itself yields the features: nothing is computed twice.
@@ -264,6 +294,17 @@ class Updater:
             with times.stage("backward", fine=True):
                 loss.backward()
             sums.add(loss, out.entropy, terms)
+        self._keep_pace(len(parts), self._idle, times)
+
+    def _keep_pace(self, passes: int, forward: Callable[[Batch, StageTimes], torch.Tensor], times: StageTimes) -> None:
+        """Passes without effect, over one token, while other ranks have more micro-batches."""
+        for _ in range(self.ranks.behind(passes)):
+            logps = forward(idle_batch(self.policy.model.device), times)
+            if logps.requires_grad:
+                (0 * logps.sum()).backward()
+
+    def _idle(self, batch: Batch, times: StageTimes) -> torch.Tensor:
+        return self.policy.forward(batch, times, with_features=False)[0].logps
 
     def _keep(self, number: int, part: _Part, out: SequenceFeatures) -> None:
         """What later passes need of the one before the first update."""
@@ -278,7 +319,9 @@ class Updater:
 
     def _optimize(self, number: int) -> dict[str, float]:
         """One optimiser update by the gradient that stands, which is then gone."""
-        grad_norm = float(clip_grad_norm_(self.policy.model.parameters(), self.config.optim.max_grad_norm))
+        self.ranks.add_gradients(self.policy.model.parameters())
+        norm = clip_grad_norm_(self.policy.model.parameters(), self.config.optim.max_grad_norm)
+        grad_norm = float(whole(norm))
         if not math.isfinite(grad_norm):
             raise self._not_finite(number, "gradient")
         shown = {"train/grad_norm": grad_norm, "train/lr": float(self.scheduler.get_last_lr()[0])}
@@ -287,12 +330,21 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         return shown
 
-    def _metrics(self, everything: Sequence[_Groups], sums: _Sums) -> tuple[dict[str, float], GroupAdvantages]:
-        results = [groups.result for groups in everything if groups.result is not None]
-        result = GroupAdvantages(*(torch.cat(columns) for columns in zip(*results, strict=True)))
-        step = _joined([groups.step for groups in everything])
+    def _metrics(
+        self, step: Step, mini_batches: Sequence[Sequence[_Groups]], sums: _Sums
+    ) -> tuple[dict[str, float], GroupAdvantages]:
+        """Of the whole step, on every rank."""
+        result = GroupAdvantages(*self._rows([[groups.result for groups in part] for part in mini_batches]))
+        if mini_batches[0][0].step.features is not None:
+            (features,) = self._rows([[(groups.step.features,) for groups in part] for part in mini_batches])
+            step = replace(step, features=features)
+        sums = _Sums.total(self.ranks.gathered([sums]))
         metrics = geometry_metrics(step.features, step.rewards, result, step.group_size)
         metrics |= self.method.metrics(step, result)
+        parts = [part for mini_batch in mini_batches for groups in mini_batch for part in groups.parts]
+        known = [(part.old_logps, part.rollout_logps) for part in parts]
+        own = [(a.cpu(), b.cpu()) for a, b in known if a is not None and b is not None]
+        metrics |= gap_metrics(self.ranks.gathered(own))
         metrics |= {
             "train/loss": sums.loss / self.config.objective.mini_batches,
             "train/entropy": sums.entropy / max(sums.tokens, 1),
@@ -301,6 +353,11 @@ class Updater:
         }
         metrics |= {f"train/{key}": value / max(sums.kept_tokens, 1) for key, value in sums.terms.items()}
         return metrics, result
+
+    def _rows(self, parts: Sequence[Sequence[Any]]) -> list[torch.Tensor]:
+        """Columns of the whole step from tuples of tensors: for each mini-batch those of this rank's micro-batches."""
+        own = [[torch.cat(column) for column in zip(*part, strict=True)] for part in parts]
+        return [torch.cat([self.ranks.rows(rows) for rows in column]) for column in zip(*own, strict=True)]
 
     def _require_finite(self, number: int, name: str, tensor: torch.Tensor) -> None:
         if not bool(torch.isfinite(tensor).all()):
@@ -313,17 +370,11 @@ class Updater:
         )
 
 
-def _joined(steps: Sequence[Step]) -> Step:
-    """Groups of all micro-batches as one step."""
-    features = [step.features for step in steps if step.features is not None]
-    return Step(
-        rewards=torch.cat([step.rewards for step in steps]),
-        group_size=steps[0].group_size,
-        correct=torch.cat([step.correct for step in steps]),
-        answers=[answer for step in steps for answer in step.answers],
-        texts=[text for step in steps for text in step.texts],
-        features=torch.cat(features) if features else None,
-    )
+def idle_batch(device: torch.device) -> Batch:
+    """The least that a model can be called with: a prompt of one token, and a response of one."""
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    answered = torch.tensor([[False, True]], device=device)
+    return Batch(ids, torch.ones_like(ids), answered, torch.zeros(1, device=device), 1)
 
 
 def padded_tokens(episodes: Sequence[Episode]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ CHARACTERS = "0123456789+-*=?.,abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVW
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
-def build_model(folder: Path, seed: int = 0) -> Path:
-    """Save a two-layer Llama of 32 hidden units and its tokenizer."""
+def build_model(folder: Path, seed: int = 0, **sizes: Any) -> Path:
+    """Save a two-layer Llama of 32 hidden units, or of other sizes, and its tokenizer."""
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *CHARACTERS))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
@@ -31,21 +32,21 @@ def build_model(folder: Path, seed: int = 0) -> Path:
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    chosen: dict[str, Any] = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "tie_word_embeddings": True,
+    }
+    LlamaForCausalLM(LlamaConfig(**(chosen | sizes))).save_pretrained(folder)
     return folder
 
 

@@ -19,10 +19,10 @@ class Engine:
     """Answers `right` to a problem as often as its prompt says, in responses of 5, 6, 7, ... tokens."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[list[str], int]] = []
+        self.calls: list[tuple[list[str], list[int]]] = []
 
-    def sample(self, problems: list[Problem], copies: int, temperature: float, top_p: float, seed: int):
-        self.calls.append(([problem.id for problem in problems], seed))
+    def sample(self, problems: list[Problem], copies: int, temperature: float, top_p: float, seeds: list[int]):
+        self.calls.append(([problem.id for problem in problems], seeds))
         return [
             Episode(problem, (1,), (2,) * (5 + i), "right" if i < int(problem.prompt) else "wrong", True)
             for problem in problems
@@ -62,8 +62,8 @@ def test_dynamic_sampling(extra: int, counts: list[int], calls: list[list[str]],
     engine = Engine()
     found = collect(engine, Counts([0] * 10 + counts), config, 10, 7, TIMES)
     assert [ids for ids, _ in engine.calls] == calls
-    assert len({seed for _, seed in engine.calls}) == len(calls)
-    assert engine.calls[0][1] == 7
+    seeds = [seed for _, seeds in engine.calls for seed in seeds]
+    assert len(set(seeds)) == len(seeds) == 3 * found.asked
     assert [episode.problem.id for episode in found.episodes] == [str(i) for i in kept for _ in range(3)]
     assert found.asked == sum(map(len, calls))
 

@@ -23,7 +23,7 @@ from g2rl.evaluation.samples import Sample, provenance
 from g2rl.evaluation.scores import Estimate, Scores, bootstrap, score, sizes
 from g2rl.evaluation.suite import read_suite
 from g2rl.model import load_model
-from g2rl.rollout import Sampler
+from g2rl.rollout import TransformersSampler
 from g2rl.tasks.data_sets import DATA_SETS
 from g2rl.tasks.grading import ChoiceJudge, MathJudge
 from g2rl.types import Problem
@@ -101,7 +101,7 @@ class TestSamples:
 
 def test_a_seed_gives_the_same_response_in_any_batch(tiny_model: Path) -> None:
     model, tokenizer = load_model(ModelConfig(path=str(tiny_model)))
-    sampler = Sampler(model, tokenizer, RolloutConfig(max_new_tokens=12, dtype="float32"))
+    sampler = TransformersSampler(model, tokenizer, RolloutConfig(max_new_tokens=12, dtype="float32"))
 
     def drawn(problems: Sequence[Problem], seeds: Sequence[int]) -> list[tuple[int, ...]]:
         return [episode.response_ids for episode in sampler.sample(problems, 1, 1.0, 1.0, seeds)]

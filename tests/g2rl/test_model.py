@@ -17,7 +17,7 @@ from transformers import (
 from g2rl.config import ConfigError, ModelConfig, RolloutConfig
 from g2rl.heads import lm_head
 from g2rl.model import load_model
-from g2rl.rollout import Sampler
+from g2rl.rollout import TransformersSampler
 from g2rl.types import Problem
 from g2rl_kernels import token_logprobs
 from tests.g2rl.architectures import SIZES
@@ -53,7 +53,7 @@ def test_embedded_default_speaks() -> None:
     model, tokenizer = load_model(ModelConfig(path="smollm2"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    sampler = Sampler(model, tokenizer, RolloutConfig(max_new_tokens=12))
+    sampler = TransformersSampler(model, tokenizer, RolloutConfig(max_new_tokens=12))
     (episode,) = sampler.sample([Problem("p", "What is the capital of France?", "Paris")], 1, 0.0, 1.0, 0)
     assert "Paris" in episode.text
     assert episode.finished

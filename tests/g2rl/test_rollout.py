@@ -3,50 +3,78 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers.generation.logits_process import TopPLogitsWarper
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, PhiConfig, PretrainedConfig
 
 from g2rl.config import ModelConfig, RolloutConfig
 from g2rl.model import load_model
-from g2rl.rollout import InverseCDFSampler, Sampler, left_pad, make_batch
+from g2rl.rollout import Sampling, TransformersSampler, left_pad, make_batch, response_seeds
+from g2rl.rollout.decoding import until_stop
+from g2rl.rollout.draws import draw, uniforms
 from g2rl.types import Episode, Problem
+from tests.g2rl.architectures import SIZES
 
 PROBLEMS = [Problem("a", "What is 1 + 2?", "3"), Problem("b", "What is 10 + 20? Explain.", "30")]
 
 
 def test_samples_follow_the_distribution() -> None:
-    """20000 draws from 5 tokens: each frequency within 4 standard errors; a token of probability 0 is never drawn."""
-    p = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
-    sample = InverseCDFSampler(torch.Generator().manual_seed(0))
-    scores = sample(torch.zeros(20000, 1), p.log().expand(20000, 5))
-    counts = scores.argmax(1).bincount(minlength=5) / 20000
-    assert (scores > -torch.inf).sum(1).eq(1).all()
-    assert ((counts - p).abs() <= 4 * (p * (1 - p) / 20000).sqrt()).all()
+    """20000 draws of 600 tokens, three blocks and a ragged one: frequencies within 4.5 standard errors.
+
+    A token of probability 0 is never drawn, whatever the number: the least, the greatest, and each block's edges.
+    """
+    torch.manual_seed(0)
+    p = torch.rand(600).square()
+    p[torch.randint(600, (200,))] = 0
+    p = p / p.sum()
+    edges = torch.cat([torch.tensor([0.0, 1 - 2**-24]), p.cumsum(0)]).clamp(max=1 - 2**-24)
+    u = torch.cat([torch.rand(20000), edges])
+    tokens, logps = draw(p.log().expand(len(u), 600), u)
+    torch.testing.assert_close(logps, p.log()[tokens], atol=1e-5, rtol=1e-5)
+    assert (p[tokens] > 0).all()
+    counts = tokens[:20000].bincount(minlength=600) / 20000
+    assert ((counts - p).abs() <= 4.5 * (p * (1 - p) / 20000).sqrt() + 1e-9).all()
+    # The inverse of the cumulated probabilities, but where u lies within rounding of a step.
+    cdf = p.double().cumsum(0)
+    expected = torch.searchsorted(cdf, u[:20000].double(), right=True)
+    off = tokens[:20000] != expected
+    assert (cdf - u[:20000][off].double()[:, None]).abs().amin(1).le(1e-6).all()
 
 
-def test_top_p_leaves_the_tail_out() -> None:
+def test_top_p_and_temperature_change_the_law() -> None:
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    scores = TopPLogitsWarper(0.7)(None, p.log().expand(2000, 4).clone())
-    drawn = InverseCDFSampler(torch.Generator().manual_seed(0))(None, scores).argmax(1)
-    assert set(drawn.tolist()) == {0, 1}
+    u = torch.rand(2000, generator=torch.Generator().manual_seed(0))
+    tokens, logps = draw(p.log().expand(2000, 4).clone(), u, top_p=0.7)
+    assert set(tokens.tolist()) == {0, 1}
+    torch.testing.assert_close(logps, (p[:2] / 0.8).log()[tokens])
+    tokens, logps = draw(p.log().expand(2000, 4).clone(), u, temperature=0.5)
+    torch.testing.assert_close(logps, (p.square() / p.square().sum()).log()[tokens])
+
+
+def test_streams_are_each_responses_own() -> None:
+    """A part of a call draws as the whole does, and more tokens begin with the same numbers."""
+    seeds = response_seeds(7, 5)
+    assert len(set(seeds + response_seeds(8, 5))) == 10
+    assert response_seeds(7, 2, first=3) == seeds[3:]
+    assert torch.equal(uniforms(seeds, 300)[1:3, :40], uniforms(seeds[1:3], 40))
 
 
 @pytest.fixture
-def sampler(tiny_model: Path) -> Sampler:
+def sampler(tiny_model: Path) -> TransformersSampler:
     model, tokenizer = load_model(ModelConfig(path=str(tiny_model)))
-    return Sampler(model, tokenizer, RolloutConfig(max_new_tokens=12, dtype="float32", batch_size=5))
+    return TransformersSampler(model, tokenizer, RolloutConfig(max_new_tokens=12, dtype="float32", batch_size=5))
 
 
-def test_same_seed_same_responses(sampler: Sampler) -> None:
+def test_same_seed_same_responses(sampler: TransformersSampler) -> None:
     first, again, other = (sampler.sample(PROBLEMS, 3, 1.0, 1.0, seed) for seed in (1, 1, 2))
     assert first == again
     assert [e.response_ids for e in first] != [e.response_ids for e in other]
     assert [e.problem.id for e in first] == ["a", "a", "a", "b", "b", "b"]
 
 
-def test_greedy_equals_the_models_argmax(sampler: Sampler) -> None:
+def test_greedy_equals_the_models_argmax(sampler: TransformersSampler) -> None:
     for episode in sampler.sample(PROBLEMS, 1, 0.0, 1.0, 0):
         ids = torch.tensor([episode.prompt_ids + episode.response_ids])
         logits = sampler.policy(ids).logits[0, len(episode.prompt_ids) - 1 : -1]
@@ -54,24 +82,63 @@ def test_greedy_equals_the_models_argmax(sampler: Sampler) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_prompt_is_prefilled_once(sampler: Sampler, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
-    """Five responses at once, of three each to two prompts of different lengths: the same tokens as with copies."""
-    fed: list[tuple[int, int]] = []
+def test_slots_give_what_generate_gives(
+    sampler: TransformersSampler, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """Five slots for 12 responses to prompts of three lengths; then one batch after the other."""
+    problems = [*PROBLEMS, Problem("c", "2", "2")]
+    found = sampler.sample(problems, 4, temperature, 1.0, seed=4)
+    assert temperature == 0 or min(len(episode.response_ids) for episode in found) < 12
+    monkeypatch.setattr(sampler, "_has_slots", False)
+    expected = sampler.sample(problems, 4, temperature, 1.0, seed=4)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine.response_ids, mine.text, mine.finished) == (theirs.response_ids, theirs.text, theirs.finished)
+        assert (mine.logps is None) == (theirs.logps is None) == (temperature == 0)
+        # fp32 sums of other lengths: padding is on the left there, and nowhere here.
+        torch.testing.assert_close(mine.logps or (), theirs.logps or (), atol=2e-5, rtol=1e-5)
+
+
+def test_nothing_is_computed_twice_or_after_its_end(sampler: TransformersSampler) -> None:
+    """A prompt once for the responses that start together; a row for each token that is drawn, and no other."""
+    fed: list[tuple[int, ...]] = []
     embeddings = sampler.model.get_input_embeddings()
     embeddings.register_forward_pre_hook(lambda _, inputs: fed.append(tuple(inputs[0].shape)))
-    found = sampler.sample(PROBLEMS, 3, temperature, 1.0, seed=4)
-    long = len(sampler.prompt_ids(PROBLEMS[1]))
+    found = sampler.sample(PROBLEMS, 3, 1.0, 1.0, seed=4)
+    short, long = (len(sampler.prompt_ids(problem)) for problem in PROBLEMS)
     assert fed[:2] == [(2, long - 1), (5, 1)]
-    # The last of the six is alone.
-    assert (1, long) in fed
-    monkeypatch.setattr(sampler, "_prefilled", lambda prompts: None)
-    assert sampler.sample(PROBLEMS, 3, temperature, 1.0, seed=4) == found
+    # The last of the six starts alone, when a slot is free.
+    assert fed.count((1, long - 1)) == 1 and short < long
+    assert sum(rows for rows, tokens in fed if tokens == 1) == sum(len(episode.response_ids) for episode in found)
 
 
-def test_response_ends_at_its_first_stop_token(sampler: Sampler) -> None:
+@pytest.mark.parametrize(
+    ("config", "has_slots"),
+    [
+        (PhiConfig(**(SIZES | {"num_key_value_heads": 4})), True),
+        (CohereConfig(**SIZES, logit_scale=0.25), True),
+        (GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, eos_token_id=2), True),
+        # Windows and soft-capped attention.
+        (Gemma2Config(**SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=8), False),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_architectures(tiny_model: Path, config: PretrainedConfig, has_slots: bool) -> None:
+    """Greedy responses are the model's own most likely tokens, one forward pass over all of them."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    _, tokenizer = load_model(ModelConfig(path=str(tiny_model)))
+    sampler = TransformersSampler(model, tokenizer, RolloutConfig(max_new_tokens=12, dtype="float32", batch_size=2))
+    assert sampler._has_slots == has_slots
+    prompts = [(5, 6, 7, 8, 9), (10, 11), (12,)]
+    for prompt, response in zip(prompts, sampler.respond(prompts, Sampling(0.0, 1.0), [0, 1, 2]), strict=True):
+        logits = model.eval()(torch.tensor([prompt + response.tokens])).logits[0, len(prompt) - 1 : -1]
+        assert tuple(logits.argmax(-1).tolist()) == response.tokens
+
+
+def test_response_ends_at_its_first_stop_token(sampler: TransformersSampler) -> None:
     stop = next(iter(sampler.stop_ids))
-    assert sampler._until_stop([5, 6, stop, 7, stop]) == (5, 6, stop)
-    assert sampler._until_stop([5, 6]) == (5, 6)
+    assert until_stop([5, 6, stop, 7, stop], sampler.stop_ids) == (5, 6, stop)
+    assert until_stop([5, 6], sampler.stop_ids) == (5, 6)
     for episode in sampler.sample(PROBLEMS, 20, 1.0, 1.0, 0):
         assert episode.finished == (episode.response_ids[-1] == stop)
         assert stop not in episode.response_ids[:-1]
@@ -80,7 +147,7 @@ def test_response_ends_at_its_first_stop_token(sampler: Sampler) -> None:
 
 def test_bf16_copy_follows_the_policy(tiny_model: Path) -> None:
     model, tokenizer = load_model(ModelConfig(path=str(tiny_model)))
-    sampler = Sampler(model, tokenizer, RolloutConfig(dtype="bfloat16"))
+    sampler = TransformersSampler(model, tokenizer, RolloutConfig(dtype="bfloat16"))
     with torch.no_grad():
         model.get_output_embeddings().weight.add_(1)
     sampler.sync()

@@ -23,7 +23,7 @@ from g2rl.evaluation.samples import provenance, sample_all
 from g2rl.evaluation.scores import Scores, score
 from g2rl.evaluation.suite import Settings, read_suite, suite_problems
 from g2rl.model import load_model
-from g2rl.rollout import Sampler
+from g2rl.rollout import make_sampler
 from g2rl.tasks.data_sets import DATA_SETS
 from g2rl.tasks.grading import JUDGES, Judge
 from g2rl.types import Problem
@@ -85,7 +85,8 @@ def _evaluate_model(
 ) -> list[Scores]:
     # Nothing is trained here: the weights are loaded in the type that generates, and no copy of them is needed.
     model, tokenizer = load_model(replace(config.model, dtype=config.rollout.dtype))
-    sampler = Sampler(model, tokenizer, config.rollout)
+    sampler = make_sampler(model, tokenizer, config.rollout)
+    sampler.sync()
     made_by = {"model": config.model.path, "dtype": config.rollout.dtype, "weights": digest(model)}
     scores = []
     for settings, whole in zip(sets, problems, strict=True):

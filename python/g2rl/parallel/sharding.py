@@ -1,0 +1,96 @@
+"""Weights that are split over ranks by PyTorch's FSDP2, and put together where they are needed.
+
+Each layer's weights are gathered for its forward pass, and again for its backward pass. Embeddings and head, which may
+share a weight, are gathered once for both and then freed. The ops of `g2rl_kernels` run inside the model's forward
+pass (`within`), where the head's weight is whole, and is the only copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from g2rl.config import ModelConfig
+
+T = TypeVar("T")
+
+
+def shard(model: Any, config: ModelConfig, device: torch.device, ranks: int) -> None:
+    """Split a model of transformers over ranks, layer by layer, each weight on its first dimension.
+
+    In bfloat16, `model.autocast` would keep a copy of every weight for the backward pass; here weights are rounded
+    before they are gathered, which are half the bytes, too. Gradients are summed in fp32.
+
+    Args:
+        model: whole, on any device.
+        config: `autocast` counts here.
+        device: where the parts go.
+    """
+    half = torch.bfloat16 if config.autocast == "bfloat16" else None
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    settings: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (ranks,)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32),
+    }
+    for layer in _layers(model):
+        fully_shard(layer, reshard_after_forward=True, **settings)
+    # A frozen model has no backward pass that would free its embeddings and head.
+    fully_shard(model, reshard_after_forward=not trained, **settings)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is a share of the whole step's: ranks add up, and there is no mean.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    model.g2rl_within = _plainly
+    register_fsdp_forward_method(model, "g2rl_within")
+
+
+def _plainly(function: Callable[[], T]) -> T:
+    return function()
+
+
+def within(model: Any, function: Callable[[], T]) -> T:
+    """Call `function` as part of the model's forward pass."""
+    run: Callable[[Callable[[], T]], T] = getattr(model, "g2rl_within", _plainly)
+    return run(function)
+
+
+def load_weights(model: Any, weights: dict[str, Any]) -> None:
+    """Put weights into a model by name: whole ones, or, where both are split, as they are."""
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    if sharded and not any(isinstance(weight, DTensor) for weight in weights.values()):
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    else:
+        model.load_state_dict(weights)
+
+
+def split_states(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Split the tensors of an optimiser's whole state in place, each as the parameter that it is of."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, found in state["state"].items():
+        parameter = parameters[index]
+        for key, value in found.items():
+            if value.shape == parameter.shape:
+                value = value.to(parameter.device)
+                found[key] = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _layers(model: Any) -> list[Any]:
+    """The modules that transformers names as not to be cut, such as decoder layers."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def checksum(model: Any) -> int:
+    """The same for the same bits of all weights; in any order, since integers are added."""
+    total = 0
+    for parameter in model.parameters():
+        kind = torch.int32 if parameter.element_size() == 4 else torch.int16
+        total = (31 * total + int(parameter.detach().contiguous().view(kind).sum(dtype=torch.int64))) % 2**64
+    return total

@@ -1,0 +1,111 @@
+"""Weights and the optimiser's states in files by PyTorch's distributed checkpoint: every rank writes its part.
+
+They are read by any number of ranks, weights split or not, and by a process without any others.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from g2rl.config import ConfigError
+
+SHARDS = "shards"
+"""The folder of a checkpoint that they are in."""
+
+
+def save_shards(folder: Path, model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the weights of `model`, and of `state` the optimiser and the reference; returns the rest of `state`."""
+    rest = dict(state)
+    tensors = _tensors(model, rest.pop("optimizer"), rest.pop("reference", None))
+    checkpoint.save(tensors, checkpoint_id=folder)
+    return rest
+
+
+def save_description(folder: Path, model: Any) -> None:
+    """Write what a model folder of transformers has besides weights and tokenizer."""
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def load_shards(folder: Path, model: Any, parts: Mapping[str, Any]) -> None:
+    """Read what `save_shards` wrote into a model, and into the optimiser and the reference of `parts`.
+
+    Raises:
+        ConfigError: the files are of another model.
+    """
+    shapes = _shapes(folder)
+    require_same_model(folder, shapes["model"], model)
+    optimizer = parts["optimizer"]
+    reference = parts.get("reference") if shapes["reference"] else None
+    tensors = _tensors(model, optimizer, reference)
+    _read(tensors, folder)
+    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+    if reference is not None:
+        set_model_state_dict(reference.model, tensors["reference"])
+
+
+def load_model_of_shards(path: Path, **settings: Any) -> Any:
+    """A model of transformers with the weights of a checkpoint, whole, on a CPU.
+
+    Args:
+        path: the checkpoint's folder.
+        settings: as `from_pretrained` takes them; `dtype` may be another than the files', which is the default.
+    """
+    config = AutoConfig.from_pretrained(path)
+    with init_empty_weights():
+        model: Any = AutoModelForCausalLM.from_config(config, **{"dtype": config.dtype, **settings})
+    weights = {key: torch.empty_like(weight, device="cpu") for key, weight in model.state_dict().items()}
+    _read({"model": weights}, path / SHARDS)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    if (path / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
+
+
+def require_same_model(folder: Path, found: Mapping[str, torch.Size], model: Any) -> None:
+    """Raise `ConfigError` unless weights of these shapes, by name, are the model's."""
+    expected = {key: weight.shape for key, weight in model.state_dict().items()}
+    for key in sorted({*expected, *found}):
+        if found.get(key) != expected.get(key):
+            mine, theirs = (list(shapes[key]) if key in shapes else "none" for shapes in (expected, found))
+            raise ConfigError(f"resume: expected the run's model, with {key} {mine}, found {theirs} in {str(folder)!r}")
+
+
+def _tensors(model: Any, optimizer: torch.optim.Optimizer, reference: Any) -> dict[str, Any]:
+    weights, states = get_state_dict(model, optimizer)
+    tensors = {"model": weights, "optimizer": states}
+    return tensors if reference is None else {**tensors, "reference": get_model_state_dict(reference.model)}
+
+
+def _shapes(folder: Path) -> dict[str, dict[str, torch.Size]]:
+    """By the first part of the name, `model` or `reference`, then by its rest."""
+    shapes: dict[str, dict[str, torch.Size]] = {"model": {}, "reference": {}}
+    for name, entry in checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
+        owner, _, key = name.partition(".")
+        if owner in shapes:
+            shapes[owner][key] = entry.size  # type: ignore[union-attr]  # all of these are tensors
+    return shapes
+
+
+def _read(tensors: dict[str, Any], folder: Path) -> None:
+    with warnings.catch_warnings():  # that there is one process
+        warnings.simplefilter("ignore", UserWarning)
+        checkpoint.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())

@@ -1,0 +1,122 @@
+"""What training and evaluation ask of a sampling engine."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from g2rl.config import ConfigError, RolloutConfig
+from g2rl.rollout.draws import response_seeds
+from g2rl.types import Episode, Problem
+
+VERSIONS = ((0, 32), (0, 34))
+"""First version of vLLM that is served, and the first that is not."""
+
+
+def check_version(key: str, found: str) -> None:
+    """Raise `ConfigError` for a version of vLLM whose hand-over of weights is not known here."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    if not VERSIONS[0] <= numbers < VERSIONS[1]:
+        first, last = (".".join(map(str, version)) for version in VERSIONS)
+        raise ConfigError(f"{key}: expected vLLM {first} or newer, below {last}, found {found}")
+
+
+def is_checked(name: str) -> bool:
+    """Whether a weight is compared after each hand-over.
+
+    vLLM holds embeddings and norms as the trainer does; it fuses, splits and packs others.
+    """
+    return "embed" in name or "norm" in name
+
+
+class Response(NamedTuple):
+    """Sampled tokens, a stop token at the end included, and their log-probabilities, None where they were not drawn."""
+
+    tokens: tuple[int, ...]
+    logps: tuple[float, ...] | None
+
+
+class RolloutError(RuntimeError):
+    """Rollouts cannot go on: the engine has gone, or has other weights than it was handed."""
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn; a temperature of 0 decodes greedily."""
+
+    temperature: float
+    top_p: float
+
+
+class Sampler(ABC):
+    """Problems in, episodes out: responses by the policy's weights as of the last `sync`.
+
+    Args:
+        model: the policy.
+        tokenizer: its chat template renders problems.
+        config: of the rollouts; token limit and batch size may be replaced later.
+        system_prompt: system message, None for the template's own default.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, config: RolloutConfig, system_prompt: str | None = None
+    ) -> None:
+        self.policy = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.system_prompt = system_prompt
+        stop = model.generation_config.eos_token_id if model.generation_config else None
+        stop = tokenizer.eos_token_id if stop is None else stop
+        self.stop_ids = frozenset(stop if isinstance(stop, list) else [stop])
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Take the policy's present weights."""
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Give memory back until the next `sync`, where the engine can."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The last call: remove what was left outside of this process."""
+
+    @abstractmethod
+    def respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
+        """A response to each prompt, in order; each draws from a stream of its own, by its seed."""
+
+    def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
+        """The rendered prompt; problems go in as they are when the tokenizer has no chat template."""
+        if self.tokenizer.chat_template is None:
+            text = problem.prompt if self.system_prompt is None else f"{self.system_prompt}\n\n{problem.prompt}"
+            return tuple(self.tokenizer(text)["input_ids"])
+        messages = [{"role": "user", "content": problem.prompt}]
+        if self.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def sample(
+        self, problems: Sequence[Problem], copies: int, temperature: float, top_p: float, seed: int | Sequence[int]
+    ) -> list[Episode]:
+        """`copies` responses to each problem, those of one problem side by side.
+
+        Args:
+            temperature: 0 decodes greedily.
+            top_p: probability mass kept, in (0, 1].
+            seed: of this call's draws, or one for each response, in order; equal seeds, weights and arguments give
+                equal responses.
+        """
+        rendered = {problem.id: self.prompt_ids(problem) for problem in problems}
+        asked = [problem for problem in problems for _ in range(copies)]
+        prompts = [rendered[problem.id] for problem in asked]
+        seeds = response_seeds(seed, len(asked)) if isinstance(seed, int) else seed
+        responses = self.respond(prompts, Sampling(temperature, top_p), seeds)
+        texts = self.tokenizer.batch_decode([list(r.tokens) for r in responses], skip_special_tokens=True)
+        return [
+            Episode(problem, prompt, r.tokens, text, bool(r.tokens) and r.tokens[-1] in self.stop_ids, r.logps)
+            for problem, prompt, r, text in zip(asked, prompts, responses, texts, strict=True)
+        ]

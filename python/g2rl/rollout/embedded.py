@@ -1,0 +1,68 @@
+"""The embedded engine: a copy of the policy in this process, by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from g2rl.adapters import copy_weights, has_adapter, plain_copy
+from g2rl.config import RolloutConfig
+from g2rl.heads import keep_head_inputs_contiguous
+from g2rl.rollout.base import Response, Sampler, Sampling
+from g2rl.rollout.decoding import Decoding, generate
+from g2rl.rollout.slots import fits_slots
+
+
+class TransformersSampler(Sampler):
+    """Generates with a copy of the policy's weights in the rollout dtype, a LoRA adapter merged into them.
+
+    Args:
+        model, tokenizer, config, system_prompt: as in `Sampler`; the tokenizer has a padding token.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, config: RolloutConfig, system_prompt: str | None = None
+    ) -> None:
+        super().__init__(model, tokenizer, config, system_prompt)
+        dtype = getattr(torch, config.dtype)
+        # What is sampled ahead is of weights that an update is about to change.
+        same = model.dtype == dtype and not has_adapter(model) and not config.ahead
+        self.model: Any = model if same else plain_copy(model).to(dtype)
+        keep_head_inputs_contiguous(self.model)
+        # The model's own generation defaults (top-k, penalties) would change the policy that is sampled from.
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=sorted(self.stop_ids), pad_token_id=tokenizer.pad_token_id, do_sample=False, use_cache=True
+        )
+        self._has_slots = fits_slots(self.model)
+
+    def sync(self) -> None:
+        if self.model is not self.policy:
+            copy_weights(self.policy, self.model)
+
+    def sleep(self) -> None:
+        """Nothing: keys and values are gone when responses are there, and the copy is what evaluation needs."""
+
+    def close(self) -> None:
+        """Nothing: this process is all there is."""
+
+    def respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            return self._respond(prompts, sampling, seeds)
+        finally:
+            self.model.train(training)
+
+    def _respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
+        size, limit = self.config.batch_size, self.config.max_new_tokens
+        if self._has_slots:
+            return Decoding(self.model, prompts, seeds, sampling, size, limit, self.stop_ids).run()
+        responses = []
+        for start in range(0, len(prompts), size):
+            chunk = slice(start, start + size)
+            responses += generate(self.model, prompts[chunk], seeds[chunk], sampling, limit, self.stop_ids)
+        return responses

@@ -1,0 +1,41 @@
+"""How far log-probabilities by the sampling engine are from the policy's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from g2rl.config import RolloutConfig
+
+
+def gap_metrics(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> dict[str, float]:
+    """Mean and largest difference of a step's tokens.
+
+    Args:
+        pairs: log-probabilities [N] by the policy at the step's start, and by the engine; None where it does not say.
+    """
+    gaps = [(old - drawn).abs() for old, drawn in pairs if drawn is not None]
+    if not gaps:
+        return {}
+    gap = torch.cat(gaps)
+    return {"train/rollout_gap": float(gap.mean()), "train/rollout_gap_max": float(gap.max())}
+
+
+def gap_warning(metrics: Mapping[str, float], config: RolloutConfig) -> str | None:
+    """What to tell of a gap beyond `rollout.max_logp_gap`; None within it."""
+    gap = metrics.get("train/rollout_gap", 0.0)
+    if gap <= config.max_logp_gap:
+        return None
+    reasons = [
+        f"top-p: the engine draws from the {config.top_p} that are kept, the policy is taken whole",
+        f"temperature: both sides should divide by {config.temperature:g}",
+        "weights: the engine may have others than the policy, or a quantised head",
+        f"types: the engine computes in {config.dtype}",
+    ]
+    usual = "; ".join(reasons if config.top_p < 1 else reasons[1:])
+    return (
+        f"log p by the {config.engine} engine and by the policy are {gap:.2g} nats apart on average, more than "
+        f"rollout.max_logp_gap = {config.max_logp_gap:g}. The usual reasons: {usual}. objective.importance_cap=2 "
+        "weighs tokens by the ratio."
+    )
