@@ -92,7 +92,8 @@ def assert_same(found: Path, expected: Path) -> None:
     keys = ("step", "problem", "prompt", "response", "reward", "correct")
     assert [[row[key] for key in keys] for row in ours] == [[row[key] for key in keys] for row in theirs]
     for key in ("advantage", "shaped", "score"):
-        assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], abs=1e-5, rel=1e-5)
+        found_values, values = (torch.tensor([row[key] for row in rows]) for rows in (ours, theirs))
+        torch.testing.assert_close(found_values, values, atol=1e-5, rtol=1e-5)
     for record, want in zip(metrics(found), metrics(expected), strict=True):
         assert record == pytest.approx(want, rel=1e-4, abs=1e-5)
 
@@ -152,15 +153,16 @@ KILLED = {
     # In the middle of step 3: while the other rank samples, or waits for what this one has sampled.
     "step": """
 import os, signal
-from g2rl import rewards
-judge, calls = rewards.judge_episodes, []
+from g2rl import collect, trainer
+judge, begin, steps = collect.judge_episodes, trainer.collect, []
+def counted(*arguments):
+    steps.append(1)
+    return begin(*arguments)
 def killed(*arguments):
-    calls.append(1)
-    if RANK == 1 and len(calls) > 4:
+    if RANK == 1 and len(steps) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return judge(*arguments)
-import g2rl.collect
-g2rl.collect.judge_episodes = killed
+trainer.collect, collect.judge_episodes = counted, killed
 """,
     # While the checkpoint of step 2 is written: this rank's part is there, and nothing says that all parts are.
     "save": """
