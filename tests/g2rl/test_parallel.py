@@ -153,8 +153,8 @@ KILLED = {
     # In the middle of step 3: while the other rank samples, or waits for what this one has sampled.
     "step": """
 import os, signal
-from g2rl import collect, trainer
-judge, begin, steps = collect.judge_episodes, trainer.collect, []
+from g2rl import ahead, collect
+judge, begin, steps = collect.judge_episodes, ahead.collect, []
 def counted(*arguments):
     steps.append(1)
     return begin(*arguments)
@@ -162,7 +162,7 @@ def killed(*arguments):
     if RANK == 1 and len(steps) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return judge(*arguments)
-trainer.collect, collect.judge_episodes = counted, killed
+ahead.collect, collect.judge_episodes = counted, killed
 """,
     # While the checkpoint of step 2 is written: this rank's part is there, and nothing says that all parts are.
     "save": """
