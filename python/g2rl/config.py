@@ -51,6 +51,8 @@ class ModelConfig:
     """transformers' attention implementation. On a CPU, `eager` has the faster backward pass for short sequences."""
     prefix_sharing: Literal["auto", "always", "never"] = "auto"
     """Compute a prompt once for all responses of its group: `auto` where the model can and it is cheaper."""
+    packing: Literal["auto", "always", "never"] = "auto"
+    """Lay sequences in one row, without padding: `auto` where the model can and it is cheaper."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -287,6 +289,7 @@ def validate(config: Config) -> Config:
             raise ConfigError(f"{key}: expected a value {expected}, found {leaves[key]!r}")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name: expected a plain folder name, found {config.name!r}")
+    _check_model(config.model)
     _check_objective(config)
     if not config.rewards:
         raise ConfigError("rewards: expected at least one reward function, found none")
@@ -294,6 +297,15 @@ def validate(config: Config) -> Config:
     if wrong:
         raise ConfigError(f"eval.ks: expected values from 1 to eval.samples = {config.eval.samples}, found {wrong[0]}")
     return config
+
+
+def _check_model(model: ModelConfig) -> None:
+    """As `_check_objective`."""
+    if model.attention == "flash_attention_2" and (model.dtype, model.autocast) == ("float32", "none"):
+        raise ConfigError(
+            "model.attention: expected sdpa or eager for products in float32, found flash_attention_2, which multiplies "
+            "in bfloat16; model.autocast=bfloat16 does so, too"
+        )
 
 
 def _check_objective(config: Config) -> None:

@@ -82,7 +82,7 @@ class Trainer:
         options = asdict(self.method.options)
         methods = config.methods | ({self.method.name: options} if options else {})
         save_config(replace(config, resume=None, methods=methods), run_dir / "config.yaml")
-        log.environment(environment(self.device) | {"prompts": self.updater.policy.forward_pass.prompts})
+        log.environment(environment(self.device) | self.updater.policy.forward_pass.facts)
         try:
             with TrainingProgress(config.steps, self.step) as progress:
                 if resume_step is None and config.eval.every:
