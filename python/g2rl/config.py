@@ -43,8 +43,8 @@ class ModelConfig:
     path: str = "smollm2"
     """Hugging Face hub name or local folder of a causal language model, or `smollm2` for the embedded default."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights that the optimiser updates, and of its states. In bfloat16 a change of less than 1/256 of a
-    weight is lost, so it is for frozen weights, under an adapter of `lora`, which is fp32 itself."""
+    """Type of the model's weights. Of weights in bfloat16 that are trained the optimiser keeps copies in float32, which
+    it updates."""
     autocast: Literal["bfloat16", "none"] = "bfloat16"
     """Type of the matrix products in the training forward and backward pass."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -55,6 +55,8 @@ class ModelConfig:
     """Lay sequences in one row, without padding: `auto` where the model can and it is cheaper."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    offload_activations: bool = False
+    """Keep activations in the host's memory between forward and backward pass on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU when there is one."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -146,6 +148,8 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw` has fp32 states, `adamw_8bit` states of a byte each (needs bitsandbytes)."""
     lr: float = 2e-5
     """Peak learning rate of AdamW."""
     beta1: float = 0.9

@@ -24,6 +24,7 @@ from g2rl.evaluate import evaluate
 from g2rl.log import Completion, GroupGeometry, RunLog, TrainingProgress
 from g2rl.methods import make_method
 from g2rl.model import load_model
+from g2rl.optimizer import in_words
 from g2rl.policy import Policy, Reference
 from g2rl.rewards import resolve_rewards
 from g2rl.rollout import Sampler
@@ -82,7 +83,8 @@ class Trainer:
         options = asdict(self.method.options)
         methods = config.methods | ({self.method.name: options} if options else {})
         save_config(replace(config, resume=None, methods=methods), run_dir / "config.yaml")
-        log.environment(environment(self.device) | self.updater.policy.forward_pass.facts)
+        facts = self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
+        log.environment(environment(self.device) | facts)
         try:
             with TrainingProgress(config.steps, self.step) as progress:
                 if resume_step is None and config.eval.every:
