@@ -2,11 +2,11 @@
 
     python -m benchmarks.prefix_sharing [--case NAME ...] [--rounds 7] [--json FILE] [KEY=VALUE ...]
 
-Three ways take turns on the same random tokens: padded copies of the prompt, packed copies, and shared prompts. A sample
-is what an update computes but for the optimiser's step: the backbone, the head's log-probabilities and features, a loss
-of random advantages, and the backward pass. Beside the time stands by how much the gradient of all weights differs between
-padded and shared, as a share of its norm: in fp32, and in the dtype that is timed. Last comes what shared prompts would
-save if time went with multiplications alone (`bound`).
+Three ways take turns on the same random tokens: padded copies of the prompt, packed copies, and shared prompts. A
+sample is what an update computes but for the optimiser's step: the backbone, the head's log-probabilities and features,
+a loss of random advantages, and the backward pass. Beside the time stands by how much the gradient of all weights
+differs between padded and shared, as a share of its norm: in fp32, and in the dtype that is timed. Last comes what
+shared prompts would save if time went with multiplications alone (`bound`).
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def measure(model: Any, config: ModelConfig, sizes: Sizes, rounds: int) -> dict[
 def bound(model: Any, sizes: Sizes) -> float:
     """Multiplications of padded copies over those of shared prompts, forwards and backwards, for lengths all alike.
 
-    A token costs three for each weight of the backbone; a response token `HEAD_PRODUCTS` for each of the head's; a pair of
-    tokens three times two for each number of a layer's queries. For SmolLM2 and the quickstart's sizes that is
+    A token costs three for each weight of the backbone; a response token `HEAD_PRODUCTS` for each of the head's; a pair
+    of tokens three times two for each number of a layer's queries. For SmolLM2 and the quickstart's sizes that is
     1.25e12 against 0.72e12, a quotient of 1.7, though tokens are 3136 against 1512: the head, which takes each response
     token once either way, has 0.23e12 of both. For prompts of 512 tokens, 8 responses of 64, it is 1.82e12 against
     0.47e12.

@@ -307,8 +307,8 @@ def _check_model(model: ModelConfig) -> None:
     """As `_check_objective`."""
     if model.attention == "flash_attention_2" and (model.dtype, model.autocast) == ("float32", "none"):
         raise ConfigError(
-            "model.attention: expected sdpa or eager for products in float32, found flash_attention_2, which multiplies "
-            "in bfloat16; model.autocast=bfloat16 does so, too"
+            "model.attention: expected sdpa or eager for products in float32, found flash_attention_2, which "
+            "multiplies in bfloat16; model.autocast=bfloat16 does so, too"
         )
 
 

@@ -37,11 +37,11 @@ class ResponseStates(NamedTuple):
 class ForwardPass:
     """Hidden states of responses, from a model that is trained.
 
-    Three ways give the same states and gradients to rounding. *Padded*: a row for each response, with its own copy of its
-    prompt; any model can. *Packed*: the same sequences one after the other in a single row, so that no product is spent
-    on padding. *Shared*: packed, with every prompt once for its group. The last two need an attention that is called
-    through transformers' attention interface, as `sdpa` or `eager`, and sees all that lies before a token; it is that of
-    `g2rl.shared_prompts`, to which a packed response is a group of its own. `flash_attention_2` packs by itself
+    Three ways give the same states and gradients to rounding. *Padded*: a row for each response, with its own copy of
+    its prompt; any model can. *Packed*: the same sequences one after the other in a single row, so that no product is
+    spent on padding. *Shared*: packed, with every prompt once for its group. The last two need an attention that is
+    called through transformers' attention interface, as `sdpa` or `eager`, and sees all that lies before a token; it is
+    that of `g2rl.shared_prompts`, to which a packed response is a group of its own. `flash_attention_2` packs by itself
     (`cu_seq_lens_q`) and shares nothing.
 
     `model.packing=auto` and `model.prefix_sharing=auto` take the cheapest way that a model can. A pass costs one
@@ -53,14 +53,15 @@ class ForwardPass:
     - shared: the same, with prompts counted once a group: G for the first B.
 
     (Last tokens of responses predict nothing and are left out of all.) With prompts of one length each is no more than
-    the one before, whatever P, R and m: responses do not see each other, so that long ones do not cost (P + m R)^2. Pairs
-    can be up to twice as many where the longest prompt has short responses and a short prompt the longest one, hence the
-    count.
+    the one before, whatever P, R and m: responses do not see each other, so that long ones do not cost (P + m R)^2.
+    Pairs can be up to twice as many where the longest prompt has short responses and a short prompt the longest one,
+    hence the count.
 
     What a configuration says of a model may not be all. Shared and padded states are compared once, on a small batch of
-    random tokens in the model's own dtype, without autocast. What rounding explains is measured: by how much states move
-    in the padded pass when its embeddings do by one unit in their last place, which is two roundings, and changes all
-    that follow. Another order of sums changes some of them, so that `ROUNDINGS` = 2 such distances are a bound with room.
+    random tokens in the model's own dtype, without autocast. What rounding explains is measured: by how much states
+    move in the padded pass when its embeddings do by one unit in their last place, which is two roundings, and changes
+    all that follow. Another order of sums changes some of them, so that `ROUNDINGS` = 2 such distances are a bound with
+    room.
 
     Args:
         model: a causal language model of transformers, all on one device. Packing renames its attention implementation;

@@ -15,12 +15,12 @@ from g2rl.config import Config, ConfigError
 def make_optimizer(parameters: Iterable[Parameter], config: Config) -> Optimizer:
     """Of those parameters that are trained.
 
-    `optim.name=adamw` is PyTorch's fused AdamW, with fp32 states; `adamw_8bit` is that of bitsandbytes, whose states take
-    a byte each (Dettmers et al., arXiv 2110.02861).
+    `optim.name=adamw` is PyTorch's fused AdamW, with fp32 states; `adamw_8bit` is that of bitsandbytes, whose states
+    take a byte each (Dettmers et al., arXiv 2110.02861).
 
-    A weight in bfloat16 has 8 bits: it would lose every change of less than 1/256 of it, which at this learning rate are
-    nearly all. The optimiser updates an fp32 copy of each such weight, and the model gets that rounded (Micikevicius et
-    al., arXiv 1710.03740). Copies are part of the optimiser's `state_dict`.
+    A weight in bfloat16 has 8 bits: it would lose every change of less than 1/256 of it, which at this learning rate
+    are nearly all. The optimiser updates an fp32 copy of each such weight, and the model gets that rounded
+    (Micikevicius et al., arXiv 1710.03740). Copies are part of the optimiser's `state_dict`.
 
     Raises:
         ConfigError: bitsandbytes is asked for and not installed.

@@ -6,7 +6,8 @@ Prefix Grouper (https://arxiv.org/abs/2506.05433); tokens lie in one row here, s
 
 Attention is reached through the names that `transformers.AttentionInterface` lets others register. On a CPU it is made
 of matrix products, in which a group's responses meet its prompt at once, without copies of keys and values
-(`_by_products`). Where that is no option it is transformers' own, called once for the prompts and once for the responses.
+(`_by_products`). Where that is no option it is transformers' own, called once for the prompts and once for the
+responses.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class PackedGroups:
 class HeadRows:
     """Rows of single heads in the order of `_by_products`: prompts [G, j, i, P], then responses [G, j, m, i, R].
 
-    j is a head of keys, and i counts the heads of queries that share it. Row t h + j' of [T h, k] is the head j' of token
-    t; a slot without a token holds any, and `padding` [n, 1] marks it (None: there is none).
+    j is a head of keys, and i counts the heads of queries that share it. Row t h + j' of [T h, k] is the head j' of
+    token t; a slot without a token holds any, and `padding` [n, 1] marks it (None: there is none).
     """
 
     there: Tensor

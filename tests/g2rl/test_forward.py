@@ -20,7 +20,6 @@ from transformers import (
     PretrainedConfig,
     Qwen3Config,
 )
-
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from g2rl import shared_prompts
