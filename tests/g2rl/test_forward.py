@@ -259,25 +259,37 @@ def test_sliding_window_shorter_than_a_sequence() -> None:
     assert torch.equal(found.hidden, never(model, long).hidden)
 
 
+@pytest.mark.parametrize("sharing", ["auto", "never"])
 @pytest.mark.parametrize(
-    ("groups", "shares"),
+    ("groups", "one_row"),
     [
-        (((9, (4, 4)),), True),  # 15 tokens against 26
-        (((1, (6, 6)),), True),  # 11 against 14
-        (((40, (1, 1)), (1, (40, 40))), False),  # 121 against 164, but 2 * 40^2 + 4 * 39 * 79 pairs against 4 * 41^2
+        (((9, (4, 4)),), True),  # 15 tokens shared, or 24 packed with 234 pairs, against 24 padded with 288
+        (((1, (6, 6)),), True),  # 11, or 12 with 62 pairs, against 12 with 72
+        # 121 tokens, or 160, against 160, but 2 * 40^2, or 4 * 40^2, + 4 * 39 * 79 pairs against 4 * 40^2
+        (((40, (1, 1)), (1, (40, 40))), False),
     ],
 )
-def test_auto_counts(groups: tuple, shares: bool) -> None:
+def test_auto_counts(groups: tuple, one_row: bool, sharing: str) -> None:
     """A wide attention on few weights, so that pairs matter."""
     sizes = SIZES | {"hidden_size": 8, "intermediate_size": 4, "num_attention_heads": 8, "num_key_value_heads": 1}
     model = build(LlamaConfig(**sizes, head_dim=16), "sdpa").eval()
-    forward_pass = ForwardPass(model, ModelConfig(autocast="none"))
+    forward_pass = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing=sharing))
     rows: list[int] = []
     model.model.register_forward_pre_hook(
         lambda _, __, given: rows.append(given["input_ids"].shape[0]), with_kwargs=True
     )
     forward_pass(model, batch(groups))
-    assert (rows == [1]) == shares
+    assert (rows == [1]) == one_row
+
+
+def test_scores_that_would_fill_memory_are_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products and two calls of transformers' attention give the same."""
+    model, given = build(LLAMA, "sdpa").train(), batch(BATCHES["ragged"])
+    shared = all_ways(model)["always"]
+    expected = results(model, shared, given)
+    monkeypatch.setattr(shared_prompts, "_by_products", None)
+    monkeypatch.setattr(shared_prompts, "MOST_SCORES", pack_groups(given).pairs * 4 - 1)
+    assert_alike(results(model, shared, given), expected)
 
 
 def by_cu_seqlens(
