@@ -27,8 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from g2rl.types import Batch
 
 PREFIX = "g2rl_"
-MOST_SCORES = 1 << 24
-"""Scores of one layer, all heads, that are kept for the backward pass: 32 MB in bf16."""
+MOST_SCORES = 16
+"""That `_by_products` keeps for each number of the queries: about as much as a layer keeps otherwise."""
 ATTENTIONS = ("sdpa", "eager")
 """Implementations of transformers that take a mask of any form."""
 
@@ -263,13 +263,11 @@ def _attention(
 
 def _is_plain(query: Tensor, packed: PackedGroups, options: dict[str, Any]) -> bool:
     """Whether `_by_products` has all that a layer asks for, and a CPU, whose fused attention is slower."""
-    asked = [options.get(name) for name in ("softcap", "s_aux", "position_bias", "dropout")]
-    fits = packed.sizes[3] > 0 and packed.pairs * query.shape[1] <= MOST_SCORES
-    return query.device.type == "cpu" and options.get("scaling") is not None and not any(map(_is_set, asked)) and fits
-
-
-def _is_set(option: Any) -> bool:
-    return option is not None and not (isinstance(option, float) and option == 0)
+    more = [options.get(name) for name in ("softcap", "s_aux", "position_bias")] + [options.get("dropout") or None]
+    plain = options.get("scaling") is not None and all(option is None for option in more)
+    _, _, tokens, width = query.shape
+    fits = packed.sizes[3] > 0 and packed.pairs <= MOST_SCORES * tokens * width
+    return query.device.type == "cpu" and plain and fits
 
 
 def _by_products(packed: PackedGroups, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -288,7 +288,8 @@ def test_scores_that_would_fill_memory_are_left_to_sdpa(monkeypatch: pytest.Monk
     shared = all_ways(model)["always"]
     expected = results(model, shared, given)
     monkeypatch.setattr(shared_prompts, "_by_products", None)
-    monkeypatch.setattr(shared_prompts, "MOST_SCORES", pack_groups(given).pairs * 4 - 1)
+    packed = pack_groups(given)
+    monkeypatch.setattr(shared_prompts, "MOST_SCORES", packed.pairs / (packed.input_ids.numel() * 8) - 1e-6)
     assert_alike(results(model, shared, given), expected)
 
 
