@@ -1,11 +1,12 @@
-"""What it saves to compute a prompt once for its group: forward and backward pass, shared against repeated.
+"""What it saves to leave padding out, and to compute a prompt once for its group: forward and backward pass.
 
     python -m benchmarks.prefix_sharing [--case NAME ...] [--rounds 7] [--json FILE] [KEY=VALUE ...]
 
-Both ways take turns on the same random tokens. A sample is what an update computes but for the optimiser's step: the
-backbone, the head's log-probabilities and features, a loss of random advantages, and the backward pass. Beside the time
-stands by how much the gradient of all weights differs between the two ways, as a share of its norm: in fp32, and in the
-dtype that is timed.
+Three ways take turns on the same random tokens: padded copies of the prompt, packed copies, and shared prompts. A
+sample is what an update computes but for the optimiser's step: the backbone, the head's log-probabilities and features,
+a loss of random advantages, and the backward pass. Beside the time stands by how much the gradient of all weights
+differs between padded and shared, as a share of its norm: in fp32, and in the dtype that is timed. Last comes what
+shared prompts would save if time went with multiplications alone (`bound`).
 """
 
 from __future__ import annotations
@@ -25,29 +26,44 @@ from rich.table import Table
 from benchmarks.measuring.timing import Run, extra_memory, interleave, machine, machine_line
 from benchmarks.reporting.tables import digits
 from g2rl.config import ConfigError, ModelConfig, load_config
-from g2rl.forward import ForwardPass
+from g2rl.forward import ForwardPass, backbone_weights, head_width
 from g2rl.heads import lm_head
 from g2rl.model import load_model
 from g2rl.rollout import make_batch
+from g2rl.shared_prompts import attention_pairs
 from g2rl.types import Batch, Episode, Problem
 from g2rl_kernels import sequence_features
 
 CONFIG = Path("configs/quickstart.yaml")
-WAYS = {"repeated": "never", "shared": "always"}
+WAYS = {
+    "repeated": {"prefix_sharing": "never", "packing": "never"},
+    "packed": {"prefix_sharing": "never", "packing": "always"},
+    "shared": {"prefix_sharing": "always"},
+}
+HEAD_PRODUCTS = 6
+"""With the head's weight: logits twice, forwards; twice again, and both gradients, backwards."""
 _LIMIT_S = 600.0
 
 
 class Sizes(NamedTuple):
-    """Groups, responses a group, tokens of each prompt and of each response; the attention that is faster repeated."""
+    """Groups, responses a group, tokens of each prompt and of each response; the attention that is faster repeated.
+
+    With `shortest` < 1, lengths are spread evenly from that share of `prompt` and `response` up to them.
+    """
 
     groups: int
     m: int
     prompt: int
     response: int
     attention: str
+    shortest: float = 1.0
 
 
-CASES = {"quickstart": Sizes(8, 8, 29, 21, "eager"), "512-token prompt": Sizes(1, 8, 512, 64, "sdpa")}
+CASES = {
+    "quickstart": Sizes(8, 8, 29, 21, "eager"),
+    "512-token prompt": Sizes(1, 8, 512, 64, "sdpa"),
+    "many lengths": Sizes(4, 8, 128, 64, "sdpa", 0.25),
+}
 
 
 def measure(model: Any, config: ModelConfig, sizes: Sizes, rounds: int) -> dict[str, Any]:
@@ -63,7 +79,30 @@ def measure(model: Any, config: ModelConfig, sizes: Sizes, rounds: int) -> dict[
     measured["seconds"] = {way: timing.by_round for way, timing in timings.items()}
     measured["median_s"] = {way: timing.median for way, timing in timings.items()}
     measured["faster"], measured["faster_spread"] = timings["repeated"].ratio(timings["shared"])
+    measured["packed_faster"], measured["packed_faster_spread"] = timings["repeated"].ratio(timings["packed"])
+    measured["bound"] = bound(model, sizes)
     return measured
+
+
+def bound(model: Any, sizes: Sizes) -> float:
+    """Multiplications of padded copies over those of shared prompts, forwards and backwards, for lengths all alike.
+
+    A token costs three for each weight of the backbone; a response token `HEAD_PRODUCTS` for each of the head's; a pair
+    of tokens three times two for each number of a layer's queries. For SmolLM2 and the quickstart's sizes that is
+    1.25e12 against 0.72e12, a quotient of 1.7, though tokens are 3136 against 1512: the head, which takes each response
+    token once either way, has 0.23e12 of both. For prompts of 512 tokens, 8 responses of 64, it is 1.82e12 against
+    0.47e12.
+    """
+    config, r, b = model.config.get_text_config(), sizes.response - 1, sizes.groups * sizes.m
+    width = config.num_hidden_layers * config.num_attention_heads * head_width(config)
+    head = HEAD_PRODUCTS * b * sizes.response * config.vocab_size * config.hidden_size
+
+    def total(tokens: int, pairs: int) -> int:
+        return 3 * tokens * backbone_weights(model) + 6 * pairs * width + head
+
+    length = sizes.prompt + r
+    shared = total(sizes.groups * sizes.prompt + b * r, attention_pairs(sizes.groups, sizes.prompt, b, r))
+    return total(b * length, b * length**2) / shared
 
 
 def _runs(model: Any, config: ModelConfig, sizes: Sizes) -> dict[str, Run]:
@@ -72,8 +111,8 @@ def _runs(model: Any, config: ModelConfig, sizes: Sizes) -> dict[str, Run]:
     batch = _batch(sizes, model, generator)
     advantages = torch.randn(sizes.groups * sizes.m, generator=generator).to(model.device)
     return {
-        way: partial(_update, model, ForwardPass(model, replace(config, prefix_sharing=name)), batch, advantages)
-        for way, name in WAYS.items()
+        way: partial(_update, model, ForwardPass(model, replace(config, **settings)), batch, advantages)
+        for way, settings in WAYS.items()
     }
 
 
@@ -81,10 +120,15 @@ def _batch(sizes: Sizes, model: Any, generator: torch.Generator) -> Batch:
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator).tolist())
 
-    prompts = [tokens(sizes.prompt) for _ in range(sizes.groups)]
+    prompts = [tokens(n) for n in _lengths(sizes.prompt, sizes.groups, sizes.shortest)]
+    responses = _lengths(sizes.response, sizes.m, sizes.shortest)
     problem = Problem("", "", "")
-    episodes = [Episode(problem, p, tokens(sizes.response), "", True) for p in prompts for _ in range(sizes.m)]
+    episodes = [Episode(problem, prompt, tokens(n), "", True) for prompt in prompts for n in responses]
     return make_batch(episodes, [0.0] * len(episodes), sizes.m, 0, model.device)
+
+
+def _lengths(longest: int, n: int, shortest: float) -> list[int]:
+    return [round(longest * (shortest + (1 - shortest) * (i + 1) / n)) for i in range(n)]
 
 
 def _update(model: Any, forward_pass: ForwardPass, batch: Batch, advantages: torch.Tensor) -> None:
@@ -107,8 +151,8 @@ def _gradient_difference(model: Any, runs: dict[str, Run]) -> float:
 
 def table(measured: dict[str, dict[str, Any]]) -> Table:
     shown = Table(title="\nforward and backward pass of an update", title_justify="left")
-    heads = ["groups x responses, prompt + response", *(f"{way}, ms (MB)" for way in WAYS), "x faster"]
-    for head in (*heads, "gradient, fp32", "gradient, as timed"):
+    heads = ["groups x responses, prompt + response", *(f"{way}, ms (MB)" for way in WAYS)]
+    for head in (*heads, "packed, x", "shared, x", "bound", "gradient, fp32", "as timed"):
         shown.add_column(head, justify="right" if shown.columns else "left")
     for name, case in measured.items():
         sizes, memory = Sizes(**case["sizes"]), case["extra_bytes"]
@@ -117,7 +161,8 @@ def table(measured: dict[str, dict[str, Any]]) -> Table:
         shown.add_row(
             f"{name}: {sizes.groups} x {sizes.m}, {sizes.prompt} + {sizes.response}, {sizes.attention}",
             *(f"{times[way]}{peaks[way]}" for way in WAYS),
-            f"{case['faster']:.2f} ± {digits(case['faster_spread']) or '?'}",
+            *(f"{case[key]:.2f} ± {digits(case[f'{key}_spread']) or '?'}" for key in ("packed_faster", "faster")),
+            "" if sizes.shortest < 1 else f"{case['bound']:.2f}",
             f"{case['gradient_difference_float32']:.0e}",
             f"{case['gradient_difference']:.0e}",
         )

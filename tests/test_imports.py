@@ -30,7 +30,7 @@ LAYERS = {
     ),
     "g2rl": (
         ("__init__", "types", "config", "heads", "times"),
-        ("trackers", "shared_prompts", "adapters"),
+        ("trackers", "shared_prompts", "adapters", "optimizer"),
         ("parallel",),
         ("log",),
         ("tasks", "plots", "checkpoint", "model", "encoder", "plugins", "forward"),

@@ -46,16 +46,20 @@ class ModelConfig:
     path: str = "smollm2"
     """Hugging Face hub name or local folder of a causal language model, or `smollm2` for the embedded default."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights that the optimiser updates, and of its states. In bfloat16 a change of less than 1/256 of a
-    weight is lost, so it is for frozen weights, under an adapter of `lora`, which is fp32 itself."""
+    """Type of the model's weights. Of weights in bfloat16 that are trained the optimiser keeps copies in float32, which
+    it updates."""
     autocast: Literal["bfloat16", "none"] = "bfloat16"
     """Type of the matrix products in the training forward and backward pass."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """transformers' attention implementation. On a CPU, `eager` has the faster backward pass for short sequences."""
     prefix_sharing: Literal["auto", "always", "never"] = "auto"
     """Compute a prompt once for all responses of its group: `auto` where the model can and it is cheaper."""
+    packing: Literal["auto", "always", "never"] = "auto"
+    """Lay sequences in one row, without padding: `auto` where the model can and it is cheaper."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    offload_activations: bool = False
+    """Keep activations in the host's memory between forward and backward pass on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU when there is one."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -162,6 +166,8 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw` has fp32 states, `adamw_8bit` states of a byte each (needs bitsandbytes)."""
     lr: float = 2e-5
     """Peak learning rate of AdamW."""
     beta1: float = 0.9
@@ -316,6 +322,7 @@ def validate(config: Config) -> Config:
             raise ConfigError(f"{key}: expected a value {expected}, found {values[key]!r}")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name: expected a plain folder name, found {config.name!r}")
+    _check_model(config.model)
     _check_objective(config)
     _check_parallel(config)
     if not config.rewards:
@@ -324,6 +331,15 @@ def validate(config: Config) -> Config:
     if wrong:
         raise ConfigError(f"eval.ks: expected values from 1 to eval.samples = {config.eval.samples}, found {wrong[0]}")
     return config
+
+
+def _check_model(model: ModelConfig) -> None:
+    """As `_check_objective`."""
+    if model.attention == "flash_attention_2" and (model.dtype, model.autocast) == ("float32", "none"):
+        raise ConfigError(
+            "model.attention: expected sdpa or eager for products in float32, found flash_attention_2, which "
+            "multiplies in bfloat16; model.autocast=bfloat16 does so, too"
+        )
 
 
 def _check_objective(config: Config) -> None:
@@ -371,15 +387,27 @@ def _check_objective(config: Config) -> None:
 
 def _check_parallel(config: Config) -> None:
     """As `_check_objective`."""
-    if config.parallel.strategy == "fsdp2" and config.model.lora.rank:
+    if config.parallel.strategy == "ddp":
+        return
+    if config.model.lora.rank:
         raise ConfigError(
             "parallel.strategy: expected ddp with model.lora.rank > 0, since an adapter is small and its model frozen, "
             "found fsdp2"
         )
-    if config.parallel.strategy == "fsdp2" and config.model.dtype != "float32":
+    if config.model.dtype != "float32":
         raise ConfigError(
             "model.dtype: expected float32 with parallel.strategy fsdp2, which gathers weights in the type of "
             f"model.autocast, found {config.model.dtype}"
+        )
+    if config.optim.name != "adamw":
+        raise ConfigError(
+            "optim.name: expected adamw with parallel.strategy fsdp2, whose split weights the others do not take, "
+            f"found {config.optim.name}"
+        )
+    if config.model.offload_activations:
+        raise ConfigError(
+            "model.offload_activations: expected false with parallel.strategy fsdp2, which would move gathered weights, "
+            "too: model.gradient_checkpointing=true saves more"
         )
 
 

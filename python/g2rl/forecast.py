@@ -87,12 +87,12 @@ def forecast(config: Config, shape: Any, prompt_tokens: int, rates: Rates) -> Fo
         model.gradient_checkpointing_enable({"use_reentrant": False})
         saved = _saved_bytes(model, rows, length) + saved / layers
     sizes = _Sizes.of(config, model)
-    update = {"gradients": sizes.trained_bytes, f"activations, {rows} x {length} tokens": saved}
+    update = {"gradients": sizes.gradient_bytes, f"activations, {rows} x {length} tokens": saved}
     if config.model.autocast == "bfloat16" and config.model.dtype == "float32":
         update["weights cast to bfloat16"] = 2 * sizes.plain
     return Forecast(
         parameters=sizes.plain + sizes.adapter,
-        trained=sizes.adapter or sizes.plain,
+        trained=sizes.trained,
         lasting=_lasting(config, sizes),
         update=update,
         rollout={f"cache, {_batch(config)} x {length} tokens": _cache_bytes(config, shape, length)},
@@ -169,8 +169,11 @@ class _Sizes:
         return cls(everything - adapter, adapter, getattr(torch, config.model.dtype).itemsize)
 
     @property
-    def trained_bytes(self) -> int:
-        """Also of their gradients, and of each of AdamW's two states: all are of one type."""
+    def trained(self) -> int:
+        return self.adapter or self.plain
+
+    @property
+    def gradient_bytes(self) -> int:
         return 4 * self.adapter or self.itemsize * self.plain
 
 
@@ -178,8 +181,10 @@ def _lasting(config: Config, sizes: _Sizes) -> dict[str, float]:
     weights = sizes.plain * sizes.itemsize
     lasting: dict[str, float] = {f"weights ({config.model.dtype})": weights}
     if sizes.adapter:
-        lasting["adapter (float32)"] = sizes.trained_bytes
-    lasting["AdamW's states"] = 2 * sizes.trained_bytes
+        lasting["adapter (float32)"] = 4 * sizes.adapter
+    elif sizes.itemsize < 4:
+        lasting["master weights (float32)"] = 4 * sizes.plain
+    lasting["AdamW's states"] = 2 * sizes.trained * (1 if config.optim.name == "adamw_8bit" else 4)
     if sizes.adapter or config.rollout.dtype != config.model.dtype:
         copied = sizes.plain * getattr(torch, config.rollout.dtype).itemsize
         lasting[f"rollout copy ({config.rollout.dtype})"] = copied

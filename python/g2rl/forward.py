@@ -1,19 +1,23 @@
-"""The backbone's pass over a batch of whole groups: with a prompt for each response, or one for each group."""
+"""The backbone's pass over a batch of whole groups: padded, packed, or packed with one copy of each group's prompt."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from g2rl.config import ConfigError, ModelConfig
 from g2rl.shared_prompts import ATTENTIONS, PREFIX, PackedGroups, pack_groups
 from g2rl.types import Batch
 from g2rl_kernels import unpad
+
+FLASH = "flash_attention_2"
 
 
 class ResponseStates(NamedTuple):
@@ -33,79 +37,104 @@ class ResponseStates(NamedTuple):
 class ForwardPass:
     """Hidden states of responses, from a model that is trained.
 
-    Two ways give the same states and gradients to rounding. *Repeated*: prompts and responses in a padded batch, each
-    response with its own copy of its prompt; any model can. *Shared*: every prompt once for its group (see
-    `g2rl.shared_prompts`); the model's attention must come through transformers' attention interface, as `sdpa` or
-    `eager`, and see all that lies before a token.
+    Three ways give the same states and gradients to rounding. *Padded*: a row for each response, with its own copy of
+    its prompt; any model can. *Packed*: the same sequences one after the other in a single row, so that no product is
+    spent on padding. *Shared*: packed, with every prompt once for its group. The last two need an attention that is
+    called through transformers' attention interface, as `sdpa` or `eager`, and sees all that lies before a token; it is
+    that of `g2rl.shared_prompts`, to which a packed response is a group of its own. `flash_attention_2` packs by itself
+    (`cu_seq_lens_q`) and shares nothing.
 
-    `prefix_sharing=auto` shares where the model can and a batch gets cheaper. A pass costs one multiplication for each
-    token and weight of the backbone, and 2 h k for each pair of tokens that h heads of width k score in a layer:
+    `model.packing=auto` and `model.prefix_sharing=auto` take the cheapest way that a model can. A pass costs one
+    multiplication for each token and weight of the backbone, and 2 h k for each pair of tokens that h heads of width k
+    score in a layer:
 
-    - repeated: B L tokens and B L^2 pairs, L the longest prompt with its response;
-    - shared: all prompts' tokens, once a group, and all responses', without padding; G P^2 + B R (P + R) pairs, P and R
-      the longest prompt and response.
+    - padded: B L tokens and B L^2 pairs, L the longest prompt with its response;
+    - packed: the sequences' tokens; B P^2 + B R (P + R) pairs, P and R the longest prompt and response;
+    - shared: the same, with prompts counted once a group: G for the first B.
 
-    (Last tokens of responses predict nothing and are left out of both.) With prompts of one length the second is never
-    more, whatever P, R and m: responses do not see each other, so that long ones do not cost (P + m R)^2. Pairs can be
-    up to twice as many where the longest prompt has short responses and a short prompt the longest one, hence the
-    count.
+    (Last tokens of responses predict nothing and are left out of all.) With prompts of one length each is no more than
+    the one before, whatever P, R and m: responses do not see each other, so that long ones do not cost (P + m R)^2.
+    Pairs can be up to twice as many where the longest prompt has short responses and a short prompt the longest one,
+    hence the count.
 
-    What a configuration says of a model may not be all. Both ways are compared once, on a small batch of random tokens
-    in the model's own dtype, without autocast. What rounding explains is measured: by how much states move in the
-    repeated pass when its embeddings do by one unit in their last place, which is two roundings, and changes all that
-    follow. Another order of sums changes some of them, so that `ROUNDINGS` = 2 such distances are a bound with room.
+    What a configuration says of a model may not be all. Shared and padded states are compared once, on a small batch of
+    random tokens in the model's own dtype, without autocast. What rounding explains is measured: by how much states
+    move in the padded pass when its embeddings do by one unit in their last place, which is two roundings, and changes
+    all that follow. Another order of sums changes some of them, so that `ROUNDINGS` = 2 such distances are a bound with
+    room.
 
     Args:
-        model: a causal language model of transformers, all on one device. Sharing renames its attention implementation;
+        model: a causal language model of transformers, all on one device. Packing renames its attention implementation;
             whatever else calls it gets the same results as before.
-        config: `prefix_sharing` and `autocast` count here.
+        config: `packing`, `prefix_sharing` and `autocast` count here.
 
     Raises:
-        ConfigError: `prefix_sharing=always` with a model that cannot.
+        ConfigError: `always` with a model that cannot.
     """
 
     ROUNDINGS = 2
 
     def __init__(self, model: Any, config: ModelConfig) -> None:
         self._in_bf16 = config.autocast == "bfloat16"
-        self._always = config.prefix_sharing == "always"
         self._config = model.config.get_text_config()
         self._window = _window(self._config)
-        self.obstacle = "model.prefix_sharing is never"
-        """Why prompts are repeated; empty where they are shared."""
-        if config.prefix_sharing == "never":
-            return
-        self.obstacle = _obstacle(model, self._config) or self._difference(model)
-        if self.obstacle and self._always:
-            raise ConfigError(f"model.prefix_sharing: expected auto or never, found always, but {self.obstacle}")
-        if self.obstacle:
-            _say_repeated(self.obstacle)
         self._weights = backbone_weights(model)
+        self._flash = _attention(model) == FLASH
+        self._wishes = {"prefix_sharing": config.prefix_sharing, "packing": config.packing}
+        self.obstacles = {key: f"model.{key} is never" for key, wish in self._wishes.items() if wish == "never"}
+        """Why prompts are not shared, and sequences not packed, by key of `model`; without the keys of what is done."""
+        if len(self.obstacles) < len(self._wishes):
+            self._look_for_obstacles(model)
+
+    def _look_for_obstacles(self, model: Any) -> None:
+        whole = _obstacle(model, self._config)
+        why = whole or _foreign(model) or self._difference(model)
+        for key in self._wishes.keys() - self.obstacles.keys():
+            found = whole if key == "packing" and self._flash else why
+            if found and self._wishes[key] == "always":
+                raise ConfigError(f"model.{key}: expected auto or never, found always, but {found}")
+            if found:
+                self.obstacles[key] = found
+        if why and self.obstacles.get("prefix_sharing") == why:
+            _say_repeated(why)
 
     def __call__(self, model: Any, batch: Batch) -> ResponseStates:
         """States of a batch by `model`: the one given at first, or one of the same architecture."""
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self._in_bf16):
-            packed = None if self.obstacle else self._packed(model, batch)
-            states = _repeated(model, batch) if packed is None else _shared(model, packed)
+            if self._flash and "packing" not in self.obstacles:
+                states = _by_cu_seqlens(model, batch)
+            else:
+                packed = self._packed(model, batch)
+                states = _padded(model, batch) if packed is None else _packed(model, packed)
         return states._replace(hidden=states.hidden.to(torch.bfloat16 if self._in_bf16 else model.dtype))
 
     @property
-    def prompts(self) -> str:
-        """How prompts are computed, in words for the run's facts."""
-        if self.obstacle:
-            return f"once for each response ({self.obstacle})"
-        return "once for each group" if self._always else "once for each group, where that is cheaper"
+    def facts(self) -> dict[str, str]:
+        """How prompts and padding are dealt with, in words for the run's facts."""
+        return {
+            "prompts": self._fact("prefix_sharing", "once for each group", "once for each response"),
+            "padding": self._fact("packing", "left out", "computed"),
+        }
+
+    def _fact(self, key: str, done: str, otherwise: str) -> str:
+        if key in self.obstacles:
+            return f"{otherwise} ({self.obstacles[key]})"
+        return done if self._wishes[key] == "always" or self._flash else f"{done}, where that is cheaper"
 
     def _packed(self, model: Any, batch: Batch) -> PackedGroups | None:
-        """The batch with shared prompts, None where that must not or need not be."""
+        """The batch as one row of tokens, None where that must not or need not be."""
+        key = next((key for key in self._wishes if key not in self.obstacles), None)
+        if key is None:
+            return None
         longest = int(batch.attention_mask.sum(1).max())
         if self._window is not None and longest > self._window:
             _say_repeated(f"a sequence of {longest} tokens is longer than the sliding window of {self._window}")
             return None
-        packed = pack_groups(batch, _additive(model))
+        # Shared is never more than packed.
+        packed = pack_groups(batch if key == "prefix_sharing" else replace(batch, group_size=1), _additive(model))
         rows, length = batch.input_ids[:, :-1].shape
         cheaper = self._cost(packed.input_ids.numel(), packed.pairs) < self._cost(rows * length, rows * length**2)
-        return packed if self._always or cheaper else None
+        return packed if self._wishes[key] == "always" or cheaper else None
 
     def _cost(self, tokens: int, pairs: int) -> int:
         config = self._config
@@ -119,11 +148,11 @@ class ForwardPass:
             model.set_attn_implementation(PREFIX + name)
         batch = _probe(self._config.vocab_size, model.device)
         with torch.no_grad(), _evaluating(model):
-            repeated = _repeated(model, batch).hidden.double()
+            repeated = _padded(model, batch).hidden.double()
             with _rounded_otherwise(model):
-                rounding = _distance(_repeated(model, batch).hidden, repeated)
+                rounding = _distance(_padded(model, batch).hidden, repeated)
             try:
-                found = _distance(_shared(model, pack_groups(batch, _additive(model))).hidden, repeated)
+                found = _distance(_packed(model, pack_groups(batch, _additive(model))).hidden, repeated)
             except (TypeError, ValueError, RuntimeError, StopIteration) as error:
                 found, why = float("nan"), f"its attention does not take shared prompts ({error})"
             else:
@@ -147,8 +176,8 @@ def head_width(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _repeated(model: Any, batch: Batch) -> ResponseStates:
-    """By a padded batch. A response's last token predicts nothing, and is left out."""
+def _padded(model: Any, batch: Batch) -> ResponseStates:
+    """A response's last token predicts nothing, and is left out."""
     mask = batch.attention_mask[:, :-1]
     output = model.base_model(
         input_ids=batch.input_ids[:, :-1], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
@@ -158,7 +187,7 @@ def _repeated(model: Any, batch: Batch) -> ResponseStates:
     return ResponseStates(hidden, batch.input_ids[:, 1:][predicts], cu_seqlens)
 
 
-def _shared(model: Any, packed: PackedGroups) -> ResponseStates:
+def _packed(model: Any, packed: PackedGroups) -> ResponseStates:
     # A mask of four dimensions keeps transformers from making one of its own, [T, T]; the attention has its masks.
     output = model.base_model(
         input_ids=packed.input_ids,
@@ -169,21 +198,45 @@ def _shared(model: Any, packed: PackedGroups) -> ResponseStates:
     return ResponseStates(output.last_hidden_state[0][packed.predicts], packed.targets, packed.cu_seqlens)
 
 
+def _by_cu_seqlens(model: Any, batch: Batch) -> ResponseStates:
+    """Sequences in one row, kept apart by an attention that knows where each begins."""
+    held, answers = batch.attention_mask[:, :-1].bool(), batch.response_mask[:, 1:]
+    lengths = held.sum(1)
+    cu_seqlens, longest = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), int(lengths.max())
+    output = model.base_model(
+        input_ids=batch.input_ids[:, :-1][held][None],
+        position_ids=(held.cumsum(1) - 1)[held][None],
+        cu_seq_lens_q=cu_seqlens,
+        cu_seq_lens_k=cu_seqlens,
+        max_length_q=longest,
+        max_length_k=longest,
+    )
+    hidden = output.last_hidden_state[0][answers[held]]
+    return ResponseStates(hidden, batch.input_ids[:, 1:][answers], F.pad(answers.sum(1).cumsum(0), (1, 0)).int())
+
+
+def _attention(model: Any) -> str:
+    return model.config._attn_implementation.removeprefix(PREFIX)
+
+
 def _additive(model: Any) -> torch.dtype | None:
     return model.dtype if model.config._attn_implementation.endswith("eager") else None
 
 
 def _obstacle(model: Any, config: Any) -> str:
-    """What a model's configuration says against sharing; empty if nothing."""
-    attention = model.config._attn_implementation.removeprefix(PREFIX)
-    if attention not in ATTENTIONS:
-        return f"attention {attention} takes no mask for it; model.attention=sdpa does"
+    """What a model's configuration says against a row of sequences; empty if nothing."""
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"{config.model_type} has layers of type {', '.join(sorted(kinds))}"
     if getattr(config, "alibi", False) or not model._can_set_attn_implementation():
         return f"{config.model_type} has an attention of its own"
     return ""
+
+
+def _foreign(model: Any) -> str:
+    """Why the attention of `g2rl.shared_prompts` cannot stand in for the model's; empty if it can."""
+    attention = _attention(model)
+    return "" if attention in ATTENTIONS else f"attention {attention} takes no mask for it; model.attention=sdpa does"
 
 
 def _window(config: Any) -> int | None:

@@ -44,9 +44,16 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     A folder with a LoRA adapter gives the model that it was trained on, with the adapter merged into its weights.
 
     Raises:
-        ConfigError: nothing loadable at `model.path`, or an adapter that does not fit the model.
+        ConfigError: nothing loadable at `model.path`, an adapter that does not fit the model, or an attention or
+            offload that is not installed or not for this device.
     """
     device = resolve_device(config.device)
+    if config.attention == "flash_attention_2" and device.type == "cpu":
+        raise ConfigError(
+            "model.attention: expected sdpa or eager on a CPU, found flash_attention_2, which needs a GPU"
+        )
+    if config.offload_activations and device.type == "cpu":
+        raise ConfigError("model.offload_activations: expected false on a CPU, whose memory they are in, found true")
     path = local_path(config)
     try:
         tokenizer = load_tokenizer(path)

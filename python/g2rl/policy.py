@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.autograd.graph import save_on_cpu
 
 from g2rl.adapters import adapter_off, has_adapter
 from g2rl.config import Config
@@ -22,7 +24,7 @@ class Policy:
 
     Args:
         model: in its master dtype.
-        config: of the run; temperature, autocast and prefix sharing count here.
+        config: of the run; its temperature and the model's section count here.
 
     Raises:
         ConfigError: prompts must be shared, and the model cannot.
@@ -30,6 +32,7 @@ class Policy:
 
     def __init__(self, model: Any, config: Config) -> None:
         self.model = model
+        self._offloads = config.model.offload_activations
         self._temperature = config.rollout.temperature
         self.forward_pass = ForwardPass(model, config.model)
 
@@ -43,7 +46,8 @@ class Policy:
         return within(self.model, lambda: self._scored(batch, times, with_features))
 
     def _scored(self, batch: Batch, times: StageTimes, with_features: bool) -> tuple[SequenceFeatures, torch.Tensor]:
-        with times.stage("forward", fine=True):
+        kept = save_on_cpu(pin_memory=True) if self._offloads else nullcontext()
+        with times.stage("forward", fine=True), kept:
             hidden, targets, cu_seqlens = self.forward_pass(self.model, batch)
         with times.stage("head", fine=True):
             head = lm_head(self.model, self._temperature, hidden.dtype)

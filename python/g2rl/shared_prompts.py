@@ -4,15 +4,17 @@ Responses to one prompt need its keys and values, and nothing else of it but the
 prompt passes the model once for its group, and the pass has P + m R tokens where padded copies have m (P + R). See
 Prefix Grouper (https://arxiv.org/abs/2506.05433); tokens lie in one row here, so that padding costs no product either.
 
-Attention itself is transformers' own, called once for the prompts and once for the responses. It is reached through the
-names that `transformers.AttentionInterface` lets others register.
+Attention is reached through the names that `transformers.AttentionInterface` lets others register. On a CPU it is made
+of matrix products, in which a group's responses meet its prompt at once, without copies of keys and values
+(`_by_products`). Where that is no option it is transformers' own, called once for the prompts and once for the
+responses.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,6 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from g2rl.types import Batch
 
 PREFIX = "g2rl_"
+MOST_SCORES = 16
+"""That `_by_products` keeps for each number of the queries: about as much as a layer keeps otherwise."""
 ATTENTIONS = ("sdpa", "eager")
 """Implementations of transformers that take a mask of any form."""
 
@@ -60,6 +64,7 @@ class PackedGroups:
     predicts: Tensor
     targets: Tensor
     cu_seqlens: Tensor
+    _head_rows: dict[tuple[int, int], HeadRows] = field(default_factory=dict)
 
     @property
     def pairs(self) -> int:
@@ -77,6 +82,52 @@ class PackedGroups:
         """[1, T, h, k] of [G, P, h, k] and [B, R, h, k]."""
         rows = torch.cat([prompts.flatten(0, 1), responses.flatten(0, 1)])
         return _Gather.apply(rows, self.order, self.slots, self.padding)[None]
+
+    def head_rows(self, key_heads: int, copies: int) -> HeadRows:
+        """Where rows of each of `key_heads` x `copies` heads lie; made once for all layers."""
+        if (key_heads, copies) not in self._head_rows:
+            self._head_rows[key_heads, copies] = HeadRows.of(self, key_heads, copies)
+        return self._head_rows[key_heads, copies]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRows:
+    """Rows of single heads in the order of `_by_products`: prompts [G, j, i, P], then responses [G, j, m, i, R].
+
+    j is a head of keys, and i counts the heads of queries that share it. Row t h + j' of [T h, k] is the head j' of
+    token t; a slot without a token holds any, and `padding` [n, 1] marks it (None: there is none).
+    """
+
+    there: Tensor
+    back: Tensor
+    padding: Tensor | None
+
+    @classmethod
+    def of(cls, packed: PackedGroups, key_heads: int, copies: int) -> HeadRows:
+        g, p, b, r = packed.sizes
+        heads = torch.arange(key_heads * copies, device=packed.slots.device).view(key_heads, copies)
+
+        def in_order(slots: Tensor) -> Tensor:
+            """Of [S, heads] values."""
+            prompts, responses = slots.split([g * p, b * r])
+            prompts = prompts.view(g, p, key_heads, copies).permute(0, 2, 3, 1)
+            responses = responses.view(g, b // g, r, key_heads, copies).permute(0, 3, 1, 4, 2)
+            return torch.cat([prompts.flatten(), responses.flatten()])
+
+        there = in_order(packed.slots[:, None] * heads.numel() + heads.flatten())
+        padding = in_order(packed.padding[:, :, 0].expand(-1, heads.numel()))
+        rows = torch.arange(there.shape[0], device=there.device)
+        back = torch.empty_like(rows[: packed.order.shape[0] * heads.numel()])
+        back[there[~padding]] = rows[~padding]
+        return cls(there, back, padding[:, None] if bool(padding.any()) else None)
+
+    def spread(self, states: Tensor) -> Tensor:
+        """Heads [1, h, T, k] of the packed row in this order, [n, k]."""
+        return _Gather.apply(states[0].transpose(0, 1).flatten(0, 1), self.there, self.back, None)
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """[T h, k] of [n, k]."""
+        return _Gather.apply(rows, self.back, self.there, self.padding)
 
 
 class _Gather(torch.autograd.Function):
@@ -197,6 +248,8 @@ def _attention(
     attend = _implementation(name, module)
     if packed_groups is None:
         return attend(module, query, key, value, attention_mask, **options)
+    if _is_plain(query, packed_groups, options):
+        return _by_products(packed_groups, query, key, value, options["scaling"]), None
     groups, _, responses, length = packed_groups.sizes
     (q_prompt, q), (k_prompt, k), (v_prompt, v) = map(packed_groups.spread, (query, key, value))
     prompts, _ = attend(module, q_prompt, k_prompt, v_prompt, packed_groups.prompt_mask, **options)
@@ -206,6 +259,55 @@ def _attention(
     keys, values = torch.cat([copies[0], k], 2), torch.cat([copies[1], v], 2)
     out, _ = attend(module, q, keys, values, packed_groups.response_mask, **options)
     return packed_groups.pack(prompts, out), None
+
+
+def _is_plain(query: Tensor, packed: PackedGroups, options: dict[str, Any]) -> bool:
+    """Whether `_by_products` has all that a layer asks for, and a CPU, whose fused attention is slower."""
+    more = [options.get(name) for name in ("softcap", "s_aux", "position_bias")] + [options.get("dropout") or None]
+    plain = options.get("scaling") is not None and all(option is None for option in more)
+    _, _, tokens, width = query.shape
+    fits = packed.sizes[3] > 0 and packed.pairs <= MOST_SCORES * tokens * width
+    return query.device.type == "cpu" and plain and fits
+
+
+def _by_products(packed: PackedGroups, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention [1, T, h, k] over heads [1, h, T, k] of the packed row.
+
+    All queries of a group's responses that share a head of keys multiply the prompt's keys at once, and each response's
+    its own; one softmax goes over both. Scores are of the values' type, as in transformers' eager attention.
+    """
+    (g, p, b, r), (h, j) = packed.sizes, (query.shape[1], key.shape[1])
+    queries, keys = packed.head_rows(j, h // j), packed.head_rows(j, 1)
+    q_prompt, q = queries.spread((query * scaling).to(value.dtype)).split([g * h * p, b * h * r])
+    (k_prompt, k), (v_prompt, v) = (keys.spread(x.to(value.dtype)).split([g * j * p, b * j * r]) for x in (key, value))
+    k_prompt, v_prompt = k_prompt.view(g * j, p, -1), v_prompt.view(g * j, p, -1)
+    k, v = k.view(b * j, r, -1), v.view(b * j, r, -1)
+
+    causal = _added(torch.ones(p, p, dtype=torch.bool).tril(), value.dtype)
+    scores = q_prompt.view(g * j, -1, k_prompt.shape[2]) @ k_prompt.mT
+    weights = scores.view(g * h, p, p).add_(causal).softmax(-1).view(scores.shape)
+    prompts = weights @ v_prompt
+
+    seen, own = _added_masks(packed, value.dtype)
+    to_prompt, to_self = q.view(g * j, -1, k.shape[2]) @ k_prompt.mT, q.view(b * j, -1, k.shape[2]) @ k.mT
+    if seen is not None:
+        to_prompt.view(g, -1, p).add_(seen)
+    to_self.view(b * h, r, r).add_(own)
+    weights = torch.cat([to_prompt.view(b * h, r, p), to_self.view(b * h, r, r)], 2).softmax(-1)
+    on_prompt, on_self = weights.split([p, r], 2)
+    out = on_prompt.reshape(to_prompt.shape) @ v_prompt
+    out = torch.baddbmm(out.view(b * j, -1, v.shape[2]), on_self.reshape(to_self.shape), v)
+    rows = torch.cat([prompts.flatten(0, 1), out.flatten(0, 1)])
+    return queries.pack(rows).view(1, -1, h, v.shape[2])
+
+
+def _added_masks(packed: PackedGroups, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """Of prompts [G, 1, P], None where all are of one length, and of responses among themselves [R, R]."""
+    g, p, b, _ = packed.sizes
+    seen, own = packed.response_mask[:: b // g, 0, :1, :p], packed.response_mask[0, 0, :, p:]
+    if own.dtype == torch.bool:
+        return None if bool(seen.all()) else _added(seen, dtype), _added(own, dtype)
+    return None if not bool(seen.any()) else seen.to(dtype), own.to(dtype)
 
 
 def _implementation(name: str, module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -23,6 +23,7 @@ from g2rl.evaluate import evaluate
 from g2rl.log import Completion, GroupGeometry, RunLog, TrainingProgress
 from g2rl.methods import make_method
 from g2rl.model import load_model, resolve_device
+from g2rl.optimizer import in_words
 from g2rl.parallel.agree import versions
 from g2rl.parallel.place import place, where_to_load
 from g2rl.parallel.ranks import ALONE, Ranks
@@ -93,7 +94,7 @@ class Trainer:
         options = asdict(self.method.options)
         methods = config.methods | ({self.method.name: options} if options else {})
         self.ranks.on_first(save_config, replace(config, resume=None, methods=methods), run_dir / "config.yaml")
-        facts = environment(self.device) | {"prompts": self.updater.policy.forward_pass.prompts}
+        facts = environment(self.device) | self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
         log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})
         try:
             with self.ranks.on_first(TrainingProgress, config.steps, self.step) as progress:

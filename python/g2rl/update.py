@@ -26,6 +26,7 @@ from g2rl.geometry import geometry_metrics
 from g2rl.heads import whole
 from g2rl.methods import Method, Step
 from g2rl.objective import Tokens, Totals, policy_loss
+from g2rl.optimizer import make_optimizer
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.policy import Policy, Reference
 from g2rl.rollout import gap_metrics, make_batch
@@ -141,13 +142,7 @@ class Updater:
         self.config = config
         self.pad_id = pad_id
         self.ranks = ranks
-        self.optimizer = torch.optim.AdamW(
-            [p for p in policy.model.parameters() if p.requires_grad],
-            lr=config.optim.lr,
-            betas=(config.optim.beta1, config.optim.beta2),
-            weight_decay=config.optim.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(policy.model.parameters(), config)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(lr_factor, config))
 
     def run(

@@ -84,6 +84,20 @@ def test_shipped_configurations_run_dry(
         assert expected.peak < 0.8 * 24e9
 
 
+def test_states_by_hand() -> None:
+    """Weights and gradients in bfloat16, masters in fp32, and two states of a byte each."""
+    path = next(path for path in CONFIGS if path.stem == "qwen3-1.7b-math")
+    config = load_config(path, ["model.dtype=bfloat16", "optim.name=adamw_8bit", "objective.kl_coef=0"])
+    expected = forecast(config, QWEN3_1_7B, 100, Rates(1e15, 1e12))
+    weights = 1_720_574_976
+    assert expected.lasting == {
+        "weights (bfloat16)": 2 * weights,
+        "master weights (float32)": 4 * weights,
+        "AdamW's states": 2 * weights,
+    }
+    assert expected.update["gradients"] == 2 * weights
+
+
 def test_paper_size_by_hand(tiny_model: Path, tmp_path: Path) -> None:
     """Qwen3-1.7B, 16 x 16 responses of 8192 tokens after prompts of 100, at 1e15 operations and 1e12 bytes a second."""
     config = load_config(next(path for path in CONFIGS if path.stem == "qwen3-1.7b-math"))

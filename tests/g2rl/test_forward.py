@@ -20,6 +20,7 @@ from transformers import (
     PretrainedConfig,
     Qwen3Config,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from g2rl import shared_prompts
 from g2rl.checkpoint import find_checkpoint
@@ -76,9 +77,11 @@ def build(config: PretrainedConfig, attention: str, dtype: torch.dtype = torch.f
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
 
 
-def both_ways(model: Any, autocast: str = "none") -> dict[str, ForwardPass]:
+def all_ways(model: Any, autocast: str = "none") -> dict[str, ForwardPass]:
     return {
-        name: ForwardPass(model, ModelConfig(autocast=autocast, prefix_sharing=name)) for name in ("never", "always")
+        "never": ForwardPass(model, ModelConfig(autocast=autocast, prefix_sharing="never", packing="never")),
+        "packed": ForwardPass(model, ModelConfig(autocast=autocast, prefix_sharing="never", packing="always")),
+        "always": ForwardPass(model, ModelConfig(autocast=autocast, prefix_sharing="always")),
     }
 
 
@@ -103,23 +106,24 @@ def assert_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 @pytest.mark.parametrize("groups", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.parametrize("name", MODELS)
-def test_both_ways_agree(name: str, groups: tuple) -> None:
+def test_all_ways_agree(name: str, groups: tuple) -> None:
     """fp32: sums in another order, 1e-5 of each result's norm."""
     model = build(*MODELS[name]).train()
-    ways, given = both_ways(model), batch(groups)
+    ways, given = all_ways(model), batch(groups)
     expected = ways["never"](model, given)
-    found = ways["always"](model, given)
-    assert torch.equal(found.targets, expected.targets)
-    assert torch.equal(found.cu_seqlens, expected.cu_seqlens)
-    assert found.cu_seqlens.dtype == torch.int32
-    assert_alike(results(model, ways["always"], given), results(model, ways["never"], given))
+    for way in ("packed", "always"):
+        found = ways[way](model, given)
+        assert torch.equal(found.targets, expected.targets)
+        assert torch.equal(found.cu_seqlens, expected.cu_seqlens)
+        assert found.cu_seqlens.dtype == torch.int32
+        assert_alike(results(model, ways[way], given), results(model, ways["never"], given))
 
 
 def test_states_equal_those_of_each_response_alone() -> None:
     """Neither way leaks padding or neighbours: one sequence at a time, without any, is the same."""
     model = build(LLAMA, "sdpa").eval()
     given = batch(BATCHES["ragged"])
-    for forward_pass in both_ways(model).values():
+    for forward_pass in all_ways(model).values():
         states: ResponseStates = forward_pass(model, given)
         for b in range(6):
             ids = given.input_ids[b][given.attention_mask[b].bool()][None]
@@ -158,7 +162,7 @@ def test_different_prompts_in_a_group_are_refused() -> None:
 def test_gradient_checkpointing(attention: str) -> None:
     """Layers are computed again in the backward pass, with shared prompts as well."""
     model, given = build(LLAMA, attention).train(), batch(BATCHES["ragged"])
-    ways = both_ways(model)
+    ways = all_ways(model)
     expected = results(model, ways["never"], given)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_alike(results(model, ways["always"], given), expected)
@@ -167,7 +171,7 @@ def test_gradient_checkpointing(attention: str) -> None:
 def test_autocast() -> None:
     """bf16 products: relative errors of a few units in the last place (2^-8), gradients after two layers of them."""
     model, given = build(LLAMA, "sdpa").train(), batch(BATCHES["ragged"])
-    ways = both_ways(model, "bfloat16")
+    ways = all_ways(model, "bfloat16")
     found, expected = (results(model, ways[name], given) for name in ("always", "never"))
     assert ways["always"](model, given).hidden.dtype == torch.bfloat16
     assert_alike(*({name: value.float() for name, value in r.items()} for r in (found, expected)), relative=0.05)
@@ -176,7 +180,7 @@ def test_autocast() -> None:
 def test_embedded_default() -> None:
     """SmolLM2, eager as in the quickstart: 30 layers, fp32, gradients to 1e-5."""
     model, _ = load_model(ModelConfig(path="smollm2", attention="eager"))
-    ways = both_ways(model)
+    ways = all_ways(model)
     given = batch(((12, (6, 3)), (9, (1, 4))), vocabulary=40000)
     assert_alike(results(model, ways["always"], given), results(model, ways["never"], given))
 
@@ -188,7 +192,7 @@ def test_the_comparison_passes_where_nothing_is_wrong(name: str, dtype: torch.dt
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         forward_pass = ForwardPass(model, ModelConfig(autocast="none"))
-    assert not forward_pass.obstacle
+    assert not forward_pass.obstacles
     assert model.training
 
 
@@ -216,7 +220,7 @@ def test_the_comparison_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, spo
         forward_pass = ForwardPass(model, ModelConfig(autocast="none"))
     assert model.config._attn_implementation == "sdpa"
     given = batch(BATCHES["ragged"])
-    never = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing="never"))
+    never = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing="never", packing="never"))
     assert torch.equal(forward_pass(model, given).hidden, never(model, given).hidden)
 
 
@@ -232,7 +236,7 @@ def test_models_that_cannot(config: PretrainedConfig, why: str) -> None:
     model, given = build(config, "eager").eval(), batch(BATCHES["ragged"])
     with pytest.warns(RuntimeWarning, match=why):
         forward_pass = ForwardPass(model, ModelConfig(autocast="none"))
-    expected = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing="never"))(model, given)
+    expected = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing="never", packing="never"))(model, given)
     assert torch.equal(forward_pass(model, given).hidden, expected.hidden)
     with pytest.raises(ConfigError, match=f"model.prefix_sharing: expected auto or never, found always, but {why}"):
         ForwardPass(model, ModelConfig(prefix_sharing="always"))
@@ -242,7 +246,7 @@ def test_sliding_window_shorter_than_a_sequence() -> None:
     """Batches with a longer sequence repeat prompts, and say so; shorter ones share."""
     model = build(MistralConfig(**SIZES, sliding_window=14), "sdpa").eval()
     forward_pass = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing="always"))
-    never = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing="never"))
+    never = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing="never", packing="never"))
     short, long = batch(((9, (5, 2)),)), batch(((9, (6, 2)),))
     seen: list[int] = []
     model.model.register_forward_pre_hook(
@@ -255,25 +259,90 @@ def test_sliding_window_shorter_than_a_sequence() -> None:
     assert torch.equal(found.hidden, never(model, long).hidden)
 
 
+@pytest.mark.parametrize("sharing", ["auto", "never"])
 @pytest.mark.parametrize(
-    ("groups", "shares"),
+    ("groups", "one_row"),
     [
-        (((9, (4, 4)),), True),  # 15 tokens against 26
-        (((1, (6, 6)),), True),  # 11 against 14
-        (((40, (1, 1)), (1, (40, 40))), False),  # 121 against 164, but 2 * 40^2 + 4 * 39 * 79 pairs against 4 * 41^2
+        (((9, (4, 4)),), True),  # 15 tokens shared, or 24 packed with 234 pairs, against 24 padded with 288
+        (((1, (6, 6)),), True),  # 11, or 12 with 62 pairs, against 12 with 72
+        # 121 tokens, or 160, against 160, but 2 * 40^2, or 4 * 40^2, + 4 * 39 * 79 pairs against 4 * 40^2
+        (((40, (1, 1)), (1, (40, 40))), False),
     ],
 )
-def test_auto_counts(groups: tuple, shares: bool) -> None:
+def test_auto_counts(groups: tuple, one_row: bool, sharing: str) -> None:
     """A wide attention on few weights, so that pairs matter."""
     sizes = SIZES | {"hidden_size": 8, "intermediate_size": 4, "num_attention_heads": 8, "num_key_value_heads": 1}
     model = build(LlamaConfig(**sizes, head_dim=16), "sdpa").eval()
-    forward_pass = ForwardPass(model, ModelConfig(autocast="none"))
+    forward_pass = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing=sharing))
     rows: list[int] = []
     model.model.register_forward_pre_hook(
         lambda _, __, given: rows.append(given["input_ids"].shape[0]), with_kwargs=True
     )
     forward_pass(model, batch(groups))
-    assert (rows == [1]) == shares
+    assert (rows == [1]) == one_row
+
+
+def test_scores_that_would_fill_memory_are_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products and two calls of transformers' attention give the same."""
+    model, given = build(LLAMA, "sdpa").train(), batch(BATCHES["ragged"])
+    shared = all_ways(model)["always"]
+    expected = results(model, shared, given)
+    monkeypatch.setattr(shared_prompts, "_by_products", None)
+    packed = pack_groups(given)
+    monkeypatch.setattr(shared_prompts, "MOST_SCORES", packed.pairs / (packed.input_ids.numel() * 8) - 1e-6)
+    assert_alike(results(model, shared, given), expected)
+
+
+def by_cu_seqlens(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cu_seq_lens_q: torch.Tensor,
+    cu_seq_lens_k: torch.Tensor,
+    max_length_q: int,
+    max_length_k: int,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What FlashAttention computes of a row of sequences, on a CPU."""
+    assert attention_mask is None
+    assert query.shape[0] == 1
+    assert cu_seq_lens_q.dtype == torch.int32
+    assert torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+    lengths = cu_seq_lens_q.diff().tolist()
+    assert max(lengths) == max_length_q == max_length_k
+    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    out = [attend(*part, is_causal=True, scale=scaling, enable_gqa=True) for part in parts]
+    return torch.cat(out, 2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("groups", BATCHES.values(), ids=BATCHES.keys())
+def test_flash_attention_gets_cu_seqlens(groups: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its interface, with a stand-in for the kernel, which needs a GPU; its results are those of a padded batch."""
+    model, given = build(LLAMA, "sdpa").train(), batch(groups)
+    expected = results(model, all_ways(model)["never"], given)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", by_cu_seqlens)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.warns(RuntimeWarning, match="attention flash_attention_2 takes no mask for it"):
+        forward_pass = ForwardPass(model, ModelConfig(autocast="none"))
+    assert forward_pass.facts["padding"] == "left out"
+    assert forward_pass.facts["prompts"].startswith("once for each response (attention flash_attention_2")
+    assert_alike(results(model, forward_pass, given), expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["model.autocast=none"], "model.attention: expected sdpa or eager for products in float32, found flash"),
+        (["model.device=cpu"], "model.attention: expected sdpa or eager on a CPU, found flash_attention_2"),
+    ],
+)
+def test_flash_attention_where_it_cannot(overrides: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        load_model(load_config(None, ["model.attention=flash_attention_2", *overrides]).model)
 
 
 def test_training_is_the_same(tiny_model: Path, tmp_path: Path) -> None:
@@ -285,12 +354,17 @@ def test_training_is_the_same(tiny_model: Path, tmp_path: Path) -> None:
         "rewards=[{name: boxed}, {name: finished}]",
     )  # fmt: skip
     weights = []
-    said = {"always": "once for each group", "never": "once for each response (model.prefix_sharing is never)"}
-    for name in ("always", "never"):
-        trainer = Trainer(load_config(None, [*common, f"name={name}", f"model.prefix_sharing={name}"]))
+    said = {
+        "always": ("once for each group", "left out, where that is cheaper"),
+        "never": ("once for each response (model.prefix_sharing is never)", "computed (model.packing is never)"),
+    }
+    for name, (prompts, padding) in said.items():
+        ways = [f"model.prefix_sharing={name}", f"model.packing={'auto' if name == 'always' else name}"]
+        trainer = Trainer(load_config(None, [*common, f"name={name}", *ways]))
         trainer.run()
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
-        assert json.loads((tmp_path / name / "environment.json").read_text())["prompts"] == said[name]
+        environment = json.loads((tmp_path / name / "environment.json").read_text())
+        assert (environment["prompts"], environment["padding"]) == (prompts, padding)
         # What is saved is a plain model.
         assert "g2rl" not in (find_checkpoint(tmp_path / name) / "config.json").read_text()
     assert (weights[0] - weights[1]).norm() <= 1e-4 * weights[1].norm()

@@ -300,6 +300,7 @@ def test_a_port_in_use(folder: Path, tmp_path: Path) -> None:
             "parallel.strategy: expected ddp with model.lora.rank > 0",
         ),
         (["parallel.strategy=fsdp2", "model.dtype=bfloat16"], "model.dtype: expected float32 with parallel.strategy"),
+        (["parallel.strategy=fsdp2", "optim.name=adamw_8bit"], "optim.name: expected adamw with parallel.strategy"),
     ],
 )
 def test_refused_alone(folder: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,8 +55,12 @@ def rollouts(trainer: Trainer) -> tuple[list[Episode], list[Verdict]]:
     return episodes, [replace(v, reward=1.0 if i % 4 < 2 else -1.0) for i, v in enumerate(verdicts)]
 
 
-def gradients(trainer: Trainer, micro_batch_groups: int) -> torch.Tensor:
-    """Of all parameters, after the step's only update has been accumulated."""
+WAYS = {"padded": ("never", "never"), "packed": ("never", "always"), "shared": ("always", "never")}
+"""`model.prefix_sharing` and `model.packing`."""
+
+
+def gradients(trainer: Trainer, micro_batch_groups: int) -> tuple[float, torch.Tensor]:
+    """Loss, and its gradient of all parameters, after the step's only update has been accumulated."""
     updater = trainer.updater
     objective = replace(trainer.config.objective, micro_batch_groups=micro_batch_groups)
     updater.config = replace(trainer.config, objective=objective)
@@ -66,10 +70,11 @@ def gradients(trainer: Trainer, micro_batch_groups: int) -> torch.Tensor:
         (part,) = groups.parts
         if updater.reference is not None:
             part.reference_logps = updater.reference.logps(part.batch, trainer._times())
-    updater._accumulate(1, mini_batch, _Sums(), trainer._times())
+    sums = _Sums()
+    updater._accumulate(1, mini_batch, sums, trainer._times())
     gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
     updater.optimizer.zero_grad()
-    return gradient
+    return sums.loss, gradient
 
 
 @pytest.mark.parametrize("method", ["grpo", "g2rl"])
@@ -77,10 +82,7 @@ def gradients(trainer: Trainer, micro_batch_groups: int) -> torch.Tensor:
 def test_micro_batches_do_not_change_the_gradient(
     tiny_model: Path, tmp_path: Path, aggregation: str, method: str
 ) -> None:
-    """One, two and four micro-batches, with every term of the loss on, to 1e-6 of the gradient's norm, in fp32.
-
-    And prompts computed once for each group or for each response: sums in another order, to 1e-5.
-    """
+    """One, two and four micro-batches, padded, packed or with shared prompts, with every term of the loss on."""
     trainer = start(
         tiny_model, tmp_path, f"method={method}", f"objective.aggregation={aggregation}", "objective.length=8",
         "objective.overlong=filter", "objective.entropy_coef=0.01", "objective.kl_coef=0.1",
@@ -89,14 +91,22 @@ def test_micro_batches_do_not_change_the_gradient(
     with torch.no_grad():  # a reference that differs
         trainer.model.get_input_embeddings().weight.mul_(1.1)
     found = {}
-    for sharing in ("always", "never"):
-        forward_pass = ForwardPass(trainer.model, replace(trainer.config.model, prefix_sharing=sharing))
+    for name, (sharing, packing) in WAYS.items():
+        settings = replace(trainer.config.model, prefix_sharing=sharing, packing=packing)
+        forward_pass = ForwardPass(trainer.model, settings)
         trainer.updater.policy.forward_pass = trainer.updater.reference._copy.forward_pass = forward_pass
-        found[sharing] = whole = gradients(trainer, 4)
-        assert whole.norm() > 1e-3
+        found[name] = whole = gradients(trainer, 4)
+        assert whole[1].norm() > 1e-3
         for groups in (2, 1):
-            assert (gradients(trainer, groups) - whole).norm() <= 1e-6 * whole.norm()
-    assert (found["always"] - found["never"]).norm() <= 1e-5 * found["never"].norm()
+            assert_close(gradients(trainer, groups), whole)
+    for name in ("packed", "shared"):
+        assert_close(found[name], found["padded"])
+
+
+def assert_close(found: tuple[float, torch.Tensor], expected: tuple[float, torch.Tensor]) -> None:
+    """Loss and gradient to 1e-6: fp32 sums in another order."""
+    assert found[0] == pytest.approx(expected[0], rel=1e-6, abs=1e-6)
+    assert (found[1] - expected[1]).norm() <= 1e-6 * expected[1].norm()
 
 
 @pytest.mark.parametrize(("budget", "parts"), [(150, [2, 2, 2, 2]), (450, [1, 1])])
