@@ -406,7 +406,7 @@ def _check_parallel(config: Config) -> None:
         )
     if config.model.offload_activations:
         raise ConfigError(
-            "model.offload_activations: expected false with parallel.strategy fsdp2, which would move gathered weights, "
+            "model.offload_activations: expected false with parallel.strategy fsdp2, which would move gathered weights "
             "too: model.gradient_checkpointing=true saves more"
         )
 
