@@ -18,6 +18,8 @@ from g2rl_kernels.workspace import workspace_or_default
 
 # Columns of strips are multiples of this where the workspace allows, tokens of chunks too.
 _STEP = 128
+# Of a strip in fp32: a library that adds up 131072 products one by one is off by 1e-4 of a gradient's largest term.
+_FP32_COLUMNS = 1 << 14
 # fp16 ends at 65504 and at 2^-24; entries are at most 1 before scaling by this.
 _FP16_RANGE = 2.0**15
 _FP16_SMALLEST = 2.0**-24
@@ -52,6 +54,8 @@ def logprobs_backward(
     )
     if grad_weight is not None and N == 0:
         grad_weight.zero_()
+    if dtype == torch.float32:
+        columns = min(columns, _FP32_COLUMNS)
     with exact_products(head.weight), on_device_of(hidden):
         for v0 in range(0, V if N else 0, columns):
             strip = range(v0, min(v0 + columns, V))
