@@ -131,6 +131,7 @@ gpu:
 # Plots and the README's tables, from benchmarks/results.
 bench-report: $(READY)
 	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.readme
 
 lint: $(READY)
