@@ -149,7 +149,7 @@ def _rollouts(report: Report) -> str:
         rate = measured["rate"]
         times = rate["times"]["generate"]
         lines.append([case, *(f"{digits(rate['median'][name])} ({times[name]:.2f} x)" for name in names)])
-    without = f" {report.content['without_vllm']}" if report.content["without_vllm"] else ""
+    without = "; without vLLM" if report.content["without_vllm"] else ""
     return f"Response tokens a second (x `generate`), SmolLM2-135M, {report.machine}{without}:\n\n{_markdown(lines)}"
 
 

@@ -201,7 +201,7 @@ def main() -> None:
         measured[case] = measure(ways, arguments.rounds)
     console.print(table(measured))
     if reason:
-        console.print(f"without vLLM: {reason}")
+        console.print(f"without vLLM: {reason}", markup=False)
     if arguments.json:
         described = {"file": str(CONFIG), "overrides": arguments.overrides}
         report = {"machine": facts, "config": described, "rollout": measured, "without_vllm": reason}
