@@ -191,25 +191,11 @@ MUTATIONS = (
         "held.at_most<1>();",
     ),
     Mutation(
-        "sm90: stages of the first chain are released while they are read",
-        "sm90",
-        "pipeline_sm90.h",
-        "    wgmma_wait<LEFT>();\n",
-        "    if (LEFT == 0) wgmma_wait<LEFT>();\n",
-    ),
-    Mutation(
         "sm90: each thread of a row has a reference of its own",
         "sm90",
         "statistics_sm90.cu",
         "references[q] = fmaxf(references[q], __shfl_xor_sync(kAllLanes, references[q], other));",
         "(void)other;",
-    ),
-    Mutation(
-        "sm90: a larger exponent than the first tile's is not minded",
-        "sm90",
-        "statistics_sm90.cu",
-        "if (__any_sync(kAllLanes, late.first || late.second)) {",
-        "if (false) {",
     ),
     Mutation(
         "sm90: roots lie as their words do",

@@ -5,8 +5,8 @@
 One program owns (response, vocabulary tile) and adds tokens one by one: chunks can end anywhere without changing a bit.
 Logits are kept in fp32. Exponentials in 16 bits, with a scale for each row and tile, round by up to 2^-12 of themselves
 in fp16 and 2^-9 in bf16. A response of one token with few likely words shows that in full: Phi was off by 3e-5 in fp16
-and by 2e-4 in bf16, of 64 tokens by 9e-6 and 6e-5, where 1e-5 is allowed for all errors together. Their roots in 16 bits,
-which the CUDA kernels for Hopper keep, would hold.
+and by 2e-4 in bf16, of 64 tokens by 9e-6 and 6e-5, where 1e-5 is allowed for all errors together. Their roots in 16
+bits, which the CUDA kernels for Hopper keep, would hold.
 """
 
 from __future__ import annotations
