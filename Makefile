@@ -1,5 +1,6 @@
 # make train     train SmolLM2-135M with G2RL on arithmetic, then print where the report is
 # make test      run the tests
+# make ranks     those of training on several ranks, which take two minutes of their own
 # make ctest     build and run the C++ kernels' own tests
 # make trl       the tests of the TRL integration with every version of TRL that it serves
 # make verl      the tests of the plug-in for verl, in an environment of their own
@@ -25,7 +26,7 @@ WORKERS ?= 2
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ctest trl verl vllm sanitize aarch64 cuda wheel bench bench-report gpu lint clean
+.PHONY: setup train test ranks ctest trl verl vllm sanitize aarch64 cuda wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -42,7 +43,12 @@ train: $(READY)
 	$(BIN)/g2rl train configs/quickstart.yaml $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark --ignore=$(RANKS) $(ARGS)
+
+# Up to four processes at a time, which are killed and have to notice: beside other tests they would wait too long.
+RANKS := tests/g2rl/test_parallel.py
+ranks: $(READY)
+	$(BIN)/python -m pytest $(RANKS) $(ARGS)
 
 # verl pins versions that the others do not share. The kernels are those of .venv: same torch, same Python.
 VERL := build/verl
