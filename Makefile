@@ -50,16 +50,22 @@ RANKS := tests/g2rl/test_parallel.py
 ranks: $(READY)
 	$(BIN)/python -m pytest $(RANKS) $(ARGS)
 
-# verl pins versions that the others do not share. The kernels are those of .venv: same torch, same Python.
+# An environment in the folder of the target, with what the first prerequisite pins. The kernels are those of .venv: same
+# torch, same Python.
+define environment
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(@D)/bin/pip install --quiet --constraint constraints.txt setuptools
+	$(@D)/bin/pip install --quiet --no-deps --requirement $<
+	G2RL_SKIP_NATIVE=1 $(@D)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+endef
+
+# verl pins versions that the others do not share.
 VERL := build/verl
 
 $(VERL)/.ready: tests/verl_plugin/requirements.txt pyproject.toml | $(READY)
-	$(PYTHON) -m venv $(VERL)
-	$(VERL)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(VERL)/bin/pip install --quiet --constraint constraints.txt setuptools
-	$(VERL)/bin/pip install --quiet --no-deps --requirement tests/verl_plugin/requirements.txt
-	G2RL_SKIP_NATIVE=1 $(VERL)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+	$(environment)
 
 verl: $(VERL)/.ready
 	$(VERL)/bin/python -m pytest tests/verl_plugin $(ARGS)
@@ -68,12 +74,7 @@ verl: $(VERL)/.ready
 VLLM := build/vllm
 
 $(VLLM)/.ready: tests/vllm_engine/requirements.txt pyproject.toml | $(READY)
-	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(VLLM)/bin/pip install --quiet --constraint constraints.txt setuptools
-	$(VLLM)/bin/pip install --quiet --no-deps --requirement tests/vllm_engine/requirements.txt
-	G2RL_SKIP_NATIVE=1 $(VLLM)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+	$(environment)
 
 vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/vllm_engine $(ARGS)

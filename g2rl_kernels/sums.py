@@ -41,15 +41,24 @@ class Joined(NamedTuple):
     rest_share: Tensor
 
 
+def moved_to(m: Tensor, m_of: Tensor, S_of: Tensor, X_of: Tensor, log_unit: float = 1.0) -> tuple[Tensor, Tensor]:
+    """S_rest and X_rest [N] by the reference m [N], from those of parts [parts, N], each by a reference of its own.
+
+    Args:
+        log_unit: of references and X, in natural logarithms.
+    """
+    moved = m_of - m
+    factor = torch.exp(moved * log_unit)
+    return (S_of * factor).sum(0), ((X_of + S_of * moved) * factor).sum(0)
+
+
 def join_parts(sums: Tensor, head: Head) -> Joined:
     """From the sums [4, parts, N] of all parts of the vocabulary: each part's m, S_rest, X_rest, and raw z_y or 0."""
     m_of, S_of, X_of, z_of = wide(sums)
     z_y = z_of.sum(0)
     u_y = head.scale * (torch.tanh(head.inner_scale * z_y) if head.softcap > 0 else z_y)
     m = torch.maximum(m_of.amax(0), u_y)
-    moved = m_of - m
-    factor = moved.exp()
-    S_rest, X_rest = (S_of * factor).sum(0), ((X_of + S_of * moved) * factor).sum(0)
+    S_rest, X_rest = moved_to(m, m_of, S_of, X_of)
     x_y = u_y - m
     e_y = x_y.exp()
     logps, entropy, log_S = logprobs_of_sums(x_y, e_y, S_rest, X_rest)

@@ -20,7 +20,8 @@ SOURCES = {"g2rl_kernels": ROOT / "g2rl_kernels", "g2rl": ROOT / "python" / "g2r
 LAYERS = {
     "g2rl_kernels": (
         ("version", "checks", "products", "records", "workspace"),
-        ("self_check", "plans", "sums", "distributed"),
+        ("sums",),
+        ("self_check", "plans", "distributed"),
         ("backends",),
         ("dispatch",),
         ("ops",),

@@ -70,6 +70,8 @@ struct Kept {
   int roots_of;
 };
 constexpr float kRootUnit = 1.f / 65535;
+// Where references begin in a row that holds roots, those of whole tiles.
+HOST_DEVICE int64_t bytes_of_roots(int V, int roots_of) { return ceil_div(V, roots_of) * roots_of * 2; }
 
 // Gradients of raw logits for columns v_start to v_end, [N, stride] each in the head's dtype.
 struct Strip {

@@ -48,9 +48,6 @@ struct StatisticsWalk {
   }
 };
 
-// A row of `Kept` that holds roots: those of whole tiles, then a reference for each tile.
-constexpr int64_t row_of_roots(int tiles) { return (int64_t(tiles) * (2 * kColumnsOfTile + 4) + 15) / 16 * 16; }
-
 template <bool SOFTCAP, bool KEEP>
 struct StatisticsEpilogue {
   // The slopes of a soft cap could not be told from roots.
@@ -183,7 +180,6 @@ struct StatisticsEpilogue {
 
   // The same sums out of roots, and the roots to memory: `Kept`.
   DEVICE void add_and_keep(const Tile& tile, const Sums& z, Held& held) {
-    const int tiles = int(ceil_div(p.head.V, kColumnsOfTile));
     float references[2] = {largest(0, z), largest(1, z)};
     UNROLL for (int other = 1; other <= 2; other *= 2) {
       UNROLL for (int q = 0; q < 2; ++q) {
@@ -194,7 +190,7 @@ struct StatisticsEpilogue {
       const float reference = references[q];
       const int n = token(tile, q);
       const bool inside = n < p.tokens.N;
-      uint8_t* row = static_cast<uint8_t*>(p.kept.rows) + n * p.kept.stride;
+      uint8_t* row = row_of(n);
       uint4* to = reinterpret_cast<uint4*>(row + 2 * tile.column) + at.column / 2;
       const float half_scale = 0.5f * scale, half_reference = 0.5f * reference;
       float S_tile = 0.f, X_tile = 0.f;
@@ -215,7 +211,8 @@ struct StatisticsEpilogue {
         if (inside) store_once(to + j, uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
       }
       if (inside && at.column == 0) {
-        reinterpret_cast<float*>(row + int64_t(tiles) * 2 * kColumnsOfTile)[tile.column / kColumnsOfTile] = reference;
+        float* references_of_row = reinterpret_cast<float*>(row + bytes_of_roots(p.head.V, kColumnsOfTile));
+        references_of_row[tile.column / kColumnsOfTile] = reference;
       }
       rescale(m[q], S[q], X[q], fmaxf(m[q], reference));
       const float moved = reference - m[q], factor = exp2_fast(moved);
@@ -267,8 +264,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 int splits(int V) { return int(ceil_div(V, kPart)); }
 int64_t kept_bytes(const Head& head) {
-  const int tiles = int(ceil_div(head.V, kColumnsOfTile));
-  return head.softcap ? int64_t(tiles) * kColumnsOfTile * 4 : row_of_roots(tiles);
+  const int64_t roots = bytes_of_roots(head.V, kColumnsOfTile), references = 4 * ceil_div(head.V, kColumnsOfTile);
+  return head.softcap ? 2 * roots : ceil_div(roots + references, 16) * 16;
 }
 int kept_roots(const Head& head) { return head.softcap ? 0 : kColumnsOfTile; }
 

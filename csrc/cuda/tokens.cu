@@ -194,8 +194,7 @@ struct KeptRoots {
 
   static DEVICE int word(int thread, int i) { return thread / 4 * 32 + i / 2 * 8 + thread % 4 * 2 + i % 2; }
   static DEVICE KeptRoots read(const KeptArguments& p, const uint8_t* row, int thread) {
-    const int tiles = int(ceil_div(p.head.V, p.kept.roots_of));
-    const float* references = reinterpret_cast<const float*>(row + int64_t(tiles) * p.kept.roots_of * 2);
+    const float* references = reinterpret_cast<const float*>(row + bytes_of_roots(p.head.V, p.kept.roots_of));
     return {load_once(reinterpret_cast<const uint4*>(row) + thread), references[kWords * thread / p.kept.roots_of]};
   }
   DEVICE void subtract(const TokenTerms& token, const Options&, float (&r)[kWords]) const {
@@ -351,7 +350,7 @@ int add_kept(const Head& head, const Kept& kept, const int64_t* targets, const R
 
 int add_targets(const int64_t* targets, const Responses& responses, const Terms& terms, const int* flags, int V,
                 float* R, Stream stream) {
-  const Launch at{responses.B * kBlocksPerResponse, kTargetThreads, kTargetThreads * int(sizeof(TargetTerm))};
+  const Launch at{int64_t(responses.B) * kBlocksPerResponse, kTargetThreads, kTargetThreads * int(sizeof(TargetTerm))};
   return launch(at, stream, add_targets_kernel, targets, responses.cu_seqlens, terms.target, terms.S, flags, V, R);
 }
 

@@ -17,7 +17,7 @@ on shapes that a response shares with its batch (d, V, workspace), never on N or
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch import Tensor
 from g2rl_kernels.plans import Kernels
 from g2rl_kernels.plans.inputs import addressable, on_device_of, unit_stride
 from g2rl_kernels.records import Head, Responses, SequenceFeatures, TokenLogprobs
+from g2rl_kernels.sums import moved_to
 from g2rl_kernels.workspace import workspace_or_default
 
 # From here on 4 bytes of traffic cost less than 2 d operations: at 2.4 TB/s and 600 TFLOP/s where d = 500. Kept takes
@@ -48,23 +49,30 @@ def token_logprobs(
 def sequence_features(
     kernels: Kernels, hidden: Tensor, head: Head, targets: Tensor, responses: Responses, workspace_bytes: int
 ) -> SequenceFeatures:
-    batch = _Batch.of(kernels, hidden, head, targets, workspace_bytes)
-    N, d = hidden.shape
-    cu_seqlens, weights, lse = responses.cu_seqlens.contiguous(), responses.token_weights, responses.lse
-    a = hidden.new_ones(N, dtype=torch.float32) if weights is None else weights.float().contiguous()
-    features = torch.zeros(cu_seqlens.shape[0] - 1, d, dtype=torch.float32, device=hidden.device)
-    if N:
+    batch, lse = _Batch.of(kernels, hidden, head, targets, workspace_bytes), responses.lse
+
+    def plan(cu_seqlens: Tensor, a: Tensor) -> Plan:
+        # Plans that cut tokens may read offsets on the host, which a graph under capture cannot.
+        capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+        if hidden.shape[1] >= KEEP_FROM_D and batch.kept_rows >= KEEP_FROM_ROWS and not capturing:
+            return _from_kept(batch, cu_seqlens, a)
+        if lse is not None and not capturing:
+            return _from_lse(batch, cu_seqlens, a, lse.float().contiguous())
+        return _from_recomputed(batch, cu_seqlens, a)
+
+    return _features(batch, responses, plan)
+
+
+def _features(batch: _Batch, responses: Responses, plan: Callable[[Tensor, Tensor], Plan]) -> SequenceFeatures:
+    """By the plan that `plan` makes of cu_seqlens and a, which also leaves the batch its results."""
+    hidden, weights = batch.hidden, responses.token_weights
+    cu_seqlens = responses.cu_seqlens.contiguous()
+    a = batch.empty(hidden.shape[0]).fill_(1) if weights is None else weights.float().contiguous()
+    features = batch.empty(cu_seqlens.shape[0] - 1, hidden.shape[1]).zero_()
+    if hidden.shape[0]:
         with on_device_of(hidden):
-            # Plans that cut tokens may read offsets on the host, which a graph under capture cannot.
-            capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
-            if d >= KEEP_FROM_D and batch.kept_rows >= KEEP_FROM_ROWS and not capturing:
-                plan = _from_kept(batch, cu_seqlens, a)
-            elif lse is not None and not capturing:
-                plan = _from_lse(batch, cu_seqlens, a, lse.float().contiguous())
-            else:
-                plan = _from_recomputed(batch, cu_seqlens, a)
-            for first, R, inverse in plan:
-                kernels.project(R, inverse, batch.head, features[first : first + R.shape[0]])
+            for first, R, inverse in plan(cu_seqlens, a):
+                batch.kernels.project(R, inverse, batch.head, features[first : first + R.shape[0]])
     return SequenceFeatures(features, *batch.separate_results())
 
 
@@ -220,9 +228,7 @@ def _one_split(partials: Tensor, log_unit: float) -> Tensor:
     """Partials [4, splits, N] as those of one split [4, N]."""
     m_of, S_of, X_of, z_y = partials
     m = m_of.amax(0)
-    moved = m_of - m
-    factor = torch.exp(moved * log_unit)
-    return torch.stack((m, (S_of * factor).sum(0), ((X_of + S_of * moved) * factor).sum(0), z_y.sum(0)))
+    return torch.stack((m, *moved_to(m, m_of, S_of, X_of, log_unit), z_y.sum(0)))
 
 
 def part_features(
@@ -235,13 +241,8 @@ def part_features(
     workspace_bytes: int,
 ) -> SequenceFeatures:
     batch = _Batch.of(kernels, hidden, head, targets, workspace_bytes)
-    N, d = hidden.shape
-    cu_seqlens, weights = responses.cu_seqlens.contiguous(), responses.token_weights
-    a = hidden.new_ones(N, dtype=torch.float32) if weights is None else weights.float().contiguous()
-    features = torch.zeros(cu_seqlens.shape[0] - 1, d, dtype=torch.float32, device=hidden.device)
-    if N:
-        with on_device_of(hidden):
-            terms = kernels.merge(sums.contiguous(), batch.head, batch.results, a)
-            for first, R, inverse in _from_terms(batch, cu_seqlens, a, terms):
-                kernels.project(R, inverse, batch.head, features[first : first + R.shape[0]])
-    return SequenceFeatures(features, *batch.separate_results())
+
+    def plan(cu_seqlens: Tensor, a: Tensor) -> Plan:
+        return _from_terms(batch, cu_seqlens, a, kernels.merge(sums.contiguous(), batch.head, batch.results, a))
+
+    return _features(batch, responses, plan)
