@@ -103,6 +103,8 @@ def load_checkpoint(folder: Path, model: Any, parts: dict[str, Any], ranks: Rank
         ConfigError: it is of another model.
     """
     state = load_state(folder, ranks)
+    if state.get("final"):
+        raise ConfigError(f"resume: expected a checkpoint with the optimizer's state, found none in {str(folder)!r}")
     if (folder / SHARDS).is_dir():
         load_shards(folder / SHARDS, model, parts)
     elif has_adapter(model):
@@ -117,6 +119,15 @@ def load_checkpoint(folder: Path, model: Any, parts: dict[str, Any], ranks: Rank
         if key in state:
             part.load_state_dict(state.pop(key))
     return state
+
+
+def drop_training_state(folder: Path) -> None:
+    """Leave the model of a checkpoint, which can be evaluated and exported then, and no longer be trained on."""
+    state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    kept = {key: state[key] for key in ("step", "position", "random")}
+    draft = folder / "trainer.pt.part"
+    torch.save({**kept, "final": True}, draft)
+    draft.replace(folder / "trainer.pt")
 
 
 def load_state(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Command line: ``g2rl train``, ``g2rl eval``, ``g2rl export``, ``g2rl report``, ``g2rl push``."""
+"""Command line: ``g2rl train``, ``g2rl eval``, ``g2rl export``, ``g2rl report``, ``g2rl compare``, ``g2rl push``."""
 
 from __future__ import annotations
 
@@ -56,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="write report.md with plots for a run, or one that compares several")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
     report.add_argument("--out", type=Path, help="folder of a comparison; `comparison` beside the first run's")
+    compare = commands.add_parser("compare", help="run a study, methods x seeds x tasks, and compare them in a report")
+    compare.add_argument("study", type=Path, metavar="STUDY", help="YAML file, see configs/studies")
+    compare.add_argument(
+        "settings", nargs="*", metavar="key=value",
+        help="small=true or smoke=true for less; seeds=[0,1], processes=2, settings.optim.lr=1e-5",
+    )  # fmt: skip
     push = commands.add_parser(
         "push", help="upload a run's newest checkpoint with a model card to the Hugging Face hub"
     )
@@ -73,6 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _evaluate(options)
         if options.command == "export":
             return _export(Path(options.checkpoint), options.folder)
+        if options.command == "compare":
+            from g2rl.study.command import compare as run_study
+
+            return run_study(options.study, options.settings)
         if options.command == "push":
             return _push(options.run, options.repo, options.dry_run)
         return _report(options.runs, options.out)
@@ -82,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(settings: list[str]) -> int:
-    paths = [setting for setting in settings if "=" not in setting]
-    overrides = [setting for setting in settings if "=" in setting]
+    paths = [setting for setting in settings if "=" not in setting or Path(setting).is_file()]
+    overrides = [setting for setting in settings if setting not in paths]
 
     def read() -> Config:
         return _resumed(paths, overrides) or _fresh(paths, overrides)

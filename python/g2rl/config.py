@@ -412,7 +412,7 @@ def _check_parallel(config: Config) -> None:
 
 
 @contextmanager
-def _named_errors(otherwise: str) -> Iterator[None]:
+def named_errors(otherwise: str) -> Iterator[None]:
     """OmegaConf's errors as `ConfigError`, with `otherwise` where they know no key."""
     try:
         yield
@@ -421,19 +421,23 @@ def _named_errors(otherwise: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
 
 
-def load_config(paths: str | Path | Sequence[str | Path] | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    paths: str | Path | Sequence[str | Path | dict[str, Any]] | None = None, overrides: Sequence[str] = ()
+) -> Config:
     """Read a configuration: the defaults, those of its method, files, and overrides, each on top of what comes before.
 
     Args:
-        paths: YAML file or files, merged in order; None starts from the defaults.
+        paths: YAML file or files, or the contents of some, merged in order; None starts from the defaults.
         overrides: ``key=value`` strings, values in YAML syntax, applied in order.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key, or a value of the wrong type or out of range.
     """
     paths = [] if paths is None else [paths] if isinstance(paths, str | Path) else paths
-    with _named_errors("configuration"):
-        chosen = [_renamed(_read_yaml(Path(path))) for path in paths]
+    with named_errors("configuration"):
+        chosen = [
+            _renamed(OmegaConf.create(path) if isinstance(path, dict) else read_yaml(Path(path))) for path in paths
+        ]
         for override in overrides:
             if "=" not in override:
                 raise ConfigError(f"override: expected key=value, found {override!r}")
@@ -458,7 +462,8 @@ def _renamed(node: DictConfig) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(old, node))
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
+    """Keys and values of a YAML file, unchecked; raises `ConfigError` where there are none."""
     if not path.is_file():
         raise ConfigError(f"configuration file: expected a YAML file, found nothing at {str(path)!r}")
     try:
@@ -481,5 +486,5 @@ def read_structured(cls: type, path: Path) -> Any:
     Raises:
         ConfigError: not YAML, an unknown key, or a value of the wrong type; the message names the key.
     """
-    with _named_errors(str(path)):
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), _read_yaml(path)))
+    with named_errors(str(path)):
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), read_yaml(path)))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from g2rl.config import EvalConfig
+from g2rl.log import ProblemResult
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.rollout import Sampler, response_seeds
 from g2rl.tasks.answers import canonical
@@ -22,9 +23,10 @@ _MAX_SUBSETS = 1000
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation's metrics by key, and every sampled response with its judgement."""
+    """An evaluation's metrics by key, its results by problem, and every sampled response with its judgement."""
 
     metrics: dict[str, float]
+    results: list[ProblemResult]
     episodes: list[Episode]
     correct: list[bool]
 
@@ -92,13 +94,23 @@ def evaluate(
     extracted = (task.extract(e.text) for e in episodes)
     answers = [None if answer is None else canonical(answer) for answer in extracted]
     groups = [slice(i, i + n) for i in range(0, len(episodes), n)]
+    results = [
+        ProblemResult(
+            problem=problem.id,
+            samples=n,
+            correct=sum(correct[g]),
+            tokens=_mean(len(e.response_ids) for e in episodes[g]),
+            maj={k: maj_at_k(answers[g], correct[g], k) for k in config.ks},
+        )
+        for problem, g in zip(problems, groups, strict=True)
+    ]
     metrics: dict[str, float] = {}
     for k in config.ks:
-        metrics[f"eval/pass@{k}"] = _mean(pass_at_k(n, sum(correct[g]), k) for g in groups)
-        metrics[f"eval/maj@{k}"] = _mean(maj_at_k(answers[g], correct[g], k) for g in groups)
+        metrics[f"eval/pass@{k}"] = _mean(pass_at_k(n, result.correct, k) for result in results)
+        metrics[f"eval/maj@{k}"] = _mean(result.maj[k] for result in results)
     metrics["eval/response_length"] = _mean(len(e.response_ids) for e in episodes)
     metrics["eval/finished_share"] = _mean(e.finished for e in episodes)
-    return Evaluation(metrics, episodes, correct)
+    return Evaluation(metrics, results, episodes, correct)
 
 
 def _mean(values) -> float:

@@ -5,6 +5,8 @@ A run's folder holds one JSON object a line in each of
 - ``metrics.jsonl``: ``{"step": 3, "train/reward": 0.25, ...}``, one line a step;
 - ``completions.jsonl``: ``{"step": 3, "problem": ..., "prompt": ..., ...}``, the fields of `Completion`;
 - ``groups.jsonl``: ``{"step": 3, "problem": ..., "similarity": [[...]], ...}``, the fields of `GroupGeometry`;
+- ``evaluations.jsonl``: ``{"step": 3, "problem": ..., "samples": 4, "correct": 1, "tokens": ..., "maj@4": ...}``, the
+  fields of `ProblemResult`, one line a held-out problem and evaluation;
 
 and besides them ``environment.json`` (one object of strings) and ``tensorboard/``. Values that are not finite are
 written as null, because JSON has no NaN. A checkpoint of step s must be saved after everything of step s is logged:
@@ -180,6 +182,24 @@ class GroupGeometry:
     similarity: Sequence[Sequence[float]]
 
 
+@dataclass(frozen=True)
+class ProblemResult:
+    """What one evaluation found on one held-out problem.
+
+    Attributes:
+        problem: the problem's id.
+        samples, correct: responses, and how many of them are correct; pass@k follows.
+        tokens: mean length of a response.
+        maj: maj@k by k.
+    """
+
+    problem: str
+    samples: int
+    correct: int
+    tokens: float
+    maj: Mapping[int, float]
+
+
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a log file in order, without a torn last line.
 
@@ -208,7 +228,7 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _write_durably(path: Path, lines: Iterator[str]) -> None:
+def write_durably(path: Path, lines: Iterator[str]) -> None:
     """Replace `path` in one move, so that a crash leaves the old file or the new one."""
     draft = path.with_name(path.name + ".part")
     with draft.open("w", encoding="utf-8") as file:
@@ -239,7 +259,7 @@ class RunLog:
         ValueError: a file to continue is damaged before its last line.
     """
 
-    FILES = ("metrics.jsonl", "completions.jsonl", "groups.jsonl")
+    FILES = ("metrics.jsonl", "completions.jsonl", "groups.jsonl", "evaluations.jsonl")
     GROUPS_PER_STEP = 4
     RESPONSES_PER_GROUP = 16
 
@@ -259,7 +279,7 @@ class RunLog:
                 raise FileExistsError(f"{path}: a run is logged here already; resume it or choose another name")
             if resume_step is not None and path.exists():
                 kept = (_dump(record) for record in read_records(path) if record["step"] <= resume_step)
-                _write_durably(path, kept)
+                write_durably(path, kept)
         metrics = run_dir / "metrics.jsonl"
         steps = [record["step"] for record in read_records(metrics)] if metrics.exists() else []
         self._steps: list[dict[str, float]] = []
@@ -348,9 +368,18 @@ class RunLog:
         ]
         self._append("groups.jsonl", records)
 
+    def evaluation(self, step: int, results: Sequence[ProblemResult]) -> None:
+        """Write an evaluation's results, problem by problem."""
+        records = []
+        for result in results:
+            record = {"step": step} | asdict(result)
+            votes = record.pop("maj")
+            records.append(record | {f"maj@{k}": value for k, value in votes.items()})
+        self._append("evaluations.jsonl", records)
+
     def environment(self, facts: Mapping[str, str]) -> None:
         """Write ``environment.json``: what ran the training (``device``, versions, ...), by name."""
-        _write_durably(self._dir / "environment.json", iter([json.dumps(dict(facts), indent=2) + "\n"]))
+        write_durably(self._dir / "environment.json", iter([json.dumps(dict(facts), indent=2) + "\n"]))
 
     def close(self) -> None:
         """Close all files; the log takes nothing more."""

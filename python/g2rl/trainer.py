@@ -20,7 +20,7 @@ from g2rl.ahead import Rollouts
 from g2rl.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from g2rl.config import Config, save_config
 from g2rl.evaluate import evaluate
-from g2rl.log import Completion, GroupGeometry, RunLog, TrainingProgress
+from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog, TrainingProgress
 from g2rl.methods import make_method
 from g2rl.model import load_model, resolve_device
 from g2rl.optimizer import in_words
@@ -99,8 +99,9 @@ class Trainer:
         try:
             with self.ranks.on_first(TrainingProgress, config.steps, self.step) as progress:
                 if resume_step is None and config.eval.every:
-                    metrics = self._evaluate(self._times())
+                    metrics, results = self._evaluate(self._times())
                     log.metrics(0, metrics)
+                    log.evaluation(0, results)
                     progress.message(f"before training: {_held_out_numbers(metrics)}")
                 while self.step < config.steps:
                     self._one_step(log, progress)
@@ -139,9 +140,12 @@ class Trainer:
         metrics["time/tokens_per_second"] = sum(len(e.response_ids) for e in episodes) / seconds
         last = step == config.steps
         evaluates = config.eval.every > 0 and (last or self._due(step, config.eval.every))
+        held_out: Sequence[ProblemResult] = ()
         if evaluates:
-            metrics |= self._evaluate(times)
+            measured, held_out = self._evaluate(times)
+            metrics |= measured
         log.metrics(step, metrics)
+        log.evaluation(step, held_out)
         rows = completion_rows(episodes, verdicts, results)
         log.completions(step, rows, shown=3 if evaluates or step == 1 else 0)
         log.groups(step, group_rows(episodes, verdicts, results, config.rollout.group_size))
@@ -153,14 +157,15 @@ class Trainer:
 
     # ---- one step's parts --------------------------------------------------------------------------------------
 
-    def _evaluate(self, times: StageTimes) -> dict[str, float]:
+    def _evaluate(self, times: StageTimes) -> tuple[dict[str, float], Sequence[ProblemResult]]:
+        """Held-out metrics, and the results by problem."""
         if not self.held_out:
-            return {}
+            return {}, ()
         with times.stage("eval"):
             self.sampler.sync()
             seed = self._seed(0, "eval")
             result = evaluate(self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks)
-        return {**result.metrics, "time/eval": times.seconds["time/eval"]}
+        return {**result.metrics, "time/eval": times.seconds["time/eval"]}, result.results
 
     def _rollout_metrics(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> dict[str, float]:
         n = len(episodes)

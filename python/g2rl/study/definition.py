@@ -1,0 +1,232 @@
+"""What a study trains: a YAML file with `StudyConfig`'s keys, read into one configuration for each run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+
+from g2rl.config import Config, ConfigError, load_config, named_errors, read_yaml
+
+SIZES = ("small", "smoke")
+"""Blocks of a study that make it smaller, each chosen by a flag of that name."""
+_LABEL = re.compile(r"\w[\w .,=+-]*")
+_OWN = ("name", "runs_dir", "seed", "resume", "dry_run")
+"""Keys of a run's configuration that the study sets itself."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    name: str = MISSING
+    base: str = MISSING
+    """Configuration that all runs start from; relative to the study's own file."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What all runs change in it."""
+    tasks: dict[str, Any] = field(default_factory=dict)
+    """What the runs of each task change on top, by label. One that names `task.name` has no options of the base."""
+    methods: dict[str, Any] = field(default_factory=dict)
+    """What the runs of each method change on top, by label."""
+    seeds: list[int] = field(default_factory=list)
+    baseline: str = MISSING
+    """The method that the others are compared to."""
+    folder: str | None = None
+    """None is studies/NAME; a smaller size has its own, with `-small` or `-smoke` at the end."""
+    processes: int = 1
+    """Runs at a time; they share the cores."""
+    models: list[str] = field(default_factory=list)
+    """Methods whose trained models are kept."""
+    small: dict[str, Any] = field(default_factory=dict)
+    """What `small=true` changes in all of the above. A list of labels for `tasks` or `methods` keeps only those."""
+    smoke: dict[str, Any] = field(default_factory=dict)
+    """What `smoke=true` changes, likewise."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedRun:
+    """One training run of a study; `config` has its folder, below the study's."""
+
+    task: str
+    method: str
+    seed: int
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_dir
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.method}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that can be run.
+
+    Attributes:
+        folder: of everything that it writes; absolute.
+        tasks, methods: labels.
+        models: methods whose trained models are kept.
+        processes: runs at a time.
+        runs: seeds outermost, then tasks, then methods, so that an unfinished study compares what is paired.
+        changes: settings of all runs, of tasks and of methods, as they were written; for the report.
+    """
+
+    name: str
+    folder: Path
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    baseline: str
+    models: tuple[str, ...]
+    processes: int
+    runs: tuple[PlannedRun, ...]
+    changes: dict[str, Any]
+
+
+def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
+    """Read a study.
+
+    Args:
+        path: YAML file with the keys of `StudyConfig`.
+        overrides: ``key=value``, such as ``seeds=[0,1]`` or ``settings.optim.lr=1e-5``, and ``small=true`` or
+            ``smoke=true``.
+
+    Raises:
+        ConfigError: an unknown key, a label or seed twice, nothing to run, or a run whose configuration is not good.
+    """
+    with named_errors(str(path)):
+        content = _plain(read_yaml(path))
+        given = _plain(OmegaConf.from_dotlist(list(overrides)))
+    size = _size(given)
+    block = content.get(size) or {} if size else {}
+    if not isinstance(block, dict):
+        raise ConfigError(f"{size}: expected keys and values, found {block!r}")
+    folder = given.get("folder") or block.get("folder")
+    content = _changed(_changed(content, block), given)
+    with named_errors(str(path)):
+        config = OmegaConf.merge(OmegaConf.structured(StudyConfig), OmegaConf.create(content))
+        read = _plain(config)
+    for key in ("name", "base", "baseline"):
+        if read[key] == MISSING:
+            raise ConfigError(f"{key}: expected a value in {path}, found none")
+    _check(read)
+    if folder is None:
+        folder = (read["folder"] or f"studies/{read['name']}") + (f"-{size}" if size else "")
+    return _study(read, path.parent / read["base"], Path(folder).resolve())
+
+
+def _plain(node: Any) -> dict[str, Any]:
+    """As dictionaries, with interpolations as they are written: they are about a run's configuration."""
+    container = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _size(given: dict[str, Any]) -> str:
+    """Take the flag that chooses a size out of what was given; the empty string is full size."""
+    flags = {size: given.pop(size) for size in SIZES if size in given}
+    for size, value in flags.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{size}: expected true or false, found {value!r}")
+    chosen = [size for size, value in flags.items() if value]
+    if len(chosen) > 1:
+        raise ConfigError(f"small: expected one size, found {' and '.join(chosen)}")
+    return chosen[0] if chosen else ""
+
+
+def _changed(study: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A study with changes on top; a list of labels chooses among what it has."""
+    study = deepcopy(study)
+    for key, value in changes.items():
+        had = study.get(key)
+        if key in ("tasks", "methods") and isinstance(value, list) and isinstance(had, dict):
+            _check_distinct(key, value)
+            for label in value:
+                _check_known(key, label, had)
+            study[key] = {label: had[label] for label in value}
+        elif isinstance(value, dict) and isinstance(had, dict):
+            with named_errors(key):
+                study[key] = _plain(OmegaConf.merge(had, value))
+        else:
+            study[key] = value
+    return study
+
+
+def _check(read: dict[str, Any]) -> None:
+    for key in ("tasks", "methods", "seeds"):
+        if not read[key]:
+            raise ConfigError(f"{key}: expected at least one, found none")
+    if not _LABEL.fullmatch(read["name"]):
+        raise ConfigError(f"name: expected a plain folder name, found {read['name']!r}")
+    for key in ("tasks", "methods"):
+        for label, changes in read[key].items():
+            if not _LABEL.fullmatch(label):
+                raise ConfigError(f"{key}: expected labels of letters, digits and any of ' .,=+-_', found {label!r}")
+            if not isinstance(changes, dict | None):
+                raise ConfigError(f"{key}.{label}: expected keys and values, found {changes!r}")
+    for key in ("seeds", "models"):
+        _check_distinct(key, read[key])
+    for key, labels in (("baseline", [read["baseline"]]), ("models", read["models"])):
+        for label in labels:
+            _check_known(key, label, read["methods"])
+    if read["processes"] < 1:
+        raise ConfigError(f"processes: expected 1 or more, found {read['processes']}")
+
+
+def _check_distinct(key: str, values: Sequence[Any]) -> None:
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        raise ConfigError(f"{key}: expected each once, found {twice[0]!r} twice")
+
+
+def _check_known(key: str, label: Any, known: Iterable[str]) -> None:
+    if label not in known:
+        raise ConfigError(f"{key}: expected one of {', '.join(known)}, found {label!r}")
+
+
+def _study(read: dict[str, Any], base: Path, folder: Path) -> Study:
+    start = _plain(read_yaml(base))
+    changes = {key: {label: own or {} for label, own in read[key].items()} for key in ("tasks", "methods")}
+    for where, own in (
+        ("settings", read["settings"]),
+        *((f"{key}.{label}", own) for key in changes for label, own in changes[key].items()),
+    ):
+        for key in _OWN:
+            if key in own:
+                raise ConfigError(f"{where}.{key}: expected none, since the study sets it, found {own[key]!r}")
+    runs = []
+    for seed in read["seeds"]:
+        for task, of_task in changes["tasks"].items():
+            for method, of_method in changes["methods"].items():
+                own = {"name": f"seed-{seed}", "runs_dir": str(folder / "runs" / task / method), "seed": seed}
+                layers = [_without_options(start, of_task), read["settings"], of_task, of_method, own]
+                try:
+                    config = load_config(layers)
+                except ConfigError as error:
+                    raise ConfigError(f"task {task}, method {method}: {error}") from error
+                runs.append(PlannedRun(task, method, seed, config))
+    return Study(
+        name=read["name"],
+        folder=folder,
+        tasks=tuple(changes["tasks"]),
+        methods=tuple(changes["methods"]),
+        seeds=tuple(read["seeds"]),
+        baseline=read["baseline"],
+        models=tuple(read["models"]),
+        processes=read["processes"],
+        runs=tuple(runs),
+        changes={"settings": read["settings"], **changes},
+    )
+
+
+def _without_options(start: dict[str, Any], of_task: dict[str, Any]) -> dict[str, Any]:
+    """The base, its task's options left out where a study's task is another one, which would not know them."""
+    task = start.get("task")
+    if not isinstance(task, dict) or "name" not in (of_task.get("task") or {}):
+        return start
+    return start | {"task": {key: value for key, value in task.items() if key != "options"}}

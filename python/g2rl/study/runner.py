@@ -1,0 +1,216 @@
+"""Runs a study: each run in a process of its own, ``python -m g2rl train``, so many at a time as the study says."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from g2rl.config import ConfigError
+from g2rl.study.definition import PlannedRun, Study
+from g2rl.study.progress import StudyProgress
+from g2rl.study.runs import Usage, begin, code_version, finish, record_attempt, state_of, tidy
+
+_POLL_S = 0.5
+_LOCK_S = 10.0
+"""How long to wait for the processes of a study that was killed a moment ago."""
+_STOP_S = 20.0
+_LAST_LINES = 15
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+class StudyStopped(Exception):
+    """The study was told to stop; `signal` is what told it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+@dataclass
+class _Child:
+    run: PlannedRun
+    process: subprocess.Popen[bytes]
+    start: float
+
+
+def run_study(study: Study, progress: StudyProgress) -> list[PlannedRun]:
+    """Train every run that is not finished; returns those that failed.
+
+    Args:
+        study: finished runs are kept, one with a checkpoint goes on from there, others begin.
+        progress: told about each run.
+
+    Raises:
+        ConfigError: a folder holds a run of another configuration, or another process works on this study.
+        StudyStopped: by SIGINT or SIGTERM, after all its processes have ended.
+    """
+    code_version()  # of the code that begins, should a file change meanwhile
+    study.folder.mkdir(parents=True, exist_ok=True)
+    with _locked(study.folder) as lock, _signals_as_exceptions():
+        states = {run: state_of(run) for run in study.runs}
+        for run in study.runs:
+            if states[run] == "done":
+                tidy(run, run.method in study.models)
+                progress.kept(run)
+        waiting = deque(run for run in study.runs if states[run] != "done")
+        return _Runner(study, lock, progress).work(waiting)
+
+
+class _Runner:
+    def __init__(self, study: Study, lock: IO[str], progress: StudyProgress) -> None:
+        self.study = study
+        self.lock = lock
+        self.progress = progress
+        self.children: list[_Child] = []
+        self.failed: list[PlannedRun] = []
+
+    def work(self, waiting: deque[PlannedRun]) -> list[PlannedRun]:
+        try:
+            while waiting or self.children:
+                while waiting and len(self.children) < self.study.processes:
+                    run = waiting.popleft()
+                    self.children.append(self._start(run))
+                self.progress.update([child.run for child in self.children])
+                time.sleep(_POLL_S)
+                for child in list(self.children):
+                    self._reap(child)
+        finally:
+            self._stop_all()
+        return self.failed
+
+    def _start(self, run: PlannedRun) -> _Child:
+        resumes = state_of(run) == "resumable"
+        if not resumes:
+            begin(run)
+        what = f"resume={run.folder}" if resumes else str(run.folder / "plan.yaml")
+        command = [sys.executable, "-m", "g2rl", "train", what]
+        self.progress.begun(run, resumes)
+        with (run.folder / "train.log").open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(self.study.processes),
+                pass_fds=(self.lock.fileno(),),  # the folder stays locked while any of its processes lives
+                start_new_session=True,  # Ctrl-C is for the study, which then stops its children in order
+                preexec_fn=_end_with(os.getpid()),
+            )
+        return _Child(run, process, time.monotonic())
+
+    def _reap(self, child: _Child, options: int = os.WNOHANG) -> None:
+        """Note the end of a run's process, if it has ended."""
+        pid, status, used = os.wait4(child.process.pid, options)
+        if pid == 0:
+            return
+        child.process.returncode = os.waitstatus_to_exitcode(status)
+        self.children.remove(child)
+        scale = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+        usage = Usage(
+            wall_s=round(time.monotonic() - child.start, 3),
+            cpu_s=round(used.ru_utime + used.ru_stime, 3),
+            peak_bytes=used.ru_maxrss * scale,
+        )
+        record_attempt(child.run, usage)
+        if child.process.returncode == 0:
+            finish(child.run, child.run.method in self.study.models)
+            self.progress.finished(child.run, usage)
+        elif not self.stopping:
+            self.failed.append(child.run)
+            self.progress.failed(child.run, child.process.returncode, last_lines(child.run.folder / "train.log"))
+
+    stopping = False
+
+    def _stop_all(self) -> None:
+        """End the processes that still run, their judges with them."""
+        self.stopping = True
+        for child in self.children:
+            os.killpg(child.process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_S
+        while self.children and time.monotonic() < deadline:
+            for child in list(self.children):
+                self._reap(child)
+            time.sleep(0.05)
+        for child in list(self.children):
+            os.killpg(child.process.pid, signal.SIGKILL)
+            self._reap(child, 0)
+
+
+def last_lines(path: Path) -> list[str]:
+    """The end of what a training printed."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return lines[-_LAST_LINES:]
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _environment(processes: int) -> dict[str, str]:
+    # Held-out problems of some tasks hang on the order of sets: the same ones for all methods of a seed.
+    fixed = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, cores() // processes))}
+    return os.environ | fixed
+
+
+def _end_with(parent: int) -> Callable[[], None]:
+    """What a child does before all else: ask to be killed with its parent, should that be killed itself."""
+
+    def ask() -> None:
+        if _libc is not None:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # killed before it was asked
+                os._exit(1)
+
+    return ask
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[IO[str]]:
+    """Hold the folder for one study at a time.
+
+    Raises:
+        ConfigError: another one holds it.
+    """
+    import fcntl
+
+    with (folder / ".lock").open("a") as lock:
+        deadline = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"folder: expected one that no other study works on, found {folder} in use"
+                    ) from None
+                time.sleep(0.2)
+        yield lock
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `StudyStopped`, once: while the study stops, another one changes nothing."""
+
+    def stop(number: int, frame: Any) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise StudyStopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

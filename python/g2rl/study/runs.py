@@ -1,0 +1,118 @@
+"""The folder of one run of a study: whether it is finished, goes on or begins, and what is kept of it.
+
+Beside the run's own files it holds ``plan.yaml``, the configuration that the study gave it, ``train.log``, what the
+training printed, ``attempts.jsonl``, what each process that trained it took, and at last ``done.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from g2rl.checkpoint import checkpoints, drop_training_state
+from g2rl.config import ConfigError, leaves, load_config, save_config
+from g2rl.log import write_durably
+from g2rl.parallel.agree import code
+from g2rl.study.definition import PlannedRun
+from g2rl_kernels import __version__
+
+State = Literal["done", "resumable", "new"]
+_PLACE = ("name", "runs_dir")
+"""Keys that may differ from when a run was made: its folder may have been moved."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one process took to train a run, or a part of it.
+
+    Attributes:
+        wall_s: seconds from its start to its end.
+        cpu_s: seconds of all cores, in user and system mode.
+        peak_bytes: most resident memory.
+    """
+
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int
+
+
+def state_of(run: PlannedRun) -> State:
+    """Whether a run is finished, can go on from a checkpoint, or has to begin.
+
+    Raises:
+        ConfigError: its folder holds a run of another configuration; the message names the first key that differs.
+    """
+    plan = run.folder / "plan.yaml"
+    if plan.is_file():
+        _check_same(run, plan)
+        if (run.folder / "done.json").is_file():
+            return "done"
+        if checkpoints(run.folder):
+            return "resumable"
+    elif run.folder.exists() and any(run.folder.iterdir()):
+        raise ConfigError(f"folder: expected a run of this study or nothing in {run.folder}, found no plan.yaml there")
+    return "new"
+
+
+def _check_same(run: PlannedRun, plan: Path) -> None:
+    was, wanted = leaves(load_config(plan)), leaves(run.config)
+    for key, value in wanted.items():
+        if key not in _PLACE and was[key] != value:
+            raise ConfigError(
+                f"{key}: expected {was[key]!r}, with which {run} was begun in {run.folder}, found {value!r}; "
+                "another folder= keeps both, and without that folder the run begins again"
+            )
+
+
+def begin(run: PlannedRun) -> None:
+    """Make the folder of a run that begins; what an attempt without a checkpoint left there is removed."""
+    if run.folder.exists():
+        shutil.rmtree(run.folder)
+    run.folder.mkdir(parents=True)
+    save_config(run.config, run.folder / "plan.yaml")
+
+
+def record_attempt(run: PlannedRun, usage: Usage) -> None:
+    with (run.folder / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps(asdict(usage)) + "\n")
+
+
+def finish(run: PlannedRun, keep_model: bool) -> None:
+    """Mark a run as finished, then remove its checkpoints, or of the last one all but the model."""
+    attempts = [json.loads(line) for line in (run.folder / "attempts.jsonl").read_text().splitlines()]
+    done = {
+        "wall_s": round(sum(attempt["wall_s"] for attempt in attempts), 3),
+        "cpu_s": round(sum(attempt["cpu_s"] for attempt in attempts), 3),
+        "peak_bytes": max(attempt["peak_bytes"] for attempt in attempts),
+        "attempts": len(attempts),
+        **code_version(),
+    }
+    write_durably(run.folder / "done.json", iter([json.dumps(done, indent=2) + "\n"]))
+    tidy(run, keep_model)
+
+
+def tidy(run: PlannedRun, keep_model: bool) -> None:
+    """Remove what a finished run no longer needs; done again after a kill, it ends the same."""
+    if keep_model:
+        for _, folder in checkpoints(run.folder):
+            drop_training_state(folder)
+    else:
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+
+
+@cache
+def code_version() -> dict[str, Any]:
+    """Version of the packages, a digest of their Python files, and the commit where they are a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    else:
+        commit = found.stdout.strip() or None
+    return {"version": __version__, "code": code()[:12], "commit": commit}
