@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from g2rl.config import ConfigError
-from g2rl.tasks.answers import extract_boxed, extract_tagged, unwrap_text
+from g2rl.tasks.answers import extract_boxed, extract_tagged, last_number, unwrap_text
 from g2rl.tasks.base import Task, check_index, content
 from g2rl.tasks.data_sets import DATA_SETS
 from g2rl.tasks.judges import reasoning_gym_judge
@@ -34,14 +34,15 @@ _ATTEMPTS = 100
 class ReasoningGymTask(Task):
     """One reasoning-gym data set.
 
-    The answer is the last box of a response, else its last ``<answer>`` element, else its last line. It is right from
-    a score of `RIGHT`; scoring runs in worker processes with a time limit, since it evaluates model text. A few of
+    The answer is the last box of a response, else its last ``<answer>`` element, else its last line, or on demand its
+    last number. It is right from a score of `RIGHT`; scoring runs in worker processes with a time limit, since it evaluates model text. A few of
     the generators iterate over sets: exact repetition of those across processes takes a fixed ``PYTHONHASHSEED``.
 
     Args:
         name: the data set's name in reasoning-gym.
         options: fields of its configuration except `seed` and `size`; also `instruction`, text added to each question
-            on a line of its own.
+            on a line of its own, and `last_number`: true has a response without box and element answer by its last
+            number, for small models that never come to the point.
         held_out: number of problems for evaluation.
         seed: chooses the training problems.
 
@@ -56,6 +57,9 @@ class ReasoningGymTask(Task):
         self._instruction = options.pop("instruction", INSTRUCTION)
         if not isinstance(self._instruction, str):
             raise ConfigError(f"task.options.instruction: expected text, found {self._instruction!r}")
+        self._last_number = options.pop("last_number", False)
+        if not isinstance(self._last_number, bool):
+            raise ConfigError(f"task.options.last_number: expected true or false, found {self._last_number!r}")
         _check_options(self._classes[1], options)
         self._options = options
         self._start = _TRAIN_START + random.Random(f"{name} {seed}").randrange(2 * 10**9)
@@ -94,6 +98,8 @@ class ReasoningGymTask(Task):
         tagged = extract_tagged(response)
         if tagged is not None:
             return tagged
+        if self._last_number:
+            return last_number(response)
         return response.strip().rpartition("\n")[2].strip() or None
 
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:
@@ -146,7 +152,7 @@ def _check_options(config: Any, options: Mapping[str, Any]) -> None:
     fields = [item.name for item in dataclasses.fields(config) if item.name not in ("seed", "size")]
     for key in options:
         if key not in fields:
-            expected = ", ".join([*fields, "instruction"])
+            expected = ", ".join([*fields, "instruction", "last_number"])
             raise ConfigError(f"task.options.{key}: expected one of {expected}, found an unknown option")
     try:
         made = config(**options, seed=0, size=_CHUNK)
