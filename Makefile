@@ -79,10 +79,12 @@ $(VLLM)/.ready: tests/vllm_engine/requirements.txt pyproject.toml | $(READY)
 vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest tests/vllm_engine $(ARGS)
 
+# In the folder where setup.py builds, so that kernels are compiled once.
 ctest: $(READY)
-	$(BIN)/cmake -S . -B build/ctest -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(abspath build/ctest)
-	$(BIN)/cmake --build build/ctest --parallel --target $(CPU_TESTS) cuda_tests
-	$(BIN)/ctest --test-dir build/ctest --output-on-failure --parallel $(WORKERS)
+	build=build/cmake-$$($(BIN)/python -c "import sys; print(sys.implementation.cache_tag)"); \
+	$(BIN)/cmake -S . -B $$build -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_BUILD_TESTS=ON && \
+	$(BIN)/cmake --build $$build --parallel --target $(CPU_TESTS) cuda_tests && \
+	$(BIN)/ctest --test-dir $$build --output-on-failure --parallel $(WORKERS)
 
 TRL_VERSIONS ?= 1.12.0 1.13.0 1.14.2 1.15.0 1.16.0
 
