@@ -1,4 +1,4 @@
-"""Write the tables of README.md and results/README.md between their markers, from the files in results/.
+"""Write the tables of README.md and results/README.md between their markers, from the files in results/ and studies/.
 
 python -m benchmarks.readme            write them
 python -m benchmarks.readme --check    exit with 1 where they differ from what the files say
@@ -7,6 +7,7 @@ python -m benchmarks.readme --check    exit with 1 where they differ from what t
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -16,9 +17,12 @@ from benchmarks.candidates.lineup import BASELINE
 from benchmarks.cases.registry import GROUP_KIND, OPS
 from benchmarks.reporting.reports import FOLDER, Report, Row, label, load, named, timed, worst_measure
 from benchmarks.reporting.tables import ERRORS, digits, milliseconds
+from g2rl.study.tables import headline
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+STUDY = "studies/methods"
+STUDY_BEGIN, STUDY_END = "<!-- study -->", "<!-- /study -->"
 # The README's rows: hard inputs, enough tokens for a step, and the ops that a step calls.
 _SUMMARY_OPS = ("token_logprobs", "sequence_features", "logprobs_backward", "g2rl_advantages")
 _SUMMARY_KINDS = ("peaked", GROUP_KIND)
@@ -153,6 +157,30 @@ def _rollouts(report: Report) -> str:
     return f"Response tokens a second (x `generate`), SmolLM2-135M, {report.machine}{without}:\n\n{_markdown(lines)}"
 
 
+def study(folder: str) -> str:
+    """For the README: held-out results of each method and task, and their curves, from a study's ``results.json``.
+
+    Args:
+        folder: of the study, relative to the repository.
+    """
+    path = ROOT / folder / "results.json"
+    if not path.is_file():
+        return "It has not been run on this version yet."
+    content = json.loads(path.read_text())
+    tasks = content["tasks"].values()
+    largest = [metric for metric in next(iter(tasks))["metrics"] if metric.startswith("pass@")][-1]
+    steps, held_out = ({str(task[key]) for task in tasks} for key in ("steps", "held_out"))
+    counts, device = content["runs"], content["environment"].get("device", "an unknown device")
+    facts = (
+        f"{counts['finished']} of {counts['planned']} runs, {len(content['seeds'])} seeds, "
+        f"{' or '.join(sorted(steps))} steps, {' or '.join(sorted(held_out))} held-out problems a task, {device}. In "
+        f"brackets: 95 % interval over seeds and problems; p: {content['test']}. [Report]({folder}/report.md)."
+    )
+    metrics = dict.fromkeys(("pass@1", largest))
+    tables = "\n\n".join(headline(content, metric) for metric in metrics)
+    return f"{tables}\n\n{facts}\n\n![Held-out pass@1 over training]({folder}/overview.png)"
+
+
 def details(reports: list[Report]) -> str:
     """For results/README.md: every candidate of every case, with the reason where there is no time."""
     blocks = []
@@ -218,16 +246,16 @@ def _plot(report: Report, prefix: str) -> str:
     return f"![{report.name}]({prefix}{report.name}.png)" if (FOLDER / f"{report.name}.png").is_file() else ""
 
 
-def replaced(text: str, block: str, name: str) -> str:
+def replaced(text: str, block: str, name: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with `block` between its markers.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{name}: expected {BEGIN} and then {END}, once each")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{block.strip()}\n{END}{rest.partition(END)[2]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{name}: expected {begin} and then {end}, once each")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{block.strip()}\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> int:
@@ -240,6 +268,8 @@ def main() -> int:
         text = path.read_text()
         try:
             wanted = replaced(text, block, str(path.relative_to(ROOT)))
+            if path.parent == ROOT:
+                wanted = replaced(wanted, study(STUDY), path.name, STUDY_BEGIN, STUDY_END)
         except ValueError as error:
             sys.exit(str(error))
         if wanted != text:

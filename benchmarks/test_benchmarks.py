@@ -151,6 +151,26 @@ def test_readme_block_is_replaced(benchmark) -> None:
         readme.replaced("no markers", "new", "README.md")
 
 
+def test_study_in_the_readme(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row a method, a column a task, and the difference to the baseline."""
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    assert readme.study("studies/methods") == "It has not been run on this version yet."
+    grpo, g2rl = ({"pass@1": {"value": v, "low": v - 0.1, "high": v + 0.1}} for v in (0.4, 0.5))
+    methods = {"grpo": {"scores": grpo, "differences": {}}, "g2rl": {"scores": g2rl, "differences": {}}}
+    task = {"metrics": ["pass@1", "maj@4"], "steps": 30, "held_out": 48, "methods": methods}
+    everywhere = {"g2rl": {"pass@1": {"value": 0.1, "low": -0.05, "high": 0.25, "p": 0.0625}}}
+    content = {"baseline": "grpo", "seeds": [0, 1], "test": "signs", "runs": {"planned": 8, "finished": 7}}
+    content |= {"tasks": {"sums": task, "gcds": task}, "all_tasks": everywhere, "environment": {"device": "cpu (x)"}}
+    (tmp_path / "studies/methods").mkdir(parents=True)
+    (tmp_path / "studies/methods/results.json").write_text(json.dumps(content))
+    lines = benchmark.pedantic(readme.study, ("studies/methods",), rounds=1).splitlines()
+    assert lines[0] == "| held-out pass@1, % | sums | gcds | all tasks, against grpo |"
+    assert lines[2] == "| grpo | 40.0 [30.0, 50.0] | 40.0 [30.0, 50.0] |  |"
+    assert lines[3] == "| g2rl | 50.0 [40.0, 60.0] | 50.0 [40.0, 60.0] | +10.0 [-5.0, +25.0], p = 0.0625 |"
+    assert "7 of 8 runs, 2 seeds, 30 steps, 48 held-out problems a task, cpu (x)." in lines[5]
+    assert lines[-1] == "![Held-out pass@1 over training](studies/methods/overview.png)"
+
+
 def test_lengths_sum_to_tokens(benchmark) -> None:
     benchmark.pedantic(lengths, (1024, 16), rounds=1)
     for N, B in ((1024, 16), (256, 8), (64, 16), (5, 8), (1, 1)):

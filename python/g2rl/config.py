@@ -477,7 +477,12 @@ def read_yaml(path: Path) -> DictConfig:
 
 def save_config(config: Config, path: Path) -> None:
     """Write `config` as YAML that `load_config` reads back to the same values."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    path.write_text(config_yaml(config))
+
+
+def config_yaml(config: Config) -> str:
+    """`config` as YAML that `load_config` reads back to the same values."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def read_structured(cls: type, path: Path) -> Any:

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from g2rl.checkpoint import checkpoints, find_checkpoint, load_state, save_checkpoint
+from g2rl.checkpoint import (
+    checkpoints,
+    drop_training_state,
+    find_checkpoint,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+)
 from g2rl.config import ConfigError, ModelConfig
 from g2rl.model import load_model
 
@@ -61,3 +68,15 @@ def test_a_save_cut_short_leaves_the_last_checkpoint(policy, tmp_path: Path, mon
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a checkpoint"):
         find_checkpoint(tmp_path / "run")
+
+
+def test_a_model_kept_alone_loads_and_is_not_trained_on(policy, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 7, *policy, {"position": 56, "optimizer": {"state": torch.ones(9)}}, keep=1)
+    drop_training_state(folder)
+    drop_training_state(folder)
+    assert sorted(torch.load(folder / "trainer.pt")) == ["final", "position", "random", "step"]
+    again, _ = load_model(ModelConfig(path=str(find_checkpoint(tmp_path))))
+    for a, b in zip(policy[0].parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ConfigError, match="resume: expected a checkpoint with the optimizer's state, found none"):
+        load_checkpoint(folder, policy[0], {})

@@ -12,7 +12,17 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from g2rl.log import METRICS, Completion, GroupGeometry, RunLog, TrainingProgress, duration, metric, read_records
+from g2rl.log import (
+    METRICS,
+    Completion,
+    GroupGeometry,
+    ProblemResult,
+    RunLog,
+    TrainingProgress,
+    duration,
+    metric,
+    read_records,
+)
 
 QUIET = Console(quiet=True)
 
@@ -25,6 +35,7 @@ def log_step(log: RunLog, step: int) -> None:
     log.completions(step, [completion(f"step {step}")])
     log.groups(step, [GroupGeometry("p1", [1.0, -1.0], [0.5, 0.25], [[1.0, step / 7], [step / 7, 1.0]])])
     log.metrics(step, {"train/reward": step / 3, "time/step": 1e-5})
+    log.evaluation(step, [ProblemResult("p2", 4, step % 5, step / 7, {1: 0.5})])
 
 
 def test_every_key_is_defined_once() -> None:
@@ -181,6 +192,15 @@ def test_groups_are_rounded_and_bounded(tmp_path: Path) -> None:
     assert records[0]["similarity"] == [[0.1235] * kept] * kept
     assert records[0]["scores"] == [None] + [0.3333] * (kept - 1)
     assert records[0]["rewards"] == [1.0] * kept
+
+
+def test_results_by_problem(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, console=QUIET)
+    log.evaluation(0, [ProblemResult("1+2", samples=4, correct=1, tokens=2.5, maj={1: 0.25, 4: 0.5})])
+    log.evaluation(1, [])
+    log.close()
+    line = {"step": 0, "problem": "1+2", "samples": 4, "correct": 1, "tokens": 2.5, "maj@1": 0.25, "maj@4": 0.5}
+    assert list(read_records(tmp_path / "evaluations.jsonl")) == [line]
 
 
 def test_environment(tmp_path: Path) -> None:

@@ -40,17 +40,17 @@ def plot_bands(bands: Sequence[Band], keys: Sequence[str]) -> Figure | None:
     for axes, key in zip(panels, drawn, strict=True):
         for i, curve in enumerate(curves[key]):
             if curve is not None:
-                _draw(axes, curve, i, len(bands))
-        _label(axes, key)
+                draw_curve(axes, curve, i, len(bands))
+        label_axes(axes, key)
         axes.label_outer()
-    handles = [_draw(panels[0], Curve([], [[]]), i, len(bands)) for i in range(len(bands))]
+    handles = [draw_curve(panels[0], Curve([], [[]]), i, len(bands)) for i in range(len(bands))]
     names = [f"{band.label} ({len(band.runs)} seed{'s' * (len(band.runs) > 1)})" for band in bands]
     columns = 1 if max(map(len, names)) > 40 else min(3, len(names))
     figure.legend(handles, names, loc="outside upper center", ncols=columns, handlelength=4)
     return figure
 
 
-def _draw(axes: Axes, curve: Curve, i: int, bands: int) -> Line2D:
+def draw_curve(axes: Axes, curve: Curve, i: int, bands: int) -> Line2D:
     """Draw one band's curve, and return what stands for it in the legend."""
     color, style, marker = CYCLE[i % len(CYCLE)], LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
     every = max(1, len(curve.steps) // MARKS)
@@ -65,7 +65,8 @@ def _draw(axes: Axes, curve: Curve, i: int, bands: int) -> Line2D:
     return line
 
 
-def _label(axes: Axes, key: str) -> None:
+def label_axes(axes: Axes, key: str) -> None:
+    """Name the axes of a metric's panel, with units."""
     item = metric(key)
     title = f"held-out {key[5:]}" if "@" in key else item.title[0].lower() + item.title[1:]
     title = f"training {title}" if key in ("train/accuracy", "train/reward") else title

@@ -11,7 +11,8 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from g2rl.config import Config, ConfigError, load_config, named_errors, read_yaml
+from g2rl.comparison.bands import EVALUATION
+from g2rl.config import Config, ConfigError, leaves, load_config, named_errors, read_yaml
 
 SIZES = ("small", "smoke")
 """Blocks of a study that make it smaller, each chosen by a flag of that name."""
@@ -99,13 +100,16 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         ConfigError: an unknown key, a label or seed twice, nothing to run, or a run whose configuration is not good.
     """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override: expected key=value, found {override!r}")
     with named_errors(str(path)):
         content = _plain(read_yaml(path))
         given = _plain(OmegaConf.from_dotlist(list(overrides)))
     size = _size(given)
-    block = content.get(size) or {} if size else {}
+    block = content.get(size) if size else {}
     if not isinstance(block, dict):
-        raise ConfigError(f"{size}: expected keys and values, found {block!r}")
+        raise ConfigError(f"{size}: expected keys and values in {path}, found {block!r}")
     folder = given.get("folder") or block.get("folder")
     content = _changed(_changed(content, block), given)
     with named_errors(str(path)):
@@ -210,6 +214,7 @@ def _study(read: dict[str, Any], base: Path, folder: Path) -> Study:
                 except ConfigError as error:
                     raise ConfigError(f"task {task}, method {method}: {error}") from error
                 runs.append(PlannedRun(task, method, seed, config))
+    _check_evaluations(runs)
     return Study(
         name=read["name"],
         folder=folder,
@@ -222,6 +227,25 @@ def _study(read: dict[str, Any], base: Path, folder: Path) -> Study:
         runs=tuple(runs),
         changes={"settings": read["settings"], **changes},
     )
+
+
+def _check_evaluations(runs: Sequence[PlannedRun]) -> None:
+    """Held-out results are what a study compares: there have to be some, and the methods of a task got them alike."""
+    firsts: dict[str, PlannedRun] = {}
+    for run in runs:
+        values = leaves(run.config)
+        for key in ("eval.every", "task.held_out"):
+            if values[key] < 1:
+                raise ConfigError(
+                    f"task {run.task}, method {run.method}: {key}: expected 1 or more, found {values[key]}"
+                )
+        first = firsts.setdefault(run.task, run)
+        for key, value in leaves(first.config).items():
+            if key.startswith((*EVALUATION, "eval.")) and values[key] != value:
+                raise ConfigError(
+                    f"task {run.task}, method {run.method}: {key}: expected {value!r} as for {first.method}, since "
+                    f"their held-out results are compared, found {values[key]!r}"
+                )
 
 
 def _without_options(start: dict[str, Any], of_task: dict[str, Any]) -> dict[str, Any]:

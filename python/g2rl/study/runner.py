@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -18,9 +19,9 @@ from typing import IO, Any
 from g2rl.config import ConfigError
 from g2rl.study.definition import PlannedRun, Study
 from g2rl.study.progress import StudyProgress
-from g2rl.study.runs import Usage, begin, code_version, finish, record_attempt, state_of, tidy
+from g2rl.study.runs import PLAN, Usage, begin, code_version, finish, record_end, record_start, state_of, tidy
 
-_POLL_S = 0.5
+_POLL_S = 1.0
 _LOCK_S = 10.0
 """How long to wait for the processes of a study that was killed a moment ago."""
 _STOP_S = 20.0
@@ -74,6 +75,7 @@ class _Runner:
         self.progress = progress
         self.children: list[_Child] = []
         self.failed: list[PlannedRun] = []
+        self.stopping = False
 
     def work(self, waiting: deque[PlannedRun]) -> list[PlannedRun]:
         try:
@@ -93,9 +95,10 @@ class _Runner:
         resumes = state_of(run) == "resumable"
         if not resumes:
             begin(run)
-        what = f"resume={run.folder}" if resumes else str(run.folder / "plan.yaml")
+        what = f"resume={run.folder}" if resumes else str(run.folder / PLAN)
         command = [sys.executable, "-m", "g2rl", "train", what]
         self.progress.begun(run, resumes)
+        record_start(run)
         with (run.folder / "train.log").open("ab") as log:
             process = subprocess.Popen(
                 command,
@@ -111,7 +114,11 @@ class _Runner:
 
     def _reap(self, child: _Child, options: int = os.WNOHANG) -> None:
         """Note the end of a run's process, if it has ended."""
-        pid, status, used = os.wait4(child.process.pid, options)
+        try:
+            pid, status, used = os.wait4(child.process.pid, options)
+        except ChildProcessError:  # the study was told to stop just when it had noted this end
+            self.children.remove(child)
+            return
         if pid == 0:
             return
         child.process.returncode = os.waitstatus_to_exitcode(status)
@@ -122,7 +129,7 @@ class _Runner:
             cpu_s=round(used.ru_utime + used.ru_stime, 3),
             peak_bytes=used.ru_maxrss * scale,
         )
-        record_attempt(child.run, usage)
+        record_end(child.run, usage)
         if child.process.returncode == 0:
             finish(child.run, child.run.method in self.study.models)
             self.progress.finished(child.run, usage)
@@ -130,21 +137,24 @@ class _Runner:
             self.failed.append(child.run)
             self.progress.failed(child.run, child.process.returncode, last_lines(child.run.folder / "train.log"))
 
-    stopping = False
-
     def _stop_all(self) -> None:
         """End the processes that still run, their judges with them."""
         self.stopping = True
         for child in self.children:
-            os.killpg(child.process.pid, signal.SIGTERM)
+            _signal_group(child, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_S
         while self.children and time.monotonic() < deadline:
             for child in list(self.children):
                 self._reap(child)
             time.sleep(0.05)
         for child in list(self.children):
-            os.killpg(child.process.pid, signal.SIGKILL)
+            _signal_group(child, signal.SIGKILL)
             self._reap(child, 0)
+
+
+def _signal_group(child: _Child, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.process.pid, number)
 
 
 def last_lines(path: Path) -> list[str]:

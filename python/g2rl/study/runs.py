@@ -1,7 +1,8 @@
 """The folder of one run of a study: whether it is finished, goes on or begins, and what is kept of it.
 
 Beside the run's own files it holds ``plan.yaml``, the configuration that the study gave it, ``train.log``, what the
-training printed, ``attempts.jsonl``, what each process that trained it took, and at last ``done.json``.
+training printed, ``attempts.jsonl``, when each process that trained it began and what it took, and at last
+``done.json``.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import json
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from g2rl.checkpoint import checkpoints, drop_training_state
-from g2rl.config import ConfigError, leaves, load_config, save_config
+from g2rl.config import ConfigError, config_yaml, leaves, load_config
 from g2rl.log import write_durably
 from g2rl.parallel.agree import code
 from g2rl.study.definition import PlannedRun
 from g2rl_kernels import __version__
 
+PLAN = "plan.yaml"
 State = Literal["done", "resumable", "new"]
 _PLACE = ("name", "runs_dir")
 """Keys that may differ from when a run was made: its folder may have been moved."""
@@ -47,16 +50,16 @@ def state_of(run: PlannedRun) -> State:
     Raises:
         ConfigError: its folder holds a run of another configuration; the message names the first key that differs.
     """
-    plan = run.folder / "plan.yaml"
-    if plan.is_file():
-        _check_same(run, plan)
-        if (run.folder / "done.json").is_file():
-            return "done"
-        if checkpoints(run.folder):
-            return "resumable"
-    elif run.folder.exists() and any(run.folder.iterdir()):
-        raise ConfigError(f"folder: expected a run of this study or nothing in {run.folder}, found no plan.yaml there")
-    return "new"
+    plan = run.folder / PLAN
+    if not plan.is_file():
+        if run.folder.exists() and any(path.name != f"{PLAN}.part" for path in run.folder.iterdir()):
+            raise ConfigError(f"folder: expected a run of this study or nothing in {run.folder}, found no {PLAN} there")
+        return "new"
+    done = (run.folder / "done.json").is_file()
+    if not done and not checkpoints(run.folder):
+        return "new"  # nothing of it is kept, whatever its configuration was
+    _check_same(run, plan)
+    return "done" if done else "resumable"
 
 
 def _check_same(run: PlannedRun, plan: Path) -> None:
@@ -74,22 +77,33 @@ def begin(run: PlannedRun) -> None:
     if run.folder.exists():
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True)
-    save_config(run.config, run.folder / "plan.yaml")
+    write_durably(run.folder / PLAN, iter([config_yaml(run.config)]))
 
 
-def record_attempt(run: PlannedRun, usage: Usage) -> None:
+def record_start(run: PlannedRun) -> None:
+    """Note that a process begins or goes on to train a run."""
+    _append(run, {"started": datetime.now(UTC).isoformat(timespec="seconds")})
+
+
+def record_end(run: PlannedRun, usage: Usage) -> None:
+    """Note what a process took; of one that ends with a study that is killed nothing is known but its start."""
+    _append(run, asdict(usage))
+
+
+def _append(run: PlannedRun, entry: dict[str, Any]) -> None:
     with (run.folder / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(usage)) + "\n")
+        file.write(json.dumps(entry) + "\n")
 
 
 def finish(run: PlannedRun, keep_model: bool) -> None:
     """Mark a run as finished, then remove its checkpoints, or of the last one all but the model."""
-    attempts = [json.loads(line) for line in (run.folder / "attempts.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (run.folder / "attempts.jsonl").read_text().splitlines()]
+    ended = [entry for entry in entries if "wall_s" in entry]
     done = {
-        "wall_s": round(sum(attempt["wall_s"] for attempt in attempts), 3),
-        "cpu_s": round(sum(attempt["cpu_s"] for attempt in attempts), 3),
-        "peak_bytes": max(attempt["peak_bytes"] for attempt in attempts),
-        "attempts": len(attempts),
+        "wall_s": round(sum(entry["wall_s"] for entry in ended), 3),
+        "cpu_s": round(sum(entry["cpu_s"] for entry in ended), 3),
+        "peak_bytes": max(entry["peak_bytes"] for entry in ended),
+        "attempts": max(len(ended), len(entries) - len(ended)),
         **code_version(),
     }
     write_durably(run.folder / "done.json", iter([json.dumps(done, indent=2) + "\n"]))

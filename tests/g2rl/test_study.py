@@ -1,0 +1,374 @@
+"""g2rl compare: reading a study, running it through failures and kills, and its report."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from studies import TRAINER, write_finished, write_study
+
+from g2rl.cli import main
+from g2rl.config import ConfigError
+from g2rl.study.definition import Study, read_study
+from g2rl.study.progress import Clock, StudyProgress
+from g2rl.study.results import Results
+from g2rl.study.runner import _locked
+from g2rl.study.runs import Usage, begin, finish, record_end
+from g2rl.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def names(study: Study) -> list[str]:
+    return [f"{run.task} {run.method} {run.seed}" for run in study.runs]
+
+
+def test_runs_of_a_study(tmp_path: Path) -> None:
+    study = read_study(write_study(tmp_path), ["settings.optim.lr=1e-4", "processes=2"])
+    assert names(study) == [
+        "sums grpo 0", "sums lambda=0.3 0", "gcds grpo 0", "gcds lambda=0.3 0",
+        "sums grpo 1", "sums lambda=0.3 1", "gcds grpo 1", "gcds lambda=0.3 1",
+    ]  # fmt: skip
+    first, last = study.runs[0], study.runs[-1]
+    assert first.folder == tmp_path / "studies/tiny/runs/sums/grpo/seed-0"
+    assert (first.config.method, first.config.steps, first.config.optim.lr) == ("grpo", 4, 1e-4)
+    assert first.config.task.options == {"digits": [1, 1]}
+    assert (last.config.method, last.config.methods, last.config.seed) == ("g2rl", {"g2rl": {"strength": 0.3}}, 1)
+    assert (last.config.task.name, last.config.task.options, last.config.task.held_out) == ("gcd", {}, 2)
+    assert study.processes == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "folder", "runs"),
+    [
+        (["smoke=true"], "studies/tiny-smoke", ["sums grpo 7", "sums lambda=0.3 7"]),
+        (["smoke=true", "seeds=[1]", "methods=[grpo]", "folder=other"], "other", ["sums grpo 1"]),
+        (["tasks=[gcds]", "seeds=[3]"], "studies/tiny", ["gcds grpo 3", "gcds lambda=0.3 3"]),
+        (["smoke=false", "tasks=[sums]", "seeds=[0]"], "studies/tiny", ["sums grpo 0", "sums lambda=0.3 0"]),
+    ],
+)
+def test_sizes_and_choices(tmp_path: Path, overrides: list[str], folder: str, runs: list[str]) -> None:
+    study = read_study(write_study(tmp_path), overrides)
+    assert (study.folder, names(study)) == (tmp_path / folder, runs)
+    assert {run.config.steps for run in study.runs} == {2 if "smoke=true" in overrides else 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "said"),
+    [
+        ({"seed": [1]}, [], "seed: Key 'seed' not in 'StudyConfig'"),
+        ({"methods": {}}, [], "methods: expected at least one, found none"),
+        ({"seeds": []}, [], "seeds: expected at least one, found none"),
+        ({"seeds": [1, 2, 1]}, [], "seeds: expected each once, found 1 twice"),
+        ({"baseline": "ppo"}, [], "baseline: expected one of grpo, lambda=0.3, found 'ppo'"),
+        ({"models": ["ppo"]}, [], "models: expected one of grpo, lambda=0.3, found 'ppo'"),
+        ({"tasks": {"a/b": {}}}, [], "tasks: expected labels of letters, digits"),
+        ({"tasks": {"a": 3}}, [], "tasks.a: expected keys and values, found 3"),
+        ({"settings": {"seed": 3}}, [], "settings.seed: expected none, since the study sets it, found 3"),
+        ({"settings": {"optim": {"rate": 1}}}, [], "task sums, method grpo: optim.rate: Key 'rate' not in"),
+        ({"settings": {"eval": {"every": 0}}}, [], "task sums, method grpo: eval.every: expected 1 or more"),
+        ({"tasks": {"sums": {"task": {"held_out": 0}}}}, [], "task sums, method grpo: task.held_out: expected 1 or"),
+        ({"methods": {"grpo": {}, "b": {"eval": {"samples": 3}}}}, [],
+         "task sums, method b: eval.samples: expected 2 as for grpo, since their held-out results are compared, found"),
+        ({"base": "none.yaml"}, [], "configuration file: expected a YAML file, found nothing"),
+        ({"processes": 0}, [], "processes: expected 1 or more, found 0"),
+        ({}, ["tasks=[sums,products]"], "tasks: expected one of sums, gcds, found 'products'"),
+        ({}, ["small=2"], "small: expected true or false, found 2"),
+        ({}, ["small=true"], "small: expected keys and values in"),
+        ({}, ["small=true", "smoke=true"], "small: expected one size, found small and smoke"),
+        ({}, ["nonsense"], "override: expected key=value, found 'nonsense'"),
+    ],
+)  # fmt: skip
+def test_bad_studies(tmp_path: Path, changes: dict[str, Any], overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_study(write_study(tmp_path, **changes), overrides)
+    assert str(error.value).startswith(said)
+
+
+def test_a_label_twice(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    path.write_text(path.read_text().replace("lambda=0.3:", "grpo:"))
+    with pytest.raises(ConfigError, match="duplicate key grpo"):
+        read_study(path)
+
+
+@pytest.mark.parametrize("name", ["methods", "lambda", "choices"])
+def test_the_studies_that_come_along(name: str) -> None:
+    path = Path(__file__).parents[2] / "configs" / "studies" / f"{name}.yaml"
+    whole, small, smoke = (read_study(path, ["seeds=[0]", *size]) for size in ([], ["small=true"], ["smoke=true"]))
+    assert len(whole.runs) >= len(small.runs) >= 5
+    assert len(whole.runs) >= len(smoke.runs) >= 4
+    assert {run.config.steps for run in smoke.runs} <= {2, 3}
+
+
+# ---- running, by a trainer that only pretends -------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that children find in place of ours; the file of its calls is returned."""
+    (tmp_path / "stand-in" / "g2rl").mkdir(parents=True)
+    (tmp_path / "stand-in" / "g2rl" / "__main__.py").write_text(TRAINER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stand-in"))
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setattr("g2rl.study.runner._POLL_S", 0.02)
+    monkeypatch.setattr("g2rl.study.runner.cores", lambda: 6)
+    return tmp_path / "calls"
+
+
+def called(calls: Path) -> list[str]:
+    """What children were asked since the last time."""
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    calls.unlink(missing_ok=True)
+    return lines
+
+
+def test_finished_runs_are_kept_and_others_tried_again(
+    tmp_path: Path, pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = [str(write_study(tmp_path, tasks={"sums": {}}, models=["grpo"])), "processes=2"]
+    monkeypatch.setenv("FAILS", "sums/grpo/seed-1")
+    monkeypatch.setattr("g2rl.study.runs.drop_training_state", lambda folder: (folder / "trainer.pt").write_text("x"))
+    assert main(["compare", *study]) == 1
+    printed = capsys.readouterr().out
+    assert "failed with status 1: sums, grpo, seed 1" in printed
+    assert "  no memory left" in printed
+    assert sorted(called(pretended)) == [
+        f"sums/{method}/seed-{seed} begins 3" for method in ("grpo", "lambda=0.3") for seed in (0, 1)
+    ]
+    folder = tmp_path / "studies/tiny"
+    assert "- sums, grpo, seed 1: not begun, or failed without a checkpoint." in (folder / "report.md").read_text()
+    # The baseline's model is kept without what goes on training; of the others nothing is.
+    kept = [str(path.relative_to(folder / "runs/sums")) for path in sorted(folder.rglob("trainer.pt"))]
+    assert kept == ["grpo/seed-0/checkpoints/step-000002/trainer.pt"]
+    assert (folder / "runs/sums" / kept[0]).read_text() == "x"
+    done = json.loads((folder / "runs/sums/grpo/seed-0/done.json").read_text())
+    assert done["attempts"] == 1 and done["wall_s"] >= done["cpu_s"] > 0 and done["peak_bytes"] > 1e6
+
+    monkeypatch.delenv("FAILS")
+    assert main(["compare", *study]) == 0
+    assert called(pretended) == ["sums/grpo/seed-1 begins 3"]
+    assert main(["compare", *study, "seeds=[0,1,2]"]) == 0
+    assert sorted(called(pretended)) == ["sums/grpo/seed-2 begins 3", "sums/lambda=0.3/seed-2 begins 3"]
+    assert main(["compare", *study, "report=true"]) == 0
+    assert called(pretended) == []
+    assert main(["compare", *study, "settings.optim.lr=1e-4"]) == 2
+    assert "optim.lr: expected 2e-05, with which sums, grpo, seed 0 was begun in" in capsys.readouterr().err
+
+
+def test_a_stopped_study_goes_on(tmp_path: Path, pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM ends the children; a run that has a checkpoint is resumed, one without is begun again."""
+    path = write_study(tmp_path, tasks={"sums": {}}, seeds=[0])
+    monkeypatch.setenv("HANGS", "sums/grpo/seed-0")
+    folder = tmp_path / "studies/tiny/runs/sums/grpo/seed-0"
+    child_ends = time.monotonic() + 60
+
+    def stop_soon(self: Clock, run: Any) -> int:
+        if list(folder.glob("checkpoints/*/trainer.pt")) or time.monotonic() > child_ends:
+            signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Clock, "look", stop_soon)
+        assert main(["compare", str(path)]) == 128 + signal.SIGTERM
+    assert called(pretended) == ["sums/grpo/seed-0 begins 6"]
+    monkeypatch.delenv("HANGS")
+    (tmp_path / "studies/tiny/runs/sums/lambda=0.3/seed-0").mkdir(parents=True)
+    assert main(["compare", str(path)]) == 0
+    assert called(pretended) == ["sums/grpo/seed-0 resumes 6", "sums/lambda=0.3/seed-0 begins 6"]
+    assert json.loads((folder / "done.json").read_text())["attempts"] == 2
+
+
+def test_one_study_at_a_time(
+    tmp_path: Path, pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    monkeypatch.setattr("g2rl.study.runner._LOCK_S", 0.1)
+    (tmp_path / "studies/tiny").mkdir(parents=True)
+    with _locked(tmp_path / "studies/tiny"):
+        assert main(["compare", str(path)]) == 2
+    assert "folder: expected one that no other study works on" in capsys.readouterr().err
+    assert called(pretended) == []
+    assert main(["compare", str(path), "report=true"]) == 2
+    assert "report: expected a finished run in" in capsys.readouterr().err
+
+
+def test_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method's own pace where it is known, the mean pace where it is not, shared by the processes."""
+    study = read_study(write_study(tmp_path, tasks={"sums": {}}), ["processes=2"])
+    grpo, other = study.runs[0], study.runs[1]
+    write_finished(grpo, [1, 1], [0.1, 0.2, 0.3])  # 60 s for 4 steps
+    clock = Clock(study)
+    assert clock.seconds_left() is None
+    clock.ended(grpo)
+    assert clock.seconds_left() == pytest.approx((4 + 4 + 4) * 15 / 2)
+    now = [100.0]
+    monkeypatch.setattr("g2rl.study.progress.time.monotonic", lambda: now[0])
+    clock.begun(other)
+    other.folder.mkdir(parents=True)
+    (other.folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    now[0] = 110.0
+    assert clock.look(other) == 2
+    assert clock.seconds_left() == pytest.approx((2 * 5 + 4 * 15 + 4 * 5) / 2)
+
+
+def test_bars_on_a_terminal(tmp_path: Path) -> None:
+    study = read_study(write_study(tmp_path, tasks={"sums": {}}))
+    run, second = study.runs[:2]
+    write_finished(run, [1, 1], [0.1, 0.2, 0.3])
+    shown = io.StringIO()
+    with StudyProgress(study, Console(file=shown, force_terminal=True, width=100, _environ={})) as progress:
+        progress.kept(run)
+        progress.begun(second, resumes=True)
+        write_finished(second, [1, 1], [0.1, 0.2, 0.3])
+        progress.update([second])
+        progress.finished(second, Usage(75.0, 1.0, 1))
+    text = shown.getvalue()
+    assert "goes on: sums, lambda=0.3, seed 0" in text
+    assert "2/4 runs, " in text
+    assert "finished: sums, lambda=0.3, seed 0, in 1:15; 2 of 4 runs, 2:00 left" in text
+
+
+# ---- results ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Study:
+    """Two problems, two responses each. grpo: 1/2 and 0 of them right; lambda=0.3: 1 and 1/2, or 1/2 and 1/2."""
+    study = read_study(write_study(tmp_path, tasks={"sums": {}}))
+    for run in study.runs:
+        if run.method == "grpo":
+            write_finished(run, [1, 0], [0.0, 0.1, 0.25], entropy=1.0 + run.seed)
+        else:
+            write_finished(run, [2, 1] if run.seed == 0 else [1, 1], [0.0, 0.5, 0.75 - run.seed / 4])
+    return study
+
+
+def test_numbers_by_hand(written: Study) -> None:
+    results = Results(written)
+    assert results.metrics("sums") == ["pass@1", "pass@2", "maj@2"]
+    score = results.score("sums", "grpo", "pass@1")
+    assert score is not None
+    assert (score.value, score.low, score.high) == (0.25, 0.0, 0.5)  # seeds are alike, problems 1/2 and 0
+    assert results.scores("sums", "lambda=0.3", "pass@2").tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    compared = results.compared("sums", "lambda=0.3", "pass@1")
+    assert compared is not None
+    assert compared.estimate.value == pytest.approx((0.5 + 0.5 + 0.0 + 0.5) / 4)
+    assert (compared.test.p, compared.test.smallest, compared.seeds) == (0.5, 0.5, (0, 1))
+    assert results.compared_everywhere("lambda=0.3", "pass@1").test.p == 0.5  # type: ignore[union-attr]
+    # From 0 to the better method's mean end of 0.625.
+    assert results.half_way("sums") == pytest.approx(0.3125)
+    assert results.steps_to_half_way("sums", "grpo") == [None, None]
+    assert results.steps_to_half_way("sums", "lambda=0.3") == pytest.approx([1.25, 1.25])
+    numbers = results.of("sums", "grpo")[1].numbers
+    assert numbers["pass@1 over training"] == pytest.approx((0.1 + 0.35) / 4)
+    assert (numbers["train/entropy"], numbers["geometry/mean_cosine"], numbers["cpu_s"]) == (2.0, None, 90.0)
+
+
+def test_the_report(written: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compare", "study.yaml", "report=true"]
+    assert main(arguments) == 0
+    folder = written.folder
+    assert f"g2rl: the report is in {folder / 'report.md'}\n" in capsys.readouterr().out
+    text = (folder / "report.md").read_text()
+    assert text.startswith("# Study `tiny`\n\n4 of 4 runs are finished; they took 4:00 of time, 6:00 of CPU time.")
+    assert "| grpo | 25.0 [0.0, 50.0] |  |" in text
+    assert "p = 0.5 |" in text
+    assert "With 2 seeds no p below 0.5 can come out" in text
+    assert (
+        "| grpo | not reached (0 of 2 seeds) | 11.2 | 6.0 | 5.0 | 1.50 (1.00 to 2.00) | - | - | 1.5 | 1.0 | 2.00 |"
+        in text
+    )
+    assert "g2rl compare study.yaml\n" in text
+    assert "What is missing" not in text and str(tmp_path) not in text
+    for image in ("overview", "differences-pass1", "differences-pass2", "sums"):
+        assert f"({image}.png)" in text and (folder / f"{image}.png").stat().st_size > 2000
+    content = json.loads((folder / "results.json").read_text())
+    assert content["tasks"]["sums"]["methods"]["lambda=0.3"]["differences"]["pass@1"]["value"] == 0.375
+    rows = (folder / "results.csv").read_text().splitlines()
+    assert rows[0].startswith("task,method,seed,step,pass@1,maj@1,pass@2,maj@2,pass@1 over training,")
+    assert rows[1].startswith("sums,grpo,0,4,0.25,0.25,0.5,0.25,")
+    assert (folder / "curves.csv").read_text().splitlines()[:3] == [
+        "task,method,seed,step,pass@1", "sums,grpo,0,0,0", "sums,grpo,0,2,0.1",
+    ]  # fmt: skip
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert main(arguments) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    (written.runs[3].folder / "done.json").unlink()
+    assert main(arguments) == 0
+    assert "- sums, lambda=0.3, seed 1: not begun" in (folder / "report.md").read_text()
+
+
+def test_other_problems_are_not_compared(written: Study) -> None:
+    path = written.runs[1].folder / "evaluations.jsonl"
+    path.write_text(path.read_text().replace('"problem": "1"', '"problem": "2"'))
+    with pytest.raises(
+        ValueError, match=r"sums, lambda=0\.3, seed 0: expected the held-out problems of sums, grpo, se"
+    ):
+        Results(written)
+
+
+# ---- the real thing ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_study_ends_with_the_same_table(tiny_model: Path, tmp_path: Path) -> None:
+    """SIGKILL while the second of two runs trains: the first is kept, the second goes on, the table is the same."""
+    base = {
+        "model": {"path": str(tiny_model), "autocast": "none"},
+        "rollout": {"prompts": 2, "group_size": 4, "max_new_tokens": 6, "dtype": "float32"},
+        "task": {"options": {"digits": [1, 1]}, "held_out": 6},
+        "steps": 40,
+        "checkpoint": {"every": 2},
+        "optim": {"lr": 5e-3},
+    }
+    path = write_study(tmp_path, base, tasks={"sums": {}}, seeds=[0])
+    command = [sys.executable, "-m", "g2rl", "compare", str(path), "processes=1"]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "studies/tiny/runs/sums"
+    log = folder / "lambda=0.3/seed-0/metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (log.exists() and log.read_text().count("\n") > 4):
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    finished = folder / "grpo/seed-0/done.json"
+    before = (finished.read_bytes(), finished.stat().st_mtime_ns)
+    assert not (folder / "lambda=0.3/seed-0/done.json").exists()
+
+    assert main(["compare", str(path)]) == 0
+    assert (finished.read_bytes(), finished.stat().st_mtime_ns) == before
+    assert json.loads((folder / "lambda=0.3/seed-0/done.json").read_text())["attempts"] == 2
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == 40
+
+    whole = read_study(path, ["folder=whole"])
+    for run in whole.runs:
+        begin(run)
+        Trainer(run.config).run()
+        record_end(run, Usage(1.0, 1.0, 1))
+        finish(run, keep_model=False)
+    assert main(["compare", str(path), "folder=whole", "report=true"]) == 0
+    tables = [
+        json.loads((at / "results.json").read_text())["tasks"] for at in (tmp_path / "studies/tiny", whole.folder)
+    ]
+    for table in tables:
+        for method in table["sums"]["methods"].values():
+            del method["interrupted"]
+            for key in ("cpu_s", "wall_s", "peak_bytes"):
+                del method["numbers"][key]
+    assert tables[0] == tables[1]
+    assert os.listdir(folder / "grpo/seed-0").count("checkpoints") == 0
