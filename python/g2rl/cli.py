@@ -29,7 +29,7 @@ _SUITE_FLAGS: tuple[tuple[str, type, str], ...] = (
 """Fields of `g2rl.evaluation.suite.SuiteConfig` that ``g2rl eval --suite`` takes, with type and meaning."""
 
 _GEOMETRY_FLAGS: tuple[tuple[str, type, str], ...] = (
-    ("problems", int, "held-out problems of the task; 64"),
+    ("problems", int, "held-out problems of the task; 64, or all of fewer"),
     ("samples", int, "responses to each; 16"),
     ("seed", int, "of the draws, the same for every model; 0"),
     ("encoder", str, "sentence encoder: minilm, a sentence-transformers model, or none"),

@@ -40,12 +40,15 @@ def subject_of(path: Path) -> Subject:
 
 class TestStatistics:
     def test_ratio_and_difference(self) -> None:
-        totals, counts = np.array([1.0, 4.0, 0.0]), np.array([2.0, 3.0, 0.0])
+        totals, counts = np.array([[1.0, 4.0, 0.0]]), np.array([[2.0, 3.0, 0.0]])
         found = ratio(totals, counts)
         assert found is not None and found.value == 1.0  # 5 of 5; a problem without pairs has no part in it
         # Two problems with values 1/2 and 4/3: resamples lie between, and reach both.
         assert (found.low, found.high) == (0.5, pytest.approx(4 / 3))
-        assert ratio(np.zeros(2), np.zeros(2)) is None
+        assert ratio(np.zeros((1, 2)), np.zeros((1, 2))) is None
+        # Two seeds on one problem, 1/4 and 3/4: seeds are drawn again, too.
+        seeds = ratio(np.array([[1.0], [3.0]]), np.array([[4.0], [4.0]]))
+        assert seeds is not None and (seeds.value, seeds.low, seeds.high) == (0.5, 0.25, 0.75)
         # The same problems are drawn for both: a constant difference has no width.
         shifted = difference((totals + 2 * counts, counts), (totals, counts))
         assert shifted is not None and (shifted.value, shifted.low, shifted.high) == pytest.approx((2.0, 2.0, 2.0))
@@ -267,7 +270,8 @@ class TestAgreement:
 
 
 ARGUMENTS = [
-    "--problems", "3", "--samples", "4", "--max-tokens", "6", "--encoder", "none", "task.system_prompt=", "backend=torch",
+    "--problems", "3", "--samples", "4", "--max-tokens", "6", "--encoder", "none",
+    "task.system_prompt=",
 ]  # fmt: skip
 
 
@@ -308,7 +312,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (["--problems", "65"], "problems: expected at most the 64 that arithmetic holds out"),
+            (["--problems", "65"], "problems: expected 1 to the 64 that arithmetic holds out"),
             (["--samples", "1"], "samples: expected 2 or more, found 1"),
             (["no/such/folder"], "model.path: expected a causal language model"),
         ],

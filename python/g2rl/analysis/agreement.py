@@ -104,8 +104,8 @@ def coarse(products: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def pair_table(groups: Sequence[GradientGroup]) -> Table:
     """A row for each pair i < j: `problem`, `i`, `j`, predictors, `gradient PART`, and inner products.
 
-    ``product mean`` and ``product sum`` are <g_i, g_j>, and the same of Phi under ``phi product mean`` and ``phi product
-    sum``, with log p and Phi averaged over a response's tokens or summed.
+    ``product mean`` and ``product sum`` are <g_i, g_j>, ``phi product mean`` and ``phi product sum`` the same of Phi,
+    with log p and Phi averaged over a response's tokens or summed.
     """
     rows: list[dict[str, Any]] = []
     for problem, item in enumerate(groups):
@@ -178,7 +178,8 @@ def agreement(pairs: Table, responses: Table) -> dict[str, Any]:
     """Every correlation of a study of gradients, as estimates by name; None where there is no spread.
 
     `predictors`: of each predictor's similarity with the whole gradient's cosine, in all `WAYS`. `parts`: of cos(Phi)
-    with the cosine of each part's gradient. `products`: inner products in place of cosines. `scores`: exploration scores by each against those by gradients.
+    with the cosine of each part's gradient. `products`: inner products in place of cosines. `scores`: exploration
+    scores by each against those by gradients.
     """
     problems, target = pairs["problem"], pairs[f"gradient {ALL}"]
     known = [name for name in PREDICTORS if name in pairs]

@@ -14,19 +14,21 @@ from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from g2rl.analysis.agreement import GradientGroup, gradient_groups
+from g2rl.analysis.bands import Measured, Model, bands_of
 from g2rl.analysis.held import Held
 from g2rl.analysis.measures import Pairs, measure_pairs
-from g2rl.analysis.report import write_study
+from g2rl.analysis.report import write_results
 from g2rl.analysis.responses import Subject, held_out, sample_groups
-from g2rl.analysis.study import Model, Study, bands_of
 from g2rl.config import Config, ConfigError
 from g2rl.encoder import SentenceEncoder
 from g2rl.evaluation.command import digest, labels, model_config
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task
 from g2rl.types import Problem
+from g2rl_kernels import use_backend
 
 NO_ENCODER = "none"
+PROBLEMS = 64
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Request:
     """What ``g2rl geometry`` was asked for.
 
     Attributes:
-        problems: the first so many that the task holds out.
+        problems: the first so many that the task holds out; None takes `PROBLEMS`, or all if those are fewer.
         samples: responses to each.
         seed: of the draws, the same for every model.
         encoder: see `g2rl.encoder.SentenceEncoder`; `none` leaves the texts' meaning out.
@@ -42,7 +44,7 @@ class Request:
         out: folder of the results.
     """
 
-    problems: int = 64
+    problems: int | None = None
     samples: int = 16
     seed: int = 0
     encoder: str = "minilm"
@@ -63,27 +65,30 @@ def geometry(checkpoints: Sequence[str], request: Request, overrides: Sequence[s
     _check(request)
     configs = common_configs([model_config(checkpoint, overrides) for checkpoint in checkpoints], overrides)
     names = labels([config.model.path for config in configs])
+    if configs[0].backend != "auto":
+        use_backend(configs[0].backend)
     encoder = None
     if request.encoder != NO_ENCODER:
         encoder = SentenceEncoder(request.encoder, torch.device("cpu"), "encoder")
     with make_task(configs[0].task, configs[0].seed) as task:
-        problems = held_out(task, request.problems)
+        problems = held_out(task, request.problems or min(PROBLEMS, len(task.held_out())))
         models = []
         for name, config in zip(names, configs, strict=True):
             models.append(_measured(name, config, task, problems, encoder, request))
             gc.collect()
             torch.cuda.empty_cache()
-    settings = {"problems": request.problems, **_settings(configs[0], request)}
-    study = Study(models, bands_of(models), [problem.id for problem in problems], settings)
-    for table in write_study(request.out, study):
+    settings = {"problems": len(problems), **_settings(configs[0], request)}
+    measured = Measured(bands_of(models), [problem.id for problem in problems], settings)
+    for table in write_results(request.out, measured):
         get_console().print(table)
     print(f"g2rl: report.md with plots, geometry.json and the numbers as CSV are in {request.out}")
 
 
 def _check(request: Request) -> None:
     for name, least in (("problems", 1), ("samples", 2)):
-        if getattr(request, name) < least:
-            raise ConfigError(f"{name}: expected {least} or more, found {getattr(request, name)}")
+        value = getattr(request, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name}: expected {least} or more, found {value}")
 
 
 def common_configs(configs: Sequence[Config], overrides: Sequence[str]) -> list[Config]:
@@ -101,14 +106,16 @@ def common_configs(configs: Sequence[Config], overrides: Sequence[str]) -> list[
                 f"{leading.model.path} and {config.task.name} with {config.task.options} in {config.model.path}; "
                 "task.name=... and task.options=... choose one for all"
             )
-    shared = {"task": leading.task, "rollout": leading.rollout, "rewards": leading.rewards, "seed": leading.seed}
+    keys = ("task", "rollout", "rewards", "seed", "backend")
+    shared = {key: getattr(leading, key) for key in keys}
     return [replace(config, **shared) for config in configs]
 
 
 def _run_dir(config: Config) -> Path | None:
     """The folder of the run that a model is a checkpoint of."""
-    folder = Path(config.model.path).resolve().parent.parent
-    return folder if (folder / "config.yaml").is_file() else None
+    checkpoint = Path(config.model.path)
+    folder = checkpoint.resolve().parent.parent
+    return folder if checkpoint.is_dir() and (folder / "config.yaml").is_file() else None
 
 
 def _measured(

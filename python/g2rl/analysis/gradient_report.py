@@ -22,9 +22,9 @@ from g2rl.analysis.agreement import (
     response_table,
     slope,
 )
+from g2rl.analysis.bands import Model
 from g2rl.analysis.gradients import ALL
 from g2rl.analysis.plots import plot_layers, plot_pairs, plot_predictors
-from g2rl.analysis.study import Model
 from g2rl.evaluation.scores import Estimate
 from g2rl.plots import STYLE
 from g2rl.report import markdown_table
@@ -109,7 +109,7 @@ def gradient_section(found: GradientStudy) -> str:
     shares, parts = record["norm shares"], record["parts"]
     names = [ALL, "embedding and head", "head", "embedding", "all layers", "all attention", "all mlp", "other"]
     rows = [
-        (part, f"{100 * shares[part]:.1f} %", *(cell(e) for e in parts[part].values()))
+        (part, f"{100 * shares[part]:.1f} %", *(cell(one) for one in parts[part].values()))
         for part in names
         if part in parts
     ]
@@ -120,15 +120,16 @@ def gradient_section(found: GradientStudy) -> str:
     return "\n\n".join(
         [
             f"## True gradients: {found.label}",
-            f"**Inside problems, the cosine of Φ correlates with the cosine of the whole model's gradients by "
-            f"{cell(record['predictors']['phi'][MAIN])}** ({record['pairs']} pairs of {record['responses']} responses to "
-            f"{record['problems']} problems).",
+            "**Inside problems, the cosine of Φ correlates with the cosine of the whole model's gradients by "
+            f"{cell(record['predictors']['phi'][MAIN])}** ({record['pairs']} pairs of {record['responses']} responses "
+            f"to {record['problems']} problems).",
             markdown_table(_HEADER, _predictor_rows(record)),
-            "Within: every problem apart, which is all that G2RL compares; pooled: all pairs alike. The last column: do "
-            "exploration scores (eq. 11) rank a problem's responses as scores from gradients do?",
-            f"All pairs: cos g = {line['intercept']:.3f} + {line['slope']:.2f} cos Φ; mean cosine {line['mean phi']:.3f} "
-            f"of Φ and {line['mean gradient']:.3f} of gradients; negative {100 * line['negative phi']:.1f} % and "
-            f"{100 * line['negative gradient']:.1f} %; the same sign in {100 * line['same sign']:.1f} %.",
+            "Within: every problem apart, which is all that G2RL compares; pooled: all pairs alike. The last column: "
+            "do exploration scores (eq. 11) rank a problem's responses as scores from gradients do?",
+            f"All pairs: cos g = {line['intercept']:.3f} + {line['slope']:.2f} cos Φ; mean cosine "
+            f"{line['mean phi']:.3f} of Φ and {line['mean gradient']:.3f} of gradients; negative "
+            f"{100 * line['negative phi']:.1f} % and {100 * line['negative gradient']:.1f} %; the same sign in "
+            f"{100 * line['same sign']:.1f} %.",
             markdown_table(("part of the model", "of |g|²", "pearson within", "spearman within"), rows),
             "Inner products in place of cosines, log p and Φ of a response:",
             markdown_table(("", *WAYS), products),

@@ -5,8 +5,8 @@ of GRPO, whose advantage and whose division by tokens are factors. The gradients
 together; of G problems only products <g_i, g_j> remain, part of the model by part.
 
 Eq. 28 of the paper says that every layer's gradient is a linear image of Phi. Token by token it is: with J_t the
-derivative of a weight's output to the head's input, g = sum_t J_t^T phi_t. But J_t is another one for each token and each
-response, so that cos(Phi) says what cos(g) is only as far as all J_t are alike.
+derivative of the head's input to a layer's weights, g = sum_t J_t^T phi_t / T. But J_t is another one for each token
+and each response, so that cos(Phi) says what cos(g) is only as far as all J_t are alike (MATH.md, section 11).
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from g2rl.analysis.agreement import MAIN, Table
+from g2rl.analysis.bands import BINS, Band
 from g2rl.analysis.gradients import ALL
 from g2rl.analysis.measures import KINDS, LENGTHS
 from g2rl.analysis.representations import BASELINES
-from g2rl.analysis.study import BINS, Band, distribution
 from g2rl.evaluation.scores import Estimate
 from g2rl.plots import BLUE, CYCLE, GREEN, ORANGE, RED
 
@@ -28,7 +28,7 @@ def plot_cosines(bands: Sequence[Band], means: Mapping[str, Estimate | None]) ->
     axes = figure.subplots()
     axes.axvline(0, color="black", linewidth=0.8)
     for k, band in enumerate(bands):
-        counts = distribution(band)
+        counts = band.distribution()
         mean = means[band.label]
         label = f"{band.label}, mean {mean.value:.3f}" if mean else f"{band.label}, no pair"
         style = {"color": CYCLE[k % len(CYCLE)], "linestyle": _LINES[k % len(_LINES)]}

@@ -142,11 +142,11 @@ def held_out(task: Task, count: int) -> list[Problem]:
     """The first so many problems that a task holds out.
 
     Raises:
-        ConfigError: it has fewer.
+        ConfigError: it has fewer, or none.
     """
     problems = task.held_out()
-    if count > len(problems):
+    if not 0 < count <= len(problems):
         raise ConfigError(
-            f"problems: expected at most the {len(problems)} that {task.name} holds out (task.held_out), found {count}"
+            f"problems: expected 1 to the {len(problems)} that {task.name} holds out (task.held_out), found {count}"
         )
     return problems[:count]

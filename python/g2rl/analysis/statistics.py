@@ -1,11 +1,13 @@
-"""Ratios and correlations with 95 % intervals: the percentile bootstrap over problems.
+"""Ratios and correlations with 95 % intervals: the percentile bootstrap over problems, and over seeds.
 
 Pairs of one problem's responses share responses, and are no independent observations. So whole problems are drawn
-again, with all their pairs. Every function draws the same resamples for the same number of problems, which pairs the
-numbers of several models on the same problems.
+again, with all their pairs; and of models that differ in their seed, models. Every call draws the same for the same
+numbers of both, which pairs the numbers of several models on the same problems.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,14 +15,17 @@ from g2rl.evaluation.scores import Estimate
 
 DRAWS = 2000
 
+Sums = tuple[np.ndarray, np.ndarray]
+"""Totals and counts [S, P] of S seeds and P problems."""
 
-def resamples(problems: int) -> np.ndarray:
-    """How often each problem is in a resample, [DRAWS, problems]."""
-    return np.random.default_rng(0).multinomial(problems, np.full(problems, 1 / problems), DRAWS)
+
+def resamples(count: int, stream: int = 0) -> np.ndarray:
+    """How often each of `count` is in a resample, [DRAWS, count]."""
+    return np.random.default_rng([stream, count]).multinomial(count, np.full(count, 1 / count), DRAWS)
 
 
 def ratio(totals: np.ndarray, counts: np.ndarray) -> Estimate | None:
-    """Sum of totals [P] over sum of counts [P], P problems; None where nothing was counted.
+    """Sum of totals [S, P] over sum of counts [S, P]; None where nothing was counted.
 
     The mean over pairs of all problems, where a problem may have none of a kind.
     """
@@ -29,8 +34,8 @@ def ratio(totals: np.ndarray, counts: np.ndarray) -> Estimate | None:
     return _estimate(totals.sum() / counts.sum(), _ratios(totals, counts))
 
 
-def difference(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> Estimate | None:
-    """`ratio` of a minus that of b, (totals, counts) of the same problems."""
+def difference(a: Sums, b: Sums) -> Estimate | None:
+    """`ratio` of a minus that of b, on the same problems; with as many seeds, those are taken for the same as well."""
     if not a[1].sum() or not b[1].sum():
         return None
     value = a[0].sum() / a[1].sum() - b[0].sum() / b[1].sum()
@@ -38,9 +43,11 @@ def difference(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray
 
 
 def _ratios(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    drawn = resamples(len(totals))
+    seeds, problems = totals.shape
+    of_seeds, of_problems = resamples(seeds, stream=1), resamples(problems)
     with np.errstate(invalid="ignore"):
-        return (drawn @ totals) / (drawn @ counts)
+        sums = [((of_seeds @ values) * of_problems).sum(1) for values in (totals, counts)]
+        return sums[0] / sums[1]
 
 
 def _estimate(value: float, draws: np.ndarray) -> Estimate:
@@ -73,7 +80,7 @@ def correlation(
     return _estimate(value, _pearson(resamples(len(members)) @ sums))
 
 
-def _by_part(values: np.ndarray, parts: list[np.ndarray], change) -> np.ndarray:
+def _by_part(values: np.ndarray, parts: list[np.ndarray], change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     changed = np.empty(len(values))
     for part in parts:
         changed[part] = change(values[part].astype(np.float64))
