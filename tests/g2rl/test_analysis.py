@@ -269,17 +269,14 @@ class TestAgreement:
         assert found["scores"]["phi"].value == pytest.approx(1.0)
 
 
-ARGUMENTS = [
-    "--problems", "3", "--samples", "4", "--max-tokens", "6", "--encoder", "none",
-    "task.system_prompt=",
-]  # fmt: skip
+ARGUMENTS = ["task.system_prompt=", *"--problems 3 --samples 4 --max-tokens 6 --encoder none --gradients".split()]
 
 
 class TestCommand:
     def test_two_models_side_by_side(self, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture) -> None:
         other = build_model(tmp_path / "other", seed=1)
         out = tmp_path / "out"
-        assert main(["geometry", str(tiny_model), str(other), "--out", str(out), "--gradients", *ARGUMENTS]) == 0
+        assert main(["geometry", str(tiny_model), str(other), *ARGUMENTS, "--out", str(out)]) == 0
         assert "mean cosine of Φ" in capsys.readouterr().out
         record = json.loads((out / "geometry.json").read_text())
         labels = [band["label"] for band in record["bands"]]
@@ -302,7 +299,7 @@ class TestCommand:
     def test_what_was_found_is_read_again(
         self, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        command = ["geometry", str(tiny_model), "--out", str(tmp_path), "--gradients", *ARGUMENTS]
+        command = ["geometry", str(tiny_model), *ARGUMENTS, "--out", str(tmp_path)]
         assert main(command) == 0
         before = (tmp_path / "geometry.json").read_text()
         monkeypatch.setattr("g2rl.analysis.agreement.gradient_products", None)  # would fail if it were called

@@ -58,16 +58,18 @@ def gradient_products(subject: Subject, episodes: Sequence[Episode]) -> dict[str
         episodes: of one problem, none of them empty.
     """
     parts = model_parts(subject.model)
-    weights = dict(subject.model.named_parameters())
-    held = {name: weights[name].new_empty(len(episodes), weights[name].numel()) for name in parts}
+    named = dict(subject.model.named_parameters())
+    weights = [named[name] for name in parts]
+    # One block: memory that many tensors take piece by piece may not go back to the system.
+    held = weights[0].new_empty(len(episodes), sum(weight.numel() for weight in weights))
     for i, episode in enumerate(episodes):
-        loss = response_logp(subject, episode)
-        found = torch.autograd.grad(loss, [weights[name] for name in parts], allow_unused=True)
-        for name, gradient in zip(parts, found, strict=True):
-            held[name][i] = 0 if gradient is None else gradient.flatten()
+        found = torch.autograd.grad(response_logp(subject, episode), weights, materialize_grads=True)
+        torch.cat([gradient.flatten() for gradient in found], out=held[i])
     products: dict[str, Tensor] = {}
-    for name, part in parts.items():
-        product = gram(held.pop(name))
+    start = 0
+    for weight, part in zip(weights, parts.values(), strict=True):
+        product = gram(held[:, start : start + weight.numel()])
+        start += weight.numel()
         for key in (ALL, part):
             products[key] = products[key] + product if key in products else product
     return products
