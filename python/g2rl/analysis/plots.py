@@ -31,8 +31,8 @@ def plot_cosines(bands: Sequence[Band], means: Mapping[str, Estimate | None]) ->
         counts = band.distribution()
         mean = means[band.label]
         label = f"{band.label}, mean {mean.value:.3f}" if mean else f"{band.label}, no pair"
-        style = {"color": CYCLE[k % len(CYCLE)], "linestyle": _LINES[k % len(_LINES)]}
-        axes.stairs(counts / max(1, counts.sum()), BINS, label=label, linewidth=2, **style)
+        color, line = CYCLE[k % len(CYCLE)], _LINES[k % len(_LINES)]
+        axes.stairs(counts / max(1, counts.sum()), BINS, label=label, linewidth=2, color=color, linestyle=line)
     axes.set(xlabel="cosine of two different responses' Φ", ylabel="share of pairs", xlim=(-1, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(loc="best")

@@ -107,8 +107,9 @@ def sample_groups(
         asked = problems[start : start + step]
         seeds = response_seeds(seed, m * len(asked), m * start)
         keys = [[problem.id, seeds[m * i : m * (i + 1)]] for i, problem in enumerate(asked)]
-        found = [held.read(start + i, key) for i, key in enumerate(keys)]
-        if None in found:
+        kept = [held.read(start + i, key) for i, key in enumerate(keys)]
+        found = [record for record in kept if record is not None]
+        if len(found) < len(asked):
             drawn = sampler.sample(asked, m, config.rollout.temperature, config.rollout.top_p, seeds)
             found = [_record(task, config, drawn[m * i : m * (i + 1)]) for i in range(len(asked))]
             for i, key in enumerate(keys):
