@@ -1,4 +1,4 @@
-"""Write the tables of README.md and results/README.md between their markers, from the files in results/ and studies/.
+"""Write the tables of README.md and other pages between their markers, from the files in results/ and studies/.
 
 python -m benchmarks.readme            write them
 python -m benchmarks.readme --check    exit with 1 where they differ from what the files say
@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.candidates.lineup import BASELINE
 from benchmarks.cases.registry import GROUP_KIND, OPS
@@ -20,9 +21,8 @@ from benchmarks.reporting.tables import ERRORS, digits, milliseconds
 from g2rl.study.tables import headline
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 STUDY = "studies/methods"
-STUDY_BEGIN, STUDY_END = "<!-- study -->", "<!-- /study -->"
+GRADIENTS = ROOT / "studies" / "gradients"
 # The README's rows: hard inputs, enough tokens for a step, and the ops that a step calls.
 _SUMMARY_OPS = ("token_logprobs", "sequence_features", "logprobs_backward", "g2rl_advantages")
 _SUMMARY_KINDS = ("peaked", GROUP_KIND)
@@ -246,12 +246,62 @@ def _plot(report: Report, prefix: str) -> str:
     return f"![{report.name}]({prefix}{report.name}.png)" if (FOLDER / f"{report.name}.png").is_file() else ""
 
 
-def replaced(text: str, block: str, name: str, begin: str = BEGIN, end: str = END) -> str:
+def gradients(table: bool) -> str:
+    """What the cosine of Phi says of true gradients, from the folders of studies/gradients; as sentences or a table."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(GRADIENTS.glob("*/geometry.json"))}
+    studies = {f"{name}, {model}": of for name, record in found.items() for model, of in record["gradients"].items()}
+    if not studies:
+        return "Nothing has been measured yet."
+    if table:
+        names = list(next(iter(studies.values()))["predictors"])
+        lines = [["cosine by", *studies], ["---", *["---:"] * len(studies)]]
+        lines += [
+            [name.replace("phi", "Φ"), *(_inside(of["predictors"][name]) for of in studies.values())] for name in names
+        ]
+        lines += [
+            [f"Φ, gradient of {part} alone", *(_inside(of["parts"].get(part)) for of in studies.values())]
+            for part in _parts_shown(studies.values())
+        ]
+        lines.append(["pairs", *(str(of["pairs"]) for of in studies.values())])
+        return _markdown(lines)
+    return " ".join(_gradient_sentence(name, of) for name, of in studies.items())
+
+
+def _parts_shown(studies: Iterable[dict[str, Any]]) -> list[str]:
+    """The first, the middle and the last layer, all of them, and the embedding."""
+    parts = next(iter(studies))["parts"]
+    layers = [part for part in parts if part.startswith("layer ")]
+    middle = [layers[k] for k in sorted({0, len(layers) // 2, len(layers) - 1})]
+    return [*middle, *(part for part in ("all layers", "embedding and head", "head") if part in parts)]
+
+
+def _inside(ways: dict[str, Any] | None) -> str:
+    """Pearson's correlation inside problems with its interval."""
+    found = ways and ways["pearson within"]
+    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if found else ""
+
+
+def _gradient_sentence(name: str, of: dict[str, Any]) -> str:
+    others = ("mean hidden", "bag of tokens", "semantic", "length")
+    known = {key: of["predictors"][key] for key in others if of["predictors"].get(key, {}).get("pearson within")}
+    best = max(known, key=lambda key: known[key]["pearson within"]["value"])
+    last = [part for part in of["parts"] if part.startswith("layer ")][-1]
+    return (
+        f"Does the cosine of Φ say what full gradients do ({name}; {of['pairs']} pairs)? Inside problems it "
+        f"correlates with the cosine of gradients through all weights by {_inside(of['predictors']['phi'])}, with "
+        f"that of the last layer by {_inside(of['parts'][last])}, of the first by {_inside(of['parts']['layer 0'])}; "
+        f"the best of what needs no gradient, {best}, by {_inside(known[best])} "
+        "([study](studies/gradients/README.md))."
+    )
+
+
+def replaced(text: str, block: str, name: str, tag: str = "benchmarks") -> str:
     """`text` with `block` between its markers.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
+    begin, end = f"<!-- {tag} -->", f"<!-- /{tag} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{name}: expected {begin} and then {end}, once each")
     before, _, rest = text.partition(begin)
@@ -264,12 +314,19 @@ def main() -> int:
     check = parser.parse_args().check
     reports = load()
     stale = []
-    for path, block in ((ROOT / "README.md", summary(reports)), (FOLDER / "README.md", details(reports))):
-        text = path.read_text()
+    pages = (
+        (
+            ROOT / "README.md",
+            {"benchmarks": summary(reports), "study": study(STUDY), "gradients": gradients(table=False)},
+        ),
+        (FOLDER / "README.md", {"benchmarks": details(reports)}),
+        (GRADIENTS / "README.md", {"gradients": gradients(table=True)}),
+    )
+    for path, blocks in pages:
+        text = wanted = path.read_text()
         try:
-            wanted = replaced(text, block, str(path.relative_to(ROOT)))
-            if path.parent == ROOT:
-                wanted = replaced(wanted, study(STUDY), path.name, STUDY_BEGIN, STUDY_END)
+            for tag, block in blocks.items():
+                wanted = replaced(wanted, block, str(path.relative_to(ROOT)), tag)
         except ValueError as error:
             sys.exit(str(error))
         if wanted != text:

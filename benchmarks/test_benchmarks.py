@@ -143,9 +143,9 @@ def test_rollouts(benchmark, tmp_path: Path) -> None:
 
 
 def test_readme_block_is_replaced(benchmark) -> None:
-    text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    text = "before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n"
     replaced = benchmark.pedantic(readme.replaced, (text, "new", "README.md"), rounds=1)
-    assert replaced == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter\n"
+    assert replaced == "before\n<!-- benchmarks -->\nnew\n<!-- /benchmarks -->\nafter\n"
     assert readme.replaced(replaced, "new", "README.md") == replaced
     with pytest.raises(ValueError, match="README.md: expected"):
         readme.replaced("no markers", "new", "README.md")

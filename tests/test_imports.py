@@ -38,7 +38,7 @@ LAYERS = {
         ("rewards", "rollout", "objective", "geometry", "policy", "forecast"),
         ("evaluate", "report", "methods", "collect"),
         ("update", "ahead", "evaluation", "comparison", "card"),
-        ("trainer", "integrations", "push", "study"),
+        ("trainer", "integrations", "push", "study", "analysis"),
         ("dry_run",),
         ("cli",),
         ("__main__",),

@@ -1,4 +1,4 @@
-"""Command line: ``g2rl train``, ``g2rl eval``, ``g2rl export``, ``g2rl report``, ``g2rl compare``, ``g2rl push``."""
+"""Command line: ``g2rl train``, ``eval``, ``geometry``, ``export``, ``report``, ``compare`` and ``push``."""
 
 from __future__ import annotations
 
@@ -28,6 +28,20 @@ _SUITE_FLAGS: tuple[tuple[str, type, str], ...] = (
 )
 """Fields of `g2rl.evaluation.suite.SuiteConfig` that ``g2rl eval --suite`` takes, with type and meaning."""
 
+_GEOMETRY_FLAGS: tuple[tuple[str, type, str], ...] = (
+    ("problems", int, "held-out problems of the task; 64, or all of fewer"),
+    ("samples", int, "responses to each; 16"),
+    ("seed", int, "of the draws, the same for every model; 0"),
+    ("encoder", str, "sentence encoder: minilm, a sentence-transformers model, or none"),
+    ("out", Path, "folder of the results; geometry"),
+)
+"""Fields of `g2rl.analysis.command.Request` that ``g2rl geometry`` takes, with type and meaning."""
+_ROLLOUT_FLAGS: tuple[tuple[str, type, str], ...] = (
+    ("temperature", float, "of sampling and of the features; the run's, else 1.0"),
+    ("max-tokens", int, "token limit of a response; the run's, else 24"),
+)
+"""What ``g2rl geometry`` takes for `rollout.temperature` and `rollout.max_new_tokens`."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a run that failed, 2 for a bad command or configuration."""
@@ -50,6 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluation.add_argument("--out", type=Path, default=Path("evals"), help="folder of samples and results")
     for flag, kind, text in _SUITE_FLAGS:
         evaluation.add_argument(f"--{flag}", type=kind, help=text)
+    geometry = commands.add_parser(
+        "geometry", help="how checkpoints' responses to the same problems lie to each other: cosines, dimensions"
+    )
+    geometry.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT",
+        help="as in eval; runs that differ in their seed alone count as one; key=value after them overrides all",
+    )  # fmt: skip
+    for flag, kind, text in (*_GEOMETRY_FLAGS, *_ROLLOUT_FLAGS):
+        geometry.add_argument(f"--{flag}", type=kind, help=text)
+    geometry.add_argument(
+        "--gradients", action="store_true", default=None,
+        help="compare with gradients through the whole model: memory for as many of them as a problem has samples",
+    )  # fmt: skip
     export = commands.add_parser("export", help="write a checkpoint as a plain model, a LoRA adapter merged into it")
     export.add_argument("checkpoint", help="checkpoint, or a run's folder for its newest one")
     export.add_argument("folder", type=Path, help="where the model goes; must not exist yet")
@@ -77,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(options.settings)
         if options.command == "eval":
             return _evaluate(options)
+        if options.command == "geometry":
+            return _geometry(options)
         if options.command == "export":
             return _export(Path(options.checkpoint), options.folder)
         if options.command == "compare":
@@ -175,13 +204,29 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     return replace(load_config(settings, overrides), name=folder.name, runs_dir=str(folder.parent))
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    checkpoints = [text for text in options.checkpoints if "=" not in text or Path(text).exists()]
-    overrides = [text for text in options.checkpoints if text not in checkpoints]
-    flags = {name: getattr(options, name) for name in (flag.replace("-", "_") for flag, _, _ in _SUITE_FLAGS)}
-    given = [name for name, value in flags.items() if value is not None]
+def _told_apart(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Checkpoints, and ``key=value`` among them."""
+    checkpoints = [text for text in texts if "=" not in text or Path(text).exists()]
     if not checkpoints:
         raise ConfigError("checkpoint: expected a checkpoint, a run's folder or a model, found none")
+    return checkpoints, [text for text in texts if text not in checkpoints]
+
+
+def _geometry(options: argparse.Namespace) -> int:
+    from g2rl.analysis.command import geometry, request_of
+
+    checkpoints, overrides = _told_apart(options.checkpoints)
+    rollout = {"rollout.temperature": options.temperature, "rollout.max_new_tokens": options.max_tokens}
+    overrides += [f"{key}={value}" for key, value in rollout.items() if value is not None]
+    names = (*(flag for flag, _, _ in _GEOMETRY_FLAGS), "gradients")
+    geometry(checkpoints, request_of({name: getattr(options, name) for name in names}), overrides)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    checkpoints, overrides = _told_apart(options.checkpoints)
+    flags = {name: getattr(options, name) for name in (flag.replace("-", "_") for flag, _, _ in _SUITE_FLAGS)}
+    given = [name for name, value in flags.items() if value is not None]
     if options.suite is None and (len(checkpoints) > 1 or given):
         found = f"--{given[0].replace('_', '-')}" if given else f"{len(checkpoints)} checkpoints"
         raise ConfigError(f"suite: expected --suite with data sets, found {found} without it")

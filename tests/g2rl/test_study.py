@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from studies import TRAINER, write_finished, write_study
+from written_studies import TRAINER, write_finished, write_study
 
 from g2rl.cli import main
 from g2rl.config import ConfigError

@@ -35,8 +35,9 @@ class ReasoningGymTask(Task):
     """One reasoning-gym data set.
 
     The answer is the last box of a response, else its last ``<answer>`` element, else its last line, or on demand its
-    last number. It is right from a score of `RIGHT`; scoring runs in worker processes with a time limit, since it evaluates model text. A few of
-    the generators iterate over sets: exact repetition of those across processes takes a fixed ``PYTHONHASHSEED``.
+    last number. It is right from a score of `RIGHT`; scoring runs in worker processes with a time limit, since it
+    evaluates model text. A few of the generators iterate over sets: exact repetition of those across processes takes a
+    fixed ``PYTHONHASHSEED``.
 
     Args:
         name: the data set's name in reasoning-gym.

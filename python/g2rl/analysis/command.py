@@ -1,0 +1,175 @@
+"""``g2rl geometry CHECKPOINT [CHECKPOINT ...]``: how models' responses to the same problems lie to each other."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import get_console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from g2rl.analysis.agreement import GradientGroup, gradient_groups
+from g2rl.analysis.bands import Measured, Model, bands_of
+from g2rl.analysis.held import Held
+from g2rl.analysis.measures import Pairs, measure_pairs
+from g2rl.analysis.report import write_results
+from g2rl.analysis.responses import Subject, held_out, sample_groups
+from g2rl.config import Config, ConfigError
+from g2rl.encoder import SentenceEncoder
+from g2rl.evaluation.command import digest, labels, model_config
+from g2rl.tasks import make_task
+from g2rl.tasks.base import Task
+from g2rl.types import Problem
+from g2rl_kernels import use_backend
+
+NO_ENCODER = "none"
+PROBLEMS = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``g2rl geometry`` was asked for.
+
+    Attributes:
+        problems: the first so many that the task holds out; None takes `PROBLEMS`, or all if those are fewer.
+        samples: responses to each.
+        seed: of the draws, the same for every model.
+        encoder: see `g2rl.encoder.SentenceEncoder`; `none` leaves the texts' meaning out.
+        gradients: compare with true gradients as well.
+        out: folder of the results.
+    """
+
+    problems: int | None = None
+    samples: int = 16
+    seed: int = 0
+    encoder: str = "minilm"
+    gradients: bool = False
+    out: Path = Path("geometry")
+
+
+def geometry(checkpoints: Sequence[str], request: Request, overrides: Sequence[str]) -> None:
+    """Measure models side by side; tables are printed, and go with plots and numbers to the folder `request.out`.
+
+    Args:
+        checkpoints: see `g2rl.evaluation.command.model_config`.
+        overrides: ``key=value`` of the configuration, for all models.
+
+    Raises:
+        ConfigError: runs of different tasks, more problems than are held out, no such encoder.
+    """
+    _check(request)
+    configs = common_configs([model_config(checkpoint, overrides) for checkpoint in checkpoints], overrides)
+    names = labels([config.model.path for config in configs])
+    if configs[0].backend != "auto":
+        use_backend(configs[0].backend)
+    encoder = None
+    if request.encoder != NO_ENCODER:
+        encoder = SentenceEncoder(request.encoder, torch.device("cpu"), "encoder")
+    with make_task(configs[0].task, configs[0].seed) as task:
+        problems = held_out(task, request.problems or min(PROBLEMS, len(task.held_out())))
+        models = []
+        for name, config in zip(names, configs, strict=True):
+            models.append(_measured(name, config, task, problems, encoder, request))
+            gc.collect()
+            torch.cuda.empty_cache()
+    settings = {"problems": len(problems), **_settings(configs[0], request)}
+    measured = Measured(bands_of(models), [problem.id for problem in problems], settings)
+    for table in write_results(request.out, measured):
+        get_console().print(table)
+    print(f"g2rl: report.md with plots, geometry.json and the numbers as CSV are in {request.out}")
+
+
+def _check(request: Request) -> None:
+    for name, least in (("problems", 1), ("samples", 2)):
+        value = getattr(request, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name}: expected {least} or more, found {value}")
+
+
+def common_configs(configs: Sequence[Config], overrides: Sequence[str]) -> list[Config]:
+    """Configurations with one task and one way of sampling: those of the first that is of a run, or of the first.
+
+    Raises:
+        ConfigError: two runs differ in their task, and no override says which is meant.
+    """
+    runs = [config for config in configs if _run_dir(config) is not None]
+    leading = (runs or list(configs))[0]
+    for config in runs:
+        if config.task != leading.task and not any(text.startswith("task.") for text in overrides):
+            raise ConfigError(
+                f"task: expected runs of one task, found {leading.task.name} with {leading.task.options} in "
+                f"{leading.model.path} and {config.task.name} with {config.task.options} in {config.model.path}; "
+                "task.name=... and task.options=... choose one for all"
+            )
+    keys = ("task", "rollout", "rewards", "seed", "backend")
+    shared = {key: getattr(leading, key) for key in keys}
+    return [replace(config, **shared) for config in configs]
+
+
+def _run_dir(config: Config) -> Path | None:
+    """The folder of the run that a model is a checkpoint of."""
+    checkpoint = Path(config.model.path)
+    folder = checkpoint.resolve().parent.parent
+    return folder if checkpoint.is_dir() and (folder / "config.yaml").is_file() else None
+
+
+def _measured(
+    name: str,
+    config: Config,
+    task: Task,
+    problems: Sequence[Problem],
+    encoder: SentenceEncoder | None,
+    request: Request,
+) -> Model:
+    subject = Subject(config)
+    count, folder, weights = len(problems) * request.samples, request.out / "held" / name, digest(subject.model)
+    made_by = {"weights": weights, **_settings(config, request)}
+    with _bar(f"{name}  responses", count) as advance:
+        held = Held(folder / "responses", made_by)
+        groups = sample_groups(subject, task, problems, request.samples, request.seed, held, advance)
+    pairs: list[Pairs] = []
+    with _bar(f"{name}  features", count) as advance:
+        for group in groups:
+            pairs.append(measure_pairs(subject, group, encoder))
+            advance(request.samples)
+    found: list[GradientGroup] = []
+    if request.gradients:
+        with _bar(f"{name}  gradients", count) as advance:
+            found = gradient_groups(subject, groups, encoder, Held(folder / "gradients", made_by), advance)
+    return Model(name, config.model.path, _run_dir(config), weights, pairs, found)
+
+
+def _settings(config: Config, request: Request) -> dict[str, Any]:
+    rollout = config.rollout
+    return {
+        "samples": request.samples,
+        "temperature": rollout.temperature,
+        "top_p": rollout.top_p,
+        "max_tokens": rollout.max_new_tokens,
+        "seed": request.seed,
+        "task": config.task.name,
+        "options": dict(config.task.options),
+        "system_prompt": config.task.system_prompt,
+        "batch_size": rollout.batch_size,
+        "sampled in": rollout.dtype,
+        "features in": config.model.dtype,
+        "encoder": request.encoder,
+    }
+
+
+@contextmanager
+def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=get_console()) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def request_of(values: Mapping[str, Any]) -> Request:
+    """A request with the values that are not None."""
+    return Request(**{key: value for key, value in values.items() if value is not None})

@@ -1,0 +1,43 @@
+"""Records on disk, one for each problem: what a study that was killed had found is not computed again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Held:
+    """A folder of numbered records, each of them whole or not there.
+
+    Args:
+        folder: created with the first record.
+        made_by: what has to be equal for a record to be of use, such as a digest of the model's weights.
+    """
+
+    def __init__(self, folder: Path, made_by: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._made_by = dict(made_by)
+
+    def read(self, number: int, of: Any) -> dict[str, Any] | None:
+        """The record with a number, None where there is none that was made by the same and of the same."""
+        path = self._path(number)
+        record = json.loads(path.read_text()) if path.is_file() else {}
+        return record["found"] if record.get("key") == self._key(of) else None
+
+    def write(self, number: int, of: Any, found: Mapping[str, Any]) -> None:
+        """Keep a record, in place of an older one."""
+        path = self._path(number)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps({"key": self._key(of), "found": dict(found)}))
+        os.replace(temporary, path)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:04d}.json"
+
+    def _key(self, of: Any) -> str:
+        return hashlib.sha256(json.dumps([self._made_by, of]).encode()).hexdigest()
