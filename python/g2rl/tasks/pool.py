@@ -7,9 +7,11 @@ judge. `multiprocessing` would import the caller's `__main__` there as well, and
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -20,9 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import IO, Any
 
-LIMIT_S = 3.0
+LIMIT_S = 2.0
 """Default time limit of one judgement, seconds."""
 _START_LIMIT_S = 60.0  # imports on a busy machine; a worker's start does not count against any answer
+
+
+_MAX_REPLY = 1_000  # bytes; a worker that an answer has taken over may write for ever
 
 
 class PoolError(RuntimeError):
@@ -47,7 +52,7 @@ class _Worker:
         try:
             self._requests.write(message)
             self._requests.flush()
-            return self._replies.readline()
+            return self._replies.readline(_MAX_REPLY)
         except BrokenPipeError:
             return b""
         finally:
@@ -75,6 +80,12 @@ def _stop_all(processes: set[subprocess.Popen[bytes]], owner: int) -> None:
             _stop(processes.pop())
 
 
+def _score_in(reply: bytes, number: int) -> float | None:
+    """Return the score in the reply to request `number`, None for any other text: the worker is no longer itself."""
+    match = re.fullmatch(rb"([0-9]+) (-?[0-9][-+.0-9e]*)\n", reply)
+    return float(match[2]) if match and int(match[1]) == number else None
+
+
 def _default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores))
@@ -92,10 +103,17 @@ class JudgePool:
             Pickled by reference, so its module must be importable and should be light.
         limit_s: seconds for one request.
         workers: processes at most; None takes one a core, eight at most.
+        confined: refuse to start where the kernel cannot keep a worker from files, network and processes; see
+            `g2rl.tasks.sandbox`, which does in either case what it can.
     """
 
     def __init__(
-        self, factory: Callable[[], Callable[..., Any]], *, limit_s: float = LIMIT_S, workers: int | None = None
+        self,
+        factory: Callable[[], Callable[..., Any]],
+        *,
+        limit_s: float = LIMIT_S,
+        workers: int | None = None,
+        confined: bool = False,
     ) -> None:
         if not limit_s > 0:
             raise ValueError(f"limit_s: expected a value greater than 0, found {limit_s!r}")
@@ -103,7 +121,8 @@ class JudgePool:
             raise ValueError(f"workers: expected 1 or more, found {workers!r}")
         self.limit_s = limit_s
         self.workers = workers or _default_workers()
-        self._greeting = pickle.dumps((factory, limit_s))
+        self._greeting = pickle.dumps((factory, limit_s, confined))
+        self._numbers = itertools.count()
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         self._slots = threading.Semaphore(self.workers)
         self._lock = threading.Lock()
@@ -123,6 +142,14 @@ class JudgePool:
         with ThreadPoolExecutor(threads, thread_name_prefix="judge") as executor:
             return list(executor.map(self._score, requests))
 
+    def start(self) -> None:
+        """Start a worker, if none is idle, to see that it can be: at the latest `scores` does so.
+
+        Raises:
+            PoolError: as `scores`.
+        """
+        self._idle.put(self._take())
+
     def close(self) -> None:
         """End the workers. Safe to call twice."""
         with self._lock:
@@ -138,21 +165,22 @@ class JudgePool:
         self.close()
 
     def _score(self, request: tuple[Any, ...]) -> float:
-        message = pickle.dumps(request)
+        number = next(self._numbers)
+        message = pickle.dumps((number, request))
         with self._slots:
             for _ in range(2):
                 worker = self._take()
                 start = time.monotonic()
-                reply = b""
+                score: float | None = None
                 try:
-                    reply = worker.exchange(message, self.limit_s)
+                    score = _score_in(worker.exchange(message, self.limit_s), number)
                 finally:
-                    if reply:
+                    if score is not None:
                         self._idle.put(worker)
                     else:
                         worker.stop()
-                if reply:
-                    return float(reply)
+                if score is not None:
+                    return score
                 if time.monotonic() - start >= self.limit_s:
                     break
         return 0.0
