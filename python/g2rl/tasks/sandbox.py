@@ -52,16 +52,18 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 # Numbers of the system calls that pass, and of those that pass for some arguments only.
 _PASS = {
     "x86_64": (
-        # read write close stat fstat lstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn
-        0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
-        # pread64 readv writev access select sched_yield mremap madvise nanosleep getpid exit uname fcntl getcwd readlink
-        17, 19, 20, 21, 23, 24, 25, 28, 35, 39, 60, 63, 72, 79, 89,
-        # gettimeofday getrlimit getrusage sysinfo times getuid getgid geteuid getegid sigaltstack gettid time futex
-        96, 97, 98, 99, 100, 102, 104, 107, 108, 131, 186, 201, 202,
-        # sched_getaffinity getdents64 set_tid_address restart_syscall clock_gettime clock_getres clock_nanosleep
-        204, 217, 218, 219, 228, 229, 230,
-        # exit_group newfstatat readlinkat faccessat pselect6 ppoll set_robust_list getrandom statx rseq faccessat2
-        231, 262, 267, 269, 270, 271, 273, 318, 332, 334, 439,
+        # read write close stat fstat lstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask
+        0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
+        # rt_sigreturn pread64 readv writev access select sched_yield mremap madvise nanosleep getpid exit uname fcntl
+        15, 17, 19, 20, 21, 23, 24, 25, 28, 35, 39, 60, 63, 72,
+        # getcwd readlink gettimeofday getrlimit getrusage sysinfo times getuid getgid geteuid getegid sigaltstack
+        79, 89, 96, 97, 98, 99, 100, 102, 104, 107, 108, 131,
+        # gettid time futex sched_getaffinity getdents64 set_tid_address restart_syscall clock_gettime
+        186, 201, 202, 204, 217, 218, 219, 228,
+        # clock_getres clock_nanosleep exit_group newfstatat readlinkat faccessat pselect6 ppoll set_robust_list getrandom statx
+        229, 230, 231, 262, 267, 269, 270, 271, 273, 318, 332,
+        # rseq faccessat2
+        334, 439,
     ),
     "aarch64": (
         # getcwd fcntl faccessat close getdents64 lseek read write readv writev pread64 pselect6 ppoll readlinkat
@@ -188,6 +190,12 @@ def _filter(machine: str) -> bytes:
     program += [(equal, 0, 4, _CLONE[machine]), (load, 0, 0, 16), (any_bit, 0, 1, _CLONE_THREAD)]
     program += [(give, 0, 0, passed), refuse]
     # Limits may be read: the new ones are a null pointer.
-    program += [(equal, 0, 6, _PRLIMIT[machine]), (load, 0, 0, 32), (equal, 0, 3, 0), (load, 0, 0, 36), (equal, 0, 1, 0)]
+    program += [
+        (equal, 0, 6, _PRLIMIT[machine]),
+        (load, 0, 0, 32),
+        (equal, 0, 3, 0),
+        (load, 0, 0, 36),
+        (equal, 0, 1, 0),
+    ]
     program += [(give, 0, 0, passed), refuse, refuse]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
