@@ -149,7 +149,9 @@ def _value(reward: Reward, function: RewardFunction, episode: Episode) -> float:
         value = limited(call, limit_s, f"{reward.key}.name: {reward.name}") if limit_s else call()
     except OverTime as error:
         raise ConfigError(f"{expected} within {reward.key}.limit_s = {limit_s:g} s, found none {where}") from error
-    except (Exception, SystemExit) as error:  # a user's function may raise anything, and does not end training unsaid
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit or asyncio's CancelledError would end training without a word
         raise ConfigError(f"{expected}, found {type(error).__name__}: {error} {where}") from error
     number = _number(value)
     if not abs(number) <= _LARGEST:

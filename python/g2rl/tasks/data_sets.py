@@ -125,14 +125,15 @@ def load_problems(name: str, split: str, data: str | None = None, instruction: s
     spec = DATA_SETS[name]
     if instruction is None:
         instruction = INSTRUCTION if spec.judge == "math" else CHOICE_INSTRUCTION
-    read = [
-        _problem(spec, f"{name}/{split}:{number}", place, row, instruction)
+    read = {
+        place: _problem(spec, f"{name}/{split}:{number}", place, row, instruction)
         for number, (place, row) in enumerate(_rows(name, split, data), 1)
-    ]
-    missing, total = read.count(None), len(read)
-    problems = distinct(filter(None, read), f"{name}, split {split}")
-    if missing > _MISSING * total or not problems:
-        raise ConfigError(f"{name}: expected rows with an answer, found {total - missing} of {total}")
+    }
+    problems = distinct(filter(None, read.values()), f"{name}, split {split}")
+    missing, total = [place for place, problem in read.items() if problem is None], len(read)
+    if len(missing) > _MISSING * total or not problems:
+        where = f", the first without at {missing[0]}" if missing else ""
+        raise ConfigError(f"{name}: expected rows with an answer, found {total - len(missing)} of {total}{where}")
     return problems
 
 
