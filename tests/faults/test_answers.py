@@ -14,7 +14,7 @@ from g2rl.tasks.answers import after_thinking, canonical, extract_boxed, extract
 from g2rl.tasks.arithmetic import ArithmeticTask
 from g2rl.tasks.choice import boxed_letter, claimed_letter
 from g2rl.tasks.lenient import lenient_answer, without_delimiters
-from g2rl.tasks.pool import LIMIT_S, _Worker
+from g2rl.tasks.pool import LIMIT_S, PATIENCE, _Worker
 from g2rl.tasks.verifier import MathVerifier, _has_huge_power
 from g2rl.types import Problem
 from tests.faults import hostile_text as texts
@@ -33,7 +33,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "reconsiders": lambda text: reconsiders(text, re.compile("answer")),
     "_has_huge_power": lambda text: _has_huge_power(text[:2_000]),  # MAX_CHARS, which its caller checks
 }
-ALLOWED_S = LIMIT_S + 1  # beyond the limit: to notice, on a machine that has other things to do
+ALLOWED_S = PATIENCE * LIMIT_S + 2  # a machine that has other things to do takes a while to notice
 
 
 def read(found: Any, text: str) -> None:

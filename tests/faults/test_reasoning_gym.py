@@ -15,7 +15,7 @@ from g2rl.tasks import make_task
 from g2rl.tasks.base import Task
 from g2rl.tasks.evaluating import evaluates
 from g2rl.tasks.judges import reasoning_gym_judge
-from g2rl.tasks.pool import LIMIT_S, JudgePool
+from g2rl.tasks.pool import LIMIT_S, PATIENCE, JudgePool
 from tests.faults import hostile_text as texts
 
 factory = pytest.importorskip("reasoning_gym.factory")
@@ -91,7 +91,7 @@ def attack(found: Any, task: Task, marks: dict[str, Any]) -> None:
     except Exception as error:
         found.failed(f"{task.name}: {type(error).__name__}: {error}")
         judged = expected
-    if time.monotonic() - start > len(responses) * (2 * LIMIT_S + 10):  # each may need a new worker twice
+    if time.monotonic() - start > len(responses) * (2 * PATIENCE * LIMIT_S + 10):  # each may need a new worker twice
         found.failed(f"{task.name}: took {time.monotonic() - start:.0f} s")
     for response, verdict, exact in zip(responses, judged, expected, strict=True):
         if verdict and not exact and right:

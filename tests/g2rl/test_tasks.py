@@ -424,8 +424,8 @@ class TestFaultsOfDataSets:
         options = {"path": write(tmp_path / "set.jsonl", train), "eval_path": write(tmp_path / "e.jsonl", held_out)}
         said = "task.options.eval_path: 2 of 5 problems to train on .*, such as .*set.jsonl:1 and .*e.jsonl:1"
         with pytest.warns(RuntimeWarning, match=said):
-            made = task("jsonl", **options, instruction="")
-        assert {made.train_problem(i).prompt for i in range(10)} == {row["problem"] for row in ROWS[:3]}
+            made = task("jsonl", **options)
+        assert {made.train_problem(i).prompt for i in range(10)} == {row["problem"] + INSTRUCTION for row in ROWS[:3]}
 
     def test_equal_problems_with_different_answers_are_said(self, tmp_path: Path) -> None:
         rows = [{"problem": "Half?", "answer": answer} for answer in ("1/2", "0.5", 2)]

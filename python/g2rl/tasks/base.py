@@ -109,10 +109,10 @@ def content(question: str) -> str:
 def likeness(question: str) -> str:
     """Return what makes questions alike enough that one must not be trained on and the other evaluated: spelling.
 
-    Beside blanks, upper and lower case, kinds of Unicode characters, TeX's spacing and `$`, and the last full stop.
+    Beside blanks, upper and lower case, kinds of Unicode characters, TeX's spacing and `$`, and stops at a line's end.
     """
     text = unicodedata.normalize("NFKC", question).casefold().replace("dfrac", "frac").replace("tfrac", "frac")
-    return content(_SPELLING.sub(" ", text)).rstrip(" .?!:")
+    return content(" ".join(line.rstrip(" .?!:") for line in _SPELLING.sub(" ", text).splitlines()))
 
 
 def distinct(problems: Iterable[Problem], key: str) -> dict[str, Problem]:

@@ -23,7 +23,7 @@ from g2rl.tasks.sandbox import restrain
 def serve() -> None:
     """Answer requests on stdin until it closes: the worker's main function.
 
-    The first message is a pickled `(factory, limit_s, confined)`, answered by a line `ready` or what went wrong; each
+    The first message is a pickled `(factory, longest_s, confined)`, answered by a line `ready` or what went wrong; each
     further one a pickled pair of a number and a tuple of arguments, answered by a line with the number and the score.
     Answers are text, so that nothing a judged answer does here can be unpickled in the trainer.
     """
@@ -34,7 +34,7 @@ def serve() -> None:
     os.dup2(nothing.fileno(), 1)  # libraries that print must not talk into the replies
     sys.stdin = nothing
     try:
-        factory, limit_s, confined = pickle.load(requests)
+        factory, longest_s, confined = pickle.load(requests)
         judge = factory()
         missing = restrain()
         if confined and missing:
@@ -50,7 +50,7 @@ def serve() -> None:
         except EOFError:
             return
         # Should the trainer be gone and unable to kill this process, it ends itself.
-        faulthandler.dump_traceback_later(limit_s + 1, exit=True, file=nothing)
+        faulthandler.dump_traceback_later(longest_s + 1, exit=True, file=nothing)
         try:
             score = float(judge(*request))
             score = score if math.isfinite(score) else 0.0

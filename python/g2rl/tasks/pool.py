@@ -23,8 +23,10 @@ from types import TracebackType
 from typing import IO, Any
 
 LIMIT_S = 2.0
-"""Default time limit of one judgement, seconds."""
-_START_LIMIT_S = 60.0  # imports on a busy machine; a worker's start does not count against any answer
+"""Default time limit of one judgement, seconds of computing."""
+PATIENCE = 5
+"""A judgement that has not had its seconds of the processor, as on a busy machine, may take this many times as long."""
+_START_LIMIT_S = 300.0  # imports on a busy machine; a worker's start does not count against any answer
 
 
 _MAX_REPLY = 1_000  # bytes; a worker that an answer has taken over may write for ever
@@ -46,9 +48,9 @@ class _Worker:
     def exchange(self, message: bytes, limit_s: float) -> bytes:
         """Return the reply to `message`, or nothing if the worker died or was killed at the limit."""
         # Killing the process is what ends a blocked write or read here, whatever state the worker is in.
-        timer = threading.Timer(limit_s, self._process.kill)
-        timer.daemon = True
-        timer.start()
+        done = threading.Event()
+        watch = threading.Thread(target=self._kill_at, args=(limit_s, done), daemon=True)
+        watch.start()
         try:
             self._requests.write(message)
             self._requests.flush()
@@ -56,10 +58,31 @@ class _Worker:
         except BrokenPipeError:
             return b""
         finally:
-            timer.cancel()
+            done.set()
+
+    def _kill_at(self, limit_s: float, done: threading.Event) -> None:
+        """Kill the worker once it has computed for `limit_s`, and at `PATIENCE` times that in any case."""
+        start, computed = time.monotonic(), _computed_s(self._process.pid)
+        left = limit_s
+        while left > 0 and not done.wait(max(left, 0.01)):
+            waited = time.monotonic() - start
+            used = _computed_s(self._process.pid) - computed
+            left = min(limit_s - used, PATIENCE * limit_s - waited)
+        if not done.is_set():
+            self._process.kill()
 
     def stop(self) -> None:
         _stop(self._process)
+
+
+def _computed_s(pid: int) -> float:
+    """Seconds that the processor has worked for a process; where nothing says so, the time that goes by."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            user, system = stat.read().rpartition(b")")[2].split()[11:13]
+    except OSError:
+        return time.monotonic()
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -101,7 +124,7 @@ class JudgePool:
     Args:
         factory: called in each worker without arguments, returns the judge, a function from a request to a score.
             Pickled by reference, so its module must be importable and should be light.
-        limit_s: seconds for one request.
+        limit_s: seconds of computing for one request; `PATIENCE` times that on a machine that is busy otherwise.
         workers: processes at most; None takes one a core, eight at most.
         confined: refuse to start where the kernel cannot keep a worker from files, network and processes; see
             `g2rl.tasks.sandbox`, which does in either case what it can.
@@ -121,7 +144,7 @@ class JudgePool:
             raise ValueError(f"workers: expected 1 or more, found {workers!r}")
         self.limit_s = limit_s
         self.workers = workers or _default_workers()
-        self._greeting = pickle.dumps((factory, limit_s, confined))
+        self._greeting = pickle.dumps((factory, PATIENCE * limit_s, confined))
         self._numbers = itertools.count()
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         self._slots = threading.Semaphore(self.workers)
@@ -182,7 +205,7 @@ class JudgePool:
                 if score is not None:
                     return score
                 if time.monotonic() - start >= self.limit_s:
-                    break
+                    break  # it was killed at its limit, or would be the next time
         return 0.0
 
     def _take(self) -> _Worker:

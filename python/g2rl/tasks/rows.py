@@ -29,6 +29,10 @@ def file_rows(path: str, key: str) -> Iterator[tuple[str, Any]]:
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), 1):
+                if len(line) > MAX_LINE:
+                    raise ConfigError(
+                        f"{path}:{number}: expected a line of at most {MAX_LINE} bytes, found a longer one"
+                    )
                 if line.strip():
                     yield f"{path}:{number}", _object(line, f"{path}:{number}")
     except OSError as error:
@@ -36,8 +40,6 @@ def file_rows(path: str, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def _object(line: bytes, place: str) -> Any:
-    if len(line) > MAX_LINE:
-        raise ConfigError(f"{place}: expected a line of at most {MAX_LINE} bytes, found a longer one")
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a number beyond limits
