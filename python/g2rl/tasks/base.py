@@ -149,10 +149,11 @@ def apart(train: Mapping[str, Problem], held_out: Mapping[str, Problem], key: st
     kept = []
     shared = []
     for same, problem in train.items():
-        other = held_out.get(same) or alike.get(likeness(problem.prompt))
+        equal = held_out.get(same)
+        other = equal or alike.get(likeness(problem.prompt))
         if other is None:
             kept.append(problem)
-        elif own or other is not problem:
+        elif own or equal is None:
             shared.append((problem, other))
     if not kept:
         raise ConfigError(f"{key}: expected other problems than those to train on, found the same")
