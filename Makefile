@@ -121,7 +121,7 @@ AUDIT := build/audit
 audit:
 	$(PYTHON) -m venv $(AUDIT)
 	$(AUDIT)/bin/pip install --quiet pip-audit
-	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip $(ARGS)
+	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict $(ARGS)
 
 # Every instruction set that the processor has. Only Clang's OpenMP runtime tells the thread sanitizer what its threads
 # wait for, and torch is not instrumented.
