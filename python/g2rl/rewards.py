@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from g2rl.config import ConfigError, RewardConfig
 from g2rl.plugins import import_named
 from g2rl.tasks.answers import extract_boxed
 from g2rl.tasks.base import Task
+from g2rl.time_limit import OverTime, limited
 from g2rl.types import Episode, Problem, Verdict
 
 RewardFunction = Callable[[Problem, str, bool], float]
 """(problem, response, finished) -> value."""
+
+_LARGEST = 1e15  # rewards become float32, which still holds its square summed over a group
+_ASKED: set[str] = set()  # functions that have been asked for the same value twice
 
 
 @dataclass(frozen=True)
 class Reward:
     """A reward function that is ready to be called; `function` is None for `correct`, the task's own judgement."""
 
-    name: str
-    weight: float
+    key: str
+    config: RewardConfig
     function: RewardFunction | None
+
+    @property
+    def name(self) -> str:
+        return self.config.name
 
 
 def _boxed(problem: Problem, response: str, finished: bool) -> float:
@@ -47,13 +57,19 @@ def resolve_rewards(rewards: Sequence[RewardConfig]) -> list[Reward]:
     resolved: list[Reward] = []
     for i, reward in enumerate(rewards):
         key = f"rewards[{i}].name"
+        _check_limits(reward, f"rewards[{i}]")
         if any(reward.name == earlier.name for earlier in resolved):
             raise ConfigError(f"{key}: expected each reward function once, found {reward.name!r} again")
-        if not math.isfinite(reward.weight):
-            raise ConfigError(f"rewards[{i}].weight: expected a finite number, found {reward.weight}")
         function = _BUILT_IN[reward.name] if reward.name in _BUILT_IN else _import(reward.name, key)
-        resolved.append(Reward(reward.name, reward.weight, function))
+        resolved.append(Reward(f"rewards[{i}]", reward, function))
     return resolved
+
+
+def _check_limits(reward: RewardConfig, key: str) -> None:
+    if not math.isfinite(reward.weight):
+        raise ConfigError(f"{key}.weight: expected a finite number, found {reward.weight}")
+    if not 0 <= reward.limit_s < math.inf:
+        raise ConfigError(f"{key}.limit_s: expected a number of seconds, or 0 for no limit, found {reward.limit_s}")
 
 
 def judge_episodes(episodes: Sequence[Episode], task: Task, rewards: Sequence[RewardConfig]) -> list[Verdict]:
@@ -65,32 +81,98 @@ def judge_episodes(episodes: Sequence[Episode], task: Task, rewards: Sequence[Re
         rewards: functions and weights of the sum. Correctness is judged whether or not it is among them.
 
     Raises:
-        ConfigError: see `resolve_rewards`; or a function returned something other than a finite number.
+        ConfigError: see `resolve_rewards`; or a user's function raised, took too long, returned something other than a
+            finite number, or gave the same response two values, where its configuration has training stop then. The
+            message names function and problem.
     """
     resolved = resolve_rewards(rewards)
     correct = task.judge([episode.problem for episode in episodes], [episode.text for episode in episodes])
+    values = [_values(reward, episodes, correct) for reward in resolved]
     verdicts = []
-    for episode, right in zip(episodes, correct, strict=True):
-        parts = {reward.name: _value(reward, i, episode, right) for i, reward in enumerate(resolved)}
-        total = sum(reward.weight * parts[reward.name] for reward in resolved)
+    for j, (episode, right) in enumerate(zip(episodes, correct, strict=True)):
+        parts = {reward.name: column[j] for reward, column in zip(resolved, values, strict=True)}
+        total = sum(reward.config.weight * parts[reward.name] for reward in resolved)
+        if not abs(total) <= _LARGEST:
+            raise ConfigError(f"rewards: expected a sum from {-_LARGEST:g} to {_LARGEST:g}, found {total} of {parts}")
         verdicts.append(Verdict(total, right, parts, task.extract(episode.text)))
     return verdicts
 
 
-def _value(reward: Reward, i: int, episode: Episode, right: bool) -> float:
+def _values(reward: Reward, episodes: Sequence[Episode], correct: Sequence[bool]) -> list[float]:
+    """A function's value of each episode; 0 where it failed and is configured to go on."""
     if reward.function is None:
-        return 1.0 if right else -1.0
-    value = reward.function(episode.problem, episode.text, episode.finished)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(
-            f"rewards[{i}].name: expected {reward.name} to return a finite number, found {value!r} "
-            f"for problem {episode.problem.id!r}"
+        return [1.0 if right else -1.0 for right in correct]
+    values: list[float] = []
+    failures: list[ConfigError] = []
+    for episode in episodes:
+        try:
+            values.append(_value(reward, reward.function, episode))
+        except ConfigError as error:
+            if reward.config.on_error == "stop":
+                raise
+            failures.append(error)
+            values.append(0.0)
+    if failures:
+        counted = f"{len(failures)} of {len(episodes)} calls count 0 ({reward.key}.on_error=zero)"
+        warnings.warn(f"g2rl: {counted}, the first: {failures[0]}", RuntimeWarning, 3)
+    elif episodes and reward.name not in _BUILT_IN:
+        _ask_again(reward, reward.function, episodes[0], values[0])
+    return values
+
+
+def _ask_again(reward: Reward, function: RewardFunction, episode: Episode, value: float) -> None:
+    """Say, once for each function, when the same response has another value now."""
+    if reward.config.varies == "allow" or reward.name in _ASKED:
+        return
+    _ASKED.add(reward.name)
+    again = _value(reward, function, episode)
+    if again != value:
+        said = (
+            f"{reward.key}.name: expected {reward.name} to give a response the same value each time, found {value} and "
+            f"{again} for problem {episode.problem.id!r}; {reward.key}.varies=allow if that is meant"
         )
+        if reward.config.varies == "stop":
+            raise ConfigError(said)
+        warnings.warn(f"g2rl: {said}", RuntimeWarning, 4)
+
+
+def _value(reward: Reward, function: RewardFunction, episode: Episode) -> float:
+    """One call of a user's function. Raises ConfigError for whatever it does instead of returning a finite number."""
+    expected = f"{reward.key}.name: expected {reward.name} to return a finite number"
+    where = f"for problem {episode.problem.id!r}"
+    limit_s = 0.0 if reward.name in _BUILT_IN else reward.config.limit_s
+
+    def call() -> Any:
+        return function(episode.problem, episode.text, episode.finished)
+
+    try:
+        value = limited(call, limit_s, f"{reward.key}.name: {reward.name}") if limit_s else call()
+    except OverTime as error:
+        raise ConfigError(f"{expected} within {reward.key}.limit_s = {limit_s:g} s, found none {where}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit or asyncio's CancelledError would end training without a word
+        raise ConfigError(f"{expected}, found {type(error).__name__}: {error} {where}") from error
+    number = _number(value)
+    if not abs(number) <= _LARGEST:
+        beyond = f", beyond {_LARGEST:g}," if math.isfinite(number) else ""
+        raise ConfigError(f"{expected}, found {_shown(value)}{beyond} {where}")
     return number
+
+
+def _number(value: Any) -> float:
+    """`value` as a number, NaN where it is none; text is none, whatever it says."""
+    try:
+        return math.nan if isinstance(value, str | bytes | bytearray) else float(value)
+    except Exception:  # an object of the user's may raise anything
+        return math.nan
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:200]
+    except Exception:  # as above
+        return f"an object of {type(value).__name__}"
 
 
 def _import(name: str, key: str) -> RewardFunction:

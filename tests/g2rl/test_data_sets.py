@@ -123,7 +123,9 @@ def test_few_rows_may_lack_an_answer(tmp_path: Path) -> None:
     write(tmp_path / "math.jsonl", [*numbered(198), {"problem": "x", "answer": None}, {"problem": "y", "answer": " "}])
     assert len(load_problems("math", "train", str(tmp_path))) == 198
     write(tmp_path / "math.jsonl", [*numbered(10), {"problem": "x", "answer": None}])
-    with pytest.raises(ConfigError, match="math: expected rows with an answer, found 10 of 11"):
+    with pytest.raises(
+        ConfigError, match="math: expected rows with an answer, found 10 of 11, the first without at .*math.jsonl:11"
+    ):
         load_problems("math", "train", str(tmp_path))
 
 

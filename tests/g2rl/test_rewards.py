@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,10 +89,21 @@ def test_a_users_function_gets_problem_response_and_finished(user_module: str) -
     assert verdict.reward == 2053.0
 
 
-@pytest.mark.parametrize("value", ["math.nan", "math.inf", "None", "'high'", "[1]"])
+class Broken(float):
+    def __float__(self) -> float:
+        raise RuntimeError("no number")
+
+    __repr__ = __float__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "value", ["math.nan", "math.inf", "None", "'high'", "'1.0'", "[1]", "10**400", "1e30", "Broken()", "[0.0] * 3"]
+)
 def test_a_result_that_is_no_finite_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     name = f"rewards_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text("import math\n" + MODULE.replace("VALUE", value))
+    (tmp_path / f"{name}.py").write_text(
+        f"import math\nfrom {__name__} import Broken\n" + MODULE.replace("VALUE", value)
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     message = rf"rewards\[1\].name: expected {name}:constant to return a finite number, found .* for problem '27\+5'"
     with pytest.raises(ConfigError, match=message):
@@ -128,3 +143,123 @@ def test_each_function_once_and_finite_weights() -> None:
         resolve_rewards([RewardConfig(), RewardConfig(weight=2.0)])
     with pytest.raises(ConfigError, match=r"rewards\[0\].weight: expected a finite number, found nan"):
         resolve_rewards([RewardConfig(weight=math.nan)])
+
+
+FAULTS = """
+import itertools, sys, time
+
+calls = itertools.count()
+
+def raises(problem, response, finished):
+    return {}["score"]
+
+def leaves(problem, response, finished):
+    sys.exit(0)
+
+def spins(problem, response, finished):
+    while True:
+        pass
+
+def sleeps(problem, response, finished):
+    time.sleep(60)
+
+def swallows(problem, response, finished):
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            return 1.0
+
+def counts(problem, response, finished):
+    return next(calls)
+
+def sometimes(problem, response, finished):
+    return 1.0 if finished else None
+"""
+
+
+@pytest.fixture
+def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of rewards that go wrong."""
+    name = f"faults_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(FAULTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+CASES = [
+    ("raises", "found KeyError: 'score' for problem"),
+    ("leaves", "found SystemExit: 0 for problem"),
+    ("spins", r"within rewards\[0\].limit_s = 0.2 s, found none for problem"),
+    ("sleeps", r"within rewards\[0\].limit_s = 0.2 s, found none for problem"),
+    ("swallows", r"within rewards\[0\].limit_s = 0.2 s, found none for problem"),
+]
+
+
+@pytest.mark.parametrize("function, message", CASES)
+def test_a_function_that_does_not_return_stops_training_by_name(faults: str, function: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"rewards\[0\].name: expected {faults}:{function} .*{message} '27\+5'"):
+        judge([("32", True)], [RewardConfig(f"{faults}:{function}", limit_s=0.2)])
+    assert signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("function, message", CASES)
+def test_it_counts_zero_where_training_goes_on(faults: str, function: str, message: str) -> None:
+    rewards = [RewardConfig(f"{faults}:{function}", limit_s=0.2, on_error="zero"), RewardConfig("boxed")]
+    with pytest.warns(RuntimeWarning, match=rf"2 of 2 calls count 0 \(rewards\[0\].on_error=zero\), .*{message}"):
+        verdicts = judge([("32", True), (r"\boxed{32}", True)], rewards)
+    assert [v.reward for v in verdicts] == [0.0, 1.0]
+
+
+def test_a_function_that_spins_is_interrupted_in_another_thread(faults: str) -> None:
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            judge([("32", True)], [RewardConfig(f"{faults}:spins", limit_s=0.2)])
+        except ConfigError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(timeout=60)
+    assert "limit_s = 0.2 s, found none" in str(errors[0])
+
+
+def test_one_that_cannot_be_interrupted_ends_the_process() -> None:
+    code = f"""
+import sys, threading; sys.path[:] = {sys.path!r}
+import time, g2rl.time_limit as t
+t.GRACE_S = 0.2
+threading.Thread(target=lambda: t.limited(lambda: time.sleep(60), 0.2, "rewards[0].name: m:f")).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "g2rl: rewards[0].name: m:f takes too long and cannot be interrupted" in done.stderr
+
+
+def test_the_others_keep_their_values(faults: str) -> None:
+    with pytest.warns(RuntimeWarning, match="1 of 2 calls count 0 .* found None for problem"):
+        verdicts = judge([("32", True), ("32", False)], [RewardConfig(f"{faults}:sometimes", on_error="zero")])
+    assert [v.reward for v in verdicts] == [1.0, 0.0]
+
+
+def test_another_value_for_the_same_response_is_said_once(faults: str) -> None:
+    name = f"{faults}:counts"
+    with pytest.warns(RuntimeWarning, match=rf"expected {name} to give a response the same value .* 0.0 and 1.0 for"):
+        judge([("32", True)], [RewardConfig(name)])
+    assert [v.reward for v in judge([("32", True)], [RewardConfig(name)])] == [2.0]
+
+
+def test_another_value_can_stop_training_or_be_meant(faults: str) -> None:
+    name = f"{faults}:counts"
+    assert [v.reward for v in judge([("32", True)], [RewardConfig(name, varies="allow")])] == [0.0]
+    with pytest.raises(ConfigError, match="the same value each time, found 1.0 and 2.0 for problem"):
+        judge([("32", True)], [RewardConfig(name, varies="stop")])
+
+
+def test_a_sum_beyond_float32_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rewards: expected a sum from .* found 1e.18"):
+        judge([("32", True)], [RewardConfig("correct", weight=1e18)])
+    with pytest.raises(ConfigError, match=r"rewards\[0\].limit_s: expected a number of seconds, .* found -1"):
+        resolve_rewards([RewardConfig(limit_s=-1)])

@@ -393,3 +393,49 @@ def test_without_reasoning_gym_the_message_says_how_to_install_it(monkeypatch: p
         monkeypatch.setitem(sys.modules, module, None)  # an import of it now fails
     with pytest.raises(ConfigError, match=r"task.name: .*'chain_sum'.* pip install 'g2rl-kernels\[reasoning-gym\]'"):
         task("chain_sum")
+
+
+class TestFaultsOfDataSets:
+    """What a campaign of faulty data found."""
+
+    @pytest.mark.parametrize(
+        "line, message",
+        [
+            ('{"problem": " ", "answer": "1"}', "expected a question in 'problem', found none"),
+            ('{"problem": "a", "answer": NaN}', "expected a finite number in 'answer', found nan"),
+            ('{"problem": "a", "answer": 1e999}', "expected a finite number in 'answer', found inf"),
+            ('{"problem": "\\ud800", "answer": "1"}', "expected text in 'problem', found half of a surrogate pair"),
+            (" " * 17_000_000 + "{", "expected at most 16777216 bytes in a line, found more"),
+            ('{"problem": "' + "a" * 17_000_000, "expected at most 16777216 bytes in a line, found more"),
+        ],
+    )
+    def test_a_row_that_no_run_can_use(self, tmp_path: Path, line: str, message: str) -> None:
+        path = write(tmp_path / "set.jsonl", [ROWS[0], line])
+        with pytest.raises(ConfigError, match=f"set.jsonl:2: {message}"):
+            task("jsonl", held_out=0, path=path)
+
+    def test_what_is_in_both_sets_is_said_whatever_its_spelling(self, tmp_path: Path) -> None:
+        train = [
+            {"problem": r"What is $\dfrac{1}{2}\, x$?", "answer": "1"},
+            {"problem": "What is ２ + ２?", "answer": "4"},  # full-width digits
+            *ROWS[:3],
+        ]
+        held_out = [{"problem": r"what is \frac{1}{2} x", "answer": "1"}, {"problem": "What is 2 + 2 ?", "answer": "4"}]
+        options = {"path": write(tmp_path / "set.jsonl", train), "eval_path": write(tmp_path / "e.jsonl", held_out)}
+        said = "task.options.eval_path: 2 of 5 problems to train on .*, such as .*set.jsonl:1 and .*e.jsonl:1"
+        with pytest.warns(RuntimeWarning, match=said):
+            made = task("jsonl", **options)
+        assert {made.train_problem(i).prompt for i in range(10)} == {row["problem"] + INSTRUCTION for row in ROWS[:3]}
+
+    def test_equal_problems_with_different_answers_are_said(self, tmp_path: Path) -> None:
+        rows = [{"problem": "Half?", "answer": answer} for answer in ("1/2", "0.5", 2)]
+        path = write(tmp_path / "set.jsonl", rows)
+        with pytest.warns(RuntimeWarning, match="path: 1 problems .*set.jsonl:3 has '2', .*set.jsonl:1 '1/2'"):
+            made = task("jsonl", held_out=0, path=path)
+        assert made.train_problem(0).answer == "1/2"
+
+    def test_other_problems_are_not_taken_for_the_same(self) -> None:
+        from g2rl.tasks.base import likeness
+
+        pairs = [("1.5 x", "15 x"), ("x - 1", "x + 1"), ("12", "1 2"), ("a b", "ab"), ("x^2", "x_2"), ("f(x)", "f x")]
+        assert not [pair for pair in pairs if likeness(pair[0]) == likeness(pair[1])]

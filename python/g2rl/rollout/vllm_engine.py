@@ -34,6 +34,7 @@ def import_vllm() -> Any:
         ConfigError: vLLM is not installed, cannot be imported, or has another version.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report each start to its makers
     # Weights are handed over as tensors, so that the engine has to be in this process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
+import unicodedata
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 from g2rl.config import ConfigError
+from g2rl.tasks.answers import canonical
 from g2rl.types import Problem
 
 Options = TypeVar("Options")
 
 _SPLIT_SEED = "g2rl held-out split"  # not the run's seed: runs that differ in it are compared on the same problems
+_SPELLING = re.compile(r"\$|\\[,;:! ]|\\left(?![a-z])|\\right(?![a-z])|[\u200b-\u200f\ufeff\u00ad]")
 _ENUMERABLE = 2**60  # a longer range has no length in Python; draws below so large a number hardly ever repeat
 
 
@@ -99,6 +104,64 @@ def check_index(index: int) -> int:
 def content(question: str) -> str:
     """Return what makes a question the same as another: its text, whatever the blanks."""
     return " ".join(question.split())
+
+
+def likeness(question: str) -> str:
+    """Return what makes questions alike enough that one must not be trained on and the other evaluated: spelling.
+
+    Beside blanks, upper and lower case, kinds of Unicode characters, TeX's spacing and `$`, and stops at a line's end.
+    """
+    text = unicodedata.normalize("NFKC", question).casefold().replace("dfrac", "frac").replace("tfrac", "frac")
+    return content(" ".join(line.rstrip(" .?!:") for line in _SPELLING.sub(" ", text).splitlines()))
+
+
+def distinct(problems: Iterable[Problem], key: str) -> dict[str, Problem]:
+    """Return the first of equal problems by their content, and warn of equal ones with different answers.
+
+    Args:
+        key: what has the problems, for the warning.
+    """
+    found: dict[str, Problem] = {}
+    torn = []
+    for problem in problems:
+        first = found.setdefault(content(problem.prompt), problem)
+        if canonical(first.answer) != canonical(problem.answer):
+            torn.append(f"{problem.id} has {problem.answer[:40]!r}, {first.id} {first.answer[:40]!r}")
+    if torn:
+        said = f"g2rl: {key}: {len(torn)} problems are there with another answer before, which is kept: {torn[0]}"
+        warnings.warn(said, RuntimeWarning, 3)
+    return found
+
+
+def apart(train: Mapping[str, Problem], held_out: Mapping[str, Problem], key: str, own: bool) -> list[Problem]:
+    """Return the training problems that are none of the held-out ones, and warn of those that are.
+
+    Args:
+        train, held_out: by their `content`.
+        key: configuration key of the held-out problems.
+        own: these have a source of their own. Otherwise they are from `train`, and only problems spelled alike are
+            worth a warning.
+
+    Raises:
+        ConfigError: nothing is left to train on.
+    """
+    alike = {likeness(problem.prompt): problem for problem in held_out.values()}
+    kept = []
+    shared = []
+    for same, problem in train.items():
+        equal = held_out.get(same)
+        other = equal or alike.get(likeness(problem.prompt))
+        if other is None:
+            kept.append(problem)
+        elif own or equal is None:
+            shared.append((problem, other))
+    if not kept:
+        raise ConfigError(f"{key}: expected other problems than those to train on, found the same")
+    if shared:
+        pair = f"such as {shared[0][0].id} and {shared[0][1].id}"
+        said = f"{len(shared)} of {len(train)} problems to train on are held out as well, {pair}"
+        warnings.warn(f"g2rl: {key}: {said}; they are not trained on", RuntimeWarning, 4)
+    return kept
 
 
 def sample_indices(total: int, count: int) -> list[int]:

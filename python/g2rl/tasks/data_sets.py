@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from g2rl.config import ConfigError
-from g2rl.tasks.base import check_held_out, content, option, read_options, text_option
+from g2rl.tasks.base import apart, check_held_out, distinct, option, read_options, text_option
 from g2rl.tasks.choice import LETTERS
 from g2rl.tasks.grading import JUDGES, JudgedTask
 from g2rl.tasks.jsonl import INSTRUCTION, sample
@@ -100,14 +100,15 @@ class DataSetTask(JudgedTask):
         if read.allow_number and spec.judge != "math":
             raise ConfigError(f"task.options.allow_number: expected false with {name}, whose answers are letters")
         train = load_problems(name, spec.train, read.data, read.instruction)
-        source = train
+        source, own = train, False
         if spec.test != spec.train and held_out and (read.data is None or _file(name, spec.test, read.data)):
-            source = load_problems(name, spec.test, read.data, read.instruction)
+            source, own = load_problems(name, spec.test, read.data, read.instruction), True
         if source.keys() == train.keys():
             check_held_out(held_out, len(source))
+            own = False
         chosen = sample(source, held_out)
         judge = JUDGES[spec.judge](**({"allow_number": True} if read.allow_number else {}))
-        super().__init__(name, [p for key, p in train.items() if key not in chosen], [*chosen.values()], seed, judge)
+        super().__init__(name, apart(train, chosen, "task.held_out", own), [*chosen.values()], seed, judge)
 
 
 def load_problems(name: str, split: str, data: str | None = None, instruction: str | None = None) -> dict[str, Problem]:
@@ -124,17 +125,15 @@ def load_problems(name: str, split: str, data: str | None = None, instruction: s
     spec = DATA_SETS[name]
     if instruction is None:
         instruction = INSTRUCTION if spec.judge == "math" else CHOICE_INSTRUCTION
-    problems: dict[str, Problem] = {}
-    missing = total = 0
-    for number, (place, row) in enumerate(_rows(name, split, data), 1):
-        problem = _problem(spec, f"{name}/{split}:{number}", place, row, instruction)
-        total = number
-        if problem is None:
-            missing += 1
-        else:
-            problems.setdefault(content(problem.prompt), problem)
-    if missing > _MISSING * total or not problems:
-        raise ConfigError(f"{name}: expected rows with an answer, found {total - missing} of {total}")
+    read = {
+        place: _problem(spec, f"{name}/{split}:{number}", place, row, instruction)
+        for number, (place, row) in enumerate(_rows(name, split, data), 1)
+    }
+    problems = distinct(filter(None, read.values()), f"{name}, split {split}")
+    missing, total = [place for place, problem in read.items() if problem is None], len(read)
+    if len(missing) > _MISSING * total or not problems:
+        where = f", the first without at {missing[0]}" if missing else ""
+        raise ConfigError(f"{name}: expected rows with an answer, found {total - len(missing)} of {total}{where}")
     return problems
 
 
@@ -172,6 +171,8 @@ def _problem(spec: DataSet, id: str, place: str, row: Any, instruction: str) -> 
     """Return the problem in a row, None where it has no answer."""
     question = column(row, (spec.problem, "problem"), place, "the problem", (str,))
     answer = column(row, (spec.answer, "answer"), place, "the answer", (str, int, float, type(None)))
+    if not question.strip():
+        raise ConfigError(f"{place}: expected a question, found none")
     if answer is None or not str(answer).strip():
         return None
     text = str(answer)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from g2rl.config import ConfigError
-from g2rl.tasks.base import check_held_out, content, option, read_options, sample_indices, text_option
+from g2rl.tasks.base import apart, check_held_out, distinct, option, read_options, sample_indices, text_option
 from g2rl.tasks.grading import JudgedTask, MathJudge
 from g2rl.tasks.rows import column, file_rows, hub_rows
 from g2rl.types import Problem
@@ -42,7 +42,8 @@ class JsonlOptions:
 class JsonlTask(JudgedTask):
     """A data set of problems, judged by `MathVerifier`.
 
-    Problems equal but for blanks are kept once, and none that is held out is trained on.
+    Problems equal but for blanks are kept once, and none that is held out, or spelled like one, is trained on; a
+    warning says how many are in both, and how many equal problems have different answers.
 
     Args:
         options: see `JsonlOptions`.
@@ -61,12 +62,11 @@ class JsonlTask(JudgedTask):
             key = "eval_path" if read.eval_path else "eval_split"
             source = _load(read, key, read.eval_path or read.path, read.eval_split or read.split)
             chosen = sample(source, held_out)
-            if not problems.keys() - chosen.keys():
-                raise ConfigError(f"task.options.{key}: expected other problems than those of path, found the same")
+            train = apart(problems, chosen, f"task.options.{key}", own=True)
         else:
             check_held_out(held_out, len(problems))
             chosen = sample(problems, held_out)
-        train = [problem for key, problem in problems.items() if key not in chosen]
+            train = apart(problems, chosen, "task.held_out", own=False)
         super().__init__("jsonl", train, list(chosen.values()), seed, MathJudge(read.allow_number))
 
 
@@ -81,10 +81,7 @@ def _load(options: JsonlOptions, key: str, path: str, split: str) -> dict[str, P
     named = f"task.options.{key}"
     expected = f"{named}: expected a .jsonl file or a data set that `datasets` can load"
     rows = file_rows(path, named) if path.endswith(".jsonl") else hub_rows(path, options.subset, split, expected)
-    problems: dict[str, Problem] = {}
-    for place, row in rows:
-        problem = _problem(options, place, row)
-        problems.setdefault(content(problem.prompt), problem)
+    problems = distinct((_problem(options, place, row) for place, row in rows), named)
     if not problems:
         raise ConfigError(f"task.options.{key}: expected problems, found none in {path!r}")
     return problems
@@ -92,6 +89,8 @@ def _load(options: JsonlOptions, key: str, path: str, split: str) -> dict[str, P
 
 def _problem(options: JsonlOptions, place: str, row: Any) -> Problem:
     question = column(row, (options.problem_key,), place, "task.options.problem_key", (str,))
+    if not question.strip():
+        raise ConfigError(f"{place}: expected a question in {options.problem_key!r}, found none")
     answer = str(column(row, (options.answer_key,), place, "task.options.answer_key", (str, int, float)))
     if options.answer_after is not None:
         before, found, answer = answer.rpartition(options.answer_after)

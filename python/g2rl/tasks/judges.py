@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import logging
+import math
 import os
 import pickle
 import re
@@ -16,38 +17,15 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_MEMORY = 4 << 30  # bytes of address space; a runaway power or matrix ends in MemoryError instead of the machine's swap
-_FORBIDDEN = (
-    "ctypes.",
-    "os.chmod",
-    "os.chown",
-    "os.exec",
-    "os.fork",
-    "os.kill",
-    "os.link",
-    "os.mkdir",
-    "os.posix_spawn",
-    "os.remove",
-    "os.rename",
-    "os.rmdir",
-    "os.spawn",
-    "os.symlink",
-    "os.system",
-    "os.truncate",
-    "pty.",
-    "shutil.",
-    "socket.",
-    "subprocess.",
-)
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+from g2rl.tasks.sandbox import restrain
 
 
 def serve() -> None:
     """Answer requests on stdin until it closes: the worker's main function.
 
-    The first message is a pickled `(factory, limit_s)`, answered by a line `ready` or what went wrong; each further
-    one a pickled tuple of arguments, answered by a line with the score. Answers are text, so that nothing a judged
-    answer does here can be unpickled in the trainer.
+    The first message is a pickled `(factory, longest_s, confined)`, answered by a line `ready` or what went wrong; each
+    further one a pickled pair of a number and a tuple of arguments, answered by a line with the number and the score.
+    Answers are text, so that nothing a judged answer does here can be unpickled in the trainer.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends its workers
     requests = sys.stdin.buffer
@@ -56,46 +34,30 @@ def serve() -> None:
     os.dup2(nothing.fileno(), 1)  # libraries that print must not talk into the replies
     sys.stdin = nothing
     try:
-        factory, limit_s = pickle.load(requests)
+        factory, longest_s, confined = pickle.load(requests)
         judge = factory()
+        missing = restrain()
+        if confined and missing:
+            raise RuntimeError(f"no sandbox here: {missing}")
     except Exception as error:  # a process boundary: the trainer raises what the line says
         message = " ".join(f"{type(error).__name__}: {error}".split())  # one line
         replies.write(f"{message}\n".encode())
         return
-    _restrain()
     replies.write(b"ready\n")
     while True:
         try:
-            request = pickle.load(requests)
+            number, request = pickle.load(requests)
         except EOFError:
             return
         # Should the trainer be gone and unable to kill this process, it ends itself.
-        faulthandler.dump_traceback_later(limit_s + 1, exit=True, file=nothing)
+        faulthandler.dump_traceback_later(longest_s + 1, exit=True, file=nothing)
         try:
             score = float(judge(*request))
+            score = score if math.isfinite(score) else 0.0
         except Exception:  # a process boundary: an answer that the judge chokes on is a wrong one
             score = 0.0
         faulthandler.cancel_dump_traceback_later()
-        replies.write(f"{score}\n".encode())
-
-
-def _restrain() -> None:
-    """Limit what an answer can do here: memory, files, other processes, the network.
-
-    Some judges hand text to `eval`, directly or through sympy's parser. This keeps accidents small; it is no sandbox.
-    """
-    if sys.platform != "win32":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if sys.platform == "linux":  # elsewhere the address space says little about memory
-            resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-
-    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-        if event.startswith(_FORBIDDEN) or (event == "open" and arguments[2] & _WRITING):
-            raise PermissionError(f"{event} in a judging worker")
-
-    sys.addaudithook(refuse)
+        replies.write(f"{number} {score}\n".encode())
 
 
 def math_judge() -> Callable[[str, str], bool]:

@@ -7,9 +7,11 @@ judge. `multiprocessing` would import the caller's `__main__` there as well, and
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -20,9 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import IO, Any
 
-LIMIT_S = 3.0
-"""Default time limit of one judgement, seconds."""
-_START_LIMIT_S = 60.0  # imports on a busy machine; a worker's start does not count against any answer
+LIMIT_S = 2.0
+"""Default time limit of one judgement, seconds of computing."""
+PATIENCE = 5
+"""A judgement that has not had its seconds of the processor, as on a busy machine, may take this many times as long."""
+_START_LIMIT_S = 300.0  # imports on a busy machine; a worker's start does not count against any answer
+
+
+_MAX_REPLY = 1_000  # bytes; a worker that an answer has taken over may write for ever
 
 
 class PoolError(RuntimeError):
@@ -41,20 +48,41 @@ class _Worker:
     def exchange(self, message: bytes, limit_s: float) -> bytes:
         """Return the reply to `message`, or nothing if the worker died or was killed at the limit."""
         # Killing the process is what ends a blocked write or read here, whatever state the worker is in.
-        timer = threading.Timer(limit_s, self._process.kill)
-        timer.daemon = True
-        timer.start()
+        done = threading.Event()
+        watch = threading.Thread(target=self._kill_at, args=(limit_s, done), daemon=True)
+        watch.start()
         try:
             self._requests.write(message)
             self._requests.flush()
-            return self._replies.readline()
+            return self._replies.readline(_MAX_REPLY)
         except BrokenPipeError:
             return b""
         finally:
-            timer.cancel()
+            done.set()
+
+    def _kill_at(self, limit_s: float, done: threading.Event) -> None:
+        """Kill the worker once it has computed for `limit_s`, and at `PATIENCE` times that in any case."""
+        start, computed = time.monotonic(), _computed_s(self._process.pid)
+        left = limit_s
+        while left > 0 and not done.wait(max(left, 0.01)):
+            waited = time.monotonic() - start
+            used = _computed_s(self._process.pid) - computed
+            left = min(limit_s - used, PATIENCE * limit_s - waited)
+        if not done.is_set():
+            self._process.kill()
 
     def stop(self) -> None:
         _stop(self._process)
+
+
+def _computed_s(pid: int) -> float:
+    """Seconds that the processor has worked for a process; where nothing says so, the time that goes by."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            user, system = stat.read().rpartition(b")")[2].split()[11:13]
+    except OSError:
+        return time.monotonic()
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -75,6 +103,12 @@ def _stop_all(processes: set[subprocess.Popen[bytes]], owner: int) -> None:
             _stop(processes.pop())
 
 
+def _score_in(reply: bytes, number: int) -> float | None:
+    """Return the score in the reply to request `number`, None for any other text: the worker is no longer itself."""
+    match = re.fullmatch(rb"([0-9]+) (-?[0-9][-+.0-9e]*)\n", reply)
+    return float(match[2]) if match and int(match[1]) == number else None
+
+
 def _default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores))
@@ -90,12 +124,19 @@ class JudgePool:
     Args:
         factory: called in each worker without arguments, returns the judge, a function from a request to a score.
             Pickled by reference, so its module must be importable and should be light.
-        limit_s: seconds for one request.
+        limit_s: seconds of computing for one request; `PATIENCE` times that on a machine that is busy otherwise.
         workers: processes at most; None takes one a core, eight at most.
+        confined: refuse to start where the kernel cannot keep a worker from files, network and processes; see
+            `g2rl.tasks.sandbox`, which does in either case what it can.
     """
 
     def __init__(
-        self, factory: Callable[[], Callable[..., Any]], *, limit_s: float = LIMIT_S, workers: int | None = None
+        self,
+        factory: Callable[[], Callable[..., Any]],
+        *,
+        limit_s: float = LIMIT_S,
+        workers: int | None = None,
+        confined: bool = False,
     ) -> None:
         if not limit_s > 0:
             raise ValueError(f"limit_s: expected a value greater than 0, found {limit_s!r}")
@@ -103,7 +144,8 @@ class JudgePool:
             raise ValueError(f"workers: expected 1 or more, found {workers!r}")
         self.limit_s = limit_s
         self.workers = workers or _default_workers()
-        self._greeting = pickle.dumps((factory, limit_s))
+        self._greeting = pickle.dumps((factory, PATIENCE * limit_s, confined))
+        self._numbers = itertools.count()
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         self._slots = threading.Semaphore(self.workers)
         self._lock = threading.Lock()
@@ -123,6 +165,14 @@ class JudgePool:
         with ThreadPoolExecutor(threads, thread_name_prefix="judge") as executor:
             return list(executor.map(self._score, requests))
 
+    def start(self) -> None:
+        """Start a worker, if none is idle, to see that it can be: at the latest `scores` does so.
+
+        Raises:
+            PoolError: as `scores`.
+        """
+        self._idle.put(self._take())
+
     def close(self) -> None:
         """End the workers. Safe to call twice."""
         with self._lock:
@@ -138,23 +188,24 @@ class JudgePool:
         self.close()
 
     def _score(self, request: tuple[Any, ...]) -> float:
-        message = pickle.dumps(request)
+        number = next(self._numbers)
+        message = pickle.dumps((number, request))
         with self._slots:
             for _ in range(2):
                 worker = self._take()
                 start = time.monotonic()
-                reply = b""
+                score: float | None = None
                 try:
-                    reply = worker.exchange(message, self.limit_s)
+                    score = _score_in(worker.exchange(message, self.limit_s), number)
                 finally:
-                    if reply:
+                    if score is not None:
                         self._idle.put(worker)
                     else:
                         worker.stop()
-                if reply:
-                    return float(reply)
+                if score is not None:
+                    return score
                 if time.monotonic() - start >= self.limit_s:
-                    break
+                    break  # it was killed at its limit, or would be the next time
         return 0.0
 
     def _take(self) -> _Worker:

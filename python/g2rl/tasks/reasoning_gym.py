@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from g2rl.config import ConfigError
-from g2rl.tasks.answers import extract_boxed, extract_tagged, last_number, unwrap_text
+from g2rl.tasks.answers import MAX_ANSWER, extract_boxed, extract_tagged, last_number, unwrap_text
 from g2rl.tasks.base import Task, check_index, content
 from g2rl.tasks.data_sets import DATA_SETS
+from g2rl.tasks.evaluating import evaluates
 from g2rl.tasks.judges import reasoning_gym_judge
-from g2rl.tasks.pool import JudgePool
+from g2rl.tasks.pool import JudgePool, PoolError
 from g2rl.types import Problem
 
 RIGHT = 0.99
@@ -35,9 +36,10 @@ class ReasoningGymTask(Task):
     """One reasoning-gym data set.
 
     The answer is the last box of a response, else its last ``<answer>`` element, else its last line, or on demand its
-    last number. It is right from a score of `RIGHT`; scoring runs in worker processes with a time limit, since it
-    evaluates model text. A few of the generators iterate over sets: exact repetition of those across processes takes a
-    fixed ``PYTHONHASHSEED``.
+    last number. It is right from a score of `RIGHT`; scoring runs in worker processes with a time limit. Where the
+    library's judge evaluates answers as code (`g2rl.tasks.evaluating`), the kernel keeps them from files, network and
+    processes (`g2rl.tasks.sandbox`). A few of the generators iterate over sets: exact repetition of those across
+    processes takes a fixed ``PYTHONHASHSEED``.
 
     Args:
         name: the data set's name in reasoning-gym.
@@ -48,7 +50,8 @@ class ReasoningGymTask(Task):
         seed: chooses the training problems.
 
     Raises:
-        ConfigError: the package is missing, there is no such data set, or it does not take the options.
+        ConfigError: the package is missing, there is no such data set, it does not take the options, or its judge
+            evaluates answers and this kernel cannot keep it.
     """
 
     def __init__(self, name: str, options: Mapping[str, Any], held_out: int, seed: int) -> None:
@@ -76,7 +79,7 @@ class ReasoningGymTask(Task):
                 f"task.held_out: expected at most {len(self._held_out)}, all distinct problems that {name} made in "
                 f"{_ATTEMPTS * held_out} attempts, found {held_out}"
             )
-        self._pool = JudgePool(functools.partial(reasoning_gym_judge, name, options))
+        self._pool = _make_pool(name, options, self._classes[0])
 
     def train_problem(self, index: int) -> Problem:
         # An index whose problem is held out moves far on, the same way every time.
@@ -101,7 +104,8 @@ class ReasoningGymTask(Task):
             return tagged
         if self._last_number:
             return last_number(response)
-        return response.strip().rpartition("\n")[2].strip() or None
+        line = response.strip().rpartition("\n")[2].strip()
+        return line if 0 < len(line) <= MAX_ANSWER else None
 
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:
         answers = [self.extract(response) for response in responses]
@@ -146,6 +150,22 @@ def _find(name: str) -> tuple[Any, Any]:
         close = difflib.get_close_matches(name, [*known, *ours], n=5, cutoff=0.5)
         raise ConfigError(expected + (f"; close names: {', '.join(close)}" if close else ""))
     return known[name]
+
+
+def _make_pool(name: str, options: Mapping[str, Any], data_set: type) -> JudgePool:
+    """The judging workers; where answers are evaluated, one is started to see that it can be kept by the kernel."""
+    evaluating = evaluates(data_set)
+    pool = JudgePool(functools.partial(reasoning_gym_judge, name, options), confined=bool(evaluating))
+    if evaluating:
+        try:
+            pool.start()
+        except PoolError as error:
+            pool.close()
+            raise ConfigError(
+                f"task.name: expected a data set whose judge evaluates no answers, since {error}, found {name!r}, "
+                f"which calls {', '.join(sorted(evaluating))}"
+            ) from error
+    return pool
 
 
 def _check_options(config: Any, options: Mapping[str, Any]) -> None:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from g2rl.config import ConfigError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one alone; no tokenizer takes it
+
+MAX_LINE = 16 << 20
+"""Bytes of a line; a longer one is no row of a data set."""
 
 
 def file_rows(path: str, key: str) -> Iterator[tuple[str, Any]]:
@@ -19,14 +26,24 @@ def file_rows(path: str, key: str) -> Iterator[tuple[str, Any]]:
     """
     if not Path(path).is_file():
         raise ConfigError(f"{key}: expected a file, found nothing at {path!r}")
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a number beyond limits
-                raise ConfigError(f"{path}:{number}: expected a JSON object, found {error}") from error
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), 1):
+                if len(line) > MAX_LINE:
+                    raise ConfigError(
+                        f"{path}:{number}: expected a line of at most {MAX_LINE} bytes, found a longer one"
+                    )
+                if line.strip():
+                    yield f"{path}:{number}", _object(line, f"{path}:{number}")
+    except OSError as error:
+        raise ConfigError(f"{key}: expected a file that can be read, found {error}") from error
+
+
+def _object(line: bytes, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a number beyond limits
+        raise ConfigError(f"{place}: expected a JSON object, found {error}") from error
 
 
 def hub_rows(path: str, subset: str | None, split: str, expected: str, way_out: str = "") -> Iterator[tuple[str, Any]]:
@@ -41,7 +58,7 @@ def hub_rows(path: str, subset: str | None, split: str, expected: str, way_out: 
     """
     try:
         rows: Iterable[Any] = importlib.import_module("datasets").load_dataset(path, subset, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of a library that has its own kinds for a file that it cannot read
         found = f"{path!r}, subset {subset!r}, split {split!r}"
         raise ConfigError(f"{expected}, found {found}: {error}{way_out}") from error
     for number, row in enumerate(rows, 1):
@@ -53,7 +70,7 @@ def column(row: Any, names: Sequence[str], place: str, key: str, kinds: tuple[ty
 
     Raises:
         ConfigError: naming `place`: the row is no object, has none of the columns (those it has are listed), or the
-            value is of another type.
+            value is of another type, not finite, or no Unicode text.
     """
     if not isinstance(row, dict):
         raise ConfigError(f"{place}: expected a JSON object, found {type(row).__name__}")
@@ -65,4 +82,8 @@ def column(row: Any, names: Sequence[str], place: str, key: str, kinds: tuple[ty
     if not isinstance(value, kinds) or isinstance(value, bool):
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise ConfigError(f"{place}: expected {wanted} in {name!r}, found {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{place}: expected a finite number in {name!r}, found {value}")
+    if isinstance(value, str) and _SURROGATE.search(value):
+        raise ConfigError(f"{place}: expected text in {name!r}, found half of a surrogate pair in it")
     return value
