@@ -1,6 +1,8 @@
 # make train     train SmolLM2-135M with G2RL on arithmetic, then print where the report is
 # make test      run the tests
 # make ranks     those of training on several ranks, which take two minutes of their own
+# make faults    campaigns of faults and hostile input, an hour of them, and the page docs/RELIABILITY.md of what came out;
+#                SHARE=0.1 tries a tenth, and leaves the page alone
 # make ctest     build and run the C++ kernels' own tests
 # make trl       the tests of the TRL integration with every version of TRL that it serves
 # make verl      the tests of the plug-in for verl, in an environment of their own
@@ -26,7 +28,7 @@ WORKERS ?= 2
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ranks ctest trl verl vllm sanitize aarch64 cuda wheel bench bench-report gpu lint clean
+.PHONY: setup train test ranks faults ctest trl verl vllm sanitize aarch64 cuda wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -49,6 +51,12 @@ test: $(READY)
 RANKS := tests/g2rl/test_parallel.py
 ranks: $(READY)
 	$(BIN)/python -m pytest $(RANKS) $(ARGS)
+
+SHARE ?= 1.0
+faults: $(READY)
+	rm -rf build/faults
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/faults --tries-share $(SHARE) $(ARGS)
+	[ $(SHARE) != 1.0 ] || $(BIN)/python -m tests.faults.page
 
 # An environment in the folder of the target, with what the first prerequisite pins. The kernels are those of .venv: same
 # torch, same Python.
