@@ -8,6 +8,7 @@
 # make verl      the tests of the plug-in for verl, in an environment of their own
 # make vllm      those of sampling by vLLM, in an environment of their own
 # make sanitize  those of the CPU kernels under Clang's sanitizers of addresses, undefined behaviour and threads
+# make sanitize-ops  the campaigns of calls, see make faults, against CPU kernels under the sanitizer of addresses
 # make aarch64   cross-compile the CPU kernels for AArch64 and run their tests under qemu-user
 # make wheel     a wheel in dist/ for the torch of constraints.txt
 # make cuda      build the CUDA kernels for all architectures and print what they take of a chip, with the python3 that
@@ -28,7 +29,7 @@ WORKERS ?= 2
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ranks faults ctest trl verl vllm sanitize aarch64 cuda wheel bench bench-report gpu lint clean
+.PHONY: setup train test ranks faults ctest trl verl vllm sanitize sanitize-ops aarch64 cuda wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -111,6 +112,15 @@ sanitize: $(READY)
 	  OMP_NUM_THREADS=3 TSAN_OPTIONS=ignore_noninstrumented_modules=1 $(BIN)/ctest --test-dir $$build --output-on-failure \
 	    --exclude-regex ^test_cuda || exit 1; \
 	done
+
+# Campaigns of calls against CPU kernels that Clang built for its sanitizer of addresses.
+SANITIZED := $(CURDIR)/build/address
+sanitize-ops: $(READY)
+	$(BIN)/cmake -S . -B $(SANITIZED) -DCMAKE_CXX_COMPILER=clang++ -DG2RL_SANITIZE=address,undefined \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(SANITIZED)
+	$(BIN)/cmake --build $(SANITIZED) --parallel --target _native
+	G2RL_FAULTS_SANITIZED=$(SANITIZED) $(BIN)/python -m pytest tests/faults/test_ops.py -k native --tries-share $(SHARE) \
+	  $(ARGS)
 
 # AArch64's torch gives headers and libraries. It does not start under qemu-user, so test_head is linked only; the
 # others need libc10.so alone.
