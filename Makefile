@@ -1,6 +1,8 @@
 # make train     train SmolLM2-135M with G2RL on arithmetic, then print where the report is
 # make test      run the tests
 # make ranks     those of training on several ranks, which take two minutes of their own
+# make faults    campaigns of faults and hostile input, an hour of them, and the page docs/RELIABILITY.md of what came out;
+#                SHARE=0.1 tries a tenth, and leaves the page alone
 # make ctest     build and run the C++ kernels' own tests
 # make trl       the tests of the TRL integration with every version of TRL that it serves
 # make verl      the tests of the plug-in for verl, in an environment of their own
@@ -8,6 +10,7 @@
 # make lowest    the tests of each extra with the lowest versions that it allows, in environments of their own
 # make audit     look for known weaknesses in the versions of constraints.txt
 # make sanitize  those of the CPU kernels under Clang's sanitizers of addresses, undefined behaviour and threads
+# make sanitize-ops  the campaigns of calls, see make faults, against CPU kernels under the sanitizer of addresses
 # make aarch64   cross-compile the CPU kernels for AArch64 and run their tests under qemu-user
 # make wheel     a wheel in dist/ for the torch of constraints.txt
 # make cuda      build the CUDA kernels for all architectures and print what they take of a chip, with the python3 that
@@ -28,7 +31,8 @@ WORKERS ?= 2
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ranks ctest trl verl vllm lowest audit sanitize aarch64 cuda wheel bench bench-report gpu lint clean
+.PHONY: setup train test ranks faults ctest trl verl vllm lowest audit sanitize sanitize-ops aarch64 cuda wheel bench \
+  bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -51,6 +55,12 @@ test: $(READY)
 RANKS := tests/g2rl/test_parallel.py
 ranks: $(READY)
 	$(BIN)/python -m pytest $(RANKS) $(ARGS)
+
+SHARE ?= 1.0
+faults: $(READY)
+	rm -rf build/faults
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/faults --tries-share $(SHARE) $(ARGS)
+	[ $(SHARE) != 1.0 ] || $(BIN)/python -m tests.faults.page
 
 # An environment in the folder of the target, with what the first prerequisite pins. The kernels are those of .venv: same
 # torch, same Python.
@@ -134,6 +144,15 @@ sanitize: $(READY)
 	  OMP_NUM_THREADS=3 TSAN_OPTIONS=ignore_noninstrumented_modules=1 $(BIN)/ctest --test-dir $$build --output-on-failure \
 	    --exclude-regex ^test_cuda || exit 1; \
 	done
+
+# Campaigns of calls against CPU kernels that Clang built for its sanitizer of addresses.
+SANITIZED := $(CURDIR)/build/address
+sanitize-ops: $(READY)
+	$(BIN)/cmake -S . -B $(SANITIZED) -DCMAKE_CXX_COMPILER=clang++ -DG2RL_SANITIZE=address,undefined \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(SANITIZED)
+	$(BIN)/cmake --build $(SANITIZED) --parallel --target _native
+	G2RL_FAULTS_SANITIZED=$(SANITIZED) $(BIN)/python -m pytest tests/faults/test_ops.py -k native --tries-share $(SHARE) \
+	  $(ARGS)
 
 # AArch64's torch gives headers and libraries. It does not start under qemu-user, so test_head is linked only; the
 # others need libc10.so alone.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -26,13 +27,10 @@ def check_tensor(
         device: the device it must be on; None accepts any.
 
     Raises:
-        TypeError: not a tensor, or of another dtype.
+        TypeError: not a dense tensor, or of another dtype.
         ValueError: another shape or device.
     """
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
-    if is_dtensor(tensor):
-        raise TypeError(f"{name}: expected a plain tensor, found a DTensor: pass its to_local()")
+    check_dense(name, tensor)
     matches = tensor.dim() == len(shape) and all(
         isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True)
     )
@@ -46,18 +44,57 @@ def check_tensor(
         raise ValueError(f"{name}: expected device {device}, found {tensor.device}")
 
 
+def check_dense(name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError unless it is a tensor with an element at every index."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
+    if is_dtensor(tensor):
+        raise TypeError(f"{name}: expected a plain tensor, found a DTensor: pass its to_local()")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else _short(tensor.layout)
+        raise TypeError(f"{name}: expected a dense tensor, found one of layout {layout}")
+
+
+def check_real(name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError unless its elements are floats, integers or bools."""
+    if tensor.is_complex() or tensor.is_quantized:
+        raise TypeError(f"{name}: expected real numbers, found {_short(tensor.dtype)}")
+
+
+def check_number(name: str, value: float, expected: str, fits: Callable[[float], bool]) -> None:
+    """Check a scalar argument.
+
+    Args:
+        expected: in words, for the message.
+        fits: whether a number is as expected.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: does not fit.
+    """
+    if not isinstance(value, Real | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name}: expected {expected}, found {type(value).__name__}")
+    if not fits(value):
+        raise ValueError(f"{name}: expected {expected}, found {value}")
+
+
 def is_dtensor(x: object) -> bool:
     """Known by its mesh: loading `torch.distributed.tensor` takes half as long as all of torch."""
     return getattr(x, "device_mesh", None) is not None
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def values_readable(tensor: torch.Tensor) -> bool:
     """Whether a check may read values: not while a CUDA graph is captured, where a read would break the capture."""
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def own_copy(indices: torch.Tensor) -> torch.Tensor:
+    """On a CPU, indices that no other thread can change between their check and their use."""
+    return indices.clone() if indices.device.type == "cpu" else indices
 
 
 def check_targets(targets: torch.Tensor, vocab_size: int) -> None:
@@ -95,8 +132,9 @@ def check_not_negative(name: str, tensor: torch.Tensor) -> None:
 class ValueChecks:
     """What an op checks of its arguments' values.
 
-    On a CPU it raises at once. To read a value of a GPU is to wait for all earlier work, and then the GPU is idle while
-    the op's kernels are launched. So there checks are launched first, kernels get values that are safe to address
+    On a CPU it raises at once, and kernels get a copy: another thread may change what was checked. To read a value of a
+    GPU is to wait for all earlier work, and then the GPU is idle while the op's kernels are launched. So there checks
+    are launched first, kernels get values that are safe to address
     memory with, and the ``with`` block in which they are launched ends by waiting for the checks alone::
 
         checks = ValueChecks()
@@ -111,6 +149,7 @@ class ValueChecks:
 
     def targets(self, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """`check_targets`; what kernels may use in their place."""
+        targets = own_copy(targets)
         check = partial(check_targets, targets, vocab_size)
         if not self._is_late(targets):
             check()
@@ -119,6 +158,7 @@ class ValueChecks:
 
     def offsets(self, name: str, offsets: torch.Tensor, total: int, total_name: str) -> torch.Tensor:
         """`check_offsets`; what kernels may use in their place."""
+        offsets = own_copy(offsets)
         check = partial(check_offsets, name, offsets, total, total_name)
         if not self._is_late(offsets):
             check()

@@ -22,11 +22,12 @@ N tokens, d hidden, V vocab, B responses, G groups.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+from g2rl_kernels.checks import check_number
 
 RULES = ("scale", "centered", "literal")
 UNIFORM_GROUPS = ("shape", "drop")
@@ -128,7 +129,7 @@ class Shaping:
     """How scores shape rewards; the paper leaves the starred choices open.
 
     Attributes:
-        strength: lambda* of eq. 12, >= 0.
+        strength: lambda* of eq. 12, 0 to 1e18.
         clip: c of section 2.5, > 0: shaped rewards stay in [-c, c].
         rule: reading of eq. 12*: "scale" r (1 + lambda nubar); "centered" r (1 + lambda (2 nubar - 1)), where a dull
             right answer loses and a wrong answer close to its peers suffers less; "literal" r (1 + lambda r nubar).
@@ -136,7 +137,7 @@ class Shaping:
         uniform_groups: groups whose raw rewards are all equal* are shaped ("shape") or keep their rewards ("drop").
 
     Raises:
-        ValueError: a value is out of range.
+        TypeError, ValueError: a value is of another type or out of range.
     """
 
     strength: float = 1.0
@@ -146,14 +147,11 @@ class Shaping:
     uniform_groups: Literal["shape", "drop"] = "shape"
 
     def __post_init__(self) -> None:
-        if not (self.strength >= 0 and math.isfinite(self.strength)):
-            raise ValueError(f"shaping.strength: expected a finite number >= 0, found {self.strength}")
-        if not self.clip > 0:
-            raise ValueError(f"shaping.clip: expected a number > 0, found {self.clip}")
+        check_number("shaping.strength", self.strength, "a number from 0 to 1e18", lambda x: 0 <= x <= 1e18)
+        check_number("shaping.clip", self.clip, "a number > 0", lambda x: x > 0)
         if self.rule not in RULES:
             raise ValueError(f"shaping.rule: expected one of {', '.join(RULES)}, found {self.rule!r}")
-        if not self.min_range >= 0:
-            raise ValueError(f"shaping.min_range: expected a number >= 0, found {self.min_range}")
+        check_number("shaping.min_range", self.min_range, "a number >= 0", lambda x: x >= 0)
         if self.uniform_groups not in UNIFORM_GROUPS:
             raise ValueError(
                 f"shaping.uniform_groups: expected one of {', '.join(UNIFORM_GROUPS)}, found {self.uniform_groups!r}"

@@ -128,9 +128,10 @@ void exact_features(const HeadProblem& p, const RowPanels& rows, const Responses
 }
 
 // Features and statistics in one pass, believing `lse`; responses it serves badly are done again with the one just
-// computed. False, and nothing usable, if lse is nowhere near.
-bool believing_features(const HeadProblem& p, const RowPanels& rows, const Responses& r, const float* lse,
-                        const TokenStats& stats, std::vector<Token>& tokens, float* features) {
+// computed. Those that it is nowhere near are left to the caller, in `unserved`.
+void believing_features(const HeadProblem& p, const RowPanels& rows, const Responses& r, const float* lse,
+                        const TokenStats& stats, std::vector<Token>& tokens, float* features,
+                        std::vector<int64_t>& unserved) {
   Coefficients coef(p.N);
   Collected collected{Partials(p.cut.slabs, 0, p.N), std::vector<float>(p.N)};
   for (int64_t t = r.token_begin(); t < r.token_end(); ++t) {
@@ -140,25 +141,45 @@ bool believing_features(const HeadProblem& p, const RowPanels& rows, const Respo
   }
   const SlabFeatures slabs = feature_pass(p, rows, r, coef, nullptr, &collected);
   merge_slabs(p, collected.partials, collected.target_acc, r.token_begin(), r.token_end(), stats, tokens.data());
-  for (int64_t t = r.token_begin(); t < r.token_end(); ++t)
-    if (!(std::abs(tokens[t].lse - coef.ref[t]) <= kLseBelief)) return false;
-
-  const auto served = [&](int64_t b) {
+  const auto within = [&](int64_t b, double slack) {
     bool good = true;
-    for (int64_t t = r.cu[b]; t < r.cu[b + 1]; ++t) good &= std::abs(tokens[t].lse - coef.ref[t]) <= kLseSlack;
+    for (int64_t t = r.cu[b]; t < r.cu[b + 1]; ++t) good &= std::abs(tokens[t].lse - coef.ref[t]) <= slack;
     return good;
   };
+  for (int64_t b = r.first; b < r.last; ++b)
+    if (!within(b, kLseBelief)) unserved.push_back(b);
   // The other entries were not divided by the sum found here, so the target's is not either.
   std::vector<Token> believed = tokens;
   for (int64_t t = r.token_begin(); t < r.token_end(); ++t) believed[t].rest *= std::exp(tokens[t].lse - coef.ref[t]);
   finish_features(p, r, believed, slabs, features);
   for (int64_t b = r.first; b < r.last;) {
     int64_t end = b;
-    while (end < r.last && !served(end)) ++end;
+    while (end < r.last && !within(end, kLseSlack)) ++end;
     if (end > b) exact_features(p, rows, {r.cu, r.weight, b, end}, tokens, nullptr, features);
     b = std::max(end, b + 1);
   }
-  return true;
+}
+
+// Statistics and features of some responses by two passes, whatever was found of them before. Others keep their bits:
+// a NaN of one does not choose the way for all.
+void two_passes(const HeadProblem& p, const RowPanels& rows, const Responses& all, const std::vector<int64_t>& some,
+                const TokenStats& stats, float* features) {
+  std::optional<TileScales> scales;
+  if (p.cap <= 0) scales.emplace(p.cut.tiles, p.N);
+  const TileScales* rounding = scales ? &*scales : nullptr;
+  const TokenStats found = empty_stats(p.N);
+  std::vector<Token> tokens(p.N);
+  whole_statistics(p, rows, found, tokens.data(), rounding);
+  for (size_t i = 0, next; i < some.size(); i = next) {
+    for (next = i + 1; next < some.size() && some[next] == some[next - 1] + 1; ++next)
+      if (some[next] - some[i] == kResponses) break;
+    const Responses r{all.cu, all.weight, some[i], some[next - 1] + 1};
+    const int64_t begin = r.token_begin(), count = r.token_end() - begin;
+    for (const auto& [to, from] : {std::pair(stats.logps, found.logps), std::pair(stats.entropy, found.entropy),
+                                   std::pair(stats.lse, found.lse)})
+      std::copy_n(from.const_data_ptr<float>() + begin, count, to.mutable_data_ptr<float>() + begin);
+    exact_features(p, rows, r, tokens, rounding, features);
+  }
 }
 
 // a_t / sum of a over the response, and 0 where the response is empty or its weights cancel.
@@ -207,9 +228,13 @@ std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, c
   }
   const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
   const auto each_group = [&](auto&& f) { return for_groups(cu, B, weight.data(), kResponses, f); };
-  if (lse && covered && each_group([&](const Responses& r) {
-        return believing_features(p, rows, r, lse->const_data_ptr<float>(), stats, tokens, out);
-      })) {
+  if (lse && covered) {
+    std::vector<int64_t> unserved;
+    each_group([&](const Responses& r) {
+      believing_features(p, rows, r, lse->const_data_ptr<float>(), stats, tokens, out, unserved);
+      return true;
+    });
+    if (!unserved.empty()) two_passes(p, rows, {cu, weight.data(), 0, B}, unserved, stats, out);
     return {features, stats};
   }
   std::optional<TileScales> scales;

@@ -135,8 +135,11 @@ class StatsWork {
   void end_row() {
     while (__builtin_expect(any_above(most_, 0.5f * kHeadroom), 0)) {
       const float before = job_.ref[at_.row()];
-      job_.ref[at_.row()] = job_.alpha * row_max(acc(), job_.tile.width);
-      const f32x16 up = splat(job_.ref[at_.row()] - before);
+      float& ref = job_.ref[at_.row()];
+      ref = job_.alpha * row_max(acc(), job_.tile.width);
+      // Logits near 1e9 lie further than the headroom above their own rounded maximum.
+      if (ref == before) ref = std::nextafter(before, std::numeric_limits<float>::infinity());
+      const f32x16 up = splat(ref - before);
       const f32x16 f = exp(-up);
       x0_ = (x0_ - up * s0_) * f;
       s0_ *= f;

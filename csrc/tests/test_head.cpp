@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <thread>
 #include <vector>
 
 #include "../cpu/head_features.h"
@@ -168,6 +169,53 @@ void check_plans(at::ScalarType dtype, bool bias) {
   }
 }
 
+// Several callers at once, each with the bits that it gets alone: nothing is shared that calls write to.
+void check_callers(at::ScalarType dtype) {
+  constexpr int64_t N = 70, d = 33, V = 700;
+  constexpr int kCallers = 8, kRounds = 3;
+  struct Caller {
+    at::Tensor hidden, weight, targets;
+    std::vector<at::Tensor> alone;
+    bool same = true;
+
+    std::vector<at::Tensor> results() const {
+      const g2rl::Head head{weight, std::nullopt, 0.9, 1.1, 5.0};
+      const at::Tensor cu = at::tensor({int64_t{0}, int64_t{30}, N}, at::kLong), ones = at::ones({N});
+      const auto [features, s] = g2rl::sequence_features(hidden, head, targets, cu, std::nullopt, std::nullopt, 0);
+      const auto grads = g2rl::logprobs_backward(ones, ones, hidden, head, targets, s, 0, {true, true, false});
+      return {features, s.logps, s.entropy, s.lse, grads[0], grads[1]};
+    }
+  };
+  at::manual_seed(11);
+  std::vector<Caller> callers;
+  for (int i = 0; i < kCallers; ++i) {
+    callers.push_back({at::randn({N, d}).to(dtype), at::randn({V, d}).to(dtype), at::randint(V, {N}, at::kLong), {}});
+    callers.back().alone = callers.back().results();
+  }
+  std::vector<std::thread> threads;
+  for (Caller& caller : callers)
+    threads.emplace_back([&caller] {
+      for (int round = 0; round < kRounds; ++round) {
+        const std::vector<at::Tensor> found = caller.results();
+        for (size_t i = 0; i < found.size(); ++i) caller.same &= at::equal(found[i], caller.alone[i]);
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  for (const Caller& caller : callers) expect(caller.same, "callers with other bits", 1, 0);
+}
+
+// Logits so far from 0 that their rounded maximum is less than one of them by more than the headroom of sums.
+void check_huge(at::ScalarType dtype) {
+  const at::Tensor hidden = at::tensor({2.421875, -0.84}, at::kDouble).view({2, 1}).to(dtype),
+                   weight = at::tensor({-1.46, -2.25, -0.0014, -1.276}, at::kDouble).view({4, 1}).to(dtype),
+                   targets = at::tensor({int64_t{2}, int64_t{1}}, at::kLong);
+  const g2rl::TokenStats s = g2rl::token_logprobs(hidden, {weight, std::nullopt, 1e-10, 1.0, 0.0}, targets, 0);
+  for (const at::Tensor& x : {s.logps, s.entropy}) {
+    const double most = x.abs().max().item<double>();
+    expect(most == 0, "log p and entropy of the likeliest word", most, 0);
+  }
+}
+
 }  // namespace
 
 int main() try {
@@ -178,6 +226,8 @@ int main() try {
     check({65, 33, 257, dtype, 1.2, 0.8, 5.0, true});    // one past the tiles, a cap that saturates
     check({5, 700, 129, dtype, 1.0, -1.0, 0.0, false});  // hidden in two chunks, negative scale
     check_plans(dtype, dtype == at::kBFloat16);
+    check_callers(dtype);
+    check_huge(dtype);
   }
   if (failures == 0) std::puts("all head tests passed");
   return failures != 0;

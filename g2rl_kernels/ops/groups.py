@@ -10,6 +10,8 @@ With S_ij the cosine of responses i and j of a group (B responses, G groups, m t
 
 A response without gradient (empty, fully masked: Phi = 0) is invalid: no peer to others, left out of min and max, and
 its reward stays as it is.
+
+NaN or inf in features, similarities or scores leaves the results of its group undefined, and no other group's.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from g2rl_kernels.checks import ValueChecks, check_offsets, check_tensor, values_readable
+from g2rl_kernels.checks import ValueChecks, check_offsets, check_real, check_tensor, own_copy, values_readable
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.products import wide
 from g2rl_kernels.records import GroupAdvantages, Shaping
@@ -30,6 +32,7 @@ NORMALIZATIONS = ("std", "none")
 
 _REAL = (torch.float32, torch.float64)
 _OFFSETS = (torch.int32, torch.int64)
+_LARGEST_GROUP = 2**31 - 1  # every number divides a batch of none
 
 
 def group_similarity(features: torch.Tensor, groups: int | torch.Tensor) -> torch.Tensor:
@@ -72,6 +75,7 @@ def exploration_scores(
     """
     B = rewards.shape[0] if isinstance(rewards, torch.Tensor) else "B"
     check_tensor("rewards", rewards, (B,))
+    check_real("rewards", rewards)
     check_tensor("similarity", similarity, ("G", "m_max", "m_max"), _REAL, rewards.device)
     cu_groups, m_max = _offsets(groups, rewards.shape[0], rewards.device)
     m_max = similarity.shape[1] if m_max is None else m_max
@@ -101,9 +105,10 @@ def shape_rewards(
     """
     check_tensor("scores", scores, ("B",), _REAL)
     check_tensor("rewards", rewards, (scores.shape[0],), None, scores.device)
+    check_real("rewards", rewards)
     cu_groups, _ = _offsets(groups, scores.shape[0], scores.device)
     _check_valid(valid, scores)
-    s = shaping or Shaping()
+    s = _shaping_or_default(shaping)
     return _shape_rewards(
         rewards.to(scores.dtype), scores, cu_groups, valid, s.strength, s.clip, s.rule, s.min_range, s.uniform_groups
     )
@@ -124,6 +129,7 @@ def group_advantages(
         A [B], fp64 for fp64 rewards, else fp32; exactly 0 where a group's rewards are all equal. Not differentiable.
     """
     check_tensor("rewards", rewards, ("B",))
+    check_real("rewards", rewards)
     _check_normalize(normalize)
     cu_groups, _ = _offsets(groups, rewards.shape[0], rewards.device)
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
@@ -160,10 +166,11 @@ def g2rl_advantages(
     """
     check_tensor("features", features, ("B", "d"), _REAL)
     check_tensor("rewards", rewards, (features.shape[0],), None, features.device)
+    check_real("rewards", rewards)
     _check_normalize(normalize)
     _check_valid(valid, rewards)
     cu_groups, m_max = _offsets(groups, features.shape[0], features.device)
-    s = shaping or Shaping()
+    s = _shaping_or_default(shaping)
     return GroupAdvantages(
         *_g2rl_advantages(
             features,
@@ -190,7 +197,7 @@ def _offsets(groups: int | torch.Tensor, B: int, device: torch.device) -> tuple[
         return groups, None
     if isinstance(groups, bool) or not isinstance(groups, int | torch.SymInt):
         raise TypeError(f"groups: expected an int or a tensor of offsets, found {type(groups).__name__}")
-    if groups <= 0 or B % groups:
+    if groups <= 0 or B % groups or groups > _LARGEST_GROUP:
         raise ValueError(f"groups: expected a divisor of B = {B}, found {groups}")
     return torch.arange(0, B + 1, groups, device=device), groups
 
@@ -198,6 +205,14 @@ def _offsets(groups: int | torch.Tensor, B: int, device: torch.device) -> tuple[
 def _check_valid(valid: torch.Tensor | None, like: torch.Tensor) -> None:
     if valid is not None:
         check_tensor("valid", valid, (like.shape[0],), (torch.bool,), like.device)
+
+
+def _shaping_or_default(shaping: Shaping | None) -> Shaping:
+    if shaping is None:
+        return Shaping()
+    if not isinstance(shaping, Shaping):
+        raise TypeError(f"shaping: expected a Shaping, found {type(shaping).__name__}")
+    return shaping
 
 
 def _check_normalize(normalize: str) -> None:
@@ -236,6 +251,7 @@ def _largest(cu_groups: torch.Tensor, m_max: int | None) -> int:
 
 @torch.library.custom_op("g2rl::group_similarity", mutates_args=())
 def _group_similarity(features: torch.Tensor, cu_groups: torch.Tensor, m_max: int | None) -> torch.Tensor:
+    cu_groups = own_copy(cu_groups)
     check_offsets("groups", cu_groups, features.shape[0], "B")
     run = resolve("group_similarity", features.device, features.dtype)
     return run(features, cu_groups, _largest(cu_groups, m_max))
@@ -278,6 +294,7 @@ _group_similarity.register_autograd(_similarity_backward, setup_context=_save_fe
 def _exploration_scores(
     similarity: torch.Tensor, rewards: torch.Tensor, cu_groups: torch.Tensor, valid: torch.Tensor | None
 ) -> torch.Tensor:
+    cu_groups = own_copy(cu_groups)
     check_offsets("groups", cu_groups, rewards.shape[0], "B")
     if values_readable(cu_groups) and _largest(cu_groups, None) > similarity.shape[1]:
         found = f"{list(similarity.shape)} and a group of {_largest(cu_groups, None)}"
@@ -309,6 +326,7 @@ def _shape_rewards(
     min_range: float,
     uniform_groups: str,
 ) -> torch.Tensor:
+    cu_groups = own_copy(cu_groups)
     check_offsets("groups", cu_groups, rewards.shape[0], "B")
     _check_rewards(rewards)
     run = resolve("shape_rewards", rewards.device, rewards.dtype)
@@ -322,6 +340,7 @@ def _(rewards, scores, cu_groups, valid, strength, clip, rule, min_range, unifor
 
 @torch.library.custom_op("g2rl::group_advantages", mutates_args=())
 def _group_advantages(rewards: torch.Tensor, cu_groups: torch.Tensor, normalize: str) -> torch.Tensor:
+    cu_groups = own_copy(cu_groups)
     check_offsets("groups", cu_groups, rewards.shape[0], "B")
     _check_finite(rewards)
     run = resolve("group_advantages", rewards.device, rewards.dtype)

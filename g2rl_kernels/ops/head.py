@@ -13,14 +13,14 @@ Neither logits [N, V] nor token gradients [N, d] are kept. MATH.md derives the f
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
 
 from g2rl_kernels import distributed
-from g2rl_kernels.checks import check_tensor, is_dtensor, values_readable
+from g2rl_kernels.checks import check_number, check_tensor, is_dtensor, values_readable
 from g2rl_kernels.dispatch import BACKENDS, backend_number, resolve
 from g2rl_kernels.distributed import Values, VocabularyPart
 from g2rl_kernels.ops import head_ops
@@ -43,8 +43,8 @@ class LMHead:
         weight: [V, d], bf16, fp16, fp32 or fp64; the rank's part where the vocabulary is split. A DTensor sharded on
             dimension 0 brings its ranks along.
         bias: [V], weight's dtype or fp32.
-        temperature: divides the logits for log-probabilities, entropy and features alike; > 0.
-        logit_scale: multiplies W h + b (Cohere, Granite).
+        temperature: divides the logits for log-probabilities, entropy and features alike; 1e-18 to 1e18.
+        logit_scale: multiplies W h + b (Cohere, Granite); of either sign.
         softcap: c in c tanh(z / c), applied before the temperature (Gemma); None for none.
         process_group: ranks that hold a part each, of any sizes; None for a whole vocabulary, or a DTensor's.
         vocab_start: first word of this rank's part; None: parts follow each other in the order of ranks.
@@ -77,12 +77,11 @@ class LMHead:
         if self.bias is not None:
             bias = distributed.local_part(self.bias)
             check_tensor("head.bias", bias, (weight.shape[0],), (weight.dtype, torch.float32), weight.device)
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"head.temperature: expected a finite number > 0, found {self.temperature}")
-        if self.logit_scale == 0 or not math.isfinite(self.logit_scale):
-            raise ValueError(f"head.logit_scale: expected a finite number other than 0, found {self.logit_scale}")
-        if self.softcap is not None and not (self.softcap > 0 and math.isfinite(self.softcap)):
-            raise ValueError(f"head.softcap: expected None or a finite number > 0, found {self.softcap}")
+        check_number("head.temperature", self.temperature, "a number from 1e-18 to 1e18", _is_moderate)
+        either_sign = "a number of magnitude 1e-18 to 1e18"
+        check_number("head.logit_scale", self.logit_scale, either_sign, lambda x: _is_moderate(abs(x)))
+        if self.softcap is not None:
+            check_number("head.softcap", self.softcap, "None or a number from 1e-18 to 1e18", _is_moderate)
         object.__setattr__(self, "part", self._part(weight))
 
     def _part(self, weight: torch.Tensor) -> VocabularyPart | None:
@@ -126,6 +125,11 @@ class LMHead:
         return float(self.temperature), float(self.logit_scale), float(self.softcap or 0.0)
 
 
+def _is_moderate(x: float) -> bool:
+    """Whether quotients of two such numbers, which kernels multiply by, fit into fp32."""
+    return 1e-18 <= x <= 1e18
+
+
 def token_logprobs(
     hidden: torch.Tensor,
     head: LMHead | torch.Tensor,
@@ -160,7 +164,7 @@ def token_logprobs(
     if head.part is not None:
         results = _over_parts(hidden, head, (weight, bias), targets, (None, None), workspace_bytes)[1:]
     else:
-        results = head_ops.token_logprobs(hidden, weight, bias, targets, *head.options, workspace_bytes or 0)
+        results = head_ops.token_logprobs(hidden, weight, bias, targets, *head.options, int(workspace_bytes or 0))
     return TokenLogprobs(*results)
 
 
@@ -214,7 +218,7 @@ def sequence_features(
         found = _over_parts(hidden, head, (weight, bias), targets, (cu_seqlens, token_weights), workspace_bytes)
     else:
         found = head_ops.sequence_features(
-            hidden, weight, bias, targets, cu_seqlens, token_weights, lse, *head.options, workspace_bytes or 0
+            hidden, weight, bias, targets, cu_seqlens, token_weights, lse, *head.options, int(workspace_bytes or 0)
         )
     result = SequenceFeatures(*found)
     if context_group is None:
@@ -233,7 +237,7 @@ def _over_parts(
     """features, logps, entropy and lse where ranks hold parts of the vocabulary: MATH.md, section 10."""
     part, (weight, bias) = head.part, tensors
     assert part is not None
-    options = (*head.options, workspace_bytes or 0)
+    options = (*head.options, int(workspace_bytes or 0))
     if not torch.compiler.is_compiling() and values_readable(targets):
         run = resolve("token_sums", hidden.device, hidden.dtype, Head(weight, bias, *head.options))
         _check_same_tokens(part, targets, 0 if responses[0] is None else responses[0].shape[0], backend_number(run))
@@ -288,8 +292,11 @@ def _check_tokens(
     """The checks that need no values of targets."""
     check_tensor("hidden", hidden, ("N", weight.shape[1]), (weight.dtype,), weight.device)
     check_tensor("targets", targets, (hidden.shape[0],), (torch.int64,), hidden.device)
-    if workspace_bytes is not None and workspace_bytes <= 0:
-        raise ValueError(f"workspace_bytes: expected a number of bytes > 0, found {workspace_bytes}")
+    if workspace_bytes is not None:
+        if not isinstance(workspace_bytes, Integral | torch.SymInt):
+            raise TypeError(f"workspace_bytes: expected an int, found {type(workspace_bytes).__name__}")
+        if not 0 < workspace_bytes < 2**63:
+            raise ValueError(f"workspace_bytes: expected a number of bytes > 0, found {workspace_bytes}")
     if check_finite:
         finite = torch.isfinite(hidden).all(1)
         if not bool(finite.all()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from g2rl_kernels.checks import check_tensor
+from g2rl_kernels.checks import check_dense, check_number, check_real, check_tensor
 
 
 def unpad(tensor: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -13,14 +13,20 @@ def unpad(tensor: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch
 
     Args:
         tensor: [B, L, ...], any dtype.
-        mask: [B, L], bool or integer; non-zero marks a token. Marked positions need not be contiguous.
+        mask: [B, L], bool or integer, on the tensor's device; non-zero marks a token. Marked positions need not be
+            contiguous.
 
     Returns:
         packed [N, ...] with N marked positions, and cu_seqlens [B + 1] int32: row b owns packed[cu[b]:cu[b + 1]].
 
     Equivalent to ``tensor[mask.bool()]`` and ``F.pad(mask.bool().sum(1).cumsum(0), (1, 0))``; differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument has another type, shape or device.
     """
-    check_tensor("mask", mask, ("B", "L"))
+    check_dense("tensor", tensor)
+    check_tensor("mask", mask, ("B", "L"), None, tensor.device)
+    check_real("mask", mask)
     if tensor.shape[:2] != mask.shape:
         raise ValueError(f"tensor: expected shape [{mask.shape[0]}, {mask.shape[1]}, ...], found {list(tensor.shape)}")
     keep = mask.bool()
@@ -32,18 +38,25 @@ def pad(packed: torch.Tensor, mask: torch.Tensor, value: float = 0.0) -> torch.T
 
     Args:
         packed: [N, ...], N the number of marked positions.
-        mask: [B, L], bool or integer.
+        mask: [B, L], bool or integer, on the device of `packed`.
         value: what unmarked positions hold.
 
     Returns:
         [B, L, ...] of packed's dtype; differentiable.
 
     Raises:
-        ValueError: `packed` has another number of tokens than `mask` marks.
+        TypeError: an argument has another type.
+        ValueError: `packed` has another number of tokens than `mask` marks, or its dtype has no such `value`.
     """
-    check_tensor("mask", mask, ("B", "L"))
+    check_dense("packed", packed)
+    check_tensor("mask", mask, ("B", "L"), None, packed.device)
+    check_real("mask", mask)
     keep = mask.bool()
-    if not torch.compiler.is_compiling() and packed.shape[0] != int(keep.sum()):
-        raise ValueError(f"packed: expected {int(keep.sum())} tokens, as marked by mask, found {packed.shape[0]}")
-    padded = packed.new_full((*mask.shape, *packed.shape[1:]), value)
+    if not torch.compiler.is_compiling() and list(packed.shape[:1]) != [marked := int(keep.sum())]:
+        raise ValueError(f"packed: expected shape [{marked}, ...], as marked by mask, found {list(packed.shape)}")
+    check_number("value", value, "a number", lambda x: True)
+    try:
+        padded = packed.new_full((*mask.shape, *packed.shape[1:]), value)
+    except RuntimeError as error:
+        raise ValueError(f"value: expected a number that {packed.dtype} holds, found {value}") from error
     return padded.index_put((keep,), packed)

@@ -163,6 +163,41 @@ def test_kinds_of_logits(backend: str | None, device: str, dtype: torch.dtype, k
     assert all(bool(x.isfinite().all()) for x in result)
 
 
+@pytest.mark.parametrize("wrong", [100.0, -100.0, float("nan"), float("inf")])
+@every_forward
+def test_an_lse_of_something_else(backend: str | None, device: str, dtype: torch.dtype, wrong: float) -> None:
+    """It only steers rounding: results are the right ones."""
+    given = torch.full((SMALL.N,), wrong, device=device)
+    check(backend, device, dtype, SMALL, "random", lse=given)
+
+
+@every_forward
+def test_nan_of_one_response_beside_a_given_lse(backend: str | None, device: str, dtype: torch.dtype) -> None:
+    """The others keep their bits: what is wrong with one must not choose the way for all."""
+    s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["plain"])
+    lse = oracle(SMALL, dtype, device, "random", OPTIONS["plain"]).lse.float()
+    clean = features(s, backend, lse=lse)
+    hidden = s.hidden.clone()
+    hidden[6] = torch.nan
+    found = features(s, backend, hidden=hidden, lse=lse)
+    assert found.features[2].isnan().all() and found.logps[6].isnan()
+    others = torch.arange(5, device=device) != 2
+    assert same_bits(found.features[others], clean.features[others])
+    rest = torch.arange(SMALL.N, device=device) != 6
+    for got, want in zip(found[1:], clean[1:], strict=True):
+        assert same_bits(got[rest], want[rest])
+
+
+@every_forward
+def test_logits_beyond_the_digits_of_fp32(backend: str | None, device: str, dtype: torch.dtype) -> None:
+    """Near 1e10 a logit may lie hundreds above the row's maximum as fp32 has it: the likeliest word is certain."""
+    hidden = torch.tensor([[2.421875], [-0.84]], dtype=dtype, device=device)
+    weight = torch.tensor([[-1.46], [-2.25], [-0.0014], [-1.276]], dtype=dtype, device=device)
+    with use_backend(backend):
+        out = token_logprobs(hidden, LMHead(weight, temperature=1e-10), torch.tensor([2, 1], device=device))
+    assert out.logps.tolist() == [0, 0] and out.entropy.tolist() == [0, 0]
+
+
 @every_forward
 @pytest.mark.parametrize("kind", ["random", "peaked"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -94,7 +94,10 @@ def test_padded_batches_through_the_head() -> None:
         (lambda: unpad(torch.ones(2), torch.ones(2, 4)), r"tensor: expected shape \[2, 4, ...\], found \[2\]"),
         (lambda: unpad(torch.ones(2, 3), torch.ones(2)), r"mask: expected shape \[B, L\], found \[2\]"),
         (lambda: pad(torch.ones(4), torch.ones(2)), r"mask: expected shape \[B, L\], found \[2\]"),
-        (lambda: pad(torch.ones(4), torch.ones(2, 3)), "packed: expected 6 tokens, as marked by mask, found 4"),
+        (
+            lambda: pad(torch.ones(4), torch.ones(2, 3)),
+            r"packed: expected shape \[6, ...\], as marked by mask, found \[4\]",
+        ),
     ],
 )
 def test_messages(call, message: str) -> None:  # noqa: ANN001
@@ -102,3 +105,13 @@ def test_messages(call, message: str) -> None:  # noqa: ANN001
         call()
     with pytest.raises(TypeError, match="mask: expected a tensor, found list"):
         unpad(torch.ones(2, 3), [[1, 1, 1]] * 2)
+    with pytest.raises(TypeError, match="tensor: expected a tensor, found list"):
+        unpad([[1, 2, 3]] * 2, torch.ones(2, 3))
+    with pytest.raises(TypeError, match="packed: expected a dense tensor, found one of layout sparse_coo"):
+        pad(torch.ones(6).to_sparse(), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="packed: expected shape"):
+        pad(torch.ones(()), torch.ones(2, 3))
+    with pytest.raises(TypeError, match="value: expected a number, found str"):
+        pad(torch.ones(6), torch.ones(2, 3), "0")
+    with pytest.raises(ValueError, match="value: expected a number that torch.int8 holds, found 300"):
+        pad(torch.ones(6).to(torch.int8), torch.ones(2, 3), 300)

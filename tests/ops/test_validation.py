@@ -26,6 +26,7 @@ from g2rl_kernels import (
     g2rl_advantages,
     group_advantages,
     group_similarity,
+    records,
     sequence_features,
     shape_rewards,
     testing,
@@ -33,6 +34,8 @@ from g2rl_kernels import (
     use_backend,
     workspace,
 )
+from g2rl_kernels.ops import groups as groups_ops
+from g2rl_kernels.ops import head_ops
 
 N, D, V, B = 6, 4, 9, 2
 
@@ -79,23 +82,44 @@ HEADS = [
     (
         lambda: LMHead(weight(), temperature=0.0),
         ValueError,
-        "head.temperature: expected a finite number > 0, found 0.0",
+        "head.temperature: expected a number from 1e-18 to 1e18, found 0.0",
     ),
     (
         lambda: LMHead(weight(), temperature=-1.0),
         ValueError,
-        "head.temperature: expected a finite number > 0, found -1.0",
+        "head.temperature: expected a number from 1e-18 to 1e18, found -1.0",
     ),
-    (lambda: LMHead(weight(), temperature=float("nan")), ValueError, "head.temperature: expected a finite number > 0"),
-    (lambda: LMHead(weight(), temperature=float("inf")), ValueError, "head.temperature: expected a finite number > 0"),
-    (lambda: LMHead(weight(), logit_scale=0.0), ValueError, "head.logit_scale: expected a finite number other than 0"),
-    (lambda: LMHead(weight(), logit_scale=float("inf")), ValueError, "head.logit_scale: expected a finite number"),
+    (lambda: LMHead(weight(), temperature=float("nan")), ValueError, "head.temperature: expected a number"),
+    (lambda: LMHead(weight(), temperature=float("inf")), ValueError, "head.temperature: expected a number"),
+    (
+        lambda: LMHead(weight(), logit_scale=0.0),
+        ValueError,
+        "head.logit_scale: expected a number of magnitude 1e-18 to 1e18, found 0.0",
+    ),
+    (lambda: LMHead(weight(), logit_scale=float("inf")), ValueError, "head.logit_scale: expected a number"),
     (
         lambda: LMHead(weight(), softcap=0.0),
         ValueError,
-        "head.softcap: expected None or a finite number > 0, found 0.0",
+        "head.softcap: expected None or a number from 1e-18 to 1e18, found 0.0",
     ),
-    (lambda: LMHead(weight(), softcap=float("inf")), ValueError, "head.softcap: expected None or a finite number > 0"),
+    (lambda: LMHead(weight(), softcap=float("inf")), ValueError, "head.softcap: expected None or a number"),
+    (
+        lambda: LMHead(weight(), temperature=1e-300),  # its inverse is infinite in fp32
+        ValueError,
+        "head.temperature: expected a number from 1e-18 to 1e18, found 1e-300",
+    ),
+    (
+        lambda: LMHead(weight(), temperature="1"),
+        TypeError,
+        "head.temperature: expected a number from 1e-18 to 1e18, found str",
+    ),
+    (lambda: LMHead(weight(), logit_scale=None), TypeError, "head.logit_scale: expected a number of magnitude"),
+    (lambda: LMHead(weight(), softcap=torch.ones(2)), TypeError, "1e-18 to 1e18, found Tensor"),
+    (
+        lambda: LMHead(weight().to_sparse()),
+        TypeError,
+        "head.weight: expected a dense tensor, found one of layout sparse_coo",
+    ),
     (
         lambda: LMHead(weight(), process_group="tp"),
         TypeError,
@@ -126,7 +150,10 @@ HEAD_FUNCTIONS = [
         ({"targets": torch.zeros(N)}, TypeError, "targets: expected dtype int64, found float32"),
         ({"targets": offsets(0, 1, 2, 3, 4, V)}, IndexError, "targets: expected values in [0, 9), found 9"),
         ({"targets": offsets(0, 1, -100, 3, 4, 5)}, IndexError, "targets: expected values in [0, 9), found -100"),
+        ({"hidden": torch.zeros(N, D).to_mkldnn()}, TypeError, "hidden: expected a dense tensor, found one of layout"),
         ({"workspace_bytes": 0}, ValueError, "workspace_bytes: expected a number of bytes > 0, found 0"),
+        ({"workspace_bytes": 2**63}, ValueError, "workspace_bytes: expected a number of bytes > 0, found 9223372"),
+        ({"workspace_bytes": 1.5}, TypeError, "workspace_bytes: expected an int, found float"),
         (
             {"hidden": torch.tensor([[0.0] * D] * 2 + [[float("nan")] * D] * 4), "check_finite": True},
             ValueError,
@@ -218,6 +245,8 @@ GROUPS = [
             ValueError,
             "rewards: expected finite values, found NaN or inf",
         ),
+        (TAKE_REWARDS, {"rewards": torch.ones(N) * 1j}, TypeError, "rewards: expected real numbers, found complex64"),
+        (TAKE_REWARDS, {"rewards": torch.ones(N).to_sparse()}, TypeError, "rewards: expected a dense tensor"),
         (TAKE_VALID, {"valid": torch.ones(N)}, TypeError, "valid: expected dtype bool, found float32"),
         (TAKE_VALID, {"valid": torch.ones(5).bool()}, ValueError, "valid: expected shape [6], found [5]"),
         (TAKE_VALID, {"valid": [True] * N}, TypeError, "valid: expected a tensor, found list"),
@@ -266,6 +295,12 @@ GROUPS = [
             "with m_max of the largest group, found [2, 3, 3] and a group of 4",
         ),
         (
+            (shape_rewards, g2rl_advantages),
+            {"shaping": {"strength": 1.0}},
+            TypeError,
+            "shaping: expected a Shaping, found dict",
+        ),
+        (
             (group_advantages, g2rl_advantages),
             {"normalize": "mean"},
             ValueError,
@@ -276,8 +311,8 @@ GROUPS = [
 ]
 
 SHAPINGS = [
-    ({"strength": -0.1}, "shaping.strength: expected a finite number >= 0, found -0.1"),
-    ({"strength": float("inf")}, "shaping.strength: expected a finite number >= 0, found inf"),
+    ({"strength": -0.1}, "shaping.strength: expected a number from 0 to 1e18, found -0.1"),
+    ({"strength": float("inf")}, "shaping.strength: expected a number from 0 to 1e18, found inf"),
     ({"clip": 0.0}, "shaping.clip: expected a number > 0, found 0.0"),
     ({"clip": float("nan")}, "shaping.clip: expected a number > 0, found nan"),
     ({"rule": "square"}, "shaping.rule: expected one of scale, centered, literal, found 'square'"),
@@ -317,6 +352,44 @@ def test_group_functions(function: Callable, changes: dict, error: type[Exceptio
 @pytest.mark.parametrize(("changes", "message"), SHAPINGS)
 def test_shaping(changes: dict, message: str) -> None:
     raises(lambda: Shaping(**changes), ValueError, message)
+
+
+@pytest.mark.parametrize("name", ["strength", "clip", "min_range"])
+def test_shaping_by_no_number(name: str) -> None:
+    raises(lambda: Shaping(**{name: "1"}), TypeError, f"shaping.{name}: expected a number")
+
+
+def test_a_group_of_any_size_in_a_batch_of_none() -> None:
+    none = torch.ones(0)
+    assert group_advantages(none, 2**31 - 1).shape == (0,)
+    raises(lambda: group_advantages(none, 2**63), ValueError, "groups: expected a divisor of B = 0, found 92233720")
+
+
+def test_indices_changed_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a backend addresses memory with is what was checked, whatever becomes of the caller's tensor since then."""
+    targets, cu_seqlens, groups = torch.zeros(N).long(), offsets(0, 2, N), offsets(0, 3, N)
+    given = [targets.data_ptr(), cu_seqlens.data_ptr(), groups.data_ptr()]
+    seen: list[int] = []
+
+    def resolved_spy(op: str, *arguments: Any) -> Callable:
+        run = resolve(op, *arguments)
+
+        def spy(*args: Any) -> Any:
+            for x in (*args, *(y for r in args if isinstance(r, records.Responses) for y in vars(r).values())):
+                if isinstance(x, torch.Tensor) and not x.is_floating_point():
+                    seen.append(x.data_ptr())
+            return run(*args)
+
+        return spy
+
+    resolve = dispatch.resolve
+    for module in (head_ops, groups_ops):
+        monkeypatch.setattr(module, "resolve", resolved_spy)
+    head_call(token_logprobs, targets=targets)
+    head_call(sequence_features, targets=targets, cu_seqlens=cu_seqlens)
+    for function in ALL_GROUP_FUNCTIONS:
+        group_call(function, groups=groups)
+    assert len(seen) == 3 + len(ALL_GROUP_FUNCTIONS) and not set(seen) & set(given)
 
 
 def test_what_is_accepted() -> None:

@@ -110,7 +110,7 @@ def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes:
     blocks = _Blocks.of(head, workspace_bytes)
 
     def results(z: Tensor, y: Tensor) -> Tensor:
-        return torch.stack(_exponentials(blocks.apply_options(z)[0], y, None)[1][:3])
+        return torch.stack(_exponentials(blocks.apply_options(z)[0], y)[1][:3])
 
     return TokenLogprobs(*(x.clone() for x in _of_tokens(blocks, hidden, targets, 3, results).unbind()))
 
@@ -153,8 +153,7 @@ def sequence_features(
 
     def residuals(z: Tensor, at: Tensor, real: slice) -> Tensor:
         u, slope = blocks.apply_options(z)
-        shift = None if responses.lse is None else responses.lse[at].to(blocks.dtype)
-        e, statistics = _exponentials(u, targets[at], shift)
+        e, statistics = _exponentials(u, targets[at])
         results[:, real] = torch.stack(statistics[:3])[:, : real.stop - real.start]
         return _weighted_residuals(e, targets[at], slope, a[at], *statistics[3:])
 
@@ -217,12 +216,12 @@ def _features(
     return features.mul_(torch.where(totals > 0, head.logit_scale / totals, 0)[:, None])
 
 
-def _exponentials(u: Tensor, y: Tensor, shift: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """e = exp(u - shift) [n, V] with e_y set to 0 (u is overwritten), and (logps, entropy, lse, S_rest / S, 1 / S) [n].
+def _exponentials(u: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """e = exp(u - max u) [n, V], e_y set to 0 (u is overwritten), and (logps, entropy, lse, S_rest / S, 1 / S) [n].
 
-    `shift` is the row maximum unless given; the results are normalised by the sum found here either way.
+    A given lse would spare the search for the maximum, but a wrong one would overflow.
     """
-    shift = u.amax(1) if shift is None else shift
+    shift = u.amax(1)
     e, x_y, e_y, S_rest, X_rest = _exponentials_without(u, y, shift)
     S = S_rest + e_y
     logps, entropy, log_S = logprobs_of_sums(x_y, e_y, S_rest, X_rest)
