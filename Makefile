@@ -46,10 +46,10 @@ train: $(READY)
 	$(BIN)/g2rl train configs/quickstart.yaml $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark --ignore=$(RANKS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark $(addprefix --ignore=,$(RANKS)) $(ARGS)
 
 # Up to four processes at a time, which are killed and have to notice: beside other tests they would wait too long.
-RANKS := tests/g2rl/test_parallel.py
+RANKS := tests/g2rl/test_parallel.py tests/faults/test_ranks.py
 ranks: $(READY)
 	$(BIN)/python -m pytest $(RANKS) $(ARGS)
 

@@ -120,13 +120,15 @@ def campaign(request: pytest.FixtureRequest) -> Iterator[Callable[[str, int, str
 
 
 @pytest.fixture(scope="module")
-def faults_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With what a tiny run needs: settings, a reward, a model."""
+def faults_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """With what a tiny run needs: settings, a reward, which child processes find by this one's path, and a model."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "settings.yaml").write_text(SETTINGS)
     (folder / "faults_reward.py").write_text(REWARD)
     build_model(folder / "model")
-    return folder
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(folder)
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from tests.faults.planting import plant
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["g2rl.trainer", "g2rl.parallel.launch"])
-LIMIT = 120
-"""Seconds after which a run that is still there is killed; they take two."""
+LIMIT = 600
+"""Seconds after which a run that is still there is killed; they take two, on a busy machine many more."""
 
 SETTINGS = """
 steps: 4
@@ -31,6 +31,8 @@ checkpoint: {every: 2}
 optim: {lr: 1e-3}
 rewards: [{name: "faults_reward:digits"}]
 """
+SPLIT = ("parallel.strategy=fsdp2", "objective.mini_batches=1")
+"""For two ranks with split weights, one of the two groups each."""
 REWARD = """
 def digits(problem, response, finished):
     return 2 * sum(c.isdigit() for c in response) / max(len(response), 1) - 1
@@ -49,7 +51,7 @@ def g2rl(folder: Path, *arguments: str, before: str = "", after: str = "", repor
     """Run a command alone in a process.
 
     Args:
-        folder: the working directory, where imports are found, too; `printed.txt` there is what it printed.
+        folder: the working directory; `printed.txt` there is what it printed.
         before, after: Python code that runs in the process, before and after the command.
         reports: whether a run's report is drawn, which takes longer than the run.
     """
@@ -64,7 +66,7 @@ def g2rl(folder: Path, *arguments: str, before: str = "", after: str = "", repor
 
 
 def _run(folder: Path, arguments: list[str], before: str, after: str, reports: bool, path: list[str]) -> None:
-    sys.path[:] = [str(folder), *path]
+    sys.path[:] = path
     output = os.open(folder / "printed.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,7 +14,6 @@ import pytest
 
 from tests.faults.moments import STAGES
 from tests.faults.runs import difference, g2rl, read
-from tests.g2rl.ranks import launch
 
 VARIANTS = {"full": [], "ahead": ["rollout.ahead=1"], "lora": ["model.lora.rank=2", "objective.reference_every=0"]}
 """All weights with a reference that changes; responses sampled while the update goes on; an adapter."""
@@ -24,11 +24,16 @@ FILE_EVENTS = {"save": 150, "log": 4, "start": 15}
 
 
 @pytest.fixture(scope="module")
-def unbroken(faults_folder: Path, train: Callable[..., list[str]]) -> dict[str, Path]:
-    """Runs that nobody killed, by variant."""
-    for name, overrides in VARIANTS.items():
-        assert (ended := g2rl(faults_folder, *train(f"unbroken-{name}", *overrides))).status == 0, ended.printed
-    return {name: faults_folder / "runs" / f"unbroken-{name}" for name in VARIANTS}
+def unbroken(faults_folder: Path, train: Callable[..., list[str]]) -> Callable[[str], Path]:
+    """The run that nobody killed, of a variant."""
+
+    @cache
+    def run(name: str) -> Path:
+        ended = g2rl(faults_folder, *train(f"unbroken-{name}", *VARIANTS[name]))
+        assert ended.status == 0, ended.printed
+        return faults_folder / "runs" / f"unbroken-{name}"
+
+    return run
 
 
 def fault(draw: Random, run: Path, stages: Sequence[str] = tuple(STAGES)) -> tuple[str, str]:
@@ -53,7 +58,10 @@ def length(run: Path, stage: str) -> float:
 
 
 def test_one_process(
-    campaign: Callable[..., Any], faults_folder: Path, train: Callable[..., list[str]], unbroken: dict[str, Path]
+    campaign: Callable[..., Any],
+    faults_folder: Path,
+    train: Callable[..., list[str]],
+    unbroken: Callable[[str], Path],
 ) -> None:
     found = campaign("kill", 60, "kill -9 of one process at a random moment, a third of them twice, then resume")
     for number in range(found.tries):
@@ -62,35 +70,16 @@ def test_one_process(
         run = faults_folder / "runs" / name
         command, words = train(name, *VARIANTS[variant]), []
         for _ in range(1 + (found.random.random() < 1 / 3)):
-            moment, before = fault(found.random, unbroken[variant])
+            moment, before = fault(found.random, unbroken(variant))
             words.append(moment)
             ended = g2rl(faults_folder, *command, before=before)
             if ended.status not in (0, -signal.SIGKILL):
                 found.failed(f"{variant}, {words}: status {ended.status}: {ended.printed[-1000:]}")
             command = again(run, command)
         ended = g2rl(faults_folder, *command)
-        wrong = ended.printed[-1000:] if ended.status else difference(run, unbroken[variant])
+        wrong = ended.printed[-1000:] if ended.status else difference(run, unbroken(variant))
         if wrong:
             found.failed(f"{variant}, {words}: {wrong}")
-        found.tried()
-        shutil.rmtree(run, ignore_errors=True)
-
-
-def test_two_ranks(campaign: Callable[..., Any], faults_folder: Path, train: Callable[..., list[str]]) -> None:
-    """All of them at once, as when a machine goes down; one rank alone is in `test_deaths`."""
-    found = campaign("kill", 10, "kill -9 of two ranks with split weights (fsdp2), then resume")
-    command, runs = train("unbroken", "parallel.strategy=fsdp2"), faults_folder / "runs"
-    ended = launch([[command]] * 2, faults_folder / "unbroken")
-    assert [rank.status for rank in ended] == [0, 0], ended
-    for number in range(found.tries):
-        run = runs / f"ranks-{number}"
-        command = train(run.name, "parallel.strategy=fsdp2")
-        moment, before = fault(found.random, runs / "unbroken", ("rollout", "update", "save", "evaluation"))
-        launch([[command]] * 2, faults_folder / run.name, before=before)
-        ended = launch([[again(run, command)]] * 2, faults_folder / run.name)
-        wrong = str(ended) if any(rank.status for rank in ended) else difference(run, runs / "unbroken")
-        if wrong:
-            found.failed(f"{moment}: {wrong}")
         found.tried()
         shutil.rmtree(run, ignore_errors=True)
 
