@@ -3,6 +3,7 @@
 # make ranks     those of training on several ranks, which take two minutes of their own
 # make faults    campaigns of faults and hostile input, an hour of them, and the page docs/RELIABILITY.md of what came out;
 #                SHARE=0.1 tries a tenth, and leaves the page alone
+# make planted   whether the campaigns find faults that are planted for them
 # make ctest     build and run the C++ kernels' own tests
 # make trl       the tests of the TRL integration with every version of TRL that it serves
 # make verl      the tests of the plug-in for verl, in an environment of their own
@@ -31,7 +32,7 @@ WORKERS ?= 2
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
-.PHONY: setup train test ranks faults ctest trl verl vllm lowest audit sanitize sanitize-ops aarch64 cuda wheel bench \
+.PHONY: setup train test ranks faults planted ctest trl verl vllm lowest audit sanitize sanitize-ops aarch64 cuda wheel bench \
   bench-report gpu lint clean
 
 setup: $(READY)
@@ -49,10 +50,10 @@ train: $(READY)
 	$(BIN)/g2rl train configs/quickstart.yaml $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark --ignore=$(RANKS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark $(addprefix --ignore=,$(RANKS)) $(ARGS)
 
 # Up to four processes at a time, which are killed and have to notice: beside other tests they would wait too long.
-RANKS := tests/g2rl/test_parallel.py
+RANKS := tests/g2rl/test_parallel.py tests/faults/test_ranks.py
 ranks: $(READY)
 	$(BIN)/python -m pytest $(RANKS) $(ARGS)
 
@@ -61,6 +62,9 @@ faults: $(READY)
 	rm -rf build/faults
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/faults --tries-share $(SHARE) $(ARGS)
 	[ $(SHARE) != 1.0 ] || $(BIN)/python -m tests.faults.page
+
+planted: $(READY)
+	$(BIN)/python -m pytest tests/faults/planted_faults.py $(ARGS)
 
 # An environment in the folder of the target, with what the first prerequisite pins. The kernels are those of .venv: same
 # torch, same Python.

@@ -31,10 +31,11 @@ LAYERS = {
         ("__main__",),
     ),
     "g2rl": (
+        ("files", "background"),
         ("__init__", "types", "config", "heads", "times", "time_limit"),
         ("trackers", "shared_prompts", "adapters", "optimizer"),
         ("parallel",),
-        ("log",),
+        ("log", "manifest"),
         ("tasks", "plots", "checkpoint", "model", "encoder", "plugins", "forward"),
         ("rewards", "rollout", "objective", "geometry", "policy", "forecast"),
         ("evaluate", "report", "methods", "collect"),

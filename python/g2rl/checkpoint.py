@@ -3,39 +3,41 @@
 A checkpoint is a folder ``checkpoints/step-000010`` with a Hugging Face model folder (weights in their master dtype, or
 with LoRA the adapter alone, and the tokenizer) and ``trainer.pt`` (optimiser, scheduler, random states, step, data
 position). Weights that are split over ranks are in ``shards/`` instead (`g2rl.parallel.shards`), with the optimiser.
+``manifest.json`` has every file's digest (`g2rl.manifest`).
 """
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from g2rl.adapters import has_adapter, load_adapter
 from g2rl.config import Config, ConfigError, load_config
+from g2rl.files import StorageError, sync
+from g2rl.manifest import MANIFEST, damage, write_manifest
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.parallel.sharding import load_weights, split_states
 from g2rl.parallel.shards import SHARDS, load_shards, require_same_model, save_description, save_shards
+from g2rl.parallel.watch import is_loss
 
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of a run's whole checkpoints, oldest first."""
-    found = []
-    for folder in (run_dir / "checkpoints").glob("step-*"):
-        match = _NAME.fullmatch(folder.name)
-        if match and (folder / "trainer.pt").is_file():
-            found.append((int(match[1]), folder))
-    return sorted(found)
+    """(step, folder) of a run's checkpoints, oldest first: all were whole when they got their names."""
+    folders = (run_dir / "checkpoints").glob("step-*")
+    named = ((_NAME.fullmatch(folder.name), folder) for folder in folders if folder.is_dir())
+    return sorted((int(match[1]), folder) for match, folder in named if match)
 
 
 def save_checkpoint(
@@ -47,11 +49,36 @@ def save_checkpoint(
     keep: int,
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Write a checkpoint and remove all but the newest `keep`. Every rank has to call this.
+    """Write a checkpoint and remove all but the newest `keep`, and later ones. Every rank has to call this.
 
     Args:
         state: what `load_checkpoint` gives back, and objects with a `state_dict`; random states are added here.
+
+    Raises:
+        StorageError: it cannot be written; the message says why, and which checkpoint stands.
     """
+    try:
+        _save(run_dir, step, model, tokenizer, state, keep, ranks)
+    except (Exception, CheckpointException) as error:  # each library has its own for a full disk
+        if is_loss(error):
+            raise
+        stands = f"{found[-1][1].name} stands" if (found := checkpoints(run_dir)) else "there is no earlier one"
+        where = str(run_dir / "checkpoints")
+        raise StorageError(
+            f"checkpoint: step {step} cannot be written below {where!r}; {stands}: {_first(error)}"
+        ) from error
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def _save(
+    run_dir: Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Any],
+    keep: int,
+    ranks: Ranks,
+) -> None:
     random_states = ranks.gathered([_random_states()])
     with _whole_or_absent(run_dir, step, keep, ranks) as folder:
         if ranks.sharded:
@@ -64,7 +91,6 @@ def save_checkpoint(
             tokenizer.save_pretrained(folder)
             state = {key: part.state_dict() if hasattr(part, "state_dict") else part for key, part in state.items()}
             torch.save({**state, "step": step, "random": random_states}, folder / "trainer.pt")
-    return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
 @contextmanager
@@ -73,22 +99,35 @@ def _whole_or_absent(run_dir: Path, step: int, keep: int, ranks: Ranks) -> Itera
     parent = run_dir / "checkpoints"
     folder, temporary = parent / f"step-{step:06d}", parent / f".step-{step:06d}"
     if ranks.first:
-        parent.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(exist_ok=True)
         for leftover in parent.glob(".step-*"):
             shutil.rmtree(leftover)
         temporary.mkdir()
     ranks.wait()
-    yield temporary
-    ranks.wait()
+    try:
+        yield temporary
+        ranks.wait()
+        write_manifest(temporary, ranks)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
+        raise
     if ranks.first:
-        for path in temporary.rglob("*"):
-            _sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
+        for path in (temporary, *temporary.rglob("*")):
+            sync(path)
+        _remove(folder)
         temporary.rename(folder)
-        _sync(parent)
-        for _, old in checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
+        for path in (parent, run_dir, run_dir.parent):
+            sync(path)
+        found = checkpoints(run_dir)
+        earlier = [path for saved, path in found if saved <= step]
+        for path in earlier[:-keep] + [path for saved, path in found if saved > step]:
+            _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Take a checkpoint's name away before its files, so that half of one is never found."""
+    if folder.exists():
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}-removed")))
 
 
 def load_checkpoint(folder: Path, model: Any, parts: dict[str, Any], ranks: Ranks = ALONE) -> dict[str, Any]:
@@ -100,8 +139,23 @@ def load_checkpoint(folder: Path, model: Any, parts: dict[str, Any], ranks: Rank
         parts: objects with a `state_dict`, by name, as they were saved.
 
     Raises:
-        ConfigError: it is of another model.
+        ConfigError: it is of another model, or cannot be read.
     """
+    try:
+        return _load(folder, model, parts, ranks)
+    except (Exception, CheckpointException) as error:
+        if isinstance(error, ConfigError) or is_loss(error):
+            raise
+        found = f"{type(_first(error)).__name__}: {str(_first(error)).strip().splitlines()[0]}"
+        raise ConfigError(f"checkpoint: expected one that can be read at {str(folder)!r}, found {found}") from error
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong, where PyTorch has put together what did on all ranks."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def _load(folder: Path, model: Any, parts: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     state = load_state(folder, ranks)
     if state.get("final"):
         raise ConfigError(f"resume: expected a checkpoint with the optimizer's state, found none in {str(folder)!r}")
@@ -128,6 +182,7 @@ def drop_training_state(folder: Path) -> None:
     draft = folder / "trainer.pt.part"
     torch.save({**kept, "final": True}, draft)
     draft.replace(folder / "trainer.pt")
+    write_manifest(folder, ALONE)
 
 
 def load_state(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
@@ -149,17 +204,49 @@ def load_state(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest of a run's folder.
+    """The checkpoint that `path` means: itself, or the newest whole one of a run's folder.
 
     Raises:
-        ConfigError: neither; the message names the path.
+        ConfigError: neither, damaged, or of a later version; the message names the path.
     """
-    if (path / "trainer.pt").is_file():
+    if (path / "trainer.pt").is_file() or (path / MANIFEST).is_file():
+        wrong = damage(path)
+        if wrong:
+            raise ConfigError(f"checkpoint: expected a whole one at {str(path)!r}, found that {wrong}")
         return path
-    found = checkpoints(path)
-    if not found:
+    found = newest_checkpoint(path)
+    if found is None:
         raise ConfigError(f"expected a checkpoint, or a run's folder with one, found none at {str(path)!r}")
-    return found[-1][1]
+    return found
+
+
+def newest_checkpoint(run_dir: Path, ranks: Ranks = ALONE) -> Path | None:
+    """A run's newest checkpoint that is whole, as the first rank finds it; None where none has been saved yet.
+
+    Damaged ones are told on standard error.
+
+    Raises:
+        ConfigError: all are damaged, or the newest is of a later version.
+    """
+    return ranks.gathered([_newest_whole(run_dir) if ranks.first else None])[0]
+
+
+def _newest_whole(run_dir: Path) -> Path | None:
+    found = checkpoints(run_dir)
+    for _, folder in reversed(found):
+        wrong = damage(folder)
+        if not wrong:
+            if not (folder / MANIFEST).is_file():
+                _warn(f"{folder} has no {MANIFEST}, as those of earlier versions; it is taken unchecked")
+            return folder
+        _warn(f"{folder} is damaged and left out: {wrong}")
+    if found:
+        raise ConfigError(f"checkpoint: expected a whole one in {str(run_dir)!r}, found {len(found)}, all damaged")
+    return None
+
+
+def _warn(text: str) -> None:
+    print(f"g2rl: warning: {text}", file=sys.stderr, flush=True)
 
 
 def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
@@ -180,12 +267,3 @@ def _random_states() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold what was written, so that a rename never announces half a checkpoint."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

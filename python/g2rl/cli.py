@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from g2rl.config import Config, ConfigError, load_config
+from g2rl.files import StorageError
 
 if TYPE_CHECKING:
     from g2rl.parallel.ranks import Ranks
@@ -118,6 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"g2rl: {error}", file=sys.stderr)
         return 2
+    except StorageError as error:
+        print(f"g2rl: {error}", file=sys.stderr)
+        return 1
 
 
 def _train(settings: list[str]) -> int:
@@ -133,13 +137,13 @@ def _train(settings: list[str]) -> int:
     # The trainer loads torch and transformers: only after the configuration has been found good.
     if config.dry_run:
         return _dry_run(config)
-    from g2rl.trainer import Trainer, TrainingError
+    from g2rl.trainer import Trainer
 
     _announce(config)
     try:
         Trainer(config).run()
-    except TrainingError as error:
-        print(f"g2rl: {error}", file=sys.stderr)
+    except _foreseen() as error:
+        print(f"g2rl: {error}; continue with: g2rl train resume={config.run_dir}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\ng2rl: stopped; continue from its last checkpoint with: g2rl train resume={config.run_dir}")
@@ -150,14 +154,22 @@ def _train(settings: list[str]) -> int:
 def _train_together(read: Callable[[], Config]) -> int:
     """One of the processes that ``torchrun`` or ``accelerate launch`` has started."""
     from g2rl.parallel.launch import train_together
-    from g2rl.trainer import Trainer, TrainingError
+    from g2rl.trainer import Trainer
 
     def train(config: Config, ranks: Ranks) -> None:
         _announce(config, f", {ranks}")
         Trainer(config, ranks).run()
 
-    done = train_together(read, train, (TrainingError,))
+    done = train_together(read, train, _foreseen())
     return done if isinstance(done, int) else _report([done.run_dir])
+
+
+def _foreseen() -> tuple[type[Exception], ...]:
+    """What may stop a run, with a message that says it all."""
+    from g2rl.rollout import RolloutError
+    from g2rl.trainer import TrainingError
+
+    return TrainingError, RolloutError, StorageError
 
 
 def _announce(config: Config, how: str = "") -> None:
@@ -297,6 +309,8 @@ def _report(run_dirs: list[Path], out: Path | None = None) -> int:
             path = write_comparison(run_dirs, folder)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"report: {error}") from error
+    except OSError as error:
+        raise StorageError(f"report: cannot be written: {error}") from error
     print(f"g2rl: the report is in {path}")
     return 0
 

@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from g2rl.files import write_durably
+
 _OFF_POLICY = {"objective": {"importance_cap": 2.0}}
 """Defaults of the rest where responses are of another policy: by other kernels, or an older one."""
 
@@ -484,8 +486,8 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write `config` as YAML that `load_config` reads back to the same values."""
-    path.write_text(config_yaml(config))
+    """Write `config` as YAML that `load_config` reads back to the same values, in place of an older one."""
+    write_durably(path, [config_yaml(config)])
 
 
 def config_yaml(config: Config) -> str:

@@ -21,6 +21,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,8 @@ from rich.table import Column, Table
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
+from g2rl.background import in_background
+from g2rl.files import StorageError, sync, write_durably
 from g2rl.trackers import Tracker
 
 
@@ -228,16 +231,6 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def write_durably(path: Path, lines: Iterator[str]) -> None:
-    """Replace `path` in one move, so that a crash leaves the old file or the new one."""
-    draft = path.with_name(path.name + ".part")
-    with draft.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
 def printable(text: str, limit: int) -> str:
     """`text` on one line, without control characters; past `limit` characters its middle is left out."""
     line = "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text.strip())
@@ -257,11 +250,14 @@ class RunLog:
     Raises:
         FileExistsError: a new run, but the folder holds the log of another one.
         ValueError: a file to continue is damaged before its last line.
+
+    Methods raise `StorageError` where a file cannot be written.
     """
 
     FILES = ("metrics.jsonl", "completions.jsonl", "groups.jsonl", "evaluations.jsonl")
     GROUPS_PER_STEP = 4
     RESPONSES_PER_GROUP = 16
+    TRACKER_LIMIT_S = 45
 
     def __init__(
         self,
@@ -272,23 +268,30 @@ class RunLog:
     ) -> None:
         self._dir = run_dir
         self._console = console or get_console()
-        run_dir.mkdir(parents=True, exist_ok=True)
-        for name in self.FILES:
-            path = run_dir / name
+        with self._written("log files"):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._continue(resume_step)
+        metrics = run_dir / "metrics.jsonl"
+        steps = [record["step"] for record in read_records(metrics)] if metrics.exists() else []
+        self._steps: list[dict[str, float]] = []
+        self._last_step = steps[-1] if steps else -1
+        purge = None if resume_step is None else resume_step + 1
+        with self._written("log files"):
+            self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in self.FILES}
+            for folder in (run_dir, run_dir.parent):
+                sync(folder)
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        self._trackers = trackers
+        self._track(lambda tracker: tracker.start(run_dir, resume_step))
+
+    def _continue(self, resume_step: int | None) -> None:
+        """Leave only lines up to a step in the files that are there; for a new run there may be none."""
+        for path in (self._dir / name for name in self.FILES):
             if resume_step is None and path.exists() and path.stat().st_size:
                 raise FileExistsError(f"{path}: a run is logged here already; resume it or choose another name")
             if resume_step is not None and path.exists():
                 kept = (_dump(record) for record in read_records(path) if record["step"] <= resume_step)
                 write_durably(path, kept)
-        metrics = run_dir / "metrics.jsonl"
-        steps = [record["step"] for record in read_records(metrics)] if metrics.exists() else []
-        self._steps: list[dict[str, float]] = []
-        self._last_step = steps[-1] if steps else -1
-        self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in self.FILES}
-        purge = None if resume_step is None else resume_step + 1
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
-        self._trackers = trackers
-        self._track(lambda tracker: tracker.start(run_dir, resume_step))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Write all numbers of one step: training, evaluation and times in one call.
@@ -309,9 +312,10 @@ class RunLog:
         self._last_step = step
         if "time/step" in numbers:
             self._steps.append({key: value for key, value in numbers.items() if key.startswith("time/")})
-        for key, value in numbers.items():
-            self._board.add_scalar(key, value, step)
-        self._board.flush()
+        with self._written("tensorboard"):
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, step)
+            self._board.flush()
         self._track(lambda tracker: tracker.log(step, numbers))
 
     def stages(self) -> None:
@@ -379,34 +383,48 @@ class RunLog:
 
     def environment(self, facts: Mapping[str, str]) -> None:
         """Write ``environment.json``: what ran the training (``device``, versions, ...), by name."""
-        write_durably(self._dir / "environment.json", iter([json.dumps(dict(facts), indent=2) + "\n"]))
+        write_durably(self._dir / "environment.json", [json.dumps(dict(facts), indent=2) + "\n"])
 
     def close(self) -> None:
         """Close all files; the log takes nothing more."""
-        for file in self._files.values():
-            file.close()
-        self._board.close()
+        for close in (*(file.close for file in self._files.values()), self._board.close):
+            with suppress(OSError):  # what could not be written has been told when it was to be
+                close()
         self._track(lambda tracker: tracker.finish())
 
     def _track(self, call: Callable[[Tracker], None]) -> None:
-        """Have every tracker do something. One that fails is left out from then on, after a warning."""
+        """Have every tracker do something. One that fails or hangs is left out from then on, after a warning."""
         kept = []
         for tracker in self._trackers:
             try:
-                call(tracker)
+                in_background(call, [(tracker,)])[0].result(self.TRACKER_LIMIT_S)
             except (Exception, SystemExit) as error:  # whatever another's library raises, the run goes on
-                found = printable(f"{type(error).__name__}: {error}", 300)
+                slow = isinstance(error, TimeoutError) and not str(error)
+                why = f"no answer within {self.TRACKER_LIMIT_S} s" if slow else f"{type(error).__name__}: {error}"
+                found = printable(why, 300)
                 said = f"g2rl: warning: tracker {tracker.name} failed and is left out; the run goes on ({found})"
                 self._console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
             else:
                 kept.append(tracker)
         self._trackers = kept
 
+    @contextmanager
+    def _written(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise StorageError(f"log: {str(self._dir / name)!r} cannot be written: {error}") from error
+
     def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         file = self._files[name]
-        file.writelines(_dump(record) for record in records)
-        file.flush()
-        os.fsync(file.fileno())
+        with self._written(name):
+            file.writelines(_dump(record) for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+            if os.fstat(file.fileno()).st_nlink == 0:
+                raise FileNotFoundError("it has been removed")
 
     def _table(self, step: int, rows: Sequence[Completion]) -> Table:
         def cell(text: str, limit: int) -> Text:

@@ -14,11 +14,12 @@ import g2rl_kernels
 from g2rl.card import model_card
 from g2rl.checkpoint import find_checkpoint
 from g2rl.config import ConfigError
+from g2rl.manifest import MANIFEST
 from g2rl.parallel.shards import SHARDS, load_model_of_shards
 from g2rl.plots import load_run
 from g2rl.report import draw_plots
 
-NOT_PUSHED = ("trainer.pt", "README.md", SHARDS)
+NOT_PUSHED = ("trainer.pt", "README.md", MANIFEST, SHARDS)
 LOCAL_PLOTS = ("groups",)
 """Plots that stay here: problems' names may hold paths of this machine."""
 

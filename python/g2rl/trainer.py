@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import platform
+import random
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 
 from g2rl.adapters import add_adapter
 from g2rl.ahead import Rollouts
-from g2rl.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from g2rl.config import Config, save_config
 from g2rl.evaluate import evaluate
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog, TrainingProgress
@@ -37,7 +39,10 @@ from g2rl.types import Episode, Verdict
 from g2rl.update import TrainingError, Updater
 from g2rl_kernels import GroupAdvantages, use_backend
 
-__all__ = ["Trainer", "TrainingError"]
+__all__ = ["NOTHING_SAVED", "Trainer", "TrainingError"]
+
+NOTHING_SAVED = -1
+"""The step that a run goes on from whose first checkpoint is still to come: before the evaluation of step 0."""
 
 
 class Trainer:
@@ -65,6 +70,7 @@ class Trainer:
         self.method.check(self.task)
         self.held_out = self.task.held_out()
         torch.manual_seed(config.seed)
+        random.seed(config.seed)  # no part of this package draws from it; a user's reward may
         self.model, self.tokenizer = load_model(where_to_load(config.model, ranks))
         if config.model.lora.rank:
             add_adapter(self.model, config.model.lora)
@@ -84,10 +90,13 @@ class Trainer:
     # ---- the loop ----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to `config.steps`; with `config.resume`, from that run's newest checkpoint on."""
+        """Train to `config.steps`; with `config.resume`, from that run's newest whole checkpoint on.
+
+        Raises:
+            StorageError: the run's folder cannot be written.
+        """
         config = self.config
         run_dir = config.run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
         resume_step = self._restore() if config.resume else None
         log = self.ranks.on_first(RunLog, run_dir, resume_step, trackers=self.trackers)
         # With the method's options spelt out, since their defaults may change.
@@ -96,9 +105,11 @@ class Trainer:
         self.ranks.on_first(save_config, replace(config, resume=None, methods=methods), run_dir / "config.yaml")
         facts = environment(self.device) | self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
         log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})
-        try:
+        with ExitStack() as at_end:
+            for part in (self.rollouts, self.task, log):
+                at_end.callback(part.close)
             with self.ranks.on_first(TrainingProgress, config.steps, self.step) as progress:
-                if resume_step is None and config.eval.every:
+                if resume_step in (None, NOTHING_SAVED) and config.eval.every:
                     metrics, results = self._evaluate(self._times())
                     log.metrics(0, metrics)
                     log.evaluation(0, results)
@@ -107,10 +118,6 @@ class Trainer:
                     self._one_step(log, progress)
             if config.profile:
                 log.stages()
-        finally:
-            log.close()
-            self.task.close()
-            self.rollouts.close()
 
     def _one_step(self, log: RunLog, progress: TrainingProgress) -> None:
         config, times = self.config, self._times()
@@ -190,7 +197,12 @@ class Trainer:
         save_checkpoint(self.config.run_dir, self.step, self.model, self.tokenizer, state, keep, self.ranks)
 
     def _restore(self) -> int:
-        state = load_checkpoint(find_checkpoint(self.config.run_dir), self.model, self._parts(), self.ranks)
+        folder = newest_checkpoint(self.config.run_dir, self.ranks)
+        if folder is None:
+            if self.ranks.first:
+                print(f"g2rl: {self.config.run_dir} has no checkpoint yet; it starts from the beginning", flush=True)
+            return NOTHING_SAVED
+        state = load_checkpoint(folder, self.model, self._parts(), self.ranks)
         self.step, self.position = state["step"], state["position"]
         return self.step
 

@@ -12,14 +12,19 @@ A campaign is a file ``test_<campaign>.py``. Each of its tests asks for `campaig
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.faults.page import RECORDS
+from tests.faults.planting import PLANTED, plant
+from tests.faults.runs import REWARD, SETTINGS
+from tests.g2rl.conftest import build_model
 
 DEFAULT_SHARE = 0.02
 """Of the tries, in an ordinary run of the tests, which records nothing."""
@@ -33,6 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--tries-share", type=float, help="share of a campaign's tries; what came out goes into build/faults"
     )
     group.addoption("--faults-seed", type=int, default=0, help="of the draws of all campaigns")
+
+
+def pytest_configure() -> None:
+    plant()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -100,7 +109,7 @@ def campaign(request: pytest.FixtureRequest) -> Iterator[Callable[[str, int, str
     yield begin
     report = request.node.stash.get(_CALLED, None)
     for each in made:
-        if share is not None:
+        if share is not None and PLANTED not in os.environ:
             RECORDS.mkdir(parents=True, exist_ok=True)
             with (RECORDS / f"{each.name}.json").open("a") as file:
                 file.write(json.dumps(each.record(report is None or report.failed)) + "\n")
@@ -108,3 +117,22 @@ def campaign(request: pytest.FixtureRequest) -> Iterator[Callable[[str, int, str
     if failures:
         shown = "\n".join(failures[:20])
         pytest.fail(f"{len(failures)} tries failed, the first of them:\n{shown}", pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def faults_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """With what a tiny run needs: settings, a reward, which child processes find by this one's path, and a model."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "settings.yaml").write_text(SETTINGS)
+    (folder / "faults_reward.py").write_text(REWARD)
+    build_model(folder / "model")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def train(faults_folder: Path) -> Callable[..., list[str]]:
+    """``train(name, *overrides)``: arguments of `g2rl`."""
+    paths = [f"model.path={faults_folder / 'model'}", f"runs_dir={faults_folder / 'runs'}"]
+    return lambda name, *overrides: ["train", str(faults_folder / "settings.yaml"), *paths, f"name={name}", *overrides]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import pickle
 import random
 from pathlib import Path
 
@@ -14,10 +18,13 @@ from g2rl.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     load_state,
+    newest_checkpoint,
     save_checkpoint,
 )
 from g2rl.config import ConfigError, ModelConfig
+from g2rl.files import StorageError
 from g2rl.model import load_model
+from g2rl.parallel.shards import _Index
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,7 @@ def test_a_save_cut_short_leaves_the_last_checkpoint(policy, tmp_path: Path, mon
 
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(StorageError, match="step 2 cannot be written .* step-000001 stands: disk full"):
             save_checkpoint(tmp_path, 2, *policy, {}, keep=1)
     assert [step for step, _ in checkpoints(tmp_path)] == [1]
     save_checkpoint(tmp_path, 2, *policy, {}, keep=1)
@@ -80,3 +87,78 @@ def test_a_model_kept_alone_loads_and_is_not_trained_on(policy, tmp_path: Path) 
         assert torch.equal(a, b)
     with pytest.raises(ConfigError, match="resume: expected a checkpoint with the optimizer's state, found none"):
         load_checkpoint(folder, policy[0], {})
+
+
+def test_a_damaged_checkpoint_is_left_out(policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one before is taken, and the damaged one goes when the run has reached another step."""
+    for step in (1, 3):
+        damaged = save_checkpoint(tmp_path, step, *policy, {}, keep=2)
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (damaged / "model.safetensors").write_bytes(content)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None and found.name == "step-000001"
+    told = f"{damaged} is damaged and left out: model.safetensors is not what was saved"
+    assert told in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="expected a whole one .* found that model.safetensors is not what was saved"):
+        find_checkpoint(damaged)
+    save_checkpoint(tmp_path, 2, *policy, {}, keep=1)
+    assert [step for step, _ in checkpoints(tmp_path)] == [2]
+    (tmp_path / "checkpoints" / "step-000002" / "trainer.pt").unlink()
+    with pytest.raises(ConfigError, match="found 1, all damaged"):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "error"),
+    [
+        ({"version": 2}, "expected one of version 1, found version 2"),
+        ({"sha256": []}, "manifest.json has no trainer.pt"),
+    ],
+)
+def test_other_manifests(policy, tmp_path: Path, manifest: dict, error: str) -> None:
+    path = save_checkpoint(tmp_path, 1, *policy, {}, keep=1) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | manifest))
+    with pytest.raises(ConfigError, match=error):
+        find_checkpoint(path.parent)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken(
+    policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (save_checkpoint(tmp_path, 1, *policy, {}, keep=1) / "manifest.json").unlink()
+    assert newest_checkpoint(tmp_path) == find_checkpoint(tmp_path)
+    assert "has no manifest.json, as those of earlier versions; it is taken unchecked" in capsys.readouterr().err
+
+
+def test_names_are_on_disk_as_well(policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file's contents are no use without its name in a folder, nor that without the folder's name in its own."""
+    synced = []
+    monkeypatch.setattr(
+        "g2rl.checkpoint.sync", lambda path: synced.append(path.relative_to(tmp_path.parent).as_posix())
+    )
+    save_checkpoint(tmp_path, 1, *policy, {}, keep=1)
+    run = tmp_path.name
+    assert {f"{run}/checkpoints/.step-000001", f"{run}/checkpoints/.step-000001/manifest.json"} < set(synced)
+    assert synced[-3:] == [f"{run}/checkpoints", run, "."]
+
+
+class Runs:
+    def __reduce__(self):
+        return os.mkdir, ("it-ran",)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pickle.dumps(Runs()),
+        b"cos\nmkdir\n(S'it-ran'\ntR.",
+        # Through a name that a module of PyTorch's happens to have, with the protocol that takes dots.
+        b"\x80\x04\x8c'torch.distributed.checkpoint.filesystem\x94\x8c\x08os.mkdir\x94\x93\x8c\x06it-ran\x85R.",
+    ],
+)
+def test_an_index_runs_nothing(code: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(pickle.UnpicklingError, match="expected records of a checkpoint, found .*mkdir"):
+        _Index(io.BytesIO(code)).load()
+    assert list(tmp_path.iterdir()) == []

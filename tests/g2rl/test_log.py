@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from g2rl.files import StorageError
 from g2rl.log import (
     METRICS,
     Completion,
@@ -266,3 +268,14 @@ def test_stages_are_medians_after_the_first_step(tmp_path: Path) -> None:
         ["head", "0.500", "12.5%", "1600"],
         ["step", "4.000", "100.0%", "200"],
     ]
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    """What is written to a removed file goes nowhere, and no call fails by itself."""
+    run = tmp_path / "run"
+    log = RunLog(run)
+    log.metrics(1, {"train/loss": 1.0})
+    shutil.rmtree(run)
+    with pytest.raises(StorageError, match=r"log: '.*metrics\.jsonl' cannot be written: it has been removed"):
+        log.metrics(2, {"train/loss": 1.0})
+    log.close()

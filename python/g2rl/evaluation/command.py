@@ -40,7 +40,7 @@ def model_config(checkpoint: str, overrides: Sequence[str]) -> Config:
         ConfigError: a folder that is none of these, or a bad override.
     """
     folder = Path(checkpoint)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and ((folder / "trainer.pt").is_file() or not (folder / "config.json").is_file()):
         folder = find_checkpoint(folder)
     config = checkpoint_config(folder, overrides)
     return replace(config, model=replace(config.model, path=str(folder) if folder.is_dir() else checkpoint))

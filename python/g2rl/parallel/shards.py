@@ -1,10 +1,13 @@
 """Weights and the optimiser's states in files by PyTorch's distributed checkpoint: every rank writes its part.
 
-They are read by any number of ranks, weights split or not, and by a process without any others.
+They are read by any number of ranks, weights split or not, and by a process without any others. PyTorch's own reader
+unpickles whatever a file asks for; here nothing but a checkpoint's records and plain values is made of them.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -98,7 +102,7 @@ def _tensors(model: Any, optimizer: torch.optim.Optimizer, reference: Any) -> di
 def _shapes(folder: Path) -> dict[str, dict[str, torch.Size]]:
     """By the first part of the name, `model` or `reference`, then by its rest."""
     shapes: dict[str, dict[str, torch.Size]] = {"model": {}, "reference": {}}
-    for name, entry in checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
+    for name, entry in _Reader(folder).read_metadata().state_dict_metadata.items():
         owner, _, key = name.partition(".")
         if owner in shapes:
             shapes[owner][key] = entry.size  # type: ignore[union-attr]  # all of these are tensors
@@ -108,4 +112,47 @@ def _shapes(folder: Path) -> dict[str, dict[str, torch.Size]]:
 def _read(tensors: dict[str, Any], folder: Path) -> None:
     with warnings.catch_warnings():  # that there is one process
         warnings.simplefilter("ignore", UserWarning)
-        checkpoint.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        reader, planner = _Reader(folder), _Planner()
+        checkpoint.load(tensors, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
+
+
+class _Index(pickle.Unpickler):
+    """Makes the records of an index, and nothing else."""
+
+    _PLAIN = {("pathlib", "PosixPath"), ("torch", "Size"), ("torch.serialization", "_get_layout")}
+    _RECORDS = {metadata.__name__, filesystem.__name__}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._PLAIN or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        found = getattr(metadata if module == metadata.__name__ else filesystem, name, None)
+        if module in self._RECORDS and isinstance(found, type) and found.__module__ == module:
+            return found
+        raise pickle.UnpicklingError(f"expected records of a checkpoint, found {module}.{name}")
+
+
+class _Reader(checkpoint.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        """The index of all parts.
+
+        Raises:
+            ConfigError: it asks for something else than records.
+        """
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as file:
+                found: metadata.Metadata = _Index(file).load()
+        except pickle.UnpicklingError as error:
+            raise ConfigError(f"checkpoint: {str(path)!r}: {error}") from error
+        found.storage_meta = found.storage_meta or metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _Planner(checkpoint.DefaultLoadPlanner):
+    def load_bytes(self, read_item: checkpoint.ReadItem, value: io.BytesIO) -> None:
+        """Put what is no tensor in its place, such as a learning rate: plain values alone."""
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)

@@ -18,8 +18,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from g2rl.adapters import plain_weights
+from g2rl.background import in_background
 from g2rl.config import ConfigError, RolloutConfig
 from g2rl.rollout.base import Response, RolloutError, Sampler, Sampling, check_version, is_checked
 
@@ -40,6 +40,8 @@ START = (
 _VOCABULARY_STEP = 64
 _TIMEOUT_S = 3600.0
 _QUICK_S = 10.0
+_MISSED = 2
+"""Answers to whether the server is well, asked every `_QUICK_S`, that may be missing in a row."""
 
 
 class ServerSampler(Sampler):
@@ -141,8 +143,30 @@ class ServerSampler(Sampler):
     # ---- responses -------------------------------------------------------------------------------------------------
 
     def respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
-        with ThreadPoolExecutor(self.config.batch_size) as threads:
-            return list(threads.map(partial(self._respond, sampling), prompts, seeds))
+        """See `Sampler`. Responses may take long; a server that is gone or hangs is noticed within a minute.
+
+        Raises:
+            RolloutError: it is.
+        """
+        asked = [(sampling, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        coming = in_background(self._respond, asked, self.config.batch_size)
+        missed = 0
+        while wait(coming, _QUICK_S, FIRST_EXCEPTION).not_done and not any(map(_has_failed, coming)):
+            missed = 0 if self._is_well() else missed + 1
+            if missed == _MISSED:
+                raise RolloutError(f"rollout.server: no answer from {self.url}/health within {_QUICK_S:.0f} s, twice")
+        for failed in filter(_has_failed, coming):
+            failed.result()
+        return [each.result() for each in coming]
+
+    def _is_well(self) -> bool:
+        try:
+            self._call("/health", timeout=_QUICK_S)
+        except (urllib.error.HTTPError, ValueError):  # it answers, whatever
+            return True
+        except OSError:
+            return False
+        return True
 
     def _respond(self, sampling: Sampling, prompt: tuple[int, ...], seed: int) -> Response:
         body = {
@@ -163,6 +187,10 @@ class ServerSampler(Sampler):
         choice = self._tell("/v1/completions", body)["choices"][0]
         logps = None if sampling.temperature == 0 else tuple(choice["logprobs"]["token_logprobs"])
         return Response(tuple(choice["token_ids"]), logps)
+
+
+def _has_failed(asked: Future[Response]) -> bool:
+    return asked.done() and asked.exception() is not None
 
 
 def compare(sent: dict[str, torch.Tensor], held: dict[str, str]) -> None:

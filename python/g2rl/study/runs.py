@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from g2rl.checkpoint import checkpoints, drop_training_state
 from g2rl.config import ConfigError, config_yaml, leaves, load_config
-from g2rl.log import write_durably
+from g2rl.files import write_durably
 from g2rl.parallel.agree import code
 from g2rl.study.definition import PlannedRun
 from g2rl_kernels import __version__
@@ -77,7 +77,7 @@ def begin(run: PlannedRun) -> None:
     if run.folder.exists():
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True)
-    write_durably(run.folder / PLAN, iter([config_yaml(run.config)]))
+    write_durably(run.folder / PLAN, [config_yaml(run.config)])
 
 
 def record_start(run: PlannedRun) -> None:
@@ -106,7 +106,7 @@ def finish(run: PlannedRun, keep_model: bool) -> None:
         "attempts": max(len(ended), len(entries) - len(ended)),
         **code_version(),
     }
-    write_durably(run.folder / "done.json", iter([json.dumps(done, indent=2) + "\n"]))
+    write_durably(run.folder / "done.json", [json.dumps(done, indent=2) + "\n"])
     tidy(run, keep_model)
 
 
