@@ -112,7 +112,7 @@ trl: $(READY)
 
 # torch stays that of constraints.txt, for which the kernels are compiled. verl and vLLM have targets of their own.
 EXTRAS := train lora trl reasoning-gym evol-rl
-TESTS_train := tests/g2rl --ignore=$(RANKS)
+TESTS_train := tests/g2rl $(addprefix --ignore=,$(RANKS))
 TESTS_lora := tests/g2rl/test_adapters.py
 TESTS_trl := tests/integrations
 TESTS_reasoning-gym := tests/g2rl/test_tasks.py tests/g2rl/test_evaluating.py
