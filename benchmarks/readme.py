@@ -262,6 +262,7 @@ def gradients(table: bool) -> str:
             [f"Φ, gradient of {part} alone", *(_inside(of["parts"].get(part)) for of in studies.values())]
             for part in _parts_shown(studies.values())
         ]
+        lines.append(["scores ν from Φ (Spearman)", *(_interval(of["scores"]["phi"]) for of in studies.values())])
         lines.append(["pairs", *(str(of["pairs"]) for of in studies.values())])
         return _markdown(lines)
     return " ".join(_gradient_sentence(name, of) for name, of in studies.items())
@@ -277,7 +278,10 @@ def _parts_shown(studies: Iterable[dict[str, Any]]) -> list[str]:
 
 def _inside(ways: dict[str, Any] | None) -> str:
     """Pearson's correlation inside problems with its interval."""
-    found = ways and ways["pearson within"]
+    return _interval(ways and ways["pearson within"])
+
+
+def _interval(found: dict[str, Any] | None) -> str:
     return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if found else ""
 
 
