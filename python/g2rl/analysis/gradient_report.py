@@ -51,13 +51,13 @@ def study_gradients(folder: Path, model: Model) -> GradientStudy:
     for name, table in (("pairs", pairs), ("responses", responses)):
         _write_table(folder / f"{model.label}-{name}.csv", table)
     found, shares = agreement(pairs, responses), norm_shares(model.gradients)
-    figures = {
-        "pairs": plot_pairs(pairs),
-        "predictors": plot_predictors(found["predictors"]),
-        "layers": plot_layers(found["parts"], shares),
-    }
     drawn = []
     with rc_context(STYLE):
+        figures = {
+            "pairs": plot_pairs(pairs),
+            "predictors": plot_predictors(found["predictors"]),
+            "layers": plot_layers(found["parts"], shares),
+        }
         for name, figure in figures.items():
             if figure is not None:
                 figure.savefig(folder / f"{model.label}-{name}.png")

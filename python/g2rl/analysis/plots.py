@@ -48,6 +48,7 @@ def plot_kinds(estimates: Mapping[str, Mapping[str, Estimate | None]]) -> Figure
             offset = (k - (len(estimates) - 1) / 2) * 0.12
             _points(axes, [found[f"{name} cosine"] for name in names], offset, k, label)
         axes.set_xticks(range(len(names)), names)
+        axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set_xlabel(title)
         axes.axhline(0, color="black", linewidth=0.8)
     left.set_ylabel("mean cosine of Φ")
