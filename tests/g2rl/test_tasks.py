@@ -405,8 +405,8 @@ class TestFaultsOfDataSets:
             ('{"problem": "a", "answer": NaN}', "expected a finite number in 'answer', found nan"),
             ('{"problem": "a", "answer": 1e999}', "expected a finite number in 'answer', found inf"),
             ('{"problem": "\\ud800", "answer": "1"}', "expected text in 'problem', found half of a surrogate pair"),
-            (" " * 17_000_000 + "{", "expected at most 16777216 bytes in a line, found more"),
-            ('{"problem": "' + "a" * 17_000_000, "expected at most 16777216 bytes in a line, found more"),
+            (" " * 17_000_000 + "{", "expected a line of at most 16777216 bytes, found a longer one"),
+            ('{"problem": "' + "a" * 17_000_000, "expected a line of at most 16777216 bytes, found a longer one"),
         ],
     )
     def test_a_row_that_no_run_can_use(self, tmp_path: Path, line: str, message: str) -> None:
