@@ -3,6 +3,7 @@
 Importing this package loads torch only; Triton and compiled code are loaded by the first op that uses them.
 """
 
+import g2rl_kernels.interpreter  # noqa: F401
 from g2rl_kernels.dispatch import explain, use_backend
 from g2rl_kernels.ops.groups import (
     GroupAdvantages,

@@ -134,8 +134,8 @@ class ValueChecks:
 
     On a CPU it raises at once, and kernels get a copy: another thread may change what was checked. To read a value of a
     GPU is to wait for all earlier work, and then the GPU is idle while the op's kernels are launched. So there checks
-    are launched first, kernels get values that are safe to address
-    memory with, and the ``with`` block in which they are launched ends by waiting for the checks alone::
+    are launched first, kernels get values that are safe to address memory with, and the ``with`` block in which they
+    are launched ends by waiting for the checks alone::
 
         checks = ValueChecks()
         targets = checks.targets(targets, V)

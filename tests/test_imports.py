@@ -19,7 +19,7 @@ SOURCES = {"g2rl_kernels": ROOT / "g2rl_kernels", "g2rl": ROOT / "python" / "g2r
 # Each module or subpackage may import what stands in a lower layer, and its own subpackage. Planned ones may be absent.
 LAYERS = {
     "g2rl_kernels": (
-        ("version", "checks"),
+        ("version", "checks", "interpreter"),
         ("products", "records", "workspace"),
         ("sums",),
         ("self_check", "plans", "distributed"),

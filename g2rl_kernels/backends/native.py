@@ -1,13 +1,15 @@
 """CPU kernels in C++ (`csrc/cpu`), for AMX, AVX-512 with and without bf16, AVX2, and any other processor.
 
 The compiled module is loaded when first needed; `unavailable` says why it cannot be. The environment variable
-G2RL_CPU_ISA chooses an instruction set other than the fastest: amx, avx512_bf16, avx512, avx2 or base.
+G2RL_CPU_ISA chooses an instruction set other than the fastest: amx, avx512_bf16, avx512, avx2 or base. A child that is
+forked after that computes on one thread.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
 from types import ModuleType
 from typing import Any
 
@@ -31,11 +33,14 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("g2rl_kernels._native"), None
+        module = importlib.import_module("g2rl_kernels._native")
     except ModuleNotFoundError:
         return None, "not compiled: reinstall with a C++20 compiler and CMake (pip install --no-build-isolation)"
     except ImportError as error:  # built against another torch or C++ runtime
         return None, f"compiled for another installation ({error}): reinstall to build it again"
+    # A forked child has none of its parent's OpenMP threads, and would wait for them without end.
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
+    return module, None
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

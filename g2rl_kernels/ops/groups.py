@@ -73,8 +73,7 @@ def exploration_scores(
     Returns:
         nu [B] in [0, 1]; 0 for an invalid response and for one without a valid peer. Data, not differentiable.
     """
-    B = rewards.shape[0] if isinstance(rewards, torch.Tensor) else "B"
-    check_tensor("rewards", rewards, (B,))
+    check_tensor("rewards", rewards, ("B",))
     check_real("rewards", rewards)
     check_tensor("similarity", similarity, ("G", "m_max", "m_max"), _REAL, rewards.device)
     cu_groups, m_max = _offsets(groups, rewards.shape[0], rewards.device)

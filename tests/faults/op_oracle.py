@@ -32,7 +32,8 @@ GROUP_BOUND = 5e-6
 divides them by `min_range`."""
 ILL_CONDITIONED = 1e-6
 """A smaller `min_range` asks to stretch what rounding left of equal scores."""
-FP32_MAX = torch.finfo(torch.float32).max
+LARGEST_SUM = 1e29
+"""Of products W h: kernels take less than -1e30 for no logit at all, and fp32 ends at 3e38."""
 RUNS_WHILE_CHANGING = 4
 UNSTEADY = 0.1
 """An error of logits beyond this says nothing of gradients: exp(u - lse) has no digits, at logits of 1e5 and more."""
@@ -219,7 +220,7 @@ def _error_of_logits(call: Call) -> tuple[Tensor, Tensor]:
     if cap:
         u = cap * torch.tanh(u / cap)
         delta = torch.minimum(delta, torch.full_like(delta, 2 * cap / temperature)) + unit * cap / temperature
-    beyond = ~(most.amax(1) * max(1.0, slope, slope * temperature / cap if cap else 0) < FP32_MAX / 8)
+    beyond = ~(most.amax(1) * max(1.0, slope, slope * temperature / cap if cap else 0) < LARGEST_SUM)
     return torch.where(beyond, torch.inf, delta), u / temperature
 
 

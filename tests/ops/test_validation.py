@@ -233,6 +233,7 @@ GROUPS = [
         ),
         (TAKE_REWARDS, {"rewards": [1.0] * N}, TypeError, "rewards: expected a tensor, found list"),
         (TAKE_REWARDS, {"rewards": torch.ones(N, 1)}, ValueError, "found [6, 1]"),
+        (TAKE_REWARDS, {"rewards": torch.ones(())}, ValueError, "rewards: expected shape ["),
         (
             TAKE_REWARDS,
             {"rewards": torch.full((N,), float("nan"))},
@@ -587,6 +588,7 @@ def test_public_names() -> None:
         "checks",
         "dispatch",
         "distributed",
+        "interpreter",
         "ops",
         "plans",
         "products",

@@ -213,7 +213,8 @@ def _features(
 
     totals = torch.stack([a[s:t].sum() for s, t in zip(offsets[:-1], offsets[1:], strict=True)] or [a.new_zeros(())])
     totals = totals[: len(offsets) - 1]
-    return features.mul_(torch.where(totals > 0, head.logit_scale / totals, 0)[:, None])
+    # Selected and not multiplied by 0: a response of no weight has no feature, whatever the head holds.
+    return torch.where(totals[:, None] > 0, features * (head.logit_scale / totals[:, None]), 0)
 
 
 def _exponentials(u: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
