@@ -16,8 +16,8 @@ from random import SystemRandom
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["g2rl.trainer", "g2rl.parallel.launch"])
-_LIMIT = 100
-"""Seconds after which a rank that is still there is killed."""
+_LIMIT = 600
+"""Seconds after which a rank that is still there is killed: it hangs. A busy machine needs more than 100."""
 
 
 @dataclass(frozen=True)
