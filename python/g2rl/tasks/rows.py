@@ -41,7 +41,7 @@ def file_rows(path: str, key: str) -> Iterator[tuple[str, Any]]:
 
 def _object(line: bytes, place: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8-sig"))  # bytes would be taken for UTF-16 where they look like it
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a number beyond limits
         raise ConfigError(f"{place}: expected a JSON object, found {error}") from error
 
