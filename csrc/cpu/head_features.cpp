@@ -48,6 +48,7 @@ void finish_features(const HeadProblem& p, const Responses& r, const std::vector
     std::vector<float> row(p.d);
     std::vector<double> total(p.d);
     for (int64_t b = begin; b < end; ++b) {
+      if (r.cu[b] == r.cu[b + 1]) continue;  // stays 0, whatever W holds
       std::fill(total.begin(), total.end(), 0.0);
       for (int64_t s = 0; s < p.cut.slabs; ++s) {
         const float* part = slabs.row(s, b - r.first);

@@ -128,10 +128,9 @@ void exact_features(const HeadProblem& p, const RowPanels& rows, const Responses
 }
 
 // Features and statistics in one pass, believing `lse`; responses it serves badly are done again with the one just
-// computed. Those that it is nowhere near are left to the caller, in `unserved`.
+// computed. Tokens that it is nowhere near are marked in `far` [N], and their responses left to the caller.
 void believing_features(const HeadProblem& p, const RowPanels& rows, const Responses& r, const float* lse,
-                        const TokenStats& stats, std::vector<Token>& tokens, float* features,
-                        std::vector<int64_t>& unserved) {
+                        const TokenStats& stats, std::vector<Token>& tokens, float* features, std::vector<char>& far) {
   Coefficients coef(p.N);
   Collected collected{Partials(p.cut.slabs, 0, p.N), std::vector<float>(p.N)};
   for (int64_t t = r.token_begin(); t < r.token_end(); ++t) {
@@ -141,28 +140,28 @@ void believing_features(const HeadProblem& p, const RowPanels& rows, const Respo
   }
   const SlabFeatures slabs = feature_pass(p, rows, r, coef, nullptr, &collected);
   merge_slabs(p, collected.partials, collected.target_acc, r.token_begin(), r.token_end(), stats, tokens.data());
-  const auto within = [&](int64_t b, double slack) {
+  const auto served = [&](int64_t b) {
     bool good = true;
-    for (int64_t t = r.cu[b]; t < r.cu[b + 1]; ++t) good &= std::abs(tokens[t].lse - coef.ref[t]) <= slack;
+    for (int64_t t = r.cu[b]; t < r.cu[b + 1]; ++t) good &= std::abs(tokens[t].lse - coef.ref[t]) <= kLseSlack;
     return good;
   };
-  for (int64_t b = r.first; b < r.last; ++b)
-    if (!within(b, kLseBelief)) unserved.push_back(b);
+  for (int64_t t = r.token_begin(); t < r.token_end(); ++t)
+    far[t] = !(std::abs(tokens[t].lse - coef.ref[t]) <= kLseBelief);
   // The other entries were not divided by the sum found here, so the target's is not either.
   std::vector<Token> believed = tokens;
   for (int64_t t = r.token_begin(); t < r.token_end(); ++t) believed[t].rest *= std::exp(tokens[t].lse - coef.ref[t]);
   finish_features(p, r, believed, slabs, features);
   for (int64_t b = r.first; b < r.last;) {
     int64_t end = b;
-    while (end < r.last && !within(end, kLseSlack)) ++end;
+    while (end < r.last && !served(end)) ++end;
     if (end > b) exact_features(p, rows, {r.cu, r.weight, b, end}, tokens, nullptr, features);
     b = std::max(end, b + 1);
   }
 }
 
-// Statistics and features of some responses by two passes, whatever was found of them before. Others keep their bits:
-// a NaN of one does not choose the way for all.
-void two_passes(const HeadProblem& p, const RowPanels& rows, const Responses& all, const std::vector<int64_t>& some,
+// The statistics of tokens marked in `far`, and the features of their responses, by two passes. All others keep their
+// bits: a NaN of one does not choose the way for all.
+void two_passes(const HeadProblem& p, const RowPanels& rows, const Responses& all, const std::vector<char>& far,
                 const TokenStats& stats, float* features) {
   std::optional<TileScales> scales;
   if (p.cap <= 0) scales.emplace(p.cut.tiles, p.N);
@@ -170,15 +169,18 @@ void two_passes(const HeadProblem& p, const RowPanels& rows, const Responses& al
   const TokenStats found = empty_stats(p.N);
   std::vector<Token> tokens(p.N);
   whole_statistics(p, rows, found, tokens.data(), rounding);
-  for (size_t i = 0, next; i < some.size(); i = next) {
-    for (next = i + 1; next < some.size() && some[next] == some[next - 1] + 1; ++next)
-      if (some[next] - some[i] == kResponses) break;
-    const Responses r{all.cu, all.weight, some[i], some[next - 1] + 1};
-    const int64_t begin = r.token_begin(), count = r.token_end() - begin;
-    for (const auto& [to, from] : {std::pair(stats.logps, found.logps), std::pair(stats.entropy, found.entropy),
-                                   std::pair(stats.lse, found.lse)})
-      std::copy_n(from.const_data_ptr<float>() + begin, count, to.mutable_data_ptr<float>() + begin);
-    exact_features(p, rows, r, tokens, rounding, features);
+  for (const auto& [to, from] :
+       {std::pair(stats.logps, found.logps), std::pair(stats.entropy, found.entropy), std::pair(stats.lse, found.lse)})
+    for (int64_t t = 0; t < p.N; ++t)
+      if (far[t]) to.mutable_data_ptr<float>()[t] = from.const_data_ptr<float>()[t];
+  const auto any_far = [&](int64_t b) {
+    return std::any_of(far.begin() + all.cu[b], far.begin() + all.cu[b + 1], [](char is_far) { return is_far; });
+  };
+  for (int64_t b = all.first; b < all.last;) {
+    int64_t end = b;
+    while (end < all.last && end - b < kResponses && any_far(end)) ++end;
+    if (end > b) exact_features(p, rows, {all.cu, all.weight, b, end}, tokens, rounding, features);
+    b = std::max(end, b + 1);
   }
 }
 
@@ -229,12 +231,12 @@ std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, c
   const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
   const auto each_group = [&](auto&& f) { return for_groups(cu, B, weight.data(), kResponses, f); };
   if (lse && covered) {
-    std::vector<int64_t> unserved;
+    std::vector<char> far(p.N);
     each_group([&](const Responses& r) {
-      believing_features(p, rows, r, lse->const_data_ptr<float>(), stats, tokens, out, unserved);
+      believing_features(p, rows, r, lse->const_data_ptr<float>(), stats, tokens, out, far);
       return true;
     });
-    if (!unserved.empty()) two_passes(p, rows, {cu, weight.data(), 0, B}, unserved, stats, out);
+    if (std::count(far.begin(), far.end(), 1)) two_passes(p, rows, {cu, weight.data(), 0, B}, far, stats, out);
     return {features, stats};
   }
   std::optional<TileScales> scales;
