@@ -50,7 +50,8 @@ train: $(READY)
 	$(BIN)/g2rl train configs/quickstart.yaml $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark $(addprefix --ignore=,$(RANKS)) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark \
+	  $(addprefix --ignore=,$(RANKS) tests/faults) $(ARGS)
 
 # Up to four processes at a time, which are killed and have to notice: beside other tests they would wait too long.
 RANKS := tests/g2rl/test_parallel.py tests/faults/test_ranks.py
