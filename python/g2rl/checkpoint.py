@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from g2rl.adapters import has_adapter, load_adapter
 from g2rl.config import Config, ConfigError, load_config
 from g2rl.files import StorageError, sync
-from g2rl.manifest import MANIFEST, damage, write_manifest
+from g2rl.manifest import MANIFEST, damage, renew_digest, write_manifest
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.parallel.sharding import load_weights, split_states
 from g2rl.parallel.shards import SHARDS, load_shards, require_same_model, save_description, save_shards
@@ -57,8 +57,27 @@ def save_checkpoint(
     Raises:
         StorageError: it cannot be written; the message says why, and which checkpoint stands.
     """
+    with _storage_errors(run_dir, step):
+        random_states = ranks.gathered([_random_states()])
+        with _whole_or_absent(run_dir, step, keep, ranks) as folder:
+            if ranks.sharded:
+                state = save_shards(folder / SHARDS, model, state)
+            if ranks.first:
+                if ranks.sharded:
+                    save_description(folder, model)
+                else:
+                    model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                state = {key: part.state_dict() if hasattr(part, "state_dict") else part for key, part in state.items()}
+                torch.save({**state, "step": step, "random": random_states}, folder / "trainer.pt")
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+@contextmanager
+def _storage_errors(run_dir: Path, step: int) -> Iterator[None]:
+    """Whatever keeps a checkpoint from being written, as `StorageError`; the loss of a rank stays what it is."""
     try:
-        _save(run_dir, step, model, tokenizer, state, keep, ranks)
+        yield
     except (Exception, CheckpointException) as error:  # each library has its own for a full disk
         if is_loss(error):
             raise
@@ -67,30 +86,6 @@ def save_checkpoint(
         raise StorageError(
             f"checkpoint: step {step} cannot be written below {where!r}; {stands}: {_first(error)}"
         ) from error
-    return run_dir / "checkpoints" / f"step-{step:06d}"
-
-
-def _save(
-    run_dir: Path,
-    step: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    state: dict[str, Any],
-    keep: int,
-    ranks: Ranks,
-) -> None:
-    random_states = ranks.gathered([_random_states()])
-    with _whole_or_absent(run_dir, step, keep, ranks) as folder:
-        if ranks.sharded:
-            state = save_shards(folder / SHARDS, model, state)
-        if ranks.first:
-            if ranks.sharded:
-                save_description(folder, model)
-            else:
-                model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            state = {key: part.state_dict() if hasattr(part, "state_dict") else part for key, part in state.items()}
-            torch.save({**state, "step": step, "random": random_states}, folder / "trainer.pt")
 
 
 @contextmanager
@@ -182,7 +177,7 @@ def drop_training_state(folder: Path) -> None:
     draft = folder / "trainer.pt.part"
     torch.save({**kept, "final": True}, draft)
     draft.replace(folder / "trainer.pt")
-    write_manifest(folder, ALONE)
+    renew_digest(folder, "trainer.pt")
 
 
 def load_state(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:

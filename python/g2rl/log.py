@@ -30,7 +30,7 @@ from typing import Any, Self
 
 from rich import box, get_console
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
@@ -452,7 +452,36 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class TrainingProgress:
+class Display:
+    """Lines of text, and on a terminal a bar below them while its ``with`` block lasts.
+
+    Args:
+        columns: of the bar.
+        console: where to show it; None is the process's own.
+    """
+
+    def __init__(self, *columns: ProgressColumn, console: Console | None = None) -> None:
+        self._console = console or get_console()
+        on_terminal = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._bar = Progress(*columns, console=self._console) if on_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def message(self, text: str) -> None:
+        """Show a line above the bar, or as a line of its own; `text` is taken literally."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class TrainingProgress(Display):
     """A bar with the main numbers on a terminal; elsewhere one plain line a step.
 
     Args:
@@ -469,31 +498,18 @@ class TrainingProgress:
     )
 
     def __init__(self, total_steps: int, start_step: int = 0, console: Console | None = None) -> None:
+        super().__init__(
+            SpinnerColumn(),
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=12),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[numbers]}", table_column=Column()),  # may wrap; the others stay whole
+            console=console,
+        )
         self._total = total_steps
-        self._console = console or get_console()
         self._recent: deque[float] = deque(maxlen=20)
-        self._bar: Progress | None = None
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            columns = (
-                SpinnerColumn(),
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=12),
-                TextColumn("{task.fields[left]}"),
-                TextColumn("{task.fields[numbers]}", table_column=Column()),  # may wrap; the others stay whole
-            )
-            self._bar = Progress(*columns, console=self._console)
+        if self._bar:
             self._task = self._bar.add_task("", total=total_steps, completed=start_step, left="", numbers="")
-
-    def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
 
     def step(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
         """Show that `step` is done.
@@ -512,7 +528,3 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step, left=left, numbers=numbers)
         else:
             self.message(f"step {step}/{self._total}  {left}  {numbers}")
-
-    def message(self, text: str) -> None:
-        """Show a line above the bar, or as a line of its own; `text` is taken literally."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

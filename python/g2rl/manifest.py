@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from g2rl.config import ConfigError
-from g2rl.files import sha256
+from g2rl.files import sha256, write_durably
 from g2rl.parallel.ranks import ALONE, Ranks
 
 MANIFEST = "manifest.json"
@@ -17,13 +17,21 @@ VERSION = 1
 
 
 def write_manifest(folder: Path, ranks: Ranks = ALONE) -> None:
-    """Write ``manifest.json`` of all other files that are there. Every rank has to call this."""
+    """Write ``manifest.json`` of all files that are there. Every rank has to call this."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if name != MANIFEST]
     own = [names[i] for i in ranks.share(len(names))]
     digests = dict(ranks.gathered([(name, sha256(folder / name)) for name in own]))
     if ranks.first:
         (folder / MANIFEST).write_text(json.dumps({"version": VERSION, "sha256": digests}, indent=2) + "\n")
+
+
+def renew_digest(folder: Path, name: str) -> None:
+    """Take a file that was replaced for what was saved. The others keep their digests: damage to them still shows."""
+    path = folder / MANIFEST
+    if path.is_file():
+        manifest = json.loads(path.read_bytes())
+        manifest["sha256"][name] = sha256(folder / name)
+        write_durably(path, [json.dumps(manifest, indent=2) + "\n"])
 
 
 def damage(folder: Path) -> str | None:

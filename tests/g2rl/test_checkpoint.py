@@ -87,6 +87,10 @@ def test_a_model_kept_alone_loads_and_is_not_trained_on(policy, tmp_path: Path) 
         assert torch.equal(a, b)
     with pytest.raises(ConfigError, match="resume: expected a checkpoint with the optimizer's state, found none"):
         load_checkpoint(folder, policy[0], {})
+    (folder / "config.json").write_text("{}")
+    drop_training_state(folder)
+    with pytest.raises(ConfigError, match="found that config.json is not what was saved"):
+        find_checkpoint(folder)
 
 
 def test_a_damaged_checkpoint_is_left_out(policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

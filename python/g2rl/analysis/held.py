@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from g2rl.files import write_durably
 
 
 class Held:
@@ -32,9 +33,7 @@ class Held:
         """Keep a record, in place of an older one."""
         path = self._path(number)
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps({"key": self._key(of), "found": dict(found)}))
-        os.replace(temporary, path)
+        write_durably(path, [json.dumps({"key": self._key(of), "found": dict(found)})])
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:04d}.json"

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
-from rich import get_console
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, TaskID, TextColumn
 
-from g2rl.log import duration, printable, read_records
+from g2rl.log import Display, duration, printable, read_records
 from g2rl.study.definition import PlannedRun, Study
 from g2rl.study.runs import Usage
 
@@ -69,7 +66,7 @@ def last_step(run: PlannedRun) -> int:
     return max((record["step"] for record in read_records(path)), default=0) if path.is_file() else 0
 
 
-class StudyProgress:
+class StudyProgress(Display):
     """Shows how far a study is.
 
     Args:
@@ -78,31 +75,18 @@ class StudyProgress:
     """
 
     def __init__(self, study: Study, console: Console | None = None) -> None:
-        self._console = console or get_console()
+        super().__init__(
+            BarColumn(bar_width=16),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.description}"),
+            console=console,
+        )
         self._runs = len(study.runs)
         self._ended = 0
         self._clock = Clock(study)
-        self._bar: Progress | None = None
         self._bars: dict[PlannedRun, TaskID] = {}
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            columns = (
-                BarColumn(bar_width=16),
-                TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.description}"),
-            )
-            self._bar = Progress(*columns, console=self._console)
+        if self._bar:
             self._whole = self._bar.add_task("runs", total=self._runs)
-
-    def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
 
     def kept(self, run: PlannedRun) -> None:
         """A run was finished before."""
@@ -112,18 +96,20 @@ class StudyProgress:
         self._clock.begun(run)
         if self._bar:
             self._bars[run] = self._bar.add_task(str(run), total=run.config.steps)
-        self._say(f"{'goes on' if resumes else 'begins'}: {run}")
+        self.message(f"{'goes on' if resumes else 'begins'}: {run}")
 
     def finished(self, run: PlannedRun, usage: Usage) -> None:
         self._end(run)
-        self._say(f"finished: {run}, in {duration(usage.wall_s)}; {self._ended} of {self._runs} runs, {self._left()}")
+        self.message(
+            f"finished: {run}, in {duration(usage.wall_s)}; {self._ended} of {self._runs} runs, {self._left()}"
+        )
 
     def failed(self, run: PlannedRun, status: int, lines: Sequence[str]) -> None:
         """A run's process ended with a status other than 0; `lines` are the last ones it printed."""
         self._end(run)
-        self._say(f"failed with status {status}: {run}; the end of {run.folder / 'train.log'}:")
+        self.message(f"failed with status {status}: {run}; the end of {run.folder / 'train.log'}:")
         for line in lines:
-            self._say(f"  {printable(line, 300)}")
+            self.message(f"  {printable(line, 300)}")
 
     def update(self, running: Sequence[PlannedRun]) -> None:
         """Look how far the runs are that go on."""
@@ -145,6 +131,3 @@ class StudyProgress:
     def _left(self) -> str:
         seconds = self._clock.seconds_left()
         return "time left unknown" if seconds is None else f"{duration(seconds)} left"
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
