@@ -242,6 +242,13 @@ def _suspicious(rewards: torch.Tensor) -> torch.Tensor:
     return ((rewards == 0) | (rewards == 1)).all() | (rewards - rewards != 0).any()
 
 
+def _checked(cu_groups: torch.Tensor, B: int) -> torch.Tensor:
+    """Offsets that kernels may address memory with: the op's own, so that they stay as they were checked."""
+    cu_groups = own_copy(cu_groups)
+    check_offsets("groups", cu_groups, B, "B")
+    return cu_groups
+
+
 def _largest(cu_groups: torch.Tensor, m_max: int | None) -> int:
     if m_max is not None:
         return m_max
@@ -250,8 +257,7 @@ def _largest(cu_groups: torch.Tensor, m_max: int | None) -> int:
 
 @torch.library.custom_op("g2rl::group_similarity", mutates_args=())
 def _group_similarity(features: torch.Tensor, cu_groups: torch.Tensor, m_max: int | None) -> torch.Tensor:
-    cu_groups = own_copy(cu_groups)
-    check_offsets("groups", cu_groups, features.shape[0], "B")
+    cu_groups = _checked(cu_groups, features.shape[0])
     run = resolve("group_similarity", features.device, features.dtype)
     return run(features, cu_groups, _largest(cu_groups, m_max))
 
@@ -293,8 +299,7 @@ _group_similarity.register_autograd(_similarity_backward, setup_context=_save_fe
 def _exploration_scores(
     similarity: torch.Tensor, rewards: torch.Tensor, cu_groups: torch.Tensor, valid: torch.Tensor | None
 ) -> torch.Tensor:
-    cu_groups = own_copy(cu_groups)
-    check_offsets("groups", cu_groups, rewards.shape[0], "B")
+    cu_groups = _checked(cu_groups, rewards.shape[0])
     if values_readable(cu_groups) and _largest(cu_groups, None) > similarity.shape[1]:
         found = f"{list(similarity.shape)} and a group of {_largest(cu_groups, None)}"
         raise ValueError(f"similarity: expected shape [G, m_max, m_max] with m_max of the largest group, found {found}")
@@ -325,8 +330,7 @@ def _shape_rewards(
     min_range: float,
     uniform_groups: str,
 ) -> torch.Tensor:
-    cu_groups = own_copy(cu_groups)
-    check_offsets("groups", cu_groups, rewards.shape[0], "B")
+    cu_groups = _checked(cu_groups, rewards.shape[0])
     _check_rewards(rewards)
     run = resolve("shape_rewards", rewards.device, rewards.dtype)
     return run(rewards, scores, cu_groups, valid, _shaping(strength, clip, rule, min_range, uniform_groups))
@@ -339,8 +343,7 @@ def _(rewards, scores, cu_groups, valid, strength, clip, rule, min_range, unifor
 
 @torch.library.custom_op("g2rl::group_advantages", mutates_args=())
 def _group_advantages(rewards: torch.Tensor, cu_groups: torch.Tensor, normalize: str) -> torch.Tensor:
-    cu_groups = own_copy(cu_groups)
-    check_offsets("groups", cu_groups, rewards.shape[0], "B")
+    cu_groups = _checked(cu_groups, rewards.shape[0])
     _check_finite(rewards)
     run = resolve("group_advantages", rewards.device, rewards.dtype)
     return run(rewards, cu_groups, normalize)
