@@ -278,6 +278,21 @@ def test_numbers_by_hand(written: Study) -> None:
     assert (numbers["train/entropy"], numbers["geometry/mean_cosine"], numbers["cpu_s"]) == (2.0, None, 90.0)
 
 
+def test_differences_end_at_100_points(tmp_path: Path) -> None:
+    """Seeds with differences of 0 and 1: rescaled, their mean reaches 1.207."""
+    study = read_study(write_study(tmp_path, tasks={"sums": {}}))
+    for run in study.runs:
+        write_finished(run, [2, 2] if (run.method, run.seed) == ("lambda=0.3", 1) else [0, 0], [0.0, 0.0, 0.0])
+    results = Results(study)
+    for found in (
+        results.compared("sums", "lambda=0.3", "pass@1"),
+        results.compared_everywhere("lambda=0.3", "pass@1"),
+    ):
+        assert found is not None
+        assert (found.estimate.value, found.estimate.high) == (0.5, 1.0)
+        assert found.estimate.low == pytest.approx(0.5 - 0.5**0.5)
+
+
 def test_the_report(written: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["compare", "study.yaml", "report=true"]
     assert main(arguments) == 0

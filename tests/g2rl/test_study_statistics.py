@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
+from g2rl.evaluation.scores import Estimate
 from g2rl.study.statistics import (
     DRAWS,
     area,
@@ -51,10 +54,24 @@ def test_interval_of_two_seeds_and_one_problem_by_hand() -> None:
     assert len(means) == DRAWS
     assert sorted(set(np.round(means, 9))) == pytest.approx([0.5 - 0.5**0.5, 0.5, 0.5 + 0.5**0.5])
     assert np.mean(np.isclose(means, 0.5)) == pytest.approx(0.5, abs=0.04)  # five standard errors
-    # Shares stay shares; differences are not cut.
-    cut, whole = share(np.array([[0.0], [1.0]])), difference(np.array([[0.0], [1.0]]))
-    assert (cut.value, cut.low, cut.high) == (0.5, 0.0, 1.0)
-    assert (whole.low, whole.high) == pytest.approx((0.5 - 0.5**0.5, 0.5 + 0.5**0.5))
+
+
+@pytest.mark.parametrize(
+    ("estimate", "seeds", "expected"),
+    [
+        # Means reach (a + b) / 2 -+ (b - a) sqrt(1/2): -0.207 and 1.207 of 0 and 1.
+        (share, [0.0, 1.0], (0.5, 0.0, 1.0)),
+        (share, [0.4, 0.6], (0.5, 0.5 - 0.2 * 0.5**0.5, 0.5 + 0.2 * 0.5**0.5)),
+        (difference, [-1.0, 0.0], (-0.5, -1.0, -0.5 + 0.5**0.5)),
+        (difference, [0.0, 1.0], (0.5, 0.5 - 0.5**0.5, 1.0)),
+        (difference, [-1.0, 1.0], (0.0, -1.0, 1.0)),
+    ],
+)
+def test_intervals_end_where_the_quantity_does(
+    estimate: Callable[[np.ndarray], Estimate], seeds: list[float], expected: tuple[float, float, float]
+) -> None:
+    found = estimate(np.array(seeds)[:, None])
+    assert (found.value, found.low, found.high) == pytest.approx(expected)
 
 
 def test_spread_of_resampled_means() -> None:
@@ -70,7 +87,7 @@ def test_same_table_every_time_and_streams_differ() -> None:
     values = np.random.default_rng(5).random((3, 7))
     assert (resampled_means(values) == resampled_means(values)).all()
     assert (resampled_means(values, 1) != resampled_means(values, 2)).any()
-    assert interval(0.5, np.arange(101.0)).low == 2.5
+    assert interval(0.5, np.arange(101.0), (-np.inf, np.inf)).low == 2.5
 
 
 @pytest.mark.parametrize(

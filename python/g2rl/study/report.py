@@ -85,9 +85,10 @@ def _reading(content: dict[str, Any], results: Results) -> str:
     together = f" Tasks taken together have more pairs: down to p = {min(whole):.3g}." if whole else ""
     points = [
         "Interval: the study is imagined again, with seeds and with held-out problems drawn anew from those that there "
-        "are, thousands of times; 95 % of the results lie inside. All methods were asked the same problems with the "
-        "same seeds, so that a difference to the baseline is taken inside each seed and problem first: what makes a "
-        "problem hard, or a seed lucky, is in both and cancels. With one seed the interval is about problems alone.",
+        "are, thousands of times; 95 % of the results lie inside, and no end passes what a percentage or a difference "
+        "of two can be. All methods were asked the same problems with the same seeds, so that a difference to the "
+        "baseline is taken inside each seed and problem first: what makes a problem hard, or a seed lucky, is in both "
+        "and cancels. With one seed the interval is about problems alone.",
         "p: if a method were like the baseline, each seed's difference could as well have the other sign. p is the "
         "share of all signs that give a mean difference at least as large, in either direction. A seed is a pair, not "
         "a problem: all problems of a seed are answered by one trained model, so that counting them one by one would "

@@ -18,6 +18,7 @@ from g2rl.plots import Run, load_run
 from g2rl.study.definition import PlannedRun, Study
 from g2rl.study.runs import State, state_of
 from g2rl.study.statistics import (
+    DIFFERENCE,
     PairedTest,
     area,
     difference,
@@ -155,7 +156,7 @@ class Results:
         if not all(map(len, values)):
             return None
         means = [resampled_means(v, stream) for stream, v in enumerate(values, 1)]
-        estimate = interval(fmean(v.mean() for v in values), np.mean(means, axis=0))
+        estimate = interval(fmean(v.mean() for v in values), np.mean(means, axis=0), DIFFERENCE)
         terms = np.concatenate([v.mean(1) / (len(v) * len(tasks)) for v in values])
         return Compared(estimate, sign_flips(terms), self.study.seeds)
 
