@@ -58,12 +58,19 @@ def test_runs_of_a_study(tmp_path: Path) -> None:
         (["smoke=true", "seeds=[1]", "methods=[grpo]", "folder=other"], "other", ["sums grpo 1"]),
         (["tasks=[gcds]", "seeds=[3]"], "studies/tiny", ["gcds grpo 3", "gcds lambda=0.3 3"]),
         (["smoke=false", "tasks=[sums]", "seeds=[0]"], "studies/tiny", ["sums grpo 0", "sums lambda=0.3 0"]),
+        # The smoke block has the task sums alone; what is asked for chooses among all.
+        (["smoke=true", "tasks=[gcds]"], "studies/tiny-smoke", ["gcds grpo 7", "gcds lambda=0.3 7"]),
+        (["smoke=true", "tasks=[gcds,sums]", "methods=[grpo]"], "studies/tiny-smoke", ["gcds grpo 7", "sums grpo 7"]),
+        (["smoke=true", "tasks.gcds.optim.lr=1e-4", "methods=[grpo]"], "studies/tiny-smoke",
+         ["sums grpo 7", "gcds grpo 7"]),
     ],
-)
+)  # fmt: skip
 def test_sizes_and_choices(tmp_path: Path, overrides: list[str], folder: str, runs: list[str]) -> None:
-    study = read_study(write_study(tmp_path), overrides)
+    study = read_study(write_study(tmp_path, models=["lambda=0.3"]), overrides)
     assert (study.folder, names(study)) == (tmp_path / folder, runs)
     assert {run.config.steps for run in study.runs} == {2 if "smoke=true" in overrides else 4}
+    assert {run.config.task.name for run in study.runs if run.task == "gcds"} <= {"gcd"}
+    assert study.models == (("lambda=0.3",) if len(study.methods) == 2 else ())
 
 
 @pytest.mark.parametrize(
@@ -86,6 +93,9 @@ def test_sizes_and_choices(tmp_path: Path, overrides: list[str], folder: str, ru
         ({"base": "none.yaml"}, [], "configuration file: expected a YAML file, found nothing"),
         ({"processes": 0}, [], "processes: expected 1 or more, found 0"),
         ({}, ["tasks=[sums,products]"], "tasks: expected one of sums, gcds, found 'products'"),
+        ({}, ["smoke=true", "tasks=[products]"], "tasks: expected one of sums, gcds, found 'products'"),
+        ({}, ["methods=[lambda=0.3]"], "baseline: expected one of lambda=0.3, found 'grpo'"),
+        ({"models": ["ppo"]}, ["methods=[grpo]"], "models: expected one of grpo, found 'ppo'"),
         ({}, ["small=2"], "small: expected true or false, found 2"),
         ({}, ["small=true"], "small: expected keys and values in"),
         ({}, ["small=true", "smoke=true"], "small: expected one size, found small and smoke"),

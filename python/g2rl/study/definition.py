@@ -16,6 +16,8 @@ from g2rl.config import Config, ConfigError, leaves, load_config, named_errors, 
 
 SIZES = ("small", "smoke")
 """Blocks of a study that make it smaller, each chosen by a flag of that name."""
+_CHOSEN = ("tasks", "methods")
+"""Keys of what has labels, of which a list keeps some."""
 _LABEL = re.compile(r"\w[\w .,=+-]*")
 _OWN = ("name", "runs_dir", "seed", "resume", "dry_run")
 """Keys of a run's configuration that the study sets itself."""
@@ -42,7 +44,8 @@ class StudyConfig:
     models: list[str] = field(default_factory=list)
     """Methods whose trained models are kept."""
     small: dict[str, Any] = field(default_factory=dict)
-    """What `small=true` changes in all of the above. A list of labels for `tasks` or `methods` keeps only those."""
+    """What `small=true` changes in all of the above. A list of labels for `tasks` or `methods` keeps only those; one on
+    the command line chooses among all labels in its place."""
     smoke: dict[str, Any] = field(default_factory=dict)
     """What `smoke=true` changes, likewise."""
 
@@ -111,7 +114,7 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     if not isinstance(block, dict):
         raise ConfigError(f"{size}: expected keys and values in {path}, found {block!r}")
     folder = given.get("folder") or block.get("folder")
-    content = _changed(_changed(content, block), given)
+    content = _changed(content, block, given)
     with named_errors(str(path)):
         config = OmegaConf.merge(OmegaConf.structured(StudyConfig), OmegaConf.create(content))
         read = _plain(config)
@@ -143,22 +146,39 @@ def _size(given: dict[str, Any]) -> str:
     return chosen[0] if chosen else ""
 
 
-def _changed(study: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A study with changes on top; a list of labels chooses among what it has."""
-    study = deepcopy(study)
-    for key, value in changes.items():
-        had = study.get(key)
-        if key in ("tasks", "methods") and isinstance(value, list) and isinstance(had, dict):
-            _check_distinct(key, value)
-            for label in value:
-                _check_known(key, label, had)
-            study[key] = {label: had[label] for label in value}
-        elif isinstance(value, dict) and isinstance(had, dict):
-            with named_errors(key):
-                study[key] = _plain(OmegaConf.merge(had, value))
-        else:
-            study[key] = value
+def _changed(study: dict[str, Any], *layers: dict[str, Any]) -> dict[str, Any]:
+    """A study with layers of changes on top.
+
+    The last list of labels chooses among all that there are; a label that a later layer changes is chosen as well.
+    """
+    study, chosen = deepcopy(study), {}
+    for changes in layers:
+        for key, value in changes.items():
+            had = study.get(key)
+            if key in _CHOSEN and isinstance(value, list) and isinstance(had, dict):
+                chosen[key] = value
+            elif isinstance(value, dict) and isinstance(had, dict):
+                with named_errors(key):
+                    study[key] = _plain(OmegaConf.merge(had, value))
+                if key in chosen:
+                    chosen[key] = chosen[key] + [label for label in value if label not in chosen[key]]
+            else:
+                study[key] = value
+                chosen.pop(key, None)
+    for key, labels in chosen.items():
+        _choose(study, key, labels)
     return study
+
+
+def _choose(study: dict[str, Any], key: str, labels: list[Any]) -> None:
+    """Keep only these of a study's tasks or methods; `models` loses the methods that go."""
+    had = study[key]
+    _check_distinct(key, labels)
+    for label in labels:
+        _check_known(key, label, had)
+    study[key] = {label: had[label] for label in labels}
+    if key == "methods" and isinstance(models := study.get("models"), list):
+        study["models"] = [model for model in models if model in labels or model not in had]
 
 
 def _check(read: dict[str, Any]) -> None:
