@@ -431,6 +431,28 @@ def named_errors(otherwise: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
 
 
+def merged(first: DictConfig | dict[str, Any], *layers: DictConfig | dict[str, Any]) -> DictConfig:
+    """Layers on top of each other, by OmegaConf, which names no key where it meets a list and keys with values.
+
+    Raises:
+        ConfigError: a layer has a list where those below have keys and values, or the reverse.
+    """
+    whole = OmegaConf.create(first)
+    for layer in layers:
+        _check_kinds(OmegaConf.to_container(whole), layer if isinstance(layer, dict) else OmegaConf.to_container(layer))
+        whole = cast(DictConfig, OmegaConf.merge(whole, layer))
+    return whole
+
+
+def _check_kinds(below: Any, above: Any, key: str = "") -> None:
+    if isinstance(below, dict) and isinstance(above, dict):
+        for name in above:
+            _check_kinds(below.get(name), above[name], f"{key}.{name}".removeprefix("."))
+    elif isinstance(below, dict | list) and isinstance(above, dict | list) and type(below) is not type(above):
+        expected = "keys and values" if isinstance(below, dict) else "a list"
+        raise ConfigError(f"{key}: expected {expected}, found {above!r}")
+
+
 def load_config(
     paths: str | Path | Sequence[str | Path | dict[str, Any]] | None = None, overrides: Sequence[str] = ()
 ) -> Config:
@@ -453,13 +475,13 @@ def load_config(
                 raise ConfigError(f"override: expected key=value, found {override!r}")
         chosen.append(_renamed(OmegaConf.from_dotlist(list(overrides))))
         defaults = OmegaConf.structured(Config)
-        asked = OmegaConf.merge(defaults, *chosen)
+        asked = merged(defaults, *chosen)
         if asked.rollout.engine == "vllm" or asked.rollout.ahead:
-            defaults = OmegaConf.merge(defaults, _OFF_POLICY)
+            defaults = merged(defaults, _OFF_POLICY)
         method = METHODS / f"{asked.method}.yaml"
         if method.is_file():
-            defaults = OmegaConf.merge(defaults, OmegaConf.load(method))
-        config = OmegaConf.to_object(OmegaConf.merge(defaults, *chosen))
+            defaults = merged(defaults, read_yaml(method))
+        config = OmegaConf.to_object(merged(defaults, *chosen))
     assert isinstance(config, Config)
     return validate(config)
 
@@ -469,7 +491,7 @@ def _renamed(node: DictConfig) -> DictConfig:
     if "shaping" not in node:
         return node
     old = OmegaConf.create({"methods": {"g2rl": node.pop("shaping")}})
-    return cast(DictConfig, OmegaConf.merge(old, node))
+    return merged(old, node)
 
 
 def read_yaml(path: Path) -> DictConfig:
@@ -502,4 +524,4 @@ def read_structured(cls: type, path: Path) -> Any:
         ConfigError: not YAML, an unknown key, or a value of the wrong type; the message names the key.
     """
     with named_errors(str(path)):
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), read_yaml(path)))
+        return OmegaConf.to_object(merged(OmegaConf.structured(cls), read_yaml(path)))

@@ -75,6 +75,8 @@ def test_settings_of_older_versions(tmp_path: Path) -> None:
         ("rollout.top_p=1.5", r"rollout.top_p: expected a value in \(0, 1\]"),
         ("eval.ks=[1, 9]", "eval.ks: expected values from 1 to eval.samples = 4, found 9"),
         ("rewards=[]", "rewards: expected at least one"),
+        ("rewards={name: correct}", "rewards: expected a list, found {'name': 'correct'}"),
+        ("task.options=[1]", r"task.options: expected keys and values, found \[1\]"),
         ("rewards=[{nam: correct}]", "Key 'nam' not in 'RewardConfig'"),
         ("name=a/b", "name: expected a plain folder name, found 'a/b'"),
         ("objective.clip_low=1", r"objective.clip_low: expected a value in \[0, 1\)"),

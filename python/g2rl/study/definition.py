@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from g2rl.comparison.bands import EVALUATION
-from g2rl.config import Config, ConfigError, leaves, load_config, named_errors, read_yaml
+from g2rl.config import Config, ConfigError, leaves, load_config, merged, named_errors, read_yaml
 
 SIZES = ("small", "smoke")
 """Blocks of a study that make it smaller, each chosen by a flag of that name."""
@@ -107,21 +106,18 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         if "=" not in override:
             raise ConfigError(f"override: expected key=value, found {override!r}")
     with named_errors(str(path)):
-        content = _plain(read_yaml(path))
+        whole = merged(OmegaConf.structured(StudyConfig), read_yaml(path))
         given = _plain(OmegaConf.from_dotlist(list(overrides)))
-    size = _size(given)
-    block = content.get(size) if size else {}
-    if not isinstance(block, dict):
-        raise ConfigError(f"{size}: expected keys and values in {path}, found {block!r}")
-    folder = given.get("folder") or block.get("folder")
-    content = _changed(content, block, given)
-    with named_errors(str(path)):
-        config = OmegaConf.merge(OmegaConf.structured(StudyConfig), OmegaConf.create(content))
-        read = _plain(config)
+        size = _size(given)
+        block = _plain(whole[size]) if size else {}
+        if size and not block:
+            raise ConfigError(f"{size}: expected keys and values in {path}, found none")
+        read = _changed(whole, block, given)
     for key in ("name", "base", "baseline"):
         if read[key] == MISSING:
             raise ConfigError(f"{key}: expected a value in {path}, found none")
     _check(read)
+    folder = given.get("folder") or block.get("folder")
     if folder is None:
         folder = (read["folder"] or f"studies/{read['name']}") + (f"-{size}" if size else "")
     return _study(read, path.parent / read["base"], Path(folder).resolve())
@@ -146,39 +142,35 @@ def _size(given: dict[str, Any]) -> str:
     return chosen[0] if chosen else ""
 
 
-def _changed(study: dict[str, Any], *layers: dict[str, Any]) -> dict[str, Any]:
+def _changed(study: DictConfig, *layers: dict[str, Any]) -> dict[str, Any]:
     """A study with layers of changes on top.
 
     The last list of labels chooses among all that there are; a label that a later layer changes is chosen as well.
     """
-    study, chosen = deepcopy(study), {}
+    chosen: dict[str, list[Any]] = {}
     for changes in layers:
         for key, value in changes.items():
-            had = study.get(key)
-            if key in _CHOSEN and isinstance(value, list) and isinstance(had, dict):
+            if key in _CHOSEN and isinstance(value, list):
                 chosen[key] = value
-            elif isinstance(value, dict) and isinstance(had, dict):
-                with named_errors(key):
-                    study[key] = _plain(OmegaConf.merge(had, value))
-                if key in chosen:
-                    chosen[key] = chosen[key] + [label for label in value if label not in chosen[key]]
-            else:
-                study[key] = value
-                chosen.pop(key, None)
+                continue
+            study = merged(study, {key: value})
+            if key in chosen:
+                chosen[key] = chosen[key] + [label for label in value if label not in chosen[key]]
+    read = _plain(study)
     for key, labels in chosen.items():
-        _choose(study, key, labels)
-    return study
+        _choose(read, key, labels)
+    return read
 
 
-def _choose(study: dict[str, Any], key: str, labels: list[Any]) -> None:
+def _choose(read: dict[str, Any], key: str, labels: list[Any]) -> None:
     """Keep only these of a study's tasks or methods; `models` loses the methods that go."""
-    had = study[key]
+    had = read[key]
     _check_distinct(key, labels)
     for label in labels:
         _check_known(key, label, had)
-    study[key] = {label: had[label] for label in labels}
-    if key == "methods" and isinstance(models := study.get("models"), list):
-        study["models"] = [model for model in models if model in labels or model not in had]
+    read[key] = {label: had[label] for label in labels}
+    if key == "methods":
+        read["models"] = [model for model in read["models"] if model in labels or model not in had]
 
 
 def _check(read: dict[str, Any]) -> None:
