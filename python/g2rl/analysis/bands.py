@@ -93,7 +93,10 @@ class Measured:
 
 
 def bands_of(models: Sequence[Model]) -> list[Band]:
-    """Runs that differ in nothing but their seed together, in the order of the first of each; others by themselves."""
+    """Runs that differ in nothing but their seed together, in the order of the first of each; others by themselves.
+
+    A model that is called as a band of runs goes by its path.
+    """
     dirs = [model.run for model in models if model.run is not None and (model.run / "metrics.jsonl").is_file()]
     found: list[Band] = []
     if len(dirs) > 1 and len(set(dirs)) == len(dirs):
@@ -101,7 +104,10 @@ def bands_of(models: Sequence[Model]) -> list[Band]:
         compared = compare([load_run(folder) for folder in dirs]).bands
         found = [Band(band.label, [by_dir[run.dir] for run in band.runs]) for band in compared]
     taken = [model for band in found for model in band.models]
-    found += [Band(model.label, [model]) for model in models if model not in taken]
+    names = [band.label for band in found]
+    found += [
+        Band(model.path if model.label in names else model.label, [model]) for model in models if model not in taken
+    ]
     return sorted(found, key=lambda band: min(models.index(model) for model in band.models))
 
 
