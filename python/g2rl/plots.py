@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from omegaconf import OmegaConf
 
@@ -31,9 +33,22 @@ STYLE: Any = {
     "legend.fontsize": 10,
     "savefig.dpi": 130,
 }
+LEGEND_COLUMNS = 4
 SCATTER_POINTS = 4000
 SMOOTHED = 20
 """From so many steps on, training curves are moving averages."""
+
+
+def figure_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], **options: Any) -> Legend:
+    """A legend above all panels, in as many columns as fit the figure; `options` as of `Figure.legend`."""
+    options = {"loc": "outside upper center", **options}
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(min(LEGEND_COLUMNS, len(labels)), 1, -1):
+        legend = figure.legend(handles, labels, ncols=columns, **options)
+        if legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return legend
+        legend.remove()
+    return figure.legend(handles, labels, **options)
 
 
 @dataclass(frozen=True)

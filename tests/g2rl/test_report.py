@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.lines import Line2D
 from rich.console import Console
 
 from g2rl.config import load_config, save_config
 from g2rl.log import METRICS, Completion, GroupGeometry, RunLog
+from g2rl.plots import figure_legend
 from g2rl.report import write_report
 
 SAME = [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
@@ -179,3 +183,14 @@ def test_no_metrics(tmp_path: Path, contents: str | None) -> None:
         (tmp_path / "metrics.jsonl").write_text(contents)
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "metrics.jsonl"))):
         write_report(tmp_path)
+
+
+# Of 576 points a column takes 28 and some 6 for each letter, and 20 lie between two: up to 17, 25 and 42 letters.
+@pytest.mark.parametrize(("length", "columns"), [(16, 4), (18, 3), (24, 3), (27, 2), (41, 2), (45, 1), (100, 1)])
+def test_legends_fit_their_figure(length: int, columns: int) -> None:
+    figure = Figure(figsize=(8.0, 3.0))
+    handles = [Line2D([], []) for _ in range(5)]
+    legend = figure_legend(figure, handles, ["m" * length] * 5, prop={"family": "monospace", "size": 10})
+    assert figure.legends == [legend]
+    figure.savefig(io.BytesIO())
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns

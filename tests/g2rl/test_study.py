@@ -12,13 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from PIL import Image
 from rich.console import Console
 from written_studies import TRAINER, write_finished, write_study
 
 from g2rl.cli import main
 from g2rl.config import ConfigError
+from g2rl.plots import CYCLE
 from g2rl.study.definition import Study, read_study
 from g2rl.study.progress import Clock, StudyProgress
 from g2rl.study.results import Results
@@ -322,8 +326,14 @@ def test_the_report(written: Study, tmp_path: Path, capsys: pytest.CaptureFixtur
     )
     assert "g2rl compare study.yaml\n" in text
     assert "What is missing" not in text and str(tmp_path) not in text
+    assert "together" not in text  # with one task
+    assert "| code | `abc` |" in text and "commit" not in text  # of code that is no checkout
     for image in ("overview", "differences-pass1", "differences-pass2", "sums"):
         assert f"({image}.png)" in text and (folder / f"{image}.png").stat().st_size > 2000
+    # A file of few colours keeps that of a single line, to a rounding or two.
+    with Image.open(folder / "differences-pass1.png") as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=float)
+    assert np.abs(pixels - 255 * np.array(to_rgb(CYCLE[1]))).max(-1).min() <= 2
     content = json.loads((folder / "results.json").read_text())
     assert content["tasks"]["sums"]["methods"]["lambda=0.3"]["differences"]["pass@1"]["value"] == 0.375
     rows = (folder / "results.csv").read_text().splitlines()

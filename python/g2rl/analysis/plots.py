@@ -16,7 +16,7 @@ from g2rl.analysis.gradients import ALL
 from g2rl.analysis.measures import KINDS, LENGTHS
 from g2rl.analysis.representations import BASELINES
 from g2rl.evaluation.scores import Estimate
-from g2rl.plots import BLUE, CYCLE, GREEN, ORANGE, RED
+from g2rl.plots import BLUE, CYCLE, GREEN, ORANGE, RED, figure_legend
 
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vP"
@@ -53,7 +53,7 @@ def plot_kinds(estimates: Mapping[str, Mapping[str, Estimate | None]]) -> Figure
         axes.axhline(0, color="black", linewidth=0.8)
     left.set_ylabel("mean cosine of Φ")
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
+    figure_legend(figure, handles, labels)
     return figure
 
 

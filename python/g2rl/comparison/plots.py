@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from g2rl.comparison.bands import Band, Curve
 from g2rl.log import metric
-from g2rl.plots import CYCLE
+from g2rl.plots import CYCLE, figure_legend
 
 # Line styles and markers beside colours, for print and for colour-blind readers; the lengths have no common divisor, so
 # that no two of many bands look the same.
@@ -45,8 +45,7 @@ def plot_bands(bands: Sequence[Band], keys: Sequence[str]) -> Figure | None:
         axes.label_outer()
     handles = [draw_curve(panels[0], Curve([], [[]]), i, len(bands)) for i in range(len(bands))]
     names = [f"{band.label} ({len(band.runs)} seed{'s' * (len(band.runs) > 1)})" for band in bands]
-    columns = 1 if max(map(len, names)) > 40 else min(3, len(names))
-    figure.legend(handles, names, loc="outside upper center", ncols=columns, handlelength=4)
+    figure_legend(figure, handles, names, handlelength=4)
     return figure
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from g2rl.evaluation.scores import MODES, Estimate, Scores
 from g2rl.evaluation.suite import Settings
-from g2rl.plots import CYCLE, STYLE
+from g2rl.plots import CYCLE, STYLE, figure_legend
 
 _MARKERS = "osD^vP"
 
@@ -115,5 +115,5 @@ def plot_pass_at_k(scores: Sequence[Scores]) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set(title=name, xlabel="k", ylabel="pass@k")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(models)))
+    figure_legend(figure, handles, labels, loc="outside lower center")
     return figure

@@ -54,6 +54,7 @@ def _report(study: Study, command: str, nothing_is_an_error: bool) -> None:
         results = Results(study)
         if results.finished:
             content = write_study_report(results, command)
+            print(f"held-out pass@1 in percent with 95 % intervals; below it the difference to {content['baseline']}")
             get_console().print(_table(content))
             print(f"g2rl: the report is in {study.folder / 'report.md'}")
         elif nothing_is_an_error:
@@ -64,8 +65,7 @@ def _report(study: Study, command: str, nothing_is_an_error: bool) -> None:
 
 def _table(content: dict[str, Any]) -> Table:
     """Held-out pass@1 of each method and task, and what a method differs by from the baseline."""
-    title = f"Held-out pass@1 in percent with 95 % intervals; below it the difference to {content['baseline']}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("method")
     for task in content["tasks"]:
         table.add_column(task, justify="right")

@@ -17,7 +17,8 @@ from g2rl.evaluation.scores import Estimate
 from g2rl.study.results import Compared, Finished, Results
 
 INTERVAL = "95 %, hierarchical bootstrap: seeds, and the held-out problems that all seeds share"
-TEST = "sign-flip permutation test over seeds, two-sided; over all tasks' seeds where tasks are taken together"
+TEST = "sign-flip permutation test over seeds, two-sided"
+TOGETHER = "; over all tasks' seeds where tasks are taken together"
 VERSION = ("version", "code", "commit")
 """What ``done.json`` says of the code."""
 
@@ -30,7 +31,7 @@ def record(results: Results) -> dict[str, Any]:
         "baseline": study.baseline,
         "seeds": list(study.seeds),
         "interval": INTERVAL,
-        "test": TEST,
+        "test": TEST + TOGETHER * (len(study.tasks) > 1),
         "runs": {"planned": len(study.runs), "finished": len(results.finished)},
         "missing": [
             {"task": run.task, "method": run.method, "seed": run.seed, "state": results.states[run]}
@@ -47,7 +48,7 @@ def record(results: Results) -> dict[str, Any]:
             if method != study.baseline
         },
         "environment": _facts([f.log.environment for f in results.finished]),
-        "code": _facts([{key: str(f.done[key]) for key in VERSION} for f in results.finished]),
+        "code": _facts([_version(f) for f in results.finished]),
         "differing": _changing(results.finished),
         "changes": OmegaConf.to_yaml(OmegaConf.create(study.changes)),
     }
@@ -102,6 +103,11 @@ def _facts(found: Sequence[dict[str, str]]) -> dict[str, str]:
     """What runs say of their surroundings; several values where they differ."""
     keys = dict.fromkeys(key for facts in found for key in facts)
     return {key: " / ".join(sorted({facts.get(key, "unknown") for facts in found})) for key in keys}
+
+
+def _version(found: Finished) -> dict[str, str]:
+    """Without a commit where the code is no checkout."""
+    return {key: str(found.done[key]) for key in VERSION if found.done[key] is not None}
 
 
 def _changing(found: Iterable[Finished]) -> list[str]:

@@ -81,7 +81,8 @@ def _reading(content: dict[str, Any], results: Results) -> str:
     pairs = max((len(found["seeds"]) for of in methods for found in of["differences"].values()), default=0)
     smallest = f"{min(1.0, 2.0 ** (1 - pairs)):.4g}"
     least = f" With {pairs} seeds no p below {smallest} can come out, however large a difference is." if pairs else ""
-    whole = [c["smallest_p"] for of in content["all_tasks"].values() for c in of.values()]
+    several = len(content["tasks"]) > 1
+    whole = [c["smallest_p"] for of in content["all_tasks"].values() for c in of.values()] if several else []
     together = f" Tasks taken together have more pairs: down to p = {min(whole):.3g}." if whole else ""
     points = [
         "Interval: the study is imagined again, with seeds and with held-out problems drawn anew from those that there "
