@@ -31,7 +31,7 @@ LAYERS = {
         ("__main__",),
     ),
     "g2rl": (
-        ("files", "background"),
+        ("files", "background", "bootstrap"),
         ("__init__", "types", "config", "heads", "times", "time_limit"),
         ("trackers", "shared_prompts", "adapters", "optimizer"),
         ("parallel",),

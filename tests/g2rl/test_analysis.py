@@ -13,7 +13,7 @@ import torch
 
 from g2rl.analysis.agreement import GradientGroup, agreement, coarse, pair_table, response_table
 from g2rl.analysis.gradients import gradient_products, gram_cosines, model_parts, response_logp
-from g2rl.analysis.measures import KINDS, Pairs, effective_dimensions, measure_pairs, sums
+from g2rl.analysis.measures import KINDS, Pairs, effective_dimensions, limits_of, measure_pairs, sums
 from g2rl.analysis.representations import bags, cosines, representations, rounded_features, truncated_features
 from g2rl.analysis.responses import Sampled, Subject
 from g2rl.analysis.statistics import average_ranks, correlation, difference, ratio
@@ -46,12 +46,14 @@ class TestStatistics:
         # Two problems with values 1/2 and 4/3: resamples lie between, and reach both.
         assert (found.low, found.high) == (0.5, pytest.approx(4 / 3))
         assert ratio(np.zeros((1, 2)), np.zeros((1, 2))) is None
-        # Two seeds on one problem, 1/4 and 3/4: seeds are drawn again, too.
-        seeds = ratio(np.array([[1.0], [3.0]]), np.array([[4.0], [4.0]]))
-        assert seeds is not None and (seeds.value, seeds.low, seeds.high) == (0.5, 0.25, 0.75)
+        # Two seeds on one problem, 0 of 1 and 9 of 9: seeds are drawn again, too, and rescaled beyond 1.
+        seeds = ratio(np.array([[0.0], [9.0]]), np.array([[1.0], [9.0]]), (0.0, 1.0))
+        assert seeds is not None and (seeds.value, seeds.low, seeds.high) == (0.9, 0.0, 1.0)
         # The same problems are drawn for both: a constant difference has no width.
         shifted = difference((totals + 2 * counts, counts), (totals, counts))
         assert shifted is not None and (shifted.value, shifted.low, shifted.high) == pytest.approx((2.0, 2.0, 2.0))
+        cut = difference((totals + 2 * counts, counts), (totals, counts), (0.0, 1.0))
+        assert cut is not None and (cut.low, cut.high) == (1.0, 1.0)
 
     def test_ranks(self) -> None:
         assert average_ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
@@ -92,6 +94,11 @@ class TestMeasures:
     )
     def test_effective_dimensions(self, similarity: np.ndarray, expected: tuple[float, float]) -> None:
         assert effective_dimensions(similarity) == pytest.approx(expected)
+
+    def test_limits(self) -> None:
+        expected = {"both wrong negative": (0, 1), "long cosine": (-1, 1), "semantic": (-1, 1), "correct": (0, 1)}
+        expected |= {"participation": (1, np.inf), "tokens": (0, np.inf)}
+        assert {name: limits_of(name) for name in expected} == expected
 
     def test_sums_by_hand(self) -> None:
         """Four responses: two right ones with the same tokens, two wrong ones."""

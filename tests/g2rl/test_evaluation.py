@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from g2rl.bootstrap import Estimate
 from g2rl.cli import main
 from g2rl.config import ConfigError, ModelConfig, RolloutConfig
 from g2rl.evaluation.command import digest, labels
 from g2rl.evaluation.results import plot_pass_at_k, write_results
 from g2rl.evaluation.samples import Sample, provenance
-from g2rl.evaluation.scores import Estimate, Scores, bootstrap, score, sizes
+from g2rl.evaluation.scores import Scores, bootstrap, score, sizes
 from g2rl.evaluation.suite import read_suite
 from g2rl.model import load_model
 from g2rl.rollout import TransformersSampler

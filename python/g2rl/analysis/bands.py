@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from g2rl.analysis.agreement import GradientGroup
-from g2rl.analysis.measures import MEASURES, Pairs, length_edges, sums
+from g2rl.analysis.measures import MEASURES, Pairs, length_edges, limits_of, sums
 from g2rl.analysis.statistics import difference, ratio
+from g2rl.bootstrap import Estimate
 from g2rl.comparison.bands import compare
-from g2rl.evaluation.scores import Estimate
 from g2rl.plots import load_run
 
 BINS = np.linspace(-1, 1, 41)
@@ -78,12 +78,12 @@ class Measured:
 
     def estimates(self, band: Band) -> dict[str, Estimate | None]:
         """Each of `MEASURES` of a band."""
-        return {name: ratio(*both) for name, both in band.sums(self.edges).items()}
+        return {name: ratio(*both, limits_of(name)) for name, both in band.sums(self.edges).items()}
 
     def differences(self, band: Band) -> dict[str, Estimate | None]:
         """What a band has more than the first one, on the same problems."""
         own, first = band.sums(self.edges), self.bands[0].sums(self.edges)
-        return {name: difference(own[name], first[name]) for name in MEASURES}
+        return {name: difference(own[name], first[name], limits_of(name)) for name in MEASURES}
 
     def seeds(self, band: Band) -> dict[str, list[float | None]]:
         """Each of `MEASURES` of each model of a band."""

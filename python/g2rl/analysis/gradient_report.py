@@ -25,7 +25,7 @@ from g2rl.analysis.agreement import (
 from g2rl.analysis.bands import Model
 from g2rl.analysis.gradients import ALL
 from g2rl.analysis.plots import plot_layers, plot_pairs, plot_predictors
-from g2rl.evaluation.scores import Estimate
+from g2rl.bootstrap import Estimate
 from g2rl.plots import STYLE
 from g2rl.report import markdown_table
 

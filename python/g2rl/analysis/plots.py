@@ -15,7 +15,7 @@ from g2rl.analysis.bands import BINS, Band
 from g2rl.analysis.gradients import ALL
 from g2rl.analysis.measures import KINDS, LENGTHS
 from g2rl.analysis.representations import BASELINES
-from g2rl.evaluation.scores import Estimate
+from g2rl.bootstrap import Estimate
 from g2rl.plots import BLUE, CYCLE, GREEN, ORANGE, RED, figure_legend
 
 _LINES = ("-", "--", "-.", ":")

@@ -18,11 +18,11 @@ from g2rl.analysis.bands import Measured, entropy_bits
 from g2rl.analysis.gradient_report import GradientStudy, gradient_section, gradient_table, study_gradients
 from g2rl.analysis.measures import MEASURES, SHARES
 from g2rl.analysis.plots import plot_cosines, plot_kinds
-from g2rl.evaluation.scores import Estimate
+from g2rl.bootstrap import Estimate
 from g2rl.plots import STYLE
 from g2rl.report import code, markdown_table, write_sections
 
-INTERVAL = "95 %, percentile bootstrap over problems, each with all of its pairs, and over a band's seeds"
+INTERVAL = "95 %, hierarchical bootstrap: a band's seeds, and problems, each with all of its pairs"
 Found = Mapping[str, Mapping[str, Estimate | None]]
 """Estimates by band's label and measure."""
 

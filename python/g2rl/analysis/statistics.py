@@ -1,8 +1,7 @@
-"""Ratios and correlations with 95 % intervals: the percentile bootstrap over problems, and over seeds.
+"""Ratios and correlations over pairs of responses, with 95 % intervals.
 
 Pairs of one problem's responses share responses, and are no independent observations. So whole problems are drawn
-again, with all their pairs; and of models that differ in their seed, models. Every call draws the same for the same
-numbers of both, which pairs the numbers of several models on the same problems.
+again, with all their pairs; and of models that differ in their seed, models.
 """
 
 from __future__ import annotations
@@ -11,48 +10,29 @@ from collections.abc import Callable
 
 import numpy as np
 
-from g2rl.evaluation.scores import Estimate
+from g2rl.bootstrap import ANY, Estimate, Limits, between, interval, problem_weights, resampled_ratios
 
-DRAWS = 2000
-
+CORRELATION: Limits = (-1.0, 1.0)
 Sums = tuple[np.ndarray, np.ndarray]
 """Totals and counts [S, P] of S seeds and P problems."""
 
 
-def resamples(count: int, stream: int = 0) -> np.ndarray:
-    """How often each of `count` is in a resample, [DRAWS, count]."""
-    return np.random.default_rng([stream, count]).multinomial(count, np.full(count, 1 / count), DRAWS)
-
-
-def ratio(totals: np.ndarray, counts: np.ndarray) -> Estimate | None:
-    """Sum of totals [S, P] over sum of counts [S, P]; None where nothing was counted.
+def ratio(totals: np.ndarray, counts: np.ndarray, limits: Limits = ANY) -> Estimate | None:
+    """Sum of totals [S, P] over sum of counts [S, P], which is within limits; None where nothing was counted.
 
     The mean over pairs of all problems, where a problem may have none of a kind.
     """
     if not counts.sum():
         return None
-    return _estimate(totals.sum() / counts.sum(), _ratios(totals, counts))
+    return interval(totals.sum() / counts.sum(), resampled_ratios(totals, counts), limits)
 
 
-def difference(a: Sums, b: Sums) -> Estimate | None:
+def difference(a: Sums, b: Sums, limits: Limits = ANY) -> Estimate | None:
     """`ratio` of a minus that of b, on the same problems; with as many seeds, those are taken for the same as well."""
     if not a[1].sum() or not b[1].sum():
         return None
     value = a[0].sum() / a[1].sum() - b[0].sum() / b[1].sum()
-    return _estimate(value, _ratios(*a) - _ratios(*b))
-
-
-def _ratios(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    seeds, problems = totals.shape
-    of_seeds, of_problems = resamples(seeds, stream=1), resamples(problems)
-    with np.errstate(invalid="ignore"):
-        sums = [((of_seeds @ values) * of_problems).sum(1) for values in (totals, counts)]
-        return sums[0] / sums[1]
-
-
-def _estimate(value: float, draws: np.ndarray) -> Estimate:
-    low, high = np.nanpercentile(draws, [2.5, 97.5]) if np.isfinite(draws).any() else (np.nan, np.nan)
-    return Estimate(float(value), float(low), float(high))
+    return interval(value, resampled_ratios(*a) - resampled_ratios(*b), between(limits))
 
 
 def correlation(
@@ -77,7 +57,7 @@ def correlation(
     value = _pearson(sums.sum(0, keepdims=True))[0]
     if not np.isfinite(value):
         return None
-    return _estimate(value, _pearson(resamples(len(members)) @ sums))
+    return interval(value, _pearson(problem_weights(len(members)) @ sums), CORRELATION)
 
 
 def _by_part(values: np.ndarray, parts: list[np.ndarray], change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

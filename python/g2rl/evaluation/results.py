@@ -14,7 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from g2rl.evaluation.scores import MODES, Estimate, Scores
+from g2rl.bootstrap import Estimate
+from g2rl.evaluation.scores import MODES, Scores
 from g2rl.evaluation.suite import Settings
 from g2rl.plots import CYCLE, STYLE, figure_legend
 

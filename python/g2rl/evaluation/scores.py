@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from g2rl.bootstrap import Estimate
 from g2rl.evaluate import maj_at_k, pass_at_k
 from g2rl.evaluation.samples import Sample
 from g2rl.tasks.answers import canonical
@@ -16,15 +17,6 @@ from g2rl.types import Problem
 MODES = ("lenient", "strict")
 """Of the judge; the first one's numbers are the main ones."""
 _DRAWS = 2000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems with its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

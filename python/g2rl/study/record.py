@@ -12,8 +12,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from g2rl.bootstrap import Estimate
 from g2rl.comparison.bands import differing
-from g2rl.evaluation.scores import Estimate
 from g2rl.study.results import Compared, Finished, Results
 
 INTERVAL = "95 %, hierarchical bootstrap: seeds, and the held-out problems that all seeds share"

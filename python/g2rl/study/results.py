@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from g2rl.bootstrap import Estimate, interval, resampled_means
 from g2rl.evaluate import pass_at_k
-from g2rl.evaluation.scores import Estimate
 from g2rl.log import read_records
 from g2rl.plots import Run, load_run
 from g2rl.study.definition import PlannedRun, Study
@@ -23,8 +23,6 @@ from g2rl.study.statistics import (
     area,
     difference,
     first_reached,
-    interval,
-    resampled_means,
     share,
     sign_flips,
 )

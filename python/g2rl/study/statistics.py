@@ -1,22 +1,15 @@
-"""Intervals and tests for a study's numbers.
-
-A number is measured for each seed and held-out problem, and both are samples: of the trainings that there could have
-been, and of the problems that could have been asked. Intervals resample both.
-"""
+"""Intervals, tests and curves for a study's numbers: shares for each seed and held-out problem."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
-from g2rl.evaluation.scores import Estimate
+from g2rl.bootstrap import SHARE, Estimate, between, interval, resampled_means
 
-DRAWS = 4000
-SHARE = (0.0, 1.0)
-DIFFERENCE = (-1.0, 1.0)
-"""What a share can be, and the difference of two."""
+DIFFERENCE = between(SHARE)
+"""What a difference of two shares can be."""
 _EXACT = 16
 """Differences up to which all signs are tried, and beyond which so many random ones are."""
 _FLIPS = 100_000
@@ -28,44 +21,6 @@ class PairedTest:
 
     p: float
     smallest: float
-
-
-@cache
-def _weights(seeds: int, problems: int, stream: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of each resample, [DRAWS, seeds] and [DRAWS, problems]; rows sum to 1."""
-    rng = np.random.default_rng([stream, seeds, problems])
-    of_seeds, of_problems = (rng.multinomial(n, np.full(n, 1 / n), size=DRAWS) / n for n in (seeds, problems))
-    if seeds > 1:
-        # Means of resampled seeds spread by (S - 1) / S of the variance they should have, which matters for few seeds.
-        of_seeds = 1 / seeds + (of_seeds - 1 / seeds) * np.sqrt(seeds / (seeds - 1))
-    return of_seeds, of_problems
-
-
-def resampled_means(values: np.ndarray, stream: int = 0) -> np.ndarray:
-    """Means under the hierarchical bootstrap: seeds drawn with replacement, and problems, the same ones for all seeds.
-
-    Seeds are rescaled as by Rao and Wu (1988), so that few of them do not look less varied than they are. Problems are
-    drawn for all seeds together since all were asked the same ones. Every call draws the same.
-
-    Args:
-        values: [S, P], for each seed and problem; of a difference, both methods' values subtracted, which pairs them.
-        stream: numbers what is drawn independently, such as several tasks.
-
-    Returns:
-        [DRAWS] means.
-    """
-    of_seeds, of_problems = _weights(*values.shape, stream)
-    means: np.ndarray = ((of_seeds @ values) * of_problems).sum(1)
-    return means
-
-
-def interval(value: float, means: np.ndarray, limits: tuple[float, float]) -> Estimate:
-    """`value` with the 2.5th and 97.5th percentile of its resampled means, cut to what it can be.
-
-    Rescaled seeds can pass that: of two seeds with shares 0 and 1, one has a weight of 1.2 and the other of -0.2.
-    """
-    ends = np.clip(np.percentile(means, [2.5, 97.5]), *limits)
-    return Estimate(float(value), float(ends[0]), float(ends[1]))
 
 
 def share(values: np.ndarray) -> Estimate:
