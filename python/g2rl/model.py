@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import quantization_config
 from transformers.utils.logging import disable_progress_bar
-from transformers.utils.quantization_config import GgufConfig
 
 from g2rl.adapters import base_of, merged
 from g2rl.config import ConfigError, ModelConfig
@@ -135,9 +135,11 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        plan = GgufConfig(gguf_file=gguf.name, dequantize=True)
+        plan: dict[str, Any] = {}
+        if hasattr(quantization_config, "GgufConfig"):  # versions without it always dequantise
+            plan["quantization_config"] = quantization_config.GgufConfig(gguf_file=gguf.name, dequantize=True)
         with contextlib.redirect_stderr(io.StringIO()):  # the conversion draws a bar that no setting turns off
-            model: Any = AutoModelForCausalLM.from_pretrained(**source, quantization_config=plan, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(**source, **plan, dtype=torch.float32)
         # What was quantised is plain now, and must not be announced otherwise to whoever loads the folder.
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None

@@ -228,7 +228,11 @@ def test_the_comparison_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, spo
     ("config", "why"),
     [
         (BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4), "bloom has an attention of its own"),
-        (MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2), "mamba has layers of type linear_attention"),
+        # Older versions of transformers do not say what layers it has.
+        (
+            MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2),
+            "(mamba has layers of type linear_attention|its attention does not take shared prompts)",
+        ),
     ],
     ids=["alibi", "recurrent"],
 )
