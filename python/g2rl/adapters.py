@@ -131,6 +131,10 @@ def base_of(path: str) -> str | None:
 
 def merged(model: Any, folder: str) -> Any:
     """`model` with the adapter that a folder holds merged into its weights."""
+    if not (Path(folder) / _WEIGHTS).is_file():  # peft would take a pickle
+        raise ConfigError(
+            f"model.path: expected {_WEIGHTS} beside the adapter's configuration, found none in {folder!r}"
+        )
     try:
         from peft import PeftModel
     except ImportError as error:

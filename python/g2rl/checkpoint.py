@@ -159,7 +159,8 @@ def _load(folder: Path, model: Any, parts: dict[str, Any], ranks: Ranks) -> dict
     elif has_adapter(model):
         load_adapter(model, folder)
     else:
-        weights = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
+        safely = {"use_safetensors": True, "trust_remote_code": False}
+        weights = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, **safely).state_dict()
         require_same_model(folder, {key: weight.shape for key, weight in weights.items()}, model)
         load_weights(model, weights)
         if ranks.sharded:

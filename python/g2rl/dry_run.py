@@ -47,7 +47,7 @@ def dry_run(config: Config) -> Forecast:
     """
     path = local_path(config.model)
     try:
-        shape, tokenizer = AutoConfig.from_pretrained(path), load_tokenizer(path)
+        shape, tokenizer = AutoConfig.from_pretrained(path, trust_remote_code=False), load_tokenizer(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: expected a causal language model at {config.model.path!r}: {error}") from error
     device = resolve_device(config.model.device)

@@ -37,7 +37,8 @@ class SentenceEncoder:
                 f"{key}: {name!r} needs sentence-transformers: pip install 'g2rl-kernels[evol-rl]' ({error})"
             ) from error
         try:
-            self._model = library.SentenceTransformer(str(path), device=str(device))
+            safely = {"use_safetensors": True}
+            self._model = library.SentenceTransformer(str(path), device=str(device), model_kwargs=safely)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{key}: expected {EMBEDDED} or a sentence-transformers model, found {name!r}: {error}"

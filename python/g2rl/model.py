@@ -58,6 +58,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     try:
         tokenizer = load_tokenizer(path)
         model = _load_weights(path, config)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: expected a causal language model at {config.path!r}: {error}") from error
     except ImportError as error:
@@ -83,7 +85,7 @@ def local_path(config: ModelConfig) -> str:
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """A model's tokenizer, padding on the left."""
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -96,7 +98,8 @@ def _load_weights(path: str, config: ModelConfig) -> Any:
     settings = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention}
     if (Path(path) / SHARDS).is_dir():
         return load_model_of_shards(Path(path), **settings)
-    return AutoModelForCausalLM.from_pretrained(path, **settings)
+    # Said, not left out: unasked, transformers would take a pickle, and ask at the terminal whether to run code.
+    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, trust_remote_code=False, **settings)
 
 
 def cache_folder() -> Path:

