@@ -100,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before torch loads OpenMP: threads that spin while they wait slow decoding several times on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # Before huggingface_hub is loaded: libraries may fetch what a configuration names, and report nothing of the run.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         if options.command == "train":
             return _train(options.settings)

@@ -384,6 +384,22 @@ def test_what_helps_little_is_warned_of(
     assert len([m for m in said if "one is added" in m]) == 1
 
 
+@pytest.mark.parametrize(
+    ("cls", "config", "reports"),
+    [(GRPOTrainer, GRPOConfig, 1), (G2RLTrainer, G2RLConfig, 0), (G2RLRLOOTrainer, G2RLRLOOConfig, 0)],
+)
+def test_starts_are_reported_to_nobody(
+    cls: type, config: type, reports: int, tiny_model: Path, prompts: Dataset, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """TRL's own trainers do report, so that this would see it."""
+    sent: list[str] = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda topic, **_: sent.append(topic))
+    monkeypatch.delenv("CI", raising=False)
+    trainer(cls, config, tiny_model, str(tiny_model), prompts, tmp_path)
+    assert len(sent) == reports
+
+
 def test_trainers_without_the_seams_are_refused() -> None:
     class Asynchronous:
         pass

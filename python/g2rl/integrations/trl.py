@@ -152,6 +152,9 @@ class G2RLMixin(_Trainer):
         if self.ref_model is not None:
             add_head_pass(self.ref_model)
 
+    def _send_telemetry(self) -> None:
+        """Nothing; TRL's own trainers report each start to its makers."""
+
     # ---- a round of completions ---------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
