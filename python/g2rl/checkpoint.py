@@ -69,7 +69,8 @@ def save_checkpoint(
                     model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
                 state = {key: part.state_dict() if hasattr(part, "state_dict") else part for key, part in state.items()}
-                torch.save({**state, "step": step, "random": random_states}, folder / "trainer.pt")
+                with (folder / "trainer.pt").open("wb") as file:  # whose errors say why; those of PyTorch's own do not
+                    torch.save({**state, "step": step, "random": random_states}, file)
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
@@ -146,8 +147,12 @@ def load_checkpoint(folder: Path, model: Any, parts: dict[str, Any], ranks: Rank
 
 
 def _first(error: BaseException) -> BaseException:
-    """What went wrong, where PyTorch has put together what did on all ranks."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    """What went wrong, which PyTorch gathers from all ranks, or hides behind an error of its own."""
+    found = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    hidden: BaseException | None = found
+    while hidden is not None and not isinstance(hidden, OSError):
+        hidden = hidden.__context__
+    return hidden or found
 
 
 def _load(folder: Path, model: Any, parts: dict[str, Any], ranks: Ranks) -> dict[str, Any]:

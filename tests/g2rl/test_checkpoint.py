@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import resource
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,18 @@ def test_a_save_cut_short_leaves_the_last_checkpoint(policy, tmp_path: Path, mon
     assert [step for step, _ in checkpoints(tmp_path)] == [1]
     save_checkpoint(tmp_path, 2, *policy, {}, keep=1)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000002"]
+
+
+def test_a_full_disk_is_named(policy, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, *policy, {}, keep=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"step 2 cannot be written .* stands: \[Errno 27\] File too large"):
+            save_checkpoint(tmp_path, 2, *policy, {"optimizer": torch.ones(2 << 20)}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [step for step, _ in checkpoints(tmp_path)] == [1]
 
 
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
