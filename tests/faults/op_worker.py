@@ -23,6 +23,7 @@ from tests.faults.children import SANITIZED
 from tests.faults.op_calls import calls
 from tests.faults.op_numbers import numbers
 from tests.faults.op_oracle import judge
+from tests.faults.planting import plant
 
 NOW_BYTES = 4096
 
@@ -84,6 +85,7 @@ def load_sanitized(folder: str) -> None:
 
 def main(asked: dict[str, Any]) -> None:
     faulthandler.enable()
+    plant()
     torch.set_num_threads(1)
     if asked["backend"] == "native" and os.environ.get(SANITIZED):
         load_sanitized(os.environ[SANITIZED])
