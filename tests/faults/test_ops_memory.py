@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import pytest
 
 from tests.faults.children import environment
 from tests.faults.page import ROOT
-from tests.g2rl.conftest import build_model
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 OF_CALLS = 4 << 20
@@ -79,43 +79,22 @@ def test_calls(op: str, backend: str, campaign: Any) -> None:
         found.failed(f"{op}: {grown} more bytes and {files} more open files after {found.tries} calls")
 
 
-def test_training(campaign: Any, tmp_path: Path) -> None:
+def test_training(campaign: Any, faults_folder: Path, train: Callable[..., list[str]]) -> None:
     """A tiny run; what it holds after a quarter of its steps is what it holds at the end."""
     found = campaign("memory", 2_000, "steps of a tiny training run")
     steps = max(found.tries, 40)
-    model = build_model(tmp_path / "model")
-    (tmp_path / "tests_reward.py").write_text(
-        "def digits(problem, response, finished):\n"
-        "    return 2 * sum(c.isdigit() for c in response) / max(len(response), 1) - 1\n"
-    )
-    overrides = [
-        f"model.path={model}",
-        f"runs_dir={tmp_path / 'runs'}",
-        f"steps={steps}",
-        "model.autocast=none",
-        "rollout.dtype=float32",
-        "task.options={digits: [1, 1]}",
-        "task.held_out=6",
-        "rollout.prompts=2",
-        "rollout.group_size=4",
-        "rollout.max_new_tokens=4",
-        f"eval.every={steps}",
-        "eval.samples=2",
-        "eval.ks=[1, 2]",
-        f"checkpoint.every={max(steps // 20, 1)}",
-        "optim.lr=1e-4",
-        "rewards=[{name: tests_reward:digits}]",
-    ]
-    with (tmp_path / "output").open("w") as output:
+    # Saved twenty times, and evaluated at the end alone.
+    often = (f"steps={steps}", f"eval.every={steps}", f"checkpoint.every={max(steps // 20, 1)}")
+    with (faults_folder / "output").open("w") as output:
         run = subprocess.Popen(
-            [sys.executable, "-m", "g2rl", "train", *overrides],
-            env=environment() | {"PYTHONPATH": os.pathsep.join((environment()["PYTHONPATH"], str(tmp_path)))},
-            cwd=ROOT,
+            [sys.executable, "-m", "g2rl", *train("long", *often)],
+            env=environment() | {"PYTHONPATH": os.pathsep.join((environment()["PYTHONPATH"], str(faults_folder)))},
+            cwd=faults_folder,
             stdout=output,
             stderr=output,
         )
-        samples = _watch(run, tmp_path / "runs")
-    text = (tmp_path / "output").read_text()
+        samples = _watch(run, faults_folder / "runs")
+    text = (faults_folder / "output").read_text()
     assert run.returncode == 0, text[-2000:]
     found.tried(steps)
     # Memory goes up and down inside a step: of each quarter, the least that was seen.
