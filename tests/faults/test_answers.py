@@ -50,7 +50,7 @@ def read(found: Any, text: str) -> None:
 
 
 def test_short_text(campaign: Any) -> None:
-    found = campaign("answers", 36_000, "hostile responses of some hundred characters, read by every extraction")
+    found = campaign("answers", 42_000, "hostile responses of some hundred characters, read by every extraction")
     for _ in range(found.tries):
         read(found, texts.response(found.random))
 
@@ -105,7 +105,7 @@ def check_times(found: Any, times: list[float]) -> None:
 
 
 def test_mathematics(campaign: Any, verifier: MathVerifier, times: list[float]) -> None:
-    found = campaign("answers", 10_000, "hostile answers judged by math-verify, each against two unequal right ones")
+    found = campaign("answers", 4_000, "hostile answers judged by math-verify, each against two unequal right ones")
     golds = ("7919", r"\frac{\sqrt{2}}{3}")
     answers = [texts.hostile(found.random) for _ in range(found.tries)]
     judged = verdicts(found, verifier, [(gold, answer) for answer in answers for gold in golds])
