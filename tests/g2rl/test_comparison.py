@@ -51,7 +51,7 @@ def test_bands_are_runs_that_differ_in_their_seed(tmp_path: Path, overrides: lis
 
 def test_a_configuration_of_an_older_version_lacks_keys(tmp_path: Path) -> None:
     old = write_run(tmp_path / "old", records(0.1), configured=False)
-    (old / "config.yaml").write_text("method: grpo\nseed: 1\n")
+    (old / "config.yaml").write_text("method: grpo\nseed: 1\nrewards: [{name: correct, weight: 1.0}]\n")
     assert members(old, write_run(tmp_path / "new", records(0.1), "method=grpo")) == {"grpo": ["new", "old"]}
 
 

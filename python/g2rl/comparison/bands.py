@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from g2rl.config import METHODS
+from g2rl.config import METHODS, RewardConfig
 from g2rl.log import printable
 from g2rl.plots import SMOOTHED, Run, moving_average
 from g2rl.report import code, default_values, leaves
@@ -134,6 +134,7 @@ def run_names(runs: Sequence[Run]) -> dict[Path, str]:
 def _settings(run: Run) -> dict[str, Any]:
     """A run's configuration with the defaults of keys it lacks, without seed, `IGNORED` and other methods' options."""
     values = default_values() | leaves(run.config)
+    values["rewards"] = [asdict(RewardConfig()) | reward for reward in values["rewards"]]
     dropped = _chosen(values, ("seed", *IGNORED))
     for key in values:
         section, _, rest = key.removeprefix("methods.").partition(".")
