@@ -88,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("study", type=Path, metavar="STUDY", help="YAML file, see configs/studies")
     compare.add_argument(
         "settings", nargs="*", metavar="key=value",
-        help="small=true or smoke=true for less; seeds=[0,1], processes=2, settings.optim.lr=1e-5",
+        help="small=true or smoke=true for less; report=true for the report alone; seeds=[0,1], tasks=[...] and "
+        "methods=[...] of the study's own, processes=2, folder=..., settings.optim.lr=1e-5",
     )  # fmt: skip
     push = commands.add_parser(
         "push", help="upload a run's newest checkpoint with a model card to the Hugging Face hub"
