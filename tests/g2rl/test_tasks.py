@@ -381,6 +381,8 @@ class TestReasoningGym:
             ("chain_sum", {"min_terms": 0}, "task.options.min_terms: min_terms must be positive, found min_terms=0"),
             ("chain_sum", {"min_terms": "many"}, "task.options.* found min_terms='many'"),
             ("chain_sum", {"instruction": 3}, "task.options.instruction: expected text, found 3"),
+            # Its judge compares the truth of texts, and every text but the empty one is true.
+            ("game_of_life_halting", {}, "tells right answers from others, found 'game_of_life_halting'"),
         ],
     )
     def test_names_and_options_are_checked(self, name: str, options: dict[str, Any], message: str) -> None:

@@ -21,6 +21,8 @@ from g2rl.types import Problem
 
 RIGHT = 0.99
 """Lowest score that counts as right: many data sets pay a part for an answer that merely contains the right one."""
+NO_ANSWER = "no answer at all"
+"""Judged as each task begins: a judge that counts it as right counts anything, and would teach nothing."""
 INSTRUCTION = "Put your final answer within \\boxed{}."
 
 # reasoning-gym seeds problem i of a data set with `seed + i`. Held-out problems take the seeds from 0, training those
@@ -51,7 +53,7 @@ class ReasoningGymTask(Task):
 
     Raises:
         ConfigError: the package is missing, there is no such data set, it does not take the options, or its judge
-            evaluates answers and this kernel cannot keep it.
+            counts any answer as right, or evaluates answers and this kernel cannot keep it.
     """
 
     def __init__(self, name: str, options: Mapping[str, Any], held_out: int, seed: int) -> None:
@@ -79,7 +81,7 @@ class ReasoningGymTask(Task):
                 f"task.held_out: expected at most {len(self._held_out)}, all distinct problems that {name} made in "
                 f"{_ATTEMPTS * held_out} attempts, found {held_out}"
             )
-        self._pool = _make_pool(name, options, self._classes[0])
+        self._pool = _make_pool(name, options, self._classes[0], self._problem(0).data["entry"])
 
     def train_problem(self, index: int) -> Problem:
         # An index whose problem is held out moves far on, the same way every time.
@@ -152,8 +154,8 @@ def _find(name: str) -> tuple[Any, Any]:
     return known[name]
 
 
-def _make_pool(name: str, options: Mapping[str, Any], data_set: type) -> JudgePool:
-    """The judging workers; where answers are evaluated, one is started to see that it can be kept by the kernel."""
+def _make_pool(name: str, options: Mapping[str, Any], data_set: type, entry: dict[str, Any]) -> JudgePool:
+    """The judging workers; one is started, kept by the kernel where answers are evaluated, and judges `NO_ANSWER`."""
     evaluating = evaluates(data_set)
     pool = JudgePool(functools.partial(reasoning_gym_judge, name, options), confined=bool(evaluating))
     if evaluating:
@@ -165,6 +167,12 @@ def _make_pool(name: str, options: Mapping[str, Any], data_set: type) -> JudgePo
                 f"task.name: expected a data set whose judge evaluates no answers, since {error}, found {name!r}, "
                 f"which calls {', '.join(sorted(evaluating))}"
             ) from error
+    if pool.scores([(NO_ANSWER, entry)])[0] >= RIGHT:
+        pool.close()
+        raise ConfigError(
+            f"task.name: expected a data set whose judge tells right answers from others, found {name!r}, where "
+            f"{NO_ANSWER!r} counts as right"
+        )
     return pool
 
 
