@@ -24,6 +24,7 @@ from g2rl.cli import main
 from g2rl.config import ConfigError
 from g2rl.plots import CYCLE
 from g2rl.study.definition import Study, read_study
+from g2rl.study.plots import _save, plot_differences
 from g2rl.study.progress import Clock, StudyProgress
 from g2rl.study.results import Results
 from g2rl.study.runner import _locked, cores
@@ -330,10 +331,6 @@ def test_the_report(written: Study, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "| code | `abc` |" in text and "commit" not in text  # of code that is no checkout
     for image in ("overview", "differences-pass1", "differences-pass2", "sums"):
         assert f"({image}.png)" in text and (folder / f"{image}.png").stat().st_size > 2000
-    # A file of few colours keeps that of a single line, to a rounding or two.
-    with Image.open(folder / "differences-pass1.png") as image:
-        pixels = np.asarray(image.convert("RGB"), dtype=float)
-    assert np.abs(pixels - 255 * np.array(to_rgb(CYCLE[1]))).max(-1).min() <= 2
     content = json.loads((folder / "results.json").read_text())
     assert content["tasks"]["sums"]["methods"]["lambda=0.3"]["differences"]["pass@1"]["value"] == 0.375
     rows = (folder / "results.csv").read_text().splitlines()
@@ -349,6 +346,20 @@ def test_the_report(written: Study, tmp_path: Path, capsys: pytest.CaptureFixtur
     (written.runs[3].folder / "done.json").unlink()
     assert main(arguments) == 0
     assert "- sums, lambda=0.3, seed 1: not begun" in (folder / "report.md").read_text()
+
+
+def test_points_of_a_plot_keep_their_colours(tmp_path: Path) -> None:
+    """Four methods that differ by nothing are four points, some pixels of a file of few colours."""
+    found = {"value": 0.0, "low": 0.0, "high": 0.0}
+    methods = {name: {"differences": {"pass@1": found}} for name in ("a", "b", "c", "d")}
+    content = {"tasks": {"sums": {"methods": methods}}, "baseline": "a"}
+    figure = plot_differences(content, "pass@1")
+    assert figure is not None
+    _save(figure, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=float)
+    for color in CYCLE[:4]:
+        assert np.abs(pixels - 255 * np.array(to_rgb(color))).max(-1).min() <= 2
 
 
 def test_other_problems_are_not_compared(written: Study) -> None:
