@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from rich.console import Console
 from written_studies import TRAINER, write_finished, write_study
 
 from g2rl.cli import main
-from g2rl.config import ConfigError
+from g2rl.config import ConfigError, load_config, save_config
+from g2rl.methods import make_method
 from g2rl.plots import CYCLE
 from g2rl.study.definition import Study, read_study
 from g2rl.study.plots import _save, plot_differences
@@ -30,6 +33,7 @@ from g2rl.study.results import Results
 from g2rl.study.runner import _locked, cores
 from g2rl.study.runs import Usage, begin, finish, record_end
 from g2rl.trainer import Trainer
+from g2rl_kernels import Shaping
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +134,33 @@ def test_the_studies_that_come_along(name: str) -> None:
     assert len(whole.runs) >= len(small.runs) >= 5
     assert len(whole.runs) >= len(smoke.runs) >= 4
     assert {run.config.steps for run in smoke.runs} <= {2, 3}
+
+
+@pytest.mark.parametrize("name", ["lambda", "choices"])
+def test_choices_of_the_studies_reach_the_method(name: str, tmp_path: Path) -> None:
+    """Through the file that a run is trained from: infinity, too."""
+    path = Path(__file__).parents[2] / "configs" / "studies" / f"{name}.yaml"
+    shaping = {}
+    for run in read_study(path, ["seeds=[0]"]).runs:
+        save_config(run.config, tmp_path / "plan.yaml")
+        config = load_config(tmp_path / "plan.yaml")
+        assert config == run.config
+        shaping[run.method] = make_method(config).options
+    base = Shaping(uniform_groups="drop")  # the quickstart's
+    if name == "lambda":
+        strengths = {f"lambda={x:g}": replace(base, strength=x) for x in (0.1, 0.3, 1.0, 3.0, 10.0)}
+        rules = {rule: replace(base, rule=rule) for rule in ("centered", "literal")}
+        assert {key: value for key, value in shaping.items() if key != "grpo"} == strengths | rules
+    else:
+        changed = {
+            "uniform groups shaped": replace(base, uniform_groups="shape"),
+            "min_range=0": replace(base, min_range=0.0),
+            "min_range=0.1": replace(base, min_range=0.1),
+            "clip=1": replace(base, clip=1.0),
+            "no clip": replace(base, clip=math.inf),
+        }
+        others = ("g2rl", "16 groups of 4", "4 groups of 16", "tokens alike", "fixed length")
+        assert shaping == changed | dict.fromkeys(others, base)
 
 
 # ---- running, by a trainer that only pretends -------------------------------------------------------------------
