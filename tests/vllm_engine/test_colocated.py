@@ -43,6 +43,13 @@ def embedded(sampler: engine.VLLMSampler) -> TransformersSampler:
     return TransformersSampler(sampler.policy, sampler.tokenizer, RolloutConfig(**ROLLOUT))
 
 
+def test_vllm_reports_no_usage() -> None:
+    engine.import_vllm()
+    from vllm.usage.usage_lib import is_usage_stats_enabled
+
+    assert not is_usage_stats_enabled()
+
+
 @pytest.mark.usefixtures("initial")
 def test_new_weights_change_greedy_responses(sampler: engine.VLLMSampler) -> None:
     """Each hand-over: the policy's own responses, the tied head included, and others than before."""
