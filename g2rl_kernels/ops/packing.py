@@ -45,7 +45,7 @@ def pad(packed: torch.Tensor, mask: torch.Tensor, value: float = 0.0) -> torch.T
         [B, L, ...] of packed's dtype; differentiable.
 
     Raises:
-        TypeError: an argument has another type.
+        TypeError: an argument has another type, or PyTorch cannot index the dtype of `packed`, as uint16.
         ValueError: `packed` has another number of tokens than `mask` marks, or its dtype has no such `value`.
     """
     check_dense("packed", packed)
@@ -57,6 +57,10 @@ def pad(packed: torch.Tensor, mask: torch.Tensor, value: float = 0.0) -> torch.T
     check_number("value", value, "a number", lambda x: True)
     try:
         padded = packed.new_full((*mask.shape, *packed.shape[1:]), value)
-    except RuntimeError as error:
+    except (OverflowError, RuntimeError) as error:
         raise ValueError(f"value: expected a number that {packed.dtype} holds, found {value}") from error
-    return padded.index_put((keep,), packed)
+    try:
+        # Not by the mask itself: one marked position would be filled, for which float8 has no kernel.
+        return padded.index_put(keep.nonzero(as_tuple=True), packed)
+    except NotImplementedError as error:
+        raise TypeError(f"packed: expected a dtype that PyTorch can index, found {packed.dtype}") from error

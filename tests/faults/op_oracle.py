@@ -75,9 +75,10 @@ def by_indexing(call: Call) -> Any:
         return call.arguments["tensor"][mask], torch.cat([ends.new_zeros(1), ends]).int()
     packed = call.arguments["packed"]
     padded = torch.full((*mask.shape, *packed.shape[1:]), float(call.arguments["value"]), dtype=torch.float64)
-    padded = padded.to(packed.dtype)
-    padded[mask] = packed.detach()
-    return padded
+    kind = packed.dtype if packed.dtype.itemsize > 1 else torch.float32  # float8 cannot be filled
+    padded = padded.to(packed.dtype).to(kind)
+    padded[mask] = packed.detach().to(kind)
+    return padded.to(packed.dtype)
 
 
 def _first_line(error: Exception) -> str:

@@ -62,6 +62,13 @@ def test_nothing_marked_and_nothing_there(device: str) -> None:
     assert cu_seqlens.tolist() == [0]
 
 
+def test_one_token_of_float8() -> None:
+    packed = torch.tensor([-5.0]).to(torch.float8_e4m3fn)
+    padded = pad(packed, torch.tensor([[0, 1], [0, 0]]), -1.0)
+    assert padded.dtype == torch.float8_e4m3fn
+    assert padded.float().tolist() == [[-1.0, -5.0], [-1.0, -1.0]]
+
+
 def test_gradients() -> None:
     mask = torch.tensor(MASK)
     padded = torch.randn(4, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -111,6 +118,10 @@ def test_messages(call, message: str) -> None:  # noqa: ANN001
         pad(torch.ones(6).to_sparse(), torch.ones(2, 3))
     with pytest.raises(ValueError, match="packed: expected shape"):
         pad(torch.ones(()), torch.ones(2, 3))
+    with pytest.raises(TypeError, match=r"packed: expected a dtype that PyTorch can index, found torch\.uint16"):
+        pad(torch.ones(6).to(torch.uint16), torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"value: expected a number that torch\.float32 holds, found 118"):
+        pad(torch.ones(6), torch.ones(2, 3), 2**70)
     with pytest.raises(TypeError, match="value: expected a number, found str"):
         pad(torch.ones(6), torch.ones(2, 3), "0")
     with pytest.raises(ValueError, match="value: expected a number that torch.int8 holds, found 300"):
