@@ -37,6 +37,8 @@ LARGEST_SUM = 1e29
 RUNS_WHILE_CHANGING = 4
 UNSTEADY = 0.1
 """An error of logits beyond this says nothing of gradients: exp(u - lse) has no digits, at logits of 1e5 and more."""
+FP32_EXPONENTS = 88.0
+"""exp of more is infinite in fp32."""
 PACKING = (pad, unpad)
 
 
@@ -235,7 +237,8 @@ def _allowed_of_features(call: Call, features: Tensor, delta: Tensor) -> Tensor:
     head = LMHead(**in_float64(call).head or {})
     row = head.weight.norm(dim=1).max() * abs(head.logit_scale)
     of_token = 2 * row * (torch.expm1(2 * delta).clamp(max=1) + 2e-6)
-    of_token = torch.where(delta.isinf(), torch.inf, of_token)
+    # Kernels may find no number at all where an error of logits spans fp32's exponents, at logits beyond 1e9.
+    of_token = torch.where(delta > FP32_EXPONENTS, torch.inf, of_token)
     bound = torch.empty_like(features)
     for b, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         total = a[start:end].sum()
