@@ -157,7 +157,8 @@ def test_choices_of_the_studies_reach_the_method(name: str, tmp_path: Path) -> N
             "min_range=0": replace(base, min_range=0.0),
             "min_range=0.1": replace(base, min_range=0.1),
             "clip=1": replace(base, clip=1.0),
-            "no clip": replace(base, clip=math.inf),
+            "lambda=3": replace(base, strength=3.0),
+            "lambda=3 no clip": replace(base, strength=3.0, clip=math.inf),
         }
         others = ("g2rl", "16 groups of 4", "4 groups of 16", "tokens alike", "fixed length")
         assert shaping == changed | dict.fromkeys(others, base)
