@@ -3,7 +3,9 @@
 A user's function may count on that thread: signal handlers, such as those of math-verify's own time limits, work in the
 main thread alone. Nothing ends a thread from outside, so that the call is interrupted: in the main thread by a signal,
 which ends a wait for the network or a process as well, in another one by an exception between two of Python's
-instructions. Code that answers to neither ends the process, since training cannot go on beside it.
+instructions. A regular expression that backtracks lets no other thread run meanwhile, nor the one that watches: there
+the kernel's clock of computing sends the signal. Code that answers to neither ends the process, since training cannot
+go on beside it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def limited(call: Callable[[], Result], limit_s: float, name: str) -> Result:
     Raises:
         OverTime: the call took longer, and was interrupted.
     """
-    watch = _Watch(threading.get_ident(), name)
+    watch = _Watch(threading.get_ident(), name, time.monotonic() + limit_s)
     timer = threading.Timer(limit_s, watch.fire)
     timer.daemon = True
     with watch:
@@ -53,22 +55,28 @@ def limited(call: Callable[[], Result], limit_s: float, name: str) -> Result:
 class _Watch:
     """Interrupts one thread, once, unless its call has ended."""
 
-    def __init__(self, thread: int, name: str) -> None:
+    def __init__(self, thread: int, name: str, deadline: float) -> None:
         self._thread = thread
         self._name = name
-        self._lock = threading.Lock()
+        self._deadline = deadline
+        self._lock = threading.RLock()  # a signal may arrive in the thread that has it
         self._fired = self._arrived = self._ended = False
         self._main = thread == threading.main_thread().ident and hasattr(signal, "pthread_kill")
         self._previous: Any = None
+        self._previous_clock: Any = None
         self._last: threading.Timer | None = None
 
     def __enter__(self) -> _Watch:
         if self._main:
             self._previous = signal.signal(signal.SIGINT, self._interrupted)
+            self._previous_clock = signal.signal(signal.SIGVTALRM, self._computed)
+            self._computed()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._main:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, self._previous_clock or signal.SIG_DFL)
             signal.signal(signal.SIGINT, self._previous if self._previous is not None else signal.SIG_DFL)
         if self._last is not None:
             self._last.cancel()
@@ -76,7 +84,7 @@ class _Watch:
     def fire(self) -> None:
         """In the timer's thread: interrupt the call, if it still runs."""
         with self._lock:
-            if self._ended:
+            if self._ended or self._fired:
                 return
             self._fired = True
             self._last = threading.Timer(GRACE_S, self._give_up)
@@ -104,6 +112,14 @@ class _Watch:
             raise OverTime
         if not self._fired and callable(self._previous):  # Ctrl-C
             self._previous(number, frame)
+
+    def _computed(self, *signal_and_frame: Any) -> None:
+        """All threads have computed for as long as was left, and time goes by more slowly."""
+        left = self._deadline - time.monotonic()
+        if left > 0:
+            signal.setitimer(signal.ITIMER_VIRTUAL, left)
+        else:
+            self.fire()
 
     def _give_up(self) -> None:
         print(f"g2rl: {self._name} takes too long and cannot be interrupted; it is in:", file=sys.stderr, flush=True)

@@ -146,7 +146,7 @@ def test_each_function_once_and_finite_weights() -> None:
 
 
 FAULTS = """
-import itertools, sys, time
+import itertools, re, sys, time
 
 calls = itertools.count()
 
@@ -162,6 +162,9 @@ def spins(problem, response, finished):
 
 def sleeps(problem, response, finished):
     time.sleep(60)
+
+def backtracks(problem, response, finished):  # and lets no other thread run
+    return re.match("(a+)+$", "a" * 60 + "b") is not None
 
 def swallows(problem, response, finished):
     while True:
@@ -192,6 +195,7 @@ CASES = [
     ("leaves", "found SystemExit: 0 for problem"),
     ("spins", r"within rewards\[0\].limit_s = 0.2 s, found none for problem"),
     ("sleeps", r"within rewards\[0\].limit_s = 0.2 s, found none for problem"),
+    ("backtracks", r"within rewards\[0\].limit_s = 0.2 s, found none for problem"),
     ("swallows", r"within rewards\[0\].limit_s = 0.2 s, found none for problem"),
 ]
 
