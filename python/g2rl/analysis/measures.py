@@ -11,7 +11,7 @@ import torch
 
 from g2rl.analysis.representations import cosines
 from g2rl.analysis.responses import Sampled, Subject
-from g2rl.bootstrap import SHARE, Limits
+from g2rl.bootstrap import CORRELATION, SHARE, Limits
 from g2rl.encoder import SentenceEncoder
 from g2rl_kernels import sequence_features
 
@@ -39,7 +39,7 @@ _LEAST = {"participation": 1.0, "entropy dimension": 1.0, "tokens": 0.0}
 
 def limits_of(name: str) -> Limits:
     """What one of `MEASURES` can be: a share, a cosine, or a number without a greatest one."""
-    return SHARE if name in SHARES else (_LEAST[name], math.inf) if name in _LEAST else (-1.0, 1.0)
+    return SHARE if name in SHARES else (_LEAST[name], math.inf) if name in _LEAST else CORRELATION
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from g2rl.bootstrap import ANY, Estimate, Limits, between, interval, problem_weights, resampled_ratios
+from g2rl.bootstrap import ANY, CORRELATION, Estimate, Limits, between, interval, problem_weights, resampled_ratios
 
-CORRELATION: Limits = (-1.0, 1.0)
 Sums = tuple[np.ndarray, np.ndarray]
 """Totals and counts [S, P] of S seeds and P problems."""
 

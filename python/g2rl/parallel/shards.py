@@ -31,6 +31,9 @@ from g2rl.config import ConfigError
 
 SHARDS = "shards"
 """The folder of a checkpoint that they are in."""
+SAFELY: Any = {"use_safetensors": True, "trust_remote_code": False}
+"""How weights of models are read. Said, not left out: unasked, transformers would take a pickle, and ask at the
+terminal whether to run code."""
 
 
 def save_shards(folder: Path, model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
