@@ -97,14 +97,14 @@ def own_copy(indices: torch.Tensor) -> torch.Tensor:
     return indices.clone() if indices.device.type == "cpu" else indices
 
 
-def check_targets(targets: torch.Tensor, vocab_size: int) -> None:
-    """Raise IndexError unless every target is in [0, vocab_size)."""
+def check_targets(targets: torch.Tensor, vocab_size: int, lowest: int = 0) -> None:
+    """Raise IndexError unless every target is in [lowest, vocab_size)."""
     if targets.numel() == 0 or not values_readable(targets):
         return
     low, high = (int(bound) for bound in torch.aminmax(targets))
-    if low < 0 or high >= vocab_size:
-        found = low if low < 0 else high
-        raise IndexError(f"targets: expected values in [0, {vocab_size}), found {found}")
+    if low < lowest or high >= vocab_size:
+        found = low if low < lowest else high
+        raise IndexError(f"targets: expected values in [{lowest}, {vocab_size}), found {found}")
 
 
 def check_offsets(name: str, offsets: torch.Tensor, total: int, total_name: str) -> None:

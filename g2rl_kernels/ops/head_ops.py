@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from g2rl_kernels.checks import ValueChecks
+from g2rl_kernels.checks import ValueChecks, check_targets, own_copy
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.distributed import all_reduce, local_targets
 from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
@@ -180,6 +180,9 @@ def logprobs_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for hidden, weight and bias; those that `needs` does not ask for are tensors without elements."""
     head, saved = Head(weight, bias, temperature, logit_scale, softcap), TokenLogprobs(logps, entropy, lse)
+    if targets.device.type == "cpu":  # another thread may have changed them since the forward pass
+        targets = own_copy(targets)
+        check_targets(targets, weight.shape[0], lowest=-1)  # -1: in another part of the vocabulary
     run = resolve("logprobs_backward", hidden.device, hidden.dtype, head)
     grads = run(grad_logps, grad_entropy, hidden, head, targets, saved, Needs(*needs), workspace_bytes)
     grad_hidden, grad_weight, grad_bias = (hidden.new_empty(0) if grad is None else grad for grad in grads)

@@ -69,9 +69,13 @@ def save_checkpoint(
                     model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
                 state = {key: part.state_dict() if hasattr(part, "state_dict") else part for key, part in state.items()}
-                with (folder / "trainer.pt").open("wb") as file:  # whose errors say why; those of PyTorch's own do not
-                    torch.save({**state, "step": step, "random": random_states}, file)
+                _write_state(folder / "trainer.pt", {**state, "step": step, "random": random_states})
     return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    with path.open("wb") as file:  # whose errors say why; those of PyTorch's own do not
+        torch.save(state, file)
 
 
 @contextmanager
@@ -176,12 +180,20 @@ def _load(folder: Path, model: Any, parts: dict[str, Any], ranks: Ranks) -> dict
 
 
 def drop_training_state(folder: Path) -> None:
-    """Leave the model of a checkpoint, which can be evaluated and exported then, and no longer be trained on."""
+    """Leave the model of a checkpoint, which can be evaluated and exported then, and no longer be trained on.
+
+    Raises:
+        StorageError: it cannot be written; the whole checkpoint is still there.
+    """
     state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     kept = {key: state[key] for key in ("step", "position", "random")}
     draft = folder / "trainer.pt.part"
-    torch.save({**kept, "final": True}, draft)
-    draft.replace(folder / "trainer.pt")
+    try:
+        _write_state(draft, {**kept, "final": True})
+        sync(draft)
+        draft.replace(folder / "trainer.pt")
+    except (OSError, RuntimeError) as error:
+        raise StorageError(f"checkpoint: {str(draft)!r} cannot be written: {_first(error)}") from error
     renew_digest(folder, "trainer.pt")
 
 

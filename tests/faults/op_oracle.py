@@ -260,6 +260,8 @@ def _allowed_of_gradients(call: Call, expected: tuple[Tensor, ...]) -> tuple[Ten
     dtype = call.arguments["hidden"].dtype
     share = (4 * ROUNDOFF[dtype] + 1e-4 + 8 * delta.clamp(max=1))[:, None]
     share = torch.where((delta > UNSTEADY)[:, None], torch.inf, share)
+    coefficient = (g + g_H * (log_p.abs().amax(1, keepdim=True) + H)) * abs(head.logit_scale) / head.temperature
+    share = torch.where(coefficient > torch.finfo(torch.float32).max, torch.inf, share)
     lost = 2.0**-22 * float(M.max()) if dtype == torch.float16 and M.numel() else 0.0
     E = share * M + lost
     bounds = [E @ head.weight.abs(), E.T @ h.abs()] + ([] if head.bias is None else [E.sum(0)])

@@ -8,6 +8,8 @@ import os
 import pickle
 import random
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -73,16 +75,24 @@ def test_a_save_cut_short_leaves_the_last_checkpoint(policy, tmp_path: Path, mon
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000002"]
 
 
-def test_a_full_disk_is_named(policy, tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 1, *policy, {}, keep=1)
+@contextmanager
+def longest_file(size: int) -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(StorageError, match=r"step 2 cannot be written .* stands: \[Errno 27\] File too large"):
-            save_checkpoint(tmp_path, 2, *policy, {"optimizer": torch.ones(2 << 20)}, keep=1)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [step for step, _ in checkpoints(tmp_path)] == [1]
+
+
+def test_a_full_disk_is_named(policy, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 1, *policy, {"position": 8}, keep=1)
+    why = r"\[Errno 27\] File too large"
+    with longest_file(4 << 20), pytest.raises(StorageError, match=f"step 2 cannot be written .* stands: {why}"):
+        save_checkpoint(tmp_path, 2, *policy, {"optimizer": torch.ones(2 << 20)}, keep=1)
+    with longest_file(100), pytest.raises(StorageError, match=rf"trainer.pt.part' cannot be written: {why}"):
+        drop_training_state(folder)
+    assert find_checkpoint(tmp_path) == folder
 
 
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:

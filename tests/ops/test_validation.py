@@ -393,6 +393,16 @@ def test_indices_changed_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(seen) == 3 + len(ALL_GROUP_FUNCTIONS) and not set(seen) & set(given)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+def test_targets_changed_between_forward_and_backward(backend: str) -> None:
+    """By way of NumPy PyTorch does not see it, and cannot refuse it itself."""
+    targets = torch.zeros(N).long()
+    with use_backend(backend):
+        logps = token_logprobs(torch.randn(N, D, requires_grad=True), LMHead(torch.randn(V, D)), targets).logps
+        targets.numpy()[-1] = V
+        raises(lambda: logps.sum().backward(), IndexError, f"targets: expected values in [-1, {V}), found {V}")
+
+
 def test_what_is_accepted() -> None:
     """The base cases of the tables above; NaN in hidden passes where nobody asked to look."""
     for function in (token_logprobs, sequence_features):
