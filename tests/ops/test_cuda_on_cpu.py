@@ -6,6 +6,7 @@ formats of the kernels, one by one, are tested in csrc/tests; here the launchers
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -56,9 +57,12 @@ def on_cpu():  # noqa: ANN201
     if not shutil.which("cmake", path=PATH) or not (shutil.which("c++") or shutil.which("g++")):
         pytest.skip("needs CMake and a C++ compiler")
     configure = ["cmake", "-S", ROOT, "-B", BUILD, f"-DPython_EXECUTABLE={sys.executable}", "-DG2RL_WITH_CUDA=off"]
-    for command in (configure, ["cmake", "--build", BUILD, "--parallel", "2", "--target", "_cuda_on_cpu"]):
-        run = subprocess.run(command, env=os.environ | {"PATH": PATH}, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "on_cpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that share the tests would write the same files
+        for command in (configure, ["cmake", "--build", BUILD, "--parallel", "2", "--target", "_cuda_on_cpu"]):
+            run = subprocess.run(command, env=os.environ | {"PATH": PATH}, capture_output=True, text=True)
+            assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
     (file,) = (BUILD / "on_cpu").glob("_cuda_on_cpu.*")
     spec = importlib.util.spec_from_file_location("_cuda_on_cpu", file)
     module = importlib.util.module_from_spec(spec)
