@@ -11,6 +11,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.measuring.timing import machine, machine_line
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "build" / "faults"
 PAGE = ROOT / "docs" / "RELIABILITY.md"
@@ -21,7 +25,8 @@ BEGIN, END = "<!-- {} begin, written by python -m tests.faults.page -->", "<!-- 
 def main() -> None:
     """Write the page's table and findings between their markers; the text around them is kept."""
     page = PAGE.read_text(encoding="utf-8")
-    page = between(page, "campaigns", table(read_records(RECORDS)))
+    records = read_records(RECORDS)
+    page = between(page, "campaigns", f"{table(records)}\n\n{where(records)}")
     page = between(page, "findings", FINDINGS.read_text(encoding="utf-8").strip())
     PAGE.write_text(page, encoding="utf-8")
 
@@ -44,6 +49,14 @@ def table(records: list[dict[str, Any]]) -> str:
         tries, failures, seconds = (sum(part[key] for part in parts) for key in ("tries", "failures", "seconds"))
         lines.append(f"| {campaign} | {what} | {tries:,} | {failures} | {seconds / 60:.1f} |")
     return "\n".join(lines)
+
+
+def where(records: list[dict[str, Any]]) -> str:
+    """How long they took together, on what."""
+    begin, end = min(r["ended"] - r["seconds"] for r in records), max(r["ended"] for r in records)
+    seeds = ", ".join(sorted({str(r["seed"]) for r in records}))
+    minutes = f"{(end - begin) / 60:.0f} minutes from begin to end, draws of seed {seeds}"
+    return f"{minutes}. {machine_line(machine(torch.device('cpu')))}"
 
 
 def between(page: str, name: str, content: str) -> str:
