@@ -247,9 +247,13 @@ def _plot(report: Report, prefix: str) -> str:
 
 
 def gradients(table: bool) -> str:
-    """What the cosine of Phi says of true gradients, from the folders of studies/gradients; as sentences or a table."""
+    """What the cosine of Phi says of true gradients, from the folders of studies/gradients; in short or all of it."""
     found = {path.parent.name: json.loads(path.read_text()) for path in sorted(GRADIENTS.glob("*/geometry.json"))}
-    studies = {f"{name}, {model}": of for name, record in found.items() for model, of in record["gradients"].items()}
+    studies = {
+        f"{name}, {model.partition('-step-')[0]}": of
+        for name, record in found.items()
+        for model, of in record["gradients"].items()
+    }
     if not studies:
         return "Nothing has been measured yet."
     if table:
@@ -265,7 +269,13 @@ def gradients(table: bool) -> str:
         lines.append(["scores ν from Φ (Spearman)", *(_interval(of["scores"]["phi"]) for of in studies.values())])
         lines.append(["pairs", *(str(of["pairs"]) for of in studies.values())])
         return _markdown(lines)
-    return " ".join(_gradient_sentence(name, of) for name, of in studies.items())
+    heads = ["task, model", "all weights", "last layer alone", "first layer alone", "the best without Φ", "pairs"]
+    rows = [_gradient_row(name, of) for name, of in studies.items()]
+    return (
+        "Does the cosine of Φ say what full gradients do? Its correlation with the cosine of gradients, inside "
+        "problems, with 95 % intervals ([study](studies/gradients/README.md)):\n\n"
+        f"{_markdown([heads, ['---', *['---:'] * (len(heads) - 1)], *rows])}"
+    )
 
 
 def _parts_shown(studies: Iterable[dict[str, Any]]) -> list[str]:
@@ -285,18 +295,13 @@ def _interval(found: dict[str, Any] | None) -> str:
     return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if found else ""
 
 
-def _gradient_sentence(name: str, of: dict[str, Any]) -> str:
+def _gradient_row(name: str, of: dict[str, Any]) -> list[str]:
     others = ("mean hidden", "bag of tokens", "semantic", "length")
     known = {key: of["predictors"][key] for key in others if of["predictors"].get(key, {}).get("pearson within")}
     best = max(known, key=lambda key: known[key]["pearson within"]["value"])
     last = [part for part in of["parts"] if part.startswith("layer ")][-1]
-    return (
-        f"Does the cosine of Φ say what full gradients do ({name}; {of['pairs']} pairs)? Inside problems it "
-        f"correlates with the cosine of gradients through all weights by {_inside(of['predictors']['phi'])}, with "
-        f"that of the last layer by {_inside(of['parts'][last])}, of the first by {_inside(of['parts']['layer 0'])}; "
-        f"the best of what needs no gradient, {best}, by {_inside(known[best])} "
-        "([study](studies/gradients/README.md))."
-    )
+    found = [of["predictors"]["phi"], of["parts"][last], of["parts"]["layer 0"]]
+    return [name, *map(_inside, found), f"{_inside(known[best])}, {best}", str(of["pairs"])]
 
 
 def replaced(text: str, block: str, name: str, tag: str = "benchmarks") -> str:
