@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -467,23 +468,28 @@ def load_config(
     """
     paths = [] if paths is None else [paths] if isinstance(paths, str | Path) else paths
     with named_errors("configuration"):
-        chosen = [
-            _renamed(OmegaConf.create(path) if isinstance(path, dict) else read_yaml(Path(path))) for path in paths
-        ]
+        layers = [OmegaConf.create(path) if isinstance(path, dict) else read_yaml(Path(path)) for path in paths]
         for override in overrides:
             if "=" not in override:
                 raise ConfigError(f"override: expected key=value, found {override!r}")
-        chosen.append(_renamed(OmegaConf.from_dotlist(list(overrides))))
-        defaults = OmegaConf.structured(Config)
-        asked = merged(defaults, *chosen)
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        # Joined before they meet the defaults, whose every merge copies all keys with their types.
+        chosen = merged({}, *map(_renamed, layers))
+        asked = merged(_defaults(), chosen)
+        below: list[DictConfig | dict[str, Any]] = []
         if asked.rollout.engine == "vllm" or asked.rollout.ahead:
-            defaults = merged(defaults, _OFF_POLICY)
+            below.append(_OFF_POLICY)
         method = METHODS / f"{asked.method}.yaml"
         if method.is_file():
-            defaults = merged(defaults, read_yaml(method))
-        config = OmegaConf.to_object(merged(defaults, *chosen))
+            below.append(read_yaml(method))
+        config = OmegaConf.to_object(merged(_defaults(), *below, chosen) if below else asked)
     assert isinstance(config, Config)
     return validate(config)
+
+
+@cache
+def _defaults() -> DictConfig:
+    return cast(DictConfig, OmegaConf.structured(Config))  # made once: it takes longer than all the rest
 
 
 def _renamed(node: DictConfig) -> DictConfig:
