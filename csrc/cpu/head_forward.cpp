@@ -27,6 +27,8 @@ namespace {
 constexpr double kLseSlack = 4e-6;
 constexpr double kLseBelief =
     0.5;  // beyond this the sums themselves may have overflowed: the given lse is not of this head
+// Of a larger one doubles do not hold how far it is off. It is not of this head either, whose logits are floats.
+constexpr float kLargestLse = 1e15f;
 
 Tile rows_of(const Tile& t, int64_t begin, int64_t end) {
   return {t.acc + begin * t.ld, t.ld, static_cast<int>(end - begin), t.cols, t.width};
@@ -134,7 +136,7 @@ void believing_features(const HeadProblem& p, const RowPanels& rows, const Respo
   Coefficients coef(p.N);
   Collected collected{Partials(p.cut.slabs, 0, p.N), std::vector<float>(p.N)};
   for (int64_t t = r.token_begin(); t < r.token_end(); ++t) {
-    coef.ref[t] = std::isfinite(lse[t]) ? lse[t] : 0.0f;
+    coef.ref[t] = std::abs(lse[t]) < kLargestLse ? lse[t] : 0.0f;
     coef.value[t] = static_cast<float>(-r.weight[t]);
     for (int64_t slab = 0; slab < p.cut.slabs; ++slab) *collected.partials.ref(slab, t) = coef.ref[t];
   }

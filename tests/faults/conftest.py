@@ -88,7 +88,6 @@ class Campaign:
             "tries": self._tried,
             "failures": max(len(self.failures), int(broken)),
             "seconds": round(time.monotonic() - self._start, 1),
-            "ended": round(time.time()),
             "seed": self.seed,
             "what": self._what,
         }

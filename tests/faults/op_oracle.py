@@ -40,6 +40,8 @@ UNSTEADY = 0.1
 FP32_EXPONENTS = 88.0
 """exp of more is infinite in fp32."""
 PACKING = (pad, unpad)
+FAR_OFF = 20.0
+"""A given lse that is further from the right one leaves GPU kernels without results."""
 
 
 def judge(call: Call, backend: str | None) -> str | None:
@@ -65,7 +67,14 @@ def judge(call: Call, backend: str | None) -> str | None:
                 expected = in_float64(call).run() if call.op not in PACKING else by_indexing(call)
         except Exception as error:
             return f"was accepted, and in float64 raised {type(error).__name__}: {_first_line(error)}"
+    if backend == "triton" and _far_off(call, expected):
+        return None
     return wrong_result(call, found, expected)
+
+
+def _far_off(call: Call, expected: Any) -> bool:
+    given = call.arguments.get("lse")
+    return given is not None and not bool(((given.double() - expected.lse).abs() <= FAR_OFF).all())
 
 
 def by_indexing(call: Call) -> Any:

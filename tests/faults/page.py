@@ -52,11 +52,10 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def where(records: list[dict[str, Any]]) -> str:
-    """How long they took together, on what."""
-    begin, end = min(r["ended"] - r["seconds"] for r in records), max(r["ended"] for r in records)
-    seeds = ", ".join(sorted({str(r["seed"]) for r in records}))
-    minutes = f"{(end - begin) / 60:.0f} minutes from begin to end, draws of seed {seeds}"
-    return f"{minutes}. {machine_line(machine(torch.device('cpu')))}"
+    """How long they took one after the other, on what."""
+    minutes = sum(record["seconds"] for record in records) / 60
+    seeds = ", ".join(sorted({str(record["seed"]) for record in records}))
+    return f"{minutes:.0f} minutes in all, draws of seed {seeds}. {machine_line(machine(torch.device('cpu')))}"
 
 
 def between(page: str, name: str, content: str) -> str:

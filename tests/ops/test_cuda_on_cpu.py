@@ -88,6 +88,13 @@ def test_plans(plan: str, shape: Shape, dtype: torch.dtype, backend, request: py
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("off", [20.0, -20.0])
+@pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
+def test_an_lse_of_another_head(shape: Shape, off: float, backend) -> None:  # noqa: ANN001
+    check(shape, torch.float16, lse=oracle(shape, torch.float16, "cpu", "random", OPTIONS["plain"]).lse.float() + off)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["plain", "together"])
 @pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 def test_parts_of_the_vocabulary(shape: Shape, options: str, backend) -> None:  # noqa: ANN001

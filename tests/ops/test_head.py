@@ -17,7 +17,7 @@ from head_cases import oracle, sample, upstream
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from g2rl_kernels import LMHead, SequenceFeatures, testing, token_logprobs, use_backend
+from g2rl_kernels import LMHead, SequenceFeatures, sequence_features, testing, token_logprobs, use_backend
 from g2rl_kernels.backends import reference
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.products import exact_products, mm
@@ -53,6 +53,16 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 # The oracle, checked without itself.
+
+
+def test_reference_of_a_target_that_is_nearly_certain() -> None:
+    """1 - p_y = 1e-15 has no digits left in float64; Phi = (1 - p_y) (W_y - W_v) does."""
+    hidden, weight = torch.tensor([[9.4375]]), torch.tensor([[-6.90625], [-10.5625]])
+    u = (weight.double() * 9.4375)[:, 0]
+    with use_backend("reference"):
+        found = sequence_features(hidden, LMHead(weight), torch.tensor([0]), torch.tensor([0, 1])).features
+    rest = float((u[1] - u[0]).exp())
+    assert float(found) == pytest.approx(rest * (10.5625 - 6.90625), rel=1e-7)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -163,12 +173,19 @@ def test_kinds_of_logits(backend: str | None, device: str, dtype: torch.dtype, k
     assert all(bool(x.isfinite().all()) for x in result)
 
 
-@pytest.mark.parametrize("wrong", [100.0, -100.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("off", [20.0, -20.0])
 @every_forward
-def test_an_lse_of_something_else(backend: str | None, device: str, dtype: torch.dtype, wrong: float) -> None:
+def test_an_lse_of_another_head(backend: str | None, device: str, dtype: torch.dtype, off: float) -> None:
     """It only steers rounding: results are the right ones."""
-    given = torch.full((SMALL.N,), wrong, device=device)
+    given = oracle(SMALL, dtype, device, "random", OPTIONS["plain"]).lse.float() + off
     check(backend, device, dtype, SMALL, "random", lse=given)
+
+
+@pytest.mark.parametrize("wrong", [100.0, -100.0, 1e10, 1e20, -1e20, 3e38, -3e38, float("nan"), float("inf")])
+@over_backends("sequence_features", but=("cuda", "triton"))
+def test_an_lse_of_something_else(backend: str | None, device: str, dtype: torch.dtype, wrong: float) -> None:
+    """The same, however wrong it is, where no GPU's single pass believes it."""
+    check(backend, device, dtype, SMALL, "random", lse=torch.full((SMALL.N,), wrong, device=device))
 
 
 @every_forward

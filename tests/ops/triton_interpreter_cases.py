@@ -69,6 +69,12 @@ def test_parts_of_the_vocabulary(options: str, dtype: torch.dtype) -> None:
     check_parts(sample(RAGGED, dtype, kind="peaked", options=OPTIONS[options]), (0, 1, 280, 321))
 
 
+@pytest.mark.parametrize("off", [20.0, 5.0, -20.0])
+def test_an_lse_of_another_head(off: float) -> None:
+    expected = oracle(RAGGED, torch.float16, "cpu", "random", OPTIONS["plain"])
+    check(RAGGED, torch.float16, lse=expected.lse.float() + off)
+
+
 @pytest.mark.parametrize("error", ["rounded", "shared", "of-one-token", "of-a-token-without-weight"])
 @pytest.mark.parametrize("lse_near", [0.1, 5.0, 100.0, 200.0])
 def test_which_responses_a_given_lse_is_too_far_off_for(lse_near: float, error: str) -> None:

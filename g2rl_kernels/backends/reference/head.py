@@ -50,13 +50,15 @@ def sequence_features(
         log_p = u - lse_t
         p = log_p.exp()
         y = int(targets[t])
-        onehot = torch.zeros_like(p)
-        onehot[y] = 1
         logps.append(log_p[y])
         entropy.append(-(p * log_p).sum())
         lses.append(lse_t)
         if responses.cu_seqlens.shape[0] > 1:
-            phis.append(head.logit_scale * (exact.weight.T @ ((onehot - p) * slope)))
+            # e_y - p, whose target is the sum of the others: 1 - p_y has no digits left where p_y is near 1.
+            residual = -p
+            residual[y] = 0
+            residual[y] = -residual.sum()
+            phis.append(head.logit_scale * (exact.weight.T @ (residual * slope)))
 
     def stack(numbers: list[Tensor]) -> Tensor:
         return _result(torch.stack(numbers) if numbers else h.new_zeros(0), hidden)

@@ -6,8 +6,8 @@ A given lse stands for log of the sum that it makes, S_t, which is then 1 up to 
 with it have S_t as a factor. What a response's tokens have in common of it is divided out; the others' deviation is an
 error of Phi, and where it is more than rounding the response is flagged, to be computed anew:
 
-    inverse[b] = 1 / sum_{t in b} a_t S_t,    flagged if any a_t > 0 has |S_t / S_b - 1| > tolerance_t,
-    S_b = sum a_t S_t / sum a_t
+    inverse[b] = 1 / sum_{t in b} a_t S_t,    flagged if any a_t > 0 has |S_t - S_b| > tolerance_t, or |S_b - 1| > 1/2,
+    S_b = sum a_t S_t / sum a_t               which leaves a small S_b no digits, as S_b - 1 is what is summed
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _TOLERANCE = tl.constexpr(3e-6)
 # lse is a fp32 number, off by half a unit in the last place; fp32 has 23 bits after the leading one.
 _EXPONENT = tl.constexpr(0x7F800000)
 _HALF_UNIT = tl.constexpr(2.0**-24)
+_FARTHEST = tl.constexpr(0.5)
 _BLOCK_N = 256
 _BLOCK_B = 1024
 
@@ -57,7 +58,7 @@ def _responses_kernel(cu_seqlens, token_weights, S, lse, inverse, flags, GIVEN: 
             near = deviation <= _TOLERANCE + binade * _HALF_UNIT
             # A NaN is not near.
             flagged = tl.maximum(flagged, ((a > 0) & (near == 0)).to(tl.int32))
-        flag = tl.max(flagged, 0)
+        flag = tl.where(tl.abs(mean) <= _FARTHEST, tl.max(flagged, 0), 1)
         tl.store(flags + b, flag)
         of_one = tl.where(flag == 0, of_one / (1.0 + mean), of_one)
     tl.store(inverse + b, of_one)
