@@ -8,6 +8,7 @@ position). Weights that are split over ranks are in ``shards/`` instead (`g2rl.p
 
 from __future__ import annotations
 
+import io
 import random
 import re
 import shutil
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from g2rl.adapters import has_adapter, load_adapter
 from g2rl.config import Config, ConfigError, load_config
-from g2rl.files import StorageError, sync
+from g2rl.files import StorageError, sync, write_durably
 from g2rl.manifest import MANIFEST, damage, renew_digest, write_manifest
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.parallel.sharding import load_weights, split_states
@@ -69,13 +70,9 @@ def save_checkpoint(
                     model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
                 state = {key: part.state_dict() if hasattr(part, "state_dict") else part for key, part in state.items()}
-                _write_state(folder / "trainer.pt", {**state, "step": step, "random": random_states})
+                with (folder / "trainer.pt").open("wb") as file:  # whose errors say why; those of PyTorch's own do not
+                    torch.save({**state, "step": step, "random": random_states}, file)
     return run_dir / "checkpoints" / f"step-{step:06d}"
-
-
-def _write_state(path: Path, state: dict[str, Any]) -> None:
-    with path.open("wb") as file:  # whose errors say why; those of PyTorch's own do not
-        torch.save(state, file)
 
 
 @contextmanager
@@ -187,13 +184,9 @@ def drop_training_state(folder: Path) -> None:
     """
     state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     kept = {key: state[key] for key in ("step", "position", "random")}
-    draft = folder / "trainer.pt.part"
-    try:
-        _write_state(draft, {**kept, "final": True})
-        sync(draft)
-        draft.replace(folder / "trainer.pt")
-    except (OSError, RuntimeError) as error:
-        raise StorageError(f"checkpoint: {str(draft)!r} cannot be written: {_first(error)}") from error
+    contents = io.BytesIO()
+    torch.save({**kept, "final": True}, contents)
+    write_durably(folder / "trainer.pt", contents.getvalue())
     renew_digest(folder, "trainer.pt")
 
 

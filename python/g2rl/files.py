@@ -12,16 +12,16 @@ class StorageError(RuntimeError):
     """A run's folder cannot be written: the disk is full, it is read-only, or it is gone."""
 
 
-def write_durably(path: Path, lines: Iterable[str]) -> None:
-    """Replace `path` in one move, so that a crash leaves the old file or the new one.
+def write_durably(path: Path, contents: Iterable[str] | bytes) -> None:
+    """Replace `path` in one move by lines or bytes, so that a crash leaves the old file or the new one.
 
     Raises:
         StorageError: it cannot be written; the old one is still there.
     """
     draft = path.with_name(path.name + ".part")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
+        with draft.open("wb") as file:
+            file.writelines([contents] if isinstance(contents, bytes) else (line.encode() for line in contents))
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)

@@ -11,10 +11,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.measuring.timing import machine, machine_line
-
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "build" / "faults"
 PAGE = ROOT / "docs" / "RELIABILITY.md"
@@ -53,6 +49,10 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def where(records: list[dict[str, Any]]) -> str:
     """How long they took one after the other, on what."""
+    import torch  # here: children of campaigns read this file's folders alone
+
+    from benchmarks.measuring.timing import machine, machine_line
+
     minutes = sum(record["seconds"] for record in records) / 60
     seeds = ", ".join(sorted({str(record["seed"]) for record in records}))
     return f"{minutes:.0f} minutes in all, draws of seed {seeds}. {machine_line(machine(torch.device('cpu')))}"
