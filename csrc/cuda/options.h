@@ -61,6 +61,10 @@ DEVICE float exponent_above(float shift, float z, const Options& options, float&
   return fmaf(capped<SOFTCAP>(z, options, slope), options.scale, -shift);
 }
 
+// An exponent that was rounded, as a maximum to count others from: no less than it was before. Near 1e10 fp32 rounds by
+// hundreds, and what is left of an exponent above its maximum would have an infinite exponential.
+DEVICE float rounded_up(float t) { return fmaf(fabsf(t), 0x1p-23f, t); }
+
 // A raw logit (under a soft cap: a hyperbolic tangent) that counts as none: its exponential is 0, and finite times 0.
 DEVICE float masked_logit(const Options& options) {
   const float size = fminf(-kMasked / fabsf(options.scale), 3e38f);

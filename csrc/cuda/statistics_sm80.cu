@@ -70,10 +70,11 @@ struct Statistics {
 
   // `of_row`: what options.scale makes exponents. NaN is no maximum, but shows in the sums.
   DEVICE void add(int row, const float* of_row) {
-    float largest = m[row];
+    float largest = -INFINITY;
     UNROLL for (int s = 0; s < kSums; s += 4) {
       largest = fmaxf(largest, fmaxf(of_row[s] * options.scale, of_row[s + 1] * options.scale));
     }
+    largest = fmaxf(m[row], rounded_up(largest));
     rescale(m[row], S[row], X[row], largest);
     UNROLL for (int s = 0; s < kSums; s += 4) {
       UNROLL for (int e = 0; e < 2; ++e) {

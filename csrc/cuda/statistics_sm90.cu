@@ -135,7 +135,7 @@ struct StatisticsEpilogue {
   DEVICE float largest(int q, const Sums& z) const {
     float of[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
     UNROLL for (int i = 0; i < kSums / 2; ++i) of[i % 4] = fmaxf(of[i % 4], z[i / 2 * 4 + 2 * q + i % 2]);
-    return fmaxf(fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3])) * scale, kNoMaximum);
+    return fmaxf(rounded_up(fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3])) * scale), kNoMaximum);
   }
 
   // Counts exponents from the largest of the first tile, and looks for a larger one only once a thread's sum over a

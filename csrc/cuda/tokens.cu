@@ -41,11 +41,18 @@ DEVICE float across_warps(float value, F combine) {
   return total;
 }
 
+constexpr float kLeastSum = 1e-30f, kMostLeft = 16.f;
+
 template <bool SOFTCAP>
-DEVICE void write_token(const MergeArguments& p, int n, float m, float z_y, float S_rest, float X_rest) {
-  float slope;
-  const float x_y = exponent_above<SOFTCAP>(m, z_y, Options(p.head), slope), e_y = exp2_fast(x_y);
-  const float S = S_rest + e_y;
+DEVICE void write_token(const MergeArguments& p, int n, float m, bool likeliest, float z_y, float S_rest,
+                        float X_rest) {
+  float slope, x_y = exponent_above<SOFTCAP>(m, z_y, Options(p.head), slope);
+  // What the rounding of m has left of it: near 1e10 hundreds.
+  if (likeliest) x_y = x_y > kMostLeft ? kMostLeft : x_y < -kMostLeft ? -kMostLeft : x_y;
+  const float e_y = exp2_fast(x_y);
+  float S = S_rest + e_y;
+  // No exponential is left where the maximum was rounded up by hundreds, beside which its logarithm is nothing.
+  if (p.lse == nullptr && S < kLeastSum) S = kLeastSum;
   // False for NaN, which the logarithm of S carries on.
   const bool confident = e_y > S_rest;
   float log_p, log_S;
@@ -74,6 +81,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp) merge_kernel(const __grid_
   const float* of_token = p.partials.planes + n;
 
   float z_y = 0.f, m = kNoMaximum;
+  bool likeliest = false;
   for (int s = warp; s < parts && p.lse == nullptr; s += kMergeWarps) {
     z_y += of_token[3 * plane + s * N];
     m = fmaxf(m, of_token[s * N]);  // NaN is no maximum, but shows in S
@@ -82,7 +90,9 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp) merge_kernel(const __grid_
   z_y = across_warps(z_y, [](float x, float y) { return x + y; });
   if (p.lse == nullptr) {
     float slope;
-    m = fmaxf(across_warps(m, fmaxf), exponent<SOFTCAP>(z_y, Options(p.head), slope));
+    const float t_y = exponent<SOFTCAP>(z_y, Options(p.head), slope);
+    m = fmaxf(across_warps(m, fmaxf), t_y);
+    likeliest = m == t_y;
   } else if (n < p.N) {
     m = p.lse[n] * kLog2e;
   }
@@ -102,7 +112,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp) merge_kernel(const __grid_
   }
   S = across_warps(S, [](float x, float y) { return x + y; });
   X = across_warps(X, [](float x, float y) { return x + y; });
-  if (n < p.N && warp == 0) write_token<SOFTCAP>(p, n, m, z_y, S, X);
+  if (n < p.N && warp == 0) write_token<SOFTCAP>(p, n, m, likeliest, z_y, S, X);
 }
 
 // ---- responses ----

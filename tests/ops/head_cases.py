@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from g2rl_kernels import SequenceFeatures, sequence_features, testing
+from g2rl_kernels import LMHead, SequenceFeatures, sequence_features, testing, token_logprobs
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.distributed import local_targets
 from g2rl_kernels.records import Gradients, Head, Needs, Responses, TokenLogprobs
@@ -130,6 +130,17 @@ def _parts(s: HeadSample, words: tuple[int, ...]) -> list[tuple[Head, Tensor]]:
 def _run(op: str, *arguments: object) -> object:
     head = next(x for x in arguments if isinstance(x, Head))
     return resolve(op, head.weight.device, head.weight.dtype, head)(*arguments, 0)
+
+
+def check_logits_beyond_the_digits_of_fp32(dtype: torch.dtype, device: str = "cpu") -> None:
+    """Near 1e10 a logit may lie hundreds above the row's maximum as fp32 has it: the likeliest word is certain."""
+    hidden = torch.tensor([[2.421875], [-0.84]], dtype=dtype, device=device).repeat_interleave(4, 0)
+    weight = torch.tensor([[-1.46], [-2.25], [-0.0014], [-1.276]], dtype=dtype, device=device)
+    out = token_logprobs(hidden, LMHead(weight, temperature=1e-10), torch.arange(4, device=device).repeat(2))
+    expected = (hidden.double() @ weight.double().T / 1e-10).log_softmax(-1)[:, :4]
+    expected = expected.view(2, 4, 4).diagonal(dim1=1, dim2=2).flatten()
+    torch.testing.assert_close(out.logps.double(), expected, rtol=1e-6, atol=0)
+    assert out.entropy[expected == 0].tolist() == [0, 0] and bool(out.entropy.isfinite().all())
 
 
 def check_gradients_of_parts(s: HeadSample, parts: list[Gradients], hidden: Tensor) -> None:

@@ -21,6 +21,7 @@ from head_cases import (
     PLANS,
     check,
     check_gradients,
+    check_logits_beyond_the_digits_of_fp32,
     check_parts,
     check_second_response_first,
     features,
@@ -92,6 +93,12 @@ def test_plans(plan: str, shape: Shape, dtype: torch.dtype, backend, request: py
 @pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 def test_an_lse_of_another_head(shape: Shape, off: float, backend) -> None:  # noqa: ANN001
     check(shape, torch.float16, lse=oracle(shape, torch.float16, "cpu", "random", OPTIONS["plain"]).lse.float() + off)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_logits_beyond_the_digits_of_fp32(dtype: torch.dtype, backend) -> None:  # noqa: ANN001
+    check_logits_beyond_the_digits_of_fp32(dtype)
 
 
 @pytest.mark.slow

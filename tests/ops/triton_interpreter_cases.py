@@ -15,6 +15,7 @@ from head_cases import (
     PLANS,
     check,
     check_gradients,
+    check_logits_beyond_the_digits_of_fp32,
     check_parts,
     check_second_response_first,
     features,
@@ -60,6 +61,11 @@ def triton_backend():  # noqa: ANN201
 def test_plans_and_logits(plan: str, kind: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     s = sample(RAGGED, dtype, kind=kind, options=OPTIONS["plain"])
     check(RAGGED, dtype, kind, lse=given(plan, s, request))
+
+
+def test_logits_beyond_the_digits_of_fp32() -> None:
+    """Without the fused multiplications of a chip nothing is above its maximum here."""
+    check_logits_beyond_the_digits_of_fp32(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -24,6 +24,8 @@ from g2rl_kernels.records import Head
 
 _BLOCK_N = 32
 _BLOCK_SPLITS = 32
+_LEAST_SUM = tl.constexpr(1e-30)
+_MOST_LEFT = tl.constexpr(16.0)
 
 
 @triton.jit
@@ -86,8 +88,15 @@ def _merge_kernel(
         X_rest += tl.sum(X, 0)
 
     x_y = u_y - m
+    if not GIVEN:
+        # What the rounding of m has left of the likeliest: near 1e10 hundreds.
+        left = tl.where(x_y > _MOST_LEFT, _MOST_LEFT, tl.where(x_y < -_MOST_LEFT, -_MOST_LEFT, x_y))
+        x_y = tl.where(u_y == m, left, x_y)
     e_y = tl.exp(x_y)
     S = S_rest + e_y
+    if not GIVEN:
+        # No exponential is left where the maximum was rounded up by hundreds, beside which its logarithm is nothing.
+        S = tl.where(S < _LEAST_SUM, _LEAST_SUM, S)
     confident = e_y > S_rest
     log_p = -log1p_of_ratio(S_rest / tl.where(confident, e_y, 1.0))
     log_S = tl.where(confident, x_y - log_p, tl.log(S))

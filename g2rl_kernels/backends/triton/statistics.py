@@ -18,7 +18,7 @@ from torch import Tensor
 from g2rl_kernels.backends.triton import configs
 from g2rl_kernels.backends.triton.configs import Tile
 from g2rl_kernels.backends.triton.inputs import bias_or_weight, constants, operands
-from g2rl_kernels.backends.triton.tiles import LOWEST, NO_WORDS, apply_options, dot_rows, grouped, load_rows
+from g2rl_kernels.backends.triton.tiles import LOWEST, NO_WORDS, apply_options, dot_rows, grouped, load_rows, rounded_up
 from g2rl_kernels.records import Head
 
 
@@ -80,7 +80,7 @@ def _statistics_kernel(
         u = tl.where(is_target | (v >= V)[None, :], LOWEST, u)
 
         # A NaN is no maximum, but stays in S and X.
-        largest = tl.maximum(m, tl.max(u, 1))
+        largest = tl.maximum(m, rounded_up(tl.max(u, 1)))
         # Where all words were left out, any other shift keeps their exponentials 0.
         shift = tl.where(largest < NO_WORDS, 0.0, largest)
         x = u - shift[:, None]

@@ -73,6 +73,16 @@ def apply_options(z, inner_scale, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def rounded_up(u):
+    """u, which was rounded, as a maximum to count others from: no less than it was before.
+
+    Near 1e10 fp32 rounds by hundreds. The difference from such a maximum is rounded once, as the compiler fuses it with
+    the product that u comes from, and its exponential would be infinite.
+    """
+    return u + tl.abs(u) * 1.1920929e-07
+
+
+@triton.jit
 def log1p_of_ratio(q):
     """log(1 + q) for q in [0, 1] to about one unit in the last place: 2 atanh(q / (2 + q)) by its series."""
     s = q / (2.0 + q)
