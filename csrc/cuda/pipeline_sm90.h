@@ -9,7 +9,7 @@
 // first chain of the next tile is multiplied, the sums of the last one are still there, and its exponentials are
 // computed meanwhile. The two warpgroups take turns in issuing chains, so that one adds while the other multiplies.
 //
-// Blocks do not share tiles by multicast: pairs and squares of blocks took twice as long (benchmarks/NOTES.md).
+// Blocks do not share tiles by multicast: pairs that do were no faster (benchmarks/NOTES.md).
 #pragma once
 
 #include "sm90.h"

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from g2rl_kernels import LMHead, SequenceFeatures, sequence_features, testing, token_logprobs, use_backend
 from g2rl_kernels.backends import reference
+from g2rl_kernels.backends.eager import products
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.products import exact_products, mm
 from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
@@ -402,6 +403,21 @@ def test_logits_never_exist_as_a_whole(backend: str | None, device: str, dtype: 
         with LargestOverVocabulary(shape.V, shape.d) as seen:
             call()
         assert seen.bytes <= workspace_bytes
+
+
+def test_the_torch_backend_cuts_the_long_sums_of_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        lengths.append(a.shape[1])
+        return mm(a, b)
+
+    monkeypatch.setattr(products, "CHAIN", {"cpu": 16})
+    monkeypatch.setattr(products, "mm", counted)
+    s = sample(Shape((5, 3), 35, 70, "two chains and a rest"), torch.bfloat16)
+    with use_backend("torch"):
+        testing.assert_bounds(token_logprobs(s.hidden, s.head, s.targets), testing.oracle(s))
+    assert set(lengths) == {16, 3}
 
 
 def library_treats_rows_alike(s: HeadSample) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from g2rl_kernels.backends.eager.products import mm_fp32_left, mm_in_blocks
+from g2rl_kernels.backends.eager.products import mm_fp32_left, mm_in_blocks, mm_in_chains
 from g2rl_kernels.products import exact_products, mm
 from g2rl_kernels.records import Gradients, Head, Needs, Responses, SequenceFeatures, TokenLogprobs
 from g2rl_kernels.sums import join_parts, logprobs_of_sums
@@ -85,7 +85,7 @@ class _Blocks:
         """W h [n, V] without bias and options, n a multiple of `product_rows`."""
         z = torch.empty(hidden.shape[0], self.head.weight.shape[0], dtype=self.dtype, device=hidden.device)
         for tile in self.vocab_tiles():
-            z[:, tile] = mm_in_blocks(hidden, self.head.weight[tile].T, self.product_rows)
+            z[:, tile] = mm_in_chains(hidden, self.head.weight[tile].T, self.product_rows)
         return z
 
     def apply_options(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
