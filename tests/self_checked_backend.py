@@ -68,8 +68,8 @@ def spoilt(x: torch.Tensor) -> torch.Tensor:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.modules["self_checked_backend"] = sys.modules["__main__"]
-    row = dispatch.Backend("defective", "self_checked_backend", checked=True)
+    sys.modules["tests.self_checked_backend"] = sys.modules["__main__"]
+    row = dispatch.Backend("defective", "tests.self_checked_backend", checked=True)
     dispatch.BACKENDS = (row, *dispatch.BACKENDS)
     dispatch._load = lambda backend, load=dispatch._load: sys.modules["__main__"] if backend is row else load(backend)
     self_check_run.LAUNCHES = 8

@@ -16,14 +16,14 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
 TOOLS = "bash cat cksum dirname env find mkdir mktemp nproc realpath rm sort tail tee xargs".split()
-MEASURED = "features lse backward groups small-head large peers".split()
+MEASURED = "head groups small-head large".split()
 SANITIZERS = "memcheck racecheck synccheck".split()
 BESIDE = ["tests", *SANITIZERS]  # run at the same time
-ALONE = f"bias {' '.join(MEASURED[:4])} check {' '.join(MEASURED[4:])} step tune".split()
-PARTS = [*ALONE[:5], *BESIDE, *ALONE[5:]]
+ALONE = f"bias {' '.join(MEASURED[:2])} check {' '.join(MEASURED[2:])} step tune".split()
+PARTS = [*ALONE[:3], *BESIDE, *ALONE[3:]]
 REHEARSED = [name for name in PARTS if name not in SANITIZERS]
 
-# A Python with every module but those of $ABSENT, whose parts do as $BEHAVIOUR says: "lse=3 peers=sleep".
+# A Python with every module but those of $ABSENT, whose parts do as $BEHAVIOUR says: "groups=3 large=sleep".
 PYTHON = """\
 #!{python} -S
 import os, sys, time
@@ -125,20 +125,20 @@ def test_a_run_and_the_next(place: Place) -> None:
 
 def test_parts_that_do_not_end_well_are_named_and_run_again(place: Place) -> None:
     (place.bin / "compute-sanitizer").unlink()
-    status, lines = place.run(BEHAVIOUR="lse=3 peers=sleep", ABSENT="hypothesis gguf yaml")
+    status, lines = place.run(BEHAVIOUR="groups=3 large=sleep", ABSENT="hypothesis gguf yaml")
     assert status == 1
     assert place.called == [name for name in PARTS if name not in (*SANITIZERS, "tests", "step")], "the others go on"
-    assert "=== lse: status 3 after 0 s" in lines
-    assert any(line.startswith("=== peers: status 124 after ") for line in lines)
+    for ending in ("groups: status 3", "large: status 124"):
+        assert any(line.startswith(f"=== {ending} after ") for line in lines)
     assert "=== tests will be left out: Python has no hypothesis" in lines
     assert "=== step: left out, without gguf yaml" in lines
     assert "=== racecheck: left out, without compute-sanitizer" in lines
     left_out, failed = lines[-2:]
     assert set(left_out.removeprefix("=== left out: ").split()) == {"tests", *SANITIZERS, "step"}
-    assert failed == "=== failed: lse (3) peers (124)"
-    status, lines = place.run(BEHAVIOUR="peers=1")
-    assert (status, place.called) == (1, ["lse", "tests", "peers", "step"])
-    assert lines[-1] == "=== failed: peers (1)"
+    assert failed == "=== failed: groups (3) large (124)"
+    status, lines = place.run(BEHAVIOUR="large=1")
+    assert (status, place.called) == (1, ["groups", "tests", "large", "step"])
+    assert lines[-1] == "=== failed: large (1)"
 
 
 def test_a_build_that_fails_leaves_the_rest(place: Place) -> None:

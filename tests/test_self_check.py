@@ -11,17 +11,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import self_checked_backend
 import torch
 
 from g2rl_kernels import LMHead, dispatch, explain, self_check, sequence_features, testing, use_backend
 from g2rl_kernels.__main__ import check
 from g2rl_kernels.records import Head
 from g2rl_kernels.self_check import Subject, Verdict
+from tests import self_checked_backend
 
 CPU = torch.device("cpu")
 SUBJECT = Subject("defective", "float32", "head")
-ROW = dispatch.Backend("defective", "self_checked_backend", checked=True)
+ROW = dispatch.Backend("defective", "tests.self_checked_backend", checked=True)
 PROGRAM = Path(__file__).with_name("self_checked_backend.py")
 
 
@@ -58,7 +58,7 @@ def checked(defect: str, work: str = "head", limit_s: float = 120.0) -> Verdict:
 
 def backend_of(op: str = "sequence_features", head: Head | None = None) -> str:
     module = dispatch.resolve(op, CPU, torch.float32, head).__module__
-    return "defective" if module == "self_checked_backend" else module
+    return "defective" if module == "tests.self_checked_backend" else module
 
 
 @pytest.mark.slow
