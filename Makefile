@@ -187,7 +187,7 @@ wheel: $(READY)
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 cuda:
-	cmake -S . -B build/cuda -DPython_EXECUTABLE=$$(command -v $(PYTHON)) -DG2RL_BUILD_NATIVE=OFF -DG2RL_BUILD_TESTS=OFF \
+	cmake -S . -B build/cuda -DPython_EXECUTABLE=$$(realpath -s "$$(command -v $(PYTHON))") -DG2RL_BUILD_NATIVE=OFF -DG2RL_BUILD_TESTS=OFF \
 	  -DG2RL_WITH_CUDA=on $(ARGS)
 	cmake --build build/cuda --parallel --target _cuda
 	$(PYTHON) csrc/cuda/resources.py g2rl_kernels/_cuda.*.so

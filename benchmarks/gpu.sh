@@ -49,10 +49,14 @@ leave_out() { # name, why
   echo "$1" >>"$left_out"
 }
 
+asked_for() { # name
+  [[ -z ${ONLY:-} || " $ONLY " == *" $1 "* ]]
+}
+
 part() { # name, seconds, command ...
   local name=$1 limit=$(($2 * PATIENCE)) mark=$OUT/.done-$CHIP-$1 start=$SECONDS status
   shift 2
-  [[ -z ${ONLY:-} || " $ONLY " == *" $name "* ]] || return
+  asked_for "$name" || return
   if [ -n "${MISSING[$name]:-}" ]; then
     leave_out "$name" "without ${MISSING[$name]}"
     return
@@ -103,7 +107,9 @@ command -v "${CC:-cc}" gcc clang >/dev/null || echo "=== no C compiler (CC, cc, 
 # The CUDA module, for this chip alone: a minute on sixteen cores.
 if command -v nvcc >/dev/null && command -v cmake >/dev/null; then
   echo "=== build for $ARCHITECTURE"
-  (cmake -S . -B build/gpu -DPython_EXECUTABLE="$(command -v "$PYTHON")" -DG2RL_BUILD_NATIVE=OFF -DG2RL_WITH_CUDA=on \
+  # A whole path, but the virtual environment's own: what its link leads to has no torch.
+  python=$(realpath -s "$(command -v "$PYTHON")")
+  (cmake -S . -B build/gpu -DPython_EXECUTABLE="$python" -DG2RL_BUILD_NATIVE=OFF -DG2RL_WITH_CUDA=on \
     -DG2RL_CUDA_ARCHITECTURES="$ARCHITECTURE" -DG2RL_BUILD_TESTS=OFF &&
     cmake --build build/gpu --parallel "$(nproc)" --target _cuda) >"$OUT/$CHIP-build.log" 2>&1 ||
     { tail -30 "$OUT/$CHIP-build.log"; echo build >>"$failed"; }
@@ -152,6 +158,7 @@ measure() { # name, seconds, shape, further arguments of benchmarks.run
 }
 
 sanitize() { # tool
+  asked_for "$1" || return
   if [ "$DEVICE" = cpu ]; then
     echo "=== $1: left out, nothing runs on a GPU"
   elif command -v compute-sanitizer >/dev/null; then
