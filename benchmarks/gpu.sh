@@ -11,7 +11,7 @@
 # run of the same sources goes on with the parts that have not ended well. Ends non-zero if any part failed or was left
 # out; a rehearsal leaves out the sanitizers, which have nothing to watch on a CPU.
 #
-# Parts that take times have the machine to themselves; tests and sanitizers, which spend their time in compilers and
+# Parts that measure have the machine to themselves; tests and sanitizers, which spend their time in compilers and
 # start-up, share it.
 set -uo pipefail
 
