@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,10 @@ CHAIN = {"cuda": 128}
 
 def mm_in_chains(a: Tensor, b: Tensor, rows: int) -> Tensor:
     """`mm_in_blocks`, exact to fp32 where the device's own sums of so many products are not."""
-    chain = CHAIN.get(a.device.type, 0) if b.dtype.itemsize == 2 else 0
-    if not 0 < chain < a.shape[1]:
-        return mm_in_blocks(a, b, rows)
-    total = mm_in_blocks(a[:, :chain], b[:chain], rows)
-    for k in range(chain, a.shape[1], chain):
-        total += mm_in_blocks(a[:, k : k + chain], b[k : k + chain], rows)
-    return total
+    K = a.shape[1]
+    chain = CHAIN.get(a.device.type, K) if b.dtype.itemsize == 2 else K
+    chains = (mm_in_blocks(a[:, k : k + chain], b[k : k + chain], rows) for k in range(0, K, chain))
+    return reduce(Tensor.add_, chains)
 
 
 def mm_in_blocks(a: Tensor, b: Tensor, rows: int) -> Tensor:
