@@ -85,7 +85,7 @@ struct GradLogitsEpilogue {
       uint32_t pairs[4];
       UNROLL for (int i = 0; i < 4; ++i) {
         const float* two = &z[4 * (j + i) + 2 * q];
-        pairs[i] = uint32_t(round_to<T>(two[0] * scale).bits) | uint32_t(round_to<T>(two[1] * scale).bits) << 16;
+        pairs[i] = round_pair<T>(two[0] * scale, two[1] * scale);
       }
       transpose(pairs);
       const int v = tile.column + 8 * j + 4 * at.column;

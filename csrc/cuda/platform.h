@@ -12,6 +12,7 @@
 #endif
 
 #include <cstdint>
+#include <type_traits>
 
 namespace g2rl::cuda {
 
@@ -114,6 +115,27 @@ DEVICE fp16 round_to<fp16>(float x) {
   const uint32_t rounded = (bits & 0x7fffffff) + 0xfff + (bits >> 13 & 1);
   return {uint16_t(sign | ((rounded >> 13) - (112 << 10)))};
 #endif
+}
+
+// Two numbers, the first in the low half of a word.
+template <class T>
+DEVICE uint32_t round_pair(float low, float high) {
+#ifdef __CUDA_ARCH__
+  // One instruction. Each alone may take the slow pipe of exponentials, as bf16 does on Hopper.
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+#else
+  return uint32_t(round_to<T>(low).bits) | uint32_t(round_to<T>(high).bits) << 16;
+#endif
+}
+template <class T>
+DEVICE float number_of_pair(uint32_t pair, int which) {
+  return to_float(T{uint16_t(pair >> 16 * which)});
 }
 
 // 2^x, to two units in the last place; subnormal results are 0.

@@ -89,13 +89,9 @@ DEVICE void store_terms(const float (&x)[kPairs][2], const float* factors, uint8
     const float factor = factors[row];
     float rest[2] = {x[i][0] * factor, x[i][1] * factor};
     UNROLL for (int term = 0; term < Split::kCount; ++term) {
-      T rounded[2];
-      UNROLL for (int e = 0; e < 2; ++e) {
-        rounded[e] = round_to<T>(rest[e]);
-        rest[e] = (rest[e] - to_float(rounded[e])) * Split::kDigits;
-      }
-      *reinterpret_cast<uint32_t*>(to + term * kTermBytes) = uint32_t(rounded[0].bits) | uint32_t(rounded[1].bits)
-                                                                                             << 16;
+      const uint32_t pair = round_pair<T>(rest[0], rest[1]);
+      UNROLL for (int e = 0; e < 2; ++e) rest[e] = (rest[e] - number_of_pair<T>(pair, e)) * Split::kDigits;
+      *reinterpret_cast<uint32_t*>(to + term * kTermBytes) = pair;
     }
   }
 }

@@ -104,11 +104,6 @@ struct Operands {
   uint32_t a[4], b[2];
 };
 
-template <class T>
-float number(const uint32_t& pair, int which) {
-  return to_float(T{uint16_t(pair >> 16 * which)});
-}
-
 }  // namespace emulated
 
 inline void load_matrices(const uint8_t* row, uint32_t (&x)[4]) {
@@ -139,7 +134,7 @@ void multiply(T, float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         for (int k = 0; k < 16; ++k) {
           const auto& of_row = of(lane / 4 * 4 + k % 8 / 2);
           const auto& of_column = of((lane % 4 * 2 + e) * 4 + k % 8 / 2);
-          sum += emulated::number<T>(of_row.a[q + k / 8 * 2], k % 2) * emulated::number<T>(of_column.b[k / 8], k % 2);
+          sum += number_of_pair<T>(of_row.a[q + k / 8 * 2], k % 2) * number_of_pair<T>(of_column.b[k / 8], k % 2);
         }
         d[2 * q + e] += sum;
       }
