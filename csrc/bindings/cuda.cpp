@@ -88,12 +88,14 @@ struct Generation {
   decltype(&sm80::residuals) residuals;
   decltype(&sm80::residuals_and_statistics) residuals_and_statistics;
   decltype(&sm80::grad_logits) grad_logits;
+  decltype(&sm80::projection_bytes) projection_bytes;
+  decltype(&sm80::project) project;
 };
 
 #define G2RL_GENERATION(name)                                                                                   \
   Generation {                                                                                                  \
     name::splits, name::residual_splits, name::kept_bytes, name::kept_roots, name::statistics, name::residuals, \
-        name::residuals_and_statistics, name::grad_logits                                                       \
+        name::residuals_and_statistics, name::grad_logits, name::projection_bytes, name::project                \
   }
 
 void bind_generation(py::module_ m, const Generation& of) {
@@ -122,6 +124,13 @@ void bind_generation(py::module_ m, const Generation& of) {
                             const Strip& strip, Address stream) {
     check(of.grad_logits(head, tokens, at<float>(rows_in), rows_stride, strip, stream_of(stream)), "grad_logits");
   });
+  m.def("projection_bytes", of.projection_bytes);
+  m.def("project", [of](const Head& head, Address R, Address inverse, int B, float logit_scale, Address memory,
+                        Address features, Address stream) {
+    check(of.project(head, at<float>(R), at<float>(inverse), B, logit_scale, at<void>(memory), at<float>(features),
+                     stream_of(stream)),
+          "project");
+  });
 }
 
 void bind_tokens(py::module_& m) {
@@ -147,13 +156,6 @@ void bind_tokens(py::module_& m) {
           check(add_targets(at<int64_t>(targets), of, terms, at<int>(flags), V, at<float>(R), stream_of(stream)),
                 "add_targets");
         });
-  m.def("projection_splits", &projection_splits);
-  m.def("project", [](const Head& head, Address R, Address inverse, int B, float logit_scale, Address partials,
-                      Address features, Address stream) {
-    check(project(head, at<float>(R), at<float>(inverse), B, logit_scale, at<float>(partials), at<float>(features),
-                  stream_of(stream)),
-          "project");
-  });
 }
 
 void bind_groups(py::module_& m) {

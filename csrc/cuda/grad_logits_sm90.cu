@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   SHARED(shared);
   GradLogitsWalk walk(weight, p.tokens.N, p.strip);
   const GradLogitsEpilogue<T, SOFTCAP> epilogue{p};
-  run<T>(shared, hidden, p.head.d, walk, epilogue);
+  run<T>(shared, RowsAsA{hidden}, p.head.d, walk, epilogue);
 }
 
 }  // namespace

@@ -82,7 +82,7 @@ struct Strip {
   int v_start, v_end;
 };
 
-// ---- kernels with a product over d, for each generation of tensor cores ----
+// ---- kernels with a product, for each generation of tensor cores ----
 //
 // sm90: TMA and wgmma; 16-bit inputs whose rows are aligned to 16 bytes (`sm90::serves`).
 // sm80: mma.sync for 16-bit inputs, FMA for fp32; any stride, any alignment.
@@ -106,7 +106,11 @@ int64_t packing_bytes(int N, int B);
   int residuals_and_statistics(const Head&, const Tokens&, const Responses&, const float* lse, const float* a,         \
                                int* packing, float* R, const Partials&, Stream);                                       \
   /* rows_in [6, rows_stride]: lse, H, g, g', the target's gradient, row scale; see grad_logits.py for the formula. */ \
-  int grad_logits(const Head&, const Tokens&, const float* rows_in, int64_t rows_stride, const Strip&, Stream);
+  int grad_logits(const Head&, const Tokens&, const float* rows_in, int64_t rows_stride, const Strip&, Stream);        \
+  /* features [B, d] = logit_scale * (R * inverse) W. `memory`: of projection_bytes(head, B). */                       \
+  int64_t projection_bytes(const Head&, int B);                                                                        \
+  int project(const Head&, const float* R, const float* inverse, int B, float logit_scale, void* memory,               \
+              float* features, Stream);
 
 namespace sm90 {
 bool serves(const Head&, const Tokens&);
@@ -129,12 +133,5 @@ int add_kept(const Head&, const Kept&, const int64_t* targets, const Responses&,
              float* R, Stream);
 // R [B, V] += target_t S_t at y_t, for responses whose flag is 0.
 int add_targets(const int64_t* targets, const Responses&, const Terms&, const int* flags, int V, float* R, Stream);
-
-// ---- features from residuals, projection.cu ----
-
-// features [B, d] = logit_scale * (R * inverse) W, by way of partials [projection_splits(V), B, d].
-int projection_splits(int V);
-int project(const Head&, const float* R, const float* inverse, int B, float logit_scale, float* partials,
-            float* features, Stream);
 
 }  // namespace g2rl::cuda

@@ -1,4 +1,5 @@
-// The product that all Hopper kernels of the head share: tiles A B^T of 128 x 192 logits, one after another.
+// The product that all Hopper kernels of the head share: tiles A B^T of 128 x 192, one after another, of logits or, in
+// projection_sm90.cu, of features.
 //
 // A block has three warpgroups. A warp of the first copies, by TMA, 64 columns of a tile of A and of B at a time into
 // a ring of stages; the other two multiply, 64 rows of A each.
@@ -77,11 +78,21 @@ DEVICE void initialise(Ring ring, Tile* queue) {
   __syncthreads();
 }
 
-// The copying warp. `Walk` has `bool next(Tile&)`, and `void load(uint32_t barrier, uint32_t to, int k)` to copy
-// columns k to k + 64 of the tile of B; both are called by all lanes. A tile is told to the others with its first
-// stage.
-template <class Walk>
-DEVICE void produce(Ring ring, Tile* queue, const TensorMap& a, int steps, Walk& walk) {
+// A where products sum over its columns: 128 rows of a matrix.
+struct RowsAsA {
+  static constexpr bool kByColumns = false;
+  const TensorMap& map;
+
+  DEVICE void load(uint32_t barrier, uint32_t to, const Tile& tile, int k) const {
+    tma_load(map, barrier, to, k, tile.row);
+  }
+};
+
+// The copying warp. `A` is `RowsAsA` or has its members. `Walk` has `bool next(Tile&)`, and `void load(uint32_t
+// barrier, uint32_t to, int k)` to copy columns k to k + 64 of the tile of B; both are called by all lanes. A tile is
+// told to the others with its first stage.
+template <class A, class Walk>
+DEVICE void produce(Ring ring, Tile* queue, const A& a, int steps, Walk& walk) {
   Tile tile;
   int place = 0;
   for (; walk.next(tile); place = (place + 1) % kTiles) {
@@ -90,7 +101,7 @@ DEVICE void produce(Ring ring, Tile* queue, const TensorMap& a, int steps, Walk&
       if (threadIdx.x == 0) {
         if (k == 0) queue[place] = tile;
         barrier_expect(ring.full(), kBytesA + kBytesB);
-        tma_load(a, ring.full(), ring.a(), k * kColumns, tile.row);
+        a.load(ring.full(), ring.a(), tile, k * kColumns);
       }
       walk.load(ring.full(), ring.b(), k * kColumns);
     }
@@ -130,14 +141,17 @@ struct Held {
 
 // Issues a chain of `stages` stages. With `hold`, all of them are held afterwards; otherwise each is released once the
 // next is under way, and the last alone is held.
-template <class T>
+template <class T, bool A_BY_COLUMNS>
 DEVICE Held issue_chain(Ring& ring, int stages, bool hold, Sums& chain) {
+  constexpr int kStepOfA = A_BY_COLUMNS ? 128 : 2;
   const int consumer = threadIdx.x / kWarpgroup - 1;
   wgmma_fence();
   UNROLL_1 for (int i = 0; i < stages; ++i) {
     barrier_wait(ring.full(), ring.parity);
     const uint64_t a = operand(ring.a() + consumer * (kBytesA / kConsumers)), b = operand(ring.b());
-    UNROLL for (int k = 0; k < kColumns / 16; ++k) wgmma<T>(chain, a + 2 * k, b + 2 * k, i + k > 0);
+    UNROLL for (int k = 0; k < kColumns / 16; ++k) {
+      wgmma<T, A_BY_COLUMNS>(chain, a + kStepOfA * k, b + 2 * k, i + k > 0);
+    }
     wgmma_commit();
     if (!hold && i > 0) {
       wgmma_wait<1>();
@@ -155,7 +169,7 @@ DEVICE Held issue_chain(Ring& ring, int stages, bool hold, Sums& chain) {
 // The compiler keeps all sums in registers only where products are issued at one place of the program, hence one loop
 // for all chains, and where no branch leads around the epilogue, hence its call for the tile before the first. What a
 // thread needs to know of tiles stays in shared memory.
-template <class T, class Epilogue>
+template <class T, bool A_BY_COLUMNS, class Epilogue>
 DEVICE void consume(Ring ring, const Tile* queue, int steps, Epilogue& epilogue) {
   const int consumer = threadIdx.x / kWarpgroup - 1;
   const Turn turn{consumer};
@@ -171,7 +185,7 @@ DEVICE void consume(Ring ring, const Tile* queue, int steps, Epilogue& epilogue)
     }
     const int longest = first ? kFirstChain : kChain, stages = steps - k < longest ? steps - k : longest;
     turn.take();
-    Held held = issue_chain<T>(ring, stages, first, chain);
+    Held held = issue_chain<T, A_BY_COLUMNS>(ring, stages, first, chain);
     turn.pass();
     if (first) {
       epilogue(queue[(tiles + kTiles - 2) % kTiles], sums, held);
@@ -186,13 +200,13 @@ DEVICE void consume(Ring ring, const Tile* queue, int steps, Epilogue& epilogue)
   if (consumer == 0) turn.take();
 }
 
-// What every kernel does: one warp copies, two warpgroups multiply. Three warps have nothing to do, and may do
-// `aside` meanwhile.
+// What every kernel does: one warp copies, two warpgroups multiply, and sum over a length of d. Three warps have
+// nothing to do, and may do `aside` meanwhile.
 struct Nothing {
   DEVICE void operator()() const {}
 };
-template <class T, class Walk, class Epilogue, class Aside = Nothing>
-DEVICE void run(uint8_t* shared, const TensorMap& a, int d, Walk& walk, Epilogue& epilogue, const Aside& aside = {}) {
+template <class T, class A, class Walk, class Epilogue, class Aside = Nothing>
+DEVICE void run(uint8_t* shared, const A& a, int d, Walk& walk, Epilogue& epilogue, const Aside& aside = {}) {
   const Ring ring{shared_address(shared)};
   Tile* queue = reinterpret_cast<Tile*>(shared + kQueue);
   const int steps = int(ceil_div(d, kColumns));
@@ -206,7 +220,7 @@ DEVICE void run(uint8_t* shared, const TensorMap& a, int d, Walk& walk, Epilogue
     }
   } else {
     registers_more<232>();
-    consume<T>(ring, queue, steps, epilogue);
+    consume<T, A::kByColumns>(ring, queue, steps, epilogue);
   }
 }
 

@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   initialise(scratch);
   ResidualsWalk walk(hidden, p.packing, p.head.V);
   ResidualsEpilogue<SOFTCAP, STATISTICS> epilogue{p, scratch};
-  run<T>(shared, weight, p.head.d, walk, epilogue, WriteColumns<STATISTICS>{p, scratch, walk});
+  run<T>(shared, RowsAsA{weight}, p.head.d, walk, epilogue, WriteColumns<STATISTICS>{p, scratch, walk});
 }
 
 // Ranges such that the tiles of the weight that are in use at one time take a quarter of an H100's L2 cache: with half

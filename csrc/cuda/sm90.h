@@ -131,19 +131,34 @@ inline void copy(const TensorMap& map, Barrier& barrier, uint8_t* memory, uint32
   settle(barrier);
 }
 
-// Sixteen columns of a row of the operand that a descriptor points to: two chunks of 16 bytes.
-template <class T>
-void row(uint64_t descriptor, int row, float (&x)[16]) {
-  const uint32_t start = (descriptor & 0x3fff) << 4, step = (descriptor >> 32 & 0x3fff) << 4;
-  if (descriptor >> 62 != 1) {
-    std::fprintf(stderr, "a matrix descriptor without the 128-byte swizzle\n");
-    std::abort();
+// What a descriptor points to: rows of 128 bytes, in groups of eight that lie `step` bytes apart.
+struct Operand {
+  uint32_t start, step;
+
+  explicit Operand(uint64_t descriptor) : start((descriptor & 0x3fff) << 4), step((descriptor >> 32 & 0x3fff) << 4) {
+    if (descriptor >> 62 != 1) {
+      std::fprintf(stderr, "a matrix descriptor without the 128-byte swizzle\n");
+      std::abort();
+    }
   }
-  const uint8_t* memory = on_cpu::shared();
-  for (int k = 0; k < 16; k += 8) {
-    T eight[8];
-    std::memcpy(eight, memory + swizzled(start + row / 8 * step + row % 8 * kRowBytes + 2 * k), sizeof eight);
-    for (int i = 0; i < 8; ++i) x[k + i] = to_float(eight[i]);
+
+  // So many neighbours of a row, within 16 bytes.
+  template <class T, int COUNT>
+  void read(int row, int column, float* x) const {
+    T numbers[COUNT];
+    const uint32_t at = start + row / 8 * step + row % 8 * kRowBytes + 2 * column;
+    std::memcpy(numbers, on_cpu::shared() + swizzled(at), sizeof numbers);
+    for (int i = 0; i < COUNT; ++i) x[i] = to_float(numbers[i]);
+  }
+};
+
+// The sixteen numbers of one row of a product's operand, which may be a column in memory.
+template <class T, bool BY_COLUMNS>
+void sixteen(const Operand& of, int row, float (&x)[16]) {
+  if (BY_COLUMNS) {
+    for (int k = 0; k < 16; ++k) of.read<T, 1>(k, row, &x[k]);
+  } else {
+    for (int k = 0; k < 16; k += 8) of.read<T, 8>(row, k, &x[k]);
   }
 }
 
@@ -187,14 +202,14 @@ void wgmma_wait() {
   for (; late.size() > N; late.pop_front()) late.front()();
 }
 
-template <class T>
-void multiply_now(float* d, uint64_t a, uint64_t b, bool add) {
+template <class T, bool A_BY_COLUMNS>
+void multiply_now(float* d, const emulated::Operand& a, const emulated::Operand& b, bool add) {
   const int thread = on_cpu::thread_index() % kWarpgroup, warp = thread / kWarp, lane = thread % kWarp;
   float x[2][16];
-  for (int h = 0; h < 2; ++h) emulated::row<T>(a, warp * 16 + lane / 4 + 8 * h, x[h]);
+  for (int h = 0; h < 2; ++h) emulated::sixteen<T, A_BY_COLUMNS>(a, warp * 16 + lane / 4 + 8 * h, x[h]);
   for (int i = 0; i < 48; ++i) {
     float y[16];
-    emulated::row<T>(b, i / 2 * 8 + lane % 4 * 2 + i % 2, y);
+    emulated::sixteen<T, false>(b, i / 2 * 8 + lane % 4 * 2 + i % 2, y);
     for (int h = 0; h < 2; ++h) {
       float sum = 0, &out = d[i / 2 * 4 + 2 * h + i % 2];
       for (int k = 0; k < 16; ++k) sum += x[h][k] * y[k];
@@ -203,15 +218,16 @@ void multiply_now(float* d, uint64_t a, uint64_t b, bool add) {
   }
 }
 
-template <class T>
+template <class T, bool A_BY_COLUMNS>
 void wgmma(float (&d)[96], uint64_t a, uint64_t b, bool add) {
-  on_cpu::self().issued.push_back([=, out = &d[0]] { multiply_now<T>(out, a, b, add); });
+  on_cpu::self().issued.push_back(
+      [=, out = &d[0]] { multiply_now<T, A_BY_COLUMNS>(out, emulated::Operand(a), emulated::Operand(b), add); });
 }
 
 #endif
 
-// An operand for `wgmma`: rows of 128 bytes from `address` on, swizzled, k along the row. Sixteen columns further on is
-// +2, whatever the row.
+// An operand for `wgmma`: rows of 128 bytes from `address` on, swizzled. Where k runs along a row, sixteen of it
+// further on is +2, whatever the row; where rows are k, as A's may be, it is +128.
 DEVICE uint64_t operand(uint32_t address) {
   return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }

@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   SHARED(shared);
   StatisticsWalk walk(weight, p.tokens.N, p.head.V);
   StatisticsEpilogue<SOFTCAP, KEEP> epilogue{p};
-  run<T>(shared, hidden, p.head.d, walk, epilogue);
+  run<T>(shared, RowsAsA{hidden}, p.head.d, walk, epilogue);
 }
 
 }  // namespace

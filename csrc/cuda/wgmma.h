@@ -1,4 +1,5 @@
-// d [64, 192] (+)= a [64, 16] b [192, 16]^T for one warpgroup. PTX names every register of d one by one.
+// d [64, 192] (+)= a [64, 16] b [192, 16]^T for one warpgroup, a as it is or, A_BY_COLUMNS, stored as [16, 64]. PTX
+// names every register of d one by one.
 #pragma once
 
 #include "platform.h"
@@ -8,7 +9,7 @@ namespace g2rl::cuda::sm90 {
 #ifdef __CUDACC__
 
 // clang-format off
-#define G2RL_WGMMA(TYPE)                                                                                              \
+#define G2RL_WGMMA(TYPE, BY_COLUMNS)                                                                                       \
   asm volatile("{ .reg .pred add; setp.ne.b32 add, %98, 0;\n"                                                         \
     "wgmma.mma_async.sync.aligned.m64n192k16.f32." TYPE "." TYPE " {"                                                 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "                 \
@@ -16,7 +17,7 @@ namespace g2rl::cuda::sm90 {
     "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "                 \
     "%59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "                 \
     "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "                     \
-    "%96, %97, add, 1, 1, 0, 0; }"                                                                                    \
+    "%96, %97, add, 1, 1, " BY_COLUMNS ", 0; }"                                                                       \
     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),                 \
       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),     \
       "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),                \
@@ -34,15 +35,17 @@ namespace g2rl::cuda::sm90 {
     : "l"(a), "l"(b), "r"(int(add)))
 // clang-format on
 
-template <class T>
-DEVICE void wgmma(float (&d)[96], uint64_t a, uint64_t b, bool add);
-template <>
-DEVICE void wgmma<bf16>(float (&d)[96], uint64_t a, uint64_t b, bool add) {
-  G2RL_WGMMA("bf16");
-}
-template <>
-DEVICE void wgmma<fp16>(float (&d)[96], uint64_t a, uint64_t b, bool add) {
-  G2RL_WGMMA("f16");
+template <class T, bool A_BY_COLUMNS>
+DEVICE void wgmma(float (&d)[96], uint64_t a, uint64_t b, bool add) {
+  if constexpr (std::is_same_v<T, bf16> && A_BY_COLUMNS) {
+    G2RL_WGMMA("bf16", "1");
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    G2RL_WGMMA("bf16", "0");
+  } else if constexpr (A_BY_COLUMNS) {
+    G2RL_WGMMA("f16", "1");
+  } else {
+    G2RL_WGMMA("f16", "0");
+  }
 }
 #undef G2RL_WGMMA
 

@@ -37,7 +37,11 @@ class Mutation:
 
 
 PROGRAMS = {
-    "small": Program("test_cuda_small.cpp", ("tokens.cu", "projection.cu")),
+    "small": Program("test_cuda_small.cpp", ("tokens.cu",)),
+    "projection": Program(
+        "test_cuda_projection.cpp",
+        ("projection.cu", "projection_sm80.cu", "projection_sm90.cu", "tensor_maps_sm90.cu"),
+    ),
     "groups": Program("test_cuda_groups.cpp", ("groups.cu",)),
     "sm80": Program(
         "test_cuda_sm80.cpp", ("tokens.cu", "statistics_sm80.cu", "residuals_sm80.cu", "grad_logits_sm80.cu")
@@ -78,25 +82,53 @@ MUTATIONS = (
         "if (t < length) R[",
     ),
     Mutation(
-        "projection: the second fp16 term is taken for as large as the first",
-        "small",
-        "projection.cu",
-        "chains[Split::kChains - 1][i] / Split::kDigits",
-        "chains[Split::kChains - 1][i]",
+        "sm80 projection: the second fp16 term is taken for as large as the first",
+        "projection",
+        "projection_sm80.cu",
+        "chains[kChains<T> - 1][i] / Split<T>::kDigits",
+        "chains[kChains<T> - 1][i]",
     ),
     Mutation(
-        "projection: a stage is read before its copies are waited for",
-        "small",
-        "projection.cu",
+        "sm80 projection: a stage is read before its copies are waited for",
+        "projection",
+        "projection_sm80.cu",
         "copy_wait<kStages - 2>();",
         "copy_wait<kStages - 1>();",
     ),
     Mutation(
-        "projection: terms are overwritten while they are read",
-        "small",
-        "projection.cu",
+        "sm80 projection: terms are overwritten while they are read",
+        "projection",
+        "projection_sm80.cu",
         "__syncthreads();  // nobody reads the last step's terms and stage",
         "",
+    ),
+    Mutation(
+        "sm90 projection: the second fp16 term is taken for as large as the first",
+        "projection",
+        "projection_sm90.cu",
+        "sum / Split<T>::kDigits + z[",
+        "sum + z[",
+    ),
+    Mutation(
+        "sm90 projection: both warpgroups have the first features",
+        "projection",
+        "projection_sm90.cu",
+        "tile.row + i * kColumns",
+        "tile.row",
+    ),
+    Mutation(
+        "sm90 projection: all parts have the terms of the first",
+        "projection",
+        "projection_sm90.cu",
+        "part * kWordsOfPart + k, column",
+        "k, column",
+    ),
+    Mutation(
+        "sm90 projection: sixteen words are as far as sixteen columns",
+        "projection",
+        "pipeline_sm90.h",
+        "A_BY_COLUMNS ? 128 : 2",
+        "2",
     ),
     Mutation(
         "groups: a response is its own peer",

@@ -163,53 +163,10 @@ void tokens_tests() {
   test_nan_of_tokens();
 }
 
-// ---- features from residuals ----
-
-// R in fp32 by float64, then features of it. One response has a hundredth of the others' residuals, one none.
-void test_projection(const Case& c, const std::string& what) {
-  Problem p(c);
-  Floats R(p.R.begin(), p.R.end()), inverse(p.B, 0.f);
-  for (int b = 0; b < p.B; ++b) {
-    for (int n = p.cu[b]; n < p.cu[b + 1]; ++n) inverse[b] += p.a[n];
-    inverse[b] = inverse[b] > 0 ? 1 / inverse[b] : 0;
-    for (int v = 0; v < c.V && b % 5 == 1; ++v) R[size_t(b) * c.V + v] *= 0.01f;
-  }
-  std::vector<double> expected(size_t(p.B) * c.d, 0);
-  for (int b = 0; b < p.B; ++b) {
-    for (int v = 0; v < c.V; ++v) {
-      const double r = c.logit_scale * inverse[b] * double(R[size_t(b) * c.V + v]);
-      for (int k = 0; k < c.d; ++k) expected[size_t(b) * c.d + k] += r * p.weight[v * p.stride + k];
-    }
-  }
-  Floats partials(size_t(projection_splits(c.V)) * p.B * c.d, NAN), features(size_t(p.B) * c.d, NAN), again = features;
-  for (Floats* to : {&features, &again}) {
-    project(p.head(), R.data(), inverse.data(), p.B, float(c.logit_scale), partials.data(), to->data(), nullptr);
-  }
-  check_rows(p, features, expected, c.d, what);
-  expect(features == again, what + ": other bits the second time", 1, 0);
-  // The last response alone.
-  Floats alone(c.d, NAN);
-  project(p.head(), &R[size_t(p.B - 1) * c.V], &inverse[p.B - 1], 1, float(c.logit_scale), partials.data(),
-          alone.data(), nullptr);
-  expect(std::equal(alone.begin(), alone.end(), features.end() - c.d), what + ": other bits alone", 1, 0);
-}
-
-void projection_tests() {
-  const std::vector<int> some{5, 0, 1, 7};
-  std::vector<int> many(70, 1);  // more than a tile has rows
-  for (const Dtype dtype : {Dtype::bf16, Dtype::fp16, Dtype::fp32}) {
-    const std::string what = "projection, dtype " + std::to_string(int(dtype));
-    test_projection({.lengths = some, .d = 64, .V = 1600, .dtype = dtype, .logit_scale = 1.3}, what);
-    test_projection({.lengths = some, .d = 63, .V = 1105, .dtype = dtype, .padding = 1}, what + ", odd");
-    test_projection({.lengths = many, .d = 136, .V = 130, .dtype = dtype, .spread = 3}, what + ", many");
-  }
-}
-
 }  // namespace
 
 int main() {
   tokens_tests();
-  projection_tests();
   if (failures) std::fprintf(stderr, "%d failures\n", failures);
   return failures != 0;
 }

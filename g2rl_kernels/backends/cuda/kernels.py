@@ -179,14 +179,15 @@ class CudaKernels:
         )
 
     def project(self, R: Tensor, inverse: Tensor, head: Head, features: Tensor) -> None:
-        partials = _floats(R, self.module.projection_splits(head.V), *features.shape)
-        self.module.project(
-            _head(self.module, head),
+        c_head = _head(self.module, head)
+        memory = torch.empty(self.generation.projection_bytes(c_head, R.shape[0]), dtype=torch.uint8, device=R.device)
+        self.generation.project(
+            c_head,
             R.data_ptr(),
             inverse.data_ptr(),
             R.shape[0],
             head.logit_scale,
-            partials.data_ptr(),
+            memory.data_ptr(),
             features.data_ptr(),
             library.stream_of(R),
         )
