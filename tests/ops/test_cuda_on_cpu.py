@@ -128,6 +128,14 @@ def test_workspace_cuts_tokens_and_responses(shape: Shape, options: str, backend
 
 
 @pytest.mark.slow
+def test_responses_are_projected_some_at_a_time(backend, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    s = sample(ALIGNED, torch.bfloat16, kind="random", options=OPTIONS["plain"])
+    at_once = features(s).features
+    monkeypatch.setattr(kernels, "_PROJECTED", 3)
+    assert torch.equal(features(s).features, at_once)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS[:3])
 @pytest.mark.parametrize("d", [64, 63])
 def test_bits_of_a_response_are_its_own(d: int, plan: str, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001

@@ -18,6 +18,8 @@ from g2rl_kernels.records import Head
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _PLANES = 4
 _FP32 = 4
+# Responses at a time, so that the projection takes some hundred MB. Products of so many cost more than reading W again.
+_PROJECTED = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,18 +181,20 @@ class CudaKernels:
         )
 
     def project(self, R: Tensor, inverse: Tensor, head: Head, features: Tensor) -> None:
-        c_head = _head(self.module, head)
-        memory = torch.empty(self.generation.projection_bytes(c_head, R.shape[0]), dtype=torch.uint8, device=R.device)
-        self.generation.project(
-            c_head,
-            R.data_ptr(),
-            inverse.data_ptr(),
-            R.shape[0],
-            head.logit_scale,
-            memory.data_ptr(),
-            features.data_ptr(),
-            library.stream_of(R),
-        )
+        c_head, most = _head(self.module, head), min(R.shape[0], _PROJECTED)
+        memory = torch.empty(self.generation.projection_bytes(c_head, most), dtype=torch.uint8, device=R.device)
+        for first in range(0, R.shape[0], _PROJECTED):
+            rows = slice(first, first + _PROJECTED)
+            self.generation.project(
+                c_head,
+                R[rows].data_ptr(),
+                inverse[rows].data_ptr(),
+                R[rows].shape[0],
+                head.logit_scale,
+                memory.data_ptr(),
+                features[rows].data_ptr(),
+                library.stream_of(R),
+            )
 
     def grad_logits(
         self,
