@@ -40,8 +40,8 @@ WAYS = {
     "packed": {"prefix_sharing": "never", "packing": "always"},
     "shared": {"prefix_sharing": "always"},
 }
-HEAD_PRODUCTS = 6
-"""With the head's weight: logits twice, forwards; twice again, and both gradients, backwards."""
+HEAD_PRODUCTS = 5
+"""With the head's weight: logits twice, forwards; once again, and both gradients, backwards."""
 _LIMIT_S = 600.0
 
 

@@ -3,8 +3,9 @@
 // and dz/du brings scale / temperature and the slope of the cap. One tile g of these meets W (for dhidden) or hidden
 // (for dweight) while in cache.
 //
-// dweight runs over tiles of vocabulary, dhidden over blocks of tokens, each recomputing the logits: every output row
-// then has one owner and one order of summation, and no partial sums the size of an output are kept.
+// The vocabulary goes by in strips. Each tile of a strip meets all tokens: that gives its rows of dweight, and leaves g
+// in memory. Then each block of tokens meets the strip: g W is added to its rows of dhidden. So three products are
+// enough, every output row has one owner, and its sum one order, whatever the strips.
 #include <ATen/ops/empty.h>
 
 #include <cmath>
@@ -68,110 +69,160 @@ void for_gradients(const HeadProblem& p, const RowPanels& rows, const TokenGradi
   }
 }
 
-constexpr int64_t kTokens =
-    512;  // summed per product of dweight: the fp32 tile of dweight is read and written once for that many
+// Summed per product of dweight: the fp32 tile of dweight is read and written once for that many.
+constexpr int64_t kTokens = 512;
 
-void weight_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGradients& grads,
-                     const at::Tensor* dweight, float* dbias) {
-  const int64_t cols = p.padded_d(), stride = row_stride(cols), width = p.cut.width, element = p.format.element_size();
-  // hidden as a right operand, one panel of kTokens rows after the other
-  std::vector<ColumnPanels> hidden;
-  if (dweight) {
-    for (int64_t t = 0; t < p.N; t += kTokens) hidden.emplace_back(p.format, p.depth, kTokens);
-    for_tasks(
-        static_cast<int64_t>(hidden.size()), [] { return 0; },
-        [&](int, int64_t i) { hidden[i].pack(p.hidden, i * kTokens, /*transposed=*/false, true); });
+// What is asked for; null: nobody needs it.
+struct Outputs {
+  char *dhidden, *dweight;  // [N, d] and [V, d]
+  float* dbias;             // [V]
+};
+
+class Backward {
+ public:
+  Backward(const HeadProblem& p, const TokenGradients& grads, const Outputs& out, int64_t workspace_bytes)
+      : p_(p),
+        grads_(grads),
+        out_(out),
+        rows_(p.hidden, p.format, p.depth, 0, p.N),
+        cols_(p.padded_d()),
+        stride_(row_stride(cols_)),
+        width_(p.cut.width) {
+    if (out.dweight) pack_hidden();
+    if (!out.dhidden) return;
+    const int64_t tokens = rows_.blocks() * kRows, unit = sizeof(uint32_t) * p.format.parts / p.format.per_unit();
+    const int64_t tile_bytes = (tokens + stride_) * width_ * unit, most = p.allowed_bytes(workspace_bytes) / tile_bytes;
+    const int64_t tiles = std::min(std::max<int64_t>(most, 2 * at::get_num_threads()), p.cut.tiles);
+    for (int64_t i = 0; i < tiles; ++i) {
+      gradients_.emplace_back(p.format, tokens, width_);
+      weights_.emplace_back(p.format, p.depth, width_);
+    }
+    dhidden_ = Buffer(tokens * stride_ * sizeof(float));
   }
-  struct State {
-    LogitTile logits;
-    LeftParts left;
-    Buffer turned, sum;
-  };
-  for_tasks(
-      p.cut.tiles,
-      [&] {
-        return State{LogitTile(p), LeftParts(p.format, width, kTokens), Buffer(width * kRows * sizeof(float)),
-                     Buffer(width * stride * sizeof(float))};
-      },
-      [&](State& s, int64_t tile) {
-        s.logits.load(tile, /*straight=*/false);
-        std::memset(s.sum.floats(), 0, width * stride * sizeof(float));
-        std::vector<float> bias_sum(width, 0.0f);
-        for (int64_t t = 0; t < p.N; t += kTokens) {
-          for_gradients(p, rows, grads, s.logits, t / kRows, std::min((t + kTokens) / kRows, rows.blocks()),
-                        [&](const Tile& g, int64_t block) {
-                          if (dbias) rowwise().column_sums(g, bias_sum.data());
-                          if (!dweight) return;
-                          std::memset(g.acc + g.rows * g.ld, 0, (kRows - g.rows) * g.ld * sizeof(float));
-                          for (int64_t r = 0; r < kRows; r += 16) {
-                            const uint32_t* src[16];
-                            for (int i = 0; i < 16; ++i)
-                              src[i] = reinterpret_cast<const uint32_t*>(g.acc + (r + i) * g.ld);
-                            rowwise().transpose16(src, g.width, s.turned.units() + r, kRows);
-                          }
-                          for (int64_t v = 0; v < g.width; ++v)
-                            s.left.fill(s.turned.floats() + v * kRows, v, block * kRows - t, kRows);
-                        });
-          if (!dweight) continue;
-          const int64_t tokens = std::min(kTokens, (p.N - t + kRows - 1) / kRows * kRows);
-          multiply_straight(p.format, s.left, s.logits.width(), hidden[t / kTokens].straight(),
-                            kTokens / p.format.per_unit(), tokens / p.format.per_unit(), cols, s.sum.floats());
-        }
-        const int64_t first = s.logits.first();
-        for (int64_t v = 0; v < s.logits.cols(); ++v) {
-          if (dbias) dbias[first + v] = bias_sum[v];
-          if (!dweight) continue;
-          char* out = static_cast<char*>(dweight->mutable_data_ptr()) + (first + v) * p.d * element;
-          rowwise().narrow(s.sum.floats() + v * stride, p.format.dtype, p.d, out);
-        }
-      });
-}
 
-void hidden_gradient(const HeadProblem& p, const RowPanels& rows, const TokenGradients& grads,
-                     const at::Tensor& dhidden) {
-  const int64_t cols = p.padded_d(), stride = row_stride(cols), width = p.cut.width, element = p.format.element_size();
-  // Tokens per task: many share a packed panel of weights, few keep every thread busy. Rows never mix, so the choice
-  // cannot change a result.
-  const int64_t threads = at::get_num_threads(), most = kTokens / kRows;
-  const int64_t blocks = std::clamp<int64_t>((rows.blocks() + threads - 1) / threads, 1, most);
+  void run() {
+    const int64_t tiles = out_.dhidden ? static_cast<int64_t>(gradients_.size()) : p_.cut.tiles;
+    for (int64_t first = 0; first < p_.cut.tiles; first += tiles) {
+      const int64_t count = std::min(tiles, p_.cut.tiles - first);
+      for_tasks(count, [&] { return State(p_); }, [&](State& s, int64_t i) { pass_tile(s, first + i, i); });
+      if (out_.dhidden) pass_tokens(first, count);
+    }
+  }
+
+ private:
+  // A thread's.
   struct State {
+    explicit State(const HeadProblem& p)
+        : logits(p),
+          left(p.format, p.cut.width, kTokens),
+          turned(p.cut.width * kRows * sizeof(float)),
+          dweight(p.cut.width * row_stride(p.padded_d()) * sizeof(float)),
+          dbias(p.cut.width) {}
     LogitTile logits;
     LeftParts left;
-    Buffer sum;
+    Buffer turned, dweight;
+    std::vector<float> dbias;
   };
-  for_tasks(
-      (rows.blocks() + blocks - 1) / blocks,
-      [&] {
-        return State{LogitTile(p), LeftParts(p.format, kRows, width), Buffer(blocks * kRows * stride * sizeof(float))};
-      },
-      [&](State& s, int64_t task) {
-        const int64_t first = task * blocks, end = std::min(first + blocks, rows.blocks());
-        std::memset(s.sum.floats(), 0, blocks * kRows * stride * sizeof(float));
-        for (int64_t tile = 0; tile < p.cut.tiles; ++tile) {
-          s.logits.load(tile, /*straight=*/true);
-          for_gradients(p, rows, grads, s.logits, first, end, [&](const Tile& g, int64_t block) {
-            for (int r = 0; r < kRows; ++r) {
-              float* row = g.acc + r * g.ld;
-              const int64_t keep = r < g.rows ? g.cols : 0;
-              std::memset(row + keep, 0, (width - keep) * sizeof(float));
-              s.left.fill(row, r, 0, width);
-            }
-            multiply_straight(p.format, s.left, kRows, s.logits.panel().straight(), width / p.format.per_unit(),
-                              width / p.format.per_unit(), cols, s.sum.floats() + (block - first) * kRows * stride);
-          });
-        }
-        for (int64_t t = first * kRows; t < std::min(end * kRows, p.N); ++t) {
-          char* out = static_cast<char*>(dhidden.mutable_data_ptr()) + t * p.d * element;
-          rowwise().narrow(s.sum.floats() + (t - first * kRows) * stride, p.format.dtype, p.d, out);
-        }
-      });
-}
+
+  // Hidden as a right operand, one panel of kTokens rows after the other.
+  void pack_hidden() {
+    for (int64_t t = 0; t < p_.N; t += kTokens) hidden_.emplace_back(p_.format, p_.depth, kTokens);
+    for_tasks(
+        static_cast<int64_t>(hidden_.size()), [] { return 0; },
+        [&](int, int64_t i) { hidden_[i].pack(p_.hidden, i * kTokens, /*transposed=*/false, /*straight=*/true); });
+  }
+
+  // One tile of the vocabulary, the strip's i-th.
+  void pass_tile(State& s, int64_t tile, int64_t i) {
+    s.logits.load(tile, /*straight=*/false);
+    if (out_.dhidden) weights_[i].pack(p_.weight, s.logits.first(), /*transposed=*/false, /*straight=*/true);
+    if (out_.dweight) std::memset(s.dweight.floats(), 0, width_ * stride_ * sizeof(float));
+    std::fill(s.dbias.begin(), s.dbias.end(), 0.0f);
+    for (int64_t t = 0; t < p_.N; t += kTokens) {
+      for_gradients(p_, rows_, grads_, s.logits, t / kRows, std::min((t + kTokens) / kRows, rows_.blocks()),
+                    [&](const Tile& g, int64_t block) {
+                      clear_outside(g);
+                      if (out_.dbias) rowwise().column_sums(g, s.dbias.data());
+                      if (out_.dhidden) keep(g, gradients_[i], block * kRows);
+                      if (out_.dweight) turn(s, g, block * kRows - t);
+                    });
+      if (out_.dweight) {
+        const int64_t tokens = std::min(kTokens, (p_.N - t + kRows - 1) / kRows * kRows);
+        multiply_straight(p_.format, s.left, {0, s.logits.width()}, hidden_[t / kTokens].straight(),
+                          kTokens / p_.format.per_unit(), tokens / p_.format.per_unit(), cols_, s.dweight.floats());
+      }
+    }
+    const int64_t first = s.logits.first(), count = s.logits.cols();
+    if (out_.dbias) std::copy_n(s.dbias.data(), count, out_.dbias + first);
+    if (out_.dweight) narrow_rows(s.dweight.floats(), count, out_.dweight, first);
+  }
+
+  // Gradients beyond the tile's tokens and words, which the products below sum over: 0.
+  void clear_outside(const Tile& g) const {
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t inside = r < g.rows ? g.cols : 0;
+      std::memset(g.acc + r * g.ld + inside, 0, (width_ - inside) * sizeof(float));
+    }
+  }
+
+  void keep(const Tile& g, const LeftParts& to, int64_t token) const {
+    for (int r = 0; r < kRows; ++r) to.fill(g.acc + r * g.ld, token + r, 0, width_);
+  }
+
+  // A row for each word, from `token` on.
+  void turn(State& s, const Tile& g, int64_t token) const {
+    for (int64_t r = 0; r < kRows; r += 16) {
+      const uint32_t* from[16];
+      for (int i = 0; i < 16; ++i) from[i] = reinterpret_cast<const uint32_t*>(g.acc + (r + i) * g.ld);
+      rowwise().transpose16(from, g.width, s.turned.units() + r, kRows);
+    }
+    for (int64_t v = 0; v < g.width; ++v) s.left.fill(s.turned.floats() + v * kRows, v, token, kRows);
+  }
+
+  // All tokens, with the strip of `count` tiles from `first` on. Tokens of a task share the strip's rows of W.
+  void pass_tokens(int64_t first, int64_t count) {
+    const int64_t threads = at::get_num_threads(), most = kTokens / kRows, units = width_ / p_.format.per_unit();
+    const int64_t blocks = std::clamp<int64_t>((rows_.blocks() + threads - 1) / threads, 1, most);
+    for_tasks((rows_.blocks() + blocks - 1) / blocks, [] { return 0; },
+              [&](int, int64_t task) {
+                const int64_t begin = task * blocks, end = std::min(begin + blocks, rows_.blocks());
+                const auto sums = [&](int64_t block) { return dhidden_.floats() + block * kRows * stride_; };
+                if (first == 0) std::memset(sums(begin), 0, (end - begin) * kRows * stride_ * sizeof(float));
+                for (int64_t i = 0; i < count; ++i) {
+                  for (int64_t block = begin; block < end; ++block)
+                    multiply_straight(p_.format, gradients_[i], {block * kRows, kRows}, weights_[i].straight(), units,
+                                      units, cols_, sums(block));
+                }
+                const int64_t token = begin * kRows;
+                if (first + count == p_.cut.tiles)
+                  narrow_rows(sums(begin), std::min(end * kRows, p_.N) - token, out_.dhidden, token);
+              });
+  }
+
+  // Rows of fp32 sums to rows from `first` on of an output.
+  void narrow_rows(const float* sums, int64_t count, char* out, int64_t first) const {
+    const int64_t bytes = p_.d * p_.format.element_size();
+    for (int64_t r = 0; r < count; ++r)
+      rowwise().narrow(sums + r * stride_, p_.format.dtype, p_.d, out + (first + r) * bytes);
+  }
+
+  const HeadProblem& p_;
+  const TokenGradients& grads_;
+  const Outputs out_;
+  const RowPanels rows_;
+  const int64_t cols_, stride_, width_;
+  std::vector<ColumnPanels> hidden_;
+  // Of a strip's tiles: g [tokens, width], and rows of W.
+  std::vector<LeftParts> gradients_;
+  std::vector<ColumnPanels> weights_;
+  Buffer dhidden_;  // [tokens, stride]
+};
 
 }  // namespace
 
 std::array<at::Tensor, 3> logprobs_backward(const at::Tensor& grad_logps, const at::Tensor& grad_entropy,
                                             const at::Tensor& hidden, const Head& head, const at::Tensor& targets,
-                                            const TokenStats& stats, int64_t, Needs needs) {
+                                            const TokenStats& stats, int64_t workspace_bytes, Needs needs) {
   const HeadProblem p(hidden, head, targets);
   std::array<at::Tensor, 3> out;
   if (needs.hidden) out[0] = at::empty({p.N, p.d}, hidden.options());
@@ -182,12 +233,11 @@ std::array<at::Tensor, 3> logprobs_backward(const at::Tensor& grad_logps, const 
     if (needs.weight) out[1].zero_();
     if (dbias.defined()) dbias.zero_();
   } else {
-    const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
+    const auto bytes = [](const at::Tensor& x) {
+      return x.defined() ? static_cast<char*>(x.mutable_data_ptr()) : nullptr;
+    };
     const TokenGradients grads(p, grad_logps, grad_entropy, stats);
-    if (needs.hidden) hidden_gradient(p, rows, grads, out[0]);
-    if (needs.weight || dbias.defined())
-      weight_gradient(p, rows, grads, needs.weight ? &out[1] : nullptr,
-                      dbias.defined() ? dbias.mutable_data_ptr<float>() : nullptr);
+    Backward(p, grads, {bytes(out[0]), bytes(out[1]), reinterpret_cast<float*>(bytes(dbias))}, workspace_bytes).run();
   }
   if (dbias.defined()) out[2] = dbias.to(head.bias->scalar_type());
   return out;

@@ -32,7 +32,7 @@ void ResidualProduct::add(const HeadProblem& p, const float* sums, const ColumnP
       for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += row[i + lane];
     for (float lane : lanes) totals[b] += lane;
   }
-  multiply_straight(p.format, left_, rows_, panel.straight(), width_ / p.format.per_unit(),
+  multiply_straight(p.format, left_, {0, rows_}, panel.straight(), width_ / p.format.per_unit(),
                     width_ / p.format.per_unit(), p.padded_d(), out);
 }
 

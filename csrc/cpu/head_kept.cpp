@@ -15,8 +15,7 @@
 namespace g2rl {
 namespace {
 
-constexpr double kShareOfLogits = 0.044;  // of N V fp32 numbers: what this plan allocates if the caller sets no limit
-constexpr int64_t kGroupShare = 4;        // of that, one part in so many for R
+constexpr int64_t kGroupShare = 4;  // of that, one part in so many for R
 
 // Two products stream W twice. Tokens for which each further streaming of it must spare a second product: what
 // streaming and packing an entry of W costs over what a product of it with a token does, less keeping that. On AMX
@@ -32,10 +31,6 @@ int64_t group_size(const HeadProblem& p, int64_t limit) {
   return std::clamp<int64_t>(rows, 16, kResponses);
 }
 
-int64_t allowed_bytes(const HeadProblem& p, int64_t workspace_bytes) {
-  return workspace_bytes > 0 ? workspace_bytes : static_cast<int64_t>(kShareOfLogits * p.N * p.V * sizeof(float));
-}
-
 // `tokens` in equal blocks of at most `most`, whole AMX tiles each.
 int64_t even_block(int64_t tokens, int64_t most) {
   const int64_t blocks = (tokens + most - 1) / most;
@@ -46,7 +41,7 @@ int64_t even_block(int64_t tokens, int64_t most) {
 
 KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t workspace_bytes) {
   if (p.cap > 0) return {};  // the cap's slopes would have to be kept too
-  const int64_t limit = allowed_bytes(p, workspace_bytes), group = group_size(p, limit);
+  const int64_t limit = p.allowed_bytes(workspace_bytes), group = group_size(p, limit);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), p.cut.slabs), unit = sizeof(float);
   const int64_t row_units = p.depth.units * p.format.parts;
   const int64_t fixed = threads * (p.cut.width * row_units + 2 * kRows * row_stride(p.cut.width)) * unit +

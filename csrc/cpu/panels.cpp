@@ -170,20 +170,20 @@ TileProduct rows_product(const Format& format, const Depth& depth, const uint32_
           .ld = ld};
 }
 
-void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, const uint32_t* b, int64_t b_units,
+void multiply_straight(const Format& format, const LeftParts& a, RowRange rows, const uint32_t* b, int64_t b_units,
                        int64_t depth_units, int64_t cols, float* out) {
   const int64_t stride = row_stride(cols);
   // A block of columns of b stays in L2 while the rows of a pass by.
   const int64_t block = std::max<int64_t>(kColumnBlockUnits / depth_units / 64 * 64, 64);
   for (int64_t c = 0; c < cols; c += block) {
-    rowwise().multiply({.rows = static_cast<int>(rows),
+    rowwise().multiply({.rows = static_cast<int>(rows.count),
                         .cols = static_cast<int>(std::min(block, cols - c)),
                         .steps = depth_units / kLine,
                         .a_pairs = a.format.pairs,
                         .b_pairs = format.pairs,
                         .a_parts = a.format.parts,
                         .b_parts = format.parts,
-                        .a = a.data.units(),
+                        .a = a.data.units() + rows.first * a.stride,
                         .a_part = a.part_units,
                         .a_stride = a.stride,
                         .b = b + c,

@@ -123,9 +123,13 @@ struct LeftParts {
   void fill(const float* src, int64_t row, int64_t col, int64_t n) const;
 };
 
-// out[rows, cols], row_stride(cols) apart, += a [rows, depth] b [depth, cols], b a straight panel of b_units rows
+struct RowRange {
+  int64_t first, count;
+};
+
+// out[rows of a, cols], row_stride(cols) apart, += a [rows, depth] b [depth, cols], b a straight panel of b_units rows
 // of units, of which the first depth_units count.
-void multiply_straight(const Format& format, const LeftParts& a, int64_t rows, const uint32_t* b, int64_t b_units,
+void multiply_straight(const Format& format, const LeftParts& a, RowRange rows, const uint32_t* b, int64_t b_units,
                        int64_t depth_units, int64_t cols, float* out);
 
 // Runs body(task) for 0 <= task < tasks on ATen's threads, each thread taking the next one: nothing a task computes may

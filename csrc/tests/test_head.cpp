@@ -204,6 +204,26 @@ void check_callers(at::ScalarType dtype) {
   for (const Caller& caller : callers) expect(caller.same, "callers with other bits", 1, 0);
 }
 
+// However much the workspace holds of the gradients of logits, and whichever of the results are asked for.
+void check_strips(at::ScalarType dtype) {
+  constexpr int64_t N = 700, d = 130, V = 4001;
+  at::manual_seed(5);
+  const at::Tensor hidden = (at::randn({N, d}) * 0.5).to(dtype), weight = at::randn({V, d}).to(dtype),
+                   targets = at::randint(V, {N}, at::kLong), a = at::randn({N}), h = at::randn({N});
+  const g2rl::Head head{weight, at::randn({V}), 0.9, 1.1, 0.0};
+  const g2rl::TokenStats s = g2rl::token_logprobs(hidden, head, targets, 0);
+  const auto gradients = [&](int64_t workspace, g2rl::Needs needs) {
+    return g2rl::logprobs_backward(a, h, hidden, head, targets, s, workspace, needs);
+  };
+  constexpr int64_t kLeast = 1, kAll = 1 << 30;
+  const auto all = gradients(kAll, {true, true, true}), strips = gradients(kLeast, {true, true, true});
+  const auto of_hidden = gradients(0, {true, false, false}), of_head = gradients(0, {false, true, true});
+  for (int i = 0; i < 3; ++i) {
+    expect(at::equal(all[i], strips[i]), "strips change bits", i, 0);
+    expect(at::equal(all[i], i == 0 ? of_hidden[i] : of_head[i]), "what is needed changes bits", i, 0);
+  }
+}
+
 // Logits so far from 0 that their rounded maximum is less than one of them by more than the headroom of sums.
 void check_huge(at::ScalarType dtype) {
   const at::Tensor hidden = at::tensor({2.421875, -0.84}, at::kDouble).view({2, 1}).to(dtype),
@@ -226,6 +246,7 @@ int main() try {
     check({65, 33, 257, dtype, 1.2, 0.8, 5.0, true});    // one past the tiles, a cap that saturates
     check({5, 700, 129, dtype, 1.0, -1.0, 0.0, false});  // hidden in two chunks, negative scale
     check_plans(dtype, dtype == at::kBFloat16);
+    check_strips(dtype);
     check_callers(dtype);
     check_huge(dtype);
   }
