@@ -15,7 +15,7 @@ struct Responses {
   int64_t first, last;
   int64_t token_begin() const { return cu[first]; }
   int64_t token_end() const { return cu[last]; }
-  int64_t padded() const { return (last - first + 15) / 16 * 16; }  // rows of a product
+  int64_t padded() const { return product_rows(last - first); }
 };
 
 // Calls f(b, t0, t1) for the runs of one response's tokens inside t_begin..t_end, in order.

@@ -2,9 +2,9 @@
 // and keeping every exponential in 16 bits; then, with the tokens' lse known, add the kept numbers up into R. After the
 // last block R meets W, once for a group of responses.
 //
-// W is streamed once per block, so this pays when a block is large. A block is what fits in the workspace: by default 5
-// % of the logits, about N / 13 tokens. Column sums take a response's tokens in order whatever the blocks, and two
-// products round to the same 16 bits: the plan does not change a bit of a result.
+// W is streamed once per block, so this pays when a block is large. A block is what fits in the workspace beside R of a
+// group. Column sums take a response's tokens in order whatever the blocks, and two products round to the same 16 bits:
+// the plan does not change a bit of a result.
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -15,20 +15,12 @@
 namespace g2rl {
 namespace {
 
-constexpr int64_t kGroupShare = 4;  // of that, one part in so many for R
-
 // Two products stream W twice. Tokens for which each further streaming of it must spare a second product: what
 // streaming and packing an entry of W costs over what a product of it with a token does, less keeping that. On AMX
 // fewer for fp16 and fp32, which do more products per byte; elsewhere a product takes ten times as long.
 int64_t least_tokens_per_stream(const Format& format) {
   if (isa() < Isa::kAmx) return 20;
   return format.parts == 1 ? 150 : 110;
-}
-
-// Responses whose R fits: at least one product's worth of rows.
-int64_t group_size(const HeadProblem& p, int64_t limit) {
-  const int64_t rows = limit / kGroupShare / (p.cut.padded() * static_cast<int64_t>(sizeof(float))) / 16 * 16;
-  return std::clamp<int64_t>(rows, 16, kResponses);
 }
 
 // `tokens` in equal blocks of at most `most`, whole AMX tiles each.
@@ -41,22 +33,27 @@ int64_t even_block(int64_t tokens, int64_t most) {
 
 KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t workspace_bytes) {
   if (p.cap > 0) return {};  // the cap's slopes would have to be kept too
-  const int64_t limit = p.allowed_bytes(workspace_bytes), group = group_size(p, limit);
+  const int64_t limit = p.allowed_bytes(workspace_bytes);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), p.cut.slabs), unit = sizeof(float);
   const int64_t row_units = p.depth.units * p.format.parts;
-  const int64_t fixed = threads * (p.cut.width * row_units + 2 * kRows * row_stride(p.cut.width)) * unit +
-                        std::min(group, (B + 15) / 16 * 16) * p.cut.padded() * unit;
+  const int64_t fixed = threads * (p.cut.width * row_units + 2 * kRows * row_stride(p.cut.width)) * unit;
   const int64_t per_token = p.cut.padded() * 2 + p.cut.tiles * 2 * unit + row_units * unit + p.cut.slabs * 3 * unit +
                             threads * 2 * kLanes * unit;
-  const int64_t most = (limit - fixed) / per_token / kRowStep * kRowStep;
-  if (most <= 0) return {};
-  int64_t streams = 0;
-  for_groups(cu, B, nullptr, group, [&](const Responses& r) {
-    streams += (r.token_end() - r.token_begin() + most - 1) / most + 1;
-    return true;
-  });
-  if (p.N < (streams - 2) * least_tokens_per_stream(p.format)) return {};
-  return {most, group};
+  // What R of a group takes is missing for its tokens, and each group streams W once more for R W.
+  KeptPlan best{};
+  int64_t fewest = p.N / least_tokens_per_stream(p.format) + 3;
+  for (int64_t group = product_rows(1); group <= kResponses; group *= 2) {
+    const int64_t of_R = product_rows(std::min(group, B)) * p.cut.padded() * unit;
+    const int64_t most = (limit - fixed - of_R) / per_token / kRowStep * kRowStep;
+    if (most <= 0) break;
+    int64_t streams = 0;
+    for_groups(cu, B, nullptr, group, [&](const Responses& r) {
+      streams += (r.token_end() - r.token_begin() + most - 1) / most + 1;
+      return true;
+    });
+    if (streams < fewest) best = {most, group}, fewest = streams;
+  }
+  return best;
 }
 
 namespace {

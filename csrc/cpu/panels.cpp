@@ -1,5 +1,7 @@
 #include "panels.h"
 
+#include "isa.h"
+
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -36,6 +38,8 @@ void convert_row(const Format& format, const char* src, int64_t n, int64_t padde
 }
 
 }  // namespace
+
+int64_t product_rows(int64_t rows) { return isa() == Isa::kAmx ? round_up(rows, kRowStep) : rows; }
 
 Format choose_format(Dtype dtype) {
   const int parts = rowwise().bf16_parts[static_cast<int>(dtype)];

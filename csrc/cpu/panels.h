@@ -20,6 +20,9 @@ namespace g2rl {
 
 constexpr int64_t kRowStep = 16;  // rows of an AMX tile
 
+// Rows that a product of so many writes.
+int64_t product_rows(int64_t rows);
+
 struct Format {
   bool pairs;
   int parts;
