@@ -92,7 +92,8 @@ class Backward {
     if (!out.dhidden) return;
     const int64_t tokens = rows_.blocks() * kRows, unit = sizeof(uint32_t) * p.format.parts / p.format.per_unit();
     const int64_t tile_bytes = (tokens + stride_) * width_ * unit, most = p.allowed_bytes(workspace_bytes) / tile_bytes;
-    const int64_t tiles = std::min(std::max<int64_t>(most, 2 * at::get_num_threads()), p.cut.tiles);
+    // Fewer than there are threads would leave some without work.
+    const int64_t tiles = std::min(std::max<int64_t>(most, at::get_num_threads()), p.cut.tiles);
     for (int64_t i = 0; i < tiles; ++i) {
       gradients_.emplace_back(p.format, tokens, width_);
       weights_.emplace_back(p.format, p.depth, width_);
