@@ -3,8 +3,8 @@
 //
 // N tokens, d hidden, V vocabulary, B responses; u = logits / temperature, y = target, p = softmax(u), lse = log sum
 // exp u. workspace_bytes: what a pass may allocate to keep of its logits, 0 for 5 % of them in fp32; more of it saves
-// sequence_features time. Every result is the same whatever the number of threads, and a response's results do not depend on its
-// neighbours in the batch.
+// sequence_features time. Every result is the same whatever the number of threads, and a response's results do not
+// depend on its neighbours in the batch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
