@@ -1,11 +1,10 @@
 // Gradients of log p and entropy. With upstream gradients a of log p and h of the entropy H,
 //   d/du_v = a (1[v = y] - p_v) - h p_v (log p_v + H),      log p_v = u_v - lse,      1 - p_y = -expm1(log p_y),
-// and dz/du brings scale / temperature and the slope of the cap. One tile g of these meets W (for dhidden) or hidden
-// (for dweight) while in cache.
+// and dz/du brings scale / temperature and the slope of the cap. One tile of these is g.
 //
-// The vocabulary goes by in strips. Each tile of a strip meets all tokens: that gives its rows of dweight, and leaves g
-// in memory. Then each block of tokens meets the strip: g W is added to its rows of dhidden. So three products are
-// enough, every output row has one owner, and its sum one order, whatever the strips.
+// The vocabulary goes by in strips. Each tile of a strip meets all tokens: g meets hidden while in cache, for the
+// tile's rows of dweight, and is left in memory. Then each block of tokens meets the strip: g W is added to its rows of
+// dhidden. So three products are enough, every output row has one owner, and its sum one order, whatever the strips.
 #include <ATen/ops/empty.h>
 
 #include <cmath>

@@ -9,7 +9,7 @@ namespace g2rl::cuda::sm90 {
 #ifdef __CUDACC__
 
 // clang-format off
-#define G2RL_WGMMA(TYPE, BY_COLUMNS)                                                                                       \
+#define G2RL_WGMMA(TYPE, BY_COLUMNS)                                                                                  \
   asm volatile("{ .reg .pred add; setp.ne.b32 add, %98, 0;\n"                                                         \
     "wgmma.mma_async.sync.aligned.m64n192k16.f32." TYPE "." TYPE " {"                                                 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "                 \

@@ -1,6 +1,7 @@
 // A ragged batch with a head, in memory as the kernels of csrc/cuda take it, and what float64 makes of it.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <random>
 #include <string>
@@ -9,6 +10,11 @@
 #include "../cuda/head.h"
 
 namespace g2rl::cuda::testing {
+
+using Floats = std::vector<float>;
+
+// What is allowed of each token and each response; design bounds of the project.
+constexpr double kBound = 1e-5;
 
 inline int failures = 0;
 
@@ -187,6 +193,26 @@ inline double relative_error(const float* found, const double* expected, int cou
     norm += expected[i] * expected[i];
   }
   return norm == 0 ? std::sqrt(error) : std::sqrt(error / norm);
+}
+
+// Results [3, N]: log p, entropy, lse.
+inline void check_tokens(const Problem& p, const Floats& results, const std::string& what) {
+  for (int n = 0; n < p.N; ++n) {
+    const std::string at = what + ", token " + std::to_string(n);
+    const double log_p = std::fabs(results[n] - p.log_p[n]);
+    expect_below(log_p, std::min(kBound, 1e-4 * std::fabs(p.log_p[n]) + 1e-12), at + ": log p");
+    expect_below(std::fabs(results[p.N + n] - p.entropy[n]), kBound, at + ": entropy");
+    expect_below(std::fabs(results[2 * p.N + n] - p.lse[n]), kBound, at + ": lse");
+  }
+}
+
+// Rows [B, width], one a response.
+inline void check_rows(const Problem& p, const Floats& found, const std::vector<double>& expected, int width,
+                       const std::string& what) {
+  for (int b = 0; b < p.B; ++b) {
+    const size_t at = size_t(b) * width;
+    expect_below(relative_error(&found[at], &expected[at], width), kBound, what + " of response " + std::to_string(b));
+  }
 }
 
 // Terms with memory for them.

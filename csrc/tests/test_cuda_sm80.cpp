@@ -8,28 +8,6 @@ using namespace g2rl::cuda::testing;
 
 namespace {
 
-using Floats = std::vector<float>;
-
-// What is allowed of each token and each response; design bounds of the project.
-constexpr double kBound = 1e-5;
-
-void check_tokens(const Problem& p, const Floats& results, const std::string& what) {
-  for (int n = 0; n < p.N; ++n) {
-    const double log_p = std::fabs(results[n] - p.log_p[n]);
-    expect_below(log_p, std::min(kBound, 1e-4 * std::fabs(p.log_p[n]) + 1e-12), what + ": log p");
-    expect_below(std::fabs(results[p.N + n] - p.entropy[n]), kBound, what + ": entropy");
-    expect_below(std::fabs(results[2 * p.N + n] - p.lse[n]), kBound, what + ": lse");
-  }
-}
-
-void check_rows(const Problem& p, const Floats& found, const std::vector<double>& expected, int width,
-                const std::string& what) {
-  for (int b = 0; b < p.B; ++b) {
-    const size_t at = size_t(b) * width;
-    expect_below(relative_error(&found[at], &expected[at], width), kBound, what + " of response " + std::to_string(b));
-  }
-}
-
 // Results of one way from inputs to R.
 struct Found {
   explicit Found(const Problem& p)

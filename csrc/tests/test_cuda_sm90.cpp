@@ -6,9 +6,6 @@ using namespace g2rl::cuda::testing;
 
 namespace {
 
-using Floats = std::vector<float>;
-constexpr double kBound = 1e-5;
-
 // Memory for `Kept` of so many tokens, NaN where nobody writes.
 struct OwnKept {
   int64_t stride;
@@ -65,18 +62,11 @@ void check_kept(Problem& p, const OwnKept& kept, int n, const std::string& at) {
 }
 
 void check(Problem& p, const Forward& f, const std::string& what) {
-  for (int n = 0; n < p.N; ++n) {
-    const std::string at = what + ", token " + std::to_string(n);
-    expect_below(std::fabs(f.results[n] - p.log_p[n]), std::min(kBound, 1e-4 * std::fabs(p.log_p[n]) + 1e-12),
-                 at + ": log p");
-    expect_below(std::fabs(f.results[p.N + n] - p.entropy[n]), kBound, at + ": entropy");
-    expect_below(std::fabs(f.results[2 * p.N + n] - p.lse[n]), kBound, at + ": lse");
-    if (!f.kept.rows.empty()) check_kept(p, f.kept, n, at + ": kept");
+  check_tokens(p, f.results, what);
+  for (int n = 0; n < p.N && !f.kept.rows.empty(); ++n) {
+    check_kept(p, f.kept, n, what + ", token " + std::to_string(n) + ": kept");
   }
-  for (int b = 0; b < p.B; ++b) {
-    expect_below(relative_error(&f.R[size_t(b) * p.c.V], &p.R[size_t(b) * p.c.V], p.c.V), kBound,
-                 what + ", R of response " + std::to_string(b));
-  }
+  check_rows(p, f.R, p.R, p.c.V, what + ", R");
 }
 
 void test_gradients(Problem& p, const std::string& what) {
@@ -130,10 +120,7 @@ void test_kept(Problem& p, const Forward& expected, int chunk, const std::string
     add_kept(p.head(), kept, p.targets.data(), p.responses(), terms.from(first), first, last, R.data(), nullptr);
   }
   expect(results == expected.results, what + ": chunks change bits", 1, 0);
-  for (int b = 0; b < p.B; ++b) {
-    expect_below(relative_error(&R[size_t(b) * p.c.V], &p.R[size_t(b) * p.c.V], p.c.V), kBound,
-                 what + ", R of response " + std::to_string(b) + " from what was kept");
-  }
+  check_rows(p, R, p.R, p.c.V, what + ", R from what was kept,");
 }
 
 // With an lse given: statistics out of the same product, R without targets until the flags are known; and what is
