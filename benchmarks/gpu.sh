@@ -191,6 +191,20 @@ measure large 60 llama3-8b-8192 --op sequence_features --op token_logprobs --kin
 part step 60 "$PYTHON" -m benchmarks.e2e --json "$OUT/$CHIP-step.json" "${STEP[@]}"
 part tune 60 "$PYTHON" -m benchmarks.tune --json "$OUT/$CHIP-tune.json" "${TUNE[@]}"
 
+if [ "$(cat "$OUT/.done-$CHIP-tests" 2>/dev/null)" = "$STATE" ]; then
+  echo "=== all tests passed; where head.json is committed, this may be said in MEASURED of g2rl_kernels/self_check.py:"
+  "$PYTHON" - "$DEVICE" "benchmarks/results/$CHIP-head.json" <<'LINES'
+import sys
+import torch
+from g2rl_kernels import self_check
+device = torch.device(sys.argv[1])
+for backend in ("cuda", "triton"):
+    try:
+        print(f"    {(backend, self_check.chip(device), self_check.revision(backend))}: {sys.argv[2]!r},".replace("'", '"'))
+    except ImportError as error:
+        print(f"    # no {backend}: {error}")
+LINES
+fi
 echo "=== results in $OUT after $SECONDS s"
 [ ! -s "$left_out" ] || echo "=== left out:" $(<"$left_out")
 [ ! -s "$failed" ] || echo "=== failed:" $(<"$failed")

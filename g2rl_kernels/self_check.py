@@ -1,8 +1,8 @@
 """Whether a compiled GPU backend may serve here unasked: a check in a process of its own, once, and its result.
 
 Kernels that were right on one chip can be wrong on the next: another compiler, another memory model. So where no
-measured run stands for a device, the first use of a backend runs `g2rl_kernels.self_check_run` in a subprocess, for an
-illegal access would end this one's context:
+measured run of these very sources stands for a device, the first use of a backend runs `g2rl_kernels.self_check_run` in
+a subprocess, for an illegal access would end this one's context:
 
     passed                                   the backend serves, and the result is kept on disk
     wrong, crashed, or longer than a minute  the next backend serves; one warning says which check, and where to report
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -28,6 +29,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,12 +43,9 @@ from g2rl_kernels.version import __version__
 ENVIRONMENT_VARIABLE = "G2RL_KERNELS_CHECK"
 LIMIT_S = 60.0
 
-# Backend and chip, as PyTorch names it -> where the run is recorded in which all GPU tests passed there.
-_H100 = "NVIDIA H100 80GB HBM3"
-MEASURED: dict[tuple[str, str], str] = {
-    ("cuda", _H100): "benchmarks/results/nvidia-h100-80gb-hbm3-features.json",
-    ("triton", _H100): "benchmarks/results/nvidia-h100-80gb-hbm3-features.json",
-}
+# Backend, chip as PyTorch names it, and revision -> where the run is recorded in which all GPU tests passed there:
+# `benchmarks/gpu.sh` prints its line. It does not stand for what was changed since.
+MEASURED: dict[tuple[str, str, str], str] = {}
 
 _PACKAGE = Path(__file__).parent
 
@@ -132,7 +131,17 @@ def known(subject: Subject, device: torch.device) -> Verdict | None:
 
 def measured(subject: Subject, device: torch.device) -> str | None:
     """The record of the run that stands for this backend on such a device."""
-    return MEASURED.get((subject.backend, chip(device)))
+    return MEASURED.get((subject.backend, chip(device), revision(subject.backend)))
+
+
+@functools.cache
+def revision(backend: str) -> str:
+    """A number for the sources of a backend's kernels and plans, wherever they were compiled."""
+    folders = (_PACKAGE / "backends" / backend, _PACKAGE / "plans")
+    digest = _digest(path for folder in folders for path in folder.rglob("*.py"))
+    if backend == "cuda":
+        digest.update(importlib.import_module("g2rl_kernels._cuda").sources.encode())
+    return digest.hexdigest()[:12]
 
 
 def run(subject: Subject, device: torch.device) -> Verdict:
@@ -272,10 +281,14 @@ def _version(package: str) -> str:
 @functools.cache
 def _files_of_package() -> str:
     """A number for all that could change what a kernel does."""
+    return _digest([*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.so")]).hexdigest()[:12]
+
+
+def _digest(paths: Iterable[Path]) -> hashlib._Hash:
     digest = hashlib.sha256()
-    for path in sorted([*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.so")]):
+    for path in sorted(paths):
         digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    return digest
 
 
 def _key(subject: Subject, device: torch.device) -> str:

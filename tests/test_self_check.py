@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,7 +153,8 @@ def test_wrong_numbers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_variable_skips_or_forces(runs: list[Subject], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(self_check.ENVIRONMENT_VARIABLE, "skip")
     assert backend_of() == "defective" and runs == []
-    monkeypatch.setitem(self_check.MEASURED, ("defective", "cpu"), "benchmarks/results/x.json")
+    run_of = ("defective", "cpu", self_check.revision("defective"))
+    monkeypatch.setitem(self_check.MEASURED, run_of, "benchmarks/results/x.json")
     monkeypatch.delenv(self_check.ENVIRONMENT_VARIABLE)
     assert backend_of() == "defective" and runs == [], "a measured run stands"
     assert "head: benchmarks/results/x.json" in explain()
@@ -161,6 +163,35 @@ def test_variable_skips_or_forces(runs: list[Subject], monkeypatch: pytest.Monke
     monkeypatch.setenv(self_check.ENVIRONMENT_VARIABLE, "never")
     with pytest.raises(ValueError, match="G2RL_KERNELS_CHECK: expected skip, force or nothing, found 'never'"):
         backend_of()
+
+
+def test_a_measured_run_stands_for_what_it_ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not for kernels or plans that were changed since."""
+
+    def revision(backend: str) -> str:
+        self_check.revision.cache_clear()
+        return self_check.revision(backend)
+
+    monkeypatch.setattr(self_check, "_PACKAGE", tmp_path)
+    compiled = SimpleNamespace(sources="1")
+    monkeypatch.setitem(sys.modules, "g2rl_kernels._cuda", compiled)
+    files = [tmp_path / "backends/triton/merge.py", tmp_path / "plans/head.py"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text("1")
+    first = revision("triton"), revision("cuda")
+    monkeypatch.setitem(self_check.MEASURED, ("cuda", "cpu", first[1]), "benchmarks/results/x.json")
+    of_cuda = replace(SUBJECT, backend="cuda")
+    assert self_check.measured(of_cuda, CPU) == "benchmarks/results/x.json"
+    files[0].write_text("2")
+    assert revision("triton") != first[0] and revision("cuda") == first[1]
+    compiled.sources = "2"
+    assert revision("cuda") != first[1] and self_check.measured(of_cuda, CPU) is None
+    compiled.sources = "1"
+    assert revision("cuda") == first[1]
+    files[1].write_text("2")
+    assert revision("cuda") != first[1]
+    self_check.revision.cache_clear()
 
 
 def test_nothing_is_run_under_capture(runs: list[Subject], monkeypatch: pytest.MonkeyPatch) -> None:
