@@ -5,6 +5,7 @@ Each runs on the backend that the caller chose.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
@@ -18,6 +19,8 @@ from g2rl_kernels.distributed import local_targets
 from g2rl_kernels.records import Gradients, Head, Needs, Responses, TokenLogprobs
 from g2rl_kernels.testing import OPTIONS, ROUNDOFF, HeadSample, Options, Shape
 
+# What masks and paddings leave in place of one.
+WRONG_LSE = (0.0, -1e4, float("nan"), float("inf"), float("-inf"))
 PLANS = ("recomputed", "kept", "given", "perturbed")
 
 sample = functools.cache(testing.head_sample)
@@ -130,6 +133,17 @@ def _parts(s: HeadSample, words: tuple[int, ...]) -> list[tuple[Head, Tensor]]:
 def _run(op: str, *arguments: object) -> object:
     head = next(x for x in arguments if isinstance(x, Head))
     return resolve(op, head.weight.device, head.weight.dtype, head)(*arguments, 0)
+
+
+def check_lse_of_tokens_without_weight(shape: Shape, dtype: torch.dtype, wrong: float, device: str = "cpu") -> None:
+    """Masked tokens may come with any lse: features, and what is told of other tokens, are the right ones."""
+    s = sample(shape, dtype, device, kind="random", options=OPTIONS["together"])
+    masked = torch.arange(shape.N, device=device) % 3 == 0
+    s = dataclasses.replace(s, token_weights=torch.where(masked, 0.0, s.token_weights))
+    exact = testing.oracle(s)
+    result = features(s, lse=torch.where(masked, wrong, exact.lse.float()))
+    told = [torch.where(masked, right.to(x.dtype), x) for x, right in zip(result[1:], exact[1:], strict=True)]
+    testing.assert_bounds(SequenceFeatures(result.features, *told), exact, s.cu_seqlens)
 
 
 def check_logits_beyond_the_digits_of_fp32(dtype: torch.dtype, device: str = "cpu") -> None:

@@ -19,9 +19,11 @@ import pytest
 import torch
 from head_cases import (
     PLANS,
+    WRONG_LSE,
     check,
     check_gradients,
     check_logits_beyond_the_digits_of_fp32,
+    check_lse_of_tokens_without_weight,
     check_parts,
     check_second_response_first,
     features,
@@ -93,6 +95,12 @@ def test_plans(plan: str, shape: Shape, dtype: torch.dtype, backend, request: py
 @pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 def test_an_lse_of_another_head(shape: Shape, off: float, backend) -> None:  # noqa: ANN001
     check(shape, torch.float16, lse=oracle(shape, torch.float16, "cpu", "random", OPTIONS["plain"]).lse.float() + off)
+
+
+@pytest.mark.parametrize("wrong", WRONG_LSE)
+@pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
+def test_an_lse_of_nothing_at_tokens_without_weight(shape: Shape, wrong: float, backend) -> None:  # noqa: ANN001
+    check_lse_of_tokens_without_weight(shape, torch.float16, wrong)
 
 
 @pytest.mark.slow

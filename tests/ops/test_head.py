@@ -13,7 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backend_cases import over_backends
-from head_cases import check_logits_beyond_the_digits_of_fp32, oracle, sample, upstream
+from head_cases import (
+    WRONG_LSE,
+    check_logits_beyond_the_digits_of_fp32,
+    check_lse_of_tokens_without_weight,
+    oracle,
+    sample,
+    upstream,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -182,11 +189,20 @@ def test_an_lse_of_another_head(backend: str | None, device: str, dtype: torch.d
     check(backend, device, dtype, SMALL, "random", lse=given)
 
 
-@pytest.mark.parametrize("wrong", [100.0, -100.0, 1e10, 1e20, -1e20, 3e38, -3e38, float("nan"), float("inf")])
+@pytest.mark.parametrize("wrong", [100.0, -100.0, 1e10, 1e20, -1e20, 3e38, -3e38, *WRONG_LSE])
 @over_backends("sequence_features", but=("cuda", "triton"))
 def test_an_lse_of_something_else(backend: str | None, device: str, dtype: torch.dtype, wrong: float) -> None:
     """The same, however wrong it is, where no GPU's single pass believes it."""
     check(backend, device, dtype, SMALL, "random", lse=torch.full((SMALL.N,), wrong, device=device))
+
+
+@pytest.mark.parametrize("wrong", WRONG_LSE)
+@every_forward
+def test_an_lse_of_nothing_at_tokens_without_weight(
+    backend: str | None, device: str, dtype: torch.dtype, wrong: float
+) -> None:
+    with use_backend(backend):
+        check_lse_of_tokens_without_weight(SMALL, dtype, wrong, device)
 
 
 @every_forward

@@ -13,9 +13,11 @@ import pytest
 import torch
 from head_cases import (
     PLANS,
+    WRONG_LSE,
     check,
     check_gradients,
     check_logits_beyond_the_digits_of_fp32,
+    check_lse_of_tokens_without_weight,
     check_parts,
     check_second_response_first,
     features,
@@ -61,6 +63,11 @@ def triton_backend():  # noqa: ANN201
 def test_plans_and_logits(plan: str, kind: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     s = sample(RAGGED, dtype, kind=kind, options=OPTIONS["plain"])
     check(RAGGED, dtype, kind, lse=given(plan, s, request))
+
+
+@pytest.mark.parametrize("wrong", WRONG_LSE)
+def test_an_lse_of_nothing_at_tokens_without_weight(wrong: float) -> None:
+    check_lse_of_tokens_without_weight(RAGGED, torch.float32, wrong)
 
 
 def test_logits_beyond_the_digits_of_fp32() -> None:
