@@ -13,6 +13,7 @@ import argparse
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.candidates.lineup import nothing_kept
 from benchmarks.cases.registry import parse_shape
 from benchmarks.cases.workloads import head_workload
 from g2rl_kernels import sequence_features, token_logprobs, use_backend
@@ -53,9 +55,11 @@ def calls(sample: HeadSample) -> Iterator[tuple[str, Callable[[], object]]]:
     tokens = (sample.hidden, sample.head, sample.targets)
     responses = (sample.cu_seqlens, sample.token_weights)
     yield "token_logprobs", lambda: token_logprobs(*tokens)
-    yield "sequence_features", lambda: sequence_features(*tokens, *responses)
-    lse = token_logprobs(*tokens).lse
-    yield "sequence_features, lse given", lambda: sequence_features(*tokens, *responses, lse)
+    features = partial(sequence_features, *tokens, *responses)
+    yield "sequence_features", features
+    features_of_lse = partial(features, token_logprobs(*tokens).lse)
+    yield "sequence_features, lse given", features_of_lse
+    yield "sequence_features, lse given, nothing kept", nothing_kept()(features_of_lse)
     inputs = (sample.hidden.requires_grad_(), sample.head.weight.requires_grad_())
     logps, entropy, _ = token_logprobs(*tokens)
     loss = logps.sum() + entropy.sum()

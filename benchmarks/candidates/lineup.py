@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +18,7 @@ from benchmarks.cases.workloads import GroupSample
 from benchmarks.measuring.accuracy import Results
 from g2rl_kernels import Shaping, g2rl_advantages, sequence_features, token_logprobs, use_backend
 from g2rl_kernels.dispatch import BACKENDS, resolve
+from g2rl_kernels.plans import head as plans
 from g2rl_kernels.testing import HeadSample
 
 BASELINE = "eager"
@@ -94,6 +97,9 @@ def candidates(case: Case, with_peers: bool, backends: list[str] | None) -> list
         if backend == "native" and op == "sequence_features":
             prepare = partial(_our_features, backend, share_of_logits=ROOMY)
             found.append(Candidate(f"g2rl {backend}, {ROOMY:.0%} workspace", "ours", prepare, why_not))
+        if backend in ("cuda", "triton") and op == "sequence_features_lse":
+            prepare = partial(_our_features, backend, keep=False)
+            found.append(Candidate(f"g2rl {backend}, nothing kept", "ours", prepare, why_not))
     for peer in PEERS:
         if with_peers or peer.name == BASELINE:
             why_not = refusal(peer, op, case.sample)
@@ -116,7 +122,18 @@ def _backend_refusal(backend: str, case: Case) -> str | None:
     return None
 
 
-def _our_features(backend: str, case: Case, share_of_logits: float | None = None) -> Run:
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """The plans that GPU backends have in a workspace where nothing can be kept, whatever the workspace."""
+    before = plans.KEEP_FROM_ROWS
+    plans.KEEP_FROM_ROWS = sys.maxsize
+    try:
+        yield
+    finally:
+        plans.KEEP_FROM_ROWS = before
+
+
+def _our_features(backend: str, case: Case, share_of_logits: float | None = None, keep: bool = True) -> Run:
     s, lse = case.head, case.lse
     workspace_bytes = None
     if share_of_logits is not None:
@@ -128,7 +145,7 @@ def _our_features(backend: str, case: Case, share_of_logits: float | None = None
 
     @torch.no_grad()
     def run() -> Results:
-        with use_backend(backend):
+        with use_backend(backend), nullcontext() if keep else nothing_kept():
             return sequence_features(
                 s.hidden, s.head, s.targets, s.cu_seqlens, s.token_weights, lse, workspace_bytes=workspace_bytes
             )._asdict()

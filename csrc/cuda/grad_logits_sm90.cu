@@ -8,29 +8,22 @@ namespace g2rl::cuda::sm90 {
 namespace {
 
 struct GradLogitsWalk {
-  const TensorMap& weight;
-  int item = blockIdx.x, v0, v_start;
+  int item = blockIdx.x, v_start;
   Order order;
 
   // Rows: blocks of tokens; columns: tiles of the strip.
   static HOST_DEVICE Order order_of(int N, const Strip& strip) {
     return {int(ceil_div(N, kRows)), int(ceil_div(strip.v_end - strip.v_start, kColumnsOfTile))};
   }
-  DEVICE GradLogitsWalk(const TensorMap& weight, int N, const Strip& strip)
-      : weight(weight), v_start(strip.v_start), order(order_of(N, strip)) {}
+  DEVICE GradLogitsWalk(int N, const Strip& strip) : v_start(strip.v_start), order(order_of(N, strip)) {}
 
   DEVICE bool next(Tile& tile) {
     if (item >= order.items()) return false;
     int block, column;
     order.find(item, block, column);
     item += gridDim.x;
-    v0 = v_start + column * kColumnsOfTile;
-    tile = {block * kRows, v0, 0, true, true};
+    tile = {block * kRows, v_start + column * kColumnsOfTile, 0, true, true};
     return true;
-  }
-
-  DEVICE void load(uint32_t barrier, uint32_t to, int k) const {
-    if (threadIdx.x == 0) tma_load(weight, barrier, to, k, v0);
   }
 };
 
@@ -110,9 +103,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     grad_logits_kernel(const __grid_constant__ TensorMap hidden, const __grid_constant__ TensorMap weight,
                        const __grid_constant__ GradLogitsArguments p) {
   SHARED(shared);
-  GradLogitsWalk walk(weight, p.tokens.N, p.strip);
+  GradLogitsWalk walk(p.tokens.N, p.strip);
   const GradLogitsEpilogue<T, SOFTCAP> epilogue{p};
-  run<T>(shared, RowsAsA{hidden}, p.head.d, walk, epilogue);
+  run<T>(shared, RowsAsA{hidden}, RowsAsB{weight}, p.head.d, walk, epilogue);
 }
 
 }  // namespace

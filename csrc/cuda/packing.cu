@@ -1,4 +1,4 @@
-// Packs the tokens of a batch into columns: see packing.h. One block, for there is little to do: an eighth of a number
+// Packs the tokens of a batch into groups: see packing.h. One block, for there is little to do: an eighth of a number
 // a token.
 #include "packing.h"
 
@@ -8,12 +8,12 @@ namespace {
 
 constexpr int kThreads = 512;
 // Of a range: its last tile is half empty on average.
-constexpr int kLeastGroups = 256;
+constexpr int kLeastTokens = 2048;
 
-DEVICE int groups_of(const Responses& responses, const int* flags, int b) {
+DEVICE int groups_of(const Responses& responses, const int* flags, int group, int b) {
   if (b >= responses.B || (flags && flags[b] == 0)) return 0;
   const int length = responses.cu_seqlens[b + 1] - responses.cu_seqlens[b];
-  return length > 0 ? int(ceil_div(length, kGroupColumns)) : 1;
+  return length > 0 ? int(ceil_div(length, group)) : 1;
 }
 
 // The sum over all threads before this one, and over all, by way of `shared` [kThreads].
@@ -34,7 +34,7 @@ DEVICE int sum_before(int value, int* shared, int& all) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(Responses responses, const int* flags, int ranges, Packing packing) {
+    pack_kernel(Responses responses, const int* flags, int group, int ranges, Packing packing) {
   SHARED(shared_bytes);
   int* shared = reinterpret_cast<int*>(shared_bytes);
 
@@ -42,10 +42,10 @@ __global__ void __launch_bounds__(kThreads)
   int total = 0;
   for (int b0 = 0; b0 < responses.B; b0 += kThreads) {
     int all;
-    sum_before(groups_of(responses, flags, b0 + int(threadIdx.x)), shared, all);
+    sum_before(groups_of(responses, flags, group, b0 + int(threadIdx.x)), shared, all);
     total += all;
   }
-  int count = total / kLeastGroups < ranges ? total / kLeastGroups : ranges;
+  int count = total / (kLeastTokens / group) < ranges ? total / (kLeastTokens / group) : ranges;
   count = count < 1 ? 1 : count > kMaxRanges ? kMaxRanges : count;
   for (int i = threadIdx.x; i <= count; i += kThreads) packing.ranges()[1 + i] = i == 0 ? 0 : total;
   if (threadIdx.x == 0) packing.ranges()[0] = total > 0 ? count : 0;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
 
   int offset = 0;
   for (int b0 = 0; b0 < responses.B; b0 += kThreads) {
-    const int b = b0 + int(threadIdx.x), groups = groups_of(responses, flags, b);
+    const int b = b0 + int(threadIdx.x), groups = groups_of(responses, flags, group, b);
     int all;
     const int first = offset + sum_before(groups, shared, all);
     offset += all;
@@ -64,9 +64,8 @@ __global__ void __launch_bounds__(kThreads)
       if (first < share && share <= first + groups) packing.ranges()[1 + i] = first + groups;
     }
     for (int g = 0; g < groups; ++g) {
-      const int token = start + g * kGroupColumns, left = end - token;
-      packing.groups()[first + g] = {token, left < kGroupColumns ? left : kGroupColumns, groups - g,
-                                     g + 1 == groups ? b : -1};
+      const int token = start + g * group, left = end - token;
+      packing.groups()[first + g] = {token, left < group ? left : group, groups - g, g + 1 == groups ? b : -1};
     }
   }
 }
@@ -74,11 +73,12 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 int64_t packing_bytes(int N, int B) {
-  return (kMaxRanges + 2) * 4 + (N / kGroupColumns + B + 1) * int64_t(sizeof(Group));
+  return (kMaxRanges + 2) * 4 + (N / kLeastGroup + B + 1) * int64_t(sizeof(Group));
 }
 
-int pack(const Responses& responses, const int* flags, int ranges, const Packing& packing, Stream stream) {
-  return launch({1, kThreads, kThreads * int(sizeof(int))}, stream, pack_kernel, responses, flags, ranges, packing);
+int pack(const Responses& responses, const int* flags, int group, int ranges, const Packing& packing, Stream stream) {
+  return launch({1, kThreads, kThreads * int(sizeof(int))}, stream, pack_kernel, responses, flags, group, ranges,
+                packing);
 }
 
 }  // namespace g2rl::cuda

@@ -1,20 +1,20 @@
-// Tokens of a batch as columns of tiles, for kernels that sum over each response's tokens.
+// Tokens of a batch as columns or rows of tiles, for kernels that sum over each response's tokens.
 //
-// Every response starts at a column of its own, a multiple of eight, so that a thread meets the tokens of a response in
-// the same way wherever it lies in the batch: sums do not depend on its neighbours. Columns are told in groups of
-// eight. Where all of the weight's tiles that are in use at one time would not fit the L2 cache, the groups are cut in
-// ranges of whole responses, and tiles of the weight are taken through one range after another.
+// Every response starts a group of 8 or 16 tokens of its own, so that a thread meets the tokens of a response in the
+// same way wherever it lies in the batch: sums do not depend on its neighbours. Where all of the weight's tiles that
+// are in use at one time would not fit the L2 cache, the groups are cut in ranges of whole responses, and tiles of the
+// weight are taken through one range after another.
 #pragma once
 
 #include "head.h"
 
 namespace g2rl::cuda {
 
-constexpr int kGroupColumns = 8;
+constexpr int kLeastGroup = 8;
 
 struct Group {
   int token;     // its first
-  int count;     // tokens of the response among the eight; 0 for a response without any
+  int count;     // tokens of the response in it; 0 for a response without any
   int run;       // groups of the response from this one on, which hold consecutive tokens
   int response;  // whose last group this is; -1 otherwise
 };
@@ -29,7 +29,7 @@ struct Packing {
   HOST_DEVICE Group* groups() const { return reinterpret_cast<Group*>(memory + kMaxRanges + 2); }
 };
 
-// Packs all responses, or those whose flag is not 0, in at most `ranges` ranges.
-int pack(const Responses&, const int* flags, int ranges, const Packing&, Stream);
+// Packs all responses, or those whose flag is not 0, in groups of `group` tokens and at most `ranges` ranges.
+int pack(const Responses&, const int* flags, int group, int ranges, const Packing&, Stream);
 
 }  // namespace g2rl::cuda

@@ -78,21 +78,27 @@ DEVICE void initialise(Ring ring, Tile* queue) {
   __syncthreads();
 }
 
-// A where products sum over its columns: 128 rows of a matrix.
+// Of a tile, 128 rows of a matrix as A and 192 as B: copies columns k to k + 64.
 struct RowsAsA {
-  static constexpr bool kByColumns = false;
+  static constexpr bool kByColumns = false;  // the rows that A has in memory
   const TensorMap& map;
 
   DEVICE void load(uint32_t barrier, uint32_t to, const Tile& tile, int k) const {
-    tma_load(map, barrier, to, k, tile.row);
+    if (threadIdx.x == 0) tma_load(map, barrier, to, k, tile.row);
+  }
+};
+struct RowsAsB {
+  const TensorMap& map;
+
+  DEVICE void load(uint32_t barrier, uint32_t to, const Tile& tile, int k) const {
+    if (threadIdx.x == 0) tma_load(map, barrier, to, k, tile.column);
   }
 };
 
-// The copying warp. `A` is `RowsAsA` or has its members. `Walk` has `bool next(Tile&)`, and `void load(uint32_t
-// barrier, uint32_t to, int k)` to copy columns k to k + 64 of the tile of B; both are called by all lanes. A tile is
-// told to the others with its first stage.
-template <class A, class Walk>
-DEVICE void produce(Ring ring, Tile* queue, const A& a, int steps, Walk& walk) {
+// The copying warp. `A` and `B` are as `RowsAsA` and `RowsAsB`, `Walk` has `bool next(Tile&)`; all lanes call them. A
+// tile is told to the others with its first stage.
+template <class A, class B, class Walk>
+DEVICE void produce(Ring ring, Tile* queue, const A& a, const B& b, int steps, Walk& walk) {
   Tile tile;
   int place = 0;
   for (; walk.next(tile); place = (place + 1) % kTiles) {
@@ -101,9 +107,9 @@ DEVICE void produce(Ring ring, Tile* queue, const A& a, int steps, Walk& walk) {
       if (threadIdx.x == 0) {
         if (k == 0) queue[place] = tile;
         barrier_expect(ring.full(), kBytesA + kBytesB);
-        a.load(ring.full(), ring.a(), tile, k * kColumns);
       }
-      walk.load(ring.full(), ring.b(), k * kColumns);
+      a.load(ring.full(), ring.a(), tile, k * kColumns);
+      b.load(ring.full(), ring.b(), tile, k * kColumns);
     }
   }
   barrier_wait(ring.empty(), ring.parity ^ 1);
@@ -131,9 +137,11 @@ struct Held {
   const Ring& ring;  // after the last of them
   int stages;
 
-  // Waits until products of at most LEFT stages are under way, and releases the others.
+  // Waits until products of at most LEFT stages are under way, and releases the others. The branch keeps the wait where
+  // it is: within a block of code nvcc 13.0 moves it up, before the exponentials that it is to come after.
   template <int LEFT>
   DEVICE void at_most() {
+    if (LEFT > 0 && stages <= LEFT) return;
     wgmma_wait<LEFT>();
     UNROLL_1 for (; stages > LEFT; --stages) release(ring.back(stages));
   }
@@ -205,8 +213,9 @@ DEVICE void consume(Ring ring, const Tile* queue, int steps, Epilogue& epilogue)
 struct Nothing {
   DEVICE void operator()() const {}
 };
-template <class T, class A, class Walk, class Epilogue, class Aside = Nothing>
-DEVICE void run(uint8_t* shared, const A& a, int d, Walk& walk, Epilogue& epilogue, const Aside& aside = {}) {
+template <class T, class A, class B, class Walk, class Epilogue, class Aside = Nothing>
+DEVICE void run(uint8_t* shared, const A& a, const B& b, int d, Walk& walk, Epilogue& epilogue,
+                const Aside& aside = {}) {
   const Ring ring{shared_address(shared)};
   Tile* queue = reinterpret_cast<Tile*>(shared + kQueue);
   const int steps = int(ceil_div(d, kColumns));
@@ -214,7 +223,7 @@ DEVICE void run(uint8_t* shared, const A& a, int d, Walk& walk, Epilogue& epilog
   if (threadIdx.x < kWarpgroup) {
     registers_fewer<40>();
     if (threadIdx.x < kWarp) {
-      produce(ring, queue, a, steps, walk);
+      produce(ring, queue, a, b, steps, walk);
     } else {
       aside();
     }

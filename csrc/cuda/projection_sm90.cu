@@ -65,40 +65,42 @@ int launch_split(const ProjectionArguments& p, Stream stream) {
 
 // A tile's row: its first feature; column: its first row of terms; item: its part.
 struct ProjectionWalk {
-  const TensorMap& terms;
   int b_tiles, d_tiles, parts;
-  int item = blockIdx.x, column = 0, part = 0;
+  int item = blockIdx.x;
 
-  DEVICE ProjectionWalk(const TensorMap& terms, const ProjectionArguments& p, int responses)
-      : terms(terms),
-        b_tiles(int(ceil_div(p.B, responses))),
+  DEVICE ProjectionWalk(const ProjectionArguments& p, int responses)
+      : b_tiles(int(ceil_div(p.B, responses))),
         d_tiles(int(ceil_div(p.head.d, kRows))),
         parts(projection_parts(p.head.V)) {}
 
   DEVICE bool next(Tile& tile) {
     // Neighbours share W, or terms, and find them in L2.
-    part = item / b_tiles / d_tiles;
+    const int part = item / b_tiles / d_tiles;
     if (part >= parts) return false;
-    column = item % b_tiles * kColumnsOfTile;
-    tile = {item / b_tiles % d_tiles * kRows, column, part, true, true, false};
+    tile = {item / b_tiles % d_tiles * kRows, item % b_tiles * kColumnsOfTile, part, true, true, false};
     item += gridDim.x;
     return true;
-  }
-
-  DEVICE void load(uint32_t barrier, uint32_t to, int k) const {
-    if (threadIdx.x == 0) tma_load(terms, barrier, to, part * kWordsOfPart + k, column);
   }
 };
 
 // 64 features for each of the warpgroups, a row for each word.
-struct ColumnsAsA {
+struct WeightAsA {
   static constexpr bool kByColumns = true;
   const TensorMap& weight;
 
   DEVICE void load(uint32_t barrier, uint32_t to, const Tile& tile, int k) const {
+    if (threadIdx.x != 0) return;
     UNROLL for (int i = 0; i < kConsumers; ++i) {
       tma_load(weight, barrier, to + i * (kBytesA / kConsumers), tile.row + i * kColumns, tile.item * kWordsOfPart + k);
     }
+  }
+};
+
+struct TermsAsB {
+  const TensorMap& terms;
+
+  DEVICE void load(uint32_t barrier, uint32_t to, const Tile& tile, int k) const {
+    if (threadIdx.x == 0) tma_load(terms, barrier, to, tile.item * kWordsOfPart + k, tile.column);
   }
 };
 
@@ -127,9 +129,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     projection_kernel(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap terms,
                       const __grid_constant__ ProjectionArguments p) {
   SHARED(shared);
-  ProjectionWalk walk(terms, p, kResponses<T>);
+  ProjectionWalk walk(p, kResponses<T>);
   const ProjectionEpilogue<T> epilogue{p};
-  run<T>(shared, ColumnsAsA{weight}, kWordsOfPart, walk, epilogue);
+  run<T>(shared, WeightAsA{weight}, TermsAsB{terms}, kWordsOfPart, walk, epilogue);
 }
 
 }  // namespace

@@ -18,14 +18,13 @@ struct StatisticsArguments {
 };
 
 struct StatisticsWalk {
-  const TensorMap& weight;
   int V, item = blockIdx.x, n0 = 0, v0 = 0, end = 0;
   Order order;
 
   // Rows: blocks of tokens; columns: parts.
   static HOST_DEVICE Order order_of(int N, int V) { return {int(ceil_div(N, kRows)), int(ceil_div(V, kPart))}; }
 
-  DEVICE StatisticsWalk(const TensorMap& weight, int N, int V) : weight(weight), V(V), order(order_of(N, V)) {}
+  DEVICE StatisticsWalk(int N, int V) : V(V), order(order_of(N, V)) {}
 
   DEVICE bool next(Tile& tile) {
     const bool first = v0 >= end;
@@ -41,10 +40,6 @@ struct StatisticsWalk {
     tile = {n0, v0, v0 / kPart, first, v0 + kColumnsOfTile >= end};
     v0 += kColumnsOfTile;
     return true;
-  }
-
-  DEVICE void load(uint32_t barrier, uint32_t to, int k) const {
-    if (threadIdx.x == 0) tma_load(weight, barrier, to, k, v0 - kColumnsOfTile);
   }
 };
 
@@ -255,9 +250,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     statistics_kernel(const __grid_constant__ TensorMap hidden, const __grid_constant__ TensorMap weight,
                       const __grid_constant__ StatisticsArguments p) {
   SHARED(shared);
-  StatisticsWalk walk(weight, p.tokens.N, p.head.V);
+  StatisticsWalk walk(p.tokens.N, p.head.V);
   StatisticsEpilogue<SOFTCAP, KEEP> epilogue{p};
-  run<T>(shared, RowsAsA{hidden}, p.head.d, walk, epilogue);
+  run<T>(shared, RowsAsA{hidden}, RowsAsB{weight}, p.head.d, walk, epilogue);
 }
 
 }  // namespace

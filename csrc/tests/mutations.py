@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent
-COMPILER = ("g++", "-std=c++20", "-O1", "-w")
+ALIGNED = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")  # as a chip wants it
+COMPILER = ("g++", "-std=c++20", "-O1", "-w", *ALIGNED)
 SECONDS = 600
 
 
@@ -54,6 +55,7 @@ PROGRAMS = {
             "tensor_maps_sm90.cu",
             "statistics_sm90.cu",
             "residuals_sm90.cu",
+            "residuals_and_statistics_sm90.cu",
             "grad_logits_sm90.cu",
         ),
     ),
@@ -262,23 +264,58 @@ MUTATIONS = (
     Mutation(
         "sm90: one arrival stands for a warp of writers",
         "sm90",
-        "residuals_sm90.cu",
-        "barrier_init(shared_address(&scratch.written[i]), kWriters);",
-        "barrier_init(shared_address(&scratch.written[i]), kWriters / kWarp);",
+        "packed_sm90.h",
+        "barrier_init(shared_address(&written[i]), kWriters);",
+        "barrier_init(shared_address(&written[i]), kWriters / kWarp);",
     ),
     Mutation(
         "sm90: columns are overwritten while they are read",
         "sm90",
-        "residuals_sm90.cu",
-        "barrier_wait(shared_address(&scratch.read[i % 2]), (i / 2 & 1) ^ 1);",
+        "packed_sm90.h",
+        "barrier_wait(shared_address(&read[i % 2]), (i / 2 & 1) ^ 1);",
         "",
     ),
     Mutation(
         "sm90: an exchange keeps the other half",
         "sm90",
-        "residuals_sm90.cu",
-        "if (exchange<24, 8>(z)) first += 6;",
-        "if (!exchange<24, 8>(z)) first += 6;",
+        "residuals_and_statistics_sm90.cu",
+        "if (exchange<12, 8>(z)) first += 6;",
+        "if (!exchange<12, 8>(z)) first += 6;",
+    ),
+    Mutation(
+        "sm90: rows are written before all have added the last ones' sums",
+        "sm90",
+        "residuals_and_statistics_sm90.cu",
+        "named_barrier(3, kWriters);",
+        "",
+    ),
+    Mutation(
+        "sm90: the last tile's sums are not added",
+        "sm90",
+        "residuals_and_statistics_sm90.cu",
+        "i <= last + 2",
+        "i <= last + 1",
+    ),
+    Mutation(
+        "sm90: sums are no pairs in memory",
+        "sm90",
+        "residuals_and_statistics_sm90.cu",
+        "alignas(16) float sums",
+        "float sums",
+    ),
+    Mutation(
+        "sm90: lse given, what follows a response is multiplied by 0",
+        "sm90",
+        "residuals_and_statistics_sm90.cu",
+        "masked : n[q] < 0 ? 0.f : z[i]",
+        "masked : z[i]",
+    ),
+    Mutation(
+        "sm90: lse given, words beyond the vocabulary count",
+        "sm90",
+        "residuals_and_statistics_sm90.cu",
+        "v == y[q] || v >= room ? masked",
+        "v == y[q] ? masked",
     ),
     Mutation("sm90: a run is a group short", "sm90", "packing.cu", "groups - g,", "groups - g - 1,"),
 )

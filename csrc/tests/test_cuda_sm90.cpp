@@ -125,24 +125,36 @@ void test_kept(Problem& p, const Forward& expected, int chunk, const std::string
 
 // With an lse given: statistics out of the same product, R without targets until the flags are known; and what is
 // flagged, recomputed alone.
+struct Given {
+  Floats results, R;
+  OwnTerms terms;
+  std::vector<int> flags;
+
+  Given(Problem& p, const Floats& lse)
+      : results(3 * size_t(p.N), NAN), R(size_t(p.B) * p.c.V, NAN), terms(p.N), flags(p.B) {
+    const Partials partials{nullptr, sm90::residual_splits(p.c.V)};
+    Floats planes(4 * size_t(partials.splits) * p.N, NAN), inverse(p.B);
+    std::vector<int> packing(packing_bytes(p.N, p.B) / sizeof(int));
+    sm90::residuals_and_statistics(p.head(), p.tokens(), p.responses(), lse.data(), p.a.data(), packing.data(),
+                                   R.data(), {planes.data(), partials.splits}, nullptr);
+    merge(p.head(), {planes.data(), partials.splits}, p.N, lse.data(), p.a.data(), results.data(), p.N, terms.terms,
+          nullptr);
+    ::g2rl::cuda::responses(p.responses(), p.a.data(), terms.terms.S, lse.data(), inverse.data(), flags.data(),
+                            nullptr);
+    sm90::residuals(p.head(), p.tokens(), p.responses(), terms.terms, flags.data(), packing.data(), R.data(), nullptr);
+    add_targets(p.targets.data(), p.responses(), terms.terms, flags.data(), p.c.V, R.data(), nullptr);
+  }
+};
+
 void test_given_lse(Problem& p, const std::string& what) {
-  Forward f(p, false);
-  Floats lse(p.lse.begin(), p.lse.end()), inverse(p.B);
+  Floats lse(p.lse.begin(), p.lse.end());
   const int wrong = p.B - 1;
   for (int n = p.cu[wrong]; n < p.N; ++n) lse[n] += 1e-4f * std::max(1.f, std::fabs(lse[n]));
-  const Partials partials{nullptr, sm90::residual_splits(p.c.V)};
-  Floats planes(4 * size_t(partials.splits) * p.N, NAN), R(f.R.size(), NAN);
-  std::vector<int> packing(packing_bytes(p.N, p.B) / sizeof(int)), flags(p.B);
-  sm90::residuals_and_statistics(p.head(), p.tokens(), p.responses(), lse.data(), p.a.data(), packing.data(), R.data(),
-                                 {planes.data(), partials.splits}, nullptr);
-  merge(p.head(), {planes.data(), partials.splits}, p.N, lse.data(), p.a.data(), f.results.data(), p.N, f.terms.terms,
-        nullptr);
-  responses(p.responses(), p.a.data(), f.terms.terms.S, lse.data(), inverse.data(), flags.data(), nullptr);
-  expect(flags[wrong] == 1, what + ": a wrong lse is not flagged", 0, 1);
-  sm90::residuals(p.head(), p.tokens(), p.responses(), f.terms.terms, flags.data(), packing.data(), R.data(), nullptr);
-  add_targets(p.targets.data(), p.responses(), f.terms.terms, flags.data(), p.c.V, R.data(), nullptr);
-  f.R = R;
-  check(p, f, what + ", lse given");
+  const Given given(p, lse), again(p, lse);
+  expect(given.flags[wrong] == 1, what + ": a wrong lse is not flagged", 0, 1);
+  check_tokens(p, given.results, what + ", lse given");
+  check_rows(p, given.R, p.R, p.c.V, what + ", lse given, R");
+  expect(given.results == again.results && given.R == again.R, what + ": lse given, twice, other bits", 1, 0);
 }
 
 void test_case(const Case& c, const std::string& what) {
@@ -159,18 +171,43 @@ void test_case(const Case& c, const std::string& what) {
 // A response's bits depend on nothing else in its batch, nor does a NaN leave its response.
 void test_neighbours() {
   Problem p({{37, 130, 5}, 136, 400});
+  const Floats lse(p.lse.begin(), p.lse.end());
   const Forward before(p);
+  const Given given_before(p, lse);
   Problem moved({{37, 130, 5}, 136, 400});
   const int first = moved.cu[1], last = moved.cu[2];
   for (int n = 0; n < moved.N; ++n) {
     if (n < first || n >= last) moved.hidden.set(n * moved.stride + 7, n % 2 ? NAN : 3.f);
   }
   const Forward after(moved);
-  expect(std::equal(before.R.begin() + p.c.V, before.R.begin() + 2 * p.c.V, after.R.begin() + p.c.V),
-         "R depends on other responses", 1, 0);
-  expect(std::equal(&before.results[first], &before.results[last], &after.results[first]),
+  const Given given_after(moved, lse);
+  const auto same_R = [&](const Floats& x, const Floats& y) {
+    return std::equal(x.begin() + p.c.V, x.begin() + 2 * p.c.V, y.begin() + p.c.V);
+  };
+  expect(same_R(before.R, after.R) && same_R(given_before.R, given_after.R), "R depends on other responses", 1, 0);
+  const auto same_tokens = [&](const Floats& x, const Floats& y) { return std::equal(&x[first], &x[last], &y[first]); };
+  expect(same_tokens(before.results, after.results) && same_tokens(given_before.results, given_after.results),
          "log p depends on other tokens", 1, 0);
-  expect(std::isnan(after.results[1]) && std::isnan(after.R[0]), "a NaN does not show", 0, 1);
+  for (const Floats* R : {&after.R, &given_after.R}) expect(std::isnan((*R)[0]), "a NaN does not show", 0, 1);
+  expect(std::isnan(after.results[1]) && std::isnan(given_after.results[1]), "a NaN does not show", 0, 1);
+}
+
+// Nor on where it lies: the same response alone.
+void test_place() {
+  Problem p({{37, 130, 5}, 136, 400}), alone({{130}, 136, 400});
+  const int first = p.cu[1];
+  for (int n = 0; n < alone.N; ++n) {
+    for (int k = 0; k < p.c.d; ++k) alone.hidden.set(n * alone.stride + k, float(p.hidden[(first + n) * p.stride + k]));
+    alone.targets[n] = p.targets[first + n], alone.a[n] = p.a[first + n];
+  }
+  for (int v = 0; v < p.c.V; ++v) {
+    for (int k = 0; k < p.c.d; ++k) alone.weight.set(v * alone.stride + k, float(p.weight[v * p.stride + k]));
+  }
+  const Floats lse(p.lse.begin(), p.lse.end()), lse_alone(lse.begin() + first, lse.begin() + first + alone.N);
+  const Given in_batch(p, lse), by_itself(alone, lse_alone);
+  const bool R = std::equal(by_itself.R.begin(), by_itself.R.end(), in_batch.R.begin() + p.c.V);
+  const bool log_p = std::equal(&by_itself.results[0], &by_itself.results[alone.N], &in_batch.results[first]);
+  expect(R && log_p, "lse given: a response's bits depend on its place", 1, 0);
 }
 
 }  // namespace
@@ -181,6 +218,7 @@ int main() {
   test_case({{3, 129}, 584, 200, Dtype::bf16, true, 5}, "soft cap");
   test_case({{40}, 72, 100, Dtype::fp16, false, 0, -1}, "one tile, negative scale");
   test_neighbours();
+  test_place();
   if (failures == 0) std::puts("ok");
   return failures != 0;
 }

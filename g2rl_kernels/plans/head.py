@@ -9,9 +9,9 @@
     part_features       merge of all parts -> residuals -> responses -> project
 
 What is kept costs 4 to 8 bytes of traffic for each token and word, to compute it again a second product of 2 d
-operations: the first wins from small d on if chunks are large enough to fill the chip, even where lse is known, since
-sums for each response make a product slower than writing does. Plans differ in rounding alone. Which one runs depends
-on shapes that a response shares with its batch (d, V, workspace), never on N or B: a response's bits are its own.
+operations: the first wins from small d on if chunks are large enough to fill the chip, where it was measured even if
+lse is known. Plans differ in rounding alone. Which one runs depends on shapes that a response shares with its batch (d,
+V, workspace), never on N or B: a response's bits are its own.
 """
 
 from __future__ import annotations

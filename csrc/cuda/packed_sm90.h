@@ -1,0 +1,131 @@
+// Tiles of packed tokens (packing.h) and words, for Hopper kernels that sum over each response's tokens. An item is a
+// tile's words x a range of responses.
+#pragma once
+
+#include "packing.h"
+#include "tiles_sm90.h"
+
+namespace g2rl::cuda::sm90 {
+
+// Boxes of 8, 4, 2 and 1 groups of tokens.
+constexpr int kBoxes = 4;
+struct TokenMaps {
+  TensorMap of_groups[kBoxes];
+};
+
+inline int map_tokens(TokenMaps& maps, const Tokens& tokens, const Head& head, int group) {
+  int error = 0;
+  for (int i = 0; i < kBoxes && !error; ++i) {
+    error = map_matrix(maps.of_groups[i], tokens.hidden, tokens.N, tokens.stride, head, (8 >> i) * group);
+  }
+  return error;
+}
+
+// Words are rows and tokens columns, or the other way round, in groups of GROUP tokens; `Tile::row` and `Tile::column`
+// are the first word and the first group, `item` the end of the range in groups.
+//
+// All threads of a warp walk alike; each loads the tokens of the box that begins at its group, if one does.
+template <bool WORDS_ARE_ROWS, int GROUP>
+struct PackedWalk {
+  static constexpr int kWords = WORDS_ARE_ROWS ? kRows : kColumnsOfTile;
+  static constexpr int kGroups = (WORDS_ARE_ROWS ? kColumnsOfTile : kRows) / GROUP;
+
+  const TokenMaps& maps;
+  const Packing packing;
+  Order order;  // rows: tiles of words; columns: ranges
+  int item = blockIdx.x, v0 = 0, group = 0, end = 0;
+  int box = kBoxes, token = 0;  // of this thread: the box's map, kBoxes for none, and its first token
+
+  DEVICE PackedWalk(const TokenMaps& maps, const Packing& packing, int V)
+      : maps(maps), packing(packing), order{int(ceil_div(V, kWords)), packing.ranges()[0]} {}
+
+  // Ranges such that the tiles of the weight that are in use at one time take a quarter of an H100's L2 cache: with
+  // half of it a third of all reads missed.
+  static int ranges_for(int d) {
+    constexpr int64_t kInUse = 132 * int64_t(kWords) * 2, kCache = 12 << 20;
+    return int(ceil_div(kInUse * d, kCache));
+  }
+  static int64_t most_items(int V) { return ceil_div(V, kWords) * kMaxRanges; }
+
+  DEVICE bool next(Tile& tile) {
+    bool first = group >= end;
+    while (group >= end) {
+      if (item >= order.items()) return false;
+      int words, range;
+      order.find(item, words, range);
+      item += gridDim.x;
+      v0 = words * kWords;
+      group = packing.ranges()[1 + range];
+      end = packing.ranges()[2 + range];
+    }
+    choose_box();
+    tile = {WORDS_ARE_ROWS ? v0 : group, WORDS_ARE_ROWS ? group : v0, end, first, group + kGroups >= end};
+    group += kGroups;
+    return true;
+  }
+
+  // A run of n groups that hold consecutive tokens is loaded in boxes of eight groups, then of 4, 2 and 1.
+  DEVICE void choose_box() {
+    const int lane = threadIdx.x % kWarp, g = group + lane;
+    const Group mine = lane < kGroups && g < end ? packing.groups()[g] : Group{0, 0, kGroups - lane, -1};
+    // The first of this tile's groups in my run: the one after the last that ends a run before me.
+    const unsigned ends = __ballot_sync(kAllLanes, mine.run == 1) & ((1u << lane) - 1);
+    int start = 0;
+    for (unsigned rest = ends; rest; rest >>= 1) ++start;
+    const int rest_of_tile = kGroups - lane, offset = lane - start;
+    const int length = offset + (mine.run < rest_of_tile ? mine.run : rest_of_tile);
+    token = mine.token;
+    box = kBoxes;
+    if (lane >= kGroups) return;
+    const int eights = length / 8 * 8, after = offset - eights, odd = length % 8;
+    if (after < 0) {
+      if (offset % 8 == 0) box = 0;
+    } else {
+      for (int i = 1, at = 0; i < kBoxes; ++i) {
+        const int size = 8 >> i;
+        if (!(odd & size)) continue;
+        if (after == at) box = i;
+        at += size;
+      }
+    }
+  }
+};
+
+// The tokens of the tile that a `PackedWalk` has come to, as A or as B.
+template <class Walk>
+struct PackedTokens {
+  static constexpr bool kByColumns = false;
+  const Walk& walk;
+  static constexpr int kGroupBytes = (Walk::kWords == kRows ? kBytesB : kBytesA) / Walk::kGroups;
+
+  DEVICE void load(uint32_t barrier, uint32_t to, const Tile&, int k) const {
+    const int lane = threadIdx.x % kWarp;
+    if (walk.box < kBoxes) tma_load(walk.maps.of_groups[walk.box], barrier, to + lane * kGroupBytes, k, walk.token);
+  }
+};
+
+// The warps that neither copy nor multiply write what an epilogue needs to know of a tile's tokens, a tile ahead. For
+// two tiles in turn: a barrier for "written" and one for "read", at which every writer and every reader arrives.
+constexpr int kWriters = kWarpgroup - kWarp;
+struct Handover {
+  uint64_t written[2], read[2];
+
+  DEVICE void initialise() {
+    if (threadIdx.x != 0) return;
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(shared_address(&written[i]), kWriters);
+      barrier_init(shared_address(&read[i]), kConsumers * kWarpgroup);
+    }
+  }
+
+  // Of the tile that is the i-th in the order of the epilogue's calls, the one before the first included.
+  DEVICE void wait_to_write(int i) const { barrier_wait(shared_address(&read[i % 2]), (i / 2 & 1) ^ 1); }
+  DEVICE void wait_to_read(int i) const { barrier_wait(shared_address(&written[i % 2]), i / 2 & 1); }
+  DEVICE void was_written(int i) const {
+    __syncwarp();  // nvcc 13.0 spills without
+    barrier_arrive(shared_address(&written[i % 2]));
+  }
+  DEVICE void was_read(int i) const { barrier_arrive(shared_address(&read[i % 2])); }
+};
+
+}  // namespace g2rl::cuda::sm90
