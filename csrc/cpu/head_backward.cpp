@@ -5,6 +5,9 @@
 // The vocabulary goes by in strips. Each tile of a strip meets all tokens: g meets hidden while in cache, for the
 // tile's rows of dweight, and is left in memory. Then each block of tokens meets the strip: g W is added to its rows of
 // dhidden. So three products are enough, every output row has one owner, and its sum one order, whatever the strips.
+//
+// Where only dhidden is asked for, for many tokens, each block of them meets one tile after the other instead, and g W
+// is added while g is in cache: the same sums in the same order.
 #include <ATen/ops/empty.h>
 
 #include <cmath>
@@ -70,6 +73,8 @@ void for_gradients(const HeadProblem& p, const RowPanels& rows, const TokenGradi
 
 // Summed per product of dweight: the fp32 tile of dweight is read and written once for that many.
 constexpr int64_t kTokens = 512;
+// Of a thread, from which on packing W for them alone costs less than leaving their g in memory.
+constexpr int64_t kTokensAlone = 128;
 
 // What is asked for; null: nobody needs it.
 struct Outputs {
@@ -89,7 +94,10 @@ class Backward {
         width_(p.cut.width) {
     if (out.dweight) pack_hidden();
     if (!out.dhidden) return;
-    const int64_t tokens = rows_.blocks() * kRows, unit = sizeof(uint32_t) * p.format.parts / p.format.per_unit();
+    const int64_t tokens = rows_.blocks() * kRows;
+    dhidden_ = Buffer(tokens * stride_ * sizeof(float));
+    if (by_tokens()) return;
+    const int64_t unit = sizeof(uint32_t) * p.format.parts / p.format.per_unit();
     const int64_t tile_bytes = (tokens + stride_) * width_ * unit, most = p.allowed_bytes(workspace_bytes) / tile_bytes;
     // Fewer than there are threads would leave some without work.
     const int64_t tiles = std::min(std::max<int64_t>(most, at::get_num_threads()), p.cut.tiles);
@@ -97,10 +105,14 @@ class Backward {
       gradients_.emplace_back(p.format, tokens, width_);
       weights_.emplace_back(p.format, p.depth, width_);
     }
-    dhidden_ = Buffer(tokens * stride_ * sizeof(float));
   }
 
   void run() {
+    if (by_tokens()) {
+      for_token_tasks([&] { return Alone(p_); },
+                      [&](Alone& s, int64_t begin, int64_t end) { pass_words(s, begin, end); });
+      return;
+    }
     const int64_t tiles = out_.dhidden ? static_cast<int64_t>(gradients_.size()) : p_.cut.tiles;
     for (int64_t first = 0; first < p_.cut.tiles; first += tiles) {
       const int64_t count = std::min(tiles, p_.cut.tiles - first);
@@ -110,6 +122,10 @@ class Backward {
   }
 
  private:
+  bool by_tokens() const {
+    return out_.dhidden && !out_.dweight && !out_.dbias && p_.N >= kTokensAlone * at::get_num_threads();
+  }
+
   // A thread's.
   struct State {
     explicit State(const HeadProblem& p)
@@ -181,22 +197,58 @@ class Backward {
 
   // All tokens, with the strip of `count` tiles from `first` on. Tokens of a task share the strip's rows of W.
   void pass_tokens(int64_t first, int64_t count) {
-    const int64_t threads = at::get_num_threads(), most = kTokens / kRows, units = width_ / p_.format.per_unit();
+    const int64_t units = width_ / p_.format.per_unit();
+    for_token_tasks([] { return 0; },
+                    [&](int, int64_t begin, int64_t end) {
+                      if (first == 0) clear_sums(begin, end);
+                      for (int64_t i = 0; i < count; ++i) {
+                        for (int64_t block = begin; block < end; ++block)
+                          multiply_straight(p_.format, gradients_[i], {block * kRows, kRows}, weights_[i].straight(),
+                                            units, units, cols_, sums(block));
+                      }
+                      if (first + count == p_.cut.tiles) narrow_sums(begin, end);
+                    });
+  }
+
+  // A thread's, for tokens that meet all words.
+  struct Alone {
+    explicit Alone(const HeadProblem& p) : logits(p), left(p.format, kRows, p.cut.width) {}
+    LogitTile logits;
+    LeftParts left;
+  };
+
+  // Blocks of tokens, with all of the vocabulary.
+  void pass_words(Alone& s, int64_t begin, int64_t end) {
+    const int64_t units = width_ / p_.format.per_unit();
+    clear_sums(begin, end);
+    for (int64_t tile = 0; tile < p_.cut.tiles; ++tile) {
+      s.logits.load(tile, /*straight=*/true);
+      for_gradients(p_, rows_, grads_, s.logits, begin, end, [&](const Tile& g, int64_t block) {
+        clear_outside(g);
+        keep(g, s.left, 0);
+        multiply_straight(p_.format, s.left, {0, kRows}, s.logits.panel().straight(), units, units, cols_, sums(block));
+      });
+    }
+    narrow_sums(begin, end);
+  }
+
+  // Tasks of blocks `begin` to `end` of tokens: many share a packed tile of W, few keep every thread busy.
+  template <typename Make, typename F>
+  void for_token_tasks(const Make& make, const F& f) const {
+    const int64_t threads = at::get_num_threads(), most = kTokens / kRows;
     const int64_t blocks = std::clamp<int64_t>((rows_.blocks() + threads - 1) / threads, 1, most);
-    for_tasks((rows_.blocks() + blocks - 1) / blocks, [] { return 0; },
-              [&](int, int64_t task) {
-                const int64_t begin = task * blocks, end = std::min(begin + blocks, rows_.blocks());
-                const auto sums = [&](int64_t block) { return dhidden_.floats() + block * kRows * stride_; };
-                if (first == 0) std::memset(sums(begin), 0, (end - begin) * kRows * stride_ * sizeof(float));
-                for (int64_t i = 0; i < count; ++i) {
-                  for (int64_t block = begin; block < end; ++block)
-                    multiply_straight(p_.format, gradients_[i], {block * kRows, kRows}, weights_[i].straight(), units,
-                                      units, cols_, sums(block));
-                }
-                const int64_t token = begin * kRows;
-                if (first + count == p_.cut.tiles)
-                  narrow_rows(sums(begin), std::min(end * kRows, p_.N) - token, out_.dhidden, token);
-              });
+    for_tasks((rows_.blocks() + blocks - 1) / blocks, make, [&](auto& state, int64_t task) {
+      f(state, task * blocks, std::min((task + 1) * blocks, rows_.blocks()));
+    });
+  }
+
+  float* sums(int64_t block) const { return dhidden_.floats() + block * kRows * stride_; }
+  void clear_sums(int64_t begin, int64_t end) const {
+    std::memset(sums(begin), 0, (end - begin) * kRows * stride_ * sizeof(float));
+  }
+  void narrow_sums(int64_t begin, int64_t end) const {
+    const int64_t token = begin * kRows;
+    narrow_rows(sums(begin), std::min(end * kRows, p_.N) - token, out_.dhidden, token);
   }
 
   // Rows of fp32 sums to rows from `first` on of an output.
