@@ -60,13 +60,15 @@ class Setting:
 
 def plans(s: HeadSample, expected: SequenceFeatures) -> Iterator[tuple[str, dict[str, object]]]:
     """Every way in which a backend may compute features: arguments that lead to it."""
-    rows = 4 * s.head.weight.shape[0]
+    small: dict[str, object] = {"workspace_bytes": 60 * 4 * s.head.weight.shape[0]}  # in which nothing can be kept
     lse = expected.lse.float()
+    third = torch.arange(lse.shape[0], device=lse.device) % 3
     yield "as it comes", {}
-    yield "in a workspace of 60 rows of logits", {"workspace_bytes": 60 * rows}
+    yield "in a workspace of 60 rows of logits", small
     yield "lse given", {"lse": lse}
-    off = 1e-4 * (torch.arange(lse.shape[0], device=lse.device) % 3)
-    yield "lse given, too far off", {"lse": lse + off}
+    yield "lse given, in that workspace", {"lse": lse, **small}
+    yield "lse given, too far off, in that workspace", {"lse": lse + 1e-4 * third, **small}
+    yield "lse given, no number, in that workspace", {"lse": torch.where(third == 1, torch.nan, lse), **small}
 
 
 def features(s: HeadSample, **arguments: object) -> SequenceFeatures:

@@ -126,8 +126,7 @@ G2RL_HEAD_KERNELS
 // `lse`: the shift that the partials were made with, where one was given; else null.
 int merge(const Head&, const Partials&, int N, const float* lse, const float* a, float* results, int64_t stride,
           const Terms&, Stream);
-// inverse[b] = 1 / sum a (0 without weight); flags[b] = 1 where a token of weight has S too far from 1 for its lse, or
-// one without weight an S that is not finite.
+// inverse[b] = 1 / sum a (0 without weight); flags[b] = 1 where a token of weight has S too far from 1 for its lse.
 int responses(const Responses&, const float* a, const float* S, const float* lse, float* inverse, int* flags, Stream);
 // R [B, V] += residuals of tokens first to last, of which `kept` tells; terms count from `first`.
 int add_kept(const Head&, const Kept&, const int64_t* targets, const Responses&, const Terms&, int first, int last,

@@ -67,11 +67,9 @@ DEVICE void write_token(const MergeArguments& p, int n, float m, bool likeliest,
   p.results[p.stride + n] = (S_rest * log_S - X_rest * kLn2 - e_y * log_p) / S;
   p.results[2 * p.stride + n] = fmaf(m, kLn2, log_S);
   if (p.a == nullptr) return;
-  // Whatever lse was given to a token without weight, it adds nothing; a NaN of its logits still shows.
-  const bool nothing = p.lse != nullptr && p.a[n] == 0.f;
-  p.terms.shift[n] = nothing ? kBeyond : m;
-  p.terms.weight[n] = nothing ? 0.f : p.a[n] / S;
-  p.terms.target[n] = nothing ? 0.f : p.a[n] * (S_rest / S) * slope;
+  p.terms.shift[n] = m;
+  p.terms.weight[n] = p.a[n] / S;
+  p.terms.target[n] = p.a[n] * (S_rest / S) * slope;
   p.terms.S[n] = S;
 }
 
@@ -125,7 +123,6 @@ DEVICE float half_ulp(float x) { return from_bits(to_bits(x) & 0x7f800000) * 0x1
 
 // How far from 1 the sum S may be that was made with an lse in fp32 as its shift: by the rounding of lse, by that of
 // the shift in units of log 2, and by that of S. Features are then off by as much, and 1e-5 is what they may be.
-constexpr float kLargest = 3.4028234e38f;
 DEVICE float tolerance(float lse) { return fminf(half_ulp(lse) + kLn2 * half_ulp(lse * kLog2e) + 1e-6f, 9e-6f); }
 
 __global__ void __launch_bounds__(kResponseThreads)
@@ -139,8 +136,7 @@ __global__ void __launch_bounds__(kResponseThreads)
   bool off = false;
   for (int n = cu_seqlens[b] + thread; n < cu_seqlens[b + 1]; n += kResponseThreads) {
     sum += a[n];
-    // Without weight any sum will do that 0 makes 0.
-    off |= a[n] > 0.f ? !(fabsf(S[n] - 1.f) <= tolerance(lse[n])) : !(S[n] <= kLargest);
+    off |= a[n] > 0.f && !(fabsf(S[n] - 1.f) <= tolerance(lse[n]));
   }
   sums[thread] = sum;
   marks[thread] = off;

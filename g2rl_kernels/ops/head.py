@@ -194,10 +194,9 @@ def sequence_features(
         cu_seqlens: [B + 1] int32 or int64, from 0 to N, never decreasing; response b owns tokens cu[b] to cu[b + 1].
         token_weights: [N] float >= 0, a_t of eq. 8; None weighs all tokens alike.
         lse: [N] float from the same weights and hidden states (say, of the pass for old log-probabilities); spares
-            kernels the search for the row maximum. Values of it only steer rounding: the result is normalised anew.
-            On a GPU that is so within 20 of the right ones; further off, entropies lose digits, and from 80 on a
-            token's results and its response's feature have no number. Not used where ranks hold parts of the
-            vocabulary.
+            kernels the search for the row maximum. Values of it only steer rounding: the result is normalised anew, and
+            a response with values of something else, NaN included, is computed without them. Not used where ranks
+            hold parts of the vocabulary.
         context_group: ranks that hold some tokens each of the same B responses (context parallel); features are those
             of whole responses, on every rank. A rank without tokens of a response gives it an empty range.
 

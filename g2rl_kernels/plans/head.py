@@ -16,6 +16,7 @@ V, workspace), never on N or B: a response's bits are its own.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 
@@ -33,6 +34,8 @@ from g2rl_kernels.workspace import workspace_or_default
 KEEP_FROM_D = 512
 # Fewer rows of logits than this do not fill a chip with programs.
 KEEP_FROM_ROWS = 256
+# Sums that a given lse may leave. Beyond, too few of their digits are the entropy's, and soon none.
+_LEAST_SUM, _MOST_SUM = math.exp(-20), math.exp(20)
 _FP32 = 4
 _ROWS = 128
 
@@ -92,6 +95,12 @@ class _Batch:
         """From an op's arguments."""
         workspace_bytes = workspace_or_default(workspace_bytes, hidden.device)
         return cls(kernels, unit_stride(hidden), addressable(head), targets.contiguous(), workspace_bytes)
+
+    def part(self, tokens: slice) -> _Batch:
+        """Some of the tokens, whose results go where theirs are."""
+        part = _Batch(self.kernels, self.hidden[tokens], self.head, self.targets[tokens], self.workspace_bytes)
+        part.results = self.results[:, tokens]
+        return part
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.hidden.device)
@@ -163,8 +172,7 @@ def _from_lse(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor) -> Plan
         while last < B and last - first < batch.responses and offsets[last + 1] - offsets[first] <= most_tokens:
             last += 1
         tokens = slice(offsets[first], offsets[last])
-        part = _Batch(batch.kernels, batch.hidden[tokens], batch.head, batch.targets[tokens], batch.workspace_bytes)
-        part.results = batch.results[:, tokens]
+        part = batch.part(tokens)
         of_part = cu_seqlens[first : last + 1] - offsets[first]
         if offsets[first] == offsets[last]:
             yield first, batch.empty(last - first, batch.head.V).zero_(), batch.empty(last - first).zero_()
@@ -186,7 +194,24 @@ def _from_lse_at_once(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor)
     inverse, flags, flagged = kernels.inverse_and_flags(cu_seqlens, a, terms[3], lse)
     kernels.residuals(*inputs, terms, R, flagged)
     kernels.add_targets(batch.targets, cu_seqlens, terms, flags, R)
+    # On the host, for which it waits: what is left to launch is short, and far sums hardly ever come.
+    least, most = torch.stack(terms[3].aminmax()).tolist()
+    if not (_LEAST_SUM < least and most < _MOST_SUM):
+        far = torch.logical_not((terms[3] > _LEAST_SUM) & (terms[3] < _MOST_SUM))
+        _again_without_lse(batch, cu_seqlens, a, far, R, inverse)
     return R, inverse
+
+
+def _again_without_lse(batch: _Batch, cu_seqlens: Tensor, a: Tensor, far: Tensor, R: Tensor, inverse: Tensor) -> None:
+    """Results of tokens [N] whose lse was of something else, or no number, and R of their responses."""
+    offsets = cu_seqlens.tolist()
+    for b in sorted({bisect_right(offsets, token) - 1 for token in far.nonzero().flatten().tolist()}):
+        tokens, of_part = slice(offsets[b], offsets[b + 1]), cu_seqlens[b : b + 2] - offsets[b]
+        part, given = batch.part(tokens), batch.results[:, tokens].clone()
+        for _, R_of_part, inverse_of_part in _from_recomputed(part, of_part, a[tokens]):
+            R[b], inverse[b] = R_of_part[0], inverse_of_part[0]
+        # A token's bits do not depend on the lse of its neighbours.
+        part.results.copy_(torch.where(far[tokens], part.results, given))
 
 
 def _from_kept(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:

@@ -23,7 +23,7 @@ from head_cases import (
     check,
     check_gradients,
     check_logits_beyond_the_digits_of_fp32,
-    check_lse_of_tokens_without_weight,
+    check_lse_of_something_else,
     check_parts,
     check_second_response_first,
     features,
@@ -99,8 +99,8 @@ def test_an_lse_of_another_head(shape: Shape, off: float, backend) -> None:  # n
 
 @pytest.mark.parametrize("wrong", WRONG_LSE)
 @pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
-def test_an_lse_of_nothing_at_tokens_without_weight(shape: Shape, wrong: float, backend) -> None:  # noqa: ANN001
-    check_lse_of_tokens_without_weight(shape, torch.float16, wrong)
+def test_an_lse_of_something_else(shape: Shape, wrong: float, backend) -> None:  # noqa: ANN001
+    check_lse_of_something_else(shape, torch.float16, wrong)
 
 
 @pytest.mark.slow

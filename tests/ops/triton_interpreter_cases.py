@@ -17,7 +17,7 @@ from head_cases import (
     check,
     check_gradients,
     check_logits_beyond_the_digits_of_fp32,
-    check_lse_of_tokens_without_weight,
+    check_lse_of_something_else,
     check_parts,
     check_second_response_first,
     features,
@@ -66,8 +66,8 @@ def test_plans_and_logits(plan: str, kind: str, dtype: torch.dtype, request: pyt
 
 
 @pytest.mark.parametrize("wrong", WRONG_LSE)
-def test_an_lse_of_nothing_at_tokens_without_weight(wrong: float) -> None:
-    check_lse_of_tokens_without_weight(RAGGED, torch.float32, wrong)
+def test_an_lse_of_something_else(wrong: float) -> None:
+    check_lse_of_something_else(RAGGED, torch.float32, wrong)
 
 
 def test_logits_beyond_the_digits_of_fp32() -> None:

@@ -107,16 +107,9 @@ def _merge_kernel(
     tl.store(results + 2 * stride_results + n, m + log_S, mask=inside)
     if FEATURES:
         a = tl.load(token_weights + n, mask=inside, other=0.0).to(tl.float32)
-        weight, target = a / S, a * (S_rest / S) * slope_y
-        if GIVEN:
-            # Whatever lse was given to a token without weight, it adds nothing; a NaN of its logits still shows.
-            nothing = a == 0
-            m = tl.where(nothing, -LOWEST, m)
-            weight = tl.where(nothing, 0.0, weight)
-            target = tl.where(nothing, 0.0, target)
         tl.store(terms + n, m, mask=inside)
-        tl.store(terms + N + n, weight, mask=inside)
-        tl.store(terms + 2 * N + n, target, mask=inside)
+        tl.store(terms + N + n, a / S, mask=inside)
+        tl.store(terms + 2 * N + n, a * (S_rest / S) * slope_y, mask=inside)
         tl.store(terms + 3 * N + n, S, mask=inside)
 
 

@@ -7,7 +7,6 @@ with it have S_t as a factor. What a response's tokens have in common of it is d
 error of Phi, and where it is more than rounding the response is flagged, to be computed anew:
 
     inverse[b] = 1 / sum_{t in b} a_t S_t,    flagged if any a_t > 0 has |S_t - S_b| > tolerance_t, or |S_b - 1| > 1/2,
-                                              or an a_t = 0 an infinite S_t,
     S_b = sum a_t S_t / sum a_t               which leaves a small S_b no digits, as S_b - 1 is what is summed
 """
 
@@ -26,7 +25,6 @@ _TOLERANCE = tl.constexpr(3e-6)
 _EXPONENT = tl.constexpr(0x7F800000)
 _HALF_UNIT = tl.constexpr(2.0**-24)
 _FARTHEST = tl.constexpr(0.5)
-_LARGEST = tl.constexpr(3.4028234e38)
 _BLOCK_N = 256
 _BLOCK_B = 1024
 
@@ -58,9 +56,8 @@ def _responses_kernel(cu_seqlens, token_weights, S, lse, inverse, flags, GIVEN: 
             given = tl.load(lse + n, mask=n < end, other=0.0)
             binade = (given.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
             near = deviation <= _TOLERANCE + binade * _HALF_UNIT
-            # A NaN is not near. Without weight any sum will do that 0 makes 0.
-            finite = tl.abs(deviation) <= _LARGEST
-            flagged = tl.maximum(flagged, (tl.where(a > 0, near, finite) == 0).to(tl.int32))
+            # A NaN is not near.
+            flagged = tl.maximum(flagged, ((a > 0) & (near == 0)).to(tl.int32))
         flag = tl.where(tl.abs(mean) <= _FARTHEST, tl.max(flagged, 0), 1)
         tl.store(flags + b, flag)
         of_one = tl.where(flag == 0, of_one / (1.0 + mean), of_one)
