@@ -84,8 +84,8 @@ struct Strip {
 
 // ---- kernels with a product, for each generation of tensor cores ----
 //
-// sm90: TMA and wgmma; 16-bit inputs whose rows are aligned to 16 bytes (`sm90::serves`).
-// sm80: mma.sync for 16-bit inputs, FMA for fp32; any stride, any alignment.
+// sm90: TMA and wgmma; 16-bit inputs whose rows are aligned to 16 bytes (`sm90::serves`), d > 0, and N > 0 for sums
+// over responses. sm80: mma.sync for 16-bit inputs, FMA for fp32; any stride, any alignment.
 
 int64_t packing_bytes(int N, int B);
 

@@ -21,8 +21,8 @@ inline int map_tokens(TokenMaps& maps, const Tokens& tokens, const Head& head, i
   return error;
 }
 
-// Words are rows and tokens columns, or the other way round, in groups of GROUP tokens; `Tile::row` and `Tile::column`
-// are the first word and the first group, `item` the end of the range in groups.
+// Words are rows and tokens columns, or the other way round, in groups of GROUP tokens. Of a tile's `row` and `column`
+// one is the first word and the other the first group; `item` is where the range ends, in groups.
 //
 // All threads of a warp walk alike; each loads the tokens of the box that begins at its group, if one does.
 template <bool WORDS_ARE_ROWS, int GROUP>
@@ -121,10 +121,7 @@ struct Handover {
   // Of the tile that is the i-th in the order of the epilogue's calls, the one before the first included.
   DEVICE void wait_to_write(int i) const { barrier_wait(shared_address(&read[i % 2]), (i / 2 & 1) ^ 1); }
   DEVICE void wait_to_read(int i) const { barrier_wait(shared_address(&written[i % 2]), i / 2 & 1); }
-  DEVICE void was_written(int i) const {
-    __syncwarp();  // nvcc 13.0 spills without
-    barrier_arrive(shared_address(&written[i % 2]));
-  }
+  DEVICE void was_written(int i) const { barrier_arrive(shared_address(&written[i % 2])); }
   DEVICE void was_read(int i) const { barrier_arrive(shared_address(&read[i % 2])); }
 };
 

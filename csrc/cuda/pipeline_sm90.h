@@ -33,7 +33,7 @@ using Sums = float[kSums];
 
 struct Tile {
   int row, column;  // its first, of A and of B
-  int item;         // what the tile belongs to: the tiles of an item follow each other, `first` to `last`
+  int item;         // what the walk and the epilogue agree on; tiles of an item follow each other, `first` to `last`
   bool first, last;
   bool none;  // there are no more
 };
@@ -80,7 +80,7 @@ DEVICE void initialise(Ring ring, Tile* queue) {
 
 // Of a tile, 128 rows of a matrix as A and 192 as B: copies columns k to k + 64.
 struct RowsAsA {
-  static constexpr bool kByColumns = false;  // the rows that A has in memory
+  static constexpr bool kByColumns = false;  // true: products sum over the rows that A has in memory
   const TensorMap& map;
 
   DEVICE void load(uint32_t barrier, uint32_t to, const Tile& tile, int k) const {
@@ -103,6 +103,7 @@ DEVICE void produce(Ring ring, Tile* queue, const A& a, const B& b, int steps, W
   int place = 0;
   for (; walk.next(tile); place = (place + 1) % kTiles) {
     UNROLL_1 for (int k = 0; k < steps; ++k, ring.advance()) {
+      __syncwarp();  // a lane that copies nothing must not fall behind by a round: it would wait for the next
       barrier_wait(ring.empty(), ring.parity ^ 1);
       if (threadIdx.x == 0) {
         if (k == 0) queue[place] = tile;

@@ -26,17 +26,18 @@ constexpr int kGroups = Walk::kGroups;
 static_assert(kGroups == kConsumers * kWarpgroup / kWarp, "a group for each warp");
 
 // What an epilogue needs to know of a tile's rows, and what becomes of them.
-struct Residuals {
-  float2 terms[kRows];  // shift, weight
-  int targets[kRows];   // -1 beyond a response
-  int tokens[kRows];    // -1 beyond a response
+struct Rows {
+  float2 terms[kRows];                    // shift, weight
+  alignas(8) float bias[kColumnsOfTile];  // where the head has one
+  int targets[kRows];                     // -1 beyond a response
+  int tokens[kRows];                      // -1 beyond a response
   int v0;
   int ends[kGroups];                                // the response whose last group it is, or -1
   alignas(16) float sums[kGroups][kColumnsOfTile];  // over the tokens of a group, of a 2^(t - shift) slope
 };
 
 struct Scratch {
-  Residuals of_tiles[2];
+  Rows of_tiles[2];
   Handover handover;
 };
 
@@ -52,19 +53,19 @@ struct WriteRowsAndAddGroups {
     float r[2] = {};
     int last = -1;  // call of the epilogue, once it is known
     for (int i = 0; last < 0 || i <= last + 2; ++i) {
-      Residuals& of_tile = scratch.of_tiles[i % 2];
+      Rows& of_tile = scratch.of_tiles[i % 2];
       scratch.handover.wait_to_write(i);
       if (i >= 2) add_groups(of_tile, r);
-      if (last >= 0) continue;
       named_barrier(3, kWriters);  // all have added
+      if (last >= 0) continue;
       write(tile, of_tile);
       scratch.handover.was_written(i);
       if (!tiles.next(tile)) last = i;
     }
   }
 
-  DEVICE void write(const Tile& tile, Residuals& to) const {
-    for (int i = threadIdx.x - kWarp; i < kRows; i += kWriters) {
+  DEVICE void write(const Tile& tile, Rows& to) const {
+    UNROLL_1 for (int i = threadIdx.x - kWarp; i < kRows; i += kWriters) {
       const int g = tile.row + i / kGroupRows, place = i % kGroupRows;
       const Group group = g < tile.item ? p.packing.groups()[g] : Group{0, 0, 0, -1};
       const bool inside = place < group.count;
@@ -75,11 +76,16 @@ struct WriteRowsAndAddGroups {
       if (place == 0) to.ends[i / kGroupRows] = group.response;
     }
     if (threadIdx.x == kWarp) to.v0 = tile.column;
+    if (p.head.bias == nullptr) return;
+    UNROLL for (int e = 0; e < 2; ++e) to.bias[first_column() + e] = bias_at(p.head, tile.column + first_column() + e);
   }
 
-  // Each thread has two words, and r their sums over the response so far.
-  DEVICE void add_groups(const Residuals& from, float (&r)[2]) const {
-    const int column = 2 * (threadIdx.x - kWarp);
+  // Each thread has two words.
+  static DEVICE int first_column() { return 2 * (threadIdx.x - kWarp); }
+
+  // r: their sums over the response so far.
+  DEVICE void add_groups(const Rows& from, float (&r)[2]) const {
+    const int column = first_column();
     UNROLL for (int g = 0; g < kGroups; ++g) {
       const float2 two = *reinterpret_cast<const float2*>(&from.sums[g][column]);
       r[0] -= two.x;
@@ -117,9 +123,9 @@ struct GivenEpilogue {
   int calls = 0;
 
   DEVICE void operator()(const Tile& tile, Sums& z, Held& held) {
-    Residuals& of_tile = scratch.of_tiles[calls % 2];
+    Rows& of_tile = scratch.of_tiles[calls % 2];
     scratch.handover.wait_to_read(calls);
-    add_bias_of_columns(p.head, tile.column, at, z);
+    if (p.head.bias) add_bias(of_tile, z);
     leave_out(tile, of_tile, z);
     const float2 terms[2] = {of_tile.terms[at.row], of_tile.terms[at.row + 8]};
     float statistics[4] = {};  // S of the two rows, X of them
@@ -130,9 +136,19 @@ struct GivenEpilogue {
     ++calls;
   }
 
+  DEVICE void add_bias(const Rows& of_tile, Sums& z) const {
+    UNROLL for (int j = 0; j < kSums / 4; ++j) {
+      const float2 bias = *reinterpret_cast<const float2*>(&of_tile.bias[8 * j + at.column]);
+      UNROLL for (int q = 0; q < 2; ++q) {
+        z[4 * j + 2 * q] += bias.x;
+        z[4 * j + 2 * q + 1] += bias.y;
+      }
+    }
+  }
+
   // Targets, words beyond the vocabulary, and what lies beyond a response, where z may be NaN, which a weight of 0
   // would not stop.
-  DEVICE void leave_out(const Tile& tile, const Residuals& of_tile, Sums& z) const {
+  DEVICE void leave_out(const Tile& tile, const Rows& of_tile, Sums& z) const {
     const int first = tile.column + at.column, room = p.head.V - first;
     int y[2], n[2];  // targets, from the first word of this thread
     bool special = tile.column + kColumnsOfTile > p.head.V;
@@ -175,7 +191,7 @@ struct GivenEpilogue {
   }
 
   // Over the four threads of a row, each of which stores one of four sums.
-  DEVICE void store_statistics(const Tile& tile, const Residuals& of_tile, float (&statistics)[4]) const {
+  DEVICE void store_statistics(const Tile& tile, const Rows& of_tile, float (&statistics)[4]) const {
     const int what = exchange<2, 2>(statistics), q = exchange<1, 1>(statistics), n = of_tile.tokens[at.row + 8 * q];
     if (n < 0) return;
     const int64_t N = p.tokens.N, plane = N * p.partials.splits;

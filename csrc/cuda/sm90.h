@@ -227,7 +227,8 @@ void wgmma(float (&d)[96], uint64_t a, uint64_t b, bool add) {
 #endif
 
 // An operand for `wgmma`: rows of 128 bytes from `address` on, swizzled. Where k runs along a row, sixteen of it
-// further on is +2, whatever the row; where rows are k, as A's may be, it is +128.
+// further on is +2, whatever the row; where rows are k, as A's may be, it is +128. The leading offset, 1, is not read
+// in either form: A has no more than 64 columns.
 DEVICE uint64_t operand(uint32_t address) {
   return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
