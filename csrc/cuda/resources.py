@@ -24,8 +24,8 @@ LOCAL = ("LDL", "STL")
 
 # Kernels that may spill, the bytes of a thread's memory, and why.
 SPILLS = (
-    ("sm90::statistics_kernel<*>", 24, "a chain, sums and two rows' statistics leave none of 232 registers"),
-    ("sm90::grad_logits_kernel<*, true>", 24, "the soft cap's slope beside a chain and sums, in 232 registers"),
+    ("sm90::statistics_kernel<*>", 8, "a chain, sums and two rows' statistics leave none of 232 registers"),
+    ("sm90::grad_logits_kernel<*>", 24, "biases, or the soft cap's slope, beside a chain and sums, in 232 registers"),
     ("sm90::residuals_kernel<*>", 8, "the warps that write a tile's columns have 40 registers"),
     (
         "sm90::residuals_and_statistics_kernel<*>",

@@ -18,14 +18,24 @@ struct Place {
   }
 };
 
+// No branch for each word: the loads need not wait for each other.
+template <class T>
+DEVICE void add_words(const T* words, int count, int first, Sums& z) {
+  UNROLL for (int i = 0; i < kSums / 2; ++i) {
+    const int v = first + i / 2 * 8 + i % 2;
+    const float word = to_float(words[v < count ? v : 0]), bias = v < count ? word : 0.f;
+    UNROLL for (int q = 0; q < 2; ++q) z[i / 2 * 4 + 2 * q + i % 2] += bias;
+  }
+}
+
 DEVICE void add_bias_of_columns(const Head& head, int v0, const Place& at, Sums& z) {
   if (!head.bias) return;
-  UNROLL for (int j = 0; j < kSums / 4; ++j) {
-    UNROLL for (int e = 0; e < 2; ++e) {
-      const float bias = bias_at(head, v0 + 8 * j + at.column + e);
-      z[4 * j + e] += bias;
-      z[4 * j + 2 + e] += bias;
-    }
+  if (head.bias_dtype == Dtype::fp32) {
+    add_words(static_cast<const float*>(head.bias), head.V, v0 + at.column, z);
+  } else if (head.bias_dtype == Dtype::bf16) {
+    add_words(static_cast<const bf16*>(head.bias), head.V, v0 + at.column, z);
+  } else {
+    add_words(static_cast<const fp16*>(head.bias), head.V, v0 + at.column, z);
   }
 }
 
