@@ -1,7 +1,7 @@
 """``python -m g2rl_kernels``: which backend serves which op on this machine, and why the others do not.
 
-``--check`` runs the self-check of the compiled GPU backends, whatever is known of them, and prints a table; the exit
-status is 1 if one fails.
+``--check`` runs the self-check of the GPU backends that serve here unasked, whatever is known of them, and prints a
+table; the exit status is 1 if one fails.
 """
 
 from __future__ import annotations

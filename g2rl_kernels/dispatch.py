@@ -178,7 +178,7 @@ def explain() -> str:
             lines.append(module.describe())
     forced = _forced or os.environ.get(ENVIRONMENT_VARIABLE)
     if forced:
-        lines.append(f"backend set by name: {forced}")
+        lines.append(f"backend set by name: {_backend(forced).name}")
     for device in devices:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             lines.append(f"\n{device.type}, {str(dtype).removeprefix('torch.')}")
@@ -223,7 +223,7 @@ def _checks(backend: str, ops: list[str], device: torch.device, dtype: torch.dty
 
 
 def check_all(device: torch.device) -> Iterator[tuple[Subject, Verdict]]:
-    """Run the self-check of every backend, dtype and kind of head on a device, whatever is known of them."""
+    """Run the self-check of each backend that serves a device unasked, by dtype and kind of head, whatever is known."""
     for backend in BACKENDS:
         subjects = []
         for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -4,8 +4,10 @@ Kernels that were right on one chip can be wrong on the next: another compiler, 
 measured run of these very sources stands for a device, the first use of a backend runs `g2rl_kernels.self_check_run` in
 a subprocess, for an illegal access would end this one's context:
 
-    passed                                   the backend serves, and the result is kept on disk
+    passed                                   the backend serves
     wrong, crashed, or longer than a minute  the next backend serves; one warning says which check, and where to report
+
+What passed or was wrong is kept on disk.
 
 A result holds for a chip, driver, versions of torch, triton and this package's files, dtype and kind of head. Nothing
 here touches random state, grad mode or autocast, and nothing is run while a CUDA graph is captured.
@@ -136,11 +138,12 @@ def measured(subject: Subject, device: torch.device) -> str | None:
 
 @functools.cache
 def revision(backend: str) -> str:
-    """A number for the sources of a backend's kernels and plans, wherever they were compiled."""
+    """A number for the sources of a backend and of what it uses of the package, and for the kernels' compiler."""
     folders = (_PACKAGE / "backends" / backend, _PACKAGE / "plans")
-    digest = _digest(path for folder in folders for path in folder.rglob("*.py"))
-    if backend == "cuda":
-        digest.update(importlib.import_module("g2rl_kernels._cuda").sources.encode())
+    used = (_PACKAGE / f"{name}.py" for name in ("products", "records", "sums", "workspace"))
+    digest = _digest([*used, *(path for folder in folders for path in folder.rglob("*.py"))])
+    compiled = importlib.import_module("g2rl_kernels._cuda").sources if backend == "cuda" else _version("triton")
+    digest.update(compiled.encode())
     return digest.hexdigest()[:12]
 
 

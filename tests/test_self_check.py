@@ -175,9 +175,10 @@ def test_a_measured_run_stands_for_what_it_ran(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(self_check, "_PACKAGE", tmp_path)
     compiled = SimpleNamespace(sources="1")
     monkeypatch.setitem(sys.modules, "g2rl_kernels._cuda", compiled)
-    files = [tmp_path / "backends/triton/merge.py", tmp_path / "plans/head.py"]
+    names = ("backends/triton/merge.py", "plans/head.py", "products.py", "records.py", "sums.py", "workspace.py")
+    files = [tmp_path / name for name in names]
     for file in files:
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("1")
     first = revision("triton"), revision("cuda")
     monkeypatch.setitem(self_check.MEASURED, ("cuda", "cpu", first[1]), "benchmarks/results/x.json")
@@ -189,8 +190,13 @@ def test_a_measured_run_stands_for_what_it_ran(monkeypatch: pytest.MonkeyPatch, 
     assert revision("cuda") != first[1] and self_check.measured(of_cuda, CPU) is None
     compiled.sources = "1"
     assert revision("cuda") == first[1]
-    files[1].write_text("2")
-    assert revision("cuda") != first[1]
+    for file in files[1:]:
+        file.write_text("2")
+        assert revision("cuda") != first[1]
+        file.write_text("1")
+    monkeypatch.setattr(self_check, "_version", lambda package: "another")
+    files[0].write_text("1")
+    assert revision("cuda") == first[1] and revision("triton") != first[0], "another compiler"
     self_check.revision.cache_clear()
 
 

@@ -183,7 +183,7 @@ void bind_groups(py::module_& m) {
 
 PYBIND11_MODULE(G2RL_MODULE, m) {
   m.attr("architectures") = G2RL_ARCHITECTURES;
-  m.attr("sources") = G2RL_SOURCES;  // a number for what the module was compiled from
+  m.attr("sources") = G2RL_SOURCES;  // a number for what the module was compiled from, and by
   m.def("driver_error", &driver_error);
   bind_structs(m);
   bind_generation(m.def_submodule("sm80"), G2RL_GENERATION(sm80));

@@ -76,7 +76,8 @@ class LMHead:
             raise ValueError(f"head.weight: expected V > 0 and d > 0, found shape {sizes}")
         if self.bias is not None:
             bias = distributed.local_part(self.bias)
-            check_tensor("head.bias", bias, (weight.shape[0],), (weight.dtype, torch.float32), weight.device)
+            dtypes = tuple(dict.fromkeys((weight.dtype, torch.float32)))
+            check_tensor("head.bias", bias, (weight.shape[0],), dtypes, weight.device)
         check_number("head.temperature", self.temperature, "a number from 1e-18 to 1e18", _is_moderate)
         either_sign = "a number of magnitude 1e-18 to 1e18"
         check_number("head.logit_scale", self.logit_scale, either_sign, lambda x: _is_moderate(abs(x)))
@@ -194,9 +195,10 @@ def sequence_features(
         cu_seqlens: [B + 1] int32 or int64, from 0 to N, never decreasing; response b owns tokens cu[b] to cu[b + 1].
         token_weights: [N] float >= 0, a_t of eq. 8; None weighs all tokens alike.
         lse: [N] float from the same weights and hidden states (say, of the pass for old log-probabilities); spares
-            kernels the search for the row maximum. Values of it only steer rounding: the result is normalised anew, and
-            a response with values of something else, NaN included, is computed without them. Not used where ranks
-            hold parts of the vocabulary.
+            kernels the search for the row maximum, and with it a second product. Values of it only steer rounding:
+            the result is normalised anew, and a response with values of something else, NaN included, is computed
+            without them. Not used by the torch backend, on a GPU where exponentials can be kept or a graph is being
+            captured, and where ranks hold parts of the vocabulary.
         context_group: ranks that hold some tokens each of the same B responses (context parallel); features are those
             of whole responses, on every rank. A rank without tokens of a response gives it an empty range.
 

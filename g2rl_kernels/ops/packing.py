@@ -13,7 +13,7 @@ def unpad(tensor: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch
 
     Args:
         tensor: [B, L, ...], any dtype.
-        mask: [B, L], bool or integer, on the tensor's device; non-zero marks a token. Marked positions need not be
+        mask: [B, L], real numbers, on the tensor's device; non-zero marks a token. Marked positions need not be
             contiguous.
 
     Returns:
@@ -38,7 +38,7 @@ def pad(packed: torch.Tensor, mask: torch.Tensor, value: float = 0.0) -> torch.T
 
     Args:
         packed: [N, ...], N the number of marked positions.
-        mask: [B, L], bool or integer, on the device of `packed`.
+        mask: [B, L], real numbers, on the device of `packed`.
         value: what unmarked positions hold.
 
     Returns:

@@ -58,7 +58,7 @@ class Kernels(Protocol):
     def residuals_and_statistics(
         self, hidden: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor, a: Tensor, lse: Tensor, R: Tensor
     ) -> Tensor:
-        """Write R [B, V] without targets' residuals, by a given lse; return partials as of `statistics`."""
+        """Write R [B, V] without targets' residuals, by a given lse; return partials for `merge` alone."""
 
     def residual_statistics_bytes(self, hidden: Tensor, head: Head) -> int:
         """Of those partials, for one token."""

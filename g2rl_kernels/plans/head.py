@@ -2,7 +2,8 @@
 
     token_logprobs      statistics -> merge
     sequence_features   kept exponents:     for each chunk of tokens, statistics that keep z -> merge -> add_kept
-                        lse given:          residuals_and_statistics -> merge -> residuals where lse was off -> targets
+                        lse given:          residuals_and_statistics -> merge -> residuals where lse was off -> targets,
+                                            and `recomputed` for responses whose lse was of something else
                         recomputed:         statistics -> merge -> residuals
                         and always:         responses -> project
     token_sums          statistics -> a part's splits joined to one; the caller gathers those of all parts
@@ -10,8 +11,8 @@
 
 What is kept costs 4 to 8 bytes of traffic for each token and word, to compute it again a second product of 2 d
 operations: the first wins from small d on if chunks are large enough to fill the chip, where it was measured even if
-lse is known. Plans differ in rounding alone. Which one runs depends on shapes that a response shares with its batch (d,
-V, workspace), never on N or B: a response's bits are its own.
+lse is known. Plans differ in rounding alone. Which one runs depends on what a response shares with its batch (d, V,
+workspace, whether a graph is being captured), never on N or B: a response's bits are its own.
 """
 
 from __future__ import annotations

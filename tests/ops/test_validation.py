@@ -479,6 +479,7 @@ def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolved() == resolved()
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "cpu")
     raises(resolved, ValueError, message)
+    raises(explain, ValueError, message)
 
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,9 +282,12 @@ class G2RLMixin(_Trainer):
 
     def _shares_forward(self) -> bool:
         """Whether one optimiser step takes all rows of a round at once, with the weights that generated them."""
+        return self.args.steps_per_generation == 1 and self._may_share_forward()
+
+    def _may_share_forward(self) -> bool:
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         routes = getattr(self, "aux_loss_enabled", False)  # and wants a loss that this pass does not give
-        return self.args.steps_per_generation == 1 and self.args.num_iterations == 1 and not sharded and not routes
+        return self.args.num_iterations == 1 and not sharded and not routes
 
     @contextmanager
     def _with_gradient(self) -> Iterator[None]:
@@ -353,10 +356,13 @@ class G2RLMixin(_Trainer):
             message = "G2RL: features come from the forward pass of the update, which runs when rewards are computed"
             self._say(message, logging.INFO)
             return
-        self._say(
+        message = (
             "G2RL: with these settings TRL runs no pass for old log-probabilities, from which features come; one is "
-            f"added ({rollout.seconds:.2g} s here). With steps_per_generation=1 the update shares it"
+            f"added ({rollout.seconds:.2g} s here)"
         )
+        if self.args.steps_per_generation != 1 and self._may_share_forward():
+            message += ". With steps_per_generation=1 the update shares it"
+        self._say(message)
 
     def _warn_of_zero_rewards(self, raw: torch.Tensor) -> None:
         if self.args.reward_range is None and has_unmoved_zeros(raw):
