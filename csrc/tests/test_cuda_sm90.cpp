@@ -150,11 +150,10 @@ void test_given_lse(Problem& p, const std::string& what) {
   Floats lse(p.lse.begin(), p.lse.end());
   const int wrong = p.B - 1;
   for (int n = p.cu[wrong]; n < p.N; ++n) lse[n] += 1e-4f * std::max(1.f, std::fabs(lse[n]));
-  const Given given(p, lse), again(p, lse);
+  const Given given(p, lse);
   expect(given.flags[wrong] == 1, what + ": a wrong lse is not flagged", 0, 1);
   check_tokens(p, given.results, what + ", lse given");
   check_rows(p, given.R, p.R, p.c.V, what + ", lse given, R");
-  expect(given.results == again.results && given.R == again.R, what + ": lse given, twice, other bits", 1, 0);
 }
 
 void test_case(const Case& c, const std::string& what) {
@@ -173,7 +172,8 @@ void test_neighbours() {
   Problem p({{37, 130, 5}, 136, 400});
   const Floats lse(p.lse.begin(), p.lse.end());
   const Forward before(p);
-  const Given given_before(p, lse);
+  const Given given_before(p, lse), again(p, lse);
+  expect(given_before.results == again.results && given_before.R == again.R, "lse given, twice, other bits", 1, 0);
   Problem moved({{37, 130, 5}, 136, 400});
   const int first = moved.cu[1], last = moved.cu[2];
   for (int n = 0; n < moved.N; ++n) {

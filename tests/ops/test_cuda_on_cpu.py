@@ -97,7 +97,7 @@ def test_an_lse_of_another_head(shape: Shape, off: float, backend) -> None:  # n
     check(shape, torch.float16, lse=oracle(shape, torch.float16, "cpu", "random", OPTIONS["plain"]).lse.float() + off)
 
 
-@pytest.mark.parametrize("wrong", WRONG_LSE)
+@pytest.mark.parametrize("wrong", WRONG_LSE[-3:])
 @pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 def test_an_lse_of_something_else(shape: Shape, wrong: float, backend) -> None:  # noqa: ANN001
     check_lse_of_something_else(shape, torch.float16, wrong)

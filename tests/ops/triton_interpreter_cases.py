@@ -65,7 +65,7 @@ def test_plans_and_logits(plan: str, kind: str, dtype: torch.dtype, request: pyt
     check(RAGGED, dtype, kind, lse=given(plan, s, request))
 
 
-@pytest.mark.parametrize("wrong", WRONG_LSE)
+@pytest.mark.parametrize("wrong", WRONG_LSE[-3:])
 def test_an_lse_of_something_else(wrong: float) -> None:
     check_lse_of_something_else(RAGGED, torch.float32, wrong)
 
