@@ -122,8 +122,8 @@ MUTATIONS = (
         "sm90 projection: all parts have the terms of the first",
         "projection",
         "projection_sm90.cu",
-        "part * kWordsOfPart + k, column",
-        "k, column",
+        "tile.item * kWordsOfPart + k, tile.column",
+        "k, tile.column",
     ),
     Mutation(
         "sm90 projection: sixteen words are as far as sixteen columns",

@@ -304,3 +304,14 @@ def test_a_module_that_is_absent_or_broken_is_said(monkeypatch: pytest.MonkeyPat
     assert "G2RL_WITH_CUDA=on" in library._load.__wrapped__()[1]
     monkeypatch.setattr(library.importlib, "import_module", fail(ImportError("undefined symbol: x")))
     assert "undefined symbol: x" in library._load.__wrapped__()[1]
+
+
+def test_mutations_apply() -> None:
+    """Trying them takes half an hour and is left to `csrc/tests/mutations.py`; each has its place in the sources."""
+    spec = importlib.util.spec_from_file_location("mutations", ROOT / "csrc/tests/mutations.py")
+    assert spec is not None and spec.loader is not None
+    mutations = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = mutations  # where its records look for their types
+    spec.loader.exec_module(mutations)
+    for m in mutations.MUTATIONS:
+        assert (ROOT / "csrc/cuda" / m.file).read_text().count(m.old) == 1, m.name
