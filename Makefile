@@ -1,8 +1,8 @@
 # make train     train SmolLM2-135M with G2RL on arithmetic, then print where the report is
 # make test      run the tests
 # make ranks     those of training on several ranks, which take two minutes of their own
-# make faults    campaigns of faults and hostile input, 40 to 60 minutes of them, and the page docs/RELIABILITY.md of what came out;
-#                SHARE=0.1 tries a tenth, and leaves the page alone
+# make faults    campaigns of faults and hostile input, 40 to 60 minutes of them, and the page docs/RELIABILITY.md of what
+#                came out; SHARE=0.1 tries a tenth, and leaves the page alone
 # make planted   whether the campaigns find faults that are planted for them
 # make ctest     build and run the C++ kernels' own tests
 # make trl       the tests of the TRL integration with every version of TRL that it serves

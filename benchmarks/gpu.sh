@@ -193,14 +193,14 @@ part tune 60 "$PYTHON" -m benchmarks.tune --json "$OUT/$CHIP-tune.json" "${TUNE[
 
 if [ "$DEVICE" = cuda ] && [ "$(cat "$OUT/.done-$CHIP-tests" 2>/dev/null)" = "$STATE" ]; then
   echo "=== all tests passed; where head.json is committed, this may be said in MEASURED of g2rl_kernels/self_check.py:"
-  "$PYTHON" - "$DEVICE" "benchmarks/results/$CHIP-head.json" <<'LINES'
+  "$PYTHON" - "benchmarks/results/$CHIP-head.json" <<'LINES'
 import sys
 import torch
 from g2rl_kernels import self_check
-device = torch.device(sys.argv[1])
+chip = self_check.chip(torch.device("cuda"))
 for backend in ("cuda", "triton"):
     try:
-        print(f"    {(backend, self_check.chip(device), self_check.revision(backend))}: {sys.argv[2]!r},".replace("'", '"'))
+        print(f"    {(backend, chip, self_check.revision(backend))}: {sys.argv[1]!r},".replace("'", '"'))
     except ImportError as error:
         print(f"    # no {backend}: {error}")
 LINES

@@ -21,6 +21,13 @@ inline int map_tokens(TokenMaps& maps, const Tokens& tokens, const Head& head, i
   return error;
 }
 
+// A place of a group, and its token where the group has one there.
+struct PackedToken {
+  Group group;
+  int n;
+  bool inside;
+};
+
 // Words are rows and tokens columns, or the other way round, in groups of GROUP tokens. Of a tile's `row` and `column`
 // one is the first word and the other the first group; `item` is where the range ends, in groups.
 //
@@ -62,6 +69,13 @@ struct PackedWalk {
     tile = {WORDS_ARE_ROWS ? v0 : group, WORDS_ARE_ROWS ? group : v0, end, first, group + kGroups >= end};
     group += kGroups;
     return true;
+  }
+
+  // The i-th place of the groups from `first` on, in a range that ends at `end`.
+  static DEVICE PackedToken token_at(const Packing& packing, int first, int end, int i) {
+    const int g = first + i / GROUP, place = i % GROUP;
+    const Group group = g < end ? packing.groups()[g] : Group{0, 0, 0, -1};
+    return {group, group.token + place, place < group.count};
   }
 
   // A run of n groups that hold consecutive tokens is loaded in boxes of eight groups, then of 4, 2 and 1.

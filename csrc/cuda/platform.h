@@ -160,6 +160,18 @@ DEVICE float reciprocal_fast(float x) {
 #endif
 }
 
+// Of 2 HALF numbers keeps HALF, and adds to them those of the lane OTHER away, which keeps the others. Whether it kept
+// the upper.
+template <int HALF, int OTHER>
+DEVICE bool exchange(float* x) {
+  const bool upper = threadIdx.x & OTHER;
+  UNROLL for (int i = 0; i < HALF; ++i) {
+    const float mine = upper ? x[HALF + i] : x[i], theirs = upper ? x[i] : x[HALF + i];
+    x[i] = mine + __shfl_xor_sync(kAllLanes, theirs, OTHER);
+  }
+  return upper;
+}
+
 // Four numbers that are read once: they need not stay in a cache.
 template <class Four>
 DEVICE Four load_once(const Four* at) {

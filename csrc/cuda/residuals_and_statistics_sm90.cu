@@ -66,14 +66,11 @@ struct WriteRowsAndAddGroups {
 
   DEVICE void write(const Tile& tile, Rows& to) const {
     UNROLL_1 for (int i = threadIdx.x - kWarp; i < kRows; i += kWriters) {
-      const int g = tile.row + i / kGroupRows, place = i % kGroupRows;
-      const Group group = g < tile.item ? p.packing.groups()[g] : Group{0, 0, 0, -1};
-      const bool inside = place < group.count;
-      const int n = group.token + place;
+      const auto [group, n, inside] = Walk::token_at(p.packing, tile.row, tile.item, i);
       to.terms[i] = inside ? float2{p.lse[n] * kLog2e, p.a[n]} : float2{kBeyond, 0.f};
       to.targets[i] = inside ? int(p.tokens.targets[n]) : -1;
       to.tokens[i] = inside ? n : -1;
-      if (place == 0) to.ends[i / kGroupRows] = group.response;
+      if (i % kGroupRows == 0) to.ends[i / kGroupRows] = group.response;
     }
     if (threadIdx.x == kWarp) to.v0 = tile.column;
     if (p.head.bias == nullptr) return;
@@ -101,17 +98,6 @@ struct WriteRowsAndAddGroups {
   }
 };
 static_assert(2 * kWriters == kColumnsOfTile);
-
-// Of 2 HALF numbers keeps HALF, and adds to them those of the thread that keeps the others. Whether it kept the upper.
-template <int HALF, int OTHER>
-DEVICE bool exchange(float* x) {
-  const bool upper = threadIdx.x & OTHER;
-  UNROLL for (int i = 0; i < HALF; ++i) {
-    const float mine = upper ? x[HALF + i] : x[i], theirs = upper ? x[i] : x[HALF + i];
-    x[i] = mine + __shfl_xor_sync(kAllLanes, theirs, OTHER);
-  }
-  return upper;
-}
 
 template <bool SOFTCAP>
 struct GivenEpilogue {

@@ -35,17 +35,6 @@ struct Scratch {
 static_assert(4 * kTile * sizeof(float) <= kTile * sizeof(TokenTerms));
 static_assert(kTile * sizeof(TokenTerms) <= kScratchBytes);
 
-// Adds up the eight lanes that share columns. Of the two values of each eight columns, lane l keeps those of eight l
-// / 4.
-template <int HALF>
-DEVICE void fold(float (&x)[kColumnsOfThread]) {
-  const bool upper = threadIdx.x & (2 * HALF);
-  UNROLL for (int i = 0; i < HALF; ++i) {
-    const float mine = upper ? x[i + HALF] : x[i], others = upper ? x[i] : x[i + HALF];
-    x[i] = mine + __shfl_xor_sync(kAllLanes, others, 2 * HALF);
-  }
-}
-
 template <bool SOFTCAP, bool STATISTICS>
 struct Residuals {
   const Arguments& p;
@@ -121,7 +110,8 @@ struct Residuals {
   // The sum of the column that threads below 128 are named after.
   DEVICE float over_warps(float (&x)[kColumnsOfThread]) const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    fold<8>(x), fold<4>(x), fold<2>(x);
+    // The eight lanes that share columns: of the two values of each eight columns, lane l keeps those of eight l / 4.
+    exchange<8, 16>(x), exchange<4, 8>(x), exchange<2, 4>(x);
     __syncthreads();
     float* to = scratch.sums() + warp / 2 * kTile + at.column + lane / 4 * 8;
     to[0] = x[0];

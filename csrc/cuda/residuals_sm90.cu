@@ -58,10 +58,7 @@ struct WriteColumns {
 
   DEVICE void write(const Tile& tile, Columns& to) const {
     for (int i = threadIdx.x - kWarp; i < kColumnsOfTile; i += kWriters) {
-      const int g = tile.column + i / kGroupColumns, place = i % kGroupColumns;
-      const Group group = g < tile.item ? p.packing.groups()[g] : Group{0, 0, 0, -1};
-      const bool inside = place < group.count;
-      const int n = group.token + place;
+      const auto [group, n, inside] = Walk::token_at(p.packing, tile.column, tile.item, i);
       float* terms = &to.terms[i / 2].x + i % 2 * 2;
       terms[0] = inside ? p.terms.shift[n] : kBeyond;
       terms[1] = inside ? p.terms.weight[n] : 0.f;
@@ -70,7 +67,7 @@ struct WriteColumns {
       to.tokens[i] = inside ? n : -1;
       const unsigned word = unsigned(target - tile.row), mine = word < kRows ? 1u << word / kWarpRows : 0u;
       const unsigned special = or_of_eight(!inside || group.response >= 0 ? ~0u : mine);
-      if (place == 0) {
+      if (i % kGroupColumns == 0) {
         to.ends[i / kGroupColumns] = group.response;
         to.special[i / kGroupColumns] = special;
       }

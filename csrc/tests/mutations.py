@@ -192,8 +192,8 @@ MUTATIONS = (
         "sm80: sums of tokens meet the wrong lanes",
         "sm80",
         "residuals_sm80.cu",
-        "__shfl_xor_sync(kAllLanes, others, 2 * HALF)",
-        "__shfl_xor_sync(kAllLanes, others, HALF)",
+        "exchange<8, 16>(x), exchange<4, 8>(x), exchange<2, 4>(x);",
+        "exchange<8, 8>(x), exchange<4, 4>(x), exchange<2, 2>(x);",
     ),
     Mutation(
         "sm90: copies do not wait for a free stage",

@@ -139,8 +139,7 @@ struct Given {
                                    R.data(), {planes.data(), partials.splits}, nullptr);
     merge(p.head(), {planes.data(), partials.splits}, p.N, lse.data(), p.a.data(), results.data(), p.N, terms.terms,
           nullptr);
-    ::g2rl::cuda::responses(p.responses(), p.a.data(), terms.terms.S, lse.data(), inverse.data(), flags.data(),
-                            nullptr);
+    responses(p.responses(), p.a.data(), terms.terms.S, lse.data(), inverse.data(), flags.data(), nullptr);
     sm90::residuals(p.head(), p.tokens(), p.responses(), terms.terms, flags.data(), packing.data(), R.data(), nullptr);
     add_targets(p.targets.data(), p.responses(), terms.terms, flags.data(), p.c.V, R.data(), nullptr);
   }

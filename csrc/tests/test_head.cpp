@@ -218,8 +218,8 @@ void check_strips(at::ScalarType dtype) {
   constexpr int64_t kLeast = 1, kAll = 1 << 30;
   const auto all = gradients(kAll, {true, true, true}), strips = gradients(kLeast, {true, true, true});
   const auto of_hidden = gradients(0, {true, false, false}), of_head = gradients(0, {false, true, true});
-  const auto beside_bias =
-      gradients(0, {true, false, true});  // by strips; hidden alone by its tokens, on up to 5 threads
+  // Beside the bias by strips, alone by its tokens on up to 5 threads.
+  const auto beside_bias = gradients(0, {true, false, true});
   expect(at::equal(of_hidden[0], beside_bias[0]), "gradients of hidden alone have other bits", 1, 0);
   for (int i = 0; i < 3; ++i) {
     expect(at::equal(all[i], strips[i]), "strips change bits", i, 0);
