@@ -85,6 +85,9 @@ class Kernels(Protocol):
     def add_targets(self, targets: Tensor, cu_seqlens: Tensor, terms: Tensor, flags: Tensor, R: Tensor) -> None:
         """Add targets' residuals to R [B, V] of responses whose flag is 0."""
 
+    def projection_bytes(self, head: Head, responses: int) -> int:
+        """Of the memory that `project` takes for so many responses."""
+
     def project(self, R: Tensor, inverse: Tensor, head: Head, features: Tensor) -> None:
         """Write features [B, d] = logit_scale (R * inverse) W."""
 

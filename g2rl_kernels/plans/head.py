@@ -75,8 +75,9 @@ def _features(batch: _Batch, responses: Responses, plan: Callable[[Tensor, Tenso
     features = batch.empty(cu_seqlens.shape[0] - 1, hidden.shape[1]).zero_()
     if hidden.shape[0]:
         with on_device_of(hidden):
-            for first, R, inverse in plan(cu_seqlens, a):
-                batch.kernels.project(R, inverse, batch.head, features[first : first + R.shape[0]])
+            for of_chunk in plan(cu_seqlens, a):
+                _project(batch, *of_chunk, features)
+                del of_chunk  # before there is another R
     return SequenceFeatures(features, *batch.separate_results())
 
 
@@ -104,6 +105,7 @@ class _Batch:
         return part
 
     def empty(self, *shape: int) -> Tensor:
+        """fp32."""
         return torch.empty(shape, dtype=torch.float32, device=self.hidden.device)
 
     @property
@@ -121,9 +123,24 @@ class _Batch:
         """Tokens whose sums in splits of the vocabulary are within the limit."""
         return max(_ROWS, _multiple(self.limit // self.kernels.statistics_bytes(self.hidden, self.head)))
 
+    def projected(self, responses: int) -> int:
+        """Of so many responses, how many may be projected at once for that to be within the limit."""
+        while responses > 1 and self.kernels.projection_bytes(self.head, responses) > self.limit:
+            responses = (responses + 1) // 2
+        return responses
+
     def separate_results(self) -> tuple[Tensor, ...]:
         """log p, entropy and lse as tensors of their own: an op's outputs may not share memory."""
         return tuple(x.clone() for x in self.results.unbind())
+
+
+def _project(batch: _Batch, first: int, R: Tensor, inverse: Tensor, features: Tensor) -> None:
+    """Write features of the responses from `first` on."""
+    n = R.shape[0]
+    step = batch.projected(n)
+    for i in range(0, n, step):
+        j = min(i + step, n)
+        batch.kernels.project(R[i:j], inverse[i:j], batch.head, features[first + i : first + j])
 
 
 def _multiple(rows: int) -> int:
@@ -142,7 +159,7 @@ def _merged_statistics(batch: _Batch, a: Tensor | None) -> Tensor:
     return terms
 
 
-# First response, R [n, V] and 1 / sum a [n] of n responses.
+# First response, R [n, V] and 1 / sum a [n] of n responses. Plans keep nothing of these while the caller has them.
 Plan = Iterator[tuple[int, Tensor, Tensor]]
 
 
@@ -154,10 +171,13 @@ def _from_recomputed(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:
 def _from_terms(batch: _Batch, cu_seqlens: Tensor, a: Tensor, terms: Tensor) -> Plan:
     B = cu_seqlens.shape[0] - 1
     for first in range(0, B, batch.responses):
-        offsets = cu_seqlens[first : first + batch.responses + 1]
-        R = batch.empty(offsets.shape[0] - 1, batch.head.V)
-        batch.kernels.residuals(batch.hidden, batch.head, batch.targets, offsets, terms, R)
-        yield first, R, batch.kernels.inverse_weights(offsets, a)
+        yield first, *_from_terms_at_once(batch, cu_seqlens[first : first + batch.responses + 1], a, terms)
+
+
+def _from_terms_at_once(batch: _Batch, cu_seqlens: Tensor, a: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+    R = batch.empty(cu_seqlens.shape[0] - 1, batch.head.V)
+    batch.kernels.residuals(batch.hidden, batch.head, batch.targets, cu_seqlens, terms, R)
+    return R, batch.kernels.inverse_weights(cu_seqlens, a)
 
 
 def _from_lse(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor) -> Plan:
@@ -217,26 +237,34 @@ def _again_without_lse(batch: _Batch, cu_seqlens: Tensor, a: Tensor, far: Tensor
 
 def _from_kept(batch: _Batch, cu_seqlens: Tensor, a: Tensor) -> Plan:
     """One product and two passes over the logits of a chunk of tokens."""
-    kernels, head, rows = batch.kernels, batch.head, batch.kept_rows
-    N, B = batch.hidden.shape[0], cu_seqlens.shape[0] - 1
+    B = cu_seqlens.shape[0] - 1
     # Offsets on the host, for which it must wait, only where R of all responses does not fit.
     offsets = None if B <= batch.responses else cu_seqlens.tolist()
-    kept = kernels.room_for_kept(batch.hidden, head, min(rows, N))
     for start in range(0, B, batch.responses):
-        stop = min(start + batch.responses, B)
-        R = batch.empty(stop - start, head.V).zero_()
-        begin, end = (0, N) if offsets is None else (offsets[start], offsets[stop])
-        for first in range(begin, end, rows):
-            last = min(first + rows, end)
-            tokens = slice(first, last)
-            partials = kernels.statistics(batch.hidden[tokens], head, batch.targets[tokens], kept)
-            terms = kernels.merge(partials, head, batch.results[:, tokens], a[tokens])
-            # Programs only for the responses that have tokens in the chunk, where that is known.
-            b0, b1 = (0, B) if offsets is None else (bisect_right(offsets, first) - 1, bisect_left(offsets, last))
-            kernels.add_kept(
-                kept, head, batch.targets, cu_seqlens[b0 : b1 + 1], terms, R[b0 - start : b1 - start], first, last
-            )
-        yield start, R, kernels.inverse_weights(cu_seqlens[start : stop + 1], a)
+        yield start, *_from_kept_at_once(batch, cu_seqlens, offsets, a, start, min(start + batch.responses, B))
+
+
+def _from_kept_at_once(
+    batch: _Batch, cu_seqlens: Tensor, offsets: list[int] | None, a: Tensor, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """R and 1 / sum a of responses start to stop."""
+    kernels, head, rows = batch.kernels, batch.head, batch.kept_rows
+    begin, end = (0, batch.hidden.shape[0]) if offsets is None else (offsets[start], offsets[stop])
+    R = batch.empty(stop - start, head.V).zero_()
+    kept = kernels.room_for_kept(batch.hidden, head, min(rows, end - begin))
+    for first in range(begin, end, rows):
+        last = min(first + rows, end)
+        tokens = slice(first, last)
+        partials = kernels.statistics(batch.hidden[tokens], head, batch.targets[tokens], kept)
+        terms = kernels.merge(partials, head, batch.results[:, tokens], a[tokens])
+        # Programs only for the responses that have tokens in the chunk, where that is known.
+        b0, b1 = start, stop
+        if offsets is not None:
+            b0, b1 = bisect_right(offsets, first) - 1, bisect_left(offsets, last)
+        kernels.add_kept(
+            kept, head, batch.targets, cu_seqlens[b0 : b1 + 1], terms, R[b0 - start : b1 - start], first, last
+        )
+    return R, kernels.inverse_weights(cu_seqlens[start : stop + 1], a)
 
 
 def token_sums(kernels: Kernels, hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> Tensor:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from g2rl.config import ConfigError, load_config
 from g2rl.forward import ForwardPass
@@ -18,6 +15,7 @@ from g2rl.rewards import judge_episodes
 from g2rl.trainer import Trainer
 from g2rl.types import Episode, Verdict
 from g2rl.update import _Sums, lr_factor
+from tests.live_memory import LiveMemory
 
 SMALL = (
     "model.autocast=none",
@@ -153,33 +151,6 @@ def test_cut_by_length(tiny_model: Path, tmp_path: Path, overrides: list[str], b
     torch.testing.assert_close(result_cut.advantages, result.advantages, atol=1e-4, rtol=1e-4)
     assert not first
     assert first_cut == (budget == 150 and len(overrides) < 3 and "log.geometry=false" not in overrides)
-
-
-class LiveMemory(TorchDispatchMode):
-    """Most bytes of tensors that are alive at once, among those that operators make; the same on every machine."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._seen:
-                self._follow(tensor.untyped_storage())
-        return out
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._seen.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
 
 
 def test_long_responses_fit_where_whole_groups_do_not(tiny_model: Path, tmp_path: Path) -> None:

@@ -35,8 +35,10 @@ from head_cases import (
 from g2rl_kernels import Shaping, dispatch, g2rl_advantages, testing, token_logprobs, use_backend
 from g2rl_kernels.backends import cuda
 from g2rl_kernels.backends.cuda import kernels, library
-from g2rl_kernels.records import Head
+from g2rl_kernels.plans import head
+from g2rl_kernels.records import Head, Responses
 from g2rl_kernels.testing import OPTIONS, Shape
+from tests.live_memory import LiveMemory
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"  # that of setup.py and of `make ctest`
@@ -139,8 +141,21 @@ def test_workspace_cuts_tokens_and_responses(shape: Shape, options: str, backend
 def test_responses_are_projected_some_at_a_time(backend, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     s = sample(ALIGNED, torch.bfloat16, kind="random", options=OPTIONS["plain"])
     at_once = features(s).features
-    monkeypatch.setattr(kernels, "_PROJECTED", 3)
+    monkeypatch.setattr(head._Batch, "projected", lambda batch, responses: 3)
     assert torch.equal(features(s).features, at_once)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["kept", "given"])
+def test_a_call_stays_within_its_workspace(plan: str, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001
+    """All that is as large as a row of logits, together, and where tokens and responses are cut."""
+    shape = Shape((1, 2) * 33, 64, 1000, "R of all responses would take more than the workspace")
+    s = sample(shape, torch.bfloat16, kind="random", options=OPTIONS["plain"])
+    lse = given(plan, s, request)
+    workspace_bytes = 700 * shape.V  # 256 for the 64 responses of one tile of the projection, three terms of each
+    with LiveMemory(least=shape.V * 4) as memory:
+        cuda.sequence_features(s.hidden, s.record, s.targets, Responses(s.cu_seqlens, None, lse), workspace_bytes)
+    assert memory.peak <= workspace_bytes
 
 
 @pytest.mark.slow

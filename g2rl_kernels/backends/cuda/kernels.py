@@ -18,8 +18,6 @@ from g2rl_kernels.records import Head
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _PLANES = 4
 _FP32 = 4
-# Responses at a time, so that the projection takes some hundred MB. Products of so many cost more than reading W again.
-_PROJECTED = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,21 +178,22 @@ class CudaKernels:
             library.stream_of(R),
         )
 
+    def projection_bytes(self, head: Head, responses: int) -> int:
+        return self.generation.projection_bytes(_head(self.module, head), responses)
+
     def project(self, R: Tensor, inverse: Tensor, head: Head, features: Tensor) -> None:
-        c_head, most = _head(self.module, head), min(R.shape[0], _PROJECTED)
-        memory = torch.empty(self.generation.projection_bytes(c_head, most), dtype=torch.uint8, device=R.device)
-        for first in range(0, R.shape[0], _PROJECTED):
-            rows = slice(first, first + _PROJECTED)
-            self.generation.project(
-                c_head,
-                R[rows].data_ptr(),
-                inverse[rows].data_ptr(),
-                R[rows].shape[0],
-                head.logit_scale,
-                memory.data_ptr(),
-                features[rows].data_ptr(),
-                library.stream_of(R),
-            )
+        B = R.shape[0]
+        memory = torch.empty(self.projection_bytes(head, B), dtype=torch.uint8, device=R.device)
+        self.generation.project(
+            _head(self.module, head),
+            R.data_ptr(),
+            inverse.data_ptr(),
+            B,
+            head.logit_scale,
+            memory.data_ptr(),
+            features.data_ptr(),
+            library.stream_of(R),
+        )
 
     def grad_logits(
         self,

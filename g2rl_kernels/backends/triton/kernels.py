@@ -3,7 +3,7 @@
 from g2rl_kernels.backends.triton.grad_logits import grad_logits
 from g2rl_kernels.backends.triton.kept import add_kept
 from g2rl_kernels.backends.triton.merge import merge
-from g2rl_kernels.backends.triton.projection import project
+from g2rl_kernels.backends.triton.projection import project, projection_bytes
 from g2rl_kernels.backends.triton.residuals import residuals, residuals_and_statistics
 from g2rl_kernels.backends.triton.residuals import statistics_bytes as residual_statistics_bytes
 from g2rl_kernels.backends.triton.responses import inverse_and_flags, inverse_weights
@@ -22,6 +22,7 @@ __all__ = [
     "log_unit",
     "merge",
     "project",
+    "projection_bytes",
     "residual_statistics_bytes",
     "residuals",
     "residuals_and_statistics",

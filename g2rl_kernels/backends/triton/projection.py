@@ -93,13 +93,21 @@ def _join_kernel(partials, features, elements, splits, logit_scale, BLOCK: tl.co
     tl.store(features + i, total * logit_scale, mask=i < elements)
 
 
+def projection_bytes(head: Head, responses: int) -> int:
+    """Of the memory that `project` takes for so many responses."""
+    return 4 * _splits(head) * responses * head.weight.shape[1]
+
+
+def _splits(head: Head) -> int:
+    return triton.cdiv(head.V, configs.projection_split(head.weight))
+
+
 def project(R: Tensor, inverse: Tensor, head: Head, features: Tensor) -> None:
     """Write features [B, d] (contiguous) from R [B, V] and inverse [B] = 1 / sum a."""
     B, V = R.shape
     D = features.shape[1]
     tile = configs.tile("projection", head.weight, head.weight)
-    split = configs.projection_split(R)
-    splits = triton.cdiv(V, split)
+    splits = _splits(head)
     partials = torch.empty(splits, B, D, dtype=torch.float32, device=R.device)
     _projection_kernel[(splits * triton.cdiv(B, tile.BLOCK_N) * triton.cdiv(D, tile.BLOCK_D),)](
         R,
@@ -111,7 +119,7 @@ def project(R: Tensor, inverse: Tensor, head: Head, features: Tensor) -> None:
         D,
         head.weight.stride(0),
         UPCAST=upcast(head),
-        SPLIT=split,
+        SPLIT=configs.projection_split(head.weight),
         GROUP=configs.GROUP,
         BLOCK_N=tile.BLOCK_N,
         BLOCK_V=tile.BLOCK_V,
