@@ -129,6 +129,21 @@ def check_not_negative(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected values >= 0, found {lowest}")
 
 
+class LateValues:
+    """A tensor's values on the host, for which it waits only when it asks; later work on a GPU need not have ended."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._values = tensor.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self._copied = torch.cuda.Event() if tensor.is_cuda else None
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(tensor.device))
+
+    def tolist(self) -> list:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
+
+
 class ValueChecks:
     """What an op checks of its arguments' values.
 
@@ -181,18 +196,12 @@ class ValueChecks:
 
     def __enter__(self) -> None:
         if self._late:
-            flags = torch.stack([flag for flag, _ in self._late])
-            with torch.cuda.device_of(flags):
-                # Into pinned memory, without waiting.
-                self._failed = flags.to("cpu", non_blocking=True)
-                self._read = torch.cuda.Event()
-                self._read.record()
+            self._failed = LateValues(torch.stack([flag for flag, _ in self._late]))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """Raise for the first argument whose values are wrong."""
         if kind is not None or not self._late:
             return
-        self._read.synchronize()
         for failed, (_, check) in zip(self._failed.tolist(), self._late, strict=True):
             if failed:
                 check()

@@ -27,30 +27,72 @@ struct GradLogitsWalk {
   }
 };
 
-template <class T, bool SOFTCAP>
-struct GradLogitsEpilogue {
-  const GradLogitsArguments& p;
-  const Options options{p.head};
-  const Place at = Place::here();
+// What an epilogue needs to know of a tile's rows; words are counted from the tile's first.
+struct GradRows {
+  GradRow rows[kRows];
+  float scales[kRows];  // of G, where there is a G_even
+};
 
-  DEVICE void operator()(const Tile& tile, Sums& z, Held& held) const {
-    add_bias_of_columns(p.head, tile.column, at, z);
-    UNROLL for (int q = 0; q < 2; ++q) {
-      become_gradients(of_row(tile, q), q, z);
-      const int n = row(tile, q);
-      if (p.strip.G_even) store(tile, q, p.strip.G_even, *p.strip.even_scale, z);
-      store(tile, q, p.strip.G, p.strip.G_even ? p.rows_in[5 * p.rows_stride + n] : 1.f, z);
-      if (q == 0) held.at_most<2>();
+struct Scratch {
+  GradRows of_tiles[2];
+  Handover handover;
+};
+
+struct WriteGradRows {
+  const GradLogitsArguments& p;
+  Scratch& scratch;
+  GradLogitsWalk walk;
+
+  DEVICE void operator()() const {
+    GradLogitsWalk tiles = walk;
+    Tile tile = kNoTile;
+    for (int i = 0;; ++i) {
+      scratch.handover.wait_to_write(i);
+      write(tile, scratch.of_tiles[i % 2]);
+      scratch.handover.was_written(i);
+      if (!tiles.next(tile)) return;
     }
   }
 
   // Rows beyond the last token take its numbers and are not stored.
-  DEVICE int row(const Tile& tile, int q) const {
-    const int n = tile.row + at.row + 8 * q;
-    return n < p.tokens.N ? n : p.tokens.N - 1;
+  DEVICE void write(const Tile& tile, GradRows& to) const {
+    UNROLL_1 for (int i = threadIdx.x - kWarp; i < kRows; i += kWriters) {
+      const int n = tile.row + i < p.tokens.N ? tile.row + i : p.tokens.N - 1;
+      to.rows[i] = GradRow::of(p, n, tile.column);
+      if (p.strip.G_even) to.scales[i] = p.rows_in[5 * p.rows_stride + n];
+    }
   }
+};
 
-  DEVICE GradRow of_row(const Tile& tile, int q) const { return GradRow::of(p, row(tile, q), tile.column + at.column); }
+template <class T, bool SOFTCAP>
+struct GradLogitsEpilogue {
+  const GradLogitsArguments& p;
+  Scratch& scratch;
+  const Options options{p.head};
+  const Place at = Place::here();
+  int calls = 0;
+
+  DEVICE void operator()(const Tile& tile, Sums& z, Held& held) {
+    add_bias_of_columns(p.head, tile.column, at, z);
+    const GradRows& of_tile = scratch.of_tiles[calls % 2];
+    scratch.handover.wait_to_read(calls);
+    UNROLL for (int q = 0; q < 2; ++q) {
+      GradRow row = of_tile.rows[at.row + 8 * q];
+      row.y -= at.column;
+      float scale = 1.f;
+      if (std::is_same_v<T, fp16> && p.strip.G_even) {
+        scale = of_tile.scales[at.row + 8 * q];
+      }
+      if (q == 1) scratch.handover.was_read(calls);
+      become_gradients(row, q, z);
+      if (std::is_same_v<T, fp16> && p.strip.G_even) {  // fp16 alone has a range to fit
+        store(tile, q, p.strip.G_even, *p.strip.even_scale, z);
+      }
+      store(tile, q, p.strip.G, scale, z);
+      if (q == 0) held.at_most<2>();
+    }
+    ++calls;
+  }
 
   // Few tiles hold a target of a warp's rows. A soft cap leaves no registers for two ways.
   DEVICE void become_gradients(const GradRow& of_row, int q, Sums& z) const {
@@ -69,31 +111,31 @@ struct GradLogitsEpilogue {
     }
   }
 
-  // The four threads of a row exchange pairs, so that each stores eight numbers and they store 64 bytes. Strips may end
-  // or begin anywhere: numbers one by one there.
+  // The four threads of a row exchange pairs, so that each stores eight numbers and they store 64 bytes. All exchanges
+  // before the first store: behind a branch for each they would wait for each other.
   DEVICE void store(const Tile& tile, int q, void* G, float scale, const Sums& z) const {
-    const bool inside = tile.row + at.row + 8 * q < p.tokens.N;
-    T* to = static_cast<T*>(G) + row(tile, q) * p.strip.stride - p.strip.v_start;
-    UNROLL for (int j = 0; j < kSums / 4; j += 4) {
-      uint32_t pairs[4];
+    constexpr int kStores = kSums / 16;
+    uint32_t pairs[kStores][4];
+    UNROLL for (int j = 0; j < kStores; ++j) {
       UNROLL for (int i = 0; i < 4; ++i) {
-        const float* two = &z[4 * (j + i) + 2 * q];
-        pairs[i] = round_pair<T>(two[0] * scale, two[1] * scale);
+        const float* two = &z[16 * j + 4 * i + 2 * q];
+        pairs[j][i] = round_pair<T>(two[0] * scale, two[1] * scale);
       }
-      transpose(pairs);
-      const int v = tile.column + 8 * j + 4 * at.column;
-      if (inside) store_eight(to + v, p.strip.v_end - v, pairs);
+      transpose(pairs[j]);
     }
-  }
-
-  // As many of eight numbers as there is room for.
-  static DEVICE void store_eight(T* to, int room, const uint32_t (&pairs)[4]) {
-    if (room >= 8 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-      *reinterpret_cast<uint4*>(to) = {pairs[0], pairs[1], pairs[2], pairs[3]};
-      return;
-    }
-    UNROLL for (int i = 0; i < 8; ++i) {
-      if (i < room) to[i] = T{uint16_t(pairs[i / 2] >> (16 * (i % 2)))};
+    const int n = tile.row + at.row + 8 * q, first = tile.column + 4 * at.column;
+    if (n >= p.tokens.N) return;
+    T* to = static_cast<T*>(G) + n * p.strip.stride + (first - p.strip.v_start);
+    // Alike for the threads of a row. Strips may end, and their rows begin, anywhere: numbers one by one there.
+    if (tile.column + kColumnsOfTile <= p.strip.v_end && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+      UNROLL for (int j = 0; j < kStores; ++j) {
+        *reinterpret_cast<uint4*>(to + 32 * j) = {pairs[j][0], pairs[j][1], pairs[j][2], pairs[j][3]};
+      }
+    } else {
+      UNROLL for (int i = 0; i < 8 * kStores; ++i) {
+        const int j = i / 8, v = 32 * j + i % 8;
+        if (first + v < p.strip.v_end) to[v] = T{uint16_t(pairs[j][i % 8 / 2] >> (16 * (i % 2)))};
+      }
     }
   }
 };
@@ -103,9 +145,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     grad_logits_kernel(const __grid_constant__ TensorMap hidden, const __grid_constant__ TensorMap weight,
                        const __grid_constant__ GradLogitsArguments p) {
   SHARED(shared);
+  Scratch& scratch = *reinterpret_cast<Scratch*>(shared + kScratch);
+  scratch.handover.initialise();
   GradLogitsWalk walk(p.tokens.N, p.strip);
-  const GradLogitsEpilogue<T, SOFTCAP> epilogue{p};
-  run<T>(shared, RowsAsA{hidden}, RowsAsB{weight}, p.head.d, walk, epilogue);
+  GradLogitsEpilogue<T, SOFTCAP> epilogue{p, scratch};
+  run<T>(shared, RowsAsA{hidden}, RowsAsB{weight}, p.head.d, walk, epilogue, WriteGradRows{p, scratch, walk});
 }
 
 }  // namespace
@@ -119,7 +163,8 @@ int grad_logits(const Head& head, const Tokens& tokens, const float* rows_in, in
   const int64_t items = GradLogitsWalk::order_of(tokens.N, strip).items();
   return choose_half(head.dtype, [&](auto number) {
     return choose(head.softcap, [&](auto softcap) {
-      return launch_persistent(items, 0, stream, grad_logits_kernel<decltype(number), softcap>, hidden, weight, p);
+      return launch_persistent(items, sizeof(Scratch), stream, grad_logits_kernel<decltype(number), softcap>, hidden,
+                               weight, p);
     });
   });
 }

@@ -47,10 +47,10 @@ struct PackedWalk {
       : maps(maps), packing(packing), order{int(ceil_div(V, kWords)), packing.ranges()[0]} {}
 
   // Ranges such that the tiles of the weight that are in use at one time take a quarter of an H100's L2 cache: with
-  // half of it a third of all reads missed.
-  static int ranges_for(int d) {
+  // half of it a third of all reads missed. But not of less than ten tiles, the last of which is half empty on average.
+  static Grouping grouping_for(int d) {
     constexpr int64_t kInUse = 132 * int64_t(kWords) * 2, kCache = 12 << 20;
-    return int(ceil_div(kInUse * d, kCache));
+    return {GROUP, int(ceil_div(kInUse * d, kCache)), 10 * kGroups};
   }
   static int64_t most_items(int V) { return ceil_div(V, kWords) * kMaxRanges; }
 
@@ -116,27 +116,6 @@ struct PackedTokens {
     const int lane = threadIdx.x % kWarp;
     if (walk.box < kBoxes) tma_load(walk.maps.of_groups[walk.box], barrier, to + lane * kGroupBytes, k, walk.token);
   }
-};
-
-// The warps that neither copy nor multiply write what an epilogue needs to know of a tile's tokens, a tile ahead. For
-// two tiles in turn: a barrier for "written" and one for "read", at which every writer and every reader arrives.
-constexpr int kWriters = kWarpgroup - kWarp;
-struct Handover {
-  uint64_t written[2], read[2];
-
-  DEVICE void initialise() {
-    if (threadIdx.x != 0) return;
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(shared_address(&written[i]), kWriters);
-      barrier_init(shared_address(&read[i]), kConsumers * kWarpgroup);
-    }
-  }
-
-  // Of the tile that is the i-th in the order of the epilogue's calls, the one before the first included.
-  DEVICE void wait_to_write(int i) const { barrier_wait(shared_address(&read[i % 2]), (i / 2 & 1) ^ 1); }
-  DEVICE void wait_to_read(int i) const { barrier_wait(shared_address(&written[i % 2]), i / 2 & 1); }
-  DEVICE void was_written(int i) const { barrier_arrive(shared_address(&written[i % 2])); }
-  DEVICE void was_read(int i) const { barrier_arrive(shared_address(&read[i % 2])); }
 };
 
 }  // namespace g2rl::cuda::sm90

@@ -7,8 +7,6 @@ namespace g2rl::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-// Of a range: its last tile is half empty on average.
-constexpr int kLeastTokens = 2048;
 
 DEVICE int groups_of(const Responses& responses, const int* flags, int group, int b) {
   if (b >= responses.B || (flags && flags[b] == 0)) return 0;
@@ -34,7 +32,8 @@ DEVICE int sum_before(int value, int* shared, int& all) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(Responses responses, const int* flags, int group, int ranges, Packing packing) {
+    pack_kernel(Responses responses, const int* flags, Grouping grouping, Packing packing) {
+  const int group = grouping.group;
   SHARED(shared_bytes);
   int* shared = reinterpret_cast<int*>(shared_bytes);
 
@@ -45,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
     sum_before(groups_of(responses, flags, group, b0 + int(threadIdx.x)), shared, all);
     total += all;
   }
-  int count = total / (kLeastTokens / group) < ranges ? total / (kLeastTokens / group) : ranges;
+  int count = total / grouping.least < grouping.ranges ? total / grouping.least : grouping.ranges;
   count = count < 1 ? 1 : count > kMaxRanges ? kMaxRanges : count;
   for (int i = threadIdx.x; i <= count; i += kThreads) packing.ranges()[1 + i] = i == 0 ? 0 : total;
   if (threadIdx.x == 0) packing.ranges()[0] = total > 0 ? count : 0;
@@ -76,9 +75,9 @@ int64_t packing_bytes(int N, int B) {
   return (kMaxRanges + 2) * 4 + (N / kLeastGroup + B + 1) * int64_t(sizeof(Group));
 }
 
-int pack(const Responses& responses, const int* flags, int group, int ranges, const Packing& packing, Stream stream) {
-  return launch({1, kThreads, kThreads * int(sizeof(int))}, stream, pack_kernel, responses, flags, group, ranges,
-                packing);
+int pack(const Responses& responses, const int* flags, const Grouping& grouping, const Packing& packing,
+         Stream stream) {
+  return launch({1, kThreads, kThreads * int(sizeof(int))}, stream, pack_kernel, responses, flags, grouping, packing);
 }
 
 }  // namespace g2rl::cuda

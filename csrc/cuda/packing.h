@@ -29,7 +29,13 @@ struct Packing {
   HOST_DEVICE Group* groups() const { return reinterpret_cast<Group*>(memory + kMaxRanges + 2); }
 };
 
-// Packs all responses, or those whose flag is not 0, in groups of `group` tokens and at most `ranges` ranges.
-int pack(const Responses&, const int* flags, int group, int ranges, const Packing&, Stream);
+// Groups of `group` tokens in at most `ranges` ranges, none of them of less than `least` groups where responses are
+// short.
+struct Grouping {
+  int group, ranges, least;
+};
+
+// Packs all responses, or those whose flag is not 0.
+int pack(const Responses&, const int* flags, const Grouping&, const Packing&, Stream);
 
 }  // namespace g2rl::cuda

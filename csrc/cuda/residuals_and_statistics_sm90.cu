@@ -137,23 +137,34 @@ struct GivenEpilogue {
   DEVICE void leave_out(const Tile& tile, const Rows& of_tile, Sums& z) const {
     const int first = tile.column + at.column, room = p.head.V - first;
     int y[2], n[2];  // targets, from the first word of this thread
-    bool special = tile.column + kColumnsOfTile > p.head.V;
+    bool target = false, beyond = false;
     UNROLL for (int q = 0; q < 2; ++q) {
       y[q] = of_tile.targets[at.row + 8 * q] - first;
       n[q] = of_tile.tokens[at.row + 8 * q];
-      special |= unsigned(y[q] + at.column) < kColumnsOfTile || n[q] < 0;
+      target |= unsigned(y[q] + at.column) < kColumnsOfTile;
+      beyond |= n[q] < 0;
     }
-    if (!__any_sync(kAllLanes, special)) return;
+    if (__any_sync(kAllLanes, target)) leave_out_targets(y, n, z);
+    // Most responses end in a group that is not full, and it meets all words.
+    if (__any_sync(kAllLanes, beyond)) {
+      UNROLL for (int i = 0; i < kSums; ++i) z[i] = n[i / 2 % 2] < 0 ? 0.f : z[i];
+    }
+    if (tile.column + kColumnsOfTile > p.head.V) {
+      UNROLL for (int i = 0; i < kSums; ++i) z[i] = i / 4 * 8 + i % 2 >= room ? masked : z[i];
+    }
+  }
+
+  DEVICE void leave_out_targets(const int (&y)[2], const int (&n)[2], Sums& z) const {
     float z_y[2] = {};
-    bool mine[2] = {};
     UNROLL for (int i = 0; i < kSums; ++i) {
-      const int v = i / 4 * 8 + i % 2, q = i / 2 % 2;
-      z_y[q] = v == y[q] ? z[i] : z_y[q];
-      mine[q] |= v == y[q];
-      z[i] = v == y[q] || v >= room ? masked : n[q] < 0 ? 0.f : z[i];
+      const int q = i / 2 % 2;
+      const bool target = i / 4 * 8 + i % 2 == y[q];
+      z_y[q] = target ? z[i] : z_y[q];
+      z[i] = target ? masked : z[i];
     }
+    // A thread has the first two of every eight words from its first on.
     UNROLL for (int q = 0; q < 2; ++q) {
-      if (mine[q]) p.partials.planes[n[q]] = z_y[q];
+      if (unsigned(y[q]) < kColumnsOfTile && y[q] % 8 < 2) p.partials.planes[n[q]] = z_y[q];
     }
   }
 
@@ -222,7 +233,7 @@ int residuals_and_statistics(const Head& head, const Tokens& tokens, const Respo
   TensorMap weight;
   int error = map_tokens(hidden, tokens, head, kGroupRows);
   if (!error) error = map_matrix(weight, head.weight, head.V, head.stride, head, kColumnsOfTile);
-  if (!error) error = pack(responses, nullptr, kGroupRows, Walk::ranges_for(head.d), p.packing, stream);
+  if (!error) error = pack(responses, nullptr, Walk::grouping_for(head.d), p.packing, stream);
   if (error) return error;
   return choose_half(head.dtype, [&](auto number) {
     return choose(head.softcap, [&](auto softcap) {

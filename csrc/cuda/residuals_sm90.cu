@@ -195,7 +195,7 @@ int residuals(const Head& head, const Tokens& tokens, const Responses& responses
   TokenMaps hidden;
   int error = map_matrix(weight, head.weight, head.V, head.stride, head, kRows);
   if (!error) error = map_tokens(hidden, tokens, head, kGroupColumns);
-  if (!error) error = pack(responses, flags, kGroupColumns, Walk::ranges_for(head.d), p.packing, stream);
+  if (!error) error = pack(responses, flags, Walk::grouping_for(head.d), p.packing, stream);
   if (error) return error;
   return choose_half(head.dtype, [&](auto number) {
     return choose(head.softcap, [&](auto softcap) {

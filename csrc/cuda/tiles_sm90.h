@@ -1,4 +1,5 @@
-// What the epilogues of pipeline_sm90.h's product share: where sums lie, the bias, launching.
+// What the epilogues of pipeline_sm90.h's product share: where sums lie, the bias, what other warps hand over,
+// launching.
 #pragma once
 
 #include "choices.h"
@@ -52,6 +53,27 @@ DEVICE void transpose(Word (&x)[4]) {
     (upper ? x[i] : x[i + 2]) = other;
   }
 }
+
+// The warps that neither copy nor multiply write what an epilogue needs to know of a tile's tokens, a tile ahead. For
+// two tiles in turn: a barrier for "written" and one for "read", at which every writer and every reader arrives.
+constexpr int kWriters = kWarpgroup - kWarp;
+struct Handover {
+  uint64_t written[2], read[2];
+
+  DEVICE void initialise() {
+    if (threadIdx.x != 0) return;
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(shared_address(&written[i]), kWriters);
+      barrier_init(shared_address(&read[i]), kConsumers * kWarpgroup);
+    }
+  }
+
+  // Of the tile that is the i-th in the order of the epilogue's calls, the one before the first included.
+  DEVICE void wait_to_write(int i) const { barrier_wait(shared_address(&read[i % 2]), (i / 2 & 1) ^ 1); }
+  DEVICE void wait_to_read(int i) const { barrier_wait(shared_address(&written[i % 2]), i / 2 & 1); }
+  DEVICE void was_written(int i) const { barrier_arrive(shared_address(&written[i % 2])); }
+  DEVICE void was_read(int i) const { barrier_arrive(shared_address(&read[i % 2])); }
+};
 
 // Calls f with a number of the type of 16 bits that the head has.
 template <class F>

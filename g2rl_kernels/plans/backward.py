@@ -18,6 +18,8 @@ from g2rl_kernels.workspace import workspace_or_default
 
 # Columns of strips are multiples of this where the workspace allows, tokens of chunks too.
 _STEP = 128
+# 16 bytes in numbers of 16 bits.
+_ALIGNED = 8
 # Of a strip in fp32: a library that adds up 131072 products one by one is off by 1e-4 of a gradient's largest term.
 _FP32_COLUMNS = 1 << 14
 # fp16 ends at 65504 and at 2^-24; entries are at most 1 before scaling by this.
@@ -46,16 +48,15 @@ def logprobs_backward(
     scaled = dtype == torch.float16
     rows_in, even_scale = _rows_in(head, *upstream, saved, scaled)
 
-    grad_hidden = torch.zeros(N, d, dtype=torch.float32, device=device) if needs.hidden else None
     grad_weight = hidden.new_empty(V, d) if needs.weight else None
     grad_bias = torch.zeros(V, dtype=torch.float32, device=device) if need_bias else None
-    rows, columns = _chunks(
-        N, V, workspace_or_default(workspace_bytes, device) // ((2 if scaled else 1) * dtype.itemsize)
-    )
+    entries = workspace_or_default(workspace_bytes, device) // ((2 if scaled else 1) * dtype.itemsize)
+    rows, columns = _chunks(N, V, entries, _FP32_COLUMNS if dtype == torch.float32 else V)
+    whole = rows >= N > 0
+    # Of all tokens at once, the first strip's share is what the others are added to.
+    grad_hidden = torch.zeros(N, d, dtype=torch.float32, device=device) if needs.hidden and not whole else None
     if grad_weight is not None and N == 0:
         grad_weight.zero_()
-    if dtype == torch.float32:
-        columns = min(columns, _FP32_COLUMNS)
     with exact_products(head.weight), on_device_of(hidden):
         for v0 in range(0, V if N else 0, columns):
             strip = range(v0, min(v0 + columns, V))
@@ -64,8 +65,8 @@ def logprobs_backward(
             for n0 in range(0, N, rows):
                 at = slice(n0, min(n0 + rows, N))
                 h = hidden[at]
-                G = torch.empty(h.shape[0], len(strip), dtype=dtype, device=device)
-                G_even = torch.empty_like(G) if scaled else None
+                G = _strip(h, len(strip))
+                G_even = _strip(h, len(strip)) if scaled else None
                 of_rows, scale = rows_in[:, at], even_scale
                 if scaled and head.softcap:
                     of_rows = of_rows.clone()
@@ -74,11 +75,15 @@ def logprobs_backward(
                     of_rows[5] = _fitted(of_rows[5], G)
                     scale = of_rows[5].amin()
                 kernels.grad_logits(h, head, targets[at], of_rows, strip, G, G_even, scale)
-                if grad_hidden is not None:
+                if needs.hidden:
                     part = mm(G, head.weight[of_strip])
-                    grad_hidden[at] += part / of_rows[5, :, None] if scaled else part
+                    part = part.div_(of_rows[5, :, None]) if scaled else part
+                    if grad_hidden is None:
+                        grad_hidden = part
+                    else:
+                        grad_hidden[at] += part
                 even = G if G_even is None else G_even
-                if grad_weight is not None and rows >= N and not scaled:
+                if grad_weight is not None and whole and not scaled:
                     mm_rounded(even.T, h, grad_weight[of_strip])
                 elif grad_weight is not None:
                     part = mm(even.T, h)
@@ -95,14 +100,29 @@ def logprobs_backward(
     )
 
 
-def _chunks(N: int, V: int, entries: int) -> tuple[int, int]:
+def _chunks(N: int, V: int, entries: int, most_columns: int) -> tuple[int, int]:
     """Tokens and columns of a strip of at most `entries` (at least V: a row always fits); all tokens if possible."""
     entries = max(entries, V)
     rows = max(1, min(N, entries // min(_STEP, V)))
     if _STEP < rows < N:
         rows = rows // _STEP * _STEP
-    columns = min(V, entries // rows)
-    return rows, columns // _STEP * _STEP if columns > _STEP else columns
+    columns = entries // rows
+    if most_columns >= V and columns >= _padded(V):
+        return rows, V
+    columns = min(columns, most_columns)
+    if columns <= _STEP:
+        return rows, min(V, columns)
+    strips = -(-V // (columns // _STEP * _STEP))
+    return rows, -(-V // (strips * _STEP)) * _STEP  # alike, but for the last
+
+
+def _strip(like: Tensor, columns: int) -> Tensor:
+    """[N, columns] for N rows of `like`; rows begin at multiples of 16 bytes, for without that products are slow."""
+    return like.new_empty(like.shape[0], _padded(columns))[:, :columns]
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // _ALIGNED) * _ALIGNED
 
 
 def _rows_in(

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from g2rl_kernels.checks import LateValues
 from g2rl_kernels.plans import Kernels
 from g2rl_kernels.plans.inputs import addressable, on_device_of, unit_stride
 from g2rl_kernels.records import Head, Responses, SequenceFeatures, TokenLogprobs
@@ -159,7 +160,8 @@ def _merged_statistics(batch: _Batch, a: Tensor | None) -> Tensor:
     return terms
 
 
-# First response, R [n, V] and 1 / sum a [n] of n responses. Plans keep nothing of these while the caller has them.
+# First response, R [n, V] and 1 / sum a [n] of n responses; what comes again replaces what came before. A plan has no
+# other R by then.
 Plan = Iterator[tuple[int, Tensor, Tensor]]
 
 
@@ -185,7 +187,7 @@ def _from_lse(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor) -> Plan
     B = cu_seqlens.shape[0] - 1
     most_tokens = batch.limit // batch.kernels.residual_statistics_bytes(batch.hidden, batch.head)
     if B <= batch.responses and batch.hidden.shape[0] <= most_tokens:
-        yield 0, *_from_lse_at_once(batch, cu_seqlens, a, lse)
+        yield from _from_lse_at_once(batch, 0, cu_seqlens, a, lse)
         return
     offsets, first = cu_seqlens.tolist(), 0
     while first < B:
@@ -202,11 +204,11 @@ def _from_lse(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor) -> Plan
             for _, R, inverse in _from_recomputed(part, of_part, a[tokens]):
                 yield first, R, inverse
         else:
-            yield first, *_from_lse_at_once(part, of_part, a[tokens], lse[tokens])
+            yield from _from_lse_at_once(part, first, of_part, a[tokens], lse[tokens])
         first = last
 
 
-def _from_lse_at_once(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _from_lse_at_once(batch: _Batch, first: int, cu_seqlens: Tensor, a: Tensor, lse: Tensor) -> Plan:
     kernels = batch.kernels
     inputs = (batch.hidden, batch.head, batch.targets, cu_seqlens)
     R = batch.empty(cu_seqlens.shape[0] - 1, batch.head.V)
@@ -215,22 +217,23 @@ def _from_lse_at_once(batch: _Batch, cu_seqlens: Tensor, a: Tensor, lse: Tensor)
     inverse, flags, flagged = kernels.inverse_and_flags(cu_seqlens, a, terms[3], lse)
     kernels.residuals(*inputs, terms, R, flagged)
     kernels.add_targets(batch.targets, cu_seqlens, terms, flags, R)
-    # On the host, for which it waits: what is left to launch is short, and far sums hardly ever come.
-    least, most = torch.stack(terms[3].aminmax()).tolist()
+    # Far sums hardly ever come. The host waits for them once it has launched the projection.
+    extremes = LateValues(torch.stack(terms[3].aminmax()))
+    yield first, R, inverse
+    least, most = extremes.tolist()
     if not (_LEAST_SUM < least and most < _MOST_SUM):
         far = torch.logical_not((terms[3] > _LEAST_SUM) & (terms[3] < _MOST_SUM))
-        _again_without_lse(batch, cu_seqlens, a, far, R, inverse)
-    return R, inverse
+        yield from _again_without_lse(batch, first, cu_seqlens, a, far)
 
 
-def _again_without_lse(batch: _Batch, cu_seqlens: Tensor, a: Tensor, far: Tensor, R: Tensor, inverse: Tensor) -> None:
-    """Results of tokens [N] whose lse was of something else, or no number, and R of their responses."""
+def _again_without_lse(batch: _Batch, first: int, cu_seqlens: Tensor, a: Tensor, far: Tensor) -> Plan:
+    """Responses, and results, of tokens [N] whose lse was of something else or no number."""
     offsets = cu_seqlens.tolist()
     for b in sorted({bisect_right(offsets, token) - 1 for token in far.nonzero().flatten().tolist()}):
         tokens, of_part = slice(offsets[b], offsets[b + 1]), cu_seqlens[b : b + 2] - offsets[b]
         part, given = batch.part(tokens), batch.results[:, tokens].clone()
-        for _, R_of_part, inverse_of_part in _from_recomputed(part, of_part, a[tokens]):
-            R[b], inverse[b] = R_of_part[0], inverse_of_part[0]
+        for _, R, inverse in _from_recomputed(part, of_part, a[tokens]):
+            yield first + b, R, inverse
         # A token's bits do not depend on the lse of its neighbours.
         part.results.copy_(torch.where(far[tokens], part.results, given))
 
