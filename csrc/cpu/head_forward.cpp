@@ -198,6 +198,74 @@ std::vector<double> normalised_weights(const int64_t* cu, int64_t B, int64_t N, 
   return out;
 }
 
+// The responses as passes add up their tokens: cut every kSegment tokens, counted from a response's first. An fp32 sum
+// of more would lose digits that features are made of, the small difference between it and what the targets add.
+class Segments {
+ public:
+  static constexpr int64_t kSegment = 512;
+
+  // features [B, d] are those of responses cu [B + 1].
+  Segments(const int64_t* cu, int64_t B, int64_t d, float* features) : d_(d), features_(features) {
+    for (int64_t b = 0; b < B; ++b) {
+      firsts_.push_back(static_cast<int64_t>(cu_.size()));
+      cu_.push_back(cu[b]);
+      for (int64_t t = cu[b] + kSegment; t < cu[b + 1]; t += kSegment) cu_.push_back(t);
+    }
+    firsts_.push_back(static_cast<int64_t>(cu_.size()));
+    cu_.push_back(cu[B]);
+    if (count() > B) of_segments_.resize(count() * d);
+  }
+
+  const int64_t* cu() const { return cu_.data(); }
+  int64_t count() const { return firsts_.back(); }
+  // [count, d], 0 at first.
+  float* features() { return of_segments_.empty() ? features_ : of_segments_.data(); }
+
+  // Adds up the responses' features, once those of segments are there.
+  void join() const {
+    if (of_segments_.empty()) return;
+    std::vector<double> total(d_);
+    for (size_t b = 0; b + 1 < firsts_.size(); ++b) {
+      std::fill(total.begin(), total.end(), 0.0);
+      for (int64_t s = firsts_[b]; s < firsts_[b + 1]; ++s)
+        for (int64_t i = 0; i < d_; ++i) total[i] += of_segments_[s * d_ + i];
+      std::copy(total.begin(), total.end(), features_ + b * d_);
+    }
+  }
+
+ private:
+  const int64_t d_;
+  float* features_;
+  std::vector<int64_t> cu_, firsts_;  // offsets of tokens; first segments of responses
+  std::vector<float> of_segments_;
+};
+
+// Features of the segments cu [B + 1], and statistics of all tokens.
+void features_of(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const float* lse,
+                 int64_t workspace_bytes, const TokenStats& stats, float* out) {
+  std::vector<Token> tokens(p.N);
+  // Tokens outside every response still get their statistics, which only the statistics pass gives.
+  const bool covered = cu[0] == 0 && cu[B] == p.N;
+  const KeptPlan kept = covered && !lse ? plan_kept(p, cu, B, workspace_bytes) : KeptPlan{};
+  if (kept.tokens > 0) return kept_features(p, cu, B, weight, kept, stats, tokens, out);
+  const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
+  const auto each_group = [&](auto&& f) { return for_groups(cu, B, weight, kResponses, f); };
+  if (lse && covered) {
+    std::vector<char> far(p.N);
+    each_group([&](const Responses& r) {
+      believing_features(p, rows, r, lse, stats, tokens, out, far);
+      return true;
+    });
+    if (std::count(far.begin(), far.end(), 1)) two_passes(p, rows, {cu, weight, 0, B}, far, stats, out);
+    return;
+  }
+  std::optional<TileScales> scales;
+  if (p.cap <= 0) scales.emplace(p.cut.tiles, p.N);
+  const TileScales* rounding = scales ? &*scales : nullptr;
+  whole_statistics(p, rows, stats, tokens.data(), rounding);
+  each_group([&](const Responses& r) { return exact_features(p, rows, r, tokens, rounding, out), true; });
+}
+
 }  // namespace
 
 TokenStats token_logprobs(const at::Tensor& hidden, const Head& head, const at::Tensor& targets, int64_t) {
@@ -219,33 +287,12 @@ std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, c
   const TokenStats stats = empty_stats(p.N);
   const at::Tensor features = at::zeros({B, p.d}, at::kFloat);
   if (p.N == 0) return {features, stats};
-  std::vector<Token> tokens(p.N);
   const std::vector<double> weight =
       normalised_weights(cu, B, p.N, token_weights ? token_weights->const_data_ptr<float>() : nullptr);
-  float* out = features.mutable_data_ptr<float>();
-  // Tokens outside every response still get their statistics, which only the statistics pass gives.
-  const bool covered = cu[0] == 0 && cu[B] == p.N;
-  const KeptPlan kept = covered && !lse ? plan_kept(p, cu, B, workspace_bytes) : KeptPlan{};
-  if (kept.tokens > 0) {
-    kept_features(p, cu, B, weight.data(), kept, stats, tokens, out);
-    return {features, stats};
-  }
-  const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
-  const auto each_group = [&](auto&& f) { return for_groups(cu, B, weight.data(), kResponses, f); };
-  if (lse && covered) {
-    std::vector<char> far(p.N);
-    each_group([&](const Responses& r) {
-      believing_features(p, rows, r, lse->const_data_ptr<float>(), stats, tokens, out, far);
-      return true;
-    });
-    if (std::count(far.begin(), far.end(), 1)) two_passes(p, rows, {cu, weight.data(), 0, B}, far, stats, out);
-    return {features, stats};
-  }
-  std::optional<TileScales> scales;
-  if (p.cap <= 0) scales.emplace(p.cut.tiles, p.N);
-  const TileScales* rounding = scales ? &*scales : nullptr;
-  whole_statistics(p, rows, stats, tokens.data(), rounding);
-  each_group([&](const Responses& r) { return exact_features(p, rows, r, tokens, rounding, out), true; });
+  Segments segments(cu, B, p.d, features.mutable_data_ptr<float>());
+  features_of(p, segments.cu(), segments.count(), weight.data(), lse ? lse->const_data_ptr<float>() : nullptr,
+              workspace_bytes, stats, segments.features());
+  segments.join();
   return {features, stats};
 }
 
@@ -279,9 +326,11 @@ std::tuple<at::Tensor, TokenStats> part_features(const at::Tensor& hidden, const
   const std::vector<double> weight =
       normalised_weights(cu, B, p.N, token_weights ? token_weights->const_data_ptr<float>() : nullptr);
   const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
-  for_groups(cu, B, weight.data(), kResponses, [&](const Responses& r) {
-    return exact_features(p, rows, r, tokens, nullptr, features.mutable_data_ptr<float>()), true;
+  Segments segments(cu, B, p.d, features.mutable_data_ptr<float>());
+  for_groups(segments.cu(), segments.count(), weight.data(), kResponses, [&](const Responses& r) {
+    return exact_features(p, rows, r, tokens, nullptr, segments.features()), true;
   });
+  segments.join();
   return {features, stats};
 }
 

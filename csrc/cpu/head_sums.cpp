@@ -27,7 +27,8 @@ Merged merge_target(double m, double S_rest, double X_rest, double u_y) {
   out.lse = u_y - out.logp;
   // sum over the rest of -p log p = sum p (lse - u), plus the target's own term
   const double scale = std::exp(m - out.lse);
-  out.entropy = std::max(0.0, out.rest * (out.lse - m) - X_rest * scale - std::exp(out.logp) * out.logp);
+  out.entropy = out.rest * (out.lse - m) - X_rest * scale - std::exp(out.logp) * out.logp;
+  if (out.entropy < 0) out.entropy = 0;  // NaN stays
   return out;
 }
 
@@ -39,7 +40,7 @@ Sums join(int64_t parts, const F& part) {
   for (int64_t i = 0; i < parts; ++i) {
     const auto [m, S, X] = part(i);
     const double lag = m - all.m;
-    if (lag < -200) continue;
+    if (lag < -200 && !std::isnan(S)) continue;
     const double w = std::exp(lag);
     all.S += w * S;
     all.X += w * (X + lag * S);

@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <atomic>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -27,6 +30,9 @@ template <typename Make, typename Body>
 void for_tasks(int64_t tasks, const Make& make, const Body& body) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
+#if defined(_OPENMP)
+  omp_set_num_threads(at::get_num_threads());  // Clang's OpenMP is not PyTorch's, and has a number of its own
+#endif
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     [[maybe_unused]] FlushSubnormals flush;  // does nothing without SSE
     auto state = make();

@@ -29,7 +29,7 @@ void logits(const Tile& t, const LogitMap& map, float* dcap) {
       // tanh and its derivative from one exponential; 1 - tanh^2 itself would cancel where the cap saturates.
       const f32x16 q = exp(abs(x) * -2.0f);
       const f32x16 inv = 1.0f / (1.0f + q);
-      store(row + c, copysign((1.0f - q) * inv, x) * map.cap_over_t);
+      store(row + c, unless_nan(copysign((1.0f - q) * inv, x) * map.cap_over_t, x));
       if (dcap) store(dcap + r * t.ld + c, 4.0f * q * inv * inv);
     }
     for (int c = t.cols; c < t.width; ++c) row[c] = -std::numeric_limits<float>::infinity();
@@ -64,7 +64,7 @@ constexpr float kHeadroom = 16.0f;
 
 float row_max(const float* row, int width) {
   f32x16 m = splat(-1.0e30f);
-  for (int c = 0; c < width; c += kLanes) m = max(m, load(row + c));
+  for (int c = 0; c < width; c += kLanes) m = max(load(row + c), m);
   return max_lane(m);
 }
 
@@ -73,6 +73,10 @@ inline f32x16 with_rounded_bits(f32x16 h, f32x16 unit) { return multiply_add(h, 
 inline f32x16 rounded(f32x16 h, f32x16 unit) { return with_rounded_bits(h, unit) - kRound; }
 
 inline f32x16 unit_of(f32x16 top) { return kKeptMax / exp_in_range(top); }
+
+// The exponential of NaN is anything, its product with NaN is not: what shows in a sum of products is to show in the
+// sum.
+inline f32x16 zero_or_nan(f32x16 of_products) { return of_products - of_products; }
 
 // Works with halves: exp((u - ref) / 2) is what may be kept, its square what is summed. A row is kept while the next
 // one is summed, since the chain from a row's largest entry to its unit is long.
@@ -121,8 +125,8 @@ class StatsWork {
     const float* row = acc() + col;
     f32x16 s = s_, sy = sy_, most = most_;
     for (int c = 0; c < kUnit; c += kLanes) {
-      const f32x16 y = max(multiply_add(load(row + c), half_alpha_, -half_ref_), splat(0.5f * kExpMin));
-      most = max(most, y);
+      const f32x16 y = max(splat(0.5f * kExpMin), multiply_add(load(row + c), half_alpha_, -half_ref_));
+      most = max(y, most);
       const f32x16 h = exp_in_range(y);
       if constexpr (kKeep) store(halves_[at_.row() % 2] + col + c, h);
       const f32x16 e = h * h;
@@ -146,7 +150,7 @@ class StatsWork {
       start_sums();
       for (int c = 0; c < job_.tile.width; c += kUnit) add(c);
     }
-    store(job_.sum + at_.row() * kLanes, s_);
+    store(job_.sum + at_.row() * kLanes, s_ + zero_or_nan(sy_));
     store(job_.sum_x + at_.row() * kLanes, x0_ + 2.0f * sy_);
     if (!job_.tile_top) return;
     const float top = max_lane(most_);
@@ -220,7 +224,7 @@ class ResidualWork {
       const float* slope = job_.slope ? job_.slope + r * job_.tile.ld + at_.col() : nullptr;
       for (int c = 0; c < kUnit; c += kLanes) {
         // A ref that is no lse of this row must not overflow: the caller sees the sum and starts again.
-        const f32x16 x = min(max(load(row + c) * job_.alpha - job_.ref[r], splat(kExpMin)), splat(60.0f));
+        const f32x16 x = min(splat(60.0f), max(splat(kExpMin), load(row + c) * job_.alpha - job_.ref[r]));
         f32x16 e = exp_in_range(x);
         if constexpr (kKind == Exponentials::kSummed) {
           s_ += e;
@@ -230,7 +234,7 @@ class ResidualWork {
         store(out + c, load(out + c) + k * e);
       }
       if (kKind == Exponentials::kSummed && at_.ends_row()) {
-        store(job_.sum + r * kLanes, s_);
+        store(job_.sum + r * kLanes, s_ + zero_or_nan(x_));
         store(job_.sum_x + r * kLanes, x_);
       }
     }
@@ -254,7 +258,7 @@ class GradientWork {
     const int64_t offset = r * job_.tile.ld + at_.col();
     float* row = job_.tile.acc + offset;
     for (int c = 0; c < kUnit; c += kLanes) {
-      const f32x16 x = max(load(row + c) * job_.alpha - job_.lse[r], splat(kExpMin));
+      const f32x16 x = max(splat(kExpMin), load(row + c) * job_.alpha - job_.lse[r]);
       f32x16 g = exp_in_range(x) * (x * job_.c1[r] + job_.c0[r]);
       if (job_.slope) g *= load(job_.slope + offset + c);
       store(row + c, g);
@@ -362,6 +366,7 @@ inline uint32_t to_bits(float x) {
 
 inline uint16_t round_bf16(float x) {
   const uint32_t b = to_bits(x);
+  if ((b & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((b >> 16) | 0x40);  // a carry could lose a NaN
   return static_cast<uint16_t>((b + 0x7fff + ((b >> 16) & 1)) >> 16);
 }
 
@@ -474,18 +479,24 @@ void narrow(const float* src, Dtype dtype, int64_t n, void* dst) {
 
 using u32x16 = uint32_t __attribute__((vector_size(64)));
 
+#if __has_builtin(__builtin_shufflevector)
+#define G2RL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC before 12
+#define G2RL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, u32x16{__VA_ARGS__})
+#endif
+
 // Four rounds of perfect shuffles: row i meets row i + 8 each time, and after log2(16) rounds rows and columns have
 // changed places.
 inline void transpose_block(u32x16* a) {
   u32x16 b[16];
   for (int round = 0; round < 2; ++round) {
     for (int i = 0; i < 8; ++i) {
-      b[2 * i] = __builtin_shufflevector(a[i], a[i + 8], G2RL_ROTATE_LOW);
-      b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 8], G2RL_ROTATE_HIGH);
+      b[2 * i] = G2RL_SHUFFLE(a[i], a[i + 8], G2RL_ROTATE_LOW);
+      b[2 * i + 1] = G2RL_SHUFFLE(a[i], a[i + 8], G2RL_ROTATE_HIGH);
     }
     for (int i = 0; i < 8; ++i) {
-      a[2 * i] = __builtin_shufflevector(b[i], b[i + 8], G2RL_ROTATE_LOW);
-      a[2 * i + 1] = __builtin_shufflevector(b[i], b[i + 8], G2RL_ROTATE_HIGH);
+      a[2 * i] = G2RL_SHUFFLE(b[i], b[i + 8], G2RL_ROTATE_LOW);
+      a[2 * i + 1] = G2RL_SHUFFLE(b[i], b[i + 8], G2RL_ROTATE_HIGH);
     }
   }
 }

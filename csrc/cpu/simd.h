@@ -117,6 +117,7 @@ inline void store_low16(uint16_t* p, f32x16 v) {
   });
 }
 
+// Of max and min: where one of two numbers is NaN, b.
 inline Vector max(Vector a, Vector b) {
 #if defined(__AVX512F__)
   return (Vector)_mm512_max_ps((__m512)a, (__m512)b);
@@ -163,6 +164,11 @@ inline f32x16 abs(f32x16 a) {
   return each([&](int i) G2RL_ALWAYS_INLINE { return (Vector)((VectorInts)a.r[i] & 0x7fffffff); });
 }
 
+// `a` where `x` is a number, elsewhere NaN.
+inline f32x16 unless_nan(f32x16 a, f32x16 x) {
+  return each([&](int i) G2RL_ALWAYS_INLINE { return x.r[i] == x.r[i] ? a.r[i] : x.r[i]; });
+}
+
 // Magnitude of `a`, sign of `s`.
 inline f32x16 copysign(f32x16 a, f32x16 s) {
   return each([&](int i) G2RL_ALWAYS_INLINE {
@@ -206,7 +212,7 @@ constexpr float kExpMin = -87.3f;
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
 
-// kExpMin <= x <= 88
+// kExpMin <= x <= 88; any bits for NaN.
 inline f32x16 exp_in_range(f32x16 x) {
   constexpr float kLog2e = 1.44269504088896341f;
   const f32x16 shifted = multiply_add(x, kLog2e, kRound);
@@ -226,7 +232,7 @@ inline f32x16 exp_in_range(f32x16 x) {
                   G2RL_ALWAYS_INLINE { return (Vector)((VectorBits)p.r[i] + ((VectorBits)shifted.r[i] << 23)); });
 }
 
-inline f32x16 exp(f32x16 x) { return exp_in_range(max(x, splat(kExpMin))); }
+inline f32x16 exp(f32x16 x) { return exp_in_range(max(splat(kExpMin), x)); }
 
 }  // namespace
 }  // namespace g2rl

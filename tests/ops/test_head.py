@@ -7,6 +7,7 @@ g2rl_kernels.testing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import head_cases
 import pytest
@@ -196,6 +197,44 @@ def test_an_lse_of_something_else(backend: str | None, device: str, dtype: torch
     check(backend, device, dtype, SMALL, "random", lse=torch.full((SMALL.N,), wrong, device=device))
     with use_backend(backend):
         check_lse_of_something_else(SMALL, dtype, wrong, device)
+
+
+@every_forward
+@pytest.mark.parametrize("given", [False, True], ids=["", "lse"])
+def test_long_response_of_the_policy_itself(backend: str | None, device: str, dtype: torch.dtype, given: bool) -> None:
+    """Targets that the model draws: the feature is what is left of large sums, smaller for each further token."""
+    s = sample(Shape((32768, 513), 16, 64, "far more tokens than words"), dtype, device, kind="random")
+    p = (s.hidden.double() @ s.head.weight.double().T).softmax(-1).cpu()
+    targets = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0))[:, 0].to(device)
+    drawn = replace(s, targets=targets)
+    exact = testing.oracle(drawn)
+    lse = exact.lse.float() if given else None
+    testing.assert_bounds(features(drawn, backend, lse=lse), exact, s.cu_seqlens)
+
+
+@every_case
+@pytest.mark.parametrize("options", ["plain", "bias", "softcap"])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF], ids=["nan", "nan-of-cuda"])
+def test_a_diverged_head_shows(backend: str | None, device: str, dtype: torch.dtype, options: str, bits: int) -> None:
+    """NaN of one word, nobody's target: every result is NaN, and not as if the word were unlikely."""
+    s = sample(SMALL, dtype, device, kind="random", options=OPTIONS[options])
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32).to(device)
+    word = next(v for v in range(s.head.weight.shape[0] // 2, s.head.weight.shape[0]) if v not in s.targets)
+    weight, bias = s.head.weight.clone(), s.head.bias
+    if bias is None:
+        weight[word] = nan.to(dtype)
+    else:
+        bias = bias.clone()
+        bias[word] = nan.to(bias.dtype)
+    diverged = replace(s, head=replace(s.head, weight=weight, bias=bias))
+    for lse in (None, testing.oracle(s).lse.float()):
+        found = features(diverged, backend, lse=lse)
+        assert found.features[s.cu_seqlens.diff() > 0].isnan().all()
+        assert all(x.isnan().all() for x in found[1:])
+    hidden = s.hidden.clone().requires_grad_()
+    with use_backend(backend):
+        token_logprobs(hidden, diverged.head, s.targets).logps.sum().backward()
+    assert hidden.grad.isnan().all()
 
 
 @every_forward
