@@ -36,12 +36,15 @@ def why_not() -> str | None:
     return None
 
 
+def cuda_choice() -> str:
+    return os.environ.get("G2RL_WITH_CUDA", "auto").lower()
+
+
 def why_no_cuda() -> str | None:
     """What is missing to build the CUDA kernels; None when everything is there, or when CMake has to say."""
-    choice = os.environ.get("G2RL_WITH_CUDA", "auto").lower()
-    if choice == "off":
+    if cuda_choice() == "off":
         return "G2RL_WITH_CUDA is off"
-    if choice == "on":
+    if cuda_choice() == "on":
         return None
     import torch
 
@@ -55,7 +58,8 @@ def why_no_cuda() -> str | None:
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         cuda = ext.name.endswith("._cuda")
-        required = os.environ.get("G2RL_WITH_CUDA", "").lower() == "on" if cuda else bool(os.environ.get("G2RL_REQUIRE_NATIVE"))
+        native = bool(os.environ.get("G2RL_REQUIRE_NATIVE"))
+        required = cuda_choice() == "on" if cuda else native
         reason = why_not() or (why_no_cuda() if cuda else None)
         if reason is None:
             reason = self.build_with_cmake(ext, cuda)

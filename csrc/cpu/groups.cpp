@@ -119,7 +119,8 @@ void shape(const Group& g, const Shaping& shaping) {
     double factor = 1 + shaping.strength * nubar;
     if (shaping.rule == Rule::centered) factor = 1 + shaping.strength * (2 * nubar - 1);
     if (shaping.rule == Rule::literal) factor = 1 + shaping.strength * r * nubar;
-    g.shaped[i] = std::clamp(r * factor, -shaping.clip, shaping.clip);
+    const double bound = std::max(shaping.clip, std::abs(r));
+    g.shaped[i] = std::clamp(r * factor, -bound, bound);
   }
 }
 

@@ -2,7 +2,7 @@
 //
 //   S_ij = <Phi_i, Phi_j> / (|Phi_i| |Phi_j|)
 //   nu_i = sqrt(max(1 - sum_j w_ij S_ij^2, 0)),  w_ij = exp(r_j) / sum_{k != i} exp(r_k), j and k usable peers of i
-//   r~_i = clip(r_i factor(nubar_i), -c, c),  nubar = (nu - min nu) / (max nu - min nu)
+//   r~_i = clip(r_i factor(nubar_i), -c_i, c_i),  c_i = max(c, |r_i|),  nubar = (nu - min nu) / (max nu - min nu)
 //   A_i  = (r~_i - mean r~) / sqrt(var r~ + 1e-6)
 //
 // A response is usable if it is marked valid and Phi is not 0. Everything is float64: 1 - S^2 of near-equal directions
@@ -275,8 +275,9 @@ DEVICE void shape_and_normalize(const Shaping& shaping, const Members& of, int s
     if (shaping.rule == Rule::centered) x = 2 * nubar - 1;
     if (shaping.rule == Rule::literal) x = nubar * r;
     x = r * (1 + shaping.strength * x);
-    if (x > shaping.clip) x = shaping.clip;
-    if (x < -shaping.clip) x = -shaping.clip;
+    const double bound = fabs(r) > shaping.clip ? fabs(r) : shaping.clip;
+    if (x > bound) x = bound;
+    if (x < -bound) x = -bound;
     shaped[i] = keep || !of.usable(i) ? r : x;
   }
   __syncwarp();

@@ -8,7 +8,7 @@ namespace g2rl::cuda {
 enum class Rule : int { scale, centered, literal };
 
 struct Shaping {
-  float strength, clip;  // clip: infinity for none
+  float strength, clip;  // clip: of what shaping makes of a reward, at least its own size; infinity for none
   Rule rule;
   float min_range;
   bool drop_uniform;  // groups of equal rewards get advantages of 0

@@ -109,7 +109,8 @@ void check_group(const Batch& b, int g, const Shaping& shaping, bool with_valid,
     const double factor = shaping.rule == Rule::scale      ? 1 + strength * nubar
                           : shaping.rule == Rule::centered ? 1 + strength * (2 * nubar - 1)
                                                            : 1 + strength * r[i] * nubar;
-    if (!keep && usable[i]) shaped[i] = std::clamp(r[i] * factor, -double(shaping.clip), double(shaping.clip));
+    const double bound = std::max(double(shaping.clip), std::abs(double(r[i])));
+    if (!keep && usable[i]) shaped[i] = std::clamp(r[i] * factor, -bound, bound);
     mean += shaped[i] / m;
   }
   for (int i = 0; i < m; ++i) variance += std::pow(shaped[i] - mean, 2) / m;

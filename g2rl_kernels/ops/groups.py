@@ -5,7 +5,7 @@ With S_ij the cosine of responses i and j of a group (B responses, G groups, m t
     w_ij  = exp(r_j) / sum_{k != i} exp(r_k)                eq. 10, over peers j != i
     nu_i  = sqrt(max(1 - sum_j w_ij S_ij^2, 0))             eq. 11, in [0, 1]
     nubar = (nu - min nu) / (max nu - min nu)               eq. 13, inside the group
-    r~_i  = clip(r_i (1 + lambda nubar_i), -c, c)           eq. 12, rule "scale"
+    r~_i  = clip(r_i (1 + lambda nubar_i), -c_i, c_i)       eq. 12, rule "scale"; c_i = max(c, |r_i|)
     A_i   = (r~_i - mean r~) / sqrt(var r~ + eps)           eq. 2
 
 A response without gradient (empty, fully masked: Phi = 0) is invalid: no peer to others, left out of min and max, and

@@ -93,7 +93,7 @@ METRICS = (
     Metric("geometry/score_max", "Score, greatest", "greatest exploration score nu", ""),
     Metric("geometry/shaped_reward_min", "Shaped reward, least", "least reward after shaping", "reward"),
     Metric("geometry/shaped_reward_max", "Shaped reward, greatest", "greatest reward after shaping", "reward"),
-    Metric("geometry/clip_share", "Clipped rewards", "share of shaped rewards cut off at [-clip, clip]", "share"),
+    Metric("geometry/clip_share", "Clipped rewards", "share of shaped rewards at the clip or beyond", "share"),
     Metric("geometry/mean_cosine", "Mean cosine", "mean cosine S_ij of two responses of a group (eq. 9)", ""),
     Metric("geometry/negative_share", "Negative pairs", "share of pairs inside groups with S_ij < 0", "share"),
     Metric("geometry/zero_features", "Zero features", "responses without a feature: unshaped, no peers", "responses"),

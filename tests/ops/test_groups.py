@@ -184,7 +184,7 @@ NU = [0.2, 0.4, 0.6, 0.3]  # min-max inside the group: 0, 1/2, 1, 1/4
         (Shaping(rule="centered", strength=0.5), [0.5, -1.0, 1.5, -0.75]),
         (Shaping(rule="literal"), [1.0, -0.5, 2.0, -0.75]),
         (Shaping(rule="literal", strength=10.0), [1.0, 3.0, 3.0, 1.5]),
-        (Shaping(clip=0.5), [0.5, -0.5, 0.5, -0.5]),
+        (Shaping(clip=0.5), RAW),
         (Shaping(clip=math.inf, strength=100.0), [1.0, -51.0, 101.0, -26.0]),
         (Shaping(min_range=0.41), RAW),
         (Shaping(min_range=0.39), [1.0, -1.5, 2.0, -1.25]),
@@ -193,6 +193,14 @@ NU = [0.2, 0.4, 0.6, 0.3]  # min-max inside the group: 0, 1/2, 1, 1/4
 )
 def test_shaped_rewards(call: Caller, shaping: Shaping | None, expected: list[float]) -> None:
     call.check(call(shape_rewards, RAW, NU, 4, shaping), expected)
+
+
+@over_wide_backends("shape_rewards")
+def test_rewards_beyond_the_clip_stay_apart(call: Caller) -> None:
+    """Of other sizes than -1 and +1, say a length: shaping moves none further out, and makes none alike."""
+    rewards = [-20.0, -7.0, 2.0, 12.0]
+    call.check(call(shape_rewards, rewards, NU, 4), [-20.0, -7.0, 3.0, 12.0])
+    call.check(call(shape_rewards, rewards, NU, 4, Shaping(rule="centered")), [0.0, -7.0, 3.0, 6.0])
 
 
 @over_wide_backends("shape_rewards")

@@ -90,7 +90,8 @@ def _shape(r: Tensor, nu: Tensor, usable: Tensor, shaping: Shaping) -> Tensor:
         factor = 1 + shaping.strength * (2 * nubar - 1)
     else:
         factor = 1 + shaping.strength * r * nubar
-    return torch.where(changes, (r * factor).clamp(-shaping.clip, shaping.clip), r)
+    bound = r.abs().clamp(min=shaping.clip)
+    return torch.where(changes, (r * factor).clamp(-bound, bound), r)
 
 
 def _range(values: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,8 @@ def shape_rewards(rewards: Tensor, scores: Tensor, cu_groups: Tensor, valid: Ten
                 "centered": 1 + shaping.strength * (2 * nubar - 1),
                 "literal": 1 + shaping.strength * r[i] * nubar,
             }[shaping.rule]
-            shaped[i] = (r[i] * factor).clamp(-shaping.clip, shaping.clip)
+            bound = r[i].abs().clamp(min=shaping.clip)
+            shaped[i] = (r[i] * factor).clamp(-bound, bound)
     return shaped.to(rewards.dtype)
 
 

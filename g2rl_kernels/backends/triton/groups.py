@@ -2,7 +2,7 @@
 
     S_ij = <Phi_i, Phi_j> / (|Phi_i| |Phi_j|)                              [m, m]
     nu_i = sqrt(max(1 - sum_j w_ij S_ij^2, 0)),  w_ij = exp(r_j) / sum_{k != i} exp(r_k), j and k usable peers of i
-    r~_i = clip(r_i * factor(nubar_i), -c, c),   nubar = (nu - min nu) / (max nu - min nu)
+    r~_i = clip(r_i * factor(nubar_i), -c_i, c_i),   c_i = max(c, |r_i|),   nubar = (nu - min nu) / (max nu - min nu)
     A_i  = (r~_i - mean r~) / sqrt(var r~ + 1e-6)
 
 A response is usable if it is marked valid and Phi is not 0. Everything is float64: 1 - S^2 of near-equal directions
@@ -115,7 +115,8 @@ def _group_kernel(
         nubar = 2.0 * nubar - 1.0
     if RULE == _LITERAL:
         nubar = nubar * r
-    shaped = tl.minimum(tl.maximum(r * (1.0 + nubar * strength), -clip), clip)
+    bound = tl.maximum(tl.abs(r), clip)
+    shaped = tl.minimum(tl.maximum(r * (1.0 + nubar * strength), -bound), bound)
     shaped = tl.where(changes, shaped, r)
 
     # Relative to the first response, equal rewards centre to exactly 0 whatever their value.

@@ -26,7 +26,7 @@ class G2RL(Method):
         assert step.features is not None
         valid = (step.features.norm(dim=1) > 0).view(-1, step.group_size)
         degenerate = (score_span(result.scores.view_as(valid), valid) < self.options.min_range) | (valid.sum(1) < 2)
-        clipped = result.shaped_rewards.abs() >= self.options.clip
+        clipped = result.shaped_rewards.abs() >= step.rewards.abs().clamp(min=self.options.clip)
         return {
             "groups/degenerate_share": float(degenerate.float().mean()),
             "geometry/clip_share": float(clipped.float().mean()),
