@@ -19,7 +19,11 @@ import torch
 from g2rl.config import ConfigError, LoraConfig
 from g2rl.heads import whole
 
+_SETTINGS = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+FILES = (_SETTINGS, _WEIGHTS)
+"""Of an adapter, in the folder of a checkpoint."""
+_BASE = "base_model_name_or_path"
 _NAME = "default"
 
 
@@ -125,8 +129,14 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 def base_of(path: str) -> str | None:
     """What the adapter in a local folder was trained on; None where there is no adapter."""
-    file = Path(path) / "adapter_config.json"
-    return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else None
+    file = Path(path) / _SETTINGS
+    return json.loads(file.read_text())[_BASE] if file.is_file() else None
+
+
+def rename_base(folder: Path, name: str) -> None:
+    """Have the adapter in a folder name its base as others find it, not as it lay on this machine."""
+    file = folder / _SETTINGS
+    file.write_text(json.dumps(json.loads(file.read_text()) | {_BASE: name}, indent=2) + "\n")
 
 
 def merged(model: Any, folder: str) -> Any:

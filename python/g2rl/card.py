@@ -18,8 +18,9 @@ PAPER = "https://arxiv.org/abs/2512.15687"
 UNSAID = ("name", "runs_dir", "resume", "log.", "checkpoint.")
 """Keys, or beginnings of keys, that say nothing about the model."""
 _LOCAL = ("/", "./", "../", "~/")
+ADAPTER_NOTE = "# A LoRA adapter: transformers loads it with its base model, by peft (pip install peft).\n"
 LOADING = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{note}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({repo!r})
 model = AutoModelForCausalLM.from_pretrained({repo!r})
@@ -30,31 +31,32 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 ```"""
 
 
-def model_card(run: Run, step: int, repo: str, plots: Sequence[tuple[str, str, str]]) -> str:
+def model_card(run: Run, step: int, repo: str, plots: Sequence[tuple[str, str, str]], is_adapter: bool = False) -> str:
     """Return the card as Markdown with the hub's metadata. Folders of this machine are cut down to their last name.
 
     Args:
         step: of the checkpoint; results after it are not the model's and are left out.
         repo: ``owner/name`` on the hub.
         plots: stem, heading and caption of the files in ``plots/``.
+        is_adapter: the weights are a LoRA adapter's alone.
     """
     config = run.config
     method, task = config.get("method", "unknown"), config.get("task", {}).get("name", "unknown")
-    base, is_public = _base_model(config.get("model", {}).get("path", "unknown"))
+    base, is_public = base_model(config.get("model", {}).get("path", "unknown"))
     evaluated, results = _results(run, step)
     named = f"[{base}](https://huggingface.co/{base})" if is_public else f"`{base}`"
     what = f"{named}, trained with `{method}` on the task `{task}` for {step} steps"
     sections = [
         f"# {repo.partition('/')[2]}\n\n{what} by g2rl-kernels {_version(run)}, the trainer for [G2RL]({PAPER}).",
         f"## Results\n\n{_result_table(run, evaluated, results)}",
-        f"## Use\n\n{_loading(run, repo)}",
+        f"## Use\n\n{_loading(run, repo, is_adapter)}",
         f"## Training\n\n{_training(run)}",
         f"## Plots\n\nOf the whole run, {run.last_step} steps." if plots else "",
         *(f"### {heading}\n\n![{heading}](plots/{stem}.png)\n\n{caption}" for stem, heading, caption in plots),
     ]
     data = ModelCardData(
         base_model=base if is_public else None,
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["reinforcement-learning", "g2rl-kernels", method.rpartition(":")[2]],
         model_name=repo.partition("/")[2],
@@ -63,7 +65,7 @@ def model_card(run: Run, step: int, repo: str, plots: Sequence[tuple[str, str, s
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _base_model(path: str) -> tuple[str, bool]:
+def base_model(path: str) -> tuple[str, bool]:
     """The model that training began with, and whether it is one of the hub's."""
     path = EMBEDDED_MODELS.get(path, path)
     local = path.startswith(_LOCAL) or path.count("/") > 1 or os.path.exists(path) or path == "unknown"
@@ -110,12 +112,16 @@ def _eval_result(key: str, value: float, task: str, step: int | None) -> EvalRes
     )
 
 
-def _loading(run: Run, repo: str) -> str:
+def _loading(run: Run, repo: str, is_adapter: bool) -> str:
     system = run.config.get("task", {}).get("system_prompt")
     message = "" if system is None else f'{{"role": "system", "content": {system!r}}}, '
     rollout, temperature = run.config.get("rollout", {}), run.config.get("eval", {}).get("temperature", 1.0)
     return LOADING.format(
-        repo=repo, system=message, tokens=rollout.get("max_new_tokens", 512), temperature=temperature or 1.0
+        repo=repo,
+        note=ADAPTER_NOTE if is_adapter else "",
+        system=message,
+        tokens=rollout.get("max_new_tokens", 512),
+        temperature=temperature or 1.0,
     )
 
 

@@ -91,7 +91,7 @@ def evaluate(
     drawn = sampler.sample(chosen, n, config.temperature, config.top_p, seeds) if chosen else []
     judged = task.judge([e.problem for e in drawn], [e.text for e in drawn])
     episodes, correct = ranks.gathered(drawn), ranks.gathered(judged)
-    extracted = (task.extract(e.text) for e in episodes)
+    extracted = (task.extract(e.text, e.problem) for e in episodes)
     answers = [None if answer is None else canonical(answer) for answer in extracted]
     groups = [slice(i, i + n) for i in range(0, len(episodes), n)]
     results = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -11,10 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 import g2rl_kernels
-from g2rl.card import model_card
-from g2rl.checkpoint import find_checkpoint
+from g2rl import adapters
+from g2rl.card import base_model, model_card
+from g2rl.checkpoint import checkpoint_config, find_checkpoint
 from g2rl.config import ConfigError
 from g2rl.manifest import MANIFEST
+from g2rl.model import load_model
 from g2rl.parallel.shards import SHARDS, load_model_of_shards
 from g2rl.plots import load_run
 from g2rl.report import draw_plots
@@ -27,6 +30,8 @@ LOCAL_PLOTS = ("groups",)
 def push(run_dir: Path, repo: str, dry_run: bool = False) -> str:
     """Upload a run's newest checkpoint as a model folder with a card and plots.
 
+    An adapter is uploaded as one where its base is on the hub, merged into a base of this machine otherwise.
+
     Args:
         repo: ``owner/name`` of the model; created when missing.
         dry_run: only write what would be uploaded.
@@ -35,7 +40,8 @@ def push(run_dir: Path, repo: str, dry_run: bool = False) -> str:
         The commit's address; in a dry run the path of the folder, ``run_dir/hub``, an older one replaced.
 
     Raises:
-        ConfigError: `repo` is not a model's name, there is no run or checkpoint, no login, no access or no network.
+        ConfigError: `repo` is not a model's name, there is no run or checkpoint, no login, no access or no network, or
+            the base of an adapter cannot be loaded.
     """
     _check_name(repo)
     if dry_run:
@@ -59,13 +65,22 @@ def write_folder(run_dir: Path, repo: str, folder: Path) -> int:
         raise ConfigError(f"push: {error}") from error
     if folder.exists():
         shutil.rmtree(folder)
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*NOT_PUSHED))
-    if (checkpoint / SHARDS).is_dir():
+    is_adapter = adapters.base_of(str(checkpoint)) is not None
+    base, is_public = base_model(run.config.get("model", {}).get("path", "unknown"))
+    merge = is_adapter and not is_public
+    left_out = (*NOT_PUSHED, *adapters.FILES) if merge else NOT_PUSHED
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*left_out))
+    if merge:
+        load_model(replace(checkpoint_config(checkpoint).model, path=str(checkpoint)))[0].save_pretrained(folder)
+    elif is_adapter:
+        adapters.rename_base(folder, base)
+    elif (checkpoint / SHARDS).is_dir():
         load_model_of_shards(checkpoint).save_pretrained(folder)
     (folder / "plots").mkdir()
     plots = draw_plots(run, folder / "plots", without=LOCAL_PLOTS)
     step = int(checkpoint.name.removeprefix("step-"))
-    (folder / "README.md").write_text(model_card(run, step, repo, plots), encoding="utf-8", errors="replace")
+    card = model_card(run, step, repo, plots, is_adapter and not merge)
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
     return step
 
 

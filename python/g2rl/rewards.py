@@ -94,7 +94,7 @@ def judge_episodes(episodes: Sequence[Episode], task: Task, rewards: Sequence[Re
         total = sum(reward.config.weight * parts[reward.name] for reward in resolved)
         if not abs(total) <= _LARGEST:
             raise ConfigError(f"rewards: expected a sum from {-_LARGEST:g} to {_LARGEST:g}, found {total} of {parts}")
-        verdicts.append(Verdict(total, right, parts, task.extract(episode.text)))
+        verdicts.append(Verdict(total, right, parts, task.extract(episode.text, episode.problem)))
     return verdicts
 
 

@@ -14,6 +14,7 @@ from g2rl.checkpoint import find_checkpoint
 from g2rl.cli import main
 from g2rl.config import ConfigError, LoraConfig, ModelConfig, load_config
 from g2rl.model import load_model
+from g2rl.push import push
 from g2rl.trainer import Trainer
 from g2rl.types import Verdict
 
@@ -106,6 +107,21 @@ def test_checkpoints_resume_and_export(trained: Trainer, tmp_path: Path, capsys:
     assert lines(half) == expected
     assert main(["train", f"resume={half}", "steps=5", "model.lora.rank=2"]) == 2
     assert "model.lora: expected the rank and targets of the checkpoint" in capsys.readouterr().err
+
+
+def test_an_adapter_on_a_local_model_is_pushed_merged(trained: Trainer) -> None:
+    """Nobody else has the base, so that whoever loads what is uploaded gets the whole model, without its folder."""
+    folder = Path(push(trained.config.run_dir, "somebody/adder", dry_run=True))
+    assert not list(folder.glob("adapter_*"))
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, trained.model.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    trained.model.train()
+    texts = [path for path in folder.rglob("*") if path.suffix in (".json", ".md", ".jinja")]
+    assert len(texts) >= 4
+    assert not [path for path in texts if str(Path(trained.config.model.path).parent) in path.read_text()]
+    assert "peft" not in (folder / "README.md").read_text()
 
 
 def test_adapters_are_fp32_on_bf16_weights(tiny_model: Path, tmp_path: Path) -> None:

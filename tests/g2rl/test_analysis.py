@@ -313,6 +313,26 @@ class TestCommand:
         assert main(command) == 0
         assert (tmp_path / "geometry.json").read_text() == before
 
+    def test_what_was_found_of_something_else_is_not(self, tmp_path: Path, tiny_model: Path) -> None:
+        """The same line of a file with another problem or answer, and the same responses with other rewards."""
+        path, kept = tmp_path / "set.jsonl", tmp_path / "held" / tiny_model.name / "responses" / "0000.json"
+        train = tmp_path / "train.jsonl"
+        train.write_text(json.dumps({"problem": "2 + 2?", "answer": "4"}) + "\n")
+        options = ["task.name=jsonl", f"task.options={{path: {train}, eval_path: {path}}}", "task.system_prompt="]
+        sizes = "--problems 1 --samples 2 --max-tokens 3 --encoder none".split()
+
+        def found(prompt: str, answer: str, *rewards: str) -> dict:
+            path.write_text(json.dumps({"problem": prompt, "answer": answer}) + "\n")
+            assert main(["geometry", str(tiny_model), *options, *rewards, *sizes, "--out", str(tmp_path)]) == 0
+            return json.loads(kept.read_text())
+
+        first = found("1 + 1?", "2")
+        other = found("1 + 2?", "2")
+        assert other["found"]["prompt_ids"] != first["found"]["prompt_ids"]
+        assert found("1 + 2?", "3")["key"] != other["key"]
+        assert first["found"]["rewards"] == [-1, -1]
+        assert found("1 + 1?", "2", "rewards=[{name: boxed}]")["found"]["rewards"] == [0, 0]
+
     @pytest.mark.parametrize(
         "arguments, message",
         [

@@ -143,6 +143,9 @@ SAME = [
         "whole number",
     ),
     (["1234", "1,234", "1{,}234", r"1,\!234", r"1\,234", "1,234.0"], "thousands"),
+    (["1234", "1,234 ", r"1,\,234", "1{,} 234", r"1, \!234", r"1,\! 234"], "thousands, blanks around a close comma"),
+    (["10, 100", " 10,  100.", "10,\n100", r"10,\ 100", "10,~100", "10 , 100", "10 ,100", r"$10,\quad 100$"], "list"),
+    (["3, 5", "3,5", "3 , 5"], "list that is no number without its blanks"),
     (
         ["-1/2", r"-\frac{1}{2}", r"\frac{-1}{2}", r"-\dfrac12", r"-\tfrac{2}{4}", "-0.5", "-.5", "\u22120.50"],
         "fraction",
@@ -168,6 +171,11 @@ DIFFERENT = [
     ("31/2", "3 1/2", "mixed number"),
     ("(1,234)", "(1234)", "a pair is no thousand"),
     ("1,2", "12", "a list is no thousand"),
+    ("10, 100", "10100", "nor is one with items of three digits"),
+    ("10, 100", "10,100", "nor one that a blank tells from a number"),
+    ("100, 200", "200, 100", "order of a list"),
+    ("1,000, 200", "1,000,200", "a list with a number in groups"),
+    ("1,200, 300", "1, 200, 300", "where a list is divided"),
     ("1/0", "0", "no value"),
     ("7", "-7", "sign"),
     ("0.33", "1/3", "rounding"),
@@ -217,6 +225,7 @@ def test_no_text_raises(text: str) -> None:
 ADVERSARIAL = [
     "\\boxed{", "\\boxed ", "\\boxed{}", "\\", "{", "}", "{}", "\\frac{1", "\\frac{1}{", "\\text{", "1", "1,", "1,111",
     "1/", ".1", "-", "- ", " ", "1 ", "$", "%", "^{", "<answer>", "</answer>", "\\quad", "\\left", "9^", "\\boxed\\x{",
+    ", ", ",", " ,", ",\\!", "{,}", "{,} ", "100, ",
 ]  # fmt: skip
 
 

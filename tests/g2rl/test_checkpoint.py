@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from g2rl.checkpoint import (
+    checkpoint_config,
     checkpoints,
     drop_training_state,
     find_checkpoint,
@@ -24,7 +25,7 @@ from g2rl.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from g2rl.config import ConfigError, ModelConfig
+from g2rl.config import ConfigError, ModelConfig, load_config
 from g2rl.files import StorageError
 from g2rl.model import load_model
 from g2rl.parallel.shards import _Index
@@ -98,6 +99,35 @@ def test_a_full_disk_is_named(policy, tmp_path: Path) -> None:
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a checkpoint"):
         find_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "within, named, steps",
+    [
+        (".", "run/checkpoints/step-000001", 7),
+        ("run", "checkpoints/step-000001", 7),
+        ("run/checkpoints/step-000001", ".", 7),
+        (".", "best", 7),  # a link to a checkpoint
+        (".", "moved/checkpoints/step-000001", 8),  # a run whose checkpoints are elsewhere
+        (".", "models/mine", None),
+        ("models/mine", ".", None),
+        (".", "mine", None),
+        (".", "smollm2", None),
+        (".", "Qwen/Qwen3-1.7B-Base", None),
+    ],
+)
+def test_the_configuration_is_that_of_the_checkpoints_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: str, named: str, steps: int | None
+) -> None:
+    """Never one that lies in the working directory, or above a folder that is no checkpoint."""
+    for folder in ("run/checkpoints/step-000001", "room/step-000001", "moved", "models/mine", "mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "best").symlink_to("run/checkpoints/step-000001")
+    (tmp_path / "moved" / "checkpoints").symlink_to(tmp_path / "room")
+    for folder, value in (("run", 7), ("moved", 8), (".", 9)):
+        (tmp_path / folder / "config.yaml").write_text(f"steps: {value}\n")
+    monkeypatch.chdir(tmp_path / within)
+    assert checkpoint_config(Path(named)).steps == (steps or load_config().steps)
 
 
 def test_a_model_kept_alone_loads_and_is_not_trained_on(policy, tmp_path: Path) -> None:

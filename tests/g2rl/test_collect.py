@@ -42,7 +42,7 @@ class Counts:
     def judge(self, problems: list[Problem], responses: list[str]) -> list[bool]:
         return [response == "right" for response in responses]
 
-    def extract(self, response: str) -> str:
+    def extract(self, response: str, problem: Problem | None = None) -> str:
         return response
 
 

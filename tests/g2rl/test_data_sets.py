@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from g2rl.config import ConfigError, TaskConfig
+from g2rl.rewards import judge_episodes
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task
 from g2rl.tasks.data_sets import DATA_SETS, load_problems
 from g2rl.tasks.grading import ChoiceJudge, MathJudge
-from g2rl.types import Problem
+from g2rl.types import Episode, Problem
 
 CHOICE = {"problem": "Which capital?", "answer": "B", "options": ["Paris", "Rome", "Oslo"]}
 HUB_ROWS: dict[str, dict[str, Any]] = {
@@ -103,8 +104,12 @@ def test_choice_is_judged_by_letters(tmp_path: Path) -> None:
         problem = made.train_problem(0)
         assert "\n(A) Paris\n(B) Rome\n(C) Oslo\n" in problem.prompt
         responses = [r"\boxed{B}", r"\boxed{A}", "The answer is (B).", r"\boxed{\text{(B) Rome}}", r"\boxed{(B) Oslo}"]
-        assert made.judge([problem] * 5, responses) == [True, False, False, True, False]
+        responses.append("The answer is Oslo.\n\\boxed{B}")
+        assert made.judge([problem] * 6, responses) == [True, False, False, True, False, False]
+        assert [made.extract(response, problem) for response in responses] == ["B", "A", None, "B", None, None]
         assert made.extract(responses[0]) == "B"
+        given = [Episode(problem, (1,), (2,), response, True) for response in responses]
+        assert [verdict.answer for verdict in judge_episodes(given, made, [])] == ["B", "A", None, "B", None, None]
 
 
 def test_modes() -> None:

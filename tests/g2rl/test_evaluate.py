@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2rl.evaluate import maj_at_k, pass_at_k
+from g2rl.config import EvalConfig
+from g2rl.evaluate import evaluate, maj_at_k, pass_at_k
+from g2rl.tasks.grading import ChoiceJudge, JudgedTask
+from g2rl.types import Episode, Problem
 
 
 @given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
@@ -40,6 +43,23 @@ def test_many_subsets_are_sampled_close_to_the_truth() -> None:
     answers, correct = ["7"] * 18 + ["3"] * 12, [True] * 18 + [False] * 12
     assert maj_at_k(answers, correct, 5) == pytest.approx(0.6957, abs=0.03)
     assert maj_at_k(answers, correct, 5) == maj_at_k(answers, correct, 5)
+
+
+class Claims:
+    """A sampler whose every other response claims two options."""
+
+    def sample(self, problems: list[Problem], copies: int, *_: object) -> list[Episode]:
+        texts = ["The answer is Paris.\n\\boxed{B}", r"\boxed{B}"] * (copies // 2)
+        return [Episode(problem, (1,), (2,), text, True) for problem in problems for text in texts]
+
+
+def test_a_response_that_claims_two_options_has_no_vote() -> None:
+    """maj@1 is pass@1: whoever gives one answer has the right one or not."""
+    problem = Problem("1", "", "B", {"options": ["Paris", "London"]})
+    with JudgedTask("mmlu_pro", [problem], [problem], 0, ChoiceJudge()) as task:
+        found = evaluate(Claims(), task, [problem], EvalConfig(samples=4, ks=(1, 4)), 0).metrics
+    assert (found["eval/pass@1"], found["eval/maj@1"]) == (0.5, 0.5)
+    assert found["eval/maj@4"] == 1.0
 
 
 @pytest.mark.parametrize("k", [0, 4])

@@ -64,6 +64,7 @@ CASES = [
     ("8", "The answer is 7. The answer is 8.", False, "two answers"),
     ("8", "Answer: 7\nAnswer: 8", False, "two lines"),
     ("3", "The roots are $3$ and $5$.", False, "one of two roots"),
+    ("10100", "The roots are $10$ and $100$.", False, "two roots that are no number"),
     ("4", "So $x=3$ and $y=4$.", False, "one of two equations"),
     ("3", "She has 18 apples after 3 days.", False, "the last number is another one"),
     ("2", "The answer is sqrt(2).", False, "a number inside an expression"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +103,21 @@ def test_the_base_model_is_named_without_its_folder(tmp_path: Path, hub: Hub, pa
     assert card.data.base_model == (path if public else None)
     assert (f"[{path}](https://huggingface.co/{path}), trained" if public else "`mine`, trained") in card.text
     assert "secret" not in card.content
+
+
+def test_an_adapter_names_its_base_as_the_hub_does(tmp_path: Path, hub: Hub) -> None:
+    run = finished_run(tmp_path / "run")
+    checkpoint = run / "checkpoints" / "step-000010"
+    (checkpoint / "model.safetensors").rename(checkpoint / "adapter_model.safetensors")
+    settings = {"base_model_name_or_path": str(tmp_path / "cache" / "smollm2"), "r": 4}
+    (checkpoint / "adapter_config.json").write_text(json.dumps(settings))
+    module.push(run, "somebody/adder", dry_run=True)
+    pushed = json.loads((run / "hub" / "adapter_config.json").read_text())
+    assert pushed == {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "r": 4}
+    assert json.loads((checkpoint / "adapter_config.json").read_text()) == settings
+    card = ModelCard.load(run / "hub" / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("peft", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert "pip install peft" in card.text
 
 
 def test_push_uploads_the_folder(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:

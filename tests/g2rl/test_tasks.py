@@ -181,6 +181,14 @@ class TestJsonl:
         with task("jsonl", held_out=0, path=path, allow_number=True) as made:
             assert made.judge([half, half], ["It is 0.5.", "It is 1/2, or 3."]) == [True, False]
 
+    def test_a_list_is_no_number(self, tmp_path: Path) -> None:
+        golds = ["10, 100", "100, 200", "3, 5", "1{,}234"]
+        rows = [{"problem": f"Problem {i}?", "answer": gold} for i, gold in enumerate(golds)]
+        with task("jsonl", held_out=0, path=write(tmp_path / "set.jsonl", rows)) as made:
+            problems = sorted((made.train_problem(i) for i in range(4)), key=lambda p: p.prompt)
+            responses = [rf"\boxed{{{answer}}}" for answer in ("10100", "200, 100", "5, 3", "1234")]
+            assert made.judge(problems, responses) == [False, True, True, True]
+
     def test_equal_problems_are_kept_once(self, tmp_path: Path) -> None:
         rows = [{"problem": "How  many?", "answer": "1"}, {"problem": " How many?\n", "answer": 1}, *ROWS[:3]]
         made = task("jsonl", held_out=1, path=write(tmp_path / "set.jsonl", rows))

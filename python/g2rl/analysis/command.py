@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,7 @@ def _settings(config: Config, request: Request) -> dict[str, Any]:
         "task": config.task.name,
         "options": dict(config.task.options),
         "system_prompt": config.task.system_prompt,
+        "rewards": [asdict(reward) for reward in config.rewards],
         "batch_size": rollout.batch_size,
         "sampled in": rollout.dtype,
         "features in": config.model.dtype,

@@ -106,7 +106,8 @@ def sample_groups(
     for start in range(0, len(problems), step):
         asked = problems[start : start + step]
         seeds = response_seeds(seed, m * len(asked), m * start)
-        keys = [[problem.id, seeds[m * i : m * (i + 1)]] for i, problem in enumerate(asked)]
+        # An id may be no more than the number of a line, whose problem can be another one by now.
+        keys = [[p.id, p.prompt, p.answer, seeds[m * i : m * (i + 1)]] for i, p in enumerate(asked)]
         kept = [held.read(start + i, key) for i, key in enumerate(keys)]
         found = [record for record in kept if record is not None]
         if len(found) < len(asked):

@@ -52,6 +52,9 @@ _NOISE = re.compile(
 )
 _BLANK = re.compile(r"(?:\\[;:> ]|\\q?quad(?![A-Za-z])|[\s~])+")
 _LOOSE_BLANK = re.compile(r"(?<![0-9]) | (?![0-9])")  # all but the one in `1 2`, which is not 12
+# Thousands keep their comma close, with a thin space at most; a blank beside it makes two items of a list.
+_CLOSE_COMMA = re.compile(r"(?:\{,\}|,\s*\\!)\s*")
+_LISTING_COMMA = re.compile(r" , ?|, ")
 _GROUPED = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
 _FRACTION = re.compile(r"([+-]?)\\frac(?:\{([+-]?[0-9]+)\}\{([0-9]+)\}|([0-9])([0-9]))")
 _RATIONAL = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+|[0-9]+/[0-9]+)")
@@ -171,12 +174,17 @@ def canonical(answer: str) -> str:
     r"""Return one spelling for answers that are plainly equal, for voting and for equality without a computer algebra.
 
     Blanks, ``$``, ``%``, degree signs, spacing commands and wrappers such as ``\text{}`` go; a number becomes its exact
-    value in lowest terms (``+07.50`` -> ``15/2``, ``1,234.0`` -> ``1234``, ``\frac{2}{4}`` -> ``1/2``).
+    value in lowest terms (``+07.50`` -> ``15/2``, ``1,234.0`` -> ``1234``, ``\frac{2}{4}`` -> ``1/2``). A list that
+    would be a number without its blanks keeps them: ``10, 100`` is neither ``10,100`` nor ``100, 10``.
     """
-    text = answer[:MAX_ANSWER].replace("\u2212", "-").replace("{,}", ",")
+    text = _CLOSE_COMMA.sub(",", answer[:MAX_ANSWER].replace("\u2212", "-"))
     text = _BLANK.sub(" ", _NOISE.sub("", without_wrappers(text)))
-    text = re.sub(r"\\[dtc]frac", r"\\frac", _LOOSE_BLANK.sub("", text)).rstrip(".")
-    number = text.replace(",", "") if _GROUPED.fullmatch(text) else text
+    items = [_LOOSE_BLANK.sub("", item) for item in _LISTING_COMMA.split(text)]
+    text = re.sub(r"\\[dtc]frac", r"\\frac", ",".join(items)).rstrip(".")
+    grouped = _GROUPED.fullmatch(text)
+    if grouped and len(items) > 1:
+        return ", ".join(items).rstrip(".")
+    number = text.replace(",", "") if grouped else text
     match = _FRACTION.fullmatch(number)
     if match:
         sign, top, bottom = match[1], match[2] or match[4], match[3] or match[5]

@@ -66,7 +66,7 @@ class ArithmeticTask(FiniteTask):
         problems = [_problem(read, index) for index in sample_indices(size, _MAX_PROBLEMS)]
         super().__init__("arithmetic", problems[held_out:], problems[:held_out], seed)
 
-    def extract(self, response: str) -> str | None:
+    def extract(self, response: str, problem: Problem | None = None) -> str | None:
         return extract_answer(response, allow_number=True)
 
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:

@@ -41,8 +41,8 @@ class Task(ABC):
         """Return the evaluation problems: distinct by content, and none of them among the training problems."""
 
     @abstractmethod
-    def extract(self, response: str) -> str | None:
-        """Return the final answer in a response, None if it has none."""
+    def extract(self, response: str, problem: Problem | None = None) -> str | None:
+        """Return the final answer in a response, None if it has none; given the problem, the one that `judge` reads."""
 
     @abstractmethod
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:

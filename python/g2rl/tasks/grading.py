@@ -93,10 +93,10 @@ class JudgedTask(FiniteTask):
     ) -> None:
         super().__init__(name, train, held_out, seed)
         self._judge = judge
-        self._any = Problem("", "", "")  # the strict form of an answer does not depend on the problem
+        self._any = Problem("", "", "")
 
-    def extract(self, response: str) -> str | None:
-        return self._judge.answer(self._any, response)
+    def extract(self, response: str, problem: Problem | None = None) -> str | None:
+        return self._judge.answer(problem or self._any, response)
 
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:
         answers = [self._judge.answer(p, response) for p, response in zip(problems, responses, strict=True)]

@@ -97,7 +97,7 @@ class ReasoningGymTask(Task):
     def held_out(self) -> list[Problem]:
         return list(self._held_out.values())
 
-    def extract(self, response: str) -> str | None:
+    def extract(self, response: str, problem: Problem | None = None) -> str | None:
         boxed = extract_boxed(response)
         if boxed is not None:
             return unwrap_text(boxed)
