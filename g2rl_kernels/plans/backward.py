@@ -91,6 +91,7 @@ def logprobs_backward(
                     grad_w = part if grad_w is None else grad_w.add_(part)
                 if grad_bias is not None:
                     grad_bias[of_strip] += even.sum(0, dtype=torch.float32) / scale
+                del G, G_even, even  # before there are others
             if grad_weight is not None and grad_w is not None:
                 grad_weight[of_strip] = grad_w
     return Gradients(

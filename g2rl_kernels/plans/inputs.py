@@ -21,6 +21,10 @@ def on_device_of(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
+# Of rows, in numbers: offsets inside a tile of 256 rows fit 32 bits.
+_LARGEST_STRIDE = (1 << 23) - 1
+
+
 def unit_stride(x: Tensor) -> Tensor:
-    """x itself where its rows are contiguous in memory, else a copy."""
-    return x if x.stride(1) == 1 else x.contiguous()
+    """x itself where kernels can address its rows, else a copy: contiguous in memory, and not too far apart."""
+    return x if x.stride(1) == 1 and x.stride(0) <= _LARGEST_STRIDE else x.contiguous()

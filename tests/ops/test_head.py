@@ -26,12 +26,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from g2rl_kernels import LMHead, SequenceFeatures, sequence_features, testing, token_logprobs, use_backend
-from g2rl_kernels.backends import reference
+from g2rl_kernels.backends import eager, reference
 from g2rl_kernels.backends.eager import products
 from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.plans.inputs import unit_stride
 from g2rl_kernels.products import exact_products, mm
 from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
 from g2rl_kernels.testing import HEAD_SHAPES, KINDS, OPTIONS, SMALL, Gradients, HeadSample, Options, Shape
+from tests.live_memory import LiveMemory
 
 HEAD_OPS = ("token_logprobs", "sequence_features", "logprobs_backward")
 every_forward = over_backends("token_logprobs", "sequence_features")
@@ -451,6 +453,24 @@ def test_logits_never_exist_as_a_whole(backend: str | None, device: str, dtype: 
         with LargestOverVocabulary(shape.V, shape.d) as seen:
             call()
         assert seen.bytes <= workspace_bytes
+
+
+def test_the_torch_backend_frees_logits_before_it_makes_others() -> None:
+    V, N = 1105, 200
+    head = Head(torch.randn(V, 16), None)
+    inputs = (torch.randn(N, 16), head, torch.zeros(N, dtype=torch.int64))
+    workspace_bytes = 50 * V * 4
+    with LiveMemory(least=V * 16 * 4 + 1) as memory:
+        eager.token_logprobs(*inputs, workspace_bytes)
+    assert memory.peak <= workspace_bytes
+
+
+def test_rows_too_far_apart_for_offsets_of_32_bits_are_copied() -> None:
+    """As the last positions of long sequences are, `hidden_states[:, -1]`."""
+    for stride, copied in ((4, False), (8192 * 512, False), (8192 * 4096, True)):
+        x = torch.empty_strided((3, 4), (stride, 1), device="meta")
+        assert (unit_stride(x) is not x) == copied
+        assert unit_stride(x).stride(0) == (4 if copied else stride)
 
 
 def test_the_torch_backend_cuts_the_long_sums_of_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,7 @@ def _of_tokens(
             z = blocks.raw_logits(hidden[tokens])
             parts = [of_slice(z[rows], targets[tokens[rows]]) for rows in blocks.slices(z.shape[0])]
             found[:, start:end] = torch.cat(parts, 1)[:, : end - start]
+            del z  # before there are others: here and below
     return found
 
 
@@ -208,8 +209,10 @@ def _features(
                     z[rows] = residuals(z[rows], tokens[rows], real)
                 for b, s, t in segments:
                     R[b - of_R.start] += z[s - start : t - start].sum(0)
+                del z
             for tile in blocks.vocab_tiles():
                 features[of_R.start : of_R.stop] += mm_fp32_left(R[:, tile], head.weight[tile], blocks.product_rows)
+            del R
 
     totals = torch.stack([a[s:t].sum() for s, t in zip(offsets[:-1], offsets[1:], strict=True)] or [a.new_zeros(())])
     totals = totals[: len(offsets) - 1]
@@ -324,6 +327,7 @@ def logprobs_backward(
                     grad_weight[tile] += mm(g[: end - start, tile].T, h)
             if grad_hidden is not None:
                 grad_hidden[start:end] = grad_h[: end - start]
+            del z, u, grad, g
     return Gradients(
         grad_hidden,
         None if grad_weight is None else grad_weight.to(weight.dtype),
