@@ -147,8 +147,9 @@ void bind_tokens(py::module_& m) {
         });
   m.def("packing_bytes", &packing_bytes);
   m.def("add_kept", [](const Head& head, const Kept& kept, Address targets, const Responses& of, const Terms& terms,
-                       int first, int last, Address R, Address stream) {
-    check(add_kept(head, kept, at<int64_t>(targets), of, terms, first, last, at<float>(R), stream_of(stream)),
+                       Address from, Address to, int first, int last, Address R, Address stream) {
+    check(add_kept(head, kept, at<int64_t>(targets), of, terms, {at<float>(from), at<float>(to)}, first, last,
+                   at<float>(R), stream_of(stream)),
           "add_kept");
   });
   m.def("add_targets",

@@ -70,6 +70,15 @@ struct Kept {
   int roots_of;
 };
 constexpr float kRootUnit = 1.f / 65535;
+
+// `add_kept` adds up kSegment tokens at a time, counted from a response's first, and their sums to R: one sum of tens
+// of thousands would lose digits. Where a chunk ends inside a segment, its sums so far [V] come `from` the chunk before
+// and go `to` the next.
+constexpr int kSegment = 512;
+struct Carry {
+  const float* from;
+  float* to;
+};
 // Where references begin in a row that holds roots, those of whole tiles.
 HOST_DEVICE int64_t bytes_of_roots(int V, int roots_of) { return ceil_div(V, roots_of) * roots_of * 2; }
 
@@ -128,9 +137,10 @@ int merge(const Head&, const Partials&, int N, const float* lse, const float* a,
           const Terms&, Stream);
 // inverse[b] = 1 / sum a (0 without weight); flags[b] = 1 where a token of weight has S too far from 1 for its lse.
 int responses(const Responses&, const float* a, const float* S, const float* lse, float* inverse, int* flags, Stream);
-// R [B, V] += residuals of tokens first to last, of which `kept` tells; terms count from `first`.
-int add_kept(const Head&, const Kept&, const int64_t* targets, const Responses&, const Terms&, int first, int last,
-             float* R, Stream);
+// R [B, V] += residuals of tokens first to last, of which `kept` tells; terms count from `first`. R is 0 at first, and
+// chunks follow each other.
+int add_kept(const Head&, const Kept&, const int64_t* targets, const Responses&, const Terms&, const Carry&, int first,
+             int last, float* R, Stream);
 // R [B, V] += target_t S_t at y_t, for responses whose flag is 0.
 int add_targets(const int64_t* targets, const Responses&, const Terms&, const int* flags, int V, float* R, Stream);
 

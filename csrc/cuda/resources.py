@@ -32,7 +32,6 @@ SPILLS = (
         104,
         "what is left out, in few tiles, beside a chain and sums; and the warps that add, in 40 registers",
     ),
-    ("add_kept_kernel<KeptRoots>", 8, "ptxas keeps to 80 registers by itself, for occupancy, and lacks one on sm_80"),
     ("sm80::residuals_kernel<*, true, *>", 32, "the soft cap's slope beside a chain and sums, in 255 registers"),
 )
 

@@ -167,6 +167,7 @@ struct KeptArguments {
   const int64_t* targets;
   const int* cu_seqlens;
   Terms terms;
+  Carry carry;
   int first, last;
   float* R;
 };
@@ -236,6 +237,15 @@ DEVICE void add_token(const Words& words, const TokenTerms& token, int thread, c
   }
 }
 
+// A thread's, of [V].
+template <class Words>
+DEVICE void load_words(const float* from, int thread, int V, float (&r)[Words::kWords]) {
+  UNROLL for (int i = 0; i < Words::kWords; ++i) {
+    const int v = Words::word(thread, i);
+    if (v < V) r[i] = from[v];
+  }
+}
+
 template <class Words>
 __global__ void __launch_bounds__(kKeptThreads) add_kept_kernel(const __grid_constant__ KeptArguments p) {
   SHARED(shared);
@@ -245,42 +255,47 @@ __global__ void __launch_bounds__(kKeptThreads) add_kept_kernel(const __grid_con
   // Of all threads of a response. Those past the vocabulary read its first words, and store nothing.
   const int b = blockIdx.x / blocks, thread = blockIdx.x % blocks * kKeptThreads + threadIdx.x;
   const int reads = thread / 4 * 4 * kWords < p.head.V ? thread : 0;
-  const int start = p.cu_seqlens[b] > p.first ? p.cu_seqlens[b] : p.first;
+  const int begin = p.cu_seqlens[b], start = begin > p.first ? begin : p.first;
   const int end = p.cu_seqlens[b + 1] < p.last ? p.cu_seqlens[b + 1] : p.last;
   if (start >= end) return;
 
   const Options options(p.head);
-  float* R = p.R + int64_t(b) * p.head.V;
-  float r[kWords] = {};
-  UNROLL for (int i = 0; i < kWords; ++i) {
-    const int v = Words::word(thread, i);
-    if (v < p.head.V) r[i] = R[v];
-  }
-  for (int n0 = start; n0 < end; n0 += kKeptTokens) {
-    const int count = end - n0 < kKeptTokens ? end - n0 : kKeptTokens;
-    // Rows of `kept` and terms count from the chunk's first token.
-    const int row = n0 - p.first;
-    __syncthreads();
-    if (int(threadIdx.x) < count) {
-      const int t = row + threadIdx.x;
-      terms[threadIdx.x] = {p.terms.shift[t], p.terms.weight[t], p.terms.target[t], int(p.targets[n0 + threadIdx.x])};
-    }
-    __syncthreads();
-    const uint8_t* rows = static_cast<const uint8_t*>(p.kept.rows) + row * p.kept.stride;
-    for (int t = 0; t < count; t += kAhead) {
-      Words words[kAhead];
-      UNROLL for (int i = 0; i < kAhead; ++i) {
-        const int at = t + i < count ? t + i : count - 1;
-        words[i] = Words::read(p, rows + at * p.kept.stride, reads);
+  for (int n = start, stop; n < end; n = stop) {
+    const int of_segment = (n - begin) % kSegment;
+    stop = end - n < kSegment - of_segment ? end : n + kSegment - of_segment;
+    float r[kWords] = {};
+    if (of_segment != 0) load_words<Words>(p.carry.from, thread, p.head.V, r);
+    for (int n0 = n; n0 < stop; n0 += kKeptTokens) {
+      const int count = stop - n0 < kKeptTokens ? stop - n0 : kKeptTokens;
+      // Rows of `kept` and terms count from the chunk's first token.
+      const int row = n0 - p.first;
+      __syncthreads();
+      if (int(threadIdx.x) < count) {
+        const int t = row + threadIdx.x;
+        const int y = int(p.targets[n0 + threadIdx.x]);
+        terms[threadIdx.x] = {p.terms.shift[t], p.terms.weight[t], p.terms.target[t], y};
       }
-      UNROLL for (int i = 0; i < kAhead; ++i) {
-        if (t + i < count) add_token(words[i], terms[t + i], thread, options, r);
+      __syncthreads();
+      const uint8_t* rows = static_cast<const uint8_t*>(p.kept.rows) + row * p.kept.stride;
+      for (int t = 0; t < count; t += kAhead) {
+        Words words[kAhead];
+        UNROLL for (int i = 0; i < kAhead; ++i) {
+          const int at = t + i < count ? t + i : count - 1;
+          words[i] = Words::read(p, rows + at * p.kept.stride, reads);
+        }
+        UNROLL for (int i = 0; i < kAhead; ++i) {
+          if (t + i < count) add_token(words[i], terms[t + i], thread, options, r);
+        }
       }
     }
-  }
-  UNROLL for (int i = 0; i < kWords; ++i) {
-    const int v = Words::word(thread, i);
-    if (v < p.head.V) R[v] = r[i];
+    const bool whole = stop == p.cu_seqlens[b + 1] || (stop - begin) % kSegment == 0;
+    float* to = whole ? p.R + int64_t(b) * p.head.V : p.carry.to;
+    float before[kWords] = {};
+    if (whole) load_words<Words>(to, thread, p.head.V, before);
+    UNROLL for (int i = 0; i < kWords; ++i) {
+      const int v = Words::word(thread, i);
+      if (v < p.head.V) to[v] = before[i] + r[i];
+    }
   }
 }
 
@@ -347,8 +362,8 @@ int responses(const Responses& responses, const float* a, const float* S, const 
 }
 
 int add_kept(const Head& head, const Kept& kept, const int64_t* targets, const Responses& responses, const Terms& terms,
-             int first, int last, float* R, Stream stream) {
-  const KeptArguments p{head, kept, targets, responses.cu_seqlens, terms, first, last, R};
+             const Carry& carry, int first, int last, float* R, Stream stream) {
+  const KeptArguments p{head, kept, targets, responses.cu_seqlens, terms, carry, first, last, R};
   const auto launch_for = [&](auto words) {
     using Words = decltype(words);
     const int64_t blocks = responses.B * ceil_div(head.V, Words::kWords * kKeptThreads);

@@ -226,4 +226,14 @@ struct OwnTerms {
   Terms terms;
 };
 
+// For chunks that follow each other.
+struct OwnCarry {
+  explicit OwnCarry(int V) : from(V, NAN), to(V, NAN) {}
+  Carry next() {
+    std::swap(from, to);
+    return {from.data(), to.data()};
+  }
+  std::vector<float> from, to;
+};
+
 }  // namespace g2rl::cuda::testing

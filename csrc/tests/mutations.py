@@ -70,6 +70,20 @@ MUTATIONS = (
         "X = fmaf(X_s, factor, X);",
     ),
     Mutation(
+        "add_kept: sums of a segment are not carried on",
+        "small",
+        "tokens.cu",
+        "if (of_segment != 0) load_words",
+        "if (false) load_words",
+    ),
+    Mutation(
+        "add_kept: segments count from the chunk",
+        "small",
+        "tokens.cu",
+        "const int of_segment = (n - begin) % kSegment;",
+        "const int of_segment = n - start;",
+    ),
+    Mutation(
         "add_kept: rows count from the response",
         "small",
         "tokens.cu",

@@ -102,7 +102,7 @@ void test_head(const Case& c, const std::string& what) {
   for (int b = 0; b < p.B && c.dtype != Dtype::fp32; ++b) expect(one.flags[b] == 0, what + ": flag", b, 0);
 
   Floats R(size_t(p.B) * c.V, 0.f);
-  add_kept(p.head(), kept, p.targets.data(), p.responses(), two.terms.terms, 0, p.N, R.data(), nullptr);
+  add_kept(p.head(), kept, p.targets.data(), p.responses(), two.terms.terms, {}, 0, p.N, R.data(), nullptr);
   check_rows(p, R, p.R, c.V, what + ": R from kept logits");
   check_gradients(p, what);
 }

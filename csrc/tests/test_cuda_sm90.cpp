@@ -108,6 +108,7 @@ void test_kept(Problem& p, const Forward& expected, int chunk, const std::string
   Floats R(expected.R.size(), 0.f);
   OwnTerms terms(p.N);
   OwnKept kept(p.head(), chunk);
+  OwnCarry carry(p.c.V);
   const int splits = sm90::splits(p.c.V);
   Floats planes(4 * size_t(splits) * chunk, NAN), results(3 * size_t(p.N), NAN);
   for (int first = 0; first < p.N; first += chunk) {
@@ -117,7 +118,8 @@ void test_kept(Problem& p, const Forward& expected, int chunk, const std::string
     sm90::statistics(p.head(), tokens, {planes.data(), splits}, kept, nullptr);
     merge(p.head(), {planes.data(), splits}, tokens.N, nullptr, p.a.data() + first, results.data() + first, p.N,
           terms.from(first), nullptr);
-    add_kept(p.head(), kept, p.targets.data(), p.responses(), terms.from(first), first, last, R.data(), nullptr);
+    add_kept(p.head(), kept, p.targets.data(), p.responses(), terms.from(first), carry.next(), first, last, R.data(),
+             nullptr);
   }
   expect(results == expected.results, what + ": chunks change bits", 1, 0);
   check_rows(p, R, p.R, p.c.V, what + ", R from what was kept,");

@@ -56,9 +56,10 @@ Floats partial_sums(Problem& p, int columns, const float* lse) {
 
 Floats add_kept_in(Problem& p, Floats& kept, int64_t stride, const OwnTerms& terms, int chunk) {
   Floats R(size_t(p.B) * p.c.V, 0.f);
+  OwnCarry carry(p.c.V);
   for (int first = 0; first < p.N; first += chunk) {
     const Kept of_chunk{kept.data() + first * stride, 4 * stride, 0};
-    add_kept(p.head(), of_chunk, p.targets.data(), p.responses(), terms.from(first), first,
+    add_kept(p.head(), of_chunk, p.targets.data(), p.responses(), terms.from(first), carry.next(), first,
              std::min(first + chunk, p.N), R.data(), nullptr);
   }
   return R;
@@ -136,6 +137,7 @@ void tokens_tests() {
   test_tokens({.lengths = ragged, .d = 129, .V = 1105, .bias = true, .temperature = 0.7, .spread = 4}, "temperature");
   test_tokens({.lengths = ragged, .d = 63, .V = 515, .softcap = 30, .logit_scale = 1.5, .spread = 8}, "soft cap");
   test_tokens({.lengths = {3, 9}, .d = 63, .V = 1105, .spread = 40}, "peaked");
+  test_tokens({{1100, 40, 512}, 31, 129}, "segments");
   test_given_lse({ragged, 63, 1105}, "given lse");
   test_given_lse({.lengths = ragged, .d = 63, .V = 515, .softcap = 30, .logit_scale = 1.5, .spread = 30}, "given, cap");
   test_nan_of_tokens();

@@ -77,10 +77,14 @@ class Kernels(Protocol):
         cu_seqlens: Tensor,
         terms: Tensor,
         R: Tensor,
-        first: int,
-        last: int,
+        carry: tuple[Tensor, Tensor],
+        chunk: range,
     ) -> None:
-        """Add tokens first to last, of which `kept` tells, to R [B, V]; rows of terms count from `first`."""
+        """Add the tokens of a chunk, of which `kept` tells, to R [B, V], 0 at first; rows of terms count from the first.
+
+        Chunks follow each other. `carry` holds sums [V] of a response that a chunk ends inside of: those that the chunk
+        before left, and room for what this one leaves.
+        """
 
     def add_targets(self, targets: Tensor, cu_seqlens: Tensor, terms: Tensor, flags: Tensor, R: Tensor) -> None:
         """Add targets' residuals to R [B, V] of responses whose flag is 0."""

@@ -255,6 +255,7 @@ def _from_kept_at_once(
     begin, end = (0, batch.hidden.shape[0]) if offsets is None else (offsets[start], offsets[stop])
     R = batch.empty(stop - start, head.V).zero_()
     kept = kernels.room_for_kept(batch.hidden, head, min(rows, end - begin))
+    carry = (batch.empty(head.V), batch.empty(head.V))
     for first in range(begin, end, rows):
         last = min(first + rows, end)
         tokens = slice(first, last)
@@ -264,9 +265,11 @@ def _from_kept_at_once(
         b0, b1 = start, stop
         if offsets is not None:
             b0, b1 = bisect_right(offsets, first) - 1, bisect_left(offsets, last)
+        of_chunk = R[b0 - start : b1 - start]
         kernels.add_kept(
-            kept, head, batch.targets, cu_seqlens[b0 : b1 + 1], terms, R[b0 - start : b1 - start], first, last
+            kept, head, batch.targets, cu_seqlens[b0 : b1 + 1], terms, of_chunk, carry, range(first, last)
         )
+        carry = carry[::-1]
     return R, kernels.inverse_weights(cu_seqlens[start : stop + 1], a)
 
 

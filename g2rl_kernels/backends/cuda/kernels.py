@@ -152,8 +152,8 @@ class CudaKernels:
         cu_seqlens: Tensor,
         terms: Tensor,
         R: Tensor,
-        first: int,
-        last: int,
+        carry: tuple[Tensor, Tensor],
+        chunk: range,
     ) -> None:
         self.module.add_kept(
             _head(self.module, head),
@@ -161,8 +161,10 @@ class CudaKernels:
             targets.data_ptr(),
             self._responses(cu_seqlens),
             self._terms(terms),
-            first,
-            last,
+            carry[0].data_ptr(),
+            carry[1].data_ptr(),
+            chunk.start,
+            chunk.stop,
             R.data_ptr(),
             library.stream_of(R),
         )
