@@ -34,7 +34,6 @@ from g2rl.times import StageTimes
 from g2rl.types import Batch, Episode, Verdict
 from g2rl_kernels import GroupAdvantages, SequenceFeatures
 
-
 _SETTINGS = ("initial_lr", "betas", "weight_decay")
 """What the configuration says of each of the optimiser's groups of parameters."""
 

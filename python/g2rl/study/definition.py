@@ -245,18 +245,19 @@ def _check_evaluations(runs: Sequence[PlannedRun]) -> None:
     """Held-out results are what a study compares: there have to be some, and the methods of a task got them alike."""
     firsts: dict[str, PlannedRun] = {}
     for run in runs:
-        values = leaves(run.config)
+        values, where = leaves(run.config), f"task {run.task}, method {run.method}"
         for key in ("eval.every", "task.held_out"):
             if values[key] < 1:
-                raise ConfigError(
-                    f"task {run.task}, method {run.method}: {key}: expected 1 or more, found {values[key]}"
-                )
+                raise ConfigError(f"{where}: {key}: expected 1 or more, found {values[key]}")
+        if 1 not in run.config.eval.ks:
+            found = list(run.config.eval.ks)
+            raise ConfigError(f"{where}: eval.ks: expected 1 among them, for curves of pass@1, found {found}")
         first = firsts.setdefault(run.task, run)
         for key, value in leaves(first.config).items():
             if key.startswith((*EVALUATION, "eval.")) and values[key] != value:
                 raise ConfigError(
-                    f"task {run.task}, method {run.method}: {key}: expected {value!r} as for {first.method}, since "
-                    f"their held-out results are compared, found {values[key]!r}"
+                    f"{where}: {key}: expected {value!r} as for {first.method}, since their held-out results are "
+                    f"compared, found {values[key]!r}"
                 )
 
 
