@@ -6,9 +6,10 @@ before a model or data set is touched.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -520,7 +521,17 @@ def save_config(config: Config, path: Path) -> None:
 
 def config_yaml(config: Config) -> str:
     """`config` as YAML that `load_config` reads back to the same values."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(config))))
+
+
+def escaped(value: Any) -> Any:
+    """A container whose texts OmegaConf reads as they are, though one may look like a reference to another key."""
+    if isinstance(value, dict):
+        return {key: escaped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [escaped(item) for item in value]
+    # To OmegaConf a backslash means itself, except for those right before a reference.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def read_structured(cls: type, path: Path) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from g2rl.config import Config, ConfigError, load_config, save_config
+from g2rl.config import Config, ConfigError, TaskConfig, load_config, save_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "methods").glob("*.yaml"))
@@ -22,6 +23,23 @@ def test_overrides_have_yaml_types() -> None:
 
 def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
     config = load_config(None, ["method=grpo", "task.options={digits: [2, 1]}", "task.system_prompt='a: b'"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "text", ["${x}", r"\${x}", r"\\${x}", "${", "$${x:y}", "a\\", r"$\{x}", r"\${a} \\${b} ${c} \$"]
+)
+def test_text_like_a_reference_reads_back_equal(tmp_path: Path, text: str) -> None:
+    options = {"path": text, "deep": [{"x": [text, 1]}]}
+    config = replace(Config(), task=TaskConfig(name="jsonl", options=options, system_prompt=f"cost {text} dollars"))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_an_escaped_reference_is_text(tmp_path: Path) -> None:
+    config = load_config(None, [r"task.system_prompt='cost \${x} dollars'"])
+    assert config.task.system_prompt == "cost ${x} dollars"
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 

@@ -191,6 +191,7 @@ from g2rl.methods import Method, describe
 @dataclass(frozen=True)
 class Options:
     factor: float = 2.0
+    word: str = ""
 
 class Scaled(Method):
     name = "scaled"
@@ -225,6 +226,11 @@ def test_a_class_from_outside(outside: None, name: str, settings: list[str], fac
     method = make_method(load_config(None, [f"method={name}", *settings]))
     rewards = torch.tensor([1.0, -1])
     assert torch.equal(method.advantages(step(rewards, 2)).advantages, factor * rewards)
+
+
+def test_an_option_like_a_reference_is_text(outside: None) -> None:
+    method = make_method(load_config(None, ["method=outside_method:Scaled", r"methods.scaled.word='\${x}'"]))
+    assert method.options.word == "${x}"
 
 
 def test_a_function_from_outside(outside: None) -> None:
