@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
@@ -263,15 +264,14 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
 
     config = model_config(checkpoint, overrides)
     folder = Path(config.model.path)
-    task = make_task(config.task, config.seed)
-    problems = task.held_out()
-    if not problems:
-        raise ConfigError("task.held_out: expected a number > 0 to evaluate on, found 0")
-    model, tokenizer = load_model(config.model)
-    sampler = make_sampler(model, tokenizer, config.rollout, config.task.system_prompt)
-    sampler.sync()
-    result = evaluate(sampler, task, problems, config.eval, config.seed)
-    task.close()
+    with make_task(config.task, config.seed) as task:
+        problems = task.held_out()
+        if not problems:
+            raise ConfigError("task.held_out: expected a number > 0 to evaluate on, found 0")
+        model, tokenizer = load_model(config.model)
+        with closing(make_sampler(model, tokenizer, config.rollout, config.task.system_prompt)) as sampler:
+            sampler.sync()
+            result = evaluate(sampler, task, problems, config.eval, config.seed)
     print(f"{folder}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each")
     for key, value in result.metrics.items():
         print(f"  {key.removeprefix('eval/'):18s} {value:.4f}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -85,21 +85,21 @@ def _evaluate_model(
 ) -> list[Scores]:
     # Nothing is trained here: the weights are loaded in the type that generates, and no copy of them is needed.
     model, tokenizer = load_model(replace(config.model, dtype=config.rollout.dtype))
-    sampler = make_sampler(model, tokenizer, config.rollout)
-    sampler.sync()
     made_by = {"model": config.model.path, "dtype": config.rollout.dtype, "weights": digest(model)}
     scores = []
-    for settings, whole in zip(sets, problems, strict=True):
-        _check_context(model, settings)
-        sampler.system_prompt = settings.system_prompt
-        sampler.config = replace(config.rollout, max_new_tokens=settings.max_tokens, batch_size=settings.batch_size)
-        asked = whole[: settings.limit]
-        with _progress() as progress:
-            bar = progress.add_task(f"{label}  {settings.name}", total=len(asked) * settings.samples)
-            path = out / label / f"{settings.name}.jsonl"
-            made_with = provenance(settings, whole, made_by)
-            samples = sample_all(path, sampler, asked, settings, made_with, partial(progress.advance, bar))
-        scores.append(score(label, settings.name, asked, samples, judges[DATA_SETS[settings.name].judge]))
+    with closing(make_sampler(model, tokenizer, config.rollout)) as sampler:
+        sampler.sync()
+        for settings, whole in zip(sets, problems, strict=True):
+            _check_context(model, settings)
+            sampler.system_prompt = settings.system_prompt
+            sampler.config = replace(config.rollout, max_new_tokens=settings.max_tokens, batch_size=settings.batch_size)
+            asked = whole[: settings.limit]
+            with _progress() as progress:
+                bar = progress.add_task(f"{label}  {settings.name}", total=len(asked) * settings.samples)
+                path = out / label / f"{settings.name}.jsonl"
+                made_with = provenance(settings, whole, made_by)
+                samples = sample_all(path, sampler, asked, settings, made_with, partial(progress.advance, bar))
+            scores.append(score(label, settings.name, asked, samples, judges[DATA_SETS[settings.name].judge]))
     return scores
 
 
