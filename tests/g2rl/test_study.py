@@ -113,6 +113,7 @@ def test_sizes_and_choices(tmp_path: Path, overrides: list[str], folder: str, ru
         ({}, ["small=2"], "small: expected true or false, found 2"),
         ({}, ["small=true"], "small: expected keys and values in"),
         ({}, ["small=true", "smoke=true"], "small: expected one size, found small and smoke"),
+        ({}, ["seeds=[0,"], "seeds: expected a value in YAML syntax, found '[0,': "),
         ({}, ["nonsense"], "override: expected key=value, found 'nonsense'"),
     ],
 )  # fmt: skip

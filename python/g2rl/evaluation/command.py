@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -123,10 +124,14 @@ def labels(paths: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: the same model twice.
     """
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
+    places = [os.path.abspath(path) if Path(path).is_dir() else path for path in paths]  # of "." and ".." as well
+    if len(set(places)) < len(places):
+        twice = next(path for path, place in zip(paths, places, strict=True) if places.count(place) > 1)
         raise ConfigError(f"checkpoint: expected different models, found {twice!r} twice")
-    parts = [[part for part in Path(path).parts if part not in ("/", "checkpoints")] for path in paths]
+    parts = [
+        [part for part in Path(place).parts if part not in ("/", "checkpoints")] or [Path(place).name or "model"]
+        for place in places
+    ]
     names: list[str] = []
     for more in range(max(map(len, parts))):
         # A checkpoint's own name, step-000030, says little without its run's.

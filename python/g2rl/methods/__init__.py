@@ -74,6 +74,15 @@ def _find(name: str) -> Any:
     found = import_named(name, "method", expected)
     if not callable(found) or (isinstance(found, type) and not issubclass(found, Method)):
         raise ConfigError(f"method: expected a class derived from Method or a function of a Step, found {found!r}")
+    if isinstance(found, type):
+        lacks = [
+            *getattr(found, "__abstractmethods__", ()),
+            *([] if isinstance(getattr(found, "name", None), str) else ["name"]),
+        ]
+        if lacks:
+            raise ConfigError(
+                f"method: expected a class with a name and advantages, found {found!r} without {' and '.join(lacks)}"
+            )
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from g2rl.comparison.bands import EVALUATION
-from g2rl.config import Config, ConfigError, leaves, load_config, merged, named_errors, read_yaml
+from g2rl.config import Config, ConfigError, leaves, load_config, merged, named_errors, read_overrides, read_yaml
 
 SIZES = ("small", "smoke")
 """Blocks of a study that make it smaller, each chosen by a flag of that name."""
@@ -102,12 +102,9 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         ConfigError: an unknown key, a label or seed twice, nothing to run, or a run whose configuration is not good.
     """
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override: expected key=value, found {override!r}")
     with named_errors(str(path)):
+        given = _plain(read_overrides(overrides))
         whole = merged(OmegaConf.structured(StudyConfig), read_yaml(path))
-        given = _plain(OmegaConf.from_dotlist(list(overrides)))
         size = _size(given)
         block = _plain(whole[size]) if size else {}
         if size and not block:
