@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from g2rl.config import Config, ConfigError, load_config
+from g2rl.config import Config, ConfigError, ModelConfig, load_config
 from g2rl.files import StorageError
 
 if TYPE_CHECKING:
@@ -263,15 +265,14 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
 
     config = model_config(checkpoint, overrides)
     folder = Path(config.model.path)
-    task = make_task(config.task, config.seed)
-    problems = task.held_out()
-    if not problems:
-        raise ConfigError("task.held_out: expected a number > 0 to evaluate on, found 0")
-    model, tokenizer = load_model(config.model)
-    sampler = make_sampler(model, tokenizer, config.rollout, config.task.system_prompt)
-    sampler.sync()
-    result = evaluate(sampler, task, problems, config.eval, config.seed)
-    task.close()
+    with make_task(config.task, config.seed) as task:
+        problems = task.held_out()
+        if not problems:
+            raise ConfigError("task.held_out: expected a number > 0 to evaluate on, found 0")
+        model, tokenizer = load_model(config.model)
+        with closing(make_sampler(model, tokenizer, config.rollout, config.task.system_prompt)) as sampler:
+            sampler.sync()
+            result = evaluate(sampler, task, problems, config.eval, config.seed)
     print(f"{folder}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each")
     for key, value in result.metrics.items():
         print(f"  {key.removeprefix('eval/'):18s} {value:.4f}")
@@ -281,15 +282,24 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
 
 
 def _export(checkpoint: Path, folder: Path) -> int:
+    from safetensors import SafetensorError
+
     from g2rl.checkpoint import checkpoint_config, find_checkpoint
     from g2rl.model import load_model
 
-    if folder.exists():
+    if os.path.lexists(folder):
         raise ConfigError(f"folder: expected a new one, found {str(folder)!r}")
     checkpoint = find_checkpoint(checkpoint)
-    model, tokenizer = load_model(replace(checkpoint_config(checkpoint).model, path=str(checkpoint)))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    # The run's device, and what needs one, is nothing to its weights, and need not be here.
+    dtype = checkpoint_config(checkpoint).model.dtype
+    model, tokenizer = load_model(ModelConfig(path=str(checkpoint), dtype=dtype, device="cpu"))
+    try:
+        folder.mkdir(parents=True)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise StorageError(f"folder: {str(folder)!r} cannot be written: {error}") from error
     print(f"g2rl: the model of {checkpoint} is in {folder}")
     return 0
 

@@ -6,9 +6,10 @@ before a model or data set is touched.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -272,6 +273,7 @@ _NOT_NEGATIVE = ("0 or greater", lambda v: v >= 0)
 _PROBABILITY = ("in (0, 1]", lambda v: 0 < v <= 1)
 _RANGES = {
     "steps": _POSITIVE,
+    "seed": ("from -2**63 to 2**63 - 1", lambda v: -(2**63) <= v < 2**63),
     "model.lora.rank": _NOT_NEGATIVE,
     "model.lora.alpha": _POSITIVE,
     "model.lora.dropout": ("in [0, 1)", lambda v: 0 <= v < 1),
@@ -469,10 +471,7 @@ def load_config(
     paths = [] if paths is None else [paths] if isinstance(paths, str | Path) else paths
     with named_errors("configuration"):
         layers = [OmegaConf.create(path) if isinstance(path, dict) else read_yaml(Path(path)) for path in paths]
-        for override in overrides:
-            if "=" not in override:
-                raise ConfigError(f"override: expected key=value, found {override!r}")
-        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        layers.append(read_overrides(overrides))
         # Joined before they meet the defaults, whose every merge copies all keys with their types.
         chosen = merged({}, *map(_renamed, layers))
         asked = merged(_defaults(), chosen)
@@ -500,17 +499,46 @@ def _renamed(node: DictConfig) -> DictConfig:
     return merged(old, node)
 
 
+def read_overrides(overrides: Sequence[str]) -> DictConfig:
+    """Keys and values of ``key=value`` strings, unchecked, the later ones on top.
+
+    Raises:
+        ConfigError: one is not of this form, or its value is not YAML.
+    """
+    read = OmegaConf.create()
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ConfigError(f"override: expected key=value, found {override!r}")
+        try:
+            with named_errors(key):
+                read.merge_with_dotlist([override])
+        except (YAMLError, UnicodeError) as error:
+            raise ConfigError(f"{key}: expected a value in YAML syntax, found {value!r}: {_told(error)}") from error
+    return read
+
+
 def read_yaml(path: Path) -> DictConfig:
     """Keys and values of a YAML file, unchecked; raises `ConfigError` where there are none."""
     if not path.is_file():
         raise ConfigError(f"configuration file: expected a YAML file, found nothing at {str(path)!r}")
     try:
-        contents = OmegaConf.load(path)
-    except YAMLError as error:
-        raise ConfigError(f"{path}: expected YAML: {error}") from error
+        with named_errors(str(path)):
+            contents = OmegaConf.load(path)
+    except (YAMLError, UnicodeError) as error:
+        raise ConfigError(f"{path}: expected YAML in UTF-8: {_told(error)}") from error
+    except OSError as error:  # which OmegaConf also raises for a number alone
+        raise ConfigError(f"{path}: expected keys and values, found {error}") from error
     if not isinstance(contents, DictConfig):
         raise ConfigError(f"{path}: expected keys and values, found a list")
     return contents
+
+
+def _told(error: Exception) -> str:
+    """What is wrong with a text in YAML, and where in it, on one line."""
+    mark = getattr(error, "problem_mark", None)
+    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return " ".join(str(getattr(error, "problem", None) or error).split()) + place
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -520,7 +548,17 @@ def save_config(config: Config, path: Path) -> None:
 
 def config_yaml(config: Config) -> str:
     """`config` as YAML that `load_config` reads back to the same values."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(config))))
+
+
+def escaped(value: Any) -> Any:
+    """A container whose texts OmegaConf reads as they are, though one may look like a reference to another key."""
+    if isinstance(value, dict):
+        return {key: escaped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [escaped(item) for item in value]
+    # To OmegaConf a backslash means itself, except for those right before a reference.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def read_structured(cls: type, path: Path) -> Any:

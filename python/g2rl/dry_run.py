@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from g2rl.config import Config, ConfigError
+from g2rl.config import Config, ConfigError, ParallelConfig
 from g2rl.forecast import Forecast, Rates, forecast, measure_rates
 from g2rl.model import load_tokenizer, local_path, resolve_device
+from g2rl.trackers import make_trackers
 from g2rl.trainer import Trainer
 
 _SMALL = {
@@ -35,6 +36,10 @@ _SMALL = {
 """What is scaled down in a model's configuration, where it has such a key; the vocabulary stays the tokenizer's."""
 
 _TOKENS = 16
+_SPLIT = (
+    "The step and the forecast are of one process: fsdp2 splits weights, gradients, the optimiser's states and the "
+    "reference model over ranks, each with a rollout copy that is whole."
+)
 
 
 def dry_run(config: Config) -> Forecast:
@@ -45,6 +50,7 @@ def dry_run(config: Config) -> Forecast:
     Raises:
         ConfigError, TrainingError: as in training.
     """
+    make_trackers(config)  # which names those that are not installed; the step has none, which would keep a record
     path = local_path(config.model)
     try:
         shape, tokenizer = AutoConfig.from_pretrained(path, trust_remote_code=False), load_tokenizer(path)
@@ -60,6 +66,8 @@ def dry_run(config: Config) -> Forecast:
     console.print(f"One step with a tiny {shape.model_type} on {config.task.name} works ({seconds:.1f} s).")
     console.print(_table(config, expected))
     console.print(_basis(device, computes, rates, prompt_tokens))
+    if config.parallel.strategy == "fsdp2":
+        console.print(_SPLIT)
     return expected
 
 
@@ -119,6 +127,8 @@ def _shortened(config: Config, folder: Path) -> Config:
         ),
         eval=replace(config.eval, every=0),
         checkpoint=replace(config.checkpoint, every=0),
+        log=replace(config.log, trackers=[]),
+        parallel=ParallelConfig(),  # split weights need ranks
     )
 
 

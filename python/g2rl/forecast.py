@@ -185,12 +185,18 @@ def _lasting(config: Config, sizes: _Sizes) -> dict[str, float]:
     elif sizes.itemsize < 4:
         lasting["master weights (float32)"] = 4 * sizes.plain
     lasting["AdamW's states"] = 2 * sizes.trained * (1 if config.optim.name == "adamw_8bit" else 4)
-    if sizes.adapter or config.rollout.dtype != config.model.dtype:
+    if _has_copy(config):
         copied = sizes.plain * getattr(torch, config.rollout.dtype).itemsize
         lasting[f"rollout copy ({config.rollout.dtype})"] = copied
     if config.objective.kl_coef > 0 and not sizes.adapter:
         lasting["reference model"] = weights
     return lasting
+
+
+def _has_copy(config: Config) -> bool:
+    """Whether the sampler's weights are its own."""
+    other = config.rollout.dtype != config.model.dtype or config.model.lora.rank > 0
+    return other or config.rollout.ahead > 0 or config.parallel.strategy == "fsdp2"
 
 
 def _batch(config: Config) -> int:

@@ -36,6 +36,7 @@ from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from g2rl.background import in_background
+from g2rl.config import ConfigError
 from g2rl.files import StorageError, sync, write_durably
 from g2rl.trackers import Tracker
 
@@ -213,7 +214,8 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-                record["step"]
+                if not isinstance(record["step"], int):
+                    raise TypeError
             except (ValueError, TypeError, KeyError):
                 if file.read(1):
                     found = f"{path}, line {number}: expected a JSON object with a step, found {line[:40]!r}"
@@ -249,7 +251,7 @@ class RunLog:
 
     Raises:
         FileExistsError: a new run, but the folder holds the log of another one.
-        ValueError: a file to continue is damaged before its last line.
+        ConfigError: a file to continue is damaged before its last line.
 
     Methods raise `StorageError` where a file cannot be written.
     """
@@ -291,7 +293,10 @@ class RunLog:
                 raise FileExistsError(f"{path}: a run is logged here already; resume it or choose another name")
             if resume_step is not None and path.exists():
                 kept = (_dump(record) for record in read_records(path) if record["step"] <= resume_step)
-                write_durably(path, kept)
+                try:
+                    write_durably(path, kept)
+                except ValueError as error:
+                    raise ConfigError(f"resume: {error}") from error
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Write all numbers of one step: training, evaluation and times in one call.

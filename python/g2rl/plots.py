@@ -16,6 +16,7 @@ from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from omegaconf import OmegaConf
 
+from g2rl.config import read_yaml
 from g2rl.log import METRICS, duration, metric, printable, read_records
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; series differ by marker or line style as well.
@@ -98,7 +99,7 @@ def load_run(run_dir: Path) -> Run:
 
     Raises:
         FileNotFoundError: there is no ``metrics.jsonl``, or it has no full line.
-        ValueError: a log file is damaged before its last line.
+        ValueError: a log file is damaged before its last line, or the configuration is no YAML.
     """
     path = run_dir / "metrics.jsonl"
     metrics = list(read_records(path)) if path.is_file() else []
@@ -125,7 +126,7 @@ def load_run(run_dir: Path) -> Run:
         samples=first + last,
         scored=scored,
         groups=list(read_records(groups)) if groups.is_file() else [],
-        config=plain(OmegaConf.load(config)) if config.is_file() else {},
+        config=plain(read_yaml(config)) if config.is_file() else {},
         environment=json.loads(environment.read_text()) if environment.is_file() else {},
     )
 

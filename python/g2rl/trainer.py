@@ -203,6 +203,7 @@ class Trainer:
                 print(f"g2rl: {self.config.run_dir} has no checkpoint yet; it starts from the beginning", flush=True)
             return NOTHING_SAVED
         state = load_checkpoint(folder, self.model, self._parts(), self.ranks)
+        self.updater.restore_settings()  # of this configuration: the checkpoint has those of when it was saved
         self.step, self.position = state["step"], state["position"]
         return self.step
 

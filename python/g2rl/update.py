@@ -34,6 +34,9 @@ from g2rl.times import StageTimes
 from g2rl.types import Batch, Episode, Verdict
 from g2rl_kernels import GroupAdvantages, SequenceFeatures
 
+_SETTINGS = ("initial_lr", "betas", "weight_decay")
+"""What the configuration says of each of the optimiser's groups of parameters."""
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint stands."""
@@ -144,6 +147,16 @@ class Updater:
         self.ranks = ranks
         self.optimizer = make_optimizer(policy.model.parameters(), config)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(lr_factor, config))
+        self._settings = [{key: group[key] for key in _SETTINGS} for group in self.optimizer.param_groups]
+
+    def restore_settings(self) -> None:
+        """Have the optimiser go on by this configuration, whatever that of the states was which it has loaded."""
+        factor = lr_factor(self.config, self.scheduler.last_epoch)
+        rates = [settings["initial_lr"] * factor for settings in self._settings]
+        for group, settings, rate in zip(self.optimizer.param_groups, self._settings, rates, strict=True):
+            group.update(settings, lr=rate)
+        self.scheduler.base_lrs = [settings["initial_lr"] for settings in self._settings]
+        self.scheduler._last_lr = rates
 
     def run(
         self, number: int, episodes: Sequence[Episode], verdicts: Sequence[Verdict], times: StageTimes

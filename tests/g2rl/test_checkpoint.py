@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from g2rl.checkpoint import (
     checkpoint_config,
@@ -25,7 +26,8 @@ from g2rl.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from g2rl.config import ConfigError, ModelConfig, load_config
+from g2rl.cli import main
+from g2rl.config import ConfigError, ModelConfig, load_config, save_config
 from g2rl.files import StorageError
 from g2rl.model import load_model
 from g2rl.parallel.shards import _Index
@@ -144,6 +146,24 @@ def test_a_model_kept_alone_loads_and_is_not_trained_on(policy, tmp_path: Path) 
     drop_training_state(folder)
     with pytest.raises(ConfigError, match="found that config.json is not what was saved"):
         find_checkpoint(folder)
+
+
+def test_export_of_a_run_on_a_gpu(policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there is none; and to a place that cannot be made, or is full."""
+    used = ("model.device=cuda", "model.attention=flash_attention_2", "model.offload_activations=true")
+    save_checkpoint(tmp_path, 1, *policy, {}, keep=1)
+    save_config(load_config(None, [*used, "model.gradient_checkpointing=true"]), tmp_path / "config.yaml")
+    assert main(["export", str(tmp_path), str(tmp_path / "new" / "plain")]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "plain")
+    for a, b in zip(policy[0].parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    capsys.readouterr()
+    assert main(["export", str(tmp_path), str(tmp_path / "config.yaml" / "plain")]) == 1
+    assert f"g2rl: folder: '{tmp_path / 'config.yaml' / 'plain'}' cannot be written: " in capsys.readouterr().err
+    with longest_file(4096):
+        assert main(["export", str(tmp_path), str(tmp_path / "full")]) == 1
+    assert f"g2rl: folder: '{tmp_path / 'full'}' cannot be written: " in capsys.readouterr().err
+    assert not (tmp_path / "full").exists()
 
 
 def test_a_damaged_checkpoint_is_left_out(policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

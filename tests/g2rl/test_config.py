@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from g2rl.config import Config, ConfigError, load_config, save_config
+from g2rl.config import Config, ConfigError, TaskConfig, load_config, save_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "methods").glob("*.yaml"))
@@ -22,6 +23,23 @@ def test_overrides_have_yaml_types() -> None:
 
 def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
     config = load_config(None, ["method=grpo", "task.options={digits: [2, 1]}", "task.system_prompt='a: b'"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "text", ["${x}", r"\${x}", r"\\${x}", "${", "$${x:y}", "a\\", r"$\{x}", r"\${a} \\${b} ${c} \$"]
+)
+def test_text_like_a_reference_reads_back_equal(tmp_path: Path, text: str) -> None:
+    options = {"path": text, "deep": [{"x": [text, 1]}]}
+    config = replace(Config(), task=TaskConfig(name="jsonl", options=options, system_prompt=f"cost {text} dollars"))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_an_escaped_reference_is_text(tmp_path: Path) -> None:
+    config = load_config(None, [r"task.system_prompt='cost \${x} dollars'"])
+    assert config.task.system_prompt == "cost ${x} dollars"
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
 
@@ -67,6 +85,9 @@ def test_settings_of_older_versions(tmp_path: Path) -> None:
         ("stps=1", "stps: Key 'stps' not in 'Config'"),
         ("optim.rate=1", "optim.rate: Key 'rate' not in 'OptimConfig'"),
         ("steps", "override: expected key=value, found 'steps'"),
+        ("eval.ks=[1,", r"^eval.ks: expected a value in YAML syntax, found '\[1,': .*, line 2, column 1$"),
+        ("name=\udce9", r"^name: expected a value in YAML syntax, found '\\udce9': "),
+        ("seed=99999999999999999999999", r"seed: expected a value from -2\*\*63 to 2\*\*63 - 1, found 9999"),
         ("steps=many", "steps: Value 'many'"),
         ("steps=0", "steps: expected a value greater than 0, found 0"),
         ("optim.lr=nan", "optim.lr: expected a value greater than 0, found nan"),
@@ -99,8 +120,14 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="found nothing at"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("steps: [1\n")
-    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+    with pytest.raises(ConfigError, match=r"bad\.yaml: expected YAML in UTF-8: .*, line 2, column 1$"):
         load_config(tmp_path / "bad.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: expected YAML in UTF-8: .* byte 0xe9 in position 6"):
+        load_config(tmp_path / "latin.yaml")
+    (tmp_path / "number.yaml").write_text("5\n")
+    with pytest.raises(ConfigError, match=r"number\.yaml: expected keys and values, found .*int"):
+        load_config(tmp_path / "number.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match=r"list\.yaml"):
         load_config(tmp_path / "list.yaml")

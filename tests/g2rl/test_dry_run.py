@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from g2rl.cli import main
-from g2rl.config import Config, TaskConfig, load_config
+from g2rl.config import Config, ConfigError, TaskConfig, load_config
 from g2rl.dry_run import dry_run
 from g2rl.forecast import Rates, _saved_bytes, forecast
 
@@ -150,6 +151,40 @@ def test_forecast_activations_are_those_of_a_real_pass(tiny_model: Path, attenti
         hidden = model.base_model(input_ids=torch.full((3, 64), 5), attention_mask=mask).last_hidden_state
     real = sum(s.nbytes() for key, s in kept.items() if key not in weights) + hidden.nbytes
     assert counted == pytest.approx(real, rel=0.1)
+
+
+def test_what_a_run_has_beside_its_step(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trackers get no record, and are named where they are not installed; weights to be split are tried whole."""
+    (tmp_path / "trackio.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    settings = [f"model.path={tiny_model}", "parallel.strategy=fsdp2", "rollout.prompts=2"]
+    expected = dry_run(load_config(None, [*settings, "log.trackers=[trackio]", "rollout.dtype=float32"]))
+    assert expected.lasting["rollout copy (float32)"] == expected.lasting["weights (float32)"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "fsdp2 splits weights, gradients, the optimiser's states and the reference model over ranks" in printed
+    assert "trackio" not in sys.modules
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="log.trackers: expected trackers that are installed, found 'wandb'"):
+        dry_run(load_config(None, [*settings, "log.trackers=[wandb]"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "copied"),
+    [
+        ("rollout.ahead=0", False),
+        ("rollout.ahead=1", True),
+        ("rollout.dtype=bfloat16", True),
+        ("model.lora.rank=4", True),
+        ("parallel.strategy=fsdp2", True),
+    ],
+)
+def test_copies_of_the_sampler(override: str, copied: bool, tiny_model: Path) -> None:
+    config = load_config(None, ["rollout.dtype=float32", override])
+    lasting = forecast(config, AutoConfig.from_pretrained(tiny_model), 100, Rates(1e15, 1e12)).lasting
+    assert any("rollout copy" in name for name in lasting) == copied
 
 
 def test_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

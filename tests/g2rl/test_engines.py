@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from g2rl.cli import main
 from g2rl.config import ConfigError, ModelConfig, RolloutConfig, load_config
 from g2rl.model import load_model
 from g2rl.rollout import RolloutError, Sampling, gap_metrics, gap_warning, make_sampler
@@ -170,6 +172,25 @@ def test_server(url: str, tiny_model: Path, tmp_path: Path) -> None:
         sampler.sync()
     sampler.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("loads", [True, False])
+@pytest.mark.parametrize("command", ["eval", "eval --suite mmlu_pro --samples 2 --max-tokens 4", "geometry"])
+def test_commands_leave_no_weights_behind(
+    url: str, tiny_model: Path, tmp_path: Path, command: str, loads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"problem": "What is 1 + 1?", "answer": "B", "options": ["1", "2"]}]
+    Path("mmlu_pro.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("weights").mkdir()
+    Fake.answers["loads"] = loads
+    name, *flags = command.split()
+    flags += ["--data", "."] if "--suite" in command else ["--encoder", "none"] if name == "geometry" else []
+    settings = ["rollout.engine=vllm", f"rollout.server={url}", "rollout.server_folder=weights"]
+    settings += ["rollout.dtype=float32", "rollout.batch_size=2", "task.held_out=2"]
+    with nullcontext() if loads else pytest.raises(RolloutError, match="expected the policy's weights at the server"):
+        assert main([name, str(tiny_model), *settings, *flags]) == 0
+    assert list(Path("weights").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,17 @@ def test_labels(paths: list[str], expected: list[str]) -> None:
     assert labels(paths) == expected
 
 
+def test_labels_of_folders_are_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they are spelt: a label is a folder below that of the results."""
+    (tmp_path / "a" / "checkpoints" / "step-000030").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "checkpoints")
+    assert labels(["."]) == labels([".."]) == ["a"]
+    assert labels(["step-000030", "..", "smollm2"]) == ["a-step-000030", "a", "smollm2"]
+    with pytest.raises(ConfigError, match=r"checkpoint: expected different models, found '\.\.' twice"):
+        labels(["..", str(tmp_path / "a")])
+    assert labels(["/checkpoints", "/"]) == ["checkpoints", "model"]
+
+
 def test_digests_tell_weights_apart(tiny_model: Path) -> None:
     model, _ = load_model(ModelConfig(path=str(tiny_model)))
     before = digest(model)

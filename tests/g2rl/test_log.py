@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from g2rl.config import ConfigError
 from g2rl.files import StorageError
 from g2rl.log import (
     METRICS,
@@ -128,9 +129,11 @@ def test_resuming_refuses_a_repeated_step_and_a_file_damaged_inside(tmp_path: Pa
         again.metrics(2, {"train/reward": 0.0})
     again.close()
     path = tmp_path / "metrics.jsonl"
-    path.write_text("[1]\n" + path.read_text())
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1: expected a JSON object"):
-        RunLog(tmp_path, resume_step=2, console=QUIET)
+    whole = path.read_text()
+    for line in ("[1]", '{"step": "1"}'):
+        path.write_text(f"{line}\n{whole}")
+        with pytest.raises(ConfigError, match=r"^resume: .*metrics.jsonl, line 1: expected a JSON object with a step"):
+            RunLog(tmp_path, resume_step=2, console=QUIET)
 
 
 def test_a_new_run_does_not_touch_the_log_of_another(tmp_path: Path) -> None:

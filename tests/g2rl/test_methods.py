@@ -191,6 +191,7 @@ from g2rl.methods import Method, describe
 @dataclass(frozen=True)
 class Options:
     factor: float = 2.0
+    word: str = ""
 
 class Scaled(Method):
     name = "scaled"
@@ -204,6 +205,12 @@ def shortest(step):
 
 number = 3
 class NoMethod: pass
+
+class NoName(Method):
+    def advantages(self, step): pass
+
+class NoAdvantages(Method):
+    name = "none"
 """
 
 
@@ -227,6 +234,11 @@ def test_a_class_from_outside(outside: None, name: str, settings: list[str], fac
     assert torch.equal(method.advantages(step(rewards, 2)).advantages, factor * rewards)
 
 
+def test_an_option_like_a_reference_is_text(outside: None) -> None:
+    method = make_method(load_config(None, ["method=outside_method:Scaled", r"methods.scaled.word='\${x}'"]))
+    assert method.options.word == "${x}"
+
+
 def test_a_function_from_outside(outside: None) -> None:
     method = make_method(load_config(None, ["method=outside_method:shortest", "log.geometry=false"]))
     result = method.advantages(step(torch.zeros(2), 2, texts=["abc", "a"]))
@@ -241,6 +253,11 @@ def test_a_function_from_outside(outside: None) -> None:
         (["method=outside_method:gone"], "method: expected .*, found no 'gone' in outside_method"),
         (["method=outside_method:number"], "method: expected a class derived from Method or a function"),
         (["method=outside_method:NoMethod"], "method: expected a class derived from Method or a function"),
+        (
+            ["method=outside_method:NoName"],
+            "method: expected a class with a name and advantages, .*NoName'> without name",
+        ),
+        (["method=outside_method:NoAdvantages"], "method: .*, found .*NoAdvantages'> without advantages"),
         (["methods.g2rl.strenth=1"], "methods.g2rl.strenth: Key 'strenth' not in 'Shaping'"),
         (["methods.g2rl.rule=other"], "methods.g2rl.rule: Invalid value 'other'"),
         (["methods.g2rl.strength=-1"], "methods.g2rl.strength: expected a number from 0 to 1e18, found -1"),

@@ -7,6 +7,8 @@ import shutil
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from g2rl.checkpoint import checkpoints
 from g2rl.cli import main
 from g2rl.config import ModelConfig
 from g2rl.model import load_model
+from g2rl.parallel.place import place
 from tests.g2rl.ranks import launch
 
 # Groups that are cut, so that ranks have different numbers of micro-batches; groups that are asked for again; a
@@ -316,6 +319,15 @@ def test_a_port_in_use(folder: Path, tmp_path: Path) -> None:
 def test_refused_alone(folder: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(train(folder, "refused", "tied", *overrides)) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**63 - 1])
+def test_seeds_of_ranks(seed: int) -> None:
+    """Any seed that a configuration may have has one for each rank."""
+    ranks: Any = SimpleNamespace(size=1, rank=1, first=False, sharded=False)
+    torch.manual_seed(seed)
+    place(torch.nn.Linear(1, 1), None, None, ModelConfig(), torch.device("cpu"), ranks)
+    assert torch.initial_seed() == (seed + 1) % 2**64
 
 
 def test_a_whole_checkpoint_goes_on_split(

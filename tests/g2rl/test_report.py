@@ -185,6 +185,15 @@ def test_no_metrics(tmp_path: Path, contents: str | None) -> None:
         write_report(tmp_path)
 
 
+def test_a_configuration_that_is_no_yaml(tmp_path: Path) -> None:
+    log = start(tmp_path)
+    log.metrics(0, {"eval/pass@1": 0.5})
+    log.close()
+    (tmp_path / "config.yaml").write_text("steps: [1\n")
+    with pytest.raises(ValueError, match=r"config\.yaml: expected YAML in UTF-8: "):
+        write_report(tmp_path)
+
+
 # Of 576 points a column takes 28 and some 6 for each letter, and 20 lie between two: up to 17, 25 and 42 letters.
 @pytest.mark.parametrize(("length", "columns"), [(16, 4), (18, 3), (24, 3), (27, 2), (39, 2), (45, 1), (100, 1)])
 def test_legends_fit_their_figure(length: int, columns: int) -> None:

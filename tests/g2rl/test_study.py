@@ -96,6 +96,8 @@ def test_sizes_and_choices(tmp_path: Path, overrides: list[str], folder: str, ru
         ({"settings": {"seed": 3}}, [], "settings.seed: expected none, since the study sets it, found 3"),
         ({"settings": {"optim": {"rate": 1}}}, [], "task sums, method grpo: optim.rate: Key 'rate' not in"),
         ({"settings": {"eval": {"every": 0}}}, [], "task sums, method grpo: eval.every: expected 1 or more"),
+        ({"settings": {"eval": {"ks": [2]}}}, [], "task sums, method grpo: eval.ks: expected 1 among them, for"),
+        ({}, ["settings.eval.ks=[]"], "task sums, method grpo: eval.ks: expected 1 among them, for curves of pass@1"),
         ({"tasks": {"sums": {"task": {"held_out": 0}}}}, [], "task sums, method grpo: task.held_out: expected 1 or"),
         ({"methods": {"grpo": {}, "b": {"eval": {"samples": 3}}}}, [],
          "task sums, method b: eval.samples: expected 2 as for grpo, since their held-out results are compared, found"),
@@ -111,6 +113,7 @@ def test_sizes_and_choices(tmp_path: Path, overrides: list[str], folder: str, ru
         ({}, ["small=2"], "small: expected true or false, found 2"),
         ({}, ["small=true"], "small: expected keys and values in"),
         ({}, ["small=true", "smoke=true"], "small: expected one size, found small and smoke"),
+        ({}, ["seeds=[0,"], "seeds: expected a value in YAML syntax, found '[0,': "),
         ({}, ["nonsense"], "override: expected key=value, found 'nonsense'"),
     ],
 )  # fmt: skip

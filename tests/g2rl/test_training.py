@@ -275,6 +275,39 @@ def test_resume_of_a_finished_run_with_more_steps(tiny_model: Path, tmp_path: Pa
     assert [record["step"] for record in lines(run.run_dir)] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "rates", "weight_decay", "betas"),
+    [
+        ([], [1e-3, 1e-3], 0.1, (0.9, 0.95)),
+        (
+            ["optim.lr=1e-5", "optim.weight_decay=0.5", "optim.beta1=0.8", "optim.beta2=0.9"],
+            [1e-5] * 2,
+            0.5,
+            (0.8, 0.9),
+        ),
+        # Of the steps that there are now, the third is the first after warm-up, and two are left at its start.
+        (["optim.lr=4e-4", "optim.decay=linear"], [4e-4, 2e-4], 0.1, (0.9, 0.95)),
+        (["optim.warmup_steps=3"], [7.5e-4, 1e-3], 0.1, (0.9, 0.95)),
+    ],
+)
+def test_resume_takes_settings_of_the_optimizer(
+    tiny_model: Path,
+    tmp_path: Path,
+    overrides: list[str],
+    rates: list[float],
+    weight_decay: float,
+    betas: tuple[float, float],
+) -> None:
+    common = ("eval.every=0", "task.held_out=0", "optim.weight_decay=0.1")
+    Trainer(config(tiny_model, tmp_path, *common, "steps=2")).run()
+    resumed = Trainer(config(tiny_model, tmp_path, *common, "steps=4", f"resume={tmp_path / 'run'}", *overrides))
+    resumed.run()
+    records = lines(tmp_path / "run")
+    assert [record["train/lr"] for record in records] == pytest.approx([1e-3 / 3, 2e-3 / 3, *rates])
+    (group,) = resumed.updater.optimizer.param_groups
+    assert (group["weight_decay"], tuple(group["betas"])) == (weight_decay, betas)
+
+
 def test_cli_eval_and_report(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = config(tiny_model, tmp_path, "steps=1")
     Trainer(run).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,10 +69,8 @@ class Subject:
         self.forward_pass = ForwardPass(self.model, self.config.model)
 
     def sampler(self) -> Sampler:
-        """A sampler with the model's weights in `rollout.dtype`."""
-        sampler = make_sampler(self.model, self.tokenizer, self.config.rollout, self.config.task.system_prompt)
-        sampler.sync()
-        return sampler
+        """A sampler of the model, which has its weights after `sync`."""
+        return make_sampler(self.model, self.tokenizer, self.config.rollout, self.config.task.system_prompt)
 
     def states(self, episodes: Sequence[Episode]) -> ResponseStates:
         """What the head gets of a problem's responses, one after the other."""
@@ -100,24 +99,24 @@ def sample_groups(
         advance: called with the number of responses made, again and again.
     """
     config = subject.config
-    sampler = subject.sampler()
     step = max(1, config.rollout.batch_size // m)
     groups: list[Sampled] = []
-    for start in range(0, len(problems), step):
-        asked = problems[start : start + step]
-        seeds = response_seeds(seed, m * len(asked), m * start)
-        # An id may be no more than the number of a line, whose problem can be another one by now.
-        keys = [[p.id, p.prompt, p.answer, seeds[m * i : m * (i + 1)]] for i, p in enumerate(asked)]
-        kept = [held.read(start + i, key) for i, key in enumerate(keys)]
-        found = [record for record in kept if record is not None]
-        if len(found) < len(asked):
-            drawn = sampler.sample(asked, m, config.rollout.temperature, config.rollout.top_p, seeds)
-            found = [_record(task, config, drawn[m * i : m * (i + 1)]) for i in range(len(asked))]
-            for i, key in enumerate(keys):
-                held.write(start + i, key, found[i])
-        groups += [_sampled(problem, record) for problem, record in zip(asked, found, strict=True)]
-        advance(m * len(asked))
-    sampler.close()
+    with closing(subject.sampler()) as sampler:
+        sampler.sync()
+        for start in range(0, len(problems), step):
+            asked = problems[start : start + step]
+            seeds = response_seeds(seed, m * len(asked), m * start)
+            # An id may be no more than the number of a line, whose problem can be another one by now.
+            keys = [[p.id, p.prompt, p.answer, seeds[m * i : m * (i + 1)]] for i, p in enumerate(asked)]
+            kept = [held.read(start + i, key) for i, key in enumerate(keys)]
+            found = [record for record in kept if record is not None]
+            if len(found) < len(asked):
+                drawn = sampler.sample(asked, m, config.rollout.temperature, config.rollout.top_p, seeds)
+                found = [_record(task, config, drawn[m * i : m * (i + 1)]) for i in range(len(asked))]
+                for i, key in enumerate(keys):
+                    held.write(start + i, key, found[i])
+            groups += [_sampled(problem, record) for problem, record in zip(asked, found, strict=True)]
+            advance(m * len(asked))
     return groups
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -85,21 +86,21 @@ def _evaluate_model(
 ) -> list[Scores]:
     # Nothing is trained here: the weights are loaded in the type that generates, and no copy of them is needed.
     model, tokenizer = load_model(replace(config.model, dtype=config.rollout.dtype))
-    sampler = make_sampler(model, tokenizer, config.rollout)
-    sampler.sync()
     made_by = {"model": config.model.path, "dtype": config.rollout.dtype, "weights": digest(model)}
     scores = []
-    for settings, whole in zip(sets, problems, strict=True):
-        _check_context(model, settings)
-        sampler.system_prompt = settings.system_prompt
-        sampler.config = replace(config.rollout, max_new_tokens=settings.max_tokens, batch_size=settings.batch_size)
-        asked = whole[: settings.limit]
-        with _progress() as progress:
-            bar = progress.add_task(f"{label}  {settings.name}", total=len(asked) * settings.samples)
-            path = out / label / f"{settings.name}.jsonl"
-            made_with = provenance(settings, whole, made_by)
-            samples = sample_all(path, sampler, asked, settings, made_with, partial(progress.advance, bar))
-        scores.append(score(label, settings.name, asked, samples, judges[DATA_SETS[settings.name].judge]))
+    with closing(make_sampler(model, tokenizer, config.rollout)) as sampler:
+        sampler.sync()
+        for settings, whole in zip(sets, problems, strict=True):
+            _check_context(model, settings)
+            sampler.system_prompt = settings.system_prompt
+            sampler.config = replace(config.rollout, max_new_tokens=settings.max_tokens, batch_size=settings.batch_size)
+            asked = whole[: settings.limit]
+            with _progress() as progress:
+                bar = progress.add_task(f"{label}  {settings.name}", total=len(asked) * settings.samples)
+                path = out / label / f"{settings.name}.jsonl"
+                made_with = provenance(settings, whole, made_by)
+                samples = sample_all(path, sampler, asked, settings, made_with, partial(progress.advance, bar))
+            scores.append(score(label, settings.name, asked, samples, judges[DATA_SETS[settings.name].judge]))
     return scores
 
 
@@ -123,10 +124,14 @@ def labels(paths: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: the same model twice.
     """
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
+    places = [os.path.abspath(path) if Path(path).is_dir() else path for path in paths]  # of "." and ".." as well
+    if len(set(places)) < len(places):
+        twice = next(path for path, place in zip(paths, places, strict=True) if places.count(place) > 1)
         raise ConfigError(f"checkpoint: expected different models, found {twice!r} twice")
-    parts = [[part for part in Path(path).parts if part not in ("/", "checkpoints")] for path in paths]
+    parts = [
+        [part for part in Path(place).parts if part not in ("/", "checkpoints")] or [Path(place).name or "model"]
+        for place in places
+    ]
     names: list[str] = []
     for more in range(max(map(len, parts))):
         # A checkpoint's own name, step-000030, says little without its run's.

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from g2rl.config import Config, ConfigError
+from g2rl.config import Config, ConfigError, escaped
 from g2rl.methods.base import FunctionMethod, Method, Step, describe
 from g2rl.plugins import import_named
 
@@ -74,12 +74,21 @@ def _find(name: str) -> Any:
     found = import_named(name, "method", expected)
     if not callable(found) or (isinstance(found, type) and not issubclass(found, Method)):
         raise ConfigError(f"method: expected a class derived from Method or a function of a Step, found {found!r}")
+    if isinstance(found, type):
+        lacks = [
+            *getattr(found, "__abstractmethods__", ()),
+            *([] if isinstance(getattr(found, "name", None), str) else ["name"]),
+        ]
+        if lacks:
+            raise ConfigError(
+                f"method: expected a class with a name and advantages, found {found!r} without {' and '.join(lacks)}"
+            )
     return found
 
 
 def _options(cls: type[Method], config: Config) -> Any:
     """An instance of the method's `Options` with the values of its section."""
-    values = config.methods.get(cls.name, {})
+    values = escaped(config.methods.get(cls.name, {}))  # references in them are resolved, what is left is text
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls.Options), values))
     except OmegaConfBaseException as error:

@@ -36,7 +36,7 @@ def place(model: Any, reference: Any, sampler: Any, config: ModelConfig, device:
                 f"model.path: expected the same weights on every rank, found others on rank {wrong[0]} than on rank 0"
             )
     if not ranks.first:  # dropout of other inputs has other draws
-        torch.manual_seed(torch.initial_seed() + ranks.rank)
+        torch.manual_seed((torch.initial_seed() + ranks.rank) % 2**64)
     if ranks.sharded:
         if isinstance(getattr(sampler, "model", None), torch.nn.Module):  # of the engine in this process
             sampler.model = (plain_copy(model) if sampler.model is model else sampler.model).to(device)

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from g2rl.comparison.bands import EVALUATION
-from g2rl.config import Config, ConfigError, leaves, load_config, merged, named_errors, read_yaml
+from g2rl.config import Config, ConfigError, leaves, load_config, merged, named_errors, read_overrides, read_yaml
 
 SIZES = ("small", "smoke")
 """Blocks of a study that make it smaller, each chosen by a flag of that name."""
@@ -102,12 +102,9 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         ConfigError: an unknown key, a label or seed twice, nothing to run, or a run whose configuration is not good.
     """
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override: expected key=value, found {override!r}")
     with named_errors(str(path)):
+        given = _plain(read_overrides(overrides))
         whole = merged(OmegaConf.structured(StudyConfig), read_yaml(path))
-        given = _plain(OmegaConf.from_dotlist(list(overrides)))
         size = _size(given)
         block = _plain(whole[size]) if size else {}
         if size and not block:
@@ -245,18 +242,19 @@ def _check_evaluations(runs: Sequence[PlannedRun]) -> None:
     """Held-out results are what a study compares: there have to be some, and the methods of a task got them alike."""
     firsts: dict[str, PlannedRun] = {}
     for run in runs:
-        values = leaves(run.config)
+        values, where = leaves(run.config), f"task {run.task}, method {run.method}"
         for key in ("eval.every", "task.held_out"):
             if values[key] < 1:
-                raise ConfigError(
-                    f"task {run.task}, method {run.method}: {key}: expected 1 or more, found {values[key]}"
-                )
+                raise ConfigError(f"{where}: {key}: expected 1 or more, found {values[key]}")
+        if 1 not in run.config.eval.ks:
+            found = list(run.config.eval.ks)
+            raise ConfigError(f"{where}: eval.ks: expected 1 among them, for curves of pass@1, found {found}")
         first = firsts.setdefault(run.task, run)
         for key, value in leaves(first.config).items():
             if key.startswith((*EVALUATION, "eval.")) and values[key] != value:
                 raise ConfigError(
-                    f"task {run.task}, method {run.method}: {key}: expected {value!r} as for {first.method}, since "
-                    f"their held-out results are compared, found {values[key]!r}"
+                    f"{where}: {key}: expected {value!r} as for {first.method}, since their held-out results are "
+                    f"compared, found {values[key]!r}"
                 )
 
 
