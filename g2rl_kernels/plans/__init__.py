@@ -80,7 +80,7 @@ class Kernels(Protocol):
         carry: tuple[Tensor, Tensor],
         chunk: range,
     ) -> None:
-        """Add the tokens of a chunk, of which `kept` tells, to R [B, V], 0 at first; rows of terms count from the first.
+        """Add tokens of a chunk, of which `kept` tells, to R [B, V], 0 at first; rows of terms count from the first.
 
         Chunks follow each other. `carry` holds sums [V] of a response that a chunk ends inside of: those that the chunk
         before left, and room for what this one leaves.

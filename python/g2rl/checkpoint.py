@@ -255,14 +255,27 @@ def _warn(text: str) -> None:
 
 
 def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of the run that a checkpoint is of; the default one for any other folder.
+    """The configuration of the run that a checkpoint is of; the default one for any other folder, or a name.
 
     Args:
         folder: the checkpoint's own.
         overrides: ``key=value``.
     """
-    settings = folder.parent.parent / "config.yaml"
-    return load_config(settings if settings.is_file() else None, overrides)
+    run_dir = run_of(folder)
+    return load_config(run_dir / "config.yaml" if run_dir else None, overrides)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder, resolved, of the run that a checkpoint is of; None for any other folder, or a name that is none.
+
+    A checkpoint may be a link into a run, and a run's folder of checkpoints a link to where there is room.
+    """
+    if checkpoint.is_dir():
+        for folder in (checkpoint.absolute(), checkpoint.resolve()):
+            run_dir = folder.parent.parent
+            if folder.parent.name == "checkpoints" and (run_dir / "config.yaml").is_file():
+                return run_dir.resolve()
+    return None
 
 
 def _random_states() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from g2rl.analysis.held import Held
 from g2rl.analysis.measures import Pairs, measure_pairs
 from g2rl.analysis.report import write_results
 from g2rl.analysis.responses import Subject, held_out, sample_groups
+from g2rl.checkpoint import run_of
 from g2rl.config import Config, ConfigError
 from g2rl.encoder import SentenceEncoder
 from g2rl.evaluation.command import digest, labels, model_config
@@ -97,7 +98,7 @@ def common_configs(configs: Sequence[Config], overrides: Sequence[str]) -> list[
     Raises:
         ConfigError: two runs differ in their task, and no override says which is meant.
     """
-    runs = [config for config in configs if _run_dir(config) is not None]
+    runs = [config for config in configs if run_of(Path(config.model.path)) is not None]
     leading = (runs or list(configs))[0]
     for config in runs:
         if config.task != leading.task and not any(text.startswith("task.") for text in overrides):
@@ -109,13 +110,6 @@ def common_configs(configs: Sequence[Config], overrides: Sequence[str]) -> list[
     keys = ("task", "rollout", "rewards", "seed", "backend")
     shared = {key: getattr(leading, key) for key in keys}
     return [replace(config, **shared) for config in configs]
-
-
-def _run_dir(config: Config) -> Path | None:
-    """The folder of the run that a model is a checkpoint of."""
-    checkpoint = Path(config.model.path)
-    folder = checkpoint.resolve().parent.parent
-    return folder if checkpoint.is_dir() and (folder / "config.yaml").is_file() else None
 
 
 def _measured(
@@ -141,7 +135,7 @@ def _measured(
     if request.gradients:
         with _bar(f"{name}  gradients", count) as advance:
             found = gradient_groups(subject, groups, encoder, Held(folder / "gradients", made_by), advance)
-    return Model(name, config.model.path, _run_dir(config), weights, pairs, found)
+    return Model(name, config.model.path, run_of(Path(config.model.path)), weights, pairs, found)
 
 
 def _settings(config: Config, request: Request) -> dict[str, Any]:
