@@ -268,28 +268,42 @@ def _(features, cu_groups, m_max):
     return features.new_empty((cu_groups.shape[0] - 1, size, size))
 
 
+@torch.library.custom_op("g2rl::similarity_gradient", mutates_args=())
+def _similarity_gradient(grad: torch.Tensor, features: torch.Tensor, cu_groups: torch.Tensor) -> torch.Tensor:
+    """With u_i = Phi_i / |Phi_i| and S = u u^T: du = (dS + dS^T) u, dPhi_i = (du_i - u_i <u_i, du_i>) / |Phi_i|.
+
+    An op of its own: compilers may know the size of the largest group at run time alone. In float64, as the similarity
+    itself: the part of du along u cancels, and fp32 would lose its digits.
+    """
+    if features.device.type == "cpu":  # another thread may have changed them since the forward pass
+        cu_groups = _checked(cu_groups, features.shape[0])
+    phi, grad = wide(features), wide(grad)
+    (G, m_max, _), (B, d) = grad.shape, phi.shape
+    sizes, position = cu_groups.diff(), torch.arange(B, device=phi.device)
+    group = torch.repeat_interleave(torch.arange(G, device=phi.device), sizes, output_size=B)
+    slot = group * m_max + position - cu_groups[:-1][group]
+    norm = phi.norm(dim=1, keepdim=True)
+    inverse = torch.where(norm > 0, norm.reciprocal(), 0)
+    u = phi * inverse
+    padded = u.new_zeros(G * m_max, d).index_copy(0, slot, u).view(G, m_max, d)
+    # Whatever comes back for the zeros beyond a group's size, inf and NaN included, is nobody's.
+    member = torch.arange(m_max, device=phi.device) < sizes[:, None]
+    grad_u = (torch.where(member[:, None], grad + grad.mT, 0) @ padded).view(G * m_max, d)[slot]
+    return ((grad_u - u * (u * grad_u).sum(1, keepdim=True)) * inverse).to(features.dtype)
+
+
+@_similarity_gradient.register_fake
+def _(grad, features, cu_groups):
+    return features.new_empty(features.shape)
+
+
 def _save_features(ctx, inputs, output):
     features, cu_groups, _ = inputs
     ctx.save_for_backward(features, cu_groups)
 
 
 def _similarity_backward(ctx, grad):
-    """With u_i = Phi_i / |Phi_i| and S = u u^T: du = (dS + dS^T) u, dPhi_i = (du_i - u_i <u_i, du_i>) / |Phi_i|.
-
-    dS is spread to [B, B], so that nothing here depends on m_max: compilers may know it at run time alone. In float64,
-    as the similarity itself: the part of du along u cancels, and fp32 would lose its digits.
-    """
-    saved, cu_groups = ctx.saved_tensors
-    features, grad = wide(saved), wide(grad)
-    position = torch.arange(features.shape[0], device=features.device)
-    group = torch.searchsorted(cu_groups.to(position.dtype), position, right=True) - 1
-    member = position - cu_groups[group]
-    norm = features.norm(dim=1, keepdim=True)
-    inverse = torch.where(norm > 0, norm.reciprocal(), 0)
-    u = features * inverse
-    spread = torch.where(group[:, None] == group, grad[group[:, None], member[:, None], member], 0)
-    grad_u = (spread + spread.T) @ u
-    return ((grad_u - u * (u * grad_u).sum(1, keepdim=True)) * inverse).to(saved.dtype), None, None
+    return _similarity_gradient(grad, *ctx.saved_tensors), None, None
 
 
 _group_similarity.register_autograd(_similarity_backward, setup_context=_save_features)
