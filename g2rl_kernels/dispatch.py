@@ -138,14 +138,18 @@ class use_backend:
 
     ``use_backend("reference")`` holds from the call on; as a context manager it ends with the block.
     ``use_backend(None)`` returns to the automatic choice. The environment variable ``G2RL_KERNELS_BACKEND`` sets the
-    initial choice.
+    initial choice. A compiled function runs with the choice that holds where it is called.
 
     Raises:
+        RuntimeError: called in a graph under compilation, which could only ignore it; without ``fullgraph=True`` the
+            graph ends before it.
         ValueError: no backend of that name.
     """
 
     def __init__(self, name: str | None) -> None:
         global _forced
+        if torch.compiler.is_compiling():
+            raise RuntimeError("use_backend: expected a call outside of what torch.compile compiles")
         if name is not None:
             _backend(name)
         self._previous = _forced

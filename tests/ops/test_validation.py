@@ -454,6 +454,28 @@ def test_use_backend_for_the_process() -> None:
     assert resolved() == automatic
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_use_backend_is_not_ignored_in_a_compiled_function(fullgraph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+
+    def spy(*arguments: Any) -> Callable:
+        served.append(dispatch.resolve(*arguments))
+        return served[-1]
+
+    @torch.compile(fullgraph=fullgraph, backend="eager")
+    def compiled(hidden: torch.Tensor) -> torch.Tensor:
+        with use_backend("reference"):
+            return token_logprobs(hidden, weight(), torch.zeros(N, dtype=torch.int64)).logps
+
+    monkeypatch.setattr(head_ops, "resolve", spy)
+    if fullgraph:
+        with pytest.raises(RuntimeError, match="use_backend: expected a call outside of what torch.compile compiles"):
+            compiled(torch.zeros(N, D))
+    else:
+        compiled(torch.zeros(N, D))
+        assert [run.__module__ for run in served] == ["g2rl_kernels.backends.reference.head"]
+
+
 def test_backend_holds_in_backward_passes() -> None:
     """Autograd may run them on threads of its own."""
     hidden = torch.randn(3, D, requires_grad=True)
