@@ -190,8 +190,10 @@ def explain() -> str:
             reasons: dict[str, list[str]] = {}
             for op in OPS:
                 for backend in BACKENDS:
-                    reason = _known_refusal(backend, op, device, dtype)
-                    if (backend.name == forced) if forced else (backend.is_automatic(device) and reason is None):
+                    asked = backend.name == forced
+                    # A failed self-check keeps nobody from asking for a backend by name.
+                    reason = (_refusal if asked else _known_refusal)(backend, op, device, dtype)
+                    if reason is None and (asked if forced else backend.is_automatic(device)):
                         served.setdefault(backend.name, []).append(op)
                         break
                     why = reason or ("only on request" if not forced else f"{forced} was asked for")

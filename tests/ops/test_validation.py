@@ -550,6 +550,14 @@ def test_backend_that_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         "  not refusing: only float32 today",
     ]
     assert "  not refusing: does not have this op" in report[3].splitlines()
+    with use_backend("refusing"):
+        report = explain().split("\n\n")
+    assert report[1].splitlines() == [
+        "cpu, bfloat16",
+        "  not absent: nobody wrote it",
+        "  not refusing: only float32 today",
+        "  not torch: refusing was asked for",
+    ]
 
 
 def test_backends_serve_what_the_table_promises() -> None:
