@@ -24,6 +24,7 @@ from g2rl_kernels.checks import check_number, check_tensor, is_dtensor, values_r
 from g2rl_kernels.dispatch import BACKENDS, backend_number, resolve
 from g2rl_kernels.distributed import Values, VocabularyPart
 from g2rl_kernels.ops import head_ops
+from g2rl_kernels.ops.tangents import refuse_tangents
 from g2rl_kernels.records import Head, SequenceFeatures, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def token_logprobs(
     workspace_bytes: int | None = None,
     check_finite: bool = False,
 ) -> TokenLogprobs:
-    """Log-probability and entropy of each token, differentiable in hidden, weight and bias.
+    """Log-probability and entropy of each token, differentiable in hidden, weight and bias, once and in reverse mode.
 
     Equivalent to, without keeping logits::
 
@@ -157,11 +158,13 @@ def token_logprobs(
         check_finite: also raise for NaN or inf in hidden, which costs one read of it.
 
     Raises:
+        NotImplementedError: hidden, weight or bias has a tangent, of forward-mode differentiation.
         TypeError, ValueError, IndexError: an argument has another type, shape, device or range.
     """
     head = _as_head(head)
     weight, bias = head.tensors
     _check_tokens(hidden, weight, targets, workspace_bytes, check_finite)
+    refuse_tangents(("hidden", "head.weight", "head.bias"), (hidden, weight, bias))
     if head.part is not None:
         results = _over_parts(hidden, head, (weight, bias), targets, (None, None), workspace_bytes)[1:]
     else:
@@ -205,12 +208,14 @@ def sequence_features(
     Features are additive: parts of one response, weighted by their sums of a_t, add up to the whole.
 
     Raises:
+        NotImplementedError: hidden, weight or bias has a tangent, of forward-mode differentiation.
         TypeError, ValueError, IndexError: an argument has another type, shape, device or range, or ranks of one group
             have not the same tokens or responses.
     """
     head = _as_head(head)
     weight, bias = head.tensors
     _check_tokens(hidden, weight, targets, workspace_bytes, check_finite)
+    refuse_tangents(("hidden", "head.weight", "head.bias"), (hidden, weight, bias))
     check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32, torch.int64), hidden.device)
     if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens: expected at least the offset 0, found an empty tensor")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import g2rl_kernels
 from g2rl_kernels import (
@@ -364,6 +365,33 @@ def test_a_group_of_any_size_in_a_batch_of_none() -> None:
     none = torch.ones(0)
     assert group_advantages(none, 2**31 - 1).shape == (0,)
     raises(lambda: group_advantages(none, 2**63), ValueError, "groups: expected a divisor of B = 0, found 92233720")
+
+
+TANGENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "hidden": lambda x: token_logprobs(x, weight(), torch.zeros(N, dtype=torch.int64)).logps,
+    "head.weight": lambda x: sequence_features(
+        torch.zeros(N, D), x, torch.zeros(N, dtype=torch.int64), offsets(0, N)
+    ).entropy,
+    "head.bias": lambda x: token_logprobs(
+        torch.zeros(N, D), LMHead(weight(), x[0, :1].expand(V)), torch.zeros(N, dtype=torch.int64)
+    ).logps,
+    "features": lambda x: group_similarity(x, 3),
+}
+
+
+@pytest.mark.parametrize("name", TANGENTS)
+def test_forward_mode_is_refused(name: str) -> None:
+    """PyTorch would take the missing tangent for zero. Where something else has one, ops are constants."""
+    x, run = torch.ones(N, D), TANGENTS[name]
+
+    def with_dual_numbers() -> None:
+        with forward_ad.dual_level():
+            run(forward_ad.make_dual(x, x))
+
+    message = f"{name}: expected no tangent, found one: ops have no forward-mode derivative"
+    raises(with_dual_numbers, NotImplementedError, message)
+    raises(lambda: torch.func.jvp(run, (x,), (x,)), NotImplementedError, message)
+    assert float(torch.func.jvp(lambda y: run(x).sum() + y, (x[0, 0],), (x[0, 0],))[1]) == 1
 
 
 def test_indices_changed_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
