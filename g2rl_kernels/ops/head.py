@@ -155,7 +155,8 @@ def token_logprobs(
         workspace_bytes: limit for temporary tensors of vocabulary size; more of it can save a second product with the
             weight. Default: 256 MiB; on a GPU a fortieth of its memory if that is more, 2 GiB at most; on a CPU with
             the compiled kernels, 5 % of what fp32 logits would take.
-        check_finite: also raise for NaN or inf in hidden, which costs one read of it.
+        check_finite: also raise for NaN or inf in hidden, which costs one read of it. Not while a CUDA graph is
+            captured, as for all values.
 
     Raises:
         NotImplementedError: hidden, weight or bias has a tangent, of forward-mode differentiation.
@@ -163,12 +164,13 @@ def token_logprobs(
     """
     head = _as_head(head)
     weight, bias = head.tensors
-    _check_tokens(hidden, weight, targets, workspace_bytes, check_finite)
+    _check_tokens(hidden, weight, targets, workspace_bytes)
     refuse_tangents(("hidden", "head.weight", "head.bias"), (hidden, weight, bias))
+    options = (bool(check_finite), *head.options, int(workspace_bytes or 0))
     if head.part is not None:
-        results = _over_parts(hidden, head, (weight, bias), targets, (None, None), workspace_bytes)[1:]
+        results = _over_parts(hidden, head, (weight, bias), targets, (None, None), options)[1:]
     else:
-        results = head_ops.token_logprobs(hidden, weight, bias, targets, *head.options, int(workspace_bytes or 0))
+        results = head_ops.token_logprobs(hidden, weight, bias, targets, *options)
     return TokenLogprobs(*results)
 
 
@@ -214,7 +216,7 @@ def sequence_features(
     """
     head = _as_head(head)
     weight, bias = head.tensors
-    _check_tokens(hidden, weight, targets, workspace_bytes, check_finite)
+    _check_tokens(hidden, weight, targets, workspace_bytes)
     refuse_tangents(("hidden", "head.weight", "head.bias"), (hidden, weight, bias))
     check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32, torch.int64), hidden.device)
     if cu_seqlens.shape[0] == 0:
@@ -222,12 +224,11 @@ def sequence_features(
     for name, tensor in (("token_weights", token_weights), ("lse", lse)):
         if tensor is not None:
             check_tensor(name, tensor, (hidden.shape[0],), FLOAT_DTYPES, hidden.device)
+    options = (bool(check_finite), *head.options, int(workspace_bytes or 0))
     if head.part is not None:
-        found = _over_parts(hidden, head, (weight, bias), targets, (cu_seqlens, token_weights), workspace_bytes)
+        found = _over_parts(hidden, head, (weight, bias), targets, (cu_seqlens, token_weights), options)
     else:
-        found = head_ops.sequence_features(
-            hidden, weight, bias, targets, cu_seqlens, token_weights, lse, *head.options, int(workspace_bytes or 0)
-        )
+        found = head_ops.sequence_features(hidden, weight, bias, targets, cu_seqlens, token_weights, lse, *options)
     result = SequenceFeatures(*found)
     if context_group is None:
         return result
@@ -240,12 +241,11 @@ def _over_parts(
     tensors: tuple[torch.Tensor, torch.Tensor | None],
     targets: torch.Tensor,
     responses: tuple[torch.Tensor | None, torch.Tensor | None],
-    workspace_bytes: int | None,
+    options: tuple[bool, float, float, float, int],
 ) -> tuple[torch.Tensor, ...]:
     """features, logps, entropy and lse where ranks hold parts of the vocabulary: MATH.md, section 10."""
     part, (weight, bias) = head.part, tensors
     assert part is not None
-    options = (*head.options, int(workspace_bytes or 0))
     if not torch.compiler.is_compiling() and values_readable(targets):
         run = resolve("token_sums", hidden.device, hidden.dtype, Head(weight, bias, *head.options))
         _check_same_tokens(part, targets, 0 if responses[0] is None else responses[0].shape[0], backend_number(run))
@@ -254,7 +254,7 @@ def _over_parts(
         sums = distributed.gather_sums(sums, part)
     local = distributed.local_targets(targets, part.start, weight.shape[0])
     dgrad_group = part.group if head.allreduce_dgrad else ""
-    features, *results = head_ops.part_features(hidden, weight, bias, local, *responses, sums, dgrad_group, *options)
+    features, *results = head_ops.part_features(hidden, weight, bias, local, *responses, sums, dgrad_group, *options[1:])
     if features.shape[0]:
         features = distributed.all_reduce(features, part.group)
     return features, *results
@@ -295,9 +295,8 @@ def _check_tokens(
     weight: torch.Tensor,
     targets: torch.Tensor,
     workspace_bytes: int | None,
-    check_finite: bool,
 ) -> None:
-    """The checks that need no values of targets."""
+    """The checks that need no values of tensors."""
     check_tensor("hidden", hidden, ("N", weight.shape[1]), (weight.dtype,), weight.device)
     check_tensor("targets", targets, (hidden.shape[0],), (torch.int64,), hidden.device)
     if workspace_bytes is not None:
@@ -305,8 +304,3 @@ def _check_tokens(
             raise TypeError(f"workspace_bytes: expected an int, found {type(workspace_bytes).__name__}")
         if not 0 < workspace_bytes < 2**63:
             raise ValueError(f"workspace_bytes: expected a number of bytes > 0, found {workspace_bytes}")
-    if check_finite:
-        finite = torch.isfinite(hidden).all(1)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
-            raise ValueError(f"hidden: expected finite values, found NaN or inf in row {row}")

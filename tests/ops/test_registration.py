@@ -70,14 +70,14 @@ def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, list[t
     local = plain.targets.where(plain.targets <= plain.targets[1], -1)
     return {
         "token_logprobs": [
-            (*head_inputs(plain), *plain.options, 1 << 20),
-            (*head_inputs(full), *full.options, 1),
-            (*transposed, None, plain.targets, *plain.options, 1 << 20),
+            (*head_inputs(plain), False, *plain.options, 1 << 20),
+            (*head_inputs(full), True, *full.options, 1),
+            (*transposed, None, plain.targets, False, *plain.options, 1 << 20),
         ],
         "sequence_features": [
-            (*head_inputs(plain), cu, None, None, *plain.options, 1 << 20),
-            (*head_inputs(full), cu.long(), full.token_weights, per_token[0], *full.options, 1),
-            (*transposed, None, plain.targets, cu, None, None, *plain.options, 1 << 20),
+            (*head_inputs(plain), cu, None, None, False, *plain.options, 1 << 20),
+            (*head_inputs(full), cu.long(), full.token_weights, per_token[0], True, *full.options, 1),
+            (*transposed, None, plain.targets, cu, None, None, False, *plain.options, 1 << 20),
         ],
         "logprobs_backward": [
             (
@@ -95,8 +95,9 @@ def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, list[t
             + (full.targets, *per_token[1:], *full.options, 1, [True, True, True]),
         ],
         "token_sums": [
-            (plain.hidden, plain.head.weight, None, plain.targets + 5, 5, 16, *plain.options, 1 << 20),
-            (full.hidden.T.contiguous().T, full.head.weight, full.head.bias, full.targets, 1, 12, *full.options, 1),
+            (plain.hidden, plain.head.weight, None, plain.targets + 5, 5, 16, False, *plain.options, 1 << 20),
+            (full.hidden.T.contiguous().T, full.head.weight, full.head.bias, full.targets, 1, 12)
+            + (True, *full.options, 1),
         ],
         "part_features": [
             (*head_inputs(plain)[:3], local, cu, None, sums, "", *plain.options, 1 << 20),
@@ -342,3 +343,23 @@ def test_compiled_programs_check_values_too() -> None:
     compiled = torch.compile(lambda targets: token_logprobs(s.hidden, s.head, targets).logps, backend=PARTITIONED)
     with pytest.raises(IndexError, match=r"targets: expected values in \[0, 11\), found 11"):
         compiled(torch.full_like(s.targets, 11))
+
+
+@pytest.mark.parametrize("function", [token_logprobs, sequence_features])
+def test_compiled_programs_check_that_hidden_is_finite(function: Callable) -> None:
+    s = head_sample(SHAPE)
+    responses = (s.cu_seqlens,) if function is sequence_features else ()
+
+    @torch.compile(fullgraph=True, backend=PARTITIONED)
+    def compiled(hidden: Tensor) -> Tensor:
+        return function(hidden, s.head, s.targets, *responses, check_finite=True).logps
+
+    hidden = leaf(s.hidden)
+    compiled(hidden).sum().backward()
+    eager = leaf(s.hidden)
+    function(eager, s.head, s.targets, *responses).logps.sum().backward()
+    assert torch.equal(hidden.grad, eager.grad)
+    spoilt = s.hidden.clone()
+    spoilt[4, 1] = -torch.inf
+    with pytest.raises(ValueError, match="hidden: expected finite values, found NaN or inf in row 4"):
+        compiled(spoilt)

@@ -35,6 +35,7 @@ from g2rl_kernels import (
     use_backend,
     workspace,
 )
+from g2rl_kernels.checks import ValueChecks
 from g2rl_kernels.ops import groups as groups_ops
 from g2rl_kernels.ops import head_ops
 
@@ -339,6 +340,17 @@ def test_head(call: Callable[[], Any], error: type[Exception], message: str) -> 
 @pytest.mark.parametrize(("changes", "error", "message", "function"), HEAD_FUNCTIONS)
 def test_head_functions(changes: dict, error: type[Exception], message: str, function: Callable) -> None:
     raises(lambda: head_call(function, **changes), error, message)
+
+
+@pytest.mark.parametrize("function", [token_logprobs, sequence_features])
+def test_late_checks_of_hidden(function: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: launched before the kernels, read after them."""
+    monkeypatch.setattr(ValueChecks, "_is_late", lambda checks, tensor: True)
+    head_call(function, check_finite=True)
+    hidden = torch.zeros(N, D)
+    hidden[3, 1] = torch.nan
+    message = "hidden: expected finite values, found NaN or inf in row 3"
+    raises(lambda: head_call(function, hidden=hidden, check_finite=True), ValueError, message)
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), RESPONSES)
