@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 
 from g2rl_kernels.checks import ValueChecks, check_offsets, check_real, check_tensor, own_copy, values_readable
-from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.dispatch import Groups, resolve
 from g2rl_kernels.ops.tangents import refuse_tangents
 from g2rl_kernels.products import wide
 from g2rl_kernels.records import GroupAdvantages, Shaping
@@ -389,10 +389,11 @@ def _g2rl_advantages(
     if m_max is None:  # else they are `_offsets`' own
         cu_groups = checks.offsets("groups", cu_groups, features.shape[0], "B")
     checks.run(partial(_check_rewards, rewards), rewards, lambda: _suspicious(rewards))
-    run = resolve("g2rl_advantages", features.device, features.dtype)
     shaping = _shaping(strength, clip, rule, min_range, uniform_groups)
     with checks:
-        return tuple(run(features, rewards, cu_groups, _largest(cu_groups, m_max), valid, shaping, normalize))
+        largest = _largest(cu_groups, m_max)
+        run = resolve("g2rl_advantages", features.device, features.dtype, groups=Groups(features, largest))
+        return tuple(run(features, rewards, cu_groups, largest, valid, shaping, normalize))
 
 
 @_g2rl_advantages.register_fake

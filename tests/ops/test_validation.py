@@ -35,6 +35,7 @@ from g2rl_kernels import (
     use_backend,
     workspace,
 )
+from g2rl_kernels.backends import eager
 from g2rl_kernels.checks import ValueChecks
 from g2rl_kernels.ops import groups as groups_ops
 from g2rl_kernels.ops import head_ops
@@ -379,14 +380,11 @@ def test_a_group_of_any_size_in_a_batch_of_none() -> None:
     raises(lambda: group_advantages(none, 2**63), ValueError, "groups: expected a divisor of B = 0, found 92233720")
 
 
+TARGETS = torch.zeros(N, dtype=torch.int64)
 TANGENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "hidden": lambda x: token_logprobs(x, weight(), torch.zeros(N, dtype=torch.int64)).logps,
-    "head.weight": lambda x: sequence_features(
-        torch.zeros(N, D), x, torch.zeros(N, dtype=torch.int64), offsets(0, N)
-    ).entropy,
-    "head.bias": lambda x: token_logprobs(
-        torch.zeros(N, D), LMHead(weight(), x[0, :1].expand(V)), torch.zeros(N, dtype=torch.int64)
-    ).logps,
+    "hidden": lambda x: token_logprobs(x, weight(), TARGETS).logps,
+    "head.weight": lambda x: sequence_features(torch.zeros(N, D), x, TARGETS, offsets(0, N)).entropy,
+    "head.bias": lambda x: token_logprobs(torch.zeros(N, D), LMHead(weight(), x[0, :1].expand(V)), TARGETS).logps,
     "features": lambda x: group_similarity(x, 3),
 }
 
@@ -412,8 +410,8 @@ def test_indices_changed_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> N
     given = [targets.data_ptr(), cu_seqlens.data_ptr(), groups.data_ptr()]
     seen: list[int] = []
 
-    def resolved_spy(op: str, *arguments: Any) -> Callable:
-        run = resolve(op, *arguments)
+    def resolved_spy(op: str, *arguments: Any, **named: Any) -> Callable:
+        run = resolve(op, *arguments, **named)
 
         def spy(*args: Any) -> Any:
             for x in (*args, *(y for r in args if isinstance(r, records.Responses) for y in vars(r).values())):
@@ -598,6 +596,36 @@ def test_backend_that_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         "  not refusing: only float32 today",
         "  not torch: refusing was asked for",
     ]
+
+
+@pytest.mark.parametrize("groups", [3, offsets(0, 3, 3, N)], ids=["equal", "ragged"])
+def test_a_backend_without_room_for_a_group_is_passed_over(
+    groups: int | torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for by name, it says what it has room for."""
+    served = []
+
+    def advantages(*arguments: Any) -> Any:
+        served.append(arguments[3])
+        return eager.g2rl_advantages(*arguments)
+
+    def too_large(features: torch.Tensor, m_max: int) -> str | None:
+        most = features.shape[1]
+        return f"groups: expected at most {most} responses in a group, found {m_max}" if m_max > most else None
+
+    small = SimpleNamespace(unavailable=lambda device, dtype: None, g2rl_advantages=advantages, too_large=too_large)
+    row, load = dispatch.Backend("small", "g2rl_kernels.backends.small"), dispatch._load
+    monkeypatch.setattr(dispatch, "BACKENDS", (row, *dispatch.BACKENDS))
+    monkeypatch.setattr(dispatch, "_load", lambda backend: small if backend is row else load(backend))
+    narrow = torch.randn(N, 2)
+    expected = g2rl_advantages(narrow, torch.arange(N), groups)
+    group_call(g2rl_advantages, features=torch.ones(N, 3), groups=groups)
+    assert served == [3] and expected.similarity.shape[1] == 3
+    with use_backend("small"):
+        group_call(g2rl_advantages, features=torch.ones(N, 3), groups=groups)
+        message = "'small' cannot run g2rl_advantages on cpu torch.float32: groups: expected at most 2 responses in a"
+        raises(lambda: group_call(g2rl_advantages, features=narrow, groups=groups), RuntimeError, message)
+    assert served == [3, 3]
 
 
 def test_backends_serve_what_the_table_promises() -> None:
