@@ -25,6 +25,7 @@ from g2rl_kernels.dispatch import BACKENDS, backend_number, resolve
 from g2rl_kernels.distributed import Values, VocabularyPart
 from g2rl_kernels.ops import head_ops
 from g2rl_kernels.ops.tangents import refuse_tangents
+from g2rl_kernels.products import wide
 from g2rl_kernels.records import Head, SequenceFeatures, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -254,7 +255,9 @@ def _over_parts(
         sums = distributed.gather_sums(sums, part)
     local = distributed.local_targets(targets, part.start, weight.shape[0])
     dgrad_group = part.group if head.allreduce_dgrad else ""
-    features, *results = head_ops.part_features(hidden, weight, bias, local, *responses, sums, dgrad_group, *options[1:])
+    features, *results = head_ops.part_features(
+        hidden, weight, bias, local, *responses, sums, dgrad_group, *options[1:]
+    )
     if features.shape[0]:
         features = distributed.all_reduce(features, part.group)
     return features, *results
@@ -282,7 +285,9 @@ def _over_context(
     if token_weights is None:
         weights = cu_seqlens.diff().to(features.dtype)
     else:
-        weights = torch.segment_reduce(token_weights.to(features.dtype), "sum", offsets=cu_seqlens, initial=0)
+        # Adds term by term: in fp32 the sum of a long response would lose digits. Weights, as features, are data.
+        weights = torch.segment_reduce(wide(token_weights.detach()), "sum", offsets=cu_seqlens, initial=0)
+        weights = weights.to(features.dtype)
     return distributed.sum_features(features, weights, group.group_name)
 
 
