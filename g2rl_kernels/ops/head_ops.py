@@ -13,6 +13,10 @@ from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.distributed import all_reduce, local_targets
 from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
 
+# Of the largest weight of a response, as a power of two: fp32 holds sums of millions of these, and their inverse, and
+# float64 each power of two that leads there, also from its smallest numbers.
+_MODERATE_EXPONENT = 64
+
 
 def _result_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -39,6 +43,22 @@ def _check_finite(checks: ValueChecks, hidden: torch.Tensor) -> None:
             raise ValueError(f"hidden: expected finite values, found NaN or inf in row {row}")
 
     checks.run(check, hidden, lambda: torch.isfinite(hidden).all().logical_not_())
+
+
+def _moderate(token_weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Weights [N] whose sums fit kernels' fp32: a power of two times those of a response whose largest does not.
+
+    Phi does not depend on the scale of a response's weights. Others keep their bits.
+    """
+    if token_weights.device.type not in ("cpu", "cuda"):  # others lack float64, or these operations
+        return token_weights
+    weights = token_weights.double()
+    exponent = torch.frexp(torch.segment_reduce(weights, "max", offsets=cu_seqlens, initial=0)).exponent
+    shift = exponent.clamp(-_MODERATE_EXPONENT, _MODERATE_EXPONENT) - exponent
+    if token_weights.device.type == "cpu" and not bool(shift.any()):  # on a GPU to ask is to wait
+        return token_weights
+    factor = torch.exp2(shift.double()).repeat_interleave(cu_seqlens.diff(), output_size=token_weights.shape[0])
+    return (weights * factor).to(token_weights.dtype)
 
 
 @torch.library.custom_op("g2rl::token_logprobs", mutates_args=())
@@ -90,6 +110,7 @@ def sequence_features(
     cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
     if token_weights is not None:
         checks.not_negative("token_weights", token_weights)
+        token_weights = _moderate(token_weights, cu_seqlens)
     head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights, lse)
     run = resolve("sequence_features", hidden.device, hidden.dtype, head)
     with checks:
@@ -183,6 +204,7 @@ def part_features(
         cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
     if token_weights is not None:
         checks.not_negative("token_weights", token_weights)
+        token_weights = _moderate(token_weights, cu_seqlens)
     head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights)
     run = resolve("part_features", hidden.device, hidden.dtype, head)
     with checks:
