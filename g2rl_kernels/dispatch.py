@@ -1,8 +1,9 @@
 """The only place that decides which backend runs an op.
 
 A backend is a module with one plain function for each op that it serves, named as the op is, and a function
-``unavailable(device, dtype) -> str | None`` that says why it cannot serve here. `resolve` takes the first that can, in
-the order of `BACKENDS`; a compiled GPU backend only once it is known to be right on the device: see `self_check`.
+``unavailable(device, dtype) -> str | None`` that says why it cannot serve here; where it does not hold groups of any
+size, also ``too_large(features, m_max) -> str | None``. `resolve` takes the first that can, in the order of `BACKENDS`;
+a compiled GPU backend only once it is known to be right on the device: see `self_check`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
+from typing import NamedTuple
 
 import torch
 
@@ -35,6 +37,18 @@ OPS = (
     "group_advantages",
     "g2rl_advantages",
 )
+
+
+class Groups(NamedTuple):
+    """What a backend's room for a group may depend on.
+
+    Attributes:
+        features: [B, d].
+        m_max: responses of the largest.
+    """
+
+    features: torch.Tensor
+    m_max: int
 
 
 @dataclass(frozen=True)
@@ -92,22 +106,29 @@ def _load(backend: Backend) -> ModuleType | None:
     return importlib.import_module(backend.module)
 
 
-def _refusal(backend: Backend, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run `op` on tensors of this device and dtype; None when it can."""
+def _refusal(
+    backend: Backend, op: str, device: torch.device, dtype: torch.dtype, groups: Groups | None = None
+) -> str | None:
+    """Why `backend` cannot run `op` on tensors of this device and dtype, or groups as large; None when it can."""
     module = _load(backend)
     if module is None:
         return backend.missing
     reason = module.unavailable(device, dtype)
     if reason is None and not hasattr(module, op):
         reason = "does not have this op"
+    if reason is None and groups is not None and hasattr(module, "too_large"):
+        reason = module.too_large(*groups)
     return reason
 
 
-def resolve(op: str, device: torch.device, dtype: torch.dtype, head: Head | None = None) -> Callable:
+def resolve(
+    op: str, device: torch.device, dtype: torch.dtype, head: Head | None = None, groups: Groups | None = None
+) -> Callable:
     """The function that runs `op` on tensors of this device and dtype.
 
     Args:
         head: of a head op, where its options decide which kernels are to be checked; None for a plain one.
+        groups: of `g2rl_advantages`, as a backend may have no room for the largest; None asks for no room.
 
     Raises:
         RuntimeError: a backend was asked for by name and cannot serve; the message says why.
@@ -115,12 +136,12 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, head: Head | None
     forced = _forced or os.environ.get(ENVIRONMENT_VARIABLE)
     if forced:
         backend = _backend(forced)
-        reason = _refusal(backend, op, device, dtype)
+        reason = _refusal(backend, op, device, dtype, groups)
         if reason is not None:
             raise RuntimeError(f"backend {forced!r} cannot run {op} on {device.type} {dtype}: {reason}")
         return getattr(_load(backend), op)
     for backend in BACKENDS:
-        if not backend.is_automatic(device) or _refusal(backend, op, device, dtype) is not None:
+        if not backend.is_automatic(device) or _refusal(backend, op, device, dtype, groups) is not None:
             continue
         if backend.checked and self_check.refusal(Subject.of(backend.name, op, dtype, head), device) is not None:
             continue
@@ -138,14 +159,18 @@ class use_backend:
 
     ``use_backend("reference")`` holds from the call on; as a context manager it ends with the block.
     ``use_backend(None)`` returns to the automatic choice. The environment variable ``G2RL_KERNELS_BACKEND`` sets the
-    initial choice.
+    initial choice. A compiled function runs with the choice that holds where it is called.
 
     Raises:
+        RuntimeError: called in a graph under compilation, which could only ignore it; without ``fullgraph=True`` the
+            graph ends before it.
         ValueError: no backend of that name.
     """
 
     def __init__(self, name: str | None) -> None:
         global _forced
+        if torch.compiler.is_compiling():
+            raise RuntimeError("use_backend: expected a call outside of what torch.compile compiles")
         if name is not None:
             _backend(name)
         self._previous = _forced
@@ -186,8 +211,10 @@ def explain() -> str:
             reasons: dict[str, list[str]] = {}
             for op in OPS:
                 for backend in BACKENDS:
-                    reason = _known_refusal(backend, op, device, dtype)
-                    if (backend.name == forced) if forced else (backend.is_automatic(device) and reason is None):
+                    asked = backend.name == forced
+                    # A failed self-check keeps nobody from asking for a backend by name.
+                    reason = (_refusal if asked else _known_refusal)(backend, op, device, dtype)
+                    if reason is None and (asked if forced else backend.is_automatic(device)):
                         served.setdefault(backend.name, []).append(op)
                         break
                     why = reason or ("only on request" if not forced else f"{forced} was asked for")

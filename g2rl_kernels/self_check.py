@@ -7,7 +7,7 @@ a subprocess, for an illegal access would end this one's context:
     passed                                   the backend serves
     wrong, crashed, or longer than a minute  the next backend serves; one warning says which check, and where to report
 
-What passed or was wrong is kept on disk.
+What passed or was wrong is kept on disk; a crash, a lack of time or memory, or no start at all may not happen again.
 
 A result holds for a chip, driver, versions of torch, triton and this package's files, dtype and kind of head. Nothing
 here touches random state, grad mode or autocast, and nothing is run while a CUDA graph is captured.
@@ -89,7 +89,7 @@ class Verdict:
         detail: what was wrong, in a line.
         when: date and time in UTC.
         seconds: that it took.
-        lasting: whether it is known for good. A crash or a lack of time may not happen again.
+        lasting: whether it is known for good. A crash, or a lack of time or memory, may not happen again.
     """
 
     passed: bool
@@ -157,7 +157,7 @@ def run(subject: Subject, device: torch.device) -> Verdict:
 
 def command(subject: Subject, device: torch.device) -> list[str]:
     arguments = [subject.backend, str(device), subject.dtype, subject.work]
-    return [sys.executable, "-m", "g2rl_kernels.self_check_run", *arguments]
+    return [sys.executable or "", "-m", "g2rl_kernels.self_check_run", *arguments]
 
 
 def _mode() -> str:
@@ -184,6 +184,7 @@ def _run(command: list[str], limit_s: float) -> Verdict:
     """Its lines name checks as they begin; the last one is the result in JSON, if the process ends well."""
     path = os.pathsep.join(filter(None, (str(_PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {ENVIRONMENT_VARIABLE: "skip", "PYTHONPATH": path}
+    environment.pop("PYTHONOPTIMIZE", None)  # it would leave out the assertions that checks are made of
     began, when = time.perf_counter(), datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
 
     def ended(passed: bool, check: str, detail: str, lasting: bool) -> Verdict:
@@ -191,7 +192,10 @@ def _run(command: list[str], limit_s: float) -> Verdict:
 
     # To files: a process that this one leaves behind could keep a pipe open.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=out, stderr=errors, env=environment, start_new_session=True)
+        try:
+            process = subprocess.Popen(command, stdout=out, stderr=errors, env=environment, start_new_session=True)
+        except OSError as error:  # a program that embeds Python may not know its interpreter
+            return ended(False, "its start", f"cannot start {command[0]!r}: {error.strerror}", False)
         try:
             status = process.wait(limit_s)
         except subprocess.TimeoutExpired:

@@ -1,7 +1,8 @@
 """The self-check itself: ``python -m g2rl_kernels.self_check_run BACKEND DEVICE DTYPE WORK``, run by `self_check`.
 
 Prints "check: NAME" as each check begins, and at last one line of JSON: {"passed", "check", "detail"}. It stops at the
-first that fails.
+first that fails. Where the device has no memory to spare, or is taken, stderr says so, with exit status 1: that says
+nothing of kernels.
 """
 
 from __future__ import annotations
@@ -188,7 +189,14 @@ def _same_bits(found: SequenceFeatures, expected: SequenceFeatures) -> None:
 
 
 def run(backend: str, setting: Setting, checks: dict[str, Callable[[Setting], None]]) -> dict[str, object]:
-    """Result of the checks, each announced on stdout."""
+    """Result of the checks, each announced on stdout.
+
+    Raises:
+        RuntimeError: assertions, which checks are made of, are left out of this process.
+        SystemExit: the device had no memory to spare, or was taken.
+    """
+    if not __debug__:
+        raise RuntimeError("checks are assertions, which python -O and PYTHONOPTIMIZE leave out")
     torch.manual_seed(0)
     with use_backend(backend):
         for name, check in checks.items():
@@ -196,8 +204,19 @@ def run(backend: str, setting: Setting, checks: dict[str, Callable[[Setting], No
             try:
                 check(setting)
             except (AssertionError, RuntimeError) as error:
-                return {"passed": False, "check": name, "detail": str(error).strip().splitlines()[0]}
+                detail = str(error).strip().splitlines()[0]
+                if _says_nothing_of_kernels(error):
+                    sys.exit(detail)
+                return {"passed": False, "check": name, "detail": detail}
     return {"passed": True, "check": "", "detail": ""}
+
+
+def _says_nothing_of_kernels(error: Exception) -> bool:
+    """Whether the device was merely full or taken: by PyTorch's own error, CUDA's, cuBLAS' or the host's."""
+    lacks = ("out of memory", "busy or unavailable", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(lack in str(error) for lack in lacks)
+    )
 
 
 def main(arguments: list[str]) -> int:

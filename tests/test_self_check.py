@@ -14,7 +14,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from g2rl_kernels import LMHead, dispatch, explain, self_check, sequence_features, testing, use_backend
+from g2rl_kernels import (
+    LMHead,
+    dispatch,
+    explain,
+    self_check,
+    self_check_run,
+    sequence_features,
+    testing,
+    use_backend,
+)
 from g2rl_kernels.__main__ import check
 from g2rl_kernels.records import Head
 from g2rl_kernels.self_check import Subject, Verdict
@@ -86,6 +95,53 @@ def test_each_defect_is_found(defect: str, check: str, detail: str, lasting: boo
 @pytest.mark.parametrize(("defect", "passed"), [("none", True), ("wrong", False), ("nan", False)])
 def test_groups_are_checked_by_themselves(defect: str, passed: bool) -> None:
     assert checked(defect, "groups").passed == passed
+
+
+@pytest.mark.parametrize(
+    ("error", "lasting"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), False),
+        (torch.AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), False),
+        (torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with"), True),
+        (AssertionError("off by 1 > 1e-05"), True),
+    ],
+    ids=str,
+)
+def test_a_full_or_taken_device_is_not_held_against_kernels(error: Exception, lasting: bool) -> None:
+    """The process ends with the error's first line, and its status leaves no result."""
+
+    def check(setting: self_check_run.Setting) -> None:
+        raise error
+
+    setting, first = self_check_run.Setting(CPU, torch.float32, False, False), str(error).splitlines()[0]
+    if lasting:
+        found = self_check_run.run("torch", setting, {"x": check})
+        assert found == {"passed": False, "check": "x", "detail": first}
+    else:
+        with pytest.raises(SystemExit) as ended:
+            self_check_run.run("torch", setting, {"x": check})
+        assert ended.value.code == first
+
+
+def test_assertions_are_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    program = """print('{"check": "", "detail": "", "passed":', str(__debug__).lower(), "}")"""
+    assert self_check._run([sys.executable, "-c", program], 60.0).passed
+
+
+@pytest.mark.slow
+def test_a_program_without_assertions_checks_nothing() -> None:
+    found = self_check._run([sys.executable, "-O", str(PROGRAM), "nan", "groups"], 120.0)
+    assert not found.passed and not found.lasting and "python -O and PYTHONOPTIMIZE leave out" in found.detail
+
+
+def test_the_next_backend_serves_where_no_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", None)
+    with pytest.warns(RuntimeWarning, match="failed at its start: cannot start '': "):
+        assert backend_of() != "defective"
+    assert not self_check._file(SUBJECT, CPU).exists()
 
 
 def test_time_is_limited() -> None:

@@ -24,7 +24,8 @@ from typing import Literal
 import torch
 
 from g2rl_kernels.checks import ValueChecks, check_offsets, check_real, check_tensor, own_copy, values_readable
-from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.dispatch import Groups, resolve
+from g2rl_kernels.ops.tangents import refuse_tangents
 from g2rl_kernels.products import wide
 from g2rl_kernels.records import GroupAdvantages, Shaping
 
@@ -36,7 +37,7 @@ _LARGEST_GROUP = 2**31 - 1  # every number divides a batch of none
 
 
 def group_similarity(features: torch.Tensor, groups: int | torch.Tensor) -> torch.Tensor:
-    """Cosine similarities inside each group (eq. 9); differentiable in features.
+    """Cosine similarities inside each group (eq. 9); differentiable in features, once and in reverse mode.
 
     Equivalent, for groups of m, to ``u = F.normalize(features.view(G, m, d), dim=-1); u @ u.mT``.
 
@@ -49,9 +50,11 @@ def group_similarity(features: torch.Tensor, groups: int | torch.Tensor) -> torc
         ``torch.compile(fullgraph=True)`` m_max is a number if `groups` is one, otherwise a size known only at run time.
 
     Raises:
+        NotImplementedError: features have a tangent, of forward-mode differentiation.
         TypeError, ValueError: an argument has another type, shape or range.
     """
     check_tensor("features", features, ("B", "d"), _REAL)
+    refuse_tangents(("features",), (features,))
     cu_groups, m_max = _offsets(groups, features.shape[0], features.device)
     return _group_similarity(features, cu_groups, m_max)
 
@@ -386,10 +389,11 @@ def _g2rl_advantages(
     if m_max is None:  # else they are `_offsets`' own
         cu_groups = checks.offsets("groups", cu_groups, features.shape[0], "B")
     checks.run(partial(_check_rewards, rewards), rewards, lambda: _suspicious(rewards))
-    run = resolve("g2rl_advantages", features.device, features.dtype)
     shaping = _shaping(strength, clip, rule, min_range, uniform_groups)
     with checks:
-        return tuple(run(features, rewards, cu_groups, _largest(cu_groups, m_max), valid, shaping, normalize))
+        largest = _largest(cu_groups, m_max)
+        run = resolve("g2rl_advantages", features.device, features.dtype, groups=Groups(features, largest))
+        return tuple(run(features, rewards, cu_groups, largest, valid, shaping, normalize))
 
 
 @_g2rl_advantages.register_fake

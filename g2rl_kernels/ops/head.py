@@ -24,6 +24,8 @@ from g2rl_kernels.checks import check_number, check_tensor, is_dtensor, values_r
 from g2rl_kernels.dispatch import BACKENDS, backend_number, resolve
 from g2rl_kernels.distributed import Values, VocabularyPart
 from g2rl_kernels.ops import head_ops
+from g2rl_kernels.ops.tangents import refuse_tangents
+from g2rl_kernels.products import wide
 from g2rl_kernels.records import Head, SequenceFeatures, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -139,7 +141,7 @@ def token_logprobs(
     workspace_bytes: int | None = None,
     check_finite: bool = False,
 ) -> TokenLogprobs:
-    """Log-probability and entropy of each token, differentiable in hidden, weight and bias.
+    """Log-probability and entropy of each token, differentiable in hidden, weight and bias, once and in reverse mode.
 
     Equivalent to, without keeping logits::
 
@@ -154,18 +156,22 @@ def token_logprobs(
         workspace_bytes: limit for temporary tensors of vocabulary size; more of it can save a second product with the
             weight. Default: 256 MiB; on a GPU a fortieth of its memory if that is more, 2 GiB at most; on a CPU with
             the compiled kernels, 5 % of what fp32 logits would take.
-        check_finite: also raise for NaN or inf in hidden, which costs one read of it.
+        check_finite: also raise for NaN or inf in hidden, which costs one read of it. Not while a CUDA graph is
+            captured, as for all values.
 
     Raises:
+        NotImplementedError: hidden, weight or bias has a tangent, of forward-mode differentiation.
         TypeError, ValueError, IndexError: an argument has another type, shape, device or range.
     """
     head = _as_head(head)
     weight, bias = head.tensors
-    _check_tokens(hidden, weight, targets, workspace_bytes, check_finite)
+    _check_tokens(hidden, weight, targets, workspace_bytes)
+    refuse_tangents(("hidden", "head.weight", "head.bias"), (hidden, weight, bias))
+    options = (bool(check_finite), *head.options, int(workspace_bytes or 0))
     if head.part is not None:
-        results = _over_parts(hidden, head, (weight, bias), targets, (None, None), workspace_bytes)[1:]
+        results = _over_parts(hidden, head, (weight, bias), targets, (None, None), options)[1:]
     else:
-        results = head_ops.token_logprobs(hidden, weight, bias, targets, *head.options, int(workspace_bytes or 0))
+        results = head_ops.token_logprobs(hidden, weight, bias, targets, *options)
     return TokenLogprobs(*results)
 
 
@@ -205,24 +211,25 @@ def sequence_features(
     Features are additive: parts of one response, weighted by their sums of a_t, add up to the whole.
 
     Raises:
+        NotImplementedError: hidden, weight or bias has a tangent, of forward-mode differentiation.
         TypeError, ValueError, IndexError: an argument has another type, shape, device or range, or ranks of one group
             have not the same tokens or responses.
     """
     head = _as_head(head)
     weight, bias = head.tensors
-    _check_tokens(hidden, weight, targets, workspace_bytes, check_finite)
+    _check_tokens(hidden, weight, targets, workspace_bytes)
+    refuse_tangents(("hidden", "head.weight", "head.bias"), (hidden, weight, bias))
     check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32, torch.int64), hidden.device)
     if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens: expected at least the offset 0, found an empty tensor")
     for name, tensor in (("token_weights", token_weights), ("lse", lse)):
         if tensor is not None:
             check_tensor(name, tensor, (hidden.shape[0],), FLOAT_DTYPES, hidden.device)
+    options = (bool(check_finite), *head.options, int(workspace_bytes or 0))
     if head.part is not None:
-        found = _over_parts(hidden, head, (weight, bias), targets, (cu_seqlens, token_weights), workspace_bytes)
+        found = _over_parts(hidden, head, (weight, bias), targets, (cu_seqlens, token_weights), options)
     else:
-        found = head_ops.sequence_features(
-            hidden, weight, bias, targets, cu_seqlens, token_weights, lse, *head.options, int(workspace_bytes or 0)
-        )
+        found = head_ops.sequence_features(hidden, weight, bias, targets, cu_seqlens, token_weights, lse, *options)
     result = SequenceFeatures(*found)
     if context_group is None:
         return result
@@ -235,12 +242,11 @@ def _over_parts(
     tensors: tuple[torch.Tensor, torch.Tensor | None],
     targets: torch.Tensor,
     responses: tuple[torch.Tensor | None, torch.Tensor | None],
-    workspace_bytes: int | None,
+    options: tuple[bool, float, float, float, int],
 ) -> tuple[torch.Tensor, ...]:
     """features, logps, entropy and lse where ranks hold parts of the vocabulary: MATH.md, section 10."""
     part, (weight, bias) = head.part, tensors
     assert part is not None
-    options = (*head.options, int(workspace_bytes or 0))
     if not torch.compiler.is_compiling() and values_readable(targets):
         run = resolve("token_sums", hidden.device, hidden.dtype, Head(weight, bias, *head.options))
         _check_same_tokens(part, targets, 0 if responses[0] is None else responses[0].shape[0], backend_number(run))
@@ -249,7 +255,9 @@ def _over_parts(
         sums = distributed.gather_sums(sums, part)
     local = distributed.local_targets(targets, part.start, weight.shape[0])
     dgrad_group = part.group if head.allreduce_dgrad else ""
-    features, *results = head_ops.part_features(hidden, weight, bias, local, *responses, sums, dgrad_group, *options)
+    features, *results = head_ops.part_features(
+        hidden, weight, bias, local, *responses, sums, dgrad_group, *options[1:]
+    )
     if features.shape[0]:
         features = distributed.all_reduce(features, part.group)
     return features, *results
@@ -277,7 +285,9 @@ def _over_context(
     if token_weights is None:
         weights = cu_seqlens.diff().to(features.dtype)
     else:
-        weights = torch.segment_reduce(token_weights.to(features.dtype), "sum", offsets=cu_seqlens, initial=0)
+        # Adds term by term: in fp32 the sum of a long response would lose digits. Weights, as features, are data.
+        weights = torch.segment_reduce(wide(token_weights.detach()), "sum", offsets=cu_seqlens, initial=0)
+        weights = weights.to(features.dtype)
     return distributed.sum_features(features, weights, group.group_name)
 
 
@@ -290,9 +300,8 @@ def _check_tokens(
     weight: torch.Tensor,
     targets: torch.Tensor,
     workspace_bytes: int | None,
-    check_finite: bool,
 ) -> None:
-    """The checks that need no values of targets."""
+    """The checks that need no values of tensors."""
     check_tensor("hidden", hidden, ("N", weight.shape[1]), (weight.dtype,), weight.device)
     check_tensor("targets", targets, (hidden.shape[0],), (torch.int64,), hidden.device)
     if workspace_bytes is not None:
@@ -300,8 +309,3 @@ def _check_tokens(
             raise TypeError(f"workspace_bytes: expected an int, found {type(workspace_bytes).__name__}")
         if not 0 < workspace_bytes < 2**63:
             raise ValueError(f"workspace_bytes: expected a number of bytes > 0, found {workspace_bytes}")
-    if check_finite:
-        finite = torch.isfinite(hidden).all(1)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
-            raise ValueError(f"hidden: expected finite values, found NaN or inf in row {row}")

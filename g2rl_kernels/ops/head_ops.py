@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from g2rl_kernels.checks import ValueChecks, check_targets, own_copy
+from g2rl_kernels.checks import ValueChecks, check_targets, own_copy, values_readable
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.distributed import all_reduce, local_targets
 from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
+
+# Of the largest weight of a response, as a power of two: fp32 holds sums of millions of these, and their inverse, and
+# float64 each power of two that leads there, also from its smallest numbers.
+_MODERATE_EXPONENT = 64
 
 
 def _result_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -27,18 +31,51 @@ def _fake_features(hidden: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tor
     return hidden.new_empty((B, hidden.shape[1]), dtype=_result_dtype(hidden))
 
 
+def _check_finite(checks: ValueChecks, hidden: torch.Tensor) -> None:
+    """Have ValueError raised for the first row of hidden with NaN or inf."""
+
+    def check() -> None:
+        if hidden.numel() == 0 or not values_readable(hidden):
+            return
+        wrong = torch.isfinite(hidden).all(1).logical_not_()
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise ValueError(f"hidden: expected finite values, found NaN or inf in row {row}")
+
+    checks.run(check, hidden, lambda: torch.isfinite(hidden).all().logical_not_())
+
+
+def _moderate(token_weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Weights [N] whose sums fit kernels' fp32: a power of two times those of a response whose largest does not.
+
+    Phi does not depend on the scale of a response's weights. Others keep their bits.
+    """
+    if token_weights.device.type not in ("cpu", "cuda"):  # others lack float64, or these operations
+        return token_weights
+    weights = token_weights.double()
+    exponent = torch.frexp(torch.segment_reduce(weights, "max", offsets=cu_seqlens, initial=0)).exponent
+    shift = exponent.clamp(-_MODERATE_EXPONENT, _MODERATE_EXPONENT) - exponent
+    if token_weights.device.type == "cpu" and not bool(shift.any()):  # on a GPU to ask is to wait
+        return token_weights
+    factor = torch.exp2(shift.double()).repeat_interleave(cu_seqlens.diff(), output_size=token_weights.shape[0])
+    return (weights * factor).to(token_weights.dtype)
+
+
 @torch.library.custom_op("g2rl::token_logprobs", mutates_args=())
 def token_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
+    check_finite: bool,
     temperature: float,
     logit_scale: float,
     softcap: float,
     workspace_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     checks = ValueChecks()
+    if check_finite:
+        _check_finite(checks, hidden)
     targets = checks.targets(targets, weight.shape[0])
     head = Head(weight, bias, temperature, logit_scale, softcap)
     run = resolve("token_logprobs", hidden.device, hidden.dtype, head)
@@ -47,7 +84,7 @@ def token_logprobs(
 
 
 @token_logprobs.register_fake
-def _(hidden, weight, bias, targets, temperature, logit_scale, softcap, workspace_bytes):
+def _(hidden, weight, bias, targets, check_finite, temperature, logit_scale, softcap, workspace_bytes):
     return _fake_results(hidden)
 
 
@@ -60,16 +97,20 @@ def sequence_features(
     cu_seqlens: torch.Tensor,
     token_weights: torch.Tensor | None,
     lse: torch.Tensor | None,
+    check_finite: bool,
     temperature: float,
     logit_scale: float,
     softcap: float,
     workspace_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     checks = ValueChecks()
+    if check_finite:
+        _check_finite(checks, hidden)
     targets = checks.targets(targets, weight.shape[0])
     cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
     if token_weights is not None:
         checks.not_negative("token_weights", token_weights)
+        token_weights = _moderate(token_weights, cu_seqlens)
     head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights, lse)
     run = resolve("sequence_features", hidden.device, hidden.dtype, head)
     with checks:
@@ -78,7 +119,18 @@ def sequence_features(
 
 @sequence_features.register_fake
 def _(
-    hidden, weight, bias, targets, cu_seqlens, token_weights, lse, temperature, logit_scale, softcap, workspace_bytes
+    hidden,
+    weight,
+    bias,
+    targets,
+    cu_seqlens,
+    token_weights,
+    lse,
+    check_finite,
+    temperature,
+    logit_scale,
+    softcap,
+    workspace_bytes,
 ):
     return (_fake_features(hidden, cu_seqlens), *_fake_results(hidden))
 
@@ -91,6 +143,7 @@ def token_sums(
     targets: torch.Tensor,
     vocab_start: int,
     vocab_size: int,
+    check_finite: bool,
     temperature: float,
     logit_scale: float,
     softcap: float,
@@ -98,6 +151,8 @@ def token_sums(
 ) -> torch.Tensor:
     """Sums [4, N] over the words vocab_start to vocab_start + V of vocab_size; only a backend's own can read them."""
     checks = ValueChecks()
+    if check_finite:
+        _check_finite(checks, hidden)
     targets = checks.targets(targets, vocab_size)
     head = Head(weight, bias, temperature, logit_scale, softcap)
     run = resolve("token_sums", hidden.device, hidden.dtype, head)
@@ -106,7 +161,19 @@ def token_sums(
 
 
 @token_sums.register_fake
-def _(hidden, weight, bias, targets, vocab_start, vocab_size, temperature, logit_scale, softcap, workspace_bytes):
+def _(
+    hidden,
+    weight,
+    bias,
+    targets,
+    vocab_start,
+    vocab_size,
+    check_finite,
+    temperature,
+    logit_scale,
+    softcap,
+    workspace_bytes,
+):
     return hidden.new_empty((4, hidden.shape[0]), dtype=_result_dtype(hidden))
 
 
@@ -137,6 +204,7 @@ def part_features(
         cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
     if token_weights is not None:
         checks.not_negative("token_weights", token_weights)
+        token_weights = _moderate(token_weights, cu_seqlens)
     head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights)
     run = resolve("part_features", hidden.device, hidden.dtype, head)
     with checks:

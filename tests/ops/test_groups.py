@@ -491,6 +491,34 @@ def test_gradient_of_similarity(call: Caller, equal: bool) -> None:
     )
 
 
+@over_wide_backends("group_similarity")
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "ragged"])
+def test_no_gradient_of_similarity_reaches_another_group(call: Caller, equal: bool) -> None:
+    """Neither of a NaN in features, nor of what comes back for the zeros beyond a group's size."""
+    features = random_groups(0, [6], d=4)[0].to(call.device, call.dtype)
+    groups = 3 if equal else call.offsets([0, 2, 6])
+    first = 3 if equal else 2
+    clean, spoilt = features.clone().requires_grad_(), features.clone()
+    spoilt[0, 0] = torch.nan
+    spoilt.requires_grad_()
+    for leaf in (clean, spoilt):
+        S = call(group_similarity, leaf, groups)
+        upstream = torch.ones_like(S)
+        upstream[0, first:] = torch.nan
+        upstream[0, :, first:] = torch.inf
+        S.backward(upstream)
+    assert bool(clean.grad.isfinite().all()) and bool(spoilt.grad[:first].isnan().any())
+    assert torch.equal(spoilt.grad[first:], clean.grad[first:])
+
+
+def test_second_derivatives_of_similarity_are_refused() -> None:
+    features = random_groups(0, [6], d=4)[0].requires_grad_()
+    loss = group_similarity(features, 3).square().sum()
+    (first,) = torch.autograd.grad(loss, features, create_graph=True)
+    with pytest.raises(RuntimeError, match="similarity_gradient"):
+        first.sum().backward()
+
+
 def test_scores_and_advantages_are_data() -> None:
     features, rewards, groups = random_groups(1, [4, 4])
     features.requires_grad_()

@@ -303,6 +303,30 @@ def test_responses_without_weight(backend: str | None, device: str, dtype: torch
 
 
 @every_forward
+@pytest.mark.parametrize(
+    ("given", "powers"),
+    [
+        (torch.float32, (-149, 0, 125)),  # from the smallest number that it has
+        (torch.bfloat16, (125, -133, 0)),
+        (torch.float64, (-1070, 1020, -200)),
+    ],
+    ids=str,
+)
+def test_features_do_not_depend_on_the_scale_of_weights(
+    backend: str | None, device: str, dtype: torch.dtype, given: torch.dtype, powers: tuple[int, ...]
+) -> None:
+    """Bit for bit, each response by itself, for all that a dtype holds."""
+    s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["plain"])
+    weights = torch.randint(0, 5, (SMALL.N,), generator=torch.Generator().manual_seed(4)).to(device, torch.float64)
+    power = torch.tensor([powers[b % 3] for b in range(len(SMALL.lengths))], device=device).double()
+    power = power.repeat_interleave(s.cu_seqlens.diff())
+    scaled = (weights * torch.exp2(power // 2) * torch.exp2(power - power // 2)).to(given)
+    expected = features(s, backend, token_weights=weights)
+    for found, want in zip(features(s, backend, token_weights=scaled), expected, strict=True):
+        assert same_bits(found, want)
+
+
+@every_forward
 def test_defaults(backend: str | None, device: str, dtype: torch.dtype) -> None:
     """No weights means ones; a bare weight is a head; offsets may be int64."""
     s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["plain"])

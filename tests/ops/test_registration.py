@@ -33,6 +33,7 @@ SHAPE = Shape((3, 0, 4), 5, 11, "small: gradcheck asks for a forward pass for ea
 # Ahead-of-time tracing with the cut into forward and backward that inductor makes, without its code.
 PARTITIONED = "aot_eager_decomp_partition"
 HEAD_OPS = ("token_logprobs", "sequence_features", "logprobs_backward", "token_sums", "part_features")
+EVERY_OP = (*dispatch.OPS, "similarity_gradient")  # the last of no backend
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, list[t
     valid = torch.tensor([True, True, False, True, True, True], device=device)
     ragged = torch.tensor([0, 1, 1, 6], device=device)
     equal = torch.tensor([0, 3, 6], device=device)
-    similarity = group_similarity(features, equal)
+    similarity, of_ragged = group_similarity(features, equal), group_similarity(features, ragged)
     shaping = (1.0, 3.0, "scale", 1e-2, "shape")
     cu = plain.cu_seqlens
     # Of three parts of the vocabulary; the words after the second token's target are in another part.
@@ -69,14 +70,14 @@ def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, list[t
     local = plain.targets.where(plain.targets <= plain.targets[1], -1)
     return {
         "token_logprobs": [
-            (*head_inputs(plain), *plain.options, 1 << 20),
-            (*head_inputs(full), *full.options, 1),
-            (*transposed, None, plain.targets, *plain.options, 1 << 20),
+            (*head_inputs(plain), False, *plain.options, 1 << 20),
+            (*head_inputs(full), True, *full.options, 1),
+            (*transposed, None, plain.targets, False, *plain.options, 1 << 20),
         ],
         "sequence_features": [
-            (*head_inputs(plain), cu, None, None, *plain.options, 1 << 20),
-            (*head_inputs(full), cu.long(), full.token_weights, per_token[0], *full.options, 1),
-            (*transposed, None, plain.targets, cu, None, None, *plain.options, 1 << 20),
+            (*head_inputs(plain), cu, None, None, False, *plain.options, 1 << 20),
+            (*head_inputs(full), cu.long(), full.token_weights, per_token[0], True, *full.options, 1),
+            (*transposed, None, plain.targets, cu, None, None, False, *plain.options, 1 << 20),
         ],
         "logprobs_backward": [
             (
@@ -94,8 +95,9 @@ def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, list[t
             + (full.targets, *per_token[1:], *full.options, 1, [True, True, True]),
         ],
         "token_sums": [
-            (plain.hidden, plain.head.weight, None, plain.targets + 5, 5, 16, *plain.options, 1 << 20),
-            (full.hidden.T.contiguous().T, full.head.weight, full.head.bias, full.targets, 1, 12, *full.options, 1),
+            (plain.hidden, plain.head.weight, None, plain.targets + 5, 5, 16, False, *plain.options, 1 << 20),
+            (full.hidden.T.contiguous().T, full.head.weight, full.head.bias, full.targets, 1, 12)
+            + (True, *full.options, 1),
         ],
         "part_features": [
             (*head_inputs(plain)[:3], local, cu, None, sums, "", *plain.options, 1 << 20),
@@ -103,6 +105,7 @@ def samples(device: str, dtype: torch.dtype = torch.float32) -> dict[str, list[t
             (*transposed, None, local, None, None, sums, "", *plain.options, 1 << 20),
         ],
         "group_similarity": [(leaf(features), equal, 3), (leaf(features), ragged, None)],
+        "similarity_gradient": [(similarity, features, equal), (of_ragged, features.T.contiguous().T, ragged)],
         "exploration_scores": [(similarity, rewards, equal, None), (similarity, rewards, equal, valid)],
         "shape_rewards": [(rewards, scores, equal, None, *shaping), (rewards, scores, ragged, valid, *shaping)],
         "group_advantages": [(rewards, equal, "std"), (rewards, ragged, "none")],
@@ -119,7 +122,7 @@ def test_every_op_of_the_table_is_registered_and_sampled() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("g2rl::")
     }
-    assert registered == set(dispatch.OPS) == set(samples("cpu"))
+    assert registered == set(EVERY_OP) == set(samples("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -127,8 +130,8 @@ def test_every_op_of_the_table_is_registered_and_sampled() -> None:
     [
         pytest.param(op, backend, device, marks=[pytest.mark.gpu] if device == "cuda" else [])
         for device in DEVICES
-        for op in dispatch.OPS
-        for backend in available_backends(device, torch.float32, (op,))
+        for op in EVERY_OP
+        for backend in (available_backends(device, torch.float32, (op,)) if op in dispatch.OPS else ("torch",))
     ],
 )
 def test_opcheck(op: str, backend: str, device: str) -> None:
@@ -140,7 +143,7 @@ def test_opcheck(op: str, backend: str, device: str) -> None:
 
 
 @every_device
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", EVERY_OP)
 def test_fake_results_match_real_ones(op: str, device: str) -> None:
     """Shape, dtype, device and strides, without data."""
     for dtype in (torch.bfloat16, torch.float64):
@@ -279,6 +282,20 @@ def test_one_compilation_serves_every_batch() -> None:
     assert frames == frames[:1] * 4  # PyTorch 2.11 tries twice for the first
 
 
+def test_similarity_compiles_to_machine_code() -> None:
+    """Also where the size of the largest group is known at run time alone, forward and backward."""
+    groups = torch.tensor([0, 1, 1, 6])
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    eager, compiled = leaf(features), leaf(features)
+    for x, run in (
+        (eager, group_similarity),
+        (compiled, torch.compile(group_similarity, fullgraph=True, backend="inductor")),
+    ):
+        with torch._inductor.config.patch(fx_graph_cache=False):
+            run(x, groups).backward(torch.ones(3, 5, 5))
+    assert torch.equal(compiled.grad, eager.grad)
+
+
 @pytest.mark.parametrize("groups", [3, torch.tensor([0, 1, 1, 6])], ids=["equal", "ragged"])
 def test_compiled_groups_equal_eager(groups: int | Tensor) -> None:
     random = torch.Generator().manual_seed(0)
@@ -326,3 +343,23 @@ def test_compiled_programs_check_values_too() -> None:
     compiled = torch.compile(lambda targets: token_logprobs(s.hidden, s.head, targets).logps, backend=PARTITIONED)
     with pytest.raises(IndexError, match=r"targets: expected values in \[0, 11\), found 11"):
         compiled(torch.full_like(s.targets, 11))
+
+
+@pytest.mark.parametrize("function", [token_logprobs, sequence_features])
+def test_compiled_programs_check_that_hidden_is_finite(function: Callable) -> None:
+    s = head_sample(SHAPE)
+    responses = (s.cu_seqlens,) if function is sequence_features else ()
+
+    @torch.compile(fullgraph=True, backend=PARTITIONED)
+    def compiled(hidden: Tensor) -> Tensor:
+        return function(hidden, s.head, s.targets, *responses, check_finite=True).logps
+
+    hidden = leaf(s.hidden)
+    compiled(hidden).sum().backward()
+    eager = leaf(s.hidden)
+    function(eager, s.head, s.targets, *responses).logps.sum().backward()
+    assert torch.equal(hidden.grad, eager.grad)
+    spoilt = s.hidden.clone()
+    spoilt[4, 1] = -torch.inf
+    with pytest.raises(ValueError, match="hidden: expected finite values, found NaN or inf in row 4"):
+        compiled(spoilt)

@@ -9,13 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from head_cases import check_gradients_of_parts
 
-from g2rl_kernels import SequenceFeatures, sequence_features, testing
+from g2rl_kernels import SequenceFeatures, distributed, sequence_features, testing
 from g2rl_kernels.records import Gradients
 from tests.ops.split_head_ranks import BACKENDS, CASES, sample
 
@@ -121,6 +122,22 @@ def test_tokens_split_over_ranks(run: Run) -> None:
             assert torch.equal(x[name], of_ranks[0][name])
         for found, want in zip(of_ranks[0][name], expected.features, strict=True):
             assert float((found - want).norm()) <= testing.PHI_RELATIVE * float(want.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_of_long_responses_are_summed_exactly(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one in fp32, terms of 0.1 lose 1e-3 of a sum of 300000. A sum is data, as features are."""
+    sums = []
+    for name in ("check_group", "check_alike"):
+        monkeypatch.setattr(distributed, name, lambda *arguments: None)
+    monkeypatch.setattr(distributed, "sum_features", lambda phi, weights, group: sums.append(weights) or phi)
+    token_weights = torch.full((300_060,), 0.1, dtype=dtype, requires_grad=True)
+    group: Any = SimpleNamespace(size=lambda: 1, group_name="")
+    hidden, targets = torch.zeros(300_060, 1), torch.zeros(300_060, dtype=torch.int64)
+    cu_seqlens = torch.tensor([0, 60, 60, 300_060])
+    sequence_features(hidden, torch.ones(1, 1), targets, cu_seqlens, token_weights, context_group=group)
+    expected = token_weights.detach()[0].double() * cu_seqlens.diff()
+    assert not sums[0].requires_grad and torch.equal(sums[0], expected.float())
 
 
 @on_two_ranks

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import g2rl_kernels
 from g2rl_kernels import (
@@ -34,6 +35,8 @@ from g2rl_kernels import (
     use_backend,
     workspace,
 )
+from g2rl_kernels.backends import eager
+from g2rl_kernels.checks import ValueChecks
 from g2rl_kernels.ops import groups as groups_ops
 from g2rl_kernels.ops import head_ops
 
@@ -340,6 +343,17 @@ def test_head_functions(changes: dict, error: type[Exception], message: str, fun
     raises(lambda: head_call(function, **changes), error, message)
 
 
+@pytest.mark.parametrize("function", [token_logprobs, sequence_features])
+def test_late_checks_of_hidden(function: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: launched before the kernels, read after them."""
+    monkeypatch.setattr(ValueChecks, "_is_late", lambda checks, tensor: True)
+    head_call(function, check_finite=True)
+    hidden = torch.zeros(N, D)
+    hidden[3, 1] = torch.nan
+    message = "hidden: expected finite values, found NaN or inf in row 3"
+    raises(lambda: head_call(function, hidden=hidden, check_finite=True), ValueError, message)
+
+
 @pytest.mark.parametrize(("changes", "error", "message"), RESPONSES)
 def test_responses(changes: dict, error: type[Exception], message: str) -> None:
     raises(lambda: head_call(sequence_features, **changes), error, message)
@@ -366,14 +380,38 @@ def test_a_group_of_any_size_in_a_batch_of_none() -> None:
     raises(lambda: group_advantages(none, 2**63), ValueError, "groups: expected a divisor of B = 0, found 92233720")
 
 
+TARGETS = torch.zeros(N, dtype=torch.int64)
+TANGENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "hidden": lambda x: token_logprobs(x, weight(), TARGETS).logps,
+    "head.weight": lambda x: sequence_features(torch.zeros(N, D), x, TARGETS, offsets(0, N)).entropy,
+    "head.bias": lambda x: token_logprobs(torch.zeros(N, D), LMHead(weight(), x[0, :1].expand(V)), TARGETS).logps,
+    "features": lambda x: group_similarity(x, 3),
+}
+
+
+@pytest.mark.parametrize("name", TANGENTS)
+def test_forward_mode_is_refused(name: str) -> None:
+    """PyTorch would take the missing tangent for zero. Where something else has one, ops are constants."""
+    x, run = torch.ones(N, D), TANGENTS[name]
+
+    def with_dual_numbers() -> None:
+        with forward_ad.dual_level():
+            run(forward_ad.make_dual(x, x))
+
+    message = f"{name}: expected no tangent, found one: ops have no forward-mode derivative"
+    raises(with_dual_numbers, NotImplementedError, message)
+    raises(lambda: torch.func.jvp(run, (x,), (x,)), NotImplementedError, message)
+    assert float(torch.func.jvp(lambda y: run(x).sum() + y, (x[0, 0],), (x[0, 0],))[1]) == 1
+
+
 def test_indices_changed_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a backend addresses memory with is what was checked, whatever becomes of the caller's tensor since then."""
     targets, cu_seqlens, groups = torch.zeros(N).long(), offsets(0, 2, N), offsets(0, 3, N)
     given = [targets.data_ptr(), cu_seqlens.data_ptr(), groups.data_ptr()]
     seen: list[int] = []
 
-    def resolved_spy(op: str, *arguments: Any) -> Callable:
-        run = resolve(op, *arguments)
+    def resolved_spy(op: str, *arguments: Any, **named: Any) -> Callable:
+        run = resolve(op, *arguments, **named)
 
         def spy(*args: Any) -> Any:
             for x in (*args, *(y for r in args if isinstance(r, records.Responses) for y in vars(r).values())):
@@ -454,6 +492,28 @@ def test_use_backend_for_the_process() -> None:
     assert resolved() == automatic
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_use_backend_is_not_ignored_in_a_compiled_function(fullgraph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+
+    def spy(*arguments: Any) -> Callable:
+        served.append(dispatch.resolve(*arguments))
+        return served[-1]
+
+    @torch.compile(fullgraph=fullgraph, backend="eager")
+    def compiled(hidden: torch.Tensor) -> torch.Tensor:
+        with use_backend("reference"):
+            return token_logprobs(hidden, weight(), torch.zeros(N, dtype=torch.int64)).logps
+
+    monkeypatch.setattr(head_ops, "resolve", spy)
+    if fullgraph:
+        with pytest.raises(RuntimeError, match="use_backend: expected a call outside of what torch.compile compiles"):
+            compiled(torch.zeros(N, D))
+    else:
+        compiled(torch.zeros(N, D))
+        assert [run.__module__ for run in served] == ["g2rl_kernels.backends.reference.head"]
+
+
 def test_backend_holds_in_backward_passes() -> None:
     """Autograd may run them on threads of its own."""
     hidden = torch.randn(3, D, requires_grad=True)
@@ -528,6 +588,44 @@ def test_backend_that_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         "  not refusing: only float32 today",
     ]
     assert "  not refusing: does not have this op" in report[3].splitlines()
+    with use_backend("refusing"):
+        report = explain().split("\n\n")
+    assert report[1].splitlines() == [
+        "cpu, bfloat16",
+        "  not absent: nobody wrote it",
+        "  not refusing: only float32 today",
+        "  not torch: refusing was asked for",
+    ]
+
+
+@pytest.mark.parametrize("groups", [3, offsets(0, 3, 3, N)], ids=["equal", "ragged"])
+def test_a_backend_without_room_for_a_group_is_passed_over(
+    groups: int | torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for by name, it says what it has room for."""
+    served = []
+
+    def advantages(*arguments: Any) -> Any:
+        served.append(arguments[3])
+        return eager.g2rl_advantages(*arguments)
+
+    def too_large(features: torch.Tensor, m_max: int) -> str | None:
+        most = features.shape[1]
+        return f"groups: expected at most {most} responses in a group, found {m_max}" if m_max > most else None
+
+    small = SimpleNamespace(unavailable=lambda device, dtype: None, g2rl_advantages=advantages, too_large=too_large)
+    row, load = dispatch.Backend("small", "g2rl_kernels.backends.small"), dispatch._load
+    monkeypatch.setattr(dispatch, "BACKENDS", (row, *dispatch.BACKENDS))
+    monkeypatch.setattr(dispatch, "_load", lambda backend: small if backend is row else load(backend))
+    narrow = torch.randn(N, 2)
+    expected = g2rl_advantages(narrow, torch.arange(N), groups)
+    group_call(g2rl_advantages, features=torch.ones(N, 3), groups=groups)
+    assert served == [3] and expected.similarity.shape[1] == 3
+    with use_backend("small"):
+        group_call(g2rl_advantages, features=torch.ones(N, 3), groups=groups)
+        message = "'small' cannot run g2rl_advantages on cpu torch.float32: groups: expected at most 2 responses in a"
+        raises(lambda: group_call(g2rl_advantages, features=narrow, groups=groups), RuntimeError, message)
+    assert served == [3, 3]
 
 
 def test_backends_serve_what_the_table_promises() -> None:

@@ -10,6 +10,12 @@ from g2rl_kernels.plans.inputs import on_device_of, unit_stride
 from g2rl_kernels.records import RULES, GroupAdvantages, Shaping
 
 
+def too_large(features: Tensor, m_max: int) -> str | None:
+    """Why a group of m_max responses is more than the kernel holds; None when it is not."""
+    most = library.module_for(features).most_members(features.shape[1])
+    return f"groups: expected at most {most} responses in a group, found {m_max}" if m_max > most else None
+
+
 def g2rl_advantages(
     features: Tensor,
     rewards: Tensor,
@@ -19,18 +25,12 @@ def g2rl_advantages(
     shaping: Shaping,
     normalize: str,
 ) -> GroupAdvantages:
-    """
-    Raises:
-        ValueError: a group is larger than the kernel holds.
-    """
+    """Of groups that are not `too_large`."""
     module = library.module_for(features)
     features, rewards = unit_stride(features.float()), rewards.float().contiguous()
     cu_groups = cu_groups.to(torch.int32).contiguous()
     valid = None if valid is None else valid.contiguous()
     G, d = cu_groups.shape[0] - 1, features.shape[1]
-    most = module.most_members(d)
-    if m_max > most:
-        raise ValueError(f"cu_groups: expected groups of at most {most} for the cuda backend, found {m_max}")
     advantages, shaped_rewards, scores = (torch.empty_like(rewards) for _ in range(3))
     similarity = torch.empty(G, m_max, m_max, dtype=torch.float32, device=features.device)
     if G and m_max:
