@@ -266,9 +266,7 @@ def _from_kept_at_once(
         if offsets is not None:
             b0, b1 = bisect_right(offsets, first) - 1, bisect_left(offsets, last)
         of_chunk = R[b0 - start : b1 - start]
-        kernels.add_kept(
-            kept, head, batch.targets, cu_seqlens[b0 : b1 + 1], terms, of_chunk, carry, range(first, last)
-        )
+        kernels.add_kept(kept, head, batch.targets, cu_seqlens[b0 : b1 + 1], terms, of_chunk, carry, range(first, last))
         carry = carry[::-1]
     return R, kernels.inverse_weights(cu_seqlens[start : stop + 1], a)
 

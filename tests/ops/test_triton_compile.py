@@ -14,6 +14,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from g2rl_kernels.backends import triton
 from g2rl_kernels.backends.triton import configs, triton_version
 from g2rl_kernels.backends.triton.candidates import candidates
 from g2rl_kernels.backends.triton.compilation import Case, Compiled, compiled_in_parallel, misfits, product_case
@@ -65,12 +66,12 @@ def other_cases() -> Iterator[Case]:
         ("responses._responses_kernel", {"GIVEN": True, "BLOCK_N": 256}),
         ("responses._flagged_kernel", {"BLOCK_B": 1024}),
         ("targets._targets_kernel", {"BLOCK_N": 32, "BLOCK_V": 512}),
-        ("kept._kept_kernel", flags | {"BLOCK_V": 512, "TOKENS": 4}),
+        ("kept._kept_kernel", flags | {"BLOCK_V": 512, "TOKENS": 4, "SEGMENT": 512}),
         ("projection._join_kernel", {"BLOCK": 1024}),
     ):
         for chip in CHIPS:
             yield Case(kernel, "bf16", chip, 4, 3, tuple(constants.items()))
-    for block_m in (16, 128):
+    for block_m, warps in ((16, 4), (triton._MOST, 8)):
         constants = {
             "HAS_VALID": True,
             "RULE": 2,
@@ -81,7 +82,7 @@ def other_cases() -> Iterator[Case]:
             "BLOCK_D": 32,
         }
         for chip in CHIPS:
-            yield Case("groups._group_kernel", "fp32", chip, 4 if block_m == 16 else 8, 3, tuple(constants.items()))
+            yield Case("groups._group_kernel", "fp32", chip, warps, 3, tuple(constants.items()))
 
 
 def smallest_cases() -> Iterator[Case]:

@@ -26,7 +26,11 @@ _OLDEST_CAPABILITY = 80
 # Those with matrix cores for bf16 that sum in fp32.
 _AMD_CHIPS = ("gfx90a", "gfx942", "gfx950")
 
-__all__ = [*_MODULES, "unavailable"]
+# Responses of a group, whose cosines the group kernel holds on the chip: of more it spills, or needs more shared memory
+# than chips have.
+_MOST = 128
+
+__all__ = [*_MODULES, "too_large", "unavailable"]
 
 
 def __getattr__(name: str) -> Callable:
@@ -56,6 +60,11 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if chip == "gfx90a" and dtype == torch.float16:
         return "matrix cores of gfx90a take fp16 numbers below 6e-5 for 0"
     return None
+
+
+def too_large(features: torch.Tensor, m_max: int) -> str | None:
+    """Why a group of m_max responses is more than the kernel holds; None when it is not."""
+    return f"groups: expected at most {_MOST} responses in a group, found {m_max}" if m_max > _MOST else None
 
 
 def triton_version() -> tuple[int, int]:
