@@ -65,6 +65,15 @@ HOST_DEVICE uint32_t to_bits(float x) {
 #endif
 }
 
+// Of `low` and, above it, of `high`.
+HOST_DEVICE uint32_t low_halves(uint32_t low, uint32_t high) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(low, high, 0x5410);  // one instruction, which the compiler does not find
+#else
+  return (low & 0xffff) | high << 16;
+#endif
+}
+
 DEVICE float to_float(float x) { return x; }
 DEVICE float to_float(bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
 DEVICE float to_float(fp16 x) {

@@ -219,8 +219,7 @@ struct StatisticsEpilogue {
 
   // Added to 2^23, a number up to 65535 leaves itself in the low 16 bits.
   static DEVICE uint32_t pack_roots(float low, float high) {
-    const uint32_t bits[2] = {to_bits(fmaf(low, 65535.f, 0x1p23f)), to_bits(fmaf(high, 65535.f, 0x1p23f))};
-    return (bits[0] & 0xffff) | bits[1] << 16;
+    return low_halves(to_bits(fmaf(low, 65535.f, 0x1p23f)), to_bits(fmaf(high, 65535.f, 0x1p23f)));
   }
 
   // Joins the four threads of a row and stores its sums.
