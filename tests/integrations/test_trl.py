@@ -59,6 +59,10 @@ def never(completions: list[str], **_: Any) -> list[float | None]:
     return [None if i % M == 2 else 0.5 for i, _ in enumerate(completions)]
 
 
+def near_twenty(completions: list[str], **_: Any) -> list[float]:
+    return [-float(abs(20 - len(text))) for text in completions]
+
+
 class Round(NamedTuple):
     """One round of completions: the model that made them, what TRL keeps of them, rewards by function, features."""
 
@@ -282,6 +286,7 @@ LOSSES = {
         "peft_config": LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False),
     },
     "rloo": {"kind": "rloo"},
+    "rewards far out of range": {"reward_funcs": [near_twenty]},
 }
 
 
@@ -387,6 +392,20 @@ def test_what_helps_little_is_warned_of(
     said = [record.message for record in caplog.records if "G2RL:" in record.message]
     assert len([m for m in said if "set reward_range" in m]) == 1
     assert len([m for m in said if "one is added" in m]) == 1
+
+
+@pytest.mark.parametrize(("strength", "times"), [(1.0, 1), (0.0, 0)])
+def test_rewards_out_of_range_are_warned_of_once(
+    strength: float, times: int, tiny_model: Path, prompts: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(
+        G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path,
+        reward_funcs=near_twenty, reward_range=[-5, 0], strength=strength,
+    )  # fmt: skip
+    run.train()
+    left = "rewards leave reward_range (-5 to 0; found -"
+    said = [record.message for record in caplog.records if left in record.message]
+    assert len(said) == times and all("Set reward_range to the lowest" in message for message in said)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from g2rl.heads import keep_head_inputs_contiguous
-from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, shape_in_range
+from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, range_left, shape_in_range
 from g2rl.integrations.head_pass import HeadOutputs, HeadPass, add_head_pass, join, run_alongside
 from g2rl_kernels import Shaping
 
@@ -188,9 +188,9 @@ class G2RLMixin(_Trainer):
         weights = self.reward_weights[:-1].to(rewards.device)
         raw = (rewards * weights).nansum(1)
         scorable = ~rewards.isnan().all(1)
-        self._warn_of_zero_rewards(raw[scorable])
-        features, valid = gather(rollout.features), gather(rollout.valid) & scorable
         reward_range = self.args.reward_range or (-1.0, 1.0)
+        self._warn_of_rewards(raw[scorable], reward_range)
+        features, valid = gather(rollout.features), gather(rollout.valid) & scorable
         shaped, metrics = shape_in_range(features, raw, self.num_generations, self.args.shaping, reward_range, valid)
         for name, value in metrics.items():
             self._metrics["train"][f"g2rl/{name}"].append(value)
@@ -364,9 +364,13 @@ class G2RLMixin(_Trainer):
             message += ". With steps_per_generation=1 the update shares it"
         self._say(message)
 
-    def _warn_of_zero_rewards(self, raw: torch.Tensor) -> None:
+    def _warn_of_rewards(self, raw: torch.Tensor, reward_range: tuple[float, float]) -> None:
+        if self.args.strength == 0:
+            return
         if self.args.reward_range is None and has_unmoved_zeros(raw):
             self._say(f"{ZERO_REWARDS}; set reward_range, for rewards of 0 and 1 to [0, 1]")
+        if left := range_left(raw, reward_range):
+            self._say(f"{left}. Set reward_range to the lowest and highest sum that your reward functions can give")
 
 
 def _refuse(trainer: Any) -> None:
