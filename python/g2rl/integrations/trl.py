@@ -150,7 +150,7 @@ class G2RLMixin(_Trainer):
         add_head_pass(self._causal_lm(self.model))
         keep_head_inputs_contiguous(self._causal_lm(self.model))
         if self.ref_model is not None:
-            add_head_pass(self.ref_model)
+            add_head_pass(self._causal_lm(self.ref_model))  # TRL has wrapped it where FSDP version 1 or ZeRO runs
 
     def _send_telemetry(self) -> None:
         """Nothing; TRL's own trainers report each start to its makers."""
