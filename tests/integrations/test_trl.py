@@ -380,6 +380,13 @@ def test_what_cannot_work_is_refused(message: str, tiny_model: Path, prompts: Da
         trainer(G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path, **REFUSED[message])
 
 
+def test_liger_leaves_the_models_forward_alone(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
+    """TRL before 1.15 lets it replace what the head pass is in."""
+    options: dict[str, Any] = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False}}
+    run = trainer(G2RLRLOOTrainer, G2RLRLOOConfig, tiny_model, str(tiny_model), prompts, tmp_path, **options)
+    assert run.args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+
+
 def test_what_helps_little_is_warned_of(
     tiny_model: Path, prompts: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
