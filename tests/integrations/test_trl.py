@@ -12,6 +12,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
     AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -378,6 +380,14 @@ REFUSED = {
 def test_what_cannot_work_is_refused(message: str, tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path, **REFUSED[message])
+
+
+def test_heads_that_are_not_known_are_refused(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
+    model = BertLMHeadModel(BertConfig(vocab_size=77, is_decoder=True, initializer_range=0.2, **SIZES))
+    with pytest.raises(
+        ValueError, match="model: expected .* log-probabilities of BertLMHeadModel differ from those of"
+    ):
+        trainer(G2RLTrainer, G2RLConfig, tiny_model, model, prompts, tmp_path)
 
 
 def test_liger_leaves_the_models_forward_alone(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:

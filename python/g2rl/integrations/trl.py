@@ -29,7 +29,7 @@ from accelerate.utils import DistributedType, gather
 from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from g2rl.heads import keep_head_inputs_contiguous
+from g2rl.heads import head_difference, keep_head_inputs_contiguous
 from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, range_left, shape_in_range
 from g2rl.integrations.head_pass import HeadOutputs, HeadPass, add_head_pass, join, run_alongside
 from g2rl_kernels import Shaping
@@ -148,10 +148,21 @@ class G2RLMixin(_Trainer):
         self._rollout: _Rollout | None = None
         self._update_rows: torch.Tensor | None = None
         self._say = Once(logger)  # by the main process
+        self._check_head()
         add_head_pass(self._causal_lm(self.model))
         keep_head_inputs_contiguous(self._causal_lm(self.model))
         if self.ref_model is not None:
             add_head_pass(self._causal_lm(self.ref_model))  # TRL has wrapped it where FSDP version 1 or ZeRO runs
+
+    def _check_head(self) -> None:
+        with self.accelerator.autocast():
+            difference = head_difference(self._causal_lm(self.model), self._head_dtype)
+        if difference:
+            raise ValueError(f"model: expected one with a head that G2RL serves, but {difference}")
+
+    @property
+    def _head_dtype(self) -> torch.dtype | None:
+        return torch.float32 if getattr(self.args, "cast_lm_head_to_fp32", False) else None
 
     def _send_telemetry(self) -> None:
         """Nothing; TRL's own trainers report each start to its makers."""
@@ -252,8 +263,7 @@ class G2RLMixin(_Trainer):
         if weights is not None and rollout is not None and rollout.tool_mask is not None:
             own = pad_sequence([torch.tensor(row) for row in rollout.tool_mask], batch_first=True)
             weights[:, -logits_to_keep:][:, : own.shape[1]] *= own.to(weights.device)
-        dtype = torch.float32 if getattr(self.args, "cast_lm_head_to_fp32", False) else None
-        return HeadPass(input_ids, scored, weights, self.temperature, dtype)
+        return HeadPass(input_ids, scored, weights, self.temperature, self._head_dtype)
 
     def _run(
         self,
