@@ -142,4 +142,4 @@ def test_the_plugin_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, caplog: 
     (record,) = caplog.records
     assert record.levelname == "ERROR"
     assert "there will be no trainer_mode=g2rl_sync" in caplog.text
-    assert "pip install 'g2rl-kernels[verl]'" in caplog.text and "ModuleNotFoundError: " in caplog.text
+    assert "pip install 'verl[verl-core]>=0.9.1'" in caplog.text and "ModuleNotFoundError: " in caplog.text

@@ -37,7 +37,7 @@ from g2rl_kernels import Shaping
 try:
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 except ImportError as error:
-    raise ImportError(f"g2rl.integrations.trl: expected trl, found {error}; pip install 'g2rl-kernels[trl]'") from error
+    raise ImportError(f"g2rl.integrations.trl: expected trl, found {error}; pip install 'trl>=1.12'") from error
 
 # Any GRPO-like trainer; for type checkers, the one whose attributes all others share.
 _Trainer: Any = object
