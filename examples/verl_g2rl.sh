@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GRPO with gradient-guided exploration in verl, on one node with 8 GPUs: verl's own command and two settings of G2RL.
 #
-#     pip install "g2rl-kernels[verl]" "verl[vllm]"
+#     pip install --no-build-isolation -e ".[verl]" "verl[vllm]"   # in a checkout, on every node
 #     examples/verl_g2rl.sh Qwen/Qwen3-1.7B-Base train.parquet test.parquet [verl's options ...]
 #
 # The files are verl's, as made by its examples/data_preprocess. What the log of the start has to say: "g2rl-kernels ...:
@@ -11,8 +11,14 @@ set -euo pipefail
 model=${1:?a model, by name or folder} train=${2:?a parquet file} test=${3:?a parquet file}
 shift 3
 
-# G2RL. reward_range: what verl's rewards for mathematics lie in, mapped to -1 and 1 while they are shaped. Others of its
-# options, with their defaults: +g2rl.clip=3.0 +g2rl.rule=scale +g2rl.min_range=0.01 +g2rl.uniform_groups=shape
+# G2RL. reward_range: lowest and highest reward, mapped to -1 and 1 while they are shaped. It hangs on the files' column
+# data_source. verl 0.9.1 gives
+#   0 to 1    openai/gsm8k, lighteval/MATH, DigitalLearningGmbH/MATH-lighteval, HuggingFaceH4/MATH-500, numina_*, searchR1_*,
+#             hiyouga/geometry3k, codecontests, apps, codeforces, taco
+#   -1 or 1   math_dapo, math, math_dapo_reasoning, aime*: add g2rl.reward_range=[-1,1] to the options. With 0 to 1 their
+#             wrong answers would lie at -3, the clip, where nothing shapes them; the log warns of it.
+# Others of its options, with their defaults: +g2rl.clip=3.0 +g2rl.rule=scale +g2rl.min_range=0.01
+# +g2rl.uniform_groups=shape
 g2rl=(
   trainer.v1.trainer_mode=g2rl_sync
   +g2rl.strength=1.0

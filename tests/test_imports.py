@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -245,3 +247,15 @@ def test_the_checks_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "g2rl" / "nowhere.py").write_text("")
     with pytest.raises(AssertionError, match=r"g2rl\.nowhere: give it a layer in test_imports\.py"):
         test_every_module_has_one_layer("g2rl")
+
+
+def test_messages_name_the_packages_that_extras_ask_for() -> None:
+    """This package itself is on no index: `pip install` of its extras would find nothing."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    asked = {requirement for requirements in extras.values() for requirement in requirements}
+    named: set[str] = set()
+    for file in SOURCES["g2rl"].rglob("*.py"):
+        text = file.read_text()
+        assert "g2rl-kernels[" not in text, file
+        named.update(re.findall(r"'([a-z][a-z0-9-]*(?:\[[a-z-]+\])?>=[^']+)'", text))
+    assert len(named) >= 8 and named <= asked

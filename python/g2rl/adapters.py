@@ -37,7 +37,7 @@ def add_adapter(model: Any, config: LoraConfig) -> None:
     try:
         import peft
     except ImportError as error:
-        raise ConfigError(f"model.lora.rank: LoRA needs peft: pip install 'g2rl-kernels[lora]' ({error})") from error
+        raise ConfigError(f"model.lora.rank: LoRA needs peft: pip install 'peft>=0.18' ({error})") from error
     _check_targets(model, config.targets)
     model.add_adapter(
         peft.LoraConfig(
@@ -149,7 +149,7 @@ def merged(model: Any, folder: str) -> Any:
         from peft import PeftModel
     except ImportError as error:
         raise ConfigError(
-            f"model.path: the adapter in {folder!r} needs peft: pip install 'g2rl-kernels[lora]' ({error})"
+            f"model.path: the adapter in {folder!r} needs peft: pip install 'peft>=0.18' ({error})"
         ) from error
     model = PeftModel.from_pretrained(model, folder).merge_and_unload()
     model.name_or_path = folder

@@ -23,6 +23,12 @@ from g2rl.files import write_durably
 _OFF_POLICY = {"objective": {"importance_cap": 2.0}}
 """Defaults of the rest where responses are of another policy: by other kernels, or an older one."""
 
+_OF_A_CHOICE = {
+    "task.name": ("task.options",),
+    "rollout.engine": ("rollout.vllm", "rollout.server", "rollout.server_folder"),
+}
+"""Keys that mean something beside one value of another key alone: a layer that chooses another value starts without."""
+
 METHODS = Path(__file__).parent / "methods"
 """Where a method may have defaults for the rest of the configuration, in ``<name>.yaml``."""
 
@@ -447,6 +453,33 @@ def merged(first: DictConfig | dict[str, Any], *layers: DictConfig | dict[str, A
     return whole
 
 
+def _stacked(layers: Sequence[DictConfig]) -> DictConfig:
+    """Layers as `merged`, each without what those below say of a choice that it makes otherwise."""
+    whole = cast(DictConfig, OmegaConf.create({}))
+    for layer in layers:
+        for choice, own in _OF_A_CHOICE.items():
+            chosen = _value(layer, choice)
+            if chosen is not None and chosen != (_value(whole, choice) or OmegaConf.select(_defaults(), choice)):
+                for key in own:
+                    _remove(whole, key)
+        whole = merged(whole, layer)
+    return whole
+
+
+def _value(layer: DictConfig, key: str) -> Any:
+    """What a layer has at a dotted key, as it is written; None for nothing."""
+    found: Any = OmegaConf.to_container(layer)
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
+
+
+def _remove(layer: DictConfig, key: str) -> None:
+    section, _, name = key.rpartition(".")
+    if isinstance(_value(layer, section), dict):
+        layer[section].pop(name, None)
+
+
 def _check_kinds(below: Any, above: Any, key: str = "") -> None:
     if isinstance(below, dict) and isinstance(above, dict):
         for name in above:
@@ -461,6 +494,8 @@ def load_config(
 ) -> Config:
     """Read a configuration: the defaults, those of its method, files, and overrides, each on top of what comes before.
 
+    A task's options go with it where a later layer names another task, and vLLM's where one chooses another engine.
+
     Args:
         paths: YAML file or files, or the contents of some, merged in order; None starts from the defaults.
         overrides: ``key=value`` strings, values in YAML syntax, applied in order.
@@ -473,7 +508,7 @@ def load_config(
         layers = [OmegaConf.create(path) if isinstance(path, dict) else read_yaml(Path(path)) for path in paths]
         layers.append(read_overrides(overrides))
         # Joined before they meet the defaults, whose every merge copies all keys with their types.
-        chosen = merged({}, *map(_renamed, layers))
+        chosen = _stacked([_renamed(layer) for layer in layers])
         asked = merged(_defaults(), chosen)
         below: list[DictConfig | dict[str, Any]] = []
         if asked.rollout.engine == "vllm" or asked.rollout.ahead:

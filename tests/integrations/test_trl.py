@@ -12,6 +12,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
     AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -57,6 +59,10 @@ def even(completions: list[str], **_: Any) -> list[float | None]:
 
 def never(completions: list[str], **_: Any) -> list[float | None]:
     return [None if i % M == 2 else 0.5 for i, _ in enumerate(completions)]
+
+
+def near_twenty(completions: list[str], **_: Any) -> list[float]:
+    return [-float(abs(20 - len(text))) for text in completions]
 
 
 class Round(NamedTuple):
@@ -282,6 +288,7 @@ LOSSES = {
         "peft_config": LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False),
     },
     "rloo": {"kind": "rloo"},
+    "rewards far out of range": {"reward_funcs": [near_twenty]},
 }
 
 
@@ -375,6 +382,21 @@ def test_what_cannot_work_is_refused(message: str, tiny_model: Path, prompts: Da
         trainer(G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path, **REFUSED[message])
 
 
+def test_heads_that_are_not_known_are_refused(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
+    model = BertLMHeadModel(BertConfig(vocab_size=77, is_decoder=True, initializer_range=0.2, **SIZES))
+    with pytest.raises(
+        ValueError, match="model: expected .* log-probabilities of BertLMHeadModel differ from those of"
+    ):
+        trainer(G2RLTrainer, G2RLConfig, tiny_model, model, prompts, tmp_path)
+
+
+def test_liger_leaves_the_models_forward_alone(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
+    """TRL before 1.15 lets it replace what the head pass is in."""
+    options: dict[str, Any] = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False}}
+    run = trainer(G2RLRLOOTrainer, G2RLRLOOConfig, tiny_model, str(tiny_model), prompts, tmp_path, **options)
+    assert run.args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+
+
 def test_what_helps_little_is_warned_of(
     tiny_model: Path, prompts: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -387,6 +409,20 @@ def test_what_helps_little_is_warned_of(
     said = [record.message for record in caplog.records if "G2RL:" in record.message]
     assert len([m for m in said if "set reward_range" in m]) == 1
     assert len([m for m in said if "one is added" in m]) == 1
+
+
+@pytest.mark.parametrize(("strength", "times"), [(1.0, 1), (0.0, 0)])
+def test_rewards_out_of_range_are_warned_of_once(
+    strength: float, times: int, tiny_model: Path, prompts: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(
+        G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path,
+        reward_funcs=near_twenty, reward_range=[-5, 0], strength=strength,
+    )  # fmt: skip
+    run.train()
+    left = "rewards leave reward_range (-5 to 0; found -"
+    said = [record.message for record in caplog.records if left in record.message]
+    assert len(said) == times and all("Set reward_range to the lowest" in message for message in said)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tests.integrations.test_trl import Round, assert_features, reference_advant
 ROOT = Path(__file__).parents[2]
 OPTIONS = {
     "shared pass": ["per_device_train_batch_size=2", "gradient_checkpointing=true"],
-    "accumulated": ["per_device_train_batch_size=3", "gradient_accumulation_steps=2"],
+    "accumulated, KL": ["per_device_train_batch_size=3", "gradient_accumulation_steps=2", "beta=0.04"],
 }
 
 

@@ -1,5 +1,6 @@
 """What each rank of `test_trl_ranks.py` runs, all of it saved for the parent to check: two short trainings, TRL's own
 and G2RL without strength, whose weights must agree; one with strength; and a head pass of a model sharded by FSDP2.
+Where the options have a `beta`, the KL term's model is sharded by FSDP version 1.
 
     torchrun --nproc-per-node 2 -m tests.integrations.trl_ranks MODEL OUTPUT [OPTION=VALUE ...]
 """
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from datasets import Dataset
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -51,7 +53,20 @@ def sharding_error(folder: Path) -> float:
     return float((found[0] - found[1]).norm() / found[0].norm())
 
 
+def shard_references() -> None:
+    """Have references wrapped as `trl.models.prepare_fsdp` does it: before a subclass of the trainer sees them."""
+    prepare = Accelerator.prepare_model
+
+    def prepare_model(self: Any, model: Any, *args: Any, evaluation_mode: bool = False, **more: Any) -> Any:
+        if not evaluation_mode:
+            return prepare(self, model, *args, **more)
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True).eval()
+
+    Accelerator.prepare_model = prepare_model
+
+
 def main() -> None:
+    shard_references()
     folder, output = Path(sys.argv[1]), Path(sys.argv[2])
     options = {key: json.loads(value) for key, value in (item.split("=", 1) for item in sys.argv[3:])}
     prompts = Dataset.from_dict({"prompt": ["2 + 2 = ", "a", "what is it? ", "one two"] * 4})

@@ -192,12 +192,25 @@ def test_missing_features_are_an_error(queue: None) -> None:
     tq.kv_clear(keys=list(KEYS), partition_id="train")
 
 
-def test_zero_rewards_are_warned_of_once(queue: None, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = G2RLTrainer(configuration())
+@pytest.mark.parametrize(
+    ("overrides", "rewards", "message"),
+    [
+        ([], [1.0, 0.0], "+g2rl.reward_range=[0,1]"),
+        (["+g2rl.reward_range=[0,1]"], [1.0, -1.0], "(0 to 1; found -1 to 1)"),
+        ([], [2.0, -1.0], "(-1 to 1; found -1 to 2)"),
+    ],
+)
+def test_rewards_that_do_not_fit_are_warned_of_once(
+    overrides: list[str], rewards: list[float], message: str, queue: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = G2RLTrainer(configuration(*overrides))
     for _ in range(2):
-        trainer._warn_of_zero_rewards(torch.tensor([1.0, 0.0]))
-    trainer._warn_of_zero_rewards(torch.tensor([1.0, -1.0]))
-    assert caplog.text.count("+g2rl.reward_range=[0,1]") == 1
+        trainer._warn_of_rewards(torch.tensor(rewards))
+    trainer._warn_of_rewards(torch.tensor([1.0, 0.5]))
+    assert [record.message.count(message) for record in caplog.records] == [1]
+    without = G2RLTrainer(configuration(*overrides, "+g2rl.strength=0"))
+    without._warn_of_rewards(torch.tensor(rewards))
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(
@@ -218,14 +231,15 @@ def test_small_groups_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     assert "rollout.n: expected 3 or more, found 2" in caplog.text
 
 
-def test_example(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("more", "reward_range"), [([], (0.0, 1.0)), (["g2rl.reward_range=[-1,1]"], (-1.0, 1.0))])
+def test_example(more: list[str], reward_range: tuple[float, float], tmp_path: Path) -> None:
     """What the launch script asks for is in verl's configuration, and the trainer takes it."""
     (tmp_path / "python3").write_text('#!/bin/sh\nshift 2\nprintf "%s\\n" "$@"\n')
     (tmp_path / "python3").chmod(0o755)
     script = Path(__file__).parents[2] / "examples" / "verl_g2rl.sh"
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = [script, "model", "train.parquet", "test.parquet", "trainer.total_epochs=2"]
+    command = [script, "model", "train.parquet", "test.parquet", "trainer.total_epochs=2", *more]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     config = configuration(*printed.splitlines())
     assert config.trainer.total_epochs == 2 and config.data.val_files == "test.parquet"
-    assert get_trainer_cls(config.trainer.v1.trainer_mode)(config).options == Options(Shaping(), (0.0, 1.0))
+    assert get_trainer_cls(config.trainer.v1.trainer_mode)(config).options == Options(Shaping(), reward_range)

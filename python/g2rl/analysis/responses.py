@@ -14,6 +14,7 @@ from g2rl.config import Config, ConfigError
 from g2rl.forward import ForwardPass, ResponseStates
 from g2rl.heads import lm_head
 from g2rl.model import load_model
+from g2rl.policy import check_head
 from g2rl.rewards import judge_episodes
 from g2rl.rollout import Sampler, make_batch, make_sampler, response_seeds
 from g2rl.tasks.base import Task
@@ -58,7 +59,7 @@ class Subject:
         config: of the model's run, as `g2rl.evaluation.command.model_config` gives it.
 
     Raises:
-        ConfigError: nothing loadable there.
+        ConfigError: nothing loadable there, or a model whose head is not known.
     """
 
     def __init__(self, config: Config) -> None:
@@ -66,6 +67,7 @@ class Subject:
         self.model: Any
         self.model, self.tokenizer = load_model(self.config.model)
         self.model.eval()
+        check_head(self.model, self.config.model)
         self.forward_pass = ForwardPass(self.model, self.config.model)
 
     def sampler(self) -> Sampler:

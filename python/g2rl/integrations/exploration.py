@@ -29,13 +29,17 @@ def shape_in_range(
         reward_range: lowest and highest reward.
 
     Returns:
-        shaped rewards [B] in the scale of the raw ones, and `exploration_metrics`.
+        shaped rewards [B] in the scale of the raw ones, which they are where nothing shapes them, bit by bit; and
+        `exploration_metrics`.
     """
     low, high = reward_range
     scale, middle = (high - low) / 2, (high + low) / 2
-    result = g2rl_advantages(features, (rewards - middle) / scale, groups, shaping, valid)
+    inner = (rewards - middle) / scale
+    result = g2rl_advantages(features, inner, groups, shaping, valid)
     metrics = exploration_metrics(features, result, groups, shaping.min_range)
-    return result.shaped_rewards * scale + middle, metrics
+    if shaping.strength == 0:
+        return rewards, metrics
+    return rewards + (result.shaped_rewards - inner) * scale, metrics
 
 
 def exploration_metrics(
@@ -71,6 +75,19 @@ def exploration_metrics(
 def has_unmoved_zeros(rewards: torch.Tensor) -> bool:
     """Whether rewards [B] look like 0 for wrong and more for right, which scaling cannot tell apart as it should."""
     return bool((rewards == 0).any()) and bool((rewards >= 0).all())
+
+
+def range_left(rewards: torch.Tensor, reward_range: tuple[float, float]) -> str:
+    """What is wrong where rewards [B] leave their range by more than rounding; else empty."""
+    low, high = reward_range
+    slack = 1e-5 * (high - low)
+    if rewards.numel() == 0 or (low - slack <= float(rewards.min()) and float(rewards.max()) <= high + slack):
+        return ""
+    return (
+        f"G2RL: rewards leave reward_range ({low:g} to {high:g}; found {float(rewards.min()):g} to "
+        f"{float(rewards.max()):g}), whose middle parts wrong answers from right ones, and shaped rewards stay within "
+        "clip times half of it: far outside little is shaped"
+    )
 
 
 class Once:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from g2rl.heads import lm_head
+from g2rl.heads import lm_head, product_dtype
 from g2rl_kernels import pad, sequence_features, token_logprobs, unpad
 
 
@@ -64,7 +64,7 @@ class HeadPass:
         """Outputs of `model`'s head on its last hidden states."""
         scored = self.scored[:, 1:]
         packed, cu_seqlens = unpad(hidden[:, :-1], scored)
-        dtype = self.dtype or _product_dtype(hidden)
+        dtype = self.dtype or product_dtype(hidden)
         packed, head = packed.to(dtype), lm_head(model, self.temperature, dtype)
         targets = self.input_ids[:, 1:][scored]
         if self.token_weights is None:
@@ -79,11 +79,6 @@ def join(outputs: Sequence[HeadOutputs]) -> HeadOutputs:
     """Outputs of consecutive rows as one."""
     logps, entropy, features = zip(*outputs, strict=True)
     return HeadOutputs(torch.cat(logps), torch.cat(entropy), None if features[0] is None else torch.cat(features))
-
-
-def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def add_head_pass(model: Any) -> None:

@@ -29,15 +29,15 @@ from accelerate.utils import DistributedType, gather
 from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from g2rl.heads import keep_head_inputs_contiguous
-from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, shape_in_range
+from g2rl.heads import head_difference, keep_head_inputs_contiguous
+from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, range_left, shape_in_range
 from g2rl.integrations.head_pass import HeadOutputs, HeadPass, add_head_pass, join, run_alongside
 from g2rl_kernels import Shaping
 
 try:
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 except ImportError as error:
-    raise ImportError(f"g2rl.integrations.trl: expected trl, found {error}; pip install 'g2rl-kernels[trl]'") from error
+    raise ImportError(f"g2rl.integrations.trl: expected trl, found {error}; pip install 'trl>=1.12'") from error
 
 # Any GRPO-like trainer; for type checkers, the one whose attributes all others share.
 _Trainer: Any = object
@@ -144,13 +144,25 @@ class G2RLMixin(_Trainer):
             )
         super().__init__(*args, **kwargs)
         _refuse(self)
+        _keep_forward(self.args)
         self._rollout: _Rollout | None = None
         self._update_rows: torch.Tensor | None = None
         self._say = Once(logger)  # by the main process
+        self._check_head()
         add_head_pass(self._causal_lm(self.model))
         keep_head_inputs_contiguous(self._causal_lm(self.model))
         if self.ref_model is not None:
-            add_head_pass(self.ref_model)
+            add_head_pass(self._causal_lm(self.ref_model))  # TRL has wrapped it where FSDP version 1 or ZeRO runs
+
+    def _check_head(self) -> None:
+        with self.accelerator.autocast():
+            difference = head_difference(self._causal_lm(self.model), self._head_dtype)
+        if difference:
+            raise ValueError(f"model: expected one with a head that G2RL serves, but {difference}")
+
+    @property
+    def _head_dtype(self) -> torch.dtype | None:
+        return torch.float32 if getattr(self.args, "cast_lm_head_to_fp32", False) else None
 
     def _send_telemetry(self) -> None:
         """Nothing; TRL's own trainers report each start to its makers."""
@@ -188,9 +200,9 @@ class G2RLMixin(_Trainer):
         weights = self.reward_weights[:-1].to(rewards.device)
         raw = (rewards * weights).nansum(1)
         scorable = ~rewards.isnan().all(1)
-        self._warn_of_zero_rewards(raw[scorable])
-        features, valid = gather(rollout.features), gather(rollout.valid) & scorable
         reward_range = self.args.reward_range or (-1.0, 1.0)
+        self._warn_of_rewards(raw[scorable], reward_range)
+        features, valid = gather(rollout.features), gather(rollout.valid) & scorable
         shaped, metrics = shape_in_range(features, raw, self.num_generations, self.args.shaping, reward_range, valid)
         for name, value in metrics.items():
             self._metrics["train"][f"g2rl/{name}"].append(value)
@@ -251,8 +263,7 @@ class G2RLMixin(_Trainer):
         if weights is not None and rollout is not None and rollout.tool_mask is not None:
             own = pad_sequence([torch.tensor(row) for row in rollout.tool_mask], batch_first=True)
             weights[:, -logits_to_keep:][:, : own.shape[1]] *= own.to(weights.device)
-        dtype = torch.float32 if getattr(self.args, "cast_lm_head_to_fp32", False) else None
-        return HeadPass(input_ids, scored, weights, self.temperature, dtype)
+        return HeadPass(input_ids, scored, weights, self.temperature, self._head_dtype)
 
     def _run(
         self,
@@ -364,9 +375,13 @@ class G2RLMixin(_Trainer):
             message += ". With steps_per_generation=1 the update shares it"
         self._say(message)
 
-    def _warn_of_zero_rewards(self, raw: torch.Tensor) -> None:
+    def _warn_of_rewards(self, raw: torch.Tensor, reward_range: tuple[float, float]) -> None:
+        if self.args.strength == 0:
+            return
         if self.args.reward_range is None and has_unmoved_zeros(raw):
             self._say(f"{ZERO_REWARDS}; set reward_range, for rewards of 0 and 1 to [0, 1]")
+        if left := range_left(raw, reward_range):
+            self._say(f"{left}. Set reward_range to the lowest and highest sum that your reward functions can give")
 
 
 def _refuse(trainer: Any) -> None:
@@ -396,6 +411,13 @@ def _refuse(trainer: Any) -> None:
             "are equal and G2RL changes nothing",
             stacklevel=3,
         )
+
+
+def _keep_forward(args: Any) -> None:
+    """Keep transformers from replacing the model's forward, the head pass in it, by Liger's when training begins; so
+    does TRL from 1.15 on. Liger's other kernels stay."""
+    if args.use_liger_kernel:
+        args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
 
 
 class G2RLTrainer(G2RLMixin, GRPOTrainer):

