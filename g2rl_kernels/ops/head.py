@@ -199,7 +199,8 @@ def sequence_features(
     Args:
         hidden, head, targets, workspace_bytes, check_finite: as in `token_logprobs`.
         cu_seqlens: [B + 1] int32 or int64, from 0 to N, never decreasing; response b owns tokens cu[b] to cu[b + 1].
-        token_weights: [N] float >= 0, a_t of eq. 8; None weighs all tokens alike.
+        token_weights: [N] float >= 0, a_t of eq. 8, on a GPU such that fp32 holds a response's sum and its inverse;
+            None weighs all tokens alike.
         lse: [N] float from the same weights and hidden states (say, of the pass for old log-probabilities); spares
             kernels the search for the row maximum, and with it a second product. Values of it only steer rounding:
             the result is normalised anew, and a response with values of something else, NaN included, is computed

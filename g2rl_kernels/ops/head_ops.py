@@ -48,14 +48,15 @@ def _check_finite(checks: ValueChecks, hidden: torch.Tensor) -> None:
 def _moderate(token_weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Weights [N] whose sums fit kernels' fp32: a power of two times those of a response whose largest does not.
 
-    Phi does not depend on the scale of a response's weights. Others keep their bits.
+    Phi does not depend on the scale of a response's weights. Others keep their bits. On a CPU alone: elsewhere to ask
+    is to wait, and not to ask a dozen launches that hardly anybody needs.
     """
-    if token_weights.device.type not in ("cpu", "cuda"):  # others lack float64, or these operations
+    if token_weights.device.type != "cpu":
         return token_weights
     weights = token_weights.double()
     exponent = torch.frexp(torch.segment_reduce(weights, "max", offsets=cu_seqlens, initial=0)).exponent
     shift = exponent.clamp(-_MODERATE_EXPONENT, _MODERATE_EXPONENT) - exponent
-    if token_weights.device.type == "cpu" and not bool(shift.any()):  # on a GPU to ask is to wait
+    if not bool(shift.any()):
         return token_weights
     factor = torch.exp2(shift.double()).repeat_interleave(cu_seqlens.diff(), output_size=token_weights.shape[0])
     return (weights * factor).to(token_weights.dtype)
