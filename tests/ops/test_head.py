@@ -315,7 +315,7 @@ def test_responses_without_weight(backend: str | None, device: str, dtype: torch
 def test_features_do_not_depend_on_the_scale_of_weights(
     backend: str | None, device: str, dtype: torch.dtype, given: torch.dtype, powers: tuple[int, ...]
 ) -> None:
-    """Bit for bit, each response by itself, for all that a dtype holds; on a GPU what fp32 holds sums and inverses of."""
+    """Bit for bit, each response by itself, for all that a dtype holds; on a GPU for sums and inverses in fp32."""
     s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["plain"])
     if device == "cuda":
         powers = tuple(max(-100, min(power, 100)) for power in powers)
