@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"g2rl: {error}", file=sys.stderr)
         return 2
-    except StorageError as error:
+    except _foreseen() as error:
         print(f"g2rl: {error}", file=sys.stderr)
         return 1
 
@@ -170,7 +170,7 @@ def _train_together(read: Callable[[], Config]) -> int:
 
 
 def _foreseen() -> tuple[type[Exception], ...]:
-    """What may stop a run, with a message that says it all."""
+    """What may stop a command, with a message that says it all. Loaded where something did."""
     from g2rl.rollout import RolloutError
     from g2rl.trainer import TrainingError
 
@@ -184,13 +184,8 @@ def _announce(config: Config, how: str = "") -> None:
 
 def _dry_run(config: Config) -> int:
     from g2rl.dry_run import dry_run
-    from g2rl.trainer import TrainingError
 
-    try:
-        dry_run(config)
-    except TrainingError as error:
-        print(f"g2rl: {error}", file=sys.stderr)
-        return 1
+    dry_run(config)
     return 0
 
 
