@@ -58,8 +58,7 @@ def why_no_cuda() -> str | None:
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         cuda = ext.name.endswith("._cuda")
-        native = bool(os.environ.get("G2RL_REQUIRE_NATIVE"))
-        required = cuda_choice() == "on" if cuda else native
+        required = cuda_choice() == "on" if cuda else bool(os.environ.get("G2RL_REQUIRE_NATIVE"))
         reason = why_not() or (why_no_cuda() if cuda else None)
         if reason is None:
             reason = self.build_with_cmake(ext, cuda)

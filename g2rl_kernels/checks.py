@@ -129,6 +129,15 @@ def check_not_negative(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected values >= 0, found {lowest}")
 
 
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError for the first row of a matrix with NaN or inf."""
+    if tensor.numel() == 0 or not values_readable(tensor):
+        return
+    wrong = torch.isfinite(tensor).all(1).logical_not_()
+    if bool(wrong.any()):
+        raise ValueError(f"{name}: expected finite values, found NaN or inf in row {int(wrong.nonzero()[0])}")
+
+
 class LateValues:
     """A tensor's values on the host, for which it waits only when it asks; later work on a GPU need not have ended."""
 
@@ -186,6 +195,10 @@ class ValueChecks:
     def not_negative(self, name: str, tensor: torch.Tensor) -> None:
         """`check_not_negative`."""
         self.run(partial(check_not_negative, name, tensor), tensor, lambda: (tensor >= 0).logical_not_().any())
+
+    def finite(self, name: str, tensor: torch.Tensor) -> None:
+        """`check_finite`."""
+        self.run(partial(check_finite, name, tensor), tensor, lambda: torch.isfinite(tensor).all().logical_not_())
 
     def run(self, check: Callable[[], None], tensor: torch.Tensor, suspicious: Callable[[], torch.Tensor]) -> None:
         """Any check of a tensor's values: on a GPU it runs where the flag [] that `suspicious` makes is true."""

@@ -2,7 +2,7 @@
 
 A backend is a module with one plain function for each op that it serves, named as the op is, and a function
 ``unavailable(device, dtype) -> str | None`` that says why it cannot serve here; where it does not hold groups of any
-size, also ``too_large(features, m_max) -> str | None``. `resolve` takes the first that can, in the order of `BACKENDS`;
+size, also ``most_members(features) -> int``. `resolve` takes the first that can, in the order of `BACKENDS`;
 a compiled GPU backend only once it is known to be right on the device: see `self_check`.
 """
 
@@ -116,8 +116,10 @@ def _refusal(
     reason = module.unavailable(device, dtype)
     if reason is None and not hasattr(module, op):
         reason = "does not have this op"
-    if reason is None and groups is not None and hasattr(module, "too_large"):
-        reason = module.too_large(*groups)
+    if reason is None and groups is not None and hasattr(module, "most_members"):
+        most = module.most_members(groups.features)
+        if groups.m_max > most:
+            reason = f"groups: expected at most {most} responses in a group, found {groups.m_max}"
     return reason
 
 

@@ -44,14 +44,7 @@ struct WriteGradRows {
   GradLogitsWalk walk;
 
   DEVICE void operator()() const {
-    GradLogitsWalk tiles = walk;
-    Tile tile = kNoTile;
-    for (int i = 0;; ++i) {
-      scratch.handover.wait_to_write(i);
-      write(tile, scratch.of_tiles[i % 2]);
-      scratch.handover.was_written(i);
-      if (!tiles.next(tile)) return;
-    }
+    scratch.handover.write_all(walk, scratch.of_tiles, [&](const Tile& tile, GradRows& to) { write(tile, to); });
   }
 
   // Rows beyond the last token take its numbers and are not stored.

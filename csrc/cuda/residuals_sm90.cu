@@ -46,14 +46,7 @@ struct WriteColumns {
   Walk walk;
 
   DEVICE void operator()() const {
-    Walk tiles = walk;
-    Tile tile = kNoTile;
-    for (int i = 0;; ++i) {
-      scratch.handover.wait_to_write(i);
-      write(tile, scratch.columns[i % 2]);
-      scratch.handover.was_written(i);
-      if (!tiles.next(tile)) return;
-    }
+    scratch.handover.write_all(walk, scratch.columns, [&](const Tile& tile, Columns& to) { write(tile, to); });
   }
 
   DEVICE void write(const Tile& tile, Columns& to) const {

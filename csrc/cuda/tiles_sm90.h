@@ -73,6 +73,18 @@ struct Handover {
   DEVICE void wait_to_read(int i) const { barrier_wait(shared_address(&written[i % 2]), i / 2 & 1); }
   DEVICE void was_written(int i) const { barrier_arrive(shared_address(&written[i % 2])); }
   DEVICE void was_read(int i) const { barrier_arrive(shared_address(&read[i % 2])); }
+
+  // Has `write` write each tile that the walk comes to, and before them kNoTile, to one of two places in turn.
+  template <class Walk, class Written, class Write>
+  DEVICE void write_all(Walk tiles, Written (&of_tiles)[2], const Write& write) const {
+    Tile tile = kNoTile;
+    for (int i = 0;; ++i) {
+      wait_to_write(i);
+      write(tile, of_tiles[i % 2]);
+      was_written(i);
+      if (!tiles.next(tile)) return;
+    }
+  }
 };
 
 // Calls f with a number of the type of 16 bits that the head has.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from g2rl_kernels.checks import ValueChecks, check_targets, own_copy, values_readable
+from g2rl_kernels.checks import ValueChecks, check_targets, own_copy
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.distributed import all_reduce, local_targets
 from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
@@ -31,18 +31,14 @@ def _fake_features(hidden: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tor
     return hidden.new_empty((B, hidden.shape[1]), dtype=_result_dtype(hidden))
 
 
-def _check_finite(checks: ValueChecks, hidden: torch.Tensor) -> None:
-    """Have ValueError raised for the first row of hidden with NaN or inf."""
-
-    def check() -> None:
-        if hidden.numel() == 0 or not values_readable(hidden):
-            return
-        wrong = torch.isfinite(hidden).all(1).logical_not_()
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0])
-            raise ValueError(f"hidden: expected finite values, found NaN or inf in row {row}")
-
-    checks.run(check, hidden, lambda: torch.isfinite(hidden).all().logical_not_())
+def _checked_weights(
+    checks: ValueChecks, token_weights: torch.Tensor | None, cu_seqlens: torch.Tensor
+) -> torch.Tensor | None:
+    """What kernels may use in the place of token_weights."""
+    if token_weights is None:
+        return None
+    checks.not_negative("token_weights", token_weights)
+    return _moderate(token_weights, cu_seqlens)
 
 
 def _moderate(token_weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -76,7 +72,7 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     checks = ValueChecks()
     if check_finite:
-        _check_finite(checks, hidden)
+        checks.finite("hidden", hidden)
     targets = checks.targets(targets, weight.shape[0])
     head = Head(weight, bias, temperature, logit_scale, softcap)
     run = resolve("token_logprobs", hidden.device, hidden.dtype, head)
@@ -106,12 +102,10 @@ def sequence_features(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     checks = ValueChecks()
     if check_finite:
-        _check_finite(checks, hidden)
+        checks.finite("hidden", hidden)
     targets = checks.targets(targets, weight.shape[0])
     cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
-    if token_weights is not None:
-        checks.not_negative("token_weights", token_weights)
-        token_weights = _moderate(token_weights, cu_seqlens)
+    token_weights = _checked_weights(checks, token_weights, cu_seqlens)
     head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights, lse)
     run = resolve("sequence_features", hidden.device, hidden.dtype, head)
     with checks:
@@ -153,7 +147,7 @@ def token_sums(
     """Sums [4, N] over the words vocab_start to vocab_start + V of vocab_size; only a backend's own can read them."""
     checks = ValueChecks()
     if check_finite:
-        _check_finite(checks, hidden)
+        checks.finite("hidden", hidden)
     targets = checks.targets(targets, vocab_size)
     head = Head(weight, bias, temperature, logit_scale, softcap)
     run = resolve("token_sums", hidden.device, hidden.dtype, head)
@@ -203,9 +197,7 @@ def part_features(
         cu_seqlens = targets.new_zeros(1)
     else:
         cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
-    if token_weights is not None:
-        checks.not_negative("token_weights", token_weights)
-        token_weights = _moderate(token_weights, cu_seqlens)
+    token_weights = _checked_weights(checks, token_weights, cu_seqlens)
     head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights)
     run = resolve("part_features", hidden.device, hidden.dtype, head)
     with checks:

@@ -609,11 +609,11 @@ def test_a_backend_without_room_for_a_group_is_passed_over(
         served.append(arguments[3])
         return eager.g2rl_advantages(*arguments)
 
-    def too_large(features: torch.Tensor, m_max: int) -> str | None:
-        most = features.shape[1]
-        return f"groups: expected at most {most} responses in a group, found {m_max}" if m_max > most else None
-
-    small = SimpleNamespace(unavailable=lambda device, dtype: None, g2rl_advantages=advantages, too_large=too_large)
+    small = SimpleNamespace(
+        unavailable=lambda device, dtype: None,
+        g2rl_advantages=advantages,
+        most_members=lambda features: features.shape[1],
+    )
     row, load = dispatch.Backend("small", "g2rl_kernels.backends.small"), dispatch._load
     monkeypatch.setattr(dispatch, "BACKENDS", (row, *dispatch.BACKENDS))
     monkeypatch.setattr(dispatch, "_load", lambda backend: small if backend is row else load(backend))

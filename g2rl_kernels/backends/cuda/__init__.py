@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from g2rl_kernels.backends.cuda import library
-from g2rl_kernels.backends.cuda.groups import g2rl_advantages, too_large
+from g2rl_kernels.backends.cuda.groups import g2rl_advantages, most_members
 from g2rl_kernels.backends.cuda.head import (
     logprobs_backward,
     part_features,
@@ -17,11 +17,11 @@ from g2rl_kernels.backends.cuda.head import (
 __all__ = [
     "g2rl_advantages",
     "logprobs_backward",
+    "most_members",
     "part_features",
     "sequence_features",
     "token_logprobs",
     "token_sums",
-    "too_large",
     "unavailable",
 ]
 

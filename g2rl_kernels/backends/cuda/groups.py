@@ -10,10 +10,9 @@ from g2rl_kernels.plans.inputs import on_device_of, unit_stride
 from g2rl_kernels.records import RULES, GroupAdvantages, Shaping
 
 
-def too_large(features: Tensor, m_max: int) -> str | None:
-    """Why a group of m_max responses is more than the kernel holds; None when it is not."""
-    most = library.module_for(features).most_members(features.shape[1])
-    return f"groups: expected at most {most} responses in a group, found {m_max}" if m_max > most else None
+def most_members(features: Tensor) -> int:
+    """How many responses of a group the kernel holds."""
+    return library.module_for(features).most_members(features.shape[1])
 
 
 def g2rl_advantages(
@@ -25,7 +24,7 @@ def g2rl_advantages(
     shaping: Shaping,
     normalize: str,
 ) -> GroupAdvantages:
-    """Of groups that are not `too_large`."""
+    """Of groups of `most_members` at most."""
     module = library.module_for(features)
     features, rewards = unit_stride(features.float()), rewards.float().contiguous()
     cu_groups = cu_groups.to(torch.int32).contiguous()

@@ -30,7 +30,7 @@ _AMD_CHIPS = ("gfx90a", "gfx942", "gfx950")
 # than chips have.
 _MOST = 128
 
-__all__ = [*_MODULES, "too_large", "unavailable"]
+__all__ = [*_MODULES, "most_members", "unavailable"]
 
 
 def __getattr__(name: str) -> Callable:
@@ -62,9 +62,9 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def too_large(features: torch.Tensor, m_max: int) -> str | None:
-    """Why a group of m_max responses is more than the kernel holds; None when it is not."""
-    return f"groups: expected at most {_MOST} responses in a group, found {m_max}" if m_max > _MOST else None
+def most_members(features: torch.Tensor) -> int:
+    """How many responses of a group the kernel holds."""
+    return _MOST
 
 
 def triton_version() -> tuple[int, int]:
