@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.candidates.lineup import BASELINE
-from benchmarks.cases.registry import GROUP_KIND, OPS
+from benchmarks.cases.registry import OPS
 from benchmarks.reporting.reports import FOLDER, Report, Row, label, load, named, timed, worst_measure
 from benchmarks.reporting.tables import ERRORS, digits, milliseconds
 from g2rl.study.tables import headline
@@ -24,74 +24,78 @@ ROOT = Path(__file__).parent.parent
 STUDY = "studies/methods"
 GRADIENTS = ROOT / "studies" / "gradients"
 # The README's rows: hard inputs, enough tokens for a step, and the ops that a step calls.
-_SUMMARY_OPS = ("token_logprobs", "sequence_features", "logprobs_backward", "g2rl_advantages")
-_SUMMARY_KINDS = ("peaked", GROUP_KIND)
+_SUMMARY_OPS = ("token_logprobs", "sequence_features", "logprobs_backward")
+_SUMMARY_KIND = "peaked"
 _SUMMARY_TOKENS = 1024
+_LEGEND = (
+    "Time as a multiple of `torch.mm` of the same shapes in the same run (three of them for the backward pass), and "
+    "how much faster than eager PyTorch; best to worst over heads of 49 to 152 thousand words, and over workspaces. "
+    "Memory is the peak of `sequence_features` beyond its inputs, as a share of the logits' bytes in fp32. The error "
+    "is the worst of log p, absolute, and Phi, relative, against float64. Other instruction sets, every candidate, "
+    "peer, input and version: [results](benchmarks/results/README.md); how to measure: "
+    "[benchmarks](benchmarks/README.md)."
+)
 
 
 def summary(reports: list[Report]) -> str:
-    """For the README: the best and worst reading of each op on each processor, and what a training step costs."""
-    found: dict[tuple[str, str, str], list[list[Row]]] = {}
+    """For the README: best and worst reading of each op on each processor, and what a training step costs."""
+    found: dict[tuple[str, str], dict[str, list[list[Row]]]] = {}
     for report in reports:
-        for case in report.cases() if report.sweep is None else ():
+        for case in report.cases() if report.sweep is None and report.fastest_instructions else ():
             if _in_summary(case[0]) and timed(case, "ours"):
-                key = (report.processor, case[0]["op"], "" if case[0]["kind"] == GROUP_KIND else case[0]["dtype"])
-                found.setdefault(key, []).append(case)
-    blocks = [_summary_table(found)] if found else []
+                ops = found.setdefault((report.processor, case[0]["dtype"]), {})
+                ops.setdefault(case[0]["op"], []).append(case)
+    blocks = [_summary_table(found), _LEGEND] if found else []
     blocks += [_step(report) for report in reports if "step" in report.content]
     blocks += [_trl_step(report) for report in reports if "trl_step" in report.content]
-    blocks += [_prefix_sharing(report) for report in reports if "prefix_sharing" in report.content]
-    blocks += [_rollouts(report) for report in reports if "rollout" in report.content]
-    if not blocks:
-        return "Nothing has been measured on this version yet: `make bench`."
-    blocks.append(
-        "Best to worst over heads of 49 to 152 thousand words, and over workspaces. `x torch.mm`: `torch.mm` of the "
-        "same shapes in the same run (three of them for the backward pass); memory is the peak beyond the inputs, as "
-        "a share of the logits' bytes in fp32; errors are against float64, eager PyTorch's 1e-3 to 1e-1 in bf16. Every "
-        "candidate, peer, input and version: [results](benchmarks/results/README.md); how to measure: "
-        "[benchmarks](benchmarks/README.md)."
-    )
-    return "\n\n".join(blocks)
+    return "\n\n".join(blocks) or "Nothing has been measured on this version yet: `make bench`."
 
 
 def _in_summary(row: Row) -> bool:
     return (
         row["op"] in _SUMMARY_OPS
-        and row["kind"] in _SUMMARY_KINDS
+        and row["kind"] == _SUMMARY_KIND
         and row["sizes"].get("N", _SUMMARY_TOKENS) >= _SUMMARY_TOKENS
     )
 
 
-def _summary_table(found: dict[tuple[str, str, str], list[list[Row]]]) -> str:
-    heads = ["processor", "op", "dtype", "x `torch.mm`", "faster than eager", "memory", "worst error"]
-    lines = [heads, ["---", "---", "---", *["---:"] * 4]]
-    order = sorted(found, key=lambda key: (key[0], _SUMMARY_OPS.index(key[1]), key[2]))
-    for processor, op, dtype in order:
-        pairs = [(row, named(rows, BASELINE)) for rows in found[processor, op, dtype] for row in _fastest_backend(rows)]
-        ours = [row for row, _ in pairs]
-        faster = [eager["median_s"] / row["median_s"] for row, eager in pairs if eager is not None]
-        errors = [row["errors"][measure] for row in ours if (measure := worst_measure(row))]
-        lines.append(
-            [
-                processor,
-                f"`{op}`",
-                dtype,
-                _span([row["times_floor"] for row in ours if "times_floor" in row]),
-                _span(faster, " x", best=max),
-                _span([row["percent_of_logits"] for row in ours if row.get("percent_of_logits")], " %"),
-                f"{max(errors):.0e}" if errors else "",
-            ]
-        )
+def _summary_table(found: dict[tuple[str, str], dict[str, list[list[Row]]]]) -> str:
+    heads = ["processor", "dtype", *(f"`{op}`" for op in _SUMMARY_OPS), "memory", "error, eager's"]
+    lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
+    for (processor, dtype), ops in sorted(found.items()):
+        features = _pairs(ops.get("sequence_features", []))
+        memory = [row["percent_of_logits"] for row, _ in features if row.get("percent_of_logits")]
+        forward = features + _pairs(ops.get("token_logprobs", []))
+        errors = [_worst_error([row for row, _ in forward]), _worst_error([eager for _, eager in forward if eager])]
+        times = [_times(_pairs(ops.get(op, []))) for op in _SUMMARY_OPS]
+        lines.append([processor, dtype, *times, _span(memory, "{:.2g} %"), ", ".join(filter(None, errors))])
     return _markdown(lines)
 
 
-def _span(values: list[float], unit: str = "", best: Callable[[list[float]], float] = min) -> str:
+def _pairs(cases: list[list[Row]]) -> list[tuple[Row, Row | None]]:
+    """Each reading of this project, and eager PyTorch's of the same case."""
+    return [(row, named(rows, BASELINE)) for rows in cases for row in _fastest_backend(rows)]
+
+
+def _times(pairs: list[tuple[Row, Row | None]]) -> str:
+    floors = _span([row["times_floor"] for row, _ in pairs if "times_floor" in row], "{:.2f}")
+    faster = _span([eager["median_s"] / row["median_s"] for row, eager in pairs if eager], "{:.2g} x", best=max)
+    return ", ".join(filter(None, (floors, faster)))
+
+
+def _worst_error(rows: list[Row]) -> str:
+    errors = [row["errors"][measure] for row in rows if (measure := worst_measure(row))]
+    return f"{max(errors):.0e}" if errors else ""
+
+
+def _span(values: list[float], form: str, best: Callable[[list[float]], float] = min) -> str:
     """The best value, to the worst where that reads otherwise."""
     if not values:
         return ""
     worst = max if best is min else min
-    ends = dict.fromkeys((digits(best(values)), digits(worst(values))))
-    return " to ".join(ends) + unit
+    number, _, unit = form.partition(" ")
+    ends = dict.fromkeys((number.format(best(values)), number.format(worst(values))))
+    return " ".join(filter(None, (" to ".join(ends), unit)))
 
 
 def _fastest_backend(rows: list[Row]) -> list[Row]:
@@ -128,19 +132,25 @@ def _trl_step(report: Report) -> str:
     return f"SmolLM2-135M, 64 responses, {report.machine}:\n\n{_markdown(lines)}"
 
 
+def training(reports: list[Report]) -> str:
+    """For docs/TRAINING.md: what shared prompts save, and the sampling engines' speed."""
+    blocks = [_prefix_sharing(report) for report in reports if "prefix_sharing" in report.content]
+    blocks += [_rollouts(report) for report in reports if "rollout" in report.content]
+    return "\n\n".join(blocks) or "Nothing has been measured on this version yet."
+
+
 def _prefix_sharing(report: Report) -> str:
     """One sentence on what it saves to compute a prompt once for its group."""
     content = report.content["prefix_sharing"].values()
     cases = [
-        f"{case['faster']:.1f} x with {case['sizes']['m']} responses of {case['sizes']['response']} tokens to each "
-        f"prompt of {case['sizes']['prompt']}"
+        f"{case['faster']:.1f} x faster with {case['sizes']['m']} responses of {case['sizes']['response']} tokens to "
+        f"each prompt of {case['sizes']['prompt']}"
         for case in content
     ]
     worst = max(case["gradient_difference_float32"] for case in content)
     return (
-        "A prompt is computed once for the responses of its group (`model.prefix_sharing`). Forward and backward pass "
-        f"of SmolLM2-135M get faster: {', '.join(cases)}; gradients are those of padded copies to {worst:.0e} in fp32. "
-        f"{report.machine}"
+        f"Forward and backward pass of SmolLM2-135M with prompts computed once for their groups: {', '.join(cases)}; "
+        f"gradients are those of padded copies to {worst:.0e} in fp32. {report.machine}"
     )
 
 
@@ -273,7 +283,7 @@ def gradients(table: bool) -> str:
     rows = [_gradient_row(name, of) for name, of in studies.items()]
     return (
         "Does the cosine of Φ say what full gradients do? Its correlation with the cosine of gradients, inside "
-        "problems, with 95 % intervals ([study](studies/gradients/README.md)):\n\n"
+        "problems, with 95 % intervals ([study](../studies/gradients/README.md)):\n\n"
         f"{_markdown([heads, ['---', *['---:'] * (len(heads) - 1)], *rows])}"
     )
 
@@ -324,10 +334,8 @@ def main() -> int:
     reports = load()
     stale = []
     pages = (
-        (
-            ROOT / "README.md",
-            {"benchmarks": summary(reports), "study": study(STUDY), "gradients": gradients(table=False)},
-        ),
+        (ROOT / "README.md", {"benchmarks": summary(reports), "study": study(STUDY)}),
+        (ROOT / "docs" / "TRAINING.md", {"benchmarks": training(reports), "gradients": gradients(table=False)}),
         (FOLDER / "README.md", {"benchmarks": details(reports)}),
         (GRADIENTS / "README.md", {"gradients": gradients(table=True)}),
     )

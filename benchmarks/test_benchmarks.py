@@ -75,7 +75,7 @@ def test_gradient_oracle_agrees_with_autograd(benchmark) -> None:
     assert "hidden_of_bound nan" in " ".join(broken_bounds(errors(wrong, found)))
 
 
-def test_runner_reports_every_candidate(benchmark, tmp_path: Path) -> None:
+def test_runner_reports_every_candidate(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run over all ops, its JSON, its tables and its plots."""
     plan = run.Plan(tuple(OPS.values()), (TINY,), ("random",))
     settings = Settings(rounds=2, limit_s=1.0, backends=["torch", "cuda"])
@@ -90,7 +90,9 @@ def test_runner_reports_every_candidate(benchmark, tmp_path: Path) -> None:
         assert status["g2rl cuda"] == "unavailable"
         ours = next(row for row in rows if row["candidate"] == "g2rl torch")
         assert ours["median_s"] >= ours["fastest_s"] > 0 and ours["gflops"] > 0
-    assert "`g2rl_advantages`" in readme.summary([report])
+    monkeypatch.setattr(readme, "_SUMMARY_KIND", "random")
+    monkeypatch.setattr(readme, "_SUMMARY_TOKENS", 1)
+    assert "| bfloat16 | " in readme.summary([report])
     assert "Not timed" in readme.details([report])
     assert draw_cases(report) is not None
     report.content["sweep"] = "N"
@@ -111,7 +113,7 @@ def test_wrong_result_has_no_time(benchmark, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_prefix_sharing(benchmark) -> None:
-    """All ways of a two-layer model, and the README's sentence about them."""
+    """All ways of a two-layer model, and their sentence in docs/TRAINING.md."""
     config = LlamaConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
@@ -122,12 +124,12 @@ def test_prefix_sharing(benchmark) -> None:
     assert measured["gradient_difference_float32"] < 1e-5
     assert measured["faster"] > 0 and set(measured["median_s"]) == {"repeated", "packed", "shared"}
     report = Report("prefix", {"machine": machine(CPU), "prefix_sharing": {"small": measured}})
-    assert "with 3 responses of 4 tokens to each prompt of 6" in readme.summary([report])
+    assert "with 3 responses of 4 tokens to each prompt of 6" in readme.training([report])
     assert prefix_sharing.table({"small": measured}).row_count == 1
 
 
 def test_rollouts(benchmark, tmp_path: Path) -> None:
-    """By the same draws, `generate` and the embedded engine sample the same tokens; the README's line about them."""
+    """By the same draws, `generate` and the embedded engine sample the same tokens; docs/TRAINING.md says so."""
     settings = [f"model.path={build_model(tmp_path)}", "rollout.dtype=float32", "rollout.max_new_tokens=6"]
     config = load_config(rollout.CONFIG, [*settings, "rollout.prompts=2"])
     samplers, reason = rollout.engines(config)
@@ -138,7 +140,7 @@ def test_rollouts(benchmark, tmp_path: Path) -> None:
     assert measured["rate"]["times"][rollout.GENERATE][rollout.GENERATE] == 1
     assert (rollout.VLLM in ways) == (reason == "")
     report = Report("rollout", {"machine": machine(CPU), "rollout": {"small": measured}, "without_vllm": reason})
-    assert "| small | " in readme.summary([report])
+    assert "| small | " in readme.training([report])
     assert rollout.table({"small": measured}).row_count == 1
 
 

@@ -51,6 +51,11 @@ class Report:
         widest = "AMX" if "amx" in facts["isa"] else facts["isa"].split()[0]
         return f"{name}, {facts.get('choices', {}).get('G2RL_CPU_ISA', widest)}"
 
+    @property
+    def fastest_instructions(self) -> bool:
+        """Whether nothing kept kernels or libraries from the processor's fastest instructions."""
+        return not self.content["machine"].get("choices")
+
     def cases(self) -> list[list[Row]]:
         """Rows of each case, in the order of the file."""
         found: dict[tuple[Any, ...], list[Row]] = {}
