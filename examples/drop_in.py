@@ -2,8 +2,8 @@
 
     python examples/drop_in.py [model]
 
-`model` is any Hugging Face causal language model whose head is `lm_head` and whose body is `model`; without it, a small
-random one. Four made-up responses to each of two prompts stand for rollouts.
+Needs transformers. `model` is a Hugging Face causal language model whose body is `model`; without it, a small random one.
+Four made-up responses to each of two prompts stand for rollouts.
 """
 
 import sys
@@ -11,7 +11,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from g2rl_kernels import LMHead, g2rl_advantages, sequence_features, unpad
+from g2rl.heads import lm_head
+from g2rl_kernels import g2rl_advantages, sequence_features, unpad
 
 torch.manual_seed(0)
 if len(sys.argv) > 1:
@@ -32,7 +33,8 @@ rewards = torch.tensor([1.0, -1, -1, 1, -1, -1, 1, -1])
 # One forward pass gives log-probabilities with gradient, entropy, and features: no logits, no extra pass.
 hidden, cu_seqlens = unpad(model.model(ids, mask.long()).last_hidden_state[:, :-1], response_mask[:, 1:])
 targets = ids[:, 1:][response_mask[:, 1:]]
-out = sequence_features(hidden, LMHead(model.lm_head.weight), targets, cu_seqlens)
+head = lm_head(model, temperature=1.0, dtype=hidden.dtype)  # LMHead(weight, ...) with the scale or cap of its family
+out = sequence_features(hidden, head, targets, cu_seqlens)
 result = g2rl_advantages(out.features, rewards, groups=4)
 
 # The policy gradient, each response's tokens weighing 1 / length. On-policy, the probability ratio is 1.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from g2rl.config import ConfigError, LoraConfig
 from g2rl.heads import whole
@@ -31,24 +32,27 @@ def add_adapter(model: Any, config: LoraConfig) -> None:
     """Freeze a model of transformers and give it a LoRA adapter, whose parameters require gradients.
 
     Raises:
-        ConfigError: peft is not installed, a target names no module, or it is the head, whose weight features are made
-            of; the message lists the modules found.
+        ConfigError: peft is not installed or does not suit transformers, a target names no module, or it is the head,
+            whose weight features are made of; the message lists the modules found.
     """
     try:
         import peft
     except ImportError as error:
         raise ConfigError(f"model.lora.rank: LoRA needs peft: pip install 'peft>=0.18' ({error})") from error
     _check_targets(model, config.targets)
-    model.add_adapter(
-        peft.LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=list(config.targets) or "all-linear",
-            task_type="CAUSAL_LM",
-        ),
-        _NAME,
+    lora = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets) or "all-linear",
+        task_type="CAUSAL_LM",
     )
+    try:
+        model.add_adapter(lora, _NAME)
+    except ValueError as error:  # above all transformers, of a peft that is older than it wants
+        raise ConfigError(
+            f"model.lora: transformers {transformers.__version__} adds no adapter of peft {peft.__version__}: {error}"
+        ) from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import Any
 
 from g2rl.config import ConfigError
 
 
 def import_named(name: str, key: str, expected: str) -> Any:
-    """Import what `name` means.
+    """Import what `name` means; modules of the working folder are found too, after all others.
 
     Args:
         key: the configuration's key of `name`, for errors.
@@ -21,10 +23,12 @@ def import_named(name: str, key: str, expected: str) -> Any:
     module_name, separator, attribute = name.partition(":")
     if not (module_name and separator and attribute):
         raise ConfigError(f"{key}: expected {expected}, found {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a user's module may raise anything while it is imported
-        hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        hint = "; is it in the working folder or on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
         found = f"{module_name!r}: {type(error).__name__}: {error}{hint}"
         raise ConfigError(f"{key}: expected a module that can be imported, found {found}") from error
     if not hasattr(module, attribute):

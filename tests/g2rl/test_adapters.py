@@ -166,6 +166,13 @@ def test_bad_targets(tiny_model: Path, targets: list[str], message: str) -> None
         add_adapter(model, LoraConfig(rank=4, targets=targets))
 
 
+def test_a_peft_that_transformers_does_not_take(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "1000")
+    model, _ = load_model(ModelConfig(path=str(tiny_model)))
+    with pytest.raises(ConfigError, match=r"model.lora: transformers \S+ adds no adapter of peft \S+: .*>= 1000"):
+        add_adapter(model, LoraConfig(rank=4))
+
+
 def test_a_reference_that_is_refreshed_is_refused() -> None:
     with pytest.raises(ConfigError, match="objective.reference_every: expected 0 with model.lora.rank > 0"):
         load_config(None, ["model.lora.rank=4", "objective.kl_coef=0.1", "objective.reference_every=3"])

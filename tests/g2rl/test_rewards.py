@@ -267,3 +267,15 @@ def test_a_sum_beyond_float32_is_refused() -> None:
         judge([("32", True)], [RewardConfig("correct", weight=1e18)])
     with pytest.raises(ConfigError, match=r"rewards\[0\].limit_s: expected a number of seconds, .* found -1"):
         resolve_rewards([RewardConfig(limit_s=-1)])
+
+
+def test_a_module_of_the_working_folder(tmp_path: Path) -> None:
+    """Also where the command's own folder, not the working one, comes first on the path."""
+    (tmp_path / "rewards_here.py").write_text("def long(problem, response, finished):\n  return float(len(response))\n")
+    code = f"""
+import sys; sys.path[:] = {[entry for entry in sys.path if entry]!r}
+from g2rl.config import RewardConfig; from g2rl.rewards import resolve_rewards
+print(resolve_rewards([RewardConfig("rewards_here:long")])[0].function(None, "abc", True))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == "3.0\n"

@@ -70,7 +70,7 @@ def geometry(checkpoints: Sequence[str], request: Request, overrides: Sequence[s
         use_backend(configs[0].backend)
     encoder = None
     if request.encoder != NO_ENCODER:
-        encoder = SentenceEncoder(request.encoder, torch.device("cpu"), "encoder")
+        encoder = SentenceEncoder(request.encoder, torch.device("cpu"), "--encoder (or none)")
     with make_task(configs[0].task, configs[0].seed) as task:
         problems = held_out(task, request.problems or min(PROBLEMS, len(task.held_out())))
         models = []
