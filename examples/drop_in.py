@@ -2,7 +2,8 @@
 
     python examples/drop_in.py [model]
 
-Needs transformers. `model` is a Hugging Face causal language model whose body is `model`; without it, a small random one.
+Needs transformers. `model` is a Hugging Face causal language model whose body is `model`; without it, a small
+random one.
 Four made-up responses to each of two prompts stand for rollouts.
 """
 
