@@ -3,8 +3,7 @@
     python examples/drop_in.py [model]
 
 Needs transformers. `model` is a Hugging Face causal language model whose body is `model`; without it, a small
-random one.
-Four made-up responses to each of two prompts stand for rollouts.
+random one. Four made-up responses to each of two prompts stand for rollouts.
 """
 
 import sys
