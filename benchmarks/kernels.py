@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.candidates.lineup import nothing_kept
+from benchmarks.candidates.lineup import BACKEND_NAMES, nothing_kept
 from benchmarks.cases.registry import parse_shape
 from benchmarks.cases.workloads import head_workload
 from g2rl_kernels import sequence_features, token_logprobs, use_backend
@@ -117,7 +117,7 @@ def short(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", default="qwen3-1.7b-8192", help="name in cases/registry.py, or NxBxdxV")
-    parser.add_argument("--backend", default="cuda")
+    parser.add_argument("--backend", default="cuda", choices=BACKEND_NAMES)
     parser.add_argument("--kind", default="peaked", choices=("peaked", "random"))
     parser.add_argument("--rounds", type=int, default=_ROUNDS)
     arguments = parser.parse_args()

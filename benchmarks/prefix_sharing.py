@@ -12,7 +12,6 @@ shared prompts would save if time went with multiplications alone (`bound`).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -20,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring.timing import Run, extra_memory, interleave, machine, machine_line
+from benchmarks.measuring.timing import Run, extra_memory, interleave
+from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import digits
 from g2rl.config import ConfigError, ModelConfig, load_config
 from g2rl.forward import ForwardPass, backbone_weights, head_width
@@ -175,7 +174,7 @@ def main() -> None:
     )
     parser.add_argument("--case", action="append", choices=CASES, help="may be given several times; all by default")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=result_file, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     try:
@@ -183,15 +182,13 @@ def main() -> None:
         model, _ = load_model(config)
     except ConfigError as error:
         sys.exit(f"benchmarks.prefix_sharing: {error}")
-    facts = machine(model.device)
-    console = Console(width=max(Console().width, 120))
-    console.print(machine_line(facts))
-    measured = {name: measure(model, config, CASES[name], arguments.rounds) for name in arguments.case or CASES}
+    console, facts = begin(model.device)
+    described = {"file": str(CONFIG), "overrides": arguments.overrides}
+    measured = {}
+    for name in arguments.case or CASES:
+        measured[name] = measure(model, config, CASES[name], arguments.rounds)
+        write_report(arguments.json, facts, config=described, prefix_sharing=measured)
     console.print(table(measured))
-    if arguments.json:
-        described = {"file": str(CONFIG), "overrides": arguments.overrides}
-        report = {"machine": facts, "config": described, "prefix_sharing": measured}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

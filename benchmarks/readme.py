@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks.candidates.lineup import BASELINE
 from benchmarks.cases.registry import OPS
-from benchmarks.reporting.reports import FOLDER, Report, Row, label, load, named, timed, worst_measure
-from benchmarks.reporting.tables import ERRORS, digits, milliseconds
+from benchmarks.reporting.reports import FOLDER, Report, Row, label, load, named, timed, times_out, worst_measure
+from benchmarks.reporting.tables import case_cells, digits, not_timed
 from g2rl.study.tables import headline
 
 ROOT = Path(__file__).parent.parent
@@ -28,23 +28,24 @@ _SUMMARY_OPS = ("token_logprobs", "sequence_features", "logprobs_backward")
 _SUMMARY_KIND = "peaked"
 _SUMMARY_TOKENS = 1024
 _LEGEND = (
-    "Time as a multiple of `torch.mm` of the same shapes in the same run (three of them for the backward pass), and "
-    "how much faster than eager PyTorch; best to worst over heads of 49 to 152 thousand words, and over workspaces. "
-    "Memory is the peak of `sequence_features` beyond its inputs, as a share of the logits' bytes in fp32. The error "
-    "is the worst of log p, absolute, and Phi, relative, against float64. Other instruction sets, every candidate, "
-    "peer, input and version: [results](benchmarks/results/README.md); how to measure: "
-    "[benchmarks](benchmarks/README.md)."
+    "Times are multiples of `torch.mm` of the same shapes in the same run (three products for the backward pass): as a "
+    "plain call, which allocates its result, and with `out=`, into memory that was touched before; best to worst over "
+    "heads of 49 to 152 thousand words, and over workspaces. Memory is the peak beyond the inputs, as a share of the "
+    "logits' bytes in fp32, for the backward pass of both passes. Errors are against float64, of log p absolute, of "
+    "Phi and gradients relative. Other instruction sets, every candidate, peer, input and version: "
+    "[results](benchmarks/results/README.md); how to measure: [benchmarks](benchmarks/README.md)."
 )
+
+Key = tuple[str, str, str]
 
 
 def summary(reports: list[Report]) -> str:
     """For the README: best and worst reading of each op on each processor, and what a training step costs."""
-    found: dict[tuple[str, str], dict[str, list[list[Row]]]] = {}
+    found: dict[Key, list[list[Row]]] = {}
     for report in reports:
         for case in report.cases() if report.sweep is None and report.fastest_instructions else ():
             if _in_summary(case[0]) and timed(case, "ours"):
-                ops = found.setdefault((report.processor, case[0]["dtype"]), {})
-                ops.setdefault(case[0]["op"], []).append(case)
+                found.setdefault((report.processor, case[0]["dtype"], case[0]["op"]), []).append(case)
     blocks = [_summary_table(found), _LEGEND] if found else []
     blocks += [_step(report) for report in reports if "step" in report.content]
     blocks += [_trl_step(report) for report in reports if "trl_step" in report.content]
@@ -59,28 +60,29 @@ def _in_summary(row: Row) -> bool:
     )
 
 
-def _summary_table(found: dict[tuple[str, str], dict[str, list[list[Row]]]]) -> str:
-    heads = ["processor", "dtype", *(f"`{op}`" for op in _SUMMARY_OPS), "memory", "error, eager's"]
-    lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
-    for (processor, dtype), ops in sorted(found.items()):
-        features = _pairs(ops.get("sequence_features", []))
-        memory = [row["percent_of_logits"] for row, _ in features if row.get("percent_of_logits")]
-        forward = features + _pairs(ops.get("token_logprobs", []))
-        errors = [_worst_error([row for row, _ in forward]), _worst_error([eager for _, eager in forward if eager])]
-        times = [_times(_pairs(ops.get(op, []))) for op in _SUMMARY_OPS]
-        lines.append([processor, dtype, *times, _span(memory, "{:.2g} %"), ", ".join(filter(None, errors))])
+def _summary_table(found: dict[Key, list[list[Row]]]) -> str:
+    heads = ["processor", "dtype", "op", "x `torch.mm`", "with `out=`", "faster than eager", "memory"]
+    heads += ["worst error", "eager's"]
+    lines = [heads, ["---", "---", "---", *["---:"] * (len(heads) - 3)]]
+    for processor, dtype, op in sorted(found, key=lambda key: (*key[:2], _SUMMARY_OPS.index(key[2]))):
+        cases = [(rows, named(rows, BASELINE), _fastest_backend(rows)) for rows in found[processor, dtype, op]]
+        ours = [row for _, _, fastest in cases for row in fastest]
+        out = [times for rows, _, fastest in cases for row in fastest if (times := times_out(row, rows)) is not None]
+        faster = [eager["median_s"] / row["median_s"] for _, eager, fastest in cases if eager for row in fastest]
+        lines.append(
+            [
+                processor,
+                dtype,
+                f"`{op}`",
+                _span([row["times_floor"] for row in ours if "times_floor" in row], "{:.2f}".format),
+                _span(out, "{:.2f}".format),
+                _span(faster, _two_digits, " x", best=max),
+                _span([row["percent_of_logits"] for row in ours if row.get("percent_of_logits")], _two_digits, " %"),
+                _worst_error(ours),
+                _worst_error([eager for _, eager, _ in cases if eager]),
+            ]
+        )
     return _markdown(lines)
-
-
-def _pairs(cases: list[list[Row]]) -> list[tuple[Row, Row | None]]:
-    """Each reading of this project, and eager PyTorch's of the same case."""
-    return [(row, named(rows, BASELINE)) for rows in cases for row in _fastest_backend(rows)]
-
-
-def _times(pairs: list[tuple[Row, Row | None]]) -> str:
-    floors = _span([row["times_floor"] for row, _ in pairs if "times_floor" in row], "{:.2f}")
-    faster = _span([eager["median_s"] / row["median_s"] for row, eager in pairs if eager], "{:.2g} x", best=max)
-    return ", ".join(filter(None, (floors, faster)))
 
 
 def _worst_error(rows: list[Row]) -> str:
@@ -88,14 +90,18 @@ def _worst_error(rows: list[Row]) -> str:
     return f"{max(errors):.0e}" if errors else ""
 
 
-def _span(values: list[float], form: str, best: Callable[[list[float]], float] = min) -> str:
+def _span(
+    values: list[float], shown: Callable[[float], str], unit: str = "", best: Callable[[list[float]], float] = min
+) -> str:
     """The best value, to the worst where that reads otherwise."""
     if not values:
         return ""
     worst = max if best is min else min
-    number, _, unit = form.partition(" ")
-    ends = dict.fromkeys((number.format(best(values)), number.format(worst(values))))
-    return " ".join(filter(None, (" to ".join(ends), unit)))
+    return " to ".join(dict.fromkeys((shown(best(values)), shown(worst(values))))) + unit
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _fastest_backend(rows: list[Row]) -> list[Row]:
@@ -108,12 +114,18 @@ def _fastest_backend(rows: list[Row]) -> list[Row]:
 def _step(report: Report) -> str:
     """One sentence on what G2RL adds to a training step."""
     change = report.content["added"]["g2rl"]
-    memory = "" if change["memory"] is None else f" and {change['memory']:+.1f} % memory"
-    spread = "" if change["time_spread"] is None else f" (spread {change['time_spread']:.1f})"
+    # One reading of memory, without a spread, says nothing: it moves by more than what is added.
+    known = [what for what in ("time", "memory") if change.get(f"{what}_spread") is not None]
+    added = " and ".join(_change(what, change[what], change[f"{what}_spread"]) for what in known)
     return (
         f"A training step with G2RL against plain GRPO, same code and rollouts (`{report.content['config']['file']}`): "
-        f"{change['time']:+.1f} % time{spread}{memory}. {report.machine}"
+        f"{added or 'not known, of too few rounds'}. {report.machine}"
     )
+
+
+def _change(what: str, percent: float, spread: float) -> str:
+    noise = ", within noise" if abs(percent) < spread else ""
+    return f"{percent:+.1f} % {what} (spread {spread:.1f}{noise})"
 
 
 def _trl_step(report: Report) -> str:
@@ -207,44 +219,10 @@ def details(reports: list[Report]) -> str:
 
 
 def _details_table(rows: list[Row]) -> str:
-    measures = [measure for measure in ERRORS if any(measure in row.get("errors", {}) for row in rows)]
-    ratio = "times_floor" if OPS[rows[0]["op"]].products else "times_eager"
-    heads = ["candidate", "ms", "± IQR", "x mm" if ratio == "times_floor" else "x eager", "GFLOP/s", "% best"]
-    launch = any(row.get("launch_s") is not None for row in rows)
-    heads += [
-        "extra MB",
-        "% fp32 logits",
-        *(["launch ms"] if launch else []),
-        *(ERRORS[measure] for measure in measures),
-        "bounds",
-    ]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 2), "---"]]
-    for row in rows:
-        if row["status"] == "unavailable":
-            continue
-        extra = row.get("extra_bytes")
-        found = row.get("errors", {})
-        lines.append(
-            [
-                row["candidate"],
-                milliseconds(row.get("median_s")),
-                milliseconds(row.get("spread_s")),
-                digits(row.get(ratio)),
-                digits(row.get("gflops")),
-                digits(row.get("percent_of_best")),
-                digits(None if extra is None else extra / 1e6),
-                digits(row.get("percent_of_logits")),
-                *([milliseconds(row.get("launch_s"))] if launch else []),
-                *(f"{found[measure]:.1e}" if measure in found else "" for measure in measures),
-                row["note"] if row["role"] == "floor" else row["status"],
-            ]
-        )
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row["status"] in ("unavailable", "failed"):
-            reasons.setdefault(row["reason"], []).append(row["candidate"])
-    missing = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
-    return _markdown(lines) + (f"\n\nNot timed: {missing}." if missing else "")
+    heads, *lines = case_cells(OPS[rows[0]["op"]], rows)
+    reasons = not_timed(rows)
+    table = _markdown([heads, ["---", *["---:"] * (len(heads) - 2), "---"], *lines])
+    return table + (f"\n\nNot timed: {reasons}." if reasons else "")
 
 
 def _markdown(lines: Iterable[list[str]]) -> str:

@@ -10,7 +10,6 @@ twice: as it is, with its own draws; and with each prompt computed once for its 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, LogitsProcessorList
 
 from benchmarks.cases.activations import PROMPTS
-from benchmarks.measuring.timing import Timing, machine, machine_line
+from benchmarks.measuring.timing import Timing
+from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import digits
 from g2rl.config import Config, ConfigError, load_config
 from g2rl.model import load_model
@@ -184,28 +183,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--case", action="append", choices=CASES, help="may be given several times; all by default")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=result_file, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    console = Console(width=max(Console().width, 120))
     try:
         config = load_config(CONFIG, arguments.overrides)
         samplers, reason = engines(config)
     except ConfigError as error:
         sys.exit(f"benchmarks.rollout: {error}")
-    facts = machine(samplers[EMBEDDED].policy.device)
-    console.print(machine_line(facts))
+    console, facts = begin(samplers[EMBEDDED].policy.device)
+    described = {"file": str(CONFIG), "overrides": arguments.overrides}
     measured = {}
     for case in arguments.case or CASES:
         ways = runs(samplers, prompts_of(case, samplers[EMBEDDED], config))
         measured[case] = measure(ways, arguments.rounds)
+        write_report(arguments.json, facts, config=described, rollout=measured, without_vllm=reason)
     console.print(table(measured))
     if reason:
         console.print(f"without vLLM: {reason}", markup=False)
-    if arguments.json:
-        described = {"file": str(CONFIG), "overrides": arguments.overrides}
-        report = {"machine": facts, "config": described, "rollout": measured, "without_vllm": reason}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

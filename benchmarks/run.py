@@ -4,13 +4,12 @@
     python -m benchmarks.run --sweep N|V|B
 
 README.md in this folder says what every column means. The exit status is 1 where a backend of this project broke its
-contract.
+contract, or nothing could be measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from benchmarks.candidates.lineup import Case
+from benchmarks.candidates.lineup import BACKEND_NAMES, Case
 from benchmarks.cases.registry import (
     GROUP_KIND,
     GROUP_OP,
@@ -30,7 +28,6 @@ from benchmarks.cases.registry import (
     OPS,
     QUICK_SHAPES,
     SHAPES,
-    SMOLLM2,
     SWEEPS,
     Groups,
     Op,
@@ -40,7 +37,8 @@ from benchmarks.cases.registry import (
 from benchmarks.cases.workloads import MissingWorkload, group_workload, head_workload
 from benchmarks.measuring.accuracy import Expected, expected_groups, expected_head
 from benchmarks.measuring.measure import Settings, measure
-from benchmarks.measuring.timing import best_rate, machine, machine_line
+from benchmarks.measuring.timing import best_rate
+from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import case_table
 
 # Beyond this share of a core in use by others, readings on a CPU say more about the others.
@@ -57,16 +55,14 @@ class Plan:
     sweep: str | None = None
 
 
-def measure_all(plan: Plan, settings: Settings, json_file: Path | None, console: Console) -> dict[str, Any]:
+def measure_all(plan: Plan, settings: Settings, json_file: Path | None) -> dict[str, Any]:
     """Measure every case, print its table when it is done, and write what there is so far."""
-    facts = machine(settings.torch_device)
+    console, facts = begin(settings.torch_device, width=170)
     if settings.device == "cpu" and (facts["busy_cores"] or 0) > _BUSY_CORES:
         console.print(f"[bold yellow]other processes keep {facts['busy_cores']} cores busy: times below mislead[/]")
     best = best_rate(settings.torch_dtype, settings.torch_device)
-    console.print(machine_line(facts))
     console.print(f"fastest {settings.dtype} square product found here: {best / 1e9:.0f} GFLOP/s")
     report: dict[str, Any] = {
-        "machine": facts,
         "settings": asdict(settings),
         "best_gflops": best / 1e9,
         "sweep": plan.sweep,
@@ -78,8 +74,7 @@ def measure_all(plan: Plan, settings: Settings, json_file: Path | None, console:
         rows = [where | row for row in measure(case, expected, settings, best)]
         console.print(case_table(case.op, sizes.label, kind, rows))
         report["rows"] += rows
-        if json_file is not None:
-            json_file.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(json_file, facts, **report)
     for line in report["left_out"]:
         console.print(f"left out: {line}")
     return report
@@ -90,8 +85,6 @@ def _cases(plan: Plan, settings: Settings, left_out: list[str]) -> Iterator[tupl
     head_ops = [op for op in plan.ops if op is not GROUP_OP]
     for shape in plan.shapes if head_ops else ():
         for kind in plan.kinds:
-            if kind == "real" and (shape.d, shape.V) != SMOLLM2[1:]:
-                continue
             try:
                 for case, expected in head_cases(shape, kind, head_ops, device, dtype):
                     yield shape, kind, case, expected
@@ -132,10 +125,9 @@ def main() -> int:
         arguments.peers,
         arguments.backend,
     )
-    # Tables need room, even where the output goes to a file.
-    console = Console(width=max(Console().width, 170))
-    report = measure_all(_plan(arguments), settings, arguments.json, console)
-    return int(any(row["role"] == "ours" and row["status"] == "failed" for row in report["rows"]))
+    report = measure_all(_plan(arguments), settings, arguments.json)
+    failed = any(row["role"] == "ours" and row["status"] == "failed" for row in report["rows"])
+    return int(failed or not report["rows"])
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
@@ -158,11 +150,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--op", action="append", choices=list(OPS), help="repeatable; all by default")
     parser.add_argument("--shape", action="append", help="name in cases/registry.py, or NxBxdxV; repeatable")
     parser.add_argument("--kind", action="append", choices=list(KINDS), help="inputs; peaked and real by default")
-    parser.add_argument("--backend", action="append", help="of this project; repeatable; all by default")
+    parser.add_argument("--backend", action="append", choices=BACKEND_NAMES, help="repeatable; all by default")
     parser.add_argument("--peers", action="store_true", help="all peers, not the eager baseline alone")
     parser.add_argument("--quick", action="store_true", help="one small shape and few rounds")
     parser.add_argument("--sweep", choices=("N", "V", "B"), help="cost and memory against one size")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row here")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="write every row here")
     parser.add_argument("--rounds", type=int, help="timed samples of each candidate")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="a slower candidate sits out further rounds")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")

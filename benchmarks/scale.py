@@ -3,9 +3,9 @@
     python -m benchmarks.scale [--assumptions FILE] [--out FOLDER]
 
 Nothing is run: rates are measured ones of this project or published ones, all in scaling/assumptions.yaml. Response
-lengths are drawn; the rollouts are simulated on them, engine by engine, and responses are dealt out to the ranks,
-so that long ones are waited for. Training is sharded data parallel (FSDP2), rollouts are by engines of `engine_gpus`
-each on the same GPUs, asleep while the policy is updated. Writes SCALING.md and scaling.png.
+lengths are drawn; the rollouts are simulated on them, engine by engine, and whole groups are dealt out to the ranks as
+the trainer does, so that long responses are waited for. Training is sharded data parallel (FSDP2), rollouts are by
+engines of `engine_gpus` each on the same GPUs, asleep while the policy is updated. Writes SCALING.md and scaling.png.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import math
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,14 @@ from transformers import Qwen3Config
 from benchmarks.reporting.reports import FOLDER
 from benchmarks.reporting.tables import digits
 from g2rl.config import Config, ConfigError, load_config, read_structured
-from g2rl.forecast import Rates, forecast
+from g2rl.forecast import Rates, forecast, has_first_pass, micro_batch_rows
+from g2rl.parallel.ranks import Ranks
 
 HERE = Path(__file__).parent
 STAGES = ("rollout", "forward", "backward", "head", "communication", "optimizer", "hand-over")
 _KNOWN = "peak_flops training_share prefill_share memory bandwidth bandwidth_share decode_overhead nvlink network "
 _KNOWN += "link_share overlap gpus_per_node prompt_tokens response_median response_sigma slots cache_share"
+_SHARES = [name for name in _KNOWN.split() if name == "overlap" or name.endswith("_share")]
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Step:
-    """One run on so many GPUs: seconds by stage, bytes of each GPU by what holds them, and G2RL's part of both."""
+    """One run on so many GPUs: seconds by stage, bytes of each GPU by what holds them, and G2RL's part of both.
+
+    Attributes:
+        groups: of a rank in an update.
+    """
 
     run: Run
     gpus: int
+    groups: int
     tokens: int
     seconds: dict[str, float]
     training: dict[str, float]
@@ -93,43 +101,56 @@ def read(path: Path) -> Table:
     """The assumptions.
 
     Raises:
-        ConfigError: a key is unknown or missing, or a value is not above 0; the message names it.
+        ConfigError: a key is unknown or missing, or a value out of range; the message names it.
     """
     table: Table = read_structured(Table, path)
     for name in _KNOWN.split():
         found = table.assumptions.get(name)
         if found is None or found.value <= 0:
             raise ConfigError(f"assumptions.{name}: expected a value above 0, found {found and found.value}")
+        if name in _SHARES and found.value > 1:
+            raise ConfigError(f"assumptions.{name}: expected a share of at most 1, found {found.value}")
     for name in set(table.assumptions) - set(_KNOWN.split()):
         raise ConfigError(f"assumptions.{name}: expected one of {', '.join(_KNOWN.split())}, found it besides")
     for run in table.runs:
         if run.model not in table.models:
             raise ConfigError(f"runs.model: expected one of {', '.join(table.models)}, found {run.model!r}")
+        if run.engine_gpus < 1:
+            raise ConfigError(f"runs.engine_gpus: expected 1 or more, found {run.engine_gpus}")
         for gpus in run.gpus:
-            if gpus % run.engine_gpus:
+            if gpus < 1 or gpus % run.engine_gpus:
                 raise ConfigError(f"runs.gpus: expected multiples of engine_gpus = {run.engine_gpus}, found {gpus}")
     return table
 
 
 class Forecaster:
-    """Steps of one run, by assumptions a (`Assumption.value` by name)."""
+    """Steps of one run, by assumptions a (`Assumption.value` by name).
+
+    Raises:
+        ConfigError: `g2rl train` would refuse the run on one of its numbers of GPUs, or rates were not measured.
+    """
 
     def __init__(self, table: Table, run: Run) -> None:
         self.a = {name: assumption.value for name, assumption in table.assumptions.items()}
         self.run = run
-        self.config: Config = load_config(HERE.parent / run.config, run.overrides)
+        self.config = _config(run)
         self.shape = Qwen3Config(**table.models[run.model])
         self.head = _nearest_head(table.measured.heads, self.shape.hidden_size)
         self.group_op = _group_seconds(table.measured.groups)
         rates = Rates(self.a["peak_flops"], self.a["bandwidth"])
         self.alone = forecast(self.config, self.shape, int(self.a["prompt_tokens"]), rates)
         self.lengths = self._lengths()
+        longest = int(self.a["prompt_tokens"]) + self.config.rollout.max_new_tokens
+        self.rows = micro_batch_rows(self.config, longest)
+        # Passes over all responses before the first update.
+        self.first = int(has_first_pass(self.config, longest))
+        self.once = self.first + (self.config.objective.kl_coef > 0)
 
     def step(self, gpus: int) -> Step:
+        objective, weights = self.config.objective, self.alone.parameters
         rollout = self._rollout(gpus)
         passes, head, features = self._passes(gpus)
         communication, gathered = self._communication(gpus)
-        weights = self.alone.parameters
         seconds = {
             "rollout": rollout,
             "forward": passes["forward"],
@@ -137,15 +158,16 @@ class Forecaster:
             "head": head,
             "communication": communication,
             # Weights, both moments and the gradient in fp32: four are read, three written.
-            "optimizer": self.config.objective.mini_batches * 28 * weights / gpus / self._memory_rate,
+            "optimizer": objective.updates * objective.mini_batches * 28 * weights / gpus / self._memory_rate,
             "hand-over": 2 * weights / self._link(gpus),
         }
         added = {"features": features, "group op": self._groups * self.group_op, "gather": gathered}
         seconds["head"] += features + added["group op"]
         seconds["communication"] += gathered
         training, added_bytes = self._training_memory(gpus)
-        tokens = sum(self.lengths)
-        return Step(self.run, gpus, tokens, seconds, training, self._sampling_memory(gpus), added, added_bytes)
+        groups = self.config.rollout.prompts // objective.mini_batches // gpus
+        sampling = self._sampling_memory(gpus)
+        return Step(self.run, gpus, groups, sum(self.lengths), seconds, training, sampling, added, added_bytes)
 
     # ---- rates and sizes -------------------------------------------------------------------------------------------
 
@@ -186,15 +208,25 @@ class Forecaster:
         attention = 2 * self.shape.num_hidden_layers * self.shape.num_attention_heads * self.shape.head_dim * tokens
         return tokens * (2 * self._body + attention)
 
+    def _dealt(self, lengths: list[int], parts: int) -> list[list[int]]:
+        """Of responses in whole groups, side by side."""
+        m = self.config.rollout.group_size
+        shares = [Ranks(i, parts).share(len(lengths) // m) for i in range(parts)]
+        return [lengths[m * own.start : m * own.stop] for own in shares]
+
+    def _updates(self, gpus: int) -> list[list[list[int]]]:
+        """Lengths of each rank's responses in each mini-batch."""
+        size = len(self.lengths) // self.config.objective.mini_batches
+        return [self._dealt(self.lengths[i : i + size], gpus) for i in range(0, len(self.lengths), size)]
+
     # ---- stages ----------------------------------------------------------------------------------------------------
 
     def _rollout(self, gpus: int) -> float:
-        """Seconds until the last engine is done; responses are dealt out in turn."""
-        engines = gpus // self.run.engine_gpus
+        """Seconds until the last engine is done."""
         memory = self._sampling_memory(gpus)
         # Where there is none, as if the shards waited in the host's memory.
         room = memory["cache"] or (self.a["memory"] - memory["weights"]) * self.a["cache_share"]
-        return max(self._engine(self.lengths[i::engines], room) for i in range(min(engines, len(self.lengths))))
+        return max(self._engine(own, room) for own in self._dealt(self.lengths, gpus // self.run.engine_gpus))
 
     def _engine(self, lengths: list[int], room: float) -> float:
         """Continuous batching, from one end of a response to the next: each step reads the weights and all caches."""
@@ -220,27 +252,19 @@ class Forecaster:
         """Seconds of forward and backward passes, of the head as plain GRPO has it, and what features add to it."""
         objective = self.config.objective
         rate = self.a["peak_flops"] * self.a["training_share"]
-        updates, first = objective.mini_batches, objective.updates * objective.mini_batches > 1
-        size = len(self.lengths) // updates
-        parts = [self.lengths[i * size : (i + 1) * size] for i in range(updates)]
-        body = sum(_slowest([self._flops(n) for n in part], gpus) for part in parts) / rate
-        words = sum(_slowest([float(n) for n in part], gpus) for part in parts)
-        # The pass before the first update, and the KL term's, go over the whole step at once.
-        body_once, words_once = (
-            _slowest([self._flops(n) for n in self.lengths], gpus) / rate,
-            _slowest([float(n) for n in self.lengths], gpus),
-        )
-        once = first + (objective.kl_coef > 0)
+        updates = self._updates(gpus)
+        body, body_once = (work / rate for work in _slowest(updates, self._flops))
+        words, words_once = _slowest(updates, float)
         per_token = {op: seconds * self._head_size for op, seconds in self.head.items()}
         again = 1 if self.config.model.gradient_checkpointing else 0
         times = {
-            "forward": once * body_once + objective.updates * body,
+            "forward": self.once * body_once + objective.updates * body,
             "backward": (2 + again) * objective.updates * body,
         }
-        head = once * words_once * per_token["token_logprobs"]
+        head = self.once * words_once * per_token["token_logprobs"]
         head += objective.updates * words * (per_token["token_logprobs"] + per_token["logprobs_backward"])
         # Features ride along the pass before the first update, or along the only one.
-        asked = words_once if first else words
+        asked = words_once if self.first else words
         return times, head, asked * (per_token["sequence_features"] - per_token["token_logprobs"])
 
     @property
@@ -250,16 +274,20 @@ class Forecaster:
     def _communication(self, gpus: int) -> tuple[float, float]:
         """FSDP2's part that is not hidden: weights gathered for each pass, gradients scattered; and G2RL's gather."""
         objective, share = self.config.objective, (gpus - 1) / gpus
-        responses = len(self.lengths) / objective.mini_batches
-        mean = sum(self.lengths) / len(self.lengths) + self.a["prompt_tokens"]
-        budget = (
-            objective.tokens_per_micro_batch or objective.micro_batch_groups * self.config.rollout.group_size * mean
-        )
-        micro_batches = max(1, math.ceil(responses / gpus * mean / budget))
-        gathers = objective.mini_batches * micro_batches * (2 + (objective.mini_batches > 1) + (objective.kl_coef > 0))
-        moved = share * self.alone.parameters * (2 * gathers + 4 * objective.mini_batches)
+        # All ranks make as many passes as the one with the most.
+        passes = sum(max(map(self._micro_batches, ranks)) for ranks in self._updates(gpus))
+        backward = objective.updates * passes
+        # In 16 bits for each pass, forwards and backwards; in fp32 after each pass backwards.
+        moved = share * self.alone.parameters * (2 * (self.once * passes + 2 * backward) + 4 * backward)
         features = share * len(self.lengths) * self.shape.hidden_size * 4
         return moved / self._link(gpus) * (1 - self.a["overlap"]), features / self._link(gpus)
+
+    def _micro_batches(self, lengths: list[int]) -> int:
+        objective = self.config.objective
+        if objective.tokens_per_micro_batch:
+            tokens = sum(lengths) + len(lengths) * self.a["prompt_tokens"]
+            return math.ceil(tokens / objective.tokens_per_micro_batch)
+        return math.ceil(len(lengths) / self.rows)
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
@@ -268,14 +296,14 @@ class Forecaster:
         weights = self.alone.parameters
         kept = {name.partition(",")[0]: size for name, size in self.alone.update.items()}
         layer = self._body / self.shape.num_hidden_layers + self._head_size
+        # A rank may have fewer responses in an update than a micro-batch has room for.
+        rows = min(self.rows, len(self.lengths) // self.config.objective.mini_batches // gpus)
         held = {
             "weights, gradients, AdamW (fp32)": 16 * weights / gpus,
             "reference (fp32)": 4 * weights / gpus if self.config.objective.kl_coef > 0 else 0.0,
             "gathered layers (bf16)": 2 * layer * 2,
-            "activations": kept["activations"],
+            "activations": kept["activations"] * rows / self.rows,
         }
-        budget = self.config.objective.tokens_per_micro_batch or len(self.lengths)
-        rows = max(1, budget // (self.config.rollout.max_new_tokens + int(self.a["prompt_tokens"])))
         return held, 4 * (len(self.lengths) * self.shape.hidden_size + rows * self.shape.vocab_size)
 
     def _sampling_memory(self, gpus: int) -> dict[str, float]:
@@ -286,12 +314,25 @@ class Forecaster:
         return {"shards": shards, "weights": weights, "cache": max(0.0, left * self.a["cache_share"])}
 
 
-def _slowest(work: list[float], ranks: int) -> float:
-    """The most that one of the ranks gets when the longest goes to the least busy, again and again."""
-    loads = [0.0] * ranks
-    for item in sorted(work, reverse=True):
-        heapq.heapreplace(loads, loads[0] + item)
-    return max(loads)
+def _config(run: Run) -> Config:
+    try:
+        config = load_config(HERE.parent / run.config, [*run.overrides, "parallel.strategy=fsdp2"])
+        for gpus in run.gpus:
+            Ranks(0, gpus, sharded=True).check(config)
+    except ConfigError as error:
+        raise ConfigError(f"runs, {run.name}: {error}") from error
+    return config
+
+
+def _slowest(updates: list[list[list[int]]], work: Callable[[int], float]) -> tuple[float, float]:
+    """Work of the rank that the others wait for: if they do so after each mini-batch, and after all of them.
+
+    Args:
+        updates: lengths of each rank's responses in each mini-batch.
+        work: by the length of a response.
+    """
+    done = [[sum(map(work, own)) for own in ranks] for ranks in updates]
+    return sum(map(max, done)), max(map(sum, zip(*done, strict=True)))
 
 
 def _rows(file: str) -> list[dict[str, Any]]:
@@ -306,13 +347,19 @@ def _nearest_head(files: list[str], d: int) -> dict[str, float]:
     """Seconds for a token by op, divided by d V: the fastest row of those whose d is nearest."""
     rows, found = [row for file in files for row in _rows(file)], {}
     for op in ("token_logprobs", "sequence_features", "logprobs_backward"):
-        best = min((r for r in rows if r["op"] == op), key=lambda r: (abs(r["sizes"]["d"] - d), r["median_s"]))
+        of_op = [row for row in rows if row["op"] == op]
+        if not of_op:
+            raise ConfigError(f"measured.heads: expected a file with times of {op}, found {', '.join(files) or 'none'}")
+        best = min(of_op, key=lambda row: (abs(row["sizes"]["d"] - d), row["median_s"]))
         found[op] = best["median_s"] / (best["sizes"]["N"] * best["sizes"]["d"] * best["sizes"]["V"])
     return found
 
 
 def _group_seconds(file: str) -> float:
-    return min(row["median_s"] for row in _rows(file))
+    times = [row["median_s"] for row in _rows(file) if row["op"] == "g2rl_advantages"]
+    if not times:
+        raise ConfigError(f"measured.groups: expected a file with times of g2rl_advantages, found {file!r}")
+    return min(times)
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
@@ -337,19 +384,22 @@ def page(table: Table, steps: list[Step]) -> str:
         memory.append([step.run.name, str(step.gpus), digits(update / 1e9), parts, room, more, fits])
     assumed = [["assumption", "value", "source"], ["---", "---:", "---"]]
     assumed += [[name, f"{a.value:g}", a.source] for name, a in table.assumptions.items()]
-    responses = "; ".join(f"{run.name}: {run.config}, engines of {run.engine_gpus}" for run in table.runs)
+    runs = "; ".join(
+        f"{run.name}: {' '.join([run.config, *run.overrides])}, engines of {run.engine_gpus}" for run in table.runs
+    )
+    groups = " to ".join(dict.fromkeys(map(str, (extreme(step.groups for step in steps) for extreme in (min, max)))))
     return (
         "# Past one GPU: a forecast\n\nWritten by `python -m benchmarks.scale`; nothing here was run on these "
         "machines. Rates are measured by this project on one H100 (the head, the group op) or published, the rest is "
         "assumed; all of it stands below and in [assumptions.yaml](scaling/assumptions.yaml), to be changed and run "
         f"again.\n\n## Time of a step\n\n{_markdown(times)}\n\n![stages of a step](scaling/scaling.png)\n\n"
-        "Seconds. A stage lasts as long as its slowest rank: with as few responses in an update as these runs have "
-        "(32), 64 ranks wait for the one with the longest. G2RL adds the features of the pass before the first "
-        "update, the group op and one gather of Phi [B, d]; they are part of head and communication. Runs "
-        "that do not fit are timed as if the trainer's shards waited in the host's memory.\n\n"
+        f"Seconds. A stage lasts as long as its slowest rank. Ranks have whole groups, {groups} of them in an update "
+        "here: the fewer, the longer the others wait for the one with the longest responses. G2RL adds the features of "
+        "the pass before the first update, the group op and one gather of Phi [B, d]; they are part of head and "
+        "communication. Runs that do not fit are timed as if the trainer's shards waited in the host's memory.\n\n"
         f"## Memory\n\n{_markdown(memory)}\n\nBy sharded data parallel training, with every micro-batch as long as it "
         "may be. G2RL adds Phi [B, d] and the micro-batch's residuals [B, V], in fp32.\n\n"
-        f"## Assumptions\n\n{responses}.\n\n{_markdown(assumed)}\n"
+        f"## Assumptions\n\n{runs}.\n\n{_markdown(assumed)}\n"
     )
 
 

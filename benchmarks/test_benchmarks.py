@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import prefix_sharing, readme, rollout, run
@@ -80,7 +79,7 @@ def test_runner_reports_every_candidate(benchmark, tmp_path: Path, monkeypatch: 
     plan = run.Plan(tuple(OPS.values()), (TINY,), ("random",))
     settings = Settings(rounds=2, limit_s=1.0, backends=["torch", "cuda"])
     path = tmp_path / "run.json"
-    benchmark.pedantic(run.measure_all, (plan, settings, path, Console(quiet=True)), rounds=1)
+    benchmark.pedantic(run.measure_all, (plan, settings, path), rounds=1)
     report = Report("run", json.loads(path.read_text()))
     assert len(report.cases()) == len(OPS)
     for rows in report.cases():
@@ -107,7 +106,7 @@ def test_wrong_result_has_no_time(benchmark, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(eager, "token_logprobs", lambda *a: (right(*a)[0] - 1e-3, *right(*a)[1:]))
     plan = run.Plan((OPS["token_logprobs"],), (TINY,), ("random",))
     settings = Settings(rounds=2, limit_s=1.0, backends=["torch"])
-    report = benchmark.pedantic(run.measure_all, (plan, settings, None, Console(quiet=True)), rounds=1)
+    report = benchmark.pedantic(run.measure_all, (plan, settings, None), rounds=1)
     (ours,) = [row for row in report["rows"] if row["role"] == "ours"]
     assert ours["status"] == "failed" and "logp_absolute" in ours["reason"] and "median_s" not in ours
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring.timing import interquartile_range, machine, machine_line
+from benchmarks.measuring.timing import interquartile_range
+from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import digits
 
 ROWS, GROUP = 64, 8
@@ -141,22 +141,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="of each process, the first of them not timed")
     parser.add_argument("--candidate", action="append", choices=CANDIDATES, help="repeatable; all by default")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=result_file, metavar="FILE")
     parser.add_argument("--one", choices=CANDIDATES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(run_candidate(arguments.one, arguments.tokens[0], arguments.steps)))
         return
-    facts = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    console = Console(width=max(Console().width, 120))
-    console.print(machine_line(facts))
+    console, facts = begin(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     names = arguments.candidate or list(CANDIDATES)
     results = {}
     for tokens in arguments.tokens:
         results[str(tokens)] = measure(tokens, arguments.rounds, arguments.steps, names)
         console.print(table(tokens, results[str(tokens)]))
-        if arguments.json:
-            arguments.json.write_text(json.dumps({"machine": facts, "trl_step": results}, indent=1) + "\n")
+        write_report(arguments.json, facts, trl_step=results)
 
 
 if __name__ == "__main__":

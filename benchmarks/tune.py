@@ -13,7 +13,6 @@ allows, it has no time, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,8 @@ from benchmarks.candidates.lineup import FLOOR
 from benchmarks.cases.registry import Shape, parse_shape
 from benchmarks.cases.workloads import head_workload
 from benchmarks.measuring.accuracy import Expected, Results, broken_bounds, errors
-from benchmarks.measuring.timing import Run, interleave, machine, machine_line
+from benchmarks.measuring.timing import Run, interleave
+from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import milliseconds
 from g2rl_kernels.backends.triton import configs
 from g2rl_kernels.backends.triton.candidates import KERNELS, candidates
@@ -349,9 +349,10 @@ def tune(rows: dict[str, list[Row]], shape: Shape, dtype: str, where: Where, dea
 class Report:
     """Prints tables when they are done, and writes the file anew after each: a run that is cut off leaves its part."""
 
-    def __init__(self, facts: dict[str, Any], console: Console, json_file: Path | None) -> None:
-        self.content: dict[str, Any] = {**facts, "kernels": {}, "lines": [], "left_out": []}
-        self.console, self.json_file = console, json_file
+    def __init__(self, device: torch.device, json_file: Path | None, **content: Any) -> None:
+        self.content: dict[str, Any] = {**content, "kernels": {}, "lines": [], "left_out": []}
+        self.console, self.facts = begin(device, width=140)
+        self.json_file = json_file
 
     def add(self, kernel: str, title: str, rows: list[Row]) -> None:
         self.console.print(kernel_table(title, rows))
@@ -375,15 +376,13 @@ class Report:
         return any(row["status"] == "wrong" for rows in self.content["kernels"].values() for row in rows)
 
     def _write(self) -> None:
-        if self.json_file is not None:
-            self.json_file.write_text(json.dumps(self.content, indent=1) + "\n")
+        write_report(self.json_file, self.facts, **self.content)
 
 
 def main() -> int:
     arguments = _parser().parse_args()
     deadline = time.perf_counter() + arguments.seconds
     kernels = arguments.kernel or KERNELS
-    console = Console(width=max(Console().width, 140))
     try:
         shape = parse_shape(arguments.shape, "cuda")
         chip = parse_chip(arguments.compile) if arguments.compile else None
@@ -394,14 +393,12 @@ def main() -> int:
             sys.exit("no GPU here: --compile sm_90 (or another chip) shows what tiles take, without times")
         device = torch.device("cuda", torch.cuda.current_device())
         where = (device, configs.chip_of(device))
-        facts = {"machine": machine(device), "shape": shape._asdict(), "dtype": arguments.dtype}
-        console.print(machine_line(facts["machine"]))
-        report = Report(facts, console, arguments.json)
-        rows = compile_all(kernels, arguments.dtype, where[1], console)
+        report = Report(device, arguments.json, shape=shape._asdict(), dtype=arguments.dtype)
+        rows = compile_all(kernels, arguments.dtype, where[1], report.console)
         tune(rows, shape, arguments.dtype, where, deadline, report)
         return int(report.wrong)
-    report = Report({"chip": chip_name(chip), "dtype": arguments.dtype}, console, arguments.json)
-    rows = compile_all(kernels, arguments.dtype, chip, console, counted=True)
+    report = Report(torch.device("cpu"), arguments.json, chip=chip_name(chip), dtype=arguments.dtype)
+    rows = compile_all(kernels, arguments.dtype, chip, report.console, counted=True)
     for kernel, of_kernel in rows.items():
         report.add(kernel, f"{kernel}, {chip_name(chip)}, {arguments.dtype}", of_kernel)
     return int(any(row["status"] != "ok" for of_kernel in rows.values() for row in of_kernel))
@@ -413,7 +410,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", default="qwen3-1.7b-8192", help="name in cases/registry.py, or NxBxdxV")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--seconds", type=float, default=600, help="after which no other kernel is started")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row here")
+    parser.add_argument("--json", type=result_file, metavar="FILE", help="write every row here")
     parser.add_argument("--compile", metavar="CHIP", help="compile for sm_90, gfx942, ... instead of timing")
     return parser
 

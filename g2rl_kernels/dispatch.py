@@ -92,11 +92,17 @@ BACKENDS = (
 _forced: str | None = None
 
 
-def _backend(name: str) -> Backend:
+def _backend(name: str, argument: str = "backend") -> Backend:
     for backend in BACKENDS:
         if backend.name == name:
             return backend
-    raise ValueError(f"backend: expected one of {', '.join(b.name for b in BACKENDS)}, found {name!r}")
+    raise ValueError(f"{argument}: expected one of {', '.join(b.name for b in BACKENDS)}, found {name!r}")
+
+
+def _asked_for() -> str | None:
+    """The backend that was chosen by name, here or from outside."""
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _forced or (name and _backend(name, ENVIRONMENT_VARIABLE).name)
 
 
 @functools.cache  # looking for a module that does not exist goes through the file system each time
@@ -135,7 +141,7 @@ def resolve(
     Raises:
         RuntimeError: a backend was asked for by name and cannot serve; the message says why.
     """
-    forced = _forced or os.environ.get(ENVIRONMENT_VARIABLE)
+    forced = _asked_for()
     if forced:
         backend = _backend(forced)
         reason = _refusal(backend, op, device, dtype, groups)
@@ -203,7 +209,7 @@ def explain() -> str:
             and _refusal(backend, OPS[0], devices[0], torch.float32) is None
         ):
             lines.append(module.describe())
-    forced = _forced or os.environ.get(ENVIRONMENT_VARIABLE)
+    forced = _asked_for()
     if forced:
         lines.append(f"backend set by name: {_backend(forced).name}")
     for device in devices:

@@ -157,7 +157,8 @@ def run(subject: Subject, device: torch.device) -> Verdict:
 
 def command(subject: Subject, device: torch.device) -> list[str]:
     arguments = [subject.backend, str(device), subject.dtype, subject.work]
-    return [sys.executable or "", "-m", "g2rl_kernels.self_check_run", *arguments]
+    # -P: the folder that the user works in may have a queue.py of its own.
+    return [sys.executable or "", "-P", "-m", "g2rl_kernels.self_check_run", *arguments]
 
 
 def _mode() -> str:
@@ -190,8 +191,9 @@ def _run(command: list[str], limit_s: float) -> Verdict:
     def ended(passed: bool, check: str, detail: str, lasting: bool) -> Verdict:
         return Verdict(passed, check, detail, when, round(time.perf_counter() - began, 1), lasting)
 
-    # To files: a process that this one leaves behind could keep a pipe open.
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+    # To files: a process that this one leaves behind could keep a pipe open. Compilers write in any encoding.
+    file = functools.partial(tempfile.TemporaryFile, "w+", errors="replace")
+    with file() as out, file() as errors:
         try:
             process = subprocess.Popen(command, stdout=out, stderr=errors, env=environment, start_new_session=True)
         except OSError as error:  # a program that embeds Python may not know its interpreter
@@ -302,20 +304,28 @@ def _key(subject: Subject, device: torch.device) -> str:
     return hashlib.sha256(json.dumps(_facts(subject, device)).encode()).hexdigest()[:24]
 
 
-def _file(subject: Subject, device: torch.device) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _file(subject: Subject, device: torch.device) -> Path | None:
+    """None where there is no place for it: a user without a home."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
     return cache / "g2rl_kernels" / f"check-{_key(subject, device)}.json"
 
 
-def _read(file: Path) -> Verdict | None:
+def _read(file: Path | None) -> Verdict | None:
+    if file is None:
+        return None
     try:
         return Verdict(**json.loads(file.read_text())["verdict"])
     except (OSError, ValueError, KeyError, TypeError):  # none, or not of this version
         return None
 
 
-def _write(file: Path, subject: Subject, device: torch.device, verdict: Verdict) -> None:
-    """In one step, so that no process reads half of it; a folder that cannot be written costs a check a process."""
+def _write(file: Path | None, subject: Subject, device: torch.device, verdict: Verdict) -> None:
+    """In one step, so that no process reads half of it; no folder that can be written costs a check a process."""
+    if file is None:
+        return
     text = json.dumps({"facts": _facts(subject, device), "verdict": asdict(verdict)}, indent=1)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

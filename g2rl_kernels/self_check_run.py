@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from g2rl_kernels.dispatch import use_backend
 from g2rl_kernels.ops.groups import g2rl_advantages
 from g2rl_kernels.ops.head import sequence_features, token_logprobs
 from g2rl_kernels.records import SequenceFeatures, Shaping
+from g2rl_kernels.self_check import LIMIT_S
 from g2rl_kernels.testing import HeadSample, Options, Shape
 
 LAUNCHES = 20
@@ -220,6 +222,9 @@ def _says_nothing_of_kernels(error: Exception) -> bool:
 
 
 def main(arguments: list[str]) -> int:
+    if hasattr(signal, "alarm"):  # Windows has none
+        # Who waits for the result ends this process earlier, but may have been killed.
+        signal.alarm(int(LIMIT_S) + 5)
     backend, device, dtype, work = arguments
     setting = Setting(torch.device(device), getattr(torch, dtype), "bias" in work, "softcap" in work)
     print(json.dumps(run(backend, setting, GROUP_CHECKS if work == "groups" else HEAD_CHECKS)), flush=True)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
-TOOLS = "bash cat cksum dirname env find mkdir mktemp nproc realpath rm sort tail tee xargs".split()
+TOOLS = "bash cat cksum dirname env find mkdir mktemp nproc realpath rm sleep sort tail tee touch xargs".split()
 MEASURED = "head groups small-head large".split()
 SANITIZERS = "memcheck racecheck synccheck".split()
 BESIDE = ["tests", *SANITIZERS]  # run at the same time
@@ -45,12 +48,17 @@ print("output of", name, flush=True)
 does = dict(item.split("=") for item in os.environ.get("BEHAVIOUR", "").split()).get(name, "0")
 if does == "sleep":
     time.sleep(60)
+if does == "interruptible":
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 sys.exit(int(does))
 """
 STAND_INS = {
     "timeout": 'exec {timeout} "$1" --kill-after=1 2 "${{@:4}}"',
     "compute-sanitizer": 'export TOOL=$2; exec "${{@:7}}"',
-    "cmake": 'echo building; exit "${{BUILD:-0}}"',
+    "cmake": 'echo building "$@"; [ "${{BUILD:-0}}" != hangs ] || exec sleep 60; exit "${{BUILD:-0}}"',
     "nvcc": "exit 0",
 }
 
@@ -112,7 +120,7 @@ def test_a_run_and_the_next(place: Place) -> None:
     assert "-m benchmarks.once --backend cuda" in place.arguments("racecheck")
     for name in PARTS:
         assert (place.out / f"a-chip-{name}.log").read_text() == f"output of {name}\n"
-    assert (place.out / "a-chip-build.log").read_text() == "building\n" * 2
+    assert [line.split()[0] for line in (place.out / "a-chip-build.log").read_text().splitlines()] == ["building"] * 2
 
     status, lines = place.run()
     assert (status, place.called) == (0, [])
@@ -145,10 +153,76 @@ def test_parts_that_do_not_end_well_are_named_and_run_again(place: Place) -> Non
 def test_a_build_that_fails_leaves_the_rest(place: Place) -> None:
     status, lines = place.run(BUILD="2")
     assert (status, place.called) == (1, PARTS)
-    assert lines[-1] == "=== failed: build"
+    assert lines[-1] == "=== failed: build (2)"
     (place.bin / "nvcc").unlink()
     status, lines = place.run()
     assert status == 0 and any(line.startswith("=== no nvcc or no CMake") for line in lines)
+
+
+def test_a_build_has_a_limit(place: Place) -> None:
+    status, lines = place.run(BUILD="hangs", ONLY="groups")
+    assert (status, place.called) == (1, ["groups"])
+    assert lines[-1] == "=== failed: build (124)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "only", "built"),
+    [([], "groups", True), ([], "tune", False), ([], "build", True), (["--rehearse"], "groups", False)],
+)
+def test_parts_alone(place: Place, arguments: list[str], only: str, built: bool) -> None:
+    """With a build where they run its kernels, which a rehearsal does not."""
+    status, _ = place.run(*arguments, place.out, ONLY=only)
+    assert (status, place.called) == (0, [only] if only in PARTS else [])
+    assert bool(list(place.out.glob("*-build.log"))) == built
+
+
+def test_a_rehearsal_leaves_no_module(place: Place) -> None:
+    assert place.run("--rehearse", place.out, ONLY="build")[0] == 0
+    assert f"-DG2RL_OUTPUT_DIR={place.root}/build/rehearsal" in (place.out / "rehearsal-build.log").read_text()
+    assert place.run(place.out, ONLY="build")[0] == 0
+    assert f"-DG2RL_OUTPUT_DIR={place.root}/g2rl_kernels" in (place.out / "a-chip-build.log").read_text()
+
+
+def test_a_part_that_does_not_exist_is_refused(place: Place) -> None:
+    command = [place.bin / "bash", place.script, place.out]
+    done = subprocess.run(command, env={"PATH": str(place.bin), "ONLY": "groups haed"}, capture_output=True, text=True)
+    assert done.returncode == 2 and not place.out.exists()
+    assert done.stderr == f"ONLY: expected some of build {' '.join(PARTS)}, found haed\n"
+
+
+@pytest.mark.parametrize(
+    ("send", "sent", "status", "running"),
+    [
+        (os.killpg, signal.SIGINT, 130, ["bias"]),
+        (os.killpg, signal.SIGINT, 130, BESIDE),
+        (os.kill, signal.SIGTERM, 143, ["bias"]),
+    ],
+    ids=["^C", "^C beside", "terminated"],
+)
+def test_a_signal_ends_parts_and_script(
+    place: Place, send: Callable, sent: signal.Signals, status: int, running: list[str]
+) -> None:
+    """^C in a terminal reaches the script's process group, of which no part is."""
+    behaviour = " ".join(f"{name}=interruptible" for name in running)
+    given = {"PATH": str(place.bin), "CALLS": str(place.calls), "BEHAVIOUR": behaviour, "ONLY": " ".join(running)}
+    process = subprocess.Popen(
+        [place.bin / "bash", place.script, place.out],
+        env=given,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # What is ignored when a shell starts, it cannot trap.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (place.calls.exists() and set(running) <= set(place.called)):
+        time.sleep(0.02)
+    send(process.pid, sent)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == status and output.endswith("=== stopped\n")
+    assert place.called == running, "nothing else was started"
+    logs = [(place.out / f"a-chip-{name}.log").read_text() for name in running]
+    assert all("interrupted" in log for log in logs), "parts could end by themselves"
 
 
 def test_another_chip_starts_anew(place: Place) -> None:

@@ -150,6 +150,45 @@ def test_time_is_limited() -> None:
     assert found.seconds < 10
 
 
+def test_what_lies_in_the_users_folder_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "queue.py").write_text("raise SystemExit('imported')")
+    command = self_check.command(SUBJECT, CPU)
+    program = """import queue; print('{"check": "", "detail": "", "passed": true}')"""
+    found = self_check._run([*command[: command.index("-m")], "-c", program], 60.0)
+    assert found.passed, found
+
+
+def test_messages_in_any_encoding() -> None:
+    program = r"import os; os.write(2, b'ptxas: /home/Andr\xe9/x.ptx'); os.write(1, b'\xff\n'); raise SystemExit(1)"
+    found = self_check._run([sys.executable, "-c", program], 60.0)
+    assert found.detail == "ended with status 1: ptxas: /home/Andr\N{REPLACEMENT CHARACTER}/x.ptx"
+
+
+def test_a_user_without_a_home_is_checked_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    result = """print('{"check": "", "detail": "", "passed": true}')"""
+    monkeypatch.setattr(self_check, "command", lambda subject, device: [sys.executable, "-c", result])
+    assert backend_of() == backend_of() == "defective"
+    monkeypatch.setattr(self_check, "command", lambda subject, device: pytest.fail("checked again"))
+    assert backend_of() == "defective"
+    self_check._verdicts.clear()
+    assert self_check.known(SUBJECT, CPU) is None
+
+
+def test_a_check_ends_though_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who started it may have been killed."""
+    alarms: list[int] = []
+    monkeypatch.setattr(self_check_run.signal, "alarm", alarms.append)
+    monkeypatch.setattr(self_check_run, "run", lambda *_: {"passed": True})
+    assert self_check_run.main(["torch", "cpu", "float32", "groups"]) == 0
+    assert alarms == [65] and alarms[0] > self_check.LIMIT_S
+
+
 def test_a_backend_that_passes_serves_and_is_not_checked_again(runs: list[Subject]) -> None:
     assert backend_of() == backend_of() == "defective" and runs == [SUBJECT]
     self_check._verdicts.clear()
@@ -307,7 +346,7 @@ def test_command_line(runs: list[Subject], monkeypatch: pytest.MonkeyPatch, caps
     assert [subject for subject, _ in dispatch.check_all(CPU)] == runs
     assert [subject.work for subject in runs] == ["head", "head+bias", "head+softcap", "head+bias+softcap", "groups"]
     assert self_check.command(SUBJECT, torch.device("cuda", 1))[1:] == [
-        *("-m", "g2rl_kernels.self_check_run", "defective", "cuda:1", "float32", "head")
+        *("-P", "-m", "g2rl_kernels.self_check_run", "defective", "cuda:1", "float32", "head")
     ]
 
 

@@ -89,7 +89,7 @@ def test_line_is_an_entry_of_the_table(tile: Tile) -> None:
 
 def test_report_is_written_after_each_kernel(tmp_path: Path) -> None:
     path = tmp_path / "tune.json"
-    report = tune.Report({"dtype": "bf16"}, tune.Console(quiet=True), path)
+    report = tune.Report(torch.device("cpu"), path, dtype="bf16")
     report.add("statistics-kept", "title", rows()[:2])
     assert json.loads(path.read_text())["kernels"]["statistics-kept"][1]["tile"]["BLOCK_V"] == 64
     assert not report.wrong

@@ -91,7 +91,7 @@ def interleave(runs: Mapping[str, Run], device: torch.device, rounds: int, limit
     gc.collect()
     gc.disable()
     try:
-        for i in range(rounds):
+        for i in range(rounds if names else 0):
             first = i % len(names)
             for name in names[first:] + names[:first]:
                 if i > 0 and spent[name] > limit_s:
@@ -170,9 +170,18 @@ def kernel_launches(run: Run) -> int:
 def extra_memory(run: Run, device: torch.device) -> tuple[int | None, Any]:
     """Bytes that one call takes at its peak beyond what was there before, its results included; and what it returns.
 
-    On a CPU that is the growth of the process's resident memory, which counts every allocator and library's scratch
-    space: free memory is handed back to the kernel, and the kernel's own high-water mark is reset, right before. It is
-    exact to about 1 MB. None where the kernel offers no such mark.
+    None where they cannot be known: see `peak_memory`.
+    """
+    before, peak, result = peak_memory(run, device)
+    return None if before is None or peak is None else max(0, peak - before), result
+
+
+def peak_memory(run: Run, device: torch.device) -> tuple[int | None, int | None, Any]:
+    """Bytes held before one call and at its peak, and what it returns.
+
+    On a CPU that is the process's resident memory, which counts every allocator and library's scratch space: free
+    memory is handed back to the kernel, and the kernel's own high-water mark is reset, right before. It is exact to
+    about 1 MB. None where the kernel offers no such mark.
     """
     release_free_memory()
     if device.type == "cuda":
@@ -181,14 +190,14 @@ def extra_memory(run: Run, device: torch.device) -> tuple[int | None, Any]:
         before = torch.cuda.memory_allocated(device)
         result = run()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before, result
+        return before, torch.cuda.max_memory_allocated(device), result
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return None, run()
+        return None, None, run()
     before = _status("VmRSS")
     result = run()
-    return max(0, _status("VmHWM") - before), result
+    return before, _status("VmHWM"), result
 
 
 def release_free_memory() -> None:
@@ -197,13 +206,6 @@ def release_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def memory_in_use(device: torch.device) -> int | None:
-    """Bytes that this process holds now: resident on a CPU, in tensors on a GPU; None where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return _status("VmRSS") if Path("/proc/self/status").is_file() else None
 
 
 def _status(key: str) -> int:

@@ -1,19 +1,50 @@
-"""Result files: what `run`, `e2e` and `tune` wrote to results/, and what README and plots ask of them."""
+"""Result files: how programs of this folder write them to results/, and what README and plots ask of them."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+
+from benchmarks.candidates.lineup import FLOOR_OUT
 from benchmarks.cases.registry import OPS, Groups, Shape
-from benchmarks.measuring.timing import machine_line
+from benchmarks.measuring.timing import machine, machine_line
 
 FOLDER = Path(__file__).parent.parent / "results"
 
 Row = Mapping[str, Any]
+
+
+def result_file(text: str) -> Path:
+    """What `--json` names, refused before anything is measured where it could not be written."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, found {text!r}")
+    return path
+
+
+def begin(device: torch.device, width: int = 120) -> tuple[Console, dict[str, Any]]:
+    """A console with room for tables even where the output goes to a file, and the machine's facts, printed on it."""
+    console, facts = Console(width=max(Console().width, width)), machine(device)
+    console.print(machine_line(facts))
+    return console, facts
+
+
+def write_report(path: Path | None, facts: Mapping[str, Any], **content: Any) -> None:
+    """Write a result file, if one is asked for.
+
+    In one step and anew as often as there is more to say: a run that is cut off leaves what it has.
+    """
+    if path is not None:
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(json.dumps({"machine": facts, **content}, indent=1) + "\n")
+        part.replace(path)
 
 
 @dataclass(frozen=True)
@@ -23,7 +54,8 @@ class Report:
     Attributes:
         name: the file's, without its ending; plots carry it.
         content: "rows" of `run`, one a candidate and case; or "step" of `e2e`, "trl_step" of `trl_step`,
-            "prefix_sharing" of `prefix_sharing`, "rollout" of `rollout`, "kernels" of `tune`, which is shown nowhere.
+            "prefix_sharing" of `prefix_sharing`, "rollout" of `rollout`; "kernels" of `tune` and "bias" of `bias` are
+            shown nowhere.
     """
 
     name: str
@@ -77,6 +109,12 @@ def timed(rows: Iterable[Row], role: str | None = None) -> list[Row]:
 
 def named(rows: Iterable[Row], candidate: str) -> Row | None:
     return next((row for row in timed(rows) if row["candidate"] == candidate), None)
+
+
+def times_out(row: Row, rows: Iterable[Row]) -> float | None:
+    """The time over that of the case's products into memory that was touched before; None where either has none."""
+    out = named(rows, FLOOR_OUT)
+    return row["median_s"] / out["median_s"] if out and row.get("median_s") is not None else None
 
 
 def label(row: Row) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.cases.registry import KINDS, Op
 from benchmarks.measuring.accuracy import BOUNDS
-
-Row = Mapping[str, Any]
+from benchmarks.reporting.reports import Row, times_out
 
 # Column heads of errors; what is not named here is in the JSON alone.
 ERRORS = {
@@ -30,66 +29,75 @@ ERRORS = {
 }
 
 
-def case_table(op: Op, label: str, kind: str, rows: list[dict[str, Any]]) -> Table:
+def case_table(op: Op, label: str, kind: str, rows: list[Row]) -> Table:
     """One case: a row for each candidate that was measured, and below it why the others were not."""
-    measures = [measure for measure in ERRORS if any(measure in row.get("errors", {}) for row in rows)]
-    launches = any("launches" in row for row in rows)
-    launch = any(row.get("launch_s") is not None for row in rows)
     table = Table(title=f"\n{op.name} ({op.summary}), {label}; {KINDS.get(kind, kind)}", title_justify="left")
-    table.add_column("candidate", no_wrap=True)
-    heads = [
-        "ms",
-        "± IQR",
-        "x torch.mm" if op.products else "x eager",
-        "GFLOP/s",
-        "% best",
-        "extra MB",
-        "% fp32 logits",
-    ]
-    heads += ["launch ms"] if launch else []
-    for head in [*heads, *(["launches"] if launches else []), *(ERRORS[measure] for measure in measures)]:
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("bounds", no_wrap=True)
-    for row in rows:
-        if row["status"] == "unavailable":
-            continue
-        times = row.get("times_floor" if op.products else "times_eager")
-        numbers = [
-            milliseconds(row.get("median_s")),
-            milliseconds(row.get("spread_s")),
-            "" if times is None else f"{times:.2f}",
-            digits(row.get("gflops")),
-            digits(row.get("percent_of_best")),
-            megabytes(row.get("extra_bytes")),
-            digits(row.get("percent_of_logits")),
-            *([milliseconds(row.get("launch_s"))] if launch else []),
-            *([str(row.get("launches", ""))] if launches else []),
-            *(_error(measure, row.get("errors", {})) for measure in measures),
-        ]
-        table.add_row(row["candidate"], *numbers, verdict(row))
-    why_not: dict[str, list[str]] = {}
-    for row in rows:
-        if row["status"] in ("unavailable", "failed"):
-            why_not.setdefault(row["reason"], []).append(row["candidate"])
-    reasons = [f"{', '.join(names)}: {reason}" for reason, names in why_not.items()]
-    table.caption = escape("not timed: " + "; ".join(reasons)) if reasons else None
+    heads, *lines = case_cells(op, rows, lambda text, style: f"[{style}]{text}[/]")
+    for head in heads:
+        table.add_column(head, justify="left" if head in (heads[0], heads[-1]) else "right", no_wrap=True)
+    for cells in lines:
+        table.add_row(*cells)
+    reasons = not_timed(rows)
+    table.caption = escape(f"not timed: {reasons}") if reasons else None
     table.caption_justify = "left"
     return table
 
 
-def verdict(row: Row) -> str:
+def case_cells(op: Op, rows: list[Row], mark: Callable[[str, str], str] = lambda text, style: text) -> list[list[str]]:
+    """Heads of a case's columns, and the cells of each candidate that could take part.
+
+    Args:
+        mark: gives a text its style, where there are styles.
+    """
+    measures = [measure for measure in ERRORS if any(measure in row.get("errors", {}) for row in rows)]
+    columns: dict[str, Callable[[Row], str]] = {
+        "candidate": lambda row: row["candidate"],
+        "ms": lambda row: milliseconds(row.get("median_s")),
+        "± IQR": lambda row: milliseconds(row.get("spread_s")),
+    }
+    if op.products:
+        columns["x mm"] = lambda row: digits(row.get("times_floor"))
+        columns["x out="] = lambda row: digits(times_out(row, rows))
+    else:
+        columns["x eager"] = lambda row: digits(row.get("times_eager"))
+    columns |= {
+        "GFLOP/s": lambda row: digits(row.get("gflops")),
+        "% best": lambda row: digits(row.get("percent_of_best")),
+        "extra MB": lambda row: megabytes(row.get("extra_bytes")),
+        "% fp32 logits": lambda row: digits(row.get("percent_of_logits")),
+    }
+    if any(row.get("launch_s") is not None for row in rows):
+        columns["launch ms"] = lambda row: milliseconds(row.get("launch_s"))
+    if any("launches" in row for row in rows):
+        columns["launches"] = lambda row: str(row.get("launches", ""))
+    columns |= {ERRORS[measure]: partial(_error, measure, mark) for measure in measures}
+    columns["bounds"] = partial(_verdict, mark)
+    shown = [row for row in rows if row["status"] != "unavailable"]
+    return [list(columns), *([cell(row) for cell in columns.values()] for row in shown)]
+
+
+def not_timed(rows: list[Row]) -> str:
+    """Candidates without a time, by reason."""
+    why_not: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] in ("unavailable", "failed"):
+            why_not.setdefault(row["reason"], []).append(row["candidate"])
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in why_not.items())
+
+
+def _verdict(mark: Callable[[str, str], str], row: Row) -> str:
     if row["role"] == "floor":
-        return f"({row['note']})"
-    style = {"ok": "green", "outside bounds": "yellow", "failed": "bold red"}[row["status"]]
-    return f"[{style}]{row['status']}[/]"
+        return row["note"]
+    return mark(row["status"], {"ok": "green", "outside bounds": "yellow", "failed": "bold red"}[row["status"]])
 
 
-def _error(measure: str, found: Mapping[str, float]) -> str:
-    if measure not in found:
-        return "-"
-    within = measure not in BOUNDS or found[measure] <= BOUNDS[measure]
-    text = f"{found[measure]:.1e}" if not measure.endswith("of_bound") else f"{found[measure]:.2f}"
-    return text if within else f"[yellow]{text}[/]"
+def _error(measure: str, mark: Callable[[str, str], str], row: Row) -> str:
+    found = row.get("errors", {}).get(measure)
+    if found is None:
+        return ""
+    text = f"{found:.2f}" if measure.endswith("of_bound") else f"{found:.1e}"
+    within = measure not in BOUNDS or found <= BOUNDS[measure]
+    return text if within else mark(text, "yellow")
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -108,8 +116,3 @@ def digits(value: float | None) -> str:
     if value == 0:
         return "0"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
-
-
-def measured(rows: Iterable[Row]) -> list[Row]:
-    """Rows that have a time: within bounds, or a peer's with its error."""
-    return [row for row in rows if row.get("median_s") is not None]

@@ -80,7 +80,7 @@ def forecast(config: Config, shape: Any, prompt_tokens: int, rates: Rates) -> Fo
     length = prompt_tokens + config.rollout.max_new_tokens
     model = _meta_model(config, shape)
     layers = shape.get_text_config().num_hidden_layers
-    rows = _rows(config, length)
+    rows = micro_batch_rows(config, length)
     saved = _saved_bytes(model, rows, length)
     if config.model.gradient_checkpointing:
         # The layer inputs of all, and one layer at a time computed again.
@@ -203,8 +203,8 @@ def _batch(config: Config) -> int:
     return min(config.rollout.batch_size, config.rollout.prompts * config.rollout.group_size)
 
 
-def _rows(config: Config, length: int) -> int:
-    """Responses in a micro-batch."""
+def micro_batch_rows(config: Config, length: int) -> int:
+    """Responses in a micro-batch, of so many tokens each."""
     update = config.rollout.prompts // config.objective.mini_batches * config.rollout.group_size
     if config.objective.tokens_per_micro_batch:
         return min(update, max(1, config.objective.tokens_per_micro_batch // length))
@@ -220,6 +220,13 @@ def _cache_width(shape: Any) -> int:
 
 def _cache_bytes(config: Config, shape: Any, length: int) -> float:
     return _batch(config) * length * _cache_width(shape) * getattr(torch, config.rollout.dtype).itemsize
+
+
+def has_first_pass(config: Config, length: int) -> bool:
+    """Whether responses of so many tokens pass the model once before the first update: see `g2rl.update`."""
+    objective = config.objective
+    cut = objective.tokens_per_micro_batch and micro_batch_rows(config, length) < config.rollout.group_size
+    return objective.updates * objective.mini_batches > 1 or bool(cut and config.log.geometry)
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------
@@ -238,8 +245,7 @@ def _seconds_by_stage(config: Config, model: Any, shape: Any, prompt_tokens: int
     backward = forward * (1 if config.model.lora.rank else 2)
     backward += through_body if config.model.gradient_checkpointing else 0
     passes = {"forward and backward": objective.updates * (forward + backward)}
-    cut = objective.tokens_per_micro_batch and config.log.geometry and _rows(config, length) < rollout.group_size
-    if objective.updates * objective.mini_batches > 1 or cut:
+    if has_first_pass(config, length):
         passes["first pass"] = forward
     if objective.kl_coef > 0:
         passes["reference"] = forward

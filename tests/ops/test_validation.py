@@ -534,12 +534,14 @@ def test_backend_holds_in_backward_passes() -> None:
 
 
 def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "backend: expected one of cuda, triton, native, torch, reference, found 'cpu'"
-    raises(lambda: use_backend("cpu"), ValueError, message)
+    expected = "expected one of cuda, triton, native, torch, reference, found 'cpu'"
+    raises(lambda: use_backend("cpu"), ValueError, f"backend: {expected}")
     assert resolved() == resolved()
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "cpu")
-    raises(resolved, ValueError, message)
-    raises(explain, ValueError, message)
+    raises(resolved, ValueError, f"G2RL_KERNELS_BACKEND: {expected}")
+    raises(explain, ValueError, f"G2RL_KERNELS_BACKEND: {expected}")
+    with use_backend("torch"):
+        assert resolved() == "g2rl_kernels.backends.eager.head"
 
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,7 +284,7 @@ def test_tuner_prints_a_line_until_its_time_is_up() -> None:
     tune = pytest.importorskip("benchmarks.tune", reason="needs rich")
     tile = Tile(16, 64, 32, 1, 1)
     rows = {kernel: [{"tile": tile, "role": "table", "status": "ok"}] for kernel in ("projection", "statistics")}
-    report = tune.Report({}, tune.Console(quiet=True), None)
+    report = tune.Report(torch.device("cpu"), None)
     place = (torch.device("cpu"), 90)
     shape = tune.Shape("tiny", "tiny", 24, 3, 32, 321)
     tune.tune(rows, shape, "fp32", place, float("inf"), report)
