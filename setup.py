@@ -4,8 +4,8 @@ The CPU kernels, `g2rl_kernels._native`, are built with CMake where a compiler i
 installs and works on its other backends. G2RL_SKIP_NATIVE=1 does not try; G2RL_REQUIRE_NATIVE=1 makes failure an error.
 
 The CUDA kernels, `g2rl_kernels._cuda`, are built where nvcc is found and torch has CUDA (G2RL_WITH_CUDA=auto), always
-(on) or never (off), whatever is said of the CPU kernels. G2RL_CUDA_ARCHITECTURES names the GPUs, "80;90a;100" unless
-set; fewer build faster.
+(on) or never (off), whatever is said of the CPU kernels. G2RL_CUDA_ARCHITECTURES names the GPUs. Unless set, they are
+those that are here, or where there are none, all: "80;90a;100". Each takes minutes on a few cores.
 """
 
 import os
@@ -65,6 +65,17 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def architectures() -> str:
+    """Of the GPUs to build for; empty for all."""
+    import torch
+
+    if named := os.environ.get("G2RL_CUDA_ARCHITECTURES"):
+        return named
+    here = {torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())}
+    known = {8: "80", 9: "90a", 10: "100"}
+    return ";".join(known[major] for major in sorted(here)) if here <= known.keys() else ""
+
+
 class CMakeBuild(build_ext):
     failed: tuple[str, ...] = ()
 
@@ -92,8 +103,8 @@ class CMakeBuild(build_ext):
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DG2RL_OUTPUT_DIR={target}", "-DG2RL_BUILD_TESTS=OFF", "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DG2RL_BUILD_NATIVE={'OFF' if cuda else 'ON'}", f"-DG2RL_WITH_CUDA={'on' if cuda else 'off'}"]
-        if cuda and (architectures := os.environ.get("G2RL_CUDA_ARCHITECTURES")):
-            configure += [f"-DG2RL_CUDA_ARCHITECTURES={architectures}"]
+        if cuda:  # -U: not those of an earlier build
+            configure += [f"-DG2RL_CUDA_ARCHITECTURES={of}" if (of := architectures()) else "-UG2RL_CUDA_ARCHITECTURES"]
         compile_all = ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)]
         try:
             for command in (configure, compile_all):

@@ -16,7 +16,7 @@ import setuptools
 from setuptools.dist import Distribution
 
 SETUP = Path(__file__).parents[1] / "setup.py"
-VARIABLES = ("G2RL_SKIP_NATIVE", "G2RL_REQUIRE_NATIVE", "G2RL_WITH_CUDA", "CXX", "CUDACXX")
+VARIABLES = ("G2RL_SKIP_NATIVE", "G2RL_REQUIRE_NATIVE", "G2RL_WITH_CUDA", "G2RL_CUDA_ARCHITECTURES", "CXX", "CUDACXX")
 
 Load = Callable[..., ModuleType]
 
@@ -114,3 +114,21 @@ def test_no_build_ships_the_modules_of_another(
         modules[name].write_text("of an earlier build")
     build.run()
     assert [name for name, path in modules.items() if path.exists()] == left
+
+
+@pytest.mark.parametrize(
+    ("variables", "here", "expected"),
+    [
+        ({}, [], ""),
+        ({}, [(9, 0), (9, 0)], "90a"),
+        ({}, [(9, 0), (8, 6)], "80;90a"),
+        ({}, [(9, 0), (12, 0)], ""),  # a chip that is not known may run code made of PTX
+        ({"G2RL_CUDA_ARCHITECTURES": "100"}, [(9, 0)], "100"),
+    ],
+)
+def test_gpus_built_for(
+    load: Load, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], here: list[tuple[int, int]], expected: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(here))
+    monkeypatch.setattr("torch.cuda.get_device_capability", here.__getitem__)
+    assert load(**variables).architectures() == expected
