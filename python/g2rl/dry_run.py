@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from g2rl.config import Config, ConfigError, ParallelConfig
 from g2rl.forecast import Forecast, Rates, forecast, measure_rates
-from g2rl.model import load_tokenizer, local_path, resolve_device
+from g2rl.model import load_shape, load_tokenizer, local_path, resolve_device
 from g2rl.trackers import make_trackers
 from g2rl.trainer import Trainer
 
@@ -53,7 +53,7 @@ def dry_run(config: Config) -> Forecast:
     make_trackers(config)  # which names those that are not installed; the step has none, which would keep a record
     path = local_path(config.model)
     try:
-        shape, tokenizer = AutoConfig.from_pretrained(path, trust_remote_code=False), load_tokenizer(path)
+        shape, tokenizer = load_shape(path), load_tokenizer(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: expected a causal language model at {config.model.path!r}: {error}") from error
     device = resolve_device(config.model.device)

@@ -12,7 +12,9 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     CohereConfig,
+    FalconConfig,
     Gemma2Config,
+    GPT2Config,
     GraniteConfig,
     LlamaConfig,
     ModernBertDecoderConfig,
@@ -22,7 +24,8 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from g2rl.config import Config, ConfigError, ModelConfig, RolloutConfig
+from g2rl.adapters import add_adapter
+from g2rl.config import Config, ConfigError, LoraConfig, ModelConfig, RolloutConfig
 from g2rl.heads import head_difference, lm_head
 from g2rl.model import load_model
 from g2rl.policy import Policy
@@ -90,6 +93,31 @@ def test_heads_are_not_compared_where_weights_are_not_there() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(UNKNOWN["BertLMHeadModel"])
     assert head_difference(model) == ""
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4),  # modules of their own
+        OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, attention_dropout=0.1, layerdrop=0.5),  # functions
+        FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.1),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_nothing_is_dropped_in_training(config: PretrainedConfig, tiny_model: Path, tmp_path: Path) -> None:
+    """Two passes are of one network, that which generates; but for an adapter's own dropout."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model, _ = load_model(ModelConfig(path=str(folder)))
+    ids = torch.randint(3, 61, (2, 9))
+    assert model.training
+    first, second = model(ids).logits, model(ids).logits
+    assert torch.equal(first, second) and torch.equal(first, model.eval()(ids).logits)
+    add_adapter(model.train(), LoraConfig(rank=2, dropout=0.5))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # 0 at first
+            torch.nn.init.normal_(parameter)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
 
 
 def test_embedded_default_speaks() -> None:
