@@ -16,6 +16,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     ModernBertDecoderConfig,
     OPTConfig,
@@ -28,7 +29,7 @@ from g2rl.adapters import add_adapter
 from g2rl.config import Config, ConfigError, LoraConfig, ModelConfig, RolloutConfig
 from g2rl.heads import head_difference, lm_head
 from g2rl.model import load_model
-from g2rl.policy import Policy
+from g2rl.policy import Policy, check_head
 from g2rl.rollout import TransformersSampler
 from g2rl.types import Problem
 from g2rl_kernels import token_logprobs
@@ -84,9 +85,16 @@ def test_heads_are_known_or_refused(config: PretrainedConfig, dtype: torch.dtype
         with pytest.raises(ConfigError, match=f"model.path: .* log-probabilities of {name} differ from those of its"):
             Policy(model, settings)
     else:
-        Policy(model, settings)
+        check_head(model, settings.model)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
+
+
+def test_a_body_that_is_not_told_from_the_head() -> None:
+    sizes = SIZES | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    model = AutoModelForCausalLM.from_config(Llama4TextConfig(**sizes))
+    with pytest.raises(ConfigError, match="model.path: .* but Llama4ForCausalLM names no part of itself that has its"):
+        Policy(model, Config())
 
 
 def test_heads_are_not_compared_where_weights_are_not_there() -> None:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, PhiConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    DogeConfig,
+    Gemma2Config,
+    GPT2Config,
+    PhiConfig,
+    PretrainedConfig,
+    xLSTMConfig,
+)
 
 from g2rl.config import ModelConfig, RolloutConfig
 from g2rl.model import load_model
@@ -133,6 +143,28 @@ def test_architectures(tiny_model: Path, config: PretrainedConfig, has_slots: bo
     for prompt, response in zip(prompts, sampler.respond(prompts, Sampling(0.0, 1.0), [0, 1, 2]), strict=True):
         logits = model.eval()(torch.tensor([prompt + response.tokens])).logits[0, len(prompt) - 1 : -1]
         assert tuple(logits.argmax(-1).tolist()) == response.tokens
+
+
+def test_slots_that_do_not_fit() -> None:
+    """Attention with a mask of its own, which those of slots leaves out, and a cache of another form."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(DogeConfig(**(SIZES | {"num_key_value_heads": 4})))
+    tokenizer: Any = SimpleNamespace(eos_token_id=2, pad_token_id=0, chat_template=None)
+    config = RolloutConfig(max_new_tokens=12, dtype="float32")
+    assert TransformersSampler(model, tokenizer, config)._has_slots  # its mask is 0 at first
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.A)
+    with pytest.warns(
+        RuntimeWarning, match="by transformers' generate: logits by slots of a cache differ by .*, where"
+    ):
+        sampler = TransformersSampler(model, tokenizer, config)
+    (response,) = sampler.respond([(5, 6, 7)], Sampling(1.0, 1.0), [0])
+    logps = model.eval()(torch.tensor([(5, 6, 7, *response.tokens)])).logits[0, 2:-1].log_softmax(-1)
+    expected = logps.gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(response.logps), expected, atol=2e-5, rtol=1e-5)
+    model = AutoModelForCausalLM.from_config(xLSTMConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2))
+    with pytest.warns(RuntimeWarning, match="generate: slots of a cache do not fit xlstm"):
+        assert not TransformersSampler(model, tokenizer, config)._has_slots
 
 
 def test_response_ends_at_its_first_stop_token(sampler: TransformersSampler) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LogitsProcessorList
 
+from g2rl.probes import ROUNDINGS, distances, evaluating, rounded_otherwise
 from g2rl.rollout.base import Response, Sampling
 from g2rl.rollout.batches import left_pad, right_pad
 from g2rl.rollout.draws import Draws, draw, uniforms
-from g2rl.rollout.slots import ATTENTION, Slots
+from g2rl.rollout.slots import ATTENTION, Slots, fits_slots
 
 # Prompts are computed for an eighth of the slots at least: each time the weights are read once more.
 _REFILL = 8
+# Tokens of the prompts, and of the responses to them, by which a model is tried.
+_TRIED_PROMPTS, _TRIED_TOKENS = (5, 2), 3
 
 
 class Decoding:
@@ -136,6 +140,58 @@ def _attention(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def has_slots(model: Any) -> bool:
+    """Whether `Decoding` serves a model, by its configuration, and by a few tokens, of which a warning tells."""
+    if not fits_slots(model):
+        return False
+    why = _difference(model)
+    if why:
+        warnings.warn(f"g2rl: responses are sampled by transformers' generate: {why}", RuntimeWarning, 3)
+    return not why
+
+
+def _difference(model: Any) -> str:
+    """What is wrong where tokens have other logits by slots than by one pass over all; empty if nothing."""
+    generator, vocabulary = torch.Generator().manual_seed(0), model.config.get_text_config().vocab_size
+    prompts = [tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()) for n in _TRIED_PROMPTS]
+    with evaluating(model):
+        try:
+            drawn, found = _by_slots(model, prompts)
+        except Exception as error:  # whatever it is, `generate` may not have it
+            return f"slots of a cache do not fit {model.config.model_type} ({type(error).__name__}: {error})"
+        rows = [prompt + response.tokens for prompt, response in zip(prompts, drawn, strict=True)]
+        expected = _by_one_pass(model, rows)
+        with rounded_otherwise(model):
+            bound = ROUNDINGS * float(distances(_by_one_pass(model, rows), expected).max())
+    # Of most tokens of each response: a router may send one elsewhere for a rounding.
+    gap = float(distances(found, expected).view(_TRIED_TOKENS, -1).median(0).values.max())
+    if gap <= bound:
+        return ""
+    return f"logits by slots of a cache differ by {gap:.1e}, where rounding explains {bound:.1e}"
+
+
+def _by_slots(model: Any, prompts: Sequence[tuple[int, ...]]) -> tuple[list[Response], torch.Tensor]:
+    """Responses, and logits [steps * responses, V] of their tokens."""
+    steps: list[torch.Tensor] = []
+    handle = model.register_forward_hook(lambda _, __, output: steps.append(output.logits[:, -1]))
+    try:
+        seeds = range(len(prompts))
+        drawn = Decoding(model, prompts, seeds, Sampling(1.0, 1.0), len(prompts), _TRIED_TOKENS, frozenset()).run()
+    finally:
+        handle.remove()
+    return drawn, torch.cat(steps)
+
+
+@torch.inference_mode()
+def _by_one_pass(model: Any, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """The same of rows with their prompts, padded on the right."""
+    input_ids, lengths = right_pad(rows, 0).to(model.device), torch.tensor([len(row) for row in rows])
+    held = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    logits = model(input_ids=input_ids, attention_mask=held.to(input_ids), use_cache=False).logits
+    places = [lengths - 1 - left for left in range(_TRIED_TOKENS, 0, -1)]
+    return torch.cat([logits[torch.arange(len(rows)), place] for place in places])
 
 
 def generate(

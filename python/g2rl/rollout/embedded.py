@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from g2rl.adapters import copy_weights, has_adapter, plain_copy
 from g2rl.config import RolloutConfig
 from g2rl.heads import keep_head_inputs_contiguous
+from g2rl.probes import evaluating
 from g2rl.rollout.base import Response, Sampler, Sampling
-from g2rl.rollout.decoding import Decoding, generate
-from g2rl.rollout.slots import fits_slots
+from g2rl.rollout.decoding import Decoding, generate, has_slots
 
 
 class TransformersSampler(Sampler):
@@ -37,7 +37,7 @@ class TransformersSampler(Sampler):
         self.model.generation_config = GenerationConfig(
             eos_token_id=sorted(self.stop_ids), pad_token_id=tokenizer.pad_token_id, do_sample=False, use_cache=True
         )
-        self._has_slots = fits_slots(self.model)
+        self._has_slots = has_slots(model)  # asked of the policy, whose dtype may show more
 
     def sync(self) -> None:
         if self.model is not self.policy:
@@ -50,12 +50,8 @@ class TransformersSampler(Sampler):
         """Nothing: this process is all there is."""
 
     def respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             return self._respond(prompts, sampling, seeds)
-        finally:
-            self.model.train(training)
 
     def _respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
         size, limit = self.config.batch_size, self.config.max_new_tokens
