@@ -9,6 +9,7 @@ import io
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         raise ConfigError(f"model.path: expected a causal language model at {config.path!r}: {error}") from error
     except ImportError as error:
         raise ConfigError(f"model.attention: {config.attention!r} is not installed: {error}") from error
+    if config.attention == "sdpa" and model.config._attn_implementation != "sdpa":
+        warnings.warn(f"g2rl: {model.config.model_type} has no attention by sdpa, and computes its own", stacklevel=2)
     model.config.use_cache = False
     model.train()
     if config.gradient_checkpointing:
@@ -118,7 +121,9 @@ def _load_weights(path: str, config: ModelConfig) -> Any:
     base = base_of(path)
     if base is not None:
         return merged(_load_weights(base, config), path)
-    shape, settings = load_shape(path), {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention}
+    # Unasked, transformers takes sdpa where a model has it, and its own attention otherwise.
+    attention = None if config.attention == "sdpa" else config.attention
+    shape, settings = load_shape(path), {"dtype": getattr(torch, config.dtype), "attn_implementation": attention}
     if (Path(path) / SHARDS).is_dir():
         return load_model_of_shards(Path(path), shape, **settings)
     return AutoModelForCausalLM.from_pretrained(path, config=shape, **SAFELY, **settings)

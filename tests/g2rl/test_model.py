@@ -11,6 +11,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    BloomConfig,
     CohereConfig,
     FalconConfig,
     Gemma2Config,
@@ -126,6 +127,17 @@ def test_nothing_is_dropped_in_training(config: PretrainedConfig, tiny_model: Pa
         if "lora_B" in name:  # 0 at first
             torch.nn.init.normal_(parameter)
     assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_the_default_attention_of_models_without_sdpa(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with pytest.warns(UserWarning, match="g2rl: bloom has no attention by sdpa, and computes its own"):
+        model, _ = load_model(ModelConfig(path=str(folder)))
+    assert model.config._attn_implementation == "eager"
+    model, _ = load_model(ModelConfig(path=str(tiny_model)))
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_embedded_default_speaks() -> None:
