@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
 from g2rl.probes import ROUNDINGS, distances, evaluating, rounded_otherwise
 from g2rl.rollout.base import Response, Sampling
@@ -203,9 +203,9 @@ def generate(
     stop_ids: frozenset[int],
 ) -> list[Response]:
     """Responses by transformers' `generate`, as one batch that lasts as long as its longest."""
-    input_ids, attention_mask = left_pad(prompts, model.generation_config.pad_token_id)
+    input_ids, attention_mask = left_pad(prompts, 0)
     draws = Draws(uniforms(seeds, max_new_tokens), *sampling)
-    with torch.inference_mode():
+    with torch.inference_mode(), plain_generation(model, stop_ids):
         output = model.generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
@@ -217,6 +217,20 @@ def generate(
         return [Response(tokens, None) for tokens in rows]
     logps = torch.stack(draws.logps, 1).tolist()
     return [Response(tokens, tuple(known[: len(tokens)])) for tokens, known in zip(rows, logps, strict=True)]
+
+
+@contextmanager
+def plain_generation(model: Any, stop_ids: frozenset[int]) -> Iterator[None]:
+    """The model, which may be the policy itself, without its own generation defaults: top-k and penalties would change
+    what is sampled from. `generate` fills up from them whatever a configuration that it is given leaves open."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted(stop_ids), pad_token_id=0, do_sample=False, use_cache=True
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def until_stop(tokens: list[int], stop_ids: frozenset[int]) -> tuple[int, ...]:

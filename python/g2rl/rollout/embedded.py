@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from g2rl.adapters import copy_weights, has_adapter, plain_copy
@@ -21,7 +20,7 @@ class TransformersSampler(Sampler):
     """Generates with a copy of the policy's weights in the rollout dtype, a LoRA adapter merged into them.
 
     Args:
-        model, tokenizer, config, system_prompt: as in `Sampler`; the tokenizer has a padding token.
+        model, tokenizer, config, system_prompt: as in `Sampler`.
     """
 
     def __init__(
@@ -33,10 +32,6 @@ class TransformersSampler(Sampler):
         same = model.dtype == dtype and not has_adapter(model) and not config.ahead
         self.model: Any = model if same else plain_copy(model).to(dtype)
         keep_head_inputs_contiguous(self.model)
-        # The model's own generation defaults (top-k, penalties) would change the policy that is sampled from.
-        self.model.generation_config = GenerationConfig(
-            eos_token_id=sorted(self.stop_ids), pad_token_id=tokenizer.pad_token_id, do_sample=False, use_cache=True
-        )
         self._has_slots = has_slots(model)  # asked of the policy, whose dtype may show more
 
     def sync(self) -> None:
