@@ -73,7 +73,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     except ImportError as error:
         raise ConfigError(f"model.attention: {config.attention!r} is not installed: {error}") from error
     if config.attention == "sdpa" and model.config._attn_implementation != "sdpa":
-        warnings.warn(f"g2rl: {model.config.model_type} has no attention by sdpa, and computes its own", stacklevel=2)
+        own = f"g2rl: {model.config.model_type} has no attention by sdpa, and computes its own"
+        warnings.warn(own, RuntimeWarning, 2)
     model.config.use_cache = False
     model.train()
     if config.gradient_checkpointing:

@@ -133,7 +133,7 @@ def test_the_default_attention_of_models_without_sdpa(tiny_model: Path, tmp_path
     folder = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     config = BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    with pytest.warns(UserWarning, match="g2rl: bloom has no attention by sdpa, and computes its own"):
+    with pytest.warns(RuntimeWarning, match="g2rl: bloom has no attention by sdpa, and computes its own"):
         model, _ = load_model(ModelConfig(path=str(folder)))
     assert model.config._attn_implementation == "eager"
     model, _ = load_model(ModelConfig(path=str(tiny_model)))
