@@ -25,7 +25,7 @@ from benchmarks.measuring.timing import Run, extra_memory, interleave
 from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import digits
 from g2rl.config import ConfigError, ModelConfig, load_config
-from g2rl.forward import ForwardPass, backbone_weights, head_width
+from g2rl.forward import ForwardPass, attention_width, backbone_weights
 from g2rl.heads import lm_head
 from g2rl.model import load_model
 from g2rl.rollout import make_batch
@@ -93,7 +93,7 @@ def bound(model: Any, sizes: Sizes) -> float:
     0.47e12.
     """
     config, r, b = model.config.get_text_config(), sizes.response - 1, sizes.groups * sizes.m
-    width = config.num_hidden_layers * config.num_attention_heads * head_width(config)
+    width = attention_width(config)
     head = HEAD_PRODUCTS * b * sizes.response * config.vocab_size * config.hidden_size
 
     def total(tokens: int, pairs: int) -> int:

@@ -29,7 +29,7 @@ from benchmarks.reporting.tables import digits
 from g2rl.config import Config, ConfigError, load_config
 from g2rl.model import load_model
 from g2rl.rollout import Sampler, Sampling, TransformersSampler, left_pad, make_sampler, response_seeds
-from g2rl.rollout.decoding import until_stop
+from g2rl.rollout.decoding import plain_generation, until_stop
 from g2rl.rollout.draws import Draws, uniforms
 from g2rl.tasks import make_task
 from g2rl.types import Problem
@@ -83,11 +83,11 @@ def _respond(sampler: Sampler, prompts: Prompts, seed: int) -> int:
 
 def _generate(sampler: TransformersSampler, prompts: Prompts, shared: bool, seed: int) -> int:
     model = sampler.model.eval()
-    input_ids, attention_mask = (x.to(model.device) for x in left_pad(prompts.rows, sampler.tokenizer.pad_token_id))
+    input_ids, attention_mask = (x.to(model.device) for x in left_pad(prompts.rows, 0))
     torch.manual_seed(seed)
     draws = Draws(uniforms(response_seeds(seed, len(prompts.rows)), prompts.max_new_tokens), 1.0, 1.0)
-    with torch.inference_mode():
-        chosen = {"past_key_values": _prefilled(model, prompts.rows, sampler.tokenizer.pad_token_id)} if shared else {}
+    with torch.inference_mode(), plain_generation(model, sampler.stop_ids):
+        chosen = {"past_key_values": _prefilled(model, prompts.rows)} if shared else {}
         output = model.generate(
             input_ids,
             attention_mask=attention_mask,
@@ -100,11 +100,11 @@ def _generate(sampler: TransformersSampler, prompts: Prompts, shared: bool, seed
     return sum(len(until_stop(row, sampler.stop_ids)) for row in output[:, input_ids.shape[1] :].tolist())
 
 
-def _prefilled(model: Any, rows: list[tuple[int, ...]], pad_id: int) -> DynamicCache:
+def _prefilled(model: Any, rows: list[tuple[int, ...]]) -> DynamicCache:
     """Of each distinct prompt but for its last token, repeated for its copies."""
     distinct = list(dict.fromkeys(rows))
     cache = DynamicCache(config=model.config)
-    input_ids, attention_mask = (x[:, :-1].to(model.device) for x in left_pad(distinct, pad_id))
+    input_ids, attention_mask = (x[:, :-1].to(model.device) for x in left_pad(distinct, 0))
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     model.base_model(
         input_ids=input_ids,

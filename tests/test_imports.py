@@ -33,7 +33,7 @@ LAYERS = {
         ("__main__",),
     ),
     "g2rl": (
-        ("files", "background", "bootstrap"),
+        ("files", "background", "bootstrap", "probes"),
         ("__init__", "types", "config", "heads", "times", "time_limit"),
         ("trackers", "shared_prompts", "adapters", "optimizer"),
         ("parallel",),

@@ -61,7 +61,8 @@ class ModelConfig:
     autocast: Literal["bfloat16", "none"] = "bfloat16"
     """Type of the matrix products in the training forward and backward pass."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """transformers' attention implementation. On a CPU, `eager` has the faster backward pass for short sequences."""
+    """transformers' attention implementation; `sdpa` leaves models that do not have it their own. On a CPU, `eager` has
+    the faster backward pass for short sequences."""
     prefix_sharing: Literal["auto", "always", "never"] = "auto"
     """Compute a prompt once for all responses of its group: `auto` where the model can and it is cheaper."""
     packing: Literal["auto", "always", "never"] = "auto"

@@ -6,6 +6,7 @@ import contextlib
 import io
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from g2rl.config import Config, ConfigError, ParallelConfig
 from g2rl.forecast import Forecast, Rates, forecast, measure_rates
-from g2rl.model import load_tokenizer, local_path, resolve_device
+from g2rl.model import load_shape, load_tokenizer, local_path, resolve_device
 from g2rl.trackers import make_trackers
 from g2rl.trainer import Trainer
 
 _SMALL = {
     "hidden_size": 64,
+    "word_embed_proj_dim": 64,
     "intermediate_size": 128,
+    "ffn_dim": 128,
+    "hidden_size_per_layer_input": 16,
     "moe_intermediate_size": 64,
     "num_hidden_layers": 2,
     "max_window_layers": 2,
@@ -48,12 +52,12 @@ def dry_run(config: Config) -> Forecast:
     The configuration, task, tokenizer and chat template are the run's own; the model's weights are not loaded.
 
     Raises:
-        ConfigError, TrainingError: as in training.
+        ConfigError, TrainingError: as in training; or the architecture cannot be scaled down, or forecast.
     """
     make_trackers(config)  # which names those that are not installed; the step has none, which would keep a record
     path = local_path(config.model)
     try:
-        shape, tokenizer = AutoConfig.from_pretrained(path, trust_remote_code=False), load_tokenizer(path)
+        shape, tokenizer = load_shape(path), load_tokenizer(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: expected a causal language model at {config.model.path!r}: {error}") from error
     device = resolve_device(config.model.device)
@@ -61,9 +65,10 @@ def dry_run(config: Config) -> Forecast:
         prompt_tokens, seconds = _rehearse(config, shape, tokenizer, Path(folder))
     computes = config.model.autocast if config.model.autocast == "bfloat16" else config.model.dtype
     rates = measure_rates(getattr(torch, computes), device)
-    expected = forecast(config, shape, prompt_tokens, rates)
     console = Console()
     console.print(f"One step with a tiny {shape.model_type} on {config.task.name} works ({seconds:.1f} s).")
+    with _named_errors(f"forecast {shape.model_type}"):
+        expected = forecast(config, shape, prompt_tokens, rates)
     console.print(_table(config, expected))
     console.print(_basis(device, computes, rates, prompt_tokens))
     if config.parallel.strategy == "fsdp2":
@@ -71,22 +76,45 @@ def dry_run(config: Config) -> Forecast:
     return expected
 
 
+@contextlib.contextmanager
+def _named_errors(doing: str) -> Iterator[None]:
+    """What architectures' own checks raise, each of its kind, as `ConfigError`."""
+    try:
+        yield
+    except Exception as error:
+        found = " ".join(str(error).split())
+        raise ConfigError(f"dry_run: cannot {doing}: {type(error).__name__}: {found}") from error
+
+
 def scaled_down(shape: Any) -> Any:
-    """The same architecture, two narrow layers of it."""
-    values = shape.to_dict()
-    small: dict[str, Any] = {key: value for key, value in _SMALL.items() if values.get(key) is not None}
+    """The same architecture, two narrow layers of it; where it does not read text alone, of the part that does."""
+    text = shape.get_text_config()
+    values = text.to_dict()
+    values.pop("per_layer_config", None)  # by numbers of layers that are not there
+    names = {key: text.attribute_map.get(key, key) for key in _SMALL}
+    small: dict[str, Any] = {name: _SMALL[key] for key, name in names.items() if values.get(name) is not None}
+    heads = values.get(names["num_attention_heads"])
     if values.get("num_key_value_heads"):
-        shared = values["num_key_value_heads"] < values["num_attention_heads"]
-        small["num_key_value_heads"] = 2 if shared else 4
-    if values.get("layer_types"):
-        small["layer_types"] = values["layer_types"][: _SMALL["num_hidden_layers"]]
-    return type(shape).from_dict(values | small)
+        small["num_key_value_heads"] = 2 if values["num_key_value_heads"] < heads else 4
+    if heads:
+        width = values.get("head_dim") or values[names["hidden_size"]] // heads
+        rope = {key: values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key)}
+        small |= {key: _narrowed(parameters, width) for key, parameters in rope.items()}
+    small |= {key: kinds[:2] for key, kinds in values.items() if key.endswith("layer_types") and kinds}
+    return type(text).from_dict(values | small)
+
+
+def _narrowed(rope: dict[str, Any], width: int) -> dict[str, Any]:
+    """Rotary positions for heads that had this width: some have a factor for each pair of numbers."""
+    share = _SMALL["head_dim"] / width
+    return {key: value[: int(len(value) * share)] if isinstance(value, list) else value for key, value in rope.items()}
 
 
 def _rehearse(config: Config, shape: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, float]:
     """One step; returns the tokens of the longest of a full step's prompts, and the seconds."""
     torch.manual_seed(config.seed)
-    model: Any = AutoModelForCausalLM.from_config(scaled_down(shape), dtype=torch.float32)
+    with _named_errors(f"scale {shape.model_type} down"):
+        model: Any = AutoModelForCausalLM.from_config(scaled_down(shape), dtype=torch.float32)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     trainer = Trainer(_shortened(config, folder))

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from g2rl.adapters import add_adapter
 from g2rl.config import Config
-from g2rl.forward import backbone_weights, head_width
+from g2rl.forward import attention_width, backbone_weights
 
 _FUSED = "g2rl_forecast"
 
@@ -213,9 +213,7 @@ def micro_batch_rows(config: Config, length: int) -> int:
 
 def _cache_width(shape: Any) -> int:
     """Numbers in the keys and values of one token."""
-    text = shape.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_width(text)
+    return 2 * attention_width(shape.get_text_config(), "num_key_value_heads")
 
 
 def _cache_bytes(config: Config, shape: Any, length: int) -> float:
@@ -238,7 +236,7 @@ def _seconds_by_stage(config: Config, model: Any, shape: Any, prompt_tokens: int
     head = text.vocab_size * text.hidden_size
     body = backbone_weights(model)
     # A token attends to half of its sequence on average: two products of a multiplication and an addition.
-    attention = 2 * text.num_hidden_layers * text.num_attention_heads * head_width(text) * length
+    attention = 2 * attention_width(text) * length
     through_body = responses * length * (2 * body + attention)
     forward = through_body + responses * rollout.max_new_tokens * 2 * head
     # With an adapter no gradient of the other weights is computed.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2rl.config import ConfigError, ModelConfig
+from g2rl.probes import ROUNDINGS, distances, evaluating, rounded_otherwise
 from g2rl.shared_prompts import ATTENTIONS, PREFIX, PackedGroups, pack_groups
 from g2rl.types import Batch
 from g2rl_kernels import unpad
@@ -57,11 +56,10 @@ class ForwardPass:
     Pairs can be up to twice as many where the longest prompt has short responses and a short prompt the longest one,
     hence the count.
 
-    What a configuration says of a model may not be all. Shared and padded states are compared once, on a small batch of
-    random tokens in the model's own dtype, without autocast. What rounding explains is measured: by how much states
-    move in the padded pass when its embeddings do by one unit in their last place, which is two roundings, and changes
-    all that follow. Another order of sums changes some of them, so that `ROUNDINGS` = 2 such distances are a bound with
-    room.
+    What a configuration says of a model may not be all. States are compared once, on a small batch of random tokens in
+    the model's own dtype, without autocast: shared ones with padded ones, and these with those of a response alone,
+    since some models read padding as text, or what follows. What rounding explains is measured: by how much states move
+    in the padded pass when its embeddings do (`g2rl.probes`).
 
     Args:
         model: a causal language model of transformers, all on one device. Packing renames its attention implementation;
@@ -69,26 +67,30 @@ class ForwardPass:
         config: `packing`, `prefix_sharing` and `autocast` count here.
 
     Raises:
-        ConfigError: `always` with a model that cannot.
+        ConfigError: `always` with a model that cannot, or one that reads padding as text.
     """
-
-    ROUNDINGS = 2
 
     def __init__(self, model: Any, config: ModelConfig) -> None:
         self._in_bf16 = config.autocast == "bfloat16"
         self._config = model.config.get_text_config()
         self._window = _window(self._config)
         self._weights = backbone_weights(model)
+        self._width = attention_width(self._config)
         self._flash = _attention(model) == FLASH
         self._wishes = {"prefix_sharing": config.prefix_sharing, "packing": config.packing}
         self.obstacles = {key: f"model.{key} is never" for key, wish in self._wishes.items() if wish == "never"}
         """Why prompts are not shared, and sequences not packed, by key of `model`; without the keys of what is done."""
-        if len(self.obstacles) < len(self._wishes):
-            self._look_for_obstacles(model)
+        self._look_for_obstacles(model)
 
     def _look_for_obstacles(self, model: Any) -> None:
         whole = _obstacle(model, self._config)
-        why = whole or _foreign(model) or self._difference(model)
+        why = whole or _foreign(model)
+        if not self._flash:  # whose kernels know padding, and take no fp32
+            with torch.no_grad(), evaluating(model):
+                probe = _Probe(model, self._config.vocab_size)
+                probe.check_padding(model)
+                if not why and len(self.obstacles) < len(self._wishes):
+                    why = probe.share(model)
         for key in self._wishes.keys() - self.obstacles.keys():
             found = whole if key == "packing" and self._flash else why
             if found and self._wishes[key] == "always":
@@ -137,33 +139,7 @@ class ForwardPass:
         return packed if self._wishes[key] == "always" or cheaper else None
 
     def _cost(self, tokens: int, pairs: int) -> int:
-        config = self._config
-        width = config.num_attention_heads * head_width(config)
-        return tokens * self._weights + pairs * 2 * width * config.num_hidden_layers
-
-    def _difference(self, model: Any) -> str:
-        """What is wrong where both ways differ by more than rounding explains; else empty, and `model` set to share."""
-        name = model.config._attn_implementation
-        if not name.startswith(PREFIX):
-            model.set_attn_implementation(PREFIX + name)
-        batch = _probe(self._config.vocab_size, model.device)
-        with torch.no_grad(), _evaluating(model):
-            repeated = _padded(model, batch).hidden.double()
-            with _rounded_otherwise(model):
-                rounding = _distance(_padded(model, batch).hidden, repeated)
-            try:
-                found = _distance(_packed(model, pack_groups(batch, _additive(model))).hidden, repeated)
-            except (TypeError, ValueError, RuntimeError, StopIteration) as error:
-                found, why = float("nan"), f"its attention does not take shared prompts ({error})"
-            else:
-                why = (
-                    f"hidden states with shared prompts differ by {found:.1e}, where rounding explains "
-                    f"{self.ROUNDINGS * rounding:.1e}"
-                )
-        if found <= self.ROUNDINGS * rounding:
-            return ""
-        model.set_attn_implementation(name)
-        return why
+        return tokens * self._weights + pairs * 2 * self._width
 
 
 def backbone_weights(model: Any) -> int:
@@ -171,9 +147,21 @@ def backbone_weights(model: Any) -> int:
     return sum(p.numel() for p in model.base_model.parameters()) - model.get_input_embeddings().weight.numel()
 
 
-def head_width(config: Any) -> int:
-    """k of the attention heads of a text model's configuration."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def attention_width(config: Any, heads: str = "num_attention_heads") -> int:
+    """h k, summed over the layers of a text model's configuration, which may differ in both.
+
+    Args:
+        heads: key of h; that of keys may be left out where they are as many as those of queries.
+    """
+
+    def width(layer: Any) -> int:
+        queries = getattr(layer, "num_attention_heads", None)
+        if not queries:  # a layer without attention
+            return 0
+        k = getattr(layer, "head_dim", None) or layer.hidden_size // queries
+        return k * (getattr(layer, heads, None) or queries)
+
+    return sum(map(width, getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers))
 
 
 def _padded(model: Any, batch: Batch) -> ResponseStates:
@@ -252,12 +240,12 @@ def _say_repeated(why: str) -> None:
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
 
-def _probe(vocabulary: int, device: torch.device) -> Batch:
-    """Two groups of random tokens: prompts of two lengths, responses with none, one and several tokens."""
+def _random_batch(vocabulary: int, device: torch.device) -> Batch:
+    """Two groups of random tokens, padding too: prompts of two lengths, responses with none, one and several tokens."""
     lengths = ((7, (5, 1, 3)), (4, (0, 4, 6)))
     generator = torch.Generator().manual_seed(0)
     longest = max(prompt + max(responses) for prompt, responses in lengths)
-    ids = torch.zeros(sum(len(responses) for _, responses in lengths), longest, dtype=torch.int64)
+    ids = torch.randint(vocabulary, (sum(len(responses) for _, responses in lengths), longest), generator=generator)
     attended, answered = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
     row = 0
     for prompt, responses in lengths:
@@ -271,33 +259,52 @@ def _probe(vocabulary: int, device: torch.device) -> Batch:
     return Batch(ids.to(device), attended.to(device), answered.to(device), torch.zeros(row, device=device), 3)
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
-    """Largest relative error of a token's state."""
-    return float(((found.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
+class _Probe:
+    """A small batch of random tokens, its states by the padded pass, and how far rounding explains others.
 
+    Attributes:
+        bound: relative.
+    """
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Without dropout, which would be another one each time."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+    def __init__(self, model: Any, vocabulary: int) -> None:
+        self.batch = _random_batch(vocabulary, model.device)
+        self.padded = _padded(model, self.batch)
+        with rounded_otherwise(model):
+            moved = _padded(model, self.batch).hidden
+        self.bound = ROUNDINGS * float(distances(moved, self.padded.hidden).max())
 
+    def check_padding(self, model: Any) -> None:
+        """Raise `ConfigError` unless a response has the states that it has alone, and with a token behind it.
 
-@contextmanager
-def _rounded_otherwise(model: Any) -> Iterator[None]:
-    """Embeddings moved by one unit in their last place, up or down at random."""
-    generator = torch.Generator().manual_seed(0)
+        Most of its tokens have: one that a router sends elsewhere for a rounding is none of padding.
+        """
+        row, prompt, padding = 4, 4, 4
+        ids = self.batch.input_ids[row : row + 1, padding:]
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        output = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions)
+        first, last = self.padded.cu_seqlens[row : row + 2].tolist()
+        alone = output.last_hidden_state[0, prompt - 1 : -1]
+        found = float(distances(self.padded.hidden[first:last], alone).median())
+        if not found <= self.bound:
+            raise ConfigError(
+                "model.path: expected a model whose tokens see what is before them, and no padding there, found hidden "
+                f"states of {model.config.model_type} that differ by {found:.1e} from those of a response alone, where "
+                f"rounding explains {self.bound:.1e}"
+            )
 
-    def move(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
-        signs = torch.randint(2, output.shape, generator=generator).to(output) * 2 - 1
-        return output * (1 + torch.finfo(output.dtype).eps * signs)
-
-    handle = model.get_input_embeddings().register_forward_hook(move)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def share(self, model: Any) -> str:
+        """What is wrong where prompts that are shared give other states; else empty, and `model` set to share."""
+        name = model.config._attn_implementation
+        if not name.startswith(PREFIX):
+            model.set_attn_implementation(PREFIX + name)
+        try:
+            shared = _packed(model, pack_groups(self.batch, _additive(model))).hidden
+        except (TypeError, ValueError, RuntimeError, StopIteration) as error:
+            why = f"its attention does not take shared prompts ({error})"
+        else:
+            found = float(distances(shared, self.padded.hidden).max())
+            if found <= self.bound:
+                return ""
+            why = f"hidden states with shared prompts differ by {found:.1e}, where rounding explains {self.bound:.1e}"
+        model.set_attn_implementation(name)
+        return why

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from g2rl.probes import evaluating
 from g2rl_kernels import LMHead, token_logprobs
 
 _ROUNDINGS = 2
@@ -47,15 +46,17 @@ def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:
         dtype: of the head's product; None is `product_dtype`'s.
 
     Returns:
-        the difference in words; empty where rounding explains it, and where the model does not run on tokens alone
-        here, as one whose weights are split or not there yet.
+        the difference in words, or that its hidden states cannot be had; empty where rounding explains it, and where
+        the model does not run on tokens alone here, as one whose weights are split or not there yet.
     """
     if _is_split(model) or model.device.type == "meta":
         return ""
+    if model.base_model is model:
+        return f"{type(model).__name__} names no part of itself that has its last hidden states"
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, 9), generator=generator).to(model.device)
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
@@ -80,18 +81,6 @@ def _is_split(model: Any) -> bool:
     """Whether ranks hold parts of its weights, which are whole in a wrapper's forward pass alone."""
     wrapped = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
     return wrapped or any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Without dropout; afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def product_dtype(hidden: torch.Tensor) -> torch.dtype:

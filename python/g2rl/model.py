@@ -9,11 +9,19 @@ import io
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import quantization_config
 from transformers.utils.logging import disable_progress_bar
 
@@ -39,7 +47,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model in its master dtype, on its device, and its tokenizer, padding on the left.
+    """Load the model in its master dtype, without dropout, on its device, and its tokenizer, padding on the left.
 
     A folder with a LoRA adapter gives the model that it was trained on, with the adapter merged into its weights.
 
@@ -64,6 +72,9 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         raise ConfigError(f"model.path: expected a causal language model at {config.path!r}: {error}") from error
     except ImportError as error:
         raise ConfigError(f"model.attention: {config.attention!r} is not installed: {error}") from error
+    if config.attention == "sdpa" and model.config._attn_implementation != "sdpa":
+        own = f"g2rl: {model.config.model_type} has no attention by sdpa, and computes its own"
+        warnings.warn(own, RuntimeWarning, 2)
     model.config.use_cache = False
     model.train()
     if config.gradient_checkpointing:
@@ -91,14 +102,32 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_shape(path: str) -> Any:
+    """A model's configuration in transformers, without dropout: all passes of a step are to be of one network."""
+    shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    _drop_nothing(shape)
+    return shape
+
+
+def _drop_nothing(shape: PretrainedConfig) -> None:
+    """Set what is named as dropout, or noise of a router, to 0, here and in configurations inside."""
+    for name, value in list(vars(shape).items()):
+        if isinstance(value, PretrainedConfig):
+            _drop_nothing(value)
+        elif isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(shape, name, 0.0)
+
+
 def _load_weights(path: str, config: ModelConfig) -> Any:
     base = base_of(path)
     if base is not None:
         return merged(_load_weights(base, config), path)
-    settings = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention}
+    # Unasked, transformers takes sdpa where a model has it, and its own attention otherwise.
+    attention = None if config.attention == "sdpa" else config.attention
+    shape, settings = load_shape(path), {"dtype": getattr(torch, config.dtype), "attn_implementation": attention}
     if (Path(path) / SHARDS).is_dir():
-        return load_model_of_shards(Path(path), **settings)
-    return AutoModelForCausalLM.from_pretrained(path, **SAFELY, **settings)
+        return load_model_of_shards(Path(path), shape, **settings)
+    return AutoModelForCausalLM.from_pretrained(path, config=shape, **SAFELY, **settings)
 
 
 def cache_folder() -> Path:

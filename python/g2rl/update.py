@@ -136,7 +136,7 @@ class Updater:
         reference: Reference | None,
         method: Method,
         config: Config,
-        pad_id: int,
+        pad_id: int | None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.policy = policy

@@ -10,11 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BambaConfig,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    OPTConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen3Config,
+)
 
 from g2rl.cli import main
 from g2rl.config import Config, ConfigError, TaskConfig, load_config
-from g2rl.dry_run import dry_run
+from g2rl.dry_run import dry_run, scaled_down
 from g2rl.forecast import Rates, _saved_bytes, forecast
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -185,6 +197,55 @@ def test_copies_of_the_sampler(override: str, copied: bool, tiny_model: Path) ->
     config = load_config(None, ["rollout.dtype=float32", override])
     lasting = forecast(config, AutoConfig.from_pretrained(tiny_model), 100, Rates(1e15, 1e12)).lasting
     assert any("rollout copy" in name for name in lasting) == copied
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 36, "long_factor": [2.0] * 36}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        GPT2Config(n_embd=1600, n_layer=48, n_head=25),  # other names
+        OPTConfig(
+            hidden_size=2048, ffn_dim=8192, num_hidden_layers=24, num_attention_heads=32, word_embed_proj_dim=512
+        ),
+        Phi3Config(
+            rope_parameters=LONG | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 4096},
+            max_position_embeddings=131072,
+            original_max_position_embeddings=4096,
+        ),
+        Gemma3Config(),  # text in a part of it
+    ],
+    ids=lambda shape: shape.model_type,
+)
+def test_scaled_down(shape: PretrainedConfig) -> None:
+    """Two layers of width 64 on the same vocabulary, which has the most weights: once, or twice, and positions."""
+    text = shape.get_text_config()
+    with torch.device("meta"):
+        small: PretrainedConfig = scaled_down(shape)
+        model = AutoModelForCausalLM.from_config(small)
+    assert (small.hidden_size, small.num_hidden_layers, small.vocab_size) == (64, 2, text.vocab_size)
+    embedded = 64 * (2 * text.vocab_size + text.max_position_embeddings)
+    assert sum(p.numel() for p in model.parameters()) < embedded + 200_000
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (BambaConfig(), "dry_run: cannot scale bamba down: .*The dimensions for the Mamba head state do not match"),
+        (MambaConfig(num_hidden_layers=2, pad_token_id=0, eos_token_id=1), "dry_run: cannot forecast mamba: "),
+    ],
+)
+def test_what_cannot_be_told(
+    shape: PretrainedConfig, message: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shape_folder(tmp_path / "model", shape, tiny_model)
+    settings = [f"model.path={model}", "rollout.prompts=2", "model.attention=eager", "rollout.max_new_tokens=4"]
+    with pytest.raises(ConfigError, match=message):
+        dry_run(load_config(None, settings))
+    assert ("One step with a tiny mamba on arithmetic works" in capsys.readouterr().out) == (
+        shape.model_type == "mamba"
+    )
 
 
 def test_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
     BloomConfig,
     Gemma2Config,
     GPT2Config,
@@ -19,13 +21,16 @@ from transformers import (
     MistralConfig,
     PretrainedConfig,
     Qwen3Config,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+    XLNetConfig,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from g2rl import shared_prompts
 from g2rl.checkpoint import find_checkpoint
 from g2rl.config import ConfigError, ModelConfig, load_config
-from g2rl.forward import ForwardPass, ResponseStates
+from g2rl.forward import ForwardPass, ResponseStates, attention_width
 from g2rl.heads import lm_head
 from g2rl.model import load_model
 from g2rl.rollout import make_batch
@@ -49,6 +54,10 @@ MODELS = {
         "sdpa",
     ),
 }
+if hasattr(transformers, "Gemma4TextConfig"):  # heads of two widths, by layer; not in older versions
+    wide = {"head_dim": 8, "global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    ple = {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8}
+    MODELS["gemma4"] = (transformers.Gemma4TextConfig(**SIZES, **wide, **ple), "sdpa")
 # Prompt length and response lengths of each group: prompts of different lengths, responses of none, one and several
 # tokens, so that the padded batch has padding on the left of everything; no response that is fed; one prompt token.
 BATCHES = {
@@ -189,11 +198,13 @@ def test_embedded_default() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_comparison_passes_where_nothing_is_wrong(name: str, dtype: torch.dtype) -> None:
     model = build(*MODELS[name], dtype)
+    model.get_output_embeddings().eval()
+    modes = [module.training for module in model.modules()]
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         forward_pass = ForwardPass(model, ModelConfig(autocast="none"))
     assert not forward_pass.obstacles
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
 
 
 def leak(packed: Any) -> None:
@@ -244,6 +255,35 @@ def test_models_that_cannot(config: PretrainedConfig, why: str) -> None:
     assert torch.equal(forward_pass(model, given).hidden, expected.hidden)
     with pytest.raises(ConfigError, match=f"model.prefix_sharing: expected auto or never, found always, but {why}"):
         ForwardPass(model, ModelConfig(prefix_sharing="always"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # A recurrence, attention that goes both ways, and positions that count padding.
+        RecurrentGemmaConfig(**(SIZES | {"num_hidden_layers": 3}), lru_width=32),
+        RwkvConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2),
+        XLNetConfig(vocab_size=61, d_model=32, n_layer=2, n_head=4, d_inner=48),
+        BartConfig(vocab_size=61, d_model=32, decoder_layers=2, decoder_attention_heads=4, is_decoder=True),
+    ],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("way", ["auto", "never"])
+def test_models_that_read_padding_or_what_follows(config: PretrainedConfig, way: str) -> None:
+    model = build(config, "eager")
+    with pytest.raises(
+        ConfigError, match=f"model.path: expected a model whose tokens .* states of {config.model_type}"
+    ):
+        ForwardPass(model, ModelConfig(autocast="none", prefix_sharing=way, packing=way))
+
+
+def test_attention_width_by_hand() -> None:
+    """Two layers of 4 heads of 8, 2 of keys; one of 8 and one of 16; and none."""
+    if "gemma4" in MODELS:
+        assert attention_width(MODELS["gemma4"][0]) == 4 * (8 + 16)
+    assert (attention_width(LLAMA), attention_width(LLAMA, "num_key_value_heads")) == (64, 32)
+    assert attention_width(MODELS["gpt2"][0], "num_key_value_heads") == 64
+    assert attention_width(MambaConfig(hidden_size=32, num_hidden_layers=2)) == 0
 
 
 def test_sliding_window_shorter_than_a_sequence() -> None:

@@ -11,9 +11,13 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    BloomConfig,
     CohereConfig,
+    FalconConfig,
     Gemma2Config,
+    GPT2Config,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     ModernBertDecoderConfig,
     OPTConfig,
@@ -22,10 +26,11 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from g2rl.config import Config, ConfigError, ModelConfig, RolloutConfig
+from g2rl.adapters import add_adapter
+from g2rl.config import Config, ConfigError, LoraConfig, ModelConfig, RolloutConfig
 from g2rl.heads import head_difference, lm_head
 from g2rl.model import load_model
-from g2rl.policy import Policy
+from g2rl.policy import Policy, check_head
 from g2rl.rollout import TransformersSampler
 from g2rl.types import Problem
 from g2rl_kernels import token_logprobs
@@ -81,15 +86,58 @@ def test_heads_are_known_or_refused(config: PretrainedConfig, dtype: torch.dtype
         with pytest.raises(ConfigError, match=f"model.path: .* log-probabilities of {name} differ from those of its"):
             Policy(model, settings)
     else:
-        Policy(model, settings)
+        check_head(model, settings.model)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
+
+
+def test_a_body_that_is_not_told_from_the_head() -> None:
+    sizes = SIZES | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    model = AutoModelForCausalLM.from_config(Llama4TextConfig(**sizes))
+    with pytest.raises(ConfigError, match="model.path: .* but Llama4ForCausalLM names no part of itself that has its"):
+        Policy(model, Config())
 
 
 def test_heads_are_not_compared_where_weights_are_not_there() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(UNKNOWN["BertLMHeadModel"])
     assert head_difference(model) == ""
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4),  # modules of their own
+        OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, attention_dropout=0.1, layerdrop=0.5),  # functions
+        FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.1),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_nothing_is_dropped_in_training(config: PretrainedConfig, tiny_model: Path, tmp_path: Path) -> None:
+    """Two passes are of one network, that which generates; but for an adapter's own dropout."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model, _ = load_model(ModelConfig(path=str(folder)))
+    ids = torch.randint(3, 61, (2, 9))
+    assert model.training
+    first, second = model(ids).logits, model(ids).logits
+    assert torch.equal(first, second) and torch.equal(first, model.eval()(ids).logits)
+    add_adapter(model.train(), LoraConfig(rank=2, dropout=0.5))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # 0 at first
+            torch.nn.init.normal_(parameter)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_the_default_attention_of_models_without_sdpa(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with pytest.warns(RuntimeWarning, match="g2rl: bloom has no attention by sdpa, and computes its own"):
+        model, _ = load_model(ModelConfig(path=str(folder)))
+    assert model.config._attn_implementation == "eager"
+    model, _ = load_model(ModelConfig(path=str(tiny_model)))
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_embedded_default_speaks() -> None:

@@ -237,6 +237,25 @@ def test_the_first_rank_is_killed(folder: Path, tmp_path: Path) -> None:
     assert "g2rl: rank 1: rank 0, or the launcher, cannot be reached" in ended[1].printed
 
 
+# Rank 0 writes its last checkpoint and closes trackers, for longer than a rank may be silent.
+SLOW_END = """
+import time
+from g2rl import trainer
+from g2rl.parallel import watch
+watch.INTERVAL, watch.LIMIT = 0.1, 1.5
+class Trainer:
+    def __init__(self, config, ranks): ...
+    def run(self):
+        time.sleep(0 if RANK else 2.5)
+trainer.Trainer = Trainer
+"""
+
+
+def test_the_first_rank_ends_last(folder: Path, tmp_path: Path) -> None:
+    ended = launch([[train(folder, "slow-end", "tied")]] * 2, tmp_path, before=SLOW_END)
+    assert [rank.status for rank in ended] == [0, 0], ended
+
+
 # ---- ranks that cannot work together ---------------------------------------------------------------------------------
 
 OTHER_CODE = """

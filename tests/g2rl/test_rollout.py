@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, PhiConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    DogeConfig,
+    Gemma2Config,
+    GenerationConfig,
+    GPT2Config,
+    OPTConfig,
+    PhiConfig,
+    PretrainedConfig,
+    xLSTMConfig,
+)
 
-from g2rl.config import ModelConfig, RolloutConfig
+from g2rl.config import ConfigError, ModelConfig, RolloutConfig
 from g2rl.model import load_model
 from g2rl.rollout import Sampling, TransformersSampler, left_pad, make_batch, response_seeds
 from g2rl.rollout.decoding import until_stop
@@ -135,6 +148,28 @@ def test_architectures(tiny_model: Path, config: PretrainedConfig, has_slots: bo
         assert tuple(logits.argmax(-1).tolist()) == response.tokens
 
 
+def test_slots_that_do_not_fit() -> None:
+    """Attention with a mask of its own, which those of slots leaves out, and a cache of another form."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(DogeConfig(**(SIZES | {"num_key_value_heads": 4})))
+    tokenizer: Any = SimpleNamespace(eos_token_id=2, pad_token_id=0, chat_template=None)
+    config = RolloutConfig(max_new_tokens=12, dtype="float32")
+    assert TransformersSampler(model, tokenizer, config)._has_slots  # its mask is 0 at first
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.A)
+    with pytest.warns(
+        RuntimeWarning, match="by transformers' generate: logits by slots of a cache differ by .*, where"
+    ):
+        sampler = TransformersSampler(model, tokenizer, config)
+    (response,) = sampler.respond([(5, 6, 7)], Sampling(1.0, 1.0), [0])
+    logps = model.eval()(torch.tensor([(5, 6, 7, *response.tokens)])).logits[0, 2:-1].log_softmax(-1)
+    expected = logps.gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(response.logps), expected, atol=2e-5, rtol=1e-5)
+    model = AutoModelForCausalLM.from_config(xLSTMConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2))
+    with pytest.warns(RuntimeWarning, match="generate: slots of a cache do not fit xlstm"):
+        assert not TransformersSampler(model, tokenizer, config)._has_slots
+
+
 def test_response_ends_at_its_first_stop_token(sampler: TransformersSampler) -> None:
     stop = next(iter(sampler.stop_ids))
     assert until_stop([5, 6, stop, 7, stop], sampler.stop_ids) == (5, 6, stop)
@@ -143,6 +178,71 @@ def test_response_ends_at_its_first_stop_token(sampler: TransformersSampler) -> 
         assert episode.finished == (episode.response_ids[-1] == stop)
         assert stop not in episode.response_ids[:-1]
         assert len(episode.response_ids) <= 12
+
+
+def test_generation_defaults_of_the_model(sampler: TransformersSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are for whoever loads a checkpoint of the policy, which is the sampler's model here, and do not count."""
+    assert sampler.model is sampler.policy
+    own = GenerationConfig(repetition_penalty=5.0, eos_token_id=1, do_sample=True, temperature=0.1)
+    sampler.model.generation_config = own
+    expected = sampler.sample(PROBLEMS, 3, 0.0, 1.0, 0)
+    monkeypatch.setattr(sampler, "_has_slots", False)
+    assert sampler.sample(PROBLEMS, 3, 0.0, 1.0, 0) == expected
+    assert sampler.model.generation_config is own and own.repetition_penalty == 5.0
+
+
+REFUSES = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0]['content'] }}"
+)
+
+
+def test_tokenizers_that_lack_something(tiny_model: Path) -> None:
+    """A token to end with is needed, one for padding is not; and a template that takes the system message."""
+    model, tokenizer = load_model(ModelConfig(path=str(tiny_model)))
+    tokenizer.pad_token, config = None, RolloutConfig(max_new_tokens=12, dtype="float32")
+    tokenizer.chat_template = REFUSES
+    with pytest.raises(
+        ConfigError, match="task.system_prompt: expected .* says: no system; null leaves the message out"
+    ):
+        TransformersSampler(model, tokenizer, config, "")
+    sampler = TransformersSampler(model, tokenizer, config)
+    episodes = sampler.sample(PROBLEMS, 2, 1.0, 1.0, 0)
+    sampler._has_slots = False
+    assert [e.response_ids for e in sampler.sample(PROBLEMS, 2, 1.0, 1.0, 0)] == [e.response_ids for e in episodes]
+    batch = make_batch(episodes, [0.0] * 4, 2, tokenizer.pad_token_id, torch.device("cpu"))
+    assert not batch.input_ids[batch.attention_mask == 0].any() and not batch.attention_mask.all()
+    tokenizer.eos_token = model.generation_config.eos_token_id = None
+    with pytest.raises(ConfigError, match="model.path: expected a token that ends responses, named by .* found none"):
+        TransformersSampler(model, tokenizer, config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=16, eos_token_id=2),
+        OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=16),
+        PhiConfig(**(SIZES | {"num_key_value_heads": 4}), max_position_embeddings=16),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_learned_positions_end(config: PretrainedConfig) -> None:
+    """The last token is fed to nobody; rotary positions go on."""
+    model: Any = AutoModelForCausalLM.from_config(config)
+    prompt = list(range(3, 12))
+    tokenizer: Any = MagicMock(eos_token_id=2, chat_template=None, return_value={"input_ids": prompt})
+    sampler = TransformersSampler(model, tokenizer, RolloutConfig(max_new_tokens=8, dtype="float32"))
+    sampler.stop_ids = frozenset()
+    tokenizer.batch_decode.return_value = [""]
+    (episode,) = sampler.sample(PROBLEMS[:1], 1, 1.0, 1.0, 0)
+    model(torch.tensor([episode.prompt_ids + episode.response_ids[:-1]]))
+    sampler.config = RolloutConfig(max_new_tokens=9, dtype="float32")
+    if config.model_type == "phi":
+        assert len(sampler.sample(PROBLEMS[:1], 1, 1.0, 1.0, 0)[0].response_ids) == 9
+        return
+    with pytest.raises(
+        ConfigError, match="rollout.max_new_tokens: expected .* 16 positions .* prompt of 9 tokens and 9"
+    ):
+        sampler.sample(PROBLEMS[:1], 1, 1.0, 1.0, 0)
 
 
 def test_bf16_copy_follows_the_policy(tiny_model: Path) -> None:

@@ -66,10 +66,12 @@ def train_together(
             watch.advice = f"; the last checkpoint below {config.run_dir / 'checkpoints'} stands"
             if config.dry_run:
                 raise ConfigError("dry_run: expected a process of its own, found a launcher")
-            train(config, Ranks(rank, size, config.parallel.strategy == "fsdp2"))
+            ranks = Ranks(rank, size, config.parallel.strategy == "fsdp2")
+            train(config, ranks)
+            ranks.wait()  # all show signs of life until the last one is done: rank 0 still writes when others do not
         except BaseException as error:  # whatever it is, the others must not wait
             _fail(watch, error, foreseen)
-    dist.barrier()
+    dist.barrier()  # rank 0, which may have the store, goes when nobody looks into it any more
     dist.destroy_process_group()
     return config if rank == 0 else 0
 

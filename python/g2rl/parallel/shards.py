@@ -68,14 +68,15 @@ def load_shards(folder: Path, model: Any, parts: Mapping[str, Any]) -> None:
         set_model_state_dict(reference.model, tensors["reference"])
 
 
-def load_model_of_shards(path: Path, **settings: Any) -> Any:
+def load_model_of_shards(path: Path, config: Any = None, **settings: Any) -> Any:
     """A model of transformers with the weights of a checkpoint, whole, on a CPU.
 
     Args:
         path: the checkpoint's folder.
+        config: of the model, in transformers; None takes the folder's.
         settings: as `from_pretrained` takes them; `dtype` may be another than the files', which is the default.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = config or AutoConfig.from_pretrained(path, trust_remote_code=False)
     with init_empty_weights():
         model: Any = AutoModelForCausalLM.from_config(config, **{"dtype": config.dtype, **settings})
     weights = {key: torch.empty_like(weight, device="cpu") for key, weight in model.state_dict().items()}

@@ -27,7 +27,7 @@ _FAILURE, _READ = "failure", "failure read"
 
 
 class Watch:
-    """Signs of life, from the start of the block to its end; there it is over for this rank.
+    """Signs of life, from the start of the block to its end. Ranks end it together: one that has counts as gone.
 
     Args:
         store: of the ranks; this has connections of its own.

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from g2rl.config import ConfigError, RolloutConfig
@@ -59,6 +60,9 @@ class Sampler(ABC):
         tokenizer: its chat template renders problems.
         config: of the rollouts; token limit and batch size may be replaced later.
         system_prompt: system message, None for the template's own default.
+
+    Raises:
+        ConfigError: nothing names a token that ends responses, or the template takes no system message.
     """
 
     def __init__(
@@ -70,7 +74,24 @@ class Sampler(ABC):
         self.system_prompt = system_prompt
         stop = model.generation_config.eos_token_id if model.generation_config else None
         stop = tokenizer.eos_token_id if stop is None else stop
+        if stop is None:
+            raise ConfigError(
+                "model.path: expected a token that ends responses, named by the model's generation configuration or "
+                "its tokenizer (eos_token), found none"
+            )
         self.stop_ids = frozenset(stop if isinstance(stop, list) else [stop])
+        self._positions = _learned_positions(model)
+        if system_prompt is not None:
+            self._check_system_prompt()
+
+    def _check_system_prompt(self) -> None:
+        try:
+            self.prompt_ids(Problem("", "", ""))
+        except TemplateError as error:
+            raise ConfigError(
+                "task.system_prompt: expected a chat template that takes a system message, found one that says: "
+                f"{error}; null leaves the message out"
+            ) from error
 
     @abstractmethod
     def sync(self) -> None:
@@ -109,8 +130,12 @@ class Sampler(ABC):
             top_p: probability mass kept, in (0, 1].
             seed: of this call's draws, or one for each response, in order; equal seeds, weights and arguments give
                 equal responses.
+
+        Raises:
+            ConfigError: a prompt and its response may be longer than the model has positions.
         """
         rendered = {problem.id: self.prompt_ids(problem) for problem in problems}
+        self._check_length(max(map(len, rendered.values()), default=0))
         asked = [problem for problem in problems for _ in range(copies)]
         prompts = [rendered[problem.id] for problem in asked]
         seeds = response_seeds(seed, len(asked)) if isinstance(seed, int) else seed
@@ -120,3 +145,20 @@ class Sampler(ABC):
             Episode(problem, prompt, r.tokens, text, bool(r.tokens) and r.tokens[-1] in self.stop_ids, r.logps)
             for problem, prompt, r, text in zip(asked, prompts, responses, texts, strict=True)
         ]
+
+    def _check_length(self, prompt: int) -> None:
+        limit, tokens = self._positions, self.config.max_new_tokens
+        if limit is not None and prompt + tokens - 1 > limit:  # nothing follows the last one
+            raise ConfigError(
+                f"rollout.max_new_tokens: expected prompt and response to fit the {limit} positions that the model has "
+                f"learned, found a prompt of {prompt} tokens and {tokens}"
+            )
+
+
+def _learned_positions(model: Any) -> int | None:
+    """Length of the table that a model looks positions up in; None where it computes them."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = [
+        p for name, p in model.named_parameters() if re.search(r"(pos|wpe)[a-z_]*\.weight$", name) and p.dim() == 2
+    ]
+    return limit if limit and any(table.shape[0] >= limit for table in tables) else None

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
+from g2rl.probes import ROUNDINGS, distances, evaluating, rounded_otherwise
 from g2rl.rollout.base import Response, Sampling
 from g2rl.rollout.batches import left_pad, right_pad
 from g2rl.rollout.draws import Draws, draw, uniforms
-from g2rl.rollout.slots import ATTENTION, Slots
+from g2rl.rollout.slots import ATTENTION, Slots, fits_slots
 
 # Prompts are computed for an eighth of the slots at least: each time the weights are read once more.
 _REFILL = 8
+# Tokens of the prompts, and of the responses to them, by which a model is tried.
+_TRIED_PROMPTS, _TRIED_TOKENS = (5, 2), 3
 
 
 class Decoding:
@@ -138,6 +142,58 @@ def _attention(model: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+def has_slots(model: Any) -> bool:
+    """Whether `Decoding` serves a model, by its configuration, and by a few tokens, of which a warning tells."""
+    if not fits_slots(model):
+        return False
+    why = _difference(model)
+    if why:
+        warnings.warn(f"g2rl: responses are sampled by transformers' generate: {why}", RuntimeWarning, 3)
+    return not why
+
+
+def _difference(model: Any) -> str:
+    """What is wrong where tokens have other logits by slots than by one pass over all; empty if nothing."""
+    generator, vocabulary = torch.Generator().manual_seed(0), model.config.get_text_config().vocab_size
+    prompts = [tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()) for n in _TRIED_PROMPTS]
+    with evaluating(model):
+        try:
+            drawn, found = _by_slots(model, prompts)
+        except Exception as error:  # whatever it is, `generate` may not have it
+            return f"slots of a cache do not fit {model.config.model_type} ({type(error).__name__}: {error})"
+        rows = [prompt + response.tokens for prompt, response in zip(prompts, drawn, strict=True)]
+        expected = _by_one_pass(model, rows)
+        with rounded_otherwise(model):
+            bound = ROUNDINGS * float(distances(_by_one_pass(model, rows), expected).max())
+    # Of most tokens of each response: a router may send one elsewhere for a rounding.
+    gap = float(distances(found, expected).view(_TRIED_TOKENS, -1).median(0).values.max())
+    if gap <= bound:
+        return ""
+    return f"logits by slots of a cache differ by {gap:.1e}, where rounding explains {bound:.1e}"
+
+
+def _by_slots(model: Any, prompts: Sequence[tuple[int, ...]]) -> tuple[list[Response], torch.Tensor]:
+    """Responses, and logits [steps * responses, V] of their tokens."""
+    steps: list[torch.Tensor] = []
+    handle = model.register_forward_hook(lambda _, __, output: steps.append(output.logits[:, -1]))
+    try:
+        seeds = range(len(prompts))
+        drawn = Decoding(model, prompts, seeds, Sampling(1.0, 1.0), len(prompts), _TRIED_TOKENS, frozenset()).run()
+    finally:
+        handle.remove()
+    return drawn, torch.cat(steps)
+
+
+@torch.inference_mode()
+def _by_one_pass(model: Any, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """The same of rows with their prompts, padded on the right."""
+    input_ids, lengths = right_pad(rows, 0).to(model.device), torch.tensor([len(row) for row in rows])
+    held = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    logits = model(input_ids=input_ids, attention_mask=held.to(input_ids), use_cache=False).logits
+    places = [lengths - 1 - left for left in range(_TRIED_TOKENS, 0, -1)]
+    return torch.cat([logits[torch.arange(len(rows)), place] for place in places])
+
+
 def generate(
     model: Any,
     prompts: Sequence[tuple[int, ...]],
@@ -147,9 +203,9 @@ def generate(
     stop_ids: frozenset[int],
 ) -> list[Response]:
     """Responses by transformers' `generate`, as one batch that lasts as long as its longest."""
-    input_ids, attention_mask = left_pad(prompts, model.generation_config.pad_token_id)
+    input_ids, attention_mask = left_pad(prompts, 0)
     draws = Draws(uniforms(seeds, max_new_tokens), *sampling)
-    with torch.inference_mode():
+    with torch.inference_mode(), plain_generation(model, stop_ids):
         output = model.generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
@@ -161,6 +217,20 @@ def generate(
         return [Response(tokens, None) for tokens in rows]
     logps = torch.stack(draws.logps, 1).tolist()
     return [Response(tokens, tuple(known[: len(tokens)])) for tokens, known in zip(rows, logps, strict=True)]
+
+
+@contextmanager
+def plain_generation(model: Any, stop_ids: frozenset[int]) -> Iterator[None]:
+    """The model, which may be the policy itself, without its own generation defaults: top-k and penalties would change
+    what is sampled from. `generate` fills up from them whatever a configuration that it is given leaves open."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted(stop_ids), pad_token_id=0, do_sample=False, use_cache=True
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def until_stop(tokens: list[int], stop_ids: frozenset[int]) -> tuple[int, ...]:

@@ -6,22 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from g2rl.adapters import copy_weights, has_adapter, plain_copy
 from g2rl.config import RolloutConfig
 from g2rl.heads import keep_head_inputs_contiguous
+from g2rl.probes import evaluating
 from g2rl.rollout.base import Response, Sampler, Sampling
-from g2rl.rollout.decoding import Decoding, generate
-from g2rl.rollout.slots import fits_slots
+from g2rl.rollout.decoding import Decoding, generate, has_slots
 
 
 class TransformersSampler(Sampler):
     """Generates with a copy of the policy's weights in the rollout dtype, a LoRA adapter merged into them.
 
     Args:
-        model, tokenizer, config, system_prompt: as in `Sampler`; the tokenizer has a padding token.
+        model, tokenizer, config, system_prompt: as in `Sampler`.
     """
 
     def __init__(
@@ -33,11 +32,7 @@ class TransformersSampler(Sampler):
         same = model.dtype == dtype and not has_adapter(model) and not config.ahead
         self.model: Any = model if same else plain_copy(model).to(dtype)
         keep_head_inputs_contiguous(self.model)
-        # The model's own generation defaults (top-k, penalties) would change the policy that is sampled from.
-        self.model.generation_config = GenerationConfig(
-            eos_token_id=sorted(self.stop_ids), pad_token_id=tokenizer.pad_token_id, do_sample=False, use_cache=True
-        )
-        self._has_slots = fits_slots(self.model)
+        self._has_slots = has_slots(model)  # asked of the policy, whose dtype may show more
 
     def sync(self) -> None:
         if self.model is not self.policy:
@@ -50,12 +45,8 @@ class TransformersSampler(Sampler):
         """Nothing: this process is all there is."""
 
     def respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             return self._respond(prompts, sampling, seeds)
-        finally:
-            self.model.train(training)
 
     def _respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
         size, limit = self.config.batch_size, self.config.max_new_tokens
