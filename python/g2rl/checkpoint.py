@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent: written under a temporary name, then renamed.
 
 A checkpoint is a folder ``checkpoints/step-000010`` with a Hugging Face model folder (weights in their master dtype, or
-with LoRA the adapter alone, and the tokenizer) and ``trainer.pt`` (optimiser, scheduler, random states, step, data
-position). Weights that are split over ranks are in ``shards/`` instead (`g2rl.parallel.shards`), with the optimiser.
+with LoRA the adapter alone, and the tokenizer) and ``trainer.pt`` (optimiser, random states, step, data position).
+Weights that are split over ranks are in ``shards/`` instead (`g2rl.parallel.shards`), with the optimiser.
 ``manifest.json`` has every file's digest (`g2rl.manifest`).
 """
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from g2rl.config import Config, ConfigError
+from g2rl.config import Config, ConfigError, OptimConfig
 
 
 def make_optimizer(parameters: Iterable[Parameter], config: Config) -> Optimizer:
@@ -27,7 +27,7 @@ def make_optimizer(parameters: Iterable[Parameter], config: Config) -> Optimizer
     """
     optim, trained = config.optim, [p for p in parameters if p.requires_grad]
     kind, options = _kind(optim.name)
-    options |= {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "weight_decay": optim.weight_decay}
+    options |= group_settings(optim)
     masters = [p if p.dtype == torch.float32 else Parameter(p.detach().float()) for p in trained]
     pairs = [(p, master) for p, master in zip(trained, masters, strict=True) if p is not master]
     if not pairs:
@@ -35,6 +35,11 @@ def make_optimizer(parameters: Iterable[Parameter], config: Config) -> Optimizer
     optimizer = type(f"Master{kind.__name__}", (_MasterWeights, kind), {"pairs": pairs})(masters, **options)
     assert isinstance(optimizer, Optimizer)
     return optimizer
+
+
+def group_settings(optim: OptimConfig) -> dict[str, Any]:
+    """What the configuration says of each of the optimiser's groups of parameters."""
+    return {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "weight_decay": optim.weight_decay}
 
 
 def in_words(config: Config) -> str:

@@ -187,7 +187,7 @@ class Trainer:
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own beside the model."""
-        parts = {"optimizer": self.updater.optimizer, "scheduler": self.updater.scheduler}
+        parts: dict[str, Any] = {"optimizer": self.updater.optimizer}
         if self.reference is not None and self.config.objective.reference_every:
             parts["reference"] = self.reference
         return parts

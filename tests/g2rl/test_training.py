@@ -288,6 +288,8 @@ def test_resume_of_a_finished_run_with_more_steps(tiny_model: Path, tmp_path: Pa
         # Of the steps that there are now, the third is the first after warm-up, and two are left at its start.
         (["optim.lr=4e-4", "optim.decay=linear"], [4e-4, 2e-4], 0.1, (0.9, 0.95)),
         (["optim.warmup_steps=3"], [7.5e-4, 1e-3], 0.1, (0.9, 0.95)),
+        # Of the 12 updates that there are now, the last ones of the steps are the 9th and the 12th; 6 are warm-up.
+        (["objective.mini_batches=3", "optim.decay=linear"], [1e-3 * 4 / 6, 1e-3 * 1 / 6], 0.1, (0.9, 0.95)),
     ],
 )
 def test_resume_takes_settings_of_the_optimizer(
