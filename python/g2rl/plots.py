@@ -61,6 +61,7 @@ class Run:
         metrics: records of ``metrics.jsonl``.
         samples: the completions of the first and of the last step that has any.
         scored: (exploration score, shaped reward, correct) of every completion with a score.
+        shaped: whether the shaped reward of some completion is not its base reward.
         groups: records of ``groups.jsonl``.
         config: contents of ``config.yaml``; empty without one.
         environment: contents of ``environment.json``; empty without one.
@@ -70,6 +71,7 @@ class Run:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     scored: list[tuple[float, float, bool]]
+    shaped: bool
     groups: list[dict[str, Any]]
     config: dict[str, Any]
     environment: dict[str, str]
@@ -107,7 +109,7 @@ def load_run(run_dir: Path) -> Run:
         raise FileNotFoundError(f"{path}: expected the metrics of a run, found none")
     first: list[dict[str, Any]] = []
     last: list[dict[str, Any]] = []
-    scored = []
+    scored, shaped = [], False
     completions, groups = run_dir / "completions.jsonl", run_dir / "groups.jsonl"
     for row in read_records(completions) if completions.is_file() else ():
         # One pass that keeps two steps only: completions of a long run may not fit into memory.
@@ -117,6 +119,7 @@ def load_run(run_dir: Path) -> Run:
             last.append(row)
         else:
             last = [row]
+        shaped |= row["shaped"] != row["reward"]
         if row["score"] is not None and row["shaped"] is not None:
             scored.append((row["score"], row["shaped"], row["correct"]))
     config, environment = run_dir / "config.yaml", run_dir / "environment.json"
@@ -125,6 +128,7 @@ def load_run(run_dir: Path) -> Run:
         metrics=metrics,
         samples=first + last,
         scored=scored,
+        shaped=shaped,
         groups=list(read_records(groups)) if groups.is_file() else [],
         config=plain(read_yaml(config)) if config.is_file() else {},
         environment=json.loads(environment.read_text()) if environment.is_file() else {},

@@ -168,6 +168,15 @@ def test_grpo_without_evaluation(tmp_path: Path) -> None:
     assert "Problem `p`; reward -1, shaped reward -1" in text
 
 
+def test_shaping_between_the_first_and_the_last_step_is_shaping(tmp_path: Path) -> None:
+    log = start(tmp_path / "run")
+    for step, shaped in ((1, -1.0), (2, 0.5), (3, -1.0)):
+        log.metrics(step, {"train/entropy": 1.0})
+        log.completions(step, [Completion("p", "Q?", "x", -1.0, False, 0.5, shaped, 0.0)], shown=0)
+    log.close()
+    assert "No shaping" not in write_report(tmp_path / "run").read_text()
+
+
 def test_only_an_evaluation_before_training(tmp_path: Path) -> None:
     log = start(tmp_path / "run")
     log.metrics(0, {"eval/pass@1": 0.5, "eval/response_length": 7.0})
