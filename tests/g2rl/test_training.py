@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -343,6 +345,34 @@ def test_a_second_run_gets_a_folder_of_its_own(tiny_model: Path, tmp_path: Path)
     assert main(["train", str(tmp_path / "empty.yaml"), *settings]) == 0
     assert main(["train", str(tmp_path / "empty.yaml"), *settings]) == 0
     assert lines(tmp_path / "run") == lines(tmp_path / "run-2")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Another process trains in a run's folder."""
+    holds = "import sys, pathlib, g2rl.files as f; print(f.hold(pathlib.Path(sys.argv[1]))); sys.stdin.read()"
+    command = [sys.executable, "-c", holds, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert int(process.stdout.readline()) > 0
+        yield
+        process.communicate()
+
+
+def test_a_folder_in_which_another_process_trains(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that begins gets a folder beside it, one that goes on is refused, and the end of the process frees it."""
+    (tmp_path / "empty.yaml").write_text("seed: 0\n")
+    settings = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, "steps=1", "eval.every=0"]
+    with held(tmp_path / "run"):
+        assert main(["train", str(tmp_path / "empty.yaml"), *settings]) == 0
+    second = tmp_path / "run-2"
+    before = (second / "metrics.jsonl").read_bytes()
+    with held(second):
+        assert main(["train", f"resume={second}", "steps=2"]) == 2
+    assert f"name: expected a run that no other process trains, found {str(second)!r} in" in capsys.readouterr().err
+    assert (second / "metrics.jsonl").read_bytes() == before
+    assert main(["train", f"resume={second}", "steps=2"]) == 0
 
 
 def test_features_come_from_the_policy_forward(tiny_model: Path, tmp_path: Path) -> None:
