@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -151,6 +152,9 @@ def test_settings_of_older_versions(tmp_path: Path) -> None:
         ("optim.lr=nan", "optim.lr: expected a value greater than 0, found nan"),
         ("rollout.group_size=1", "rollout.group_size: expected a value 2 or greater"),
         ("rollout.temperature=0", "rollout.temperature: expected a value greater than 0"),
+        ("rollout.temperature=inf", "rollout.temperature: expected a finite value, found inf"),
+        ("optim.lr=.inf", "optim.lr: expected a finite value, found inf"),
+        ("rollout.server_folder=a", "rollout.server_folder: expected none without rollout.server, found 'a'"),
         ("rollout.top_p=1.5", r"rollout.top_p: expected a value in \(0, 1\]"),
         ("eval.ks=[1, 9]", "eval.ks: expected values from 1 to eval.samples = 4, found 9"),
         ("rewards=[]", "rewards: expected at least one"),
@@ -193,3 +197,7 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
 
 def test_defaults_are_valid() -> None:
     assert load_config() == Config()
+
+
+def test_a_bound_may_be_none() -> None:
+    assert load_config(None, ["optim.max_grad_norm=inf"]).optim.max_grad_norm == math.inf
