@@ -63,6 +63,15 @@ def _kind(name: str) -> tuple[type[Optimizer], dict[str, Any]]:
     return bitsandbytes.optim.AdamW8bit, {}
 
 
+MASTERS = "masters"
+"""What the states have besides PyTorch's, where there are copies."""
+
+
+def dtype_of(states: Iterable[str]) -> str:
+    """The `model.dtype` of a whole model that is trained, by the keys of its optimiser's `state_dict`."""
+    return "bfloat16" if MASTERS in states else "float32"
+
+
 class _MasterWeights(Optimizer):
     """Before an optimiser's class: gradients go from weights to their fp32 copies, new values go back.
 
@@ -87,9 +96,9 @@ class _MasterWeights(Optimizer):
             p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"masters": [master.data for _, master in self.pairs]}
+        return super().state_dict() | {MASTERS: [master.data for _, master in self.pairs]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for (_, master), value in zip(self.pairs, state_dict["masters"], strict=True):
+        for (_, master), value in zip(self.pairs, state_dict[MASTERS], strict=True):
             master.data.copy_(value)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != MASTERS})

@@ -270,6 +270,12 @@ def test_a_torn_note_of_an_attempt_is_left_out(tmp_path: Path, torn: bytes) -> N
     assert (done["wall_s"], done["cpu_s"], done["peak_bytes"], done["attempts"]) == (12.0, 3.0, 2, 2)
 
 
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["compare", str(write_study(tmp_path)), "folder=file/study"]) == 1
+    assert f"g2rl: folder: '{tmp_path / 'file/study'}' cannot be written: " in capsys.readouterr().err
+
+
 def test_one_study_at_a_time(
     tmp_path: Path, pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
