@@ -161,7 +161,7 @@ def _load(folder: Path, model: Any, parts: dict[str, Any], ranks: Ranks) -> dict
     state = load_state(folder, ranks)
     if state.get("final"):
         raise ConfigError(f"resume: expected a checkpoint with the optimizer's state, found none in {str(folder)!r}")
-    if "optimizer" in parts:
+    if "optimizer" in parts and not has_adapter(model):
         was, found = (dtype_of(states) for states in (state.get("optimizer", ()), parts["optimizer"].state_dict()))
         if was != found:
             raise ConfigError(f"model.dtype: expected {was}, as in training up to {str(folder)!r}, found {found}")
