@@ -49,6 +49,14 @@ def test_bands_are_runs_that_differ_in_their_seed(tmp_path: Path, overrides: lis
     assert sum(found.values(), []) == ["first", "second"]
 
 
+def test_checkpoints_count_with_rollouts_ahead(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / str(every), records(0.1), "method=grpo", "rollout.ahead=1", f"checkpoint.every={every}")
+        for every in (1, 10)
+    ]
+    assert members(*runs) == {"grpo, every=1": ["1"], "grpo, every=10": ["10"]}
+
+
 def test_a_configuration_of_an_older_version_lacks_keys(tmp_path: Path) -> None:
     old = write_run(tmp_path / "old", records(0.1), configured=False)
     (old / "config.yaml").write_text("method: grpo\nseed: 1\nrewards: [{name: correct, weight: 1.0}]\n")

@@ -7,7 +7,18 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from g2rl.comparison.bands import CELL, IGNORED, Band, Comparison, Curve, compare, differing, run_names, seed_of
+from g2rl.comparison.bands import (
+    ACTS_AHEAD,
+    CELL,
+    IGNORED,
+    Band,
+    Comparison,
+    Curve,
+    compare,
+    differing,
+    run_names,
+    seed_of,
+)
 from g2rl.comparison.plots import PLOTS, plot_bands
 from g2rl.log import metric
 from g2rl.plots import SMOOTHED, STYLE, load_run
@@ -155,7 +166,8 @@ def _configuration(bands: Sequence[Band]) -> str:
     rows = [(f"`{key}`", *(code(v[key], CELL) if key in v else "-" for v in settings)) for key in keys]
     table = markdown_table(("key", *(band.label for band in bands)), rows) if rows else "The bands do not differ."
     listed = ", ".join(f"`{key}*`" if key.endswith(".") else f"`{key}`" for key in IGNORED)
-    return f"{table}\n\nKeys that change nothing in what a run learns are not compared: {listed}."
+    but = f"`{ACTS_AHEAD}` with `rollout.ahead`"
+    return f"{table}\n\nKeys that change nothing in what a run learns are not compared: {listed}, but {but} is."
 
 
 def _facts(band: Band, key: str) -> str:
