@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from g2rl.adapters import add_adapter
 from g2rl.ahead import Rollouts
 from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from g2rl.config import Config, save_config
+from g2rl.config import Config, ModelConfig, save_config
 from g2rl.evaluate import evaluate
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog, TrainingProgress
 from g2rl.methods import make_method
@@ -102,7 +103,8 @@ class Trainer:
         # With the method's options spelt out, since their defaults may change.
         options = asdict(self.method.options)
         methods = config.methods | ({self.method.name: options} if options else {})
-        self.ranks.on_first(save_config, replace(config, resume=None, methods=methods), run_dir / "config.yaml")
+        kept = replace(config, resume=None, methods=methods, model=_found_anywhere(config.model))
+        self.ranks.on_first(save_config, kept, run_dir / "config.yaml")
         facts = environment(self.device) | self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
         log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})
         with ExitStack() as at_end:
@@ -216,6 +218,12 @@ class Trainer:
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and step % every == 0
+
+
+def _found_anywhere(model: ModelConfig) -> ModelConfig:
+    """With a path of the model's folder that means it in other working directories as well."""
+    folder = Path(model.path).expanduser()
+    return replace(model, path=str(folder.absolute())) if model.path != "smollm2" and folder.is_dir() else model
 
 
 def _first_pass_cost(seconds: dict[str, float], needed: bool) -> str:

@@ -270,9 +270,14 @@ def test_nan_stops_and_keeps_the_checkpoint(tiny_model: Path, tmp_path: Path, mo
     assert [step for step, _ in checkpoints(run.run_dir)] == [1, 2]
 
 
-def test_resume_of_a_finished_run_with_more_steps(tiny_model: Path, tmp_path: Path) -> None:
-    run = config(tiny_model, tmp_path, "steps=2")
+def test_resume_of_a_finished_run_with_more_steps(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another working directory than that in which the model's path is relative."""
+    monkeypatch.chdir(tiny_model.parent)
+    run = config(Path(tiny_model.name), tmp_path, "steps=2")
     Trainer(run).run()
+    monkeypatch.chdir(tmp_path)
     assert main(["train", f"resume={run.run_dir}", "steps=3"]) == 0
     assert [record["step"] for record in lines(run.run_dir)] == [0, 1, 2, 3]
 
