@@ -14,7 +14,7 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from g2rl.config import Config, ConfigError, ModelConfig, load_config
+from g2rl.config import Config, ConfigError, ModelConfig, load_config, load_resumed
 from g2rl.files import StorageError, hold
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
         raise ConfigError(f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}")
     if paths:
         print(f"g2rl: resume takes the run's own configuration, {settings}; {', '.join(paths)} is not read")
-    return replace(load_config(settings, overrides), name=folder.name, runs_dir=str(folder.parent))
+    return replace(load_resumed(settings, overrides), name=folder.name, runs_dir=str(folder.parent))
 
 
 def _told_apart(texts: Sequence[str]) -> tuple[list[str], list[str]]:

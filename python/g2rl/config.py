@@ -530,6 +530,30 @@ def load_config(
     return validate(config)
 
 
+def load_resumed(path: Path, overrides: Sequence[str]) -> Config:
+    """A run's own configuration, with overrides on top.
+
+    Where they choose another method, values that are as the run's method has them by default are left behind.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    own, given = read_yaml(path), read_overrides(overrides)
+    method = _value(own, "method")
+    defaults = METHODS / f"{method}.yaml"
+    if _value(given, "method") not in (None, method) and defaults.is_file():
+        for section, values in _plain(read_yaml(defaults)).items():
+            for name, value in values.items():
+                if _value(own, f"{section}.{name}") == value:
+                    _remove(own, f"{section}.{name}")
+    return load_config([_plain(own)], overrides)
+
+
+def _plain(layer: DictConfig) -> dict[str, Any]:
+    """What a layer has, as it is written."""
+    return cast(dict[str, Any], OmegaConf.to_container(layer))
+
+
 @cache
 def _defaults() -> DictConfig:
     return cast(DictConfig, OmegaConf.structured(Config))  # made once: it takes longer than all the rest

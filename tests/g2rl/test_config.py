@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from g2rl.config import Config, ConfigError, TaskConfig, load_config, save_config
+from g2rl.config import Config, ConfigError, TaskConfig, load_config, load_resumed, save_config
 from g2rl.tasks import make_task
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +129,25 @@ def test_defaults_of_a_method_are_below_the_users(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("method: g2rl\nobjective: {clip_high: 0.3}\n")
     config = load_config(tmp_path / "base.yaml", ["method=evol_rl"])
     assert (config.objective.clip_high, config.objective.entropy_coef) == (0.3, 0.003)
+
+
+@pytest.mark.parametrize(
+    ("run", "overrides", "coefficient", "clip"),
+    [
+        ([], ["method=grpo"], 0.0, 0.2),
+        ([], ["method=entropy"], 0.003, 0.2),
+        ([], [], 0.003, 0.28),
+        ([], ["method=grpo", "objective.entropy_coef=0.003"], 0.003, 0.2),
+        (["objective.entropy_coef=0.1"], ["method=grpo"], 0.1, 0.2),
+    ],
+)
+def test_another_method_goes_on_without_the_defaults_of_the_first(
+    tmp_path: Path, run: list[str], overrides: list[str], coefficient: float, clip: float
+) -> None:
+    save_config(load_config(None, ["method=evol_rl", *run, "name=\\${x}"]), tmp_path / "config.yaml")
+    found = load_resumed(tmp_path / "config.yaml", overrides)
+    assert (found.objective.entropy_coef, found.objective.clip_high) == (coefficient, clip)
+    assert found.name == "${x}"
 
 
 def test_settings_of_older_versions(tmp_path: Path) -> None:
