@@ -58,7 +58,9 @@ METRICS = (
     Metric("train/loss", "Loss", "minus the objective (eq. 4), KL and entropy terms included", ""),
     Metric("train/kl", "KL", "KL(policy, reference) by `objective.kl_estimator`, mean over tokens", "nats"),
     Metric("train/entropy", "Entropy", "next-token entropy at the policy's temperature, mean over tokens", "nats"),
-    Metric("train/ratio_clip_share", "Clipped ratios", "share of response tokens beyond the clip range", "share"),
+    Metric(
+        "train/ratio_clip_share", "Clipped ratios", "share of tokens whose ratio is clipped, without gradient", "share"
+    ),
     Metric(
         "train/rollout_ratio",
         "Rollout ratio",

@@ -236,7 +236,8 @@ def _first_pass_cost(seconds: dict[str, float], needed: bool) -> str:
 
 
 def _held_out_numbers(metrics: dict[str, float]) -> str:
-    numbers = [f"{key.removeprefix('eval/')} {value:.3f}" for key, value in metrics.items() if "@" in key]
+    keys = [key for key in metrics if "@" in key] or [key for key in metrics if key.startswith("eval/")]
+    numbers = [f"{key.removeprefix('eval/').replace('_', ' ')} {metrics[key]:.3f}" for key in keys]
     return f"held-out {', '.join(numbers)}" if numbers else "no held-out problems"
 
 

@@ -11,6 +11,7 @@ from written_runs import write_run
 from g2rl.cli import main
 from g2rl.comparison.bands import Comparison, compare
 from g2rl.comparison.plots import plot_bands
+from g2rl.comparison.report import write_comparison
 from g2rl.plots import load_run
 
 
@@ -178,6 +179,17 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ):
         assert main(["report", *map(str, arguments)]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_folder_without_metrics_is_left_out(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, records(0.1), f"seed={name}") for name in ("1", "2")]
+    (tmp_path / "begins").mkdir()
+    assert main(["report", str(tmp_path / "begins"), *map(str, runs)]) == 0
+    text = (tmp_path / "comparison" / "report.md").read_text()
+    assert section(text, "What does not fit") == "- `begins` is left out. It has no metrics yet."
+    assert text.startswith("# Comparison of 2 runs\n")
+    with pytest.raises(FileNotFoundError, match="begins/metrics.jsonl: expected the metrics of a run"):
+        write_comparison([tmp_path / "begins"], tmp_path / "none")
 
 
 def test_a_band_with_one_evaluation_or_none(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from g2rl.checkpoint import checkpoints
 from g2rl.cli import main
 from g2rl.config import Config, load_config
 from g2rl.report import write_report
-from g2rl.trainer import Trainer, TrainingError
+from g2rl.trainer import Trainer, TrainingError, _held_out_numbers
 
 SMALL = (
     "steps=4",
@@ -378,6 +378,18 @@ def test_a_folder_in_which_another_process_trains(
     assert f"name: expected a run that no other process trains, found {str(second)!r} in" in capsys.readouterr().err
     assert (second / "metrics.jsonl").read_bytes() == before
     assert main(["train", f"resume={second}", "steps=2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"eval/pass@1": 0.5, "eval/response_length": 4.0, "time/eval": 1.0}, "held-out pass@1 0.500"),
+        ({"eval/response_length": 4.0, "time/eval": 1.0}, "held-out response length 4.000"),
+        ({}, "no held-out problems"),
+    ],
+)
+def test_what_is_said_before_training(metrics: dict[str, float], said: str) -> None:
+    assert _held_out_numbers(metrics) == said
 
 
 def test_features_come_from_the_policy_forward(tiny_model: Path, tmp_path: Path) -> None:
