@@ -18,6 +18,7 @@ from benchmarks.candidates.lineup import BASELINE
 from benchmarks.cases.registry import OPS
 from benchmarks.reporting.reports import FOLDER, Report, Row, label, load, named, timed, times_out, worst_measure
 from benchmarks.reporting.tables import case_cells, digits, not_timed
+from g2rl.bootstrap import coverage
 from g2rl.study.tables import headline
 
 ROOT = Path(__file__).parent.parent
@@ -196,11 +197,21 @@ def study(folder: str) -> str:
     facts = (
         f"{counts['finished']} of {counts['planned']} runs, {len(content['seeds'])} seeds, "
         f"{' or '.join(sorted(steps))} steps, {' or '.join(sorted(held_out))} held-out problems a task, {device}. In "
-        f"brackets: 95 % interval over seeds and problems; p: {content['test']}. [Report]({folder}/report.md)."
+        f"brackets: 95 % interval over seeds and problems{_narrow(len(content['seeds']))}; p: {content['test']}. "
+        f"[Report]({folder}/report.md)."
     )
     metrics = dict.fromkeys(("pass@1", largest))
     tables = "\n\n".join(headline(content, metric) for metric in metrics)
     return f"{tables}\n\n{facts}\n\n![Held-out pass@1 over training]({folder}/overview.png)"
+
+
+def _narrow(seeds: int) -> str:
+    """How often an interval of so few seeds holds the truth."""
+    if seeds < 2:
+        return ""
+    return (
+        f", too narrow for few seeds: of {seeds} it holds the truth in {100 * coverage(seeds):.0f} to 95 % of studies"
+    )
 
 
 def details(reports: list[Report]) -> str:

@@ -15,6 +15,9 @@ from functools import cache
 import numpy as np
 
 DRAWS = 4000
+COVERAGE = {2: 0.61, 3: 0.80, 4: 0.84, 5: 0.87, 6: 0.88, 7: 0.89, 8: 0.91, 10: 0.92, 15: 0.93, 30: 0.94}
+"""By seeds, the share of studies whose interval holds the truth where trainings differ, normally, and problems do not;
+simulated. Percentiles of few seeds are too narrow; where problems differ, too, they hold it more often."""
 Limits = tuple[float, float]
 """The least and greatest that a quantity can be."""
 SHARE: Limits = (0.0, 1.0)
@@ -30,6 +33,11 @@ class Estimate:
     value: float
     low: float
     high: float
+
+
+def coverage(seeds: int) -> float:
+    """`COVERAGE` of so many seeds, 2 or more; between its numbers of seeds, of the smaller one."""
+    return COVERAGE[max(known for known in COVERAGE if known <= seeds)]
 
 
 @cache

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent: written under a temporary name, then renamed.
 
 A checkpoint is a folder ``checkpoints/step-000010`` with a Hugging Face model folder (weights in their master dtype, or
-with LoRA the adapter alone, and the tokenizer) and ``trainer.pt`` (optimiser, scheduler, random states, step, data
-position). Weights that are split over ranks are in ``shards/`` instead (`g2rl.parallel.shards`), with the optimiser.
+with LoRA the adapter alone, and the tokenizer) and ``trainer.pt`` (optimiser, random states, step, data position).
+Weights that are split over ranks are in ``shards/`` instead (`g2rl.parallel.shards`), with the optimiser.
 ``manifest.json`` has every file's digest (`g2rl.manifest`).
 """
 
@@ -26,6 +26,7 @@ from g2rl.adapters import has_adapter, load_adapter
 from g2rl.config import Config, ConfigError, load_config
 from g2rl.files import StorageError, sync, write_durably
 from g2rl.manifest import MANIFEST, damage, renew_digest, write_manifest
+from g2rl.optimizer import dtype_of
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.parallel.sharding import load_weights, split_states
 from g2rl.parallel.shards import SAFELY, SHARDS, load_shards, require_same_model, save_description, save_shards
@@ -160,6 +161,10 @@ def _load(folder: Path, model: Any, parts: dict[str, Any], ranks: Ranks) -> dict
     state = load_state(folder, ranks)
     if state.get("final"):
         raise ConfigError(f"resume: expected a checkpoint with the optimizer's state, found none in {str(folder)!r}")
+    if "optimizer" in parts and not has_adapter(model):
+        was, found = (dtype_of(states) for states in (state.get("optimizer", ()), parts["optimizer"].state_dict()))
+        if was != found:
+            raise ConfigError(f"model.dtype: expected {was}, as in training up to {str(folder)!r}, found {found}")
     if (folder / SHARDS).is_dir():
         load_shards(folder / SHARDS, model, parts)
     elif has_adapter(model):

@@ -14,8 +14,8 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from g2rl.config import Config, ConfigError, ModelConfig, load_config
-from g2rl.files import StorageError
+from g2rl.config import Config, ConfigError, ModelConfig, load_config, load_resumed
+from g2rl.files import StorageError, hold
 
 if TYPE_CHECKING:
     from g2rl.parallel.ranks import Ranks
@@ -190,15 +190,27 @@ def _dry_run(config: Config) -> int:
 
 
 def _fresh(paths: list[str], overrides: list[str]) -> Config:
-    """The configuration of a new run, in a folder of its own."""
+    """The configuration of a new run, in a folder of its own, which this process holds from now on."""
     if not paths:
         raise ConfigError("config: expected a YAML file or resume=RUN, found neither")
     config = load_config(paths, overrides)
     name, number = config.name, 1
-    while (config.run_dir / "metrics.jsonl").exists():
+    while _taken(config):
         number += 1
         config = replace(config, name=f"{name}-{number}")
     return config
+
+
+def _taken(config: Config) -> bool:
+    """Whether a run's folder is another one's, or about to be, as of two that begin at the same time."""
+    if (config.run_dir / "metrics.jsonl").exists():
+        return True
+    if config.dry_run or os.environ.get("RANK", "0") != "0":  # writes nothing; the first rank chooses
+        return False
+    try:
+        return hold(config.run_dir) is None
+    except OSError:  # told where the first file is written
+        return False
 
 
 def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
@@ -213,7 +225,7 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
         raise ConfigError(f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}")
     if paths:
         print(f"g2rl: resume takes the run's own configuration, {settings}; {', '.join(paths)} is not read")
-    return replace(load_config(settings, overrides), name=folder.name, runs_dir=str(folder.parent))
+    return replace(load_resumed(settings, overrides), name=folder.name, runs_dir=str(folder.parent))
 
 
 def _told_apart(texts: Sequence[str]) -> tuple[list[str], list[str]]:

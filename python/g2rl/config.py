@@ -6,6 +6,7 @@ before a model or data set is touched.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -320,6 +321,8 @@ _RANGES = {
     "checkpoint.every": _NOT_NEGATIVE,
     "checkpoint.keep": _POSITIVE,
 }
+_UNBOUNDED = ("rollout.max_logp_gap", "objective.clip_high", "objective.importance_cap", "optim.max_grad_norm")
+"""Bounds that may be infinite, which is none."""
 
 
 def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -340,6 +343,8 @@ def validate(config: Config) -> Config:
     for key, (expected, holds) in _RANGES.items():
         if not holds(values[key]):
             raise ConfigError(f"{key}: expected a value {expected}, found {values[key]!r}")
+        if values[key] == math.inf and key not in _UNBOUNDED:
+            raise ConfigError(f"{key}: expected a finite value, found inf")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name: expected a plain folder name, found {config.name!r}")
     _check_model(config.model)
@@ -398,6 +403,10 @@ def _check_objective(config: Config) -> None:
     if rollout.engine != "vllm" and (rollout.server or rollout.vllm):
         key = "server" if rollout.server else "vllm"
         raise ConfigError(f"rollout.{key}: expected none without rollout.engine=vllm, found {getattr(rollout, key)!r}")
+    if rollout.server_folder and not rollout.server:
+        raise ConfigError(
+            f"rollout.server_folder: expected none without rollout.server, found {rollout.server_folder!r}"
+        )
     if rollout.prompts % objective.mini_batches:
         raise ConfigError(
             f"objective.mini_batches: expected a divisor of rollout.prompts = {rollout.prompts}, whole groups each, "
@@ -520,6 +529,30 @@ def load_config(
         config = OmegaConf.to_object(merged(_defaults(), *below, chosen) if below else asked)
     assert isinstance(config, Config)
     return validate(config)
+
+
+def load_resumed(path: Path, overrides: Sequence[str]) -> Config:
+    """A run's own configuration, with overrides on top.
+
+    Where they choose another method, values that are as the run's method has them by default are left behind.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    own, given = read_yaml(path), read_overrides(overrides)
+    method = _value(own, "method")
+    defaults = METHODS / f"{method}.yaml"
+    if _value(given, "method") not in (None, method) and defaults.is_file():
+        for section, values in _plain(read_yaml(defaults)).items():
+            for name, value in values.items():
+                if _value(own, f"{section}.{name}") == value:
+                    _remove(own, f"{section}.{name}")
+    return load_config([_plain(own)], overrides)
+
+
+def _plain(layer: DictConfig) -> dict[str, Any]:
+    """What a layer has, as it is written."""
+    return cast(dict[str, Any], OmegaConf.to_container(layer))
 
 
 @cache

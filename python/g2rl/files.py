@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterable
@@ -28,6 +29,28 @@ def write_durably(path: Path, contents: Iterable[str] | bytes) -> None:
         sync(path.parent)
     except OSError as error:
         raise StorageError(f"{str(path)!r} cannot be written: {error}") from error
+
+
+def hold(folder: Path) -> int | None:
+    """Hold a run's folder, which is created when missing, for this process alone, which may hold it more than once.
+
+    Returns:
+        A descriptor: closing any one of them, or the end of the process, lets go of the folder. None where another
+        process holds it. Where the file system has no locks, nobody is kept out.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass
+    return descriptor
 
 
 def sync(path: Path) -> None:

@@ -37,7 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from g2rl.background import in_background
 from g2rl.config import ConfigError
-from g2rl.files import StorageError, sync, write_durably
+from g2rl.files import StorageError, hold, sync, write_durably
 from g2rl.trackers import Tracker
 
 
@@ -58,7 +58,9 @@ METRICS = (
     Metric("train/loss", "Loss", "minus the objective (eq. 4), KL and entropy terms included", ""),
     Metric("train/kl", "KL", "KL(policy, reference) by `objective.kl_estimator`, mean over tokens", "nats"),
     Metric("train/entropy", "Entropy", "next-token entropy at the policy's temperature, mean over tokens", "nats"),
-    Metric("train/ratio_clip_share", "Clipped ratios", "share of response tokens beyond the clip range", "share"),
+    Metric(
+        "train/ratio_clip_share", "Clipped ratios", "share of tokens whose ratio is clipped, without gradient", "share"
+    ),
     Metric(
         "train/rollout_ratio",
         "Rollout ratio",
@@ -250,8 +252,8 @@ class RunLog:
         trackers: what gets the metrics besides the run's folder, one for each service; see `g2rl.trackers`.
 
     Raises:
-        FileExistsError: a new run, but the folder holds the log of another one.
-        ConfigError: a file to continue is damaged before its last line.
+        ConfigError: a new run, but the folder holds the log of another one; another process writes there; or a file to
+            continue is damaged before its last line.
 
     Methods raise `StorageError` where a file cannot be written.
     """
@@ -271,7 +273,10 @@ class RunLog:
         self._dir = run_dir
         self._console = console or get_console()
         with self._written("log files"):
-            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = hold(run_dir)
+            if lock is None:
+                raise ConfigError(f"name: expected a run that no other process trains, found {str(run_dir)!r} in use")
+            self._lock = os.fdopen(lock)
             self._continue(resume_step)
         metrics = run_dir / "metrics.jsonl"
         steps = [record["step"] for record in read_records(metrics)] if metrics.exists() else []
@@ -290,7 +295,7 @@ class RunLog:
         """Leave only lines up to a step in the files that are there; for a new run there may be none."""
         for path in (self._dir / name for name in self.FILES):
             if resume_step is None and path.exists() and path.stat().st_size:
-                raise FileExistsError(f"{path}: a run is logged here already; resume it or choose another name")
+                raise ConfigError(f"name: expected a new one, or resume=, found a run's log at {str(path)!r}")
             if resume_step is not None and path.exists():
                 kept = (_dump(record) for record in read_records(path) if record["step"] <= resume_step)
                 try:
@@ -392,7 +397,7 @@ class RunLog:
 
     def close(self) -> None:
         """Close all files; the log takes nothing more."""
-        for close in (*(file.close for file in self._files.values()), self._board.close):
+        for close in (*(file.close for file in self._files.values()), self._board.close, self._lock.close):
             with suppress(OSError):  # what could not be written has been told when it was to be
                 close()
         self._track(lambda tracker: tracker.finish())
@@ -417,8 +422,6 @@ class RunLog:
     def _written(self, name: str) -> Iterator[None]:
         try:
             yield
-        except FileExistsError:
-            raise
         except OSError as error:
             raise StorageError(f"log: {str(self._dir / name)!r} cannot be written: {error}") from error
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from g2rl.config import Config, ConfigError
+from g2rl.config import Config, ConfigError, OptimConfig
 
 
 def make_optimizer(parameters: Iterable[Parameter], config: Config) -> Optimizer:
@@ -27,7 +27,7 @@ def make_optimizer(parameters: Iterable[Parameter], config: Config) -> Optimizer
     """
     optim, trained = config.optim, [p for p in parameters if p.requires_grad]
     kind, options = _kind(optim.name)
-    options |= {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "weight_decay": optim.weight_decay}
+    options |= group_settings(optim)
     masters = [p if p.dtype == torch.float32 else Parameter(p.detach().float()) for p in trained]
     pairs = [(p, master) for p, master in zip(trained, masters, strict=True) if p is not master]
     if not pairs:
@@ -35,6 +35,11 @@ def make_optimizer(parameters: Iterable[Parameter], config: Config) -> Optimizer
     optimizer = type(f"Master{kind.__name__}", (_MasterWeights, kind), {"pairs": pairs})(masters, **options)
     assert isinstance(optimizer, Optimizer)
     return optimizer
+
+
+def group_settings(optim: OptimConfig) -> dict[str, Any]:
+    """What the configuration says of each of the optimiser's groups of parameters."""
+    return {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "weight_decay": optim.weight_decay}
 
 
 def in_words(config: Config) -> str:
@@ -56,6 +61,15 @@ def _kind(name: str) -> tuple[type[Optimizer], dict[str, Any]]:
             "pip install bitsandbytes, or optim.name=adamw"
         ) from error
     return bitsandbytes.optim.AdamW8bit, {}
+
+
+MASTERS = "masters"
+"""What the states have besides PyTorch's, where there are copies."""
+
+
+def dtype_of(states: Iterable[str]) -> str:
+    """The `model.dtype` of a whole model that is trained, by the keys of its optimiser's `state_dict`."""
+    return "bfloat16" if MASTERS in states else "float32"
 
 
 class _MasterWeights(Optimizer):
@@ -82,9 +96,9 @@ class _MasterWeights(Optimizer):
             p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"masters": [master.data for _, master in self.pairs]}
+        return super().state_dict() | {MASTERS: [master.data for _, master in self.pairs]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for (_, master), value in zip(self.pairs, state_dict["masters"], strict=True):
+        for (_, master), value in zip(self.pairs, state_dict[MASTERS], strict=True):
             master.data.copy_(value)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != MASTERS})

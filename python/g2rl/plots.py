@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from omegaconf import OmegaConf
 
 from g2rl.config import read_yaml
-from g2rl.log import METRICS, duration, metric, printable, read_records
+from g2rl.log import METRICS, STAGES, duration, metric, printable, read_records
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; series differ by marker or line style as well.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -61,6 +61,7 @@ class Run:
         metrics: records of ``metrics.jsonl``.
         samples: the completions of the first and of the last step that has any.
         scored: (exploration score, shaped reward, correct) of every completion with a score.
+        shaped: whether the shaped reward of some completion is not its base reward.
         groups: records of ``groups.jsonl``.
         config: contents of ``config.yaml``; empty without one.
         environment: contents of ``environment.json``; empty without one.
@@ -70,6 +71,7 @@ class Run:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     scored: list[tuple[float, float, bool]]
+    shaped: bool
     groups: list[dict[str, Any]]
     config: dict[str, Any]
     environment: dict[str, str]
@@ -107,7 +109,7 @@ def load_run(run_dir: Path) -> Run:
         raise FileNotFoundError(f"{path}: expected the metrics of a run, found none")
     first: list[dict[str, Any]] = []
     last: list[dict[str, Any]] = []
-    scored = []
+    scored, shaped = [], False
     completions, groups = run_dir / "completions.jsonl", run_dir / "groups.jsonl"
     for row in read_records(completions) if completions.is_file() else ():
         # One pass that keeps two steps only: completions of a long run may not fit into memory.
@@ -117,6 +119,7 @@ def load_run(run_dir: Path) -> Run:
             last.append(row)
         else:
             last = [row]
+        shaped |= row["shaped"] != row["reward"]
         if row["score"] is not None and row["shaped"] is not None:
             scored.append((row["score"], row["shaped"], row["correct"]))
     config, environment = run_dir / "config.yaml", run_dir / "environment.json"
@@ -125,6 +128,7 @@ def load_run(run_dir: Path) -> Run:
         metrics=metrics,
         samples=first + last,
         scored=scored,
+        shaped=shaped,
         groups=list(read_records(groups)) if groups.is_file() else [],
         config=plain(read_yaml(config)) if config.is_file() else {},
         environment=json.loads(environment.read_text()) if environment.is_file() else {},
@@ -347,20 +351,15 @@ def plot_diagnostics(run: Run) -> Figure | None:
     return figure
 
 
-STAGES = ("time/rollout", "time/reward", "time/update", "time/eval", "time/checkpoint")
-UPDATE_PARTS = ("time/forward", "time/head", "time/backward", "time/optimizer")
-
-
 def plot_time(run: Run) -> Figure | None:
-    bars = []
-    for key in STAGES:
-        bars.append((metric(key).title, run.total(key), BLUE))
-        if key == "time/update":
-            bars += [(f"of it: {metric(part).title.lower()}", run.total(part), SKY) for part in UPDATE_PARTS]
-    bars = [bar for bar in bars if bar[1] > 0]
+    bars, whole = [], 0.0
+    for key, indent in {**STAGES, "time/eval": "", "time/checkpoint": ""}.items():
+        total, title = run.total(key), metric(key).title
+        if total > 0 and key != "time/step":
+            bars.append((f"of it: {title.lower()}", total, SKY) if indent else (title, total, BLUE))
+            whole += 0.0 if indent else total
     if not bars:
         return None
-    whole = sum(run.total(key) for key in STAGES)
     unit, seconds = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if whole >= 3 * s or u == "s")
     figure, (axes,) = _panels(1, height=0.8 + 0.42 * len(bars))
     names, totals, colors = zip(*bars, strict=True)

@@ -97,7 +97,7 @@ def _missing(run: Run) -> list[str]:
     if not run.keys("geometry/"):
         off = run.config.get("log", {}).get("geometry") is False
         said.append("No feature geometry is logged" + (": it is turned off (`log.geometry` is false)." if off else "."))
-    if run.samples and all(row["shaped"] == row["reward"] for row in run.samples):
+    if run.samples and not run.shaped:
         described = "; geometry and scores only describe them" if run.keys("geometry/") else ""
         said.append(f"No shaping: method {run.config.get('method', 'unknown')} trains on the base rewards{described}.")
     if not run.groups:

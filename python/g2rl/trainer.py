@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from g2rl.adapters import add_adapter
 from g2rl.ahead import Rollouts
 from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from g2rl.config import Config, save_config
+from g2rl.config import Config, ModelConfig, save_config
 from g2rl.evaluate import evaluate
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog, TrainingProgress
 from g2rl.methods import make_method
@@ -102,7 +103,8 @@ class Trainer:
         # With the method's options spelt out, since their defaults may change.
         options = asdict(self.method.options)
         methods = config.methods | ({self.method.name: options} if options else {})
-        self.ranks.on_first(save_config, replace(config, resume=None, methods=methods), run_dir / "config.yaml")
+        kept = replace(config, resume=None, methods=methods, model=_found_anywhere(config.model))
+        self.ranks.on_first(save_config, kept, run_dir / "config.yaml")
         facts = environment(self.device) | self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
         log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})
         with ExitStack() as at_end:
@@ -187,7 +189,7 @@ class Trainer:
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own beside the model."""
-        parts = {"optimizer": self.updater.optimizer, "scheduler": self.updater.scheduler}
+        parts: dict[str, Any] = {"optimizer": self.updater.optimizer}
         if self.reference is not None and self.config.objective.reference_every:
             parts["reference"] = self.reference
         return parts
@@ -218,6 +220,12 @@ class Trainer:
         return every > 0 and step % every == 0
 
 
+def _found_anywhere(model: ModelConfig) -> ModelConfig:
+    """With a path of the model's folder that means it in other working directories as well."""
+    folder = Path(model.path).expanduser()
+    return replace(model, path=str(folder.absolute())) if model.path != "smollm2" and folder.is_dir() else model
+
+
 def _first_pass_cost(seconds: dict[str, float], needed: bool) -> str:
     spent, update = seconds["time/first_pass"], seconds["time/update"]
     way_out = "more objective.tokens_per_micro_batch" if needed else "log.geometry=false"
@@ -228,7 +236,8 @@ def _first_pass_cost(seconds: dict[str, float], needed: bool) -> str:
 
 
 def _held_out_numbers(metrics: dict[str, float]) -> str:
-    numbers = [f"{key.removeprefix('eval/')} {value:.3f}" for key, value in metrics.items() if "@" in key]
+    keys = [key for key in metrics if "@" in key] or [key for key in metrics if key.startswith("eval/")]
+    numbers = [f"{key.removeprefix('eval/').replace('_', ' ')} {metrics[key]:.3f}" for key in keys]
     return f"held-out {', '.join(numbers)}" if numbers else "no held-out problems"
 
 

@@ -15,7 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -26,16 +26,13 @@ from g2rl.geometry import geometry_metrics
 from g2rl.heads import whole
 from g2rl.methods import Method, Step
 from g2rl.objective import Tokens, Totals, policy_loss
-from g2rl.optimizer import make_optimizer
+from g2rl.optimizer import group_settings, make_optimizer
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.policy import Policy, Reference
 from g2rl.rollout import gap_metrics, make_batch
 from g2rl.times import StageTimes
 from g2rl.types import Batch, Episode, Verdict
 from g2rl_kernels import GroupAdvantages, SequenceFeatures
-
-_SETTINGS = ("initial_lr", "betas", "weight_decay")
-"""What the configuration says of each of the optimiser's groups of parameters."""
 
 
 class TrainingError(RuntimeError):
@@ -146,17 +143,11 @@ class Updater:
         self.pad_id = pad_id
         self.ranks = ranks
         self.optimizer = make_optimizer(policy.model.parameters(), config)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(lr_factor, config))
-        self._settings = [{key: group[key] for key in _SETTINGS} for group in self.optimizer.param_groups]
 
     def restore_settings(self) -> None:
         """Have the optimiser go on by this configuration, whatever that of the states was which it has loaded."""
-        factor = lr_factor(self.config, self.scheduler.last_epoch)
-        rates = [settings["initial_lr"] * factor for settings in self._settings]
-        for group, settings, rate in zip(self.optimizer.param_groups, self._settings, rates, strict=True):
-            group.update(settings, lr=rate)
-        self.scheduler.base_lrs = [settings["initial_lr"] for settings in self._settings]
-        self.scheduler._last_lr = rates
+        for group in self.optimizer.param_groups:
+            group.update(group_settings(self.config.optim))
 
     def run(
         self, number: int, episodes: Sequence[Episode], verdicts: Sequence[Verdict], times: StageTimes
@@ -164,7 +155,7 @@ class Updater:
         """The optimiser updates of one step.
 
         Args:
-            number: of the step, for errors.
+            number: of the step, from 1, for the learning rate and errors.
             episodes, verdicts: whole groups, of all ranks.
 
         Returns:
@@ -189,12 +180,13 @@ class Updater:
             with times.stage("first_pass"):
                 self._first_pass(number, cut, times)
         shown: dict[str, float] = {}
+        updates = count((number - 1) * objective.updates * objective.mini_batches)
         for _ in range(objective.updates):
             sums = _Sums()
             for mini_batch in mini_batches:
                 self._accumulate(number, mini_batch, sums, times)
                 with times.stage("optimizer", fine=True):
-                    shown = self._optimize(number)
+                    shown = self._optimize(number, self.config.optim.lr * lr_factor(self.config, next(updates)))
         metrics, result = self._metrics(self._step(episodes, verdicts), mini_batches, sums)
         return metrics | shown, result
 
@@ -325,18 +317,18 @@ class Updater:
         groups.step = replace(groups.step, features=groups.features())
         groups.result = self.method.advantages(groups.step)
 
-    def _optimize(self, number: int) -> dict[str, float]:
+    def _optimize(self, number: int, rate: float) -> dict[str, float]:
         """One optimiser update by the gradient that stands, which is then gone."""
         self.ranks.add_gradients(self.policy.model.parameters())
         norm = clip_grad_norm_(self.policy.model.parameters(), self.config.optim.max_grad_norm)
         grad_norm = float(whole(norm))
         if not math.isfinite(grad_norm):
             raise self._not_finite(number, "gradient")
-        shown = {"train/grad_norm": grad_norm, "train/lr": float(self.scheduler.get_last_lr()[0])}
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.optimizer.step()
-        self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return shown
+        return {"train/grad_norm": grad_norm, "train/lr": rate}
 
     def _metrics(
         self, step: Step, mini_batches: Sequence[Sequence[_Groups]], sums: _Sums

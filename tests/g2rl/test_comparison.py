@@ -11,6 +11,7 @@ from written_runs import write_run
 from g2rl.cli import main
 from g2rl.comparison.bands import Comparison, compare
 from g2rl.comparison.plots import plot_bands
+from g2rl.comparison.report import write_comparison
 from g2rl.plots import load_run
 
 
@@ -47,6 +48,14 @@ def test_bands_are_runs_that_differ_in_their_seed(tmp_path: Path, overrides: lis
     found = members(first, second)
     assert [label[: len(expected)] for label, expected in zip(found, labels, strict=True)] == labels
     assert sum(found.values(), []) == ["first", "second"]
+
+
+def test_checkpoints_count_with_rollouts_ahead(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / str(every), records(0.1), "method=grpo", "rollout.ahead=1", f"checkpoint.every={every}")
+        for every in (1, 10)
+    ]
+    assert members(*runs) == {"grpo, every=1": ["1"], "grpo, every=10": ["10"]}
 
 
 def test_a_configuration_of_an_older_version_lacks_keys(tmp_path: Path) -> None:
@@ -170,6 +179,17 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ):
         assert main(["report", *map(str, arguments)]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_folder_without_metrics_is_left_out(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, records(0.1), f"seed={name}") for name in ("1", "2")]
+    (tmp_path / "begins").mkdir()
+    assert main(["report", str(tmp_path / "begins"), *map(str, runs)]) == 0
+    text = (tmp_path / "comparison" / "report.md").read_text()
+    assert section(text, "What does not fit") == "- `begins` is left out. It has no metrics yet."
+    assert text.startswith("# Comparison of 2 runs\n")
+    with pytest.raises(FileNotFoundError, match="begins/metrics.jsonl: expected the metrics of a run"):
+        write_comparison([tmp_path / "begins"], tmp_path / "none")
 
 
 def test_a_band_with_one_evaluation_or_none(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from g2rl.config import Config, ConfigError, TaskConfig, load_config, save_config
+from g2rl.config import Config, ConfigError, TaskConfig, load_config, load_resumed, save_config
 from g2rl.tasks import make_task
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +131,25 @@ def test_defaults_of_a_method_are_below_the_users(tmp_path: Path) -> None:
     assert (config.objective.clip_high, config.objective.entropy_coef) == (0.3, 0.003)
 
 
+@pytest.mark.parametrize(
+    ("run", "overrides", "coefficient", "clip"),
+    [
+        ([], ["method=grpo"], 0.0, 0.2),
+        ([], ["method=entropy"], 0.003, 0.2),
+        ([], [], 0.003, 0.28),
+        ([], ["method=grpo", "objective.entropy_coef=0.003"], 0.003, 0.2),
+        (["objective.entropy_coef=0.1"], ["method=grpo"], 0.1, 0.2),
+    ],
+)
+def test_another_method_goes_on_without_the_defaults_of_the_first(
+    tmp_path: Path, run: list[str], overrides: list[str], coefficient: float, clip: float
+) -> None:
+    save_config(load_config(None, ["method=evol_rl", *run, "name=\\${x}"]), tmp_path / "config.yaml")
+    found = load_resumed(tmp_path / "config.yaml", overrides)
+    assert (found.objective.entropy_coef, found.objective.clip_high) == (coefficient, clip)
+    assert found.name == "${x}"
+
+
 def test_settings_of_older_versions(tmp_path: Path) -> None:
     """`shaping` is now `methods.g2rl`, in files and in overrides; a run's saved file loads whole."""
     (tmp_path / "old.yaml").write_text("shaping: {strength: 0.5, uniform_groups: drop}\nmethods: {g2rl: {clip: 2.0}}")
@@ -151,6 +171,9 @@ def test_settings_of_older_versions(tmp_path: Path) -> None:
         ("optim.lr=nan", "optim.lr: expected a value greater than 0, found nan"),
         ("rollout.group_size=1", "rollout.group_size: expected a value 2 or greater"),
         ("rollout.temperature=0", "rollout.temperature: expected a value greater than 0"),
+        ("rollout.temperature=inf", "rollout.temperature: expected a finite value, found inf"),
+        ("optim.lr=.inf", "optim.lr: expected a finite value, found inf"),
+        ("rollout.server_folder=a", "rollout.server_folder: expected none without rollout.server, found 'a'"),
         ("rollout.top_p=1.5", r"rollout.top_p: expected a value in \(0, 1\]"),
         ("eval.ks=[1, 9]", "eval.ks: expected values from 1 to eval.samples = 4, found 9"),
         ("rewards=[]", "rewards: expected at least one"),
@@ -193,3 +216,7 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
 
 def test_defaults_are_valid() -> None:
     assert load_config() == Config()
+
+
+def test_a_bound_may_be_none() -> None:
+    assert load_config(None, ["optim.max_grad_norm=inf"]).optim.max_grad_norm == math.inf

@@ -102,7 +102,7 @@ def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path: Path, 
     second.close()
     for name in RunLog.FILES:
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert sorted(path.name for path in run.iterdir()) == sorted([*RunLog.FILES, "tensorboard"])
+    assert sorted(path.name for path in run.iterdir()) == sorted([".lock", *RunLog.FILES, "tensorboard"])
 
 
 def test_resuming_purges_later_steps_from_tensorboard(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_new_run_does_not_touch_the_log_of_another(tmp_path: Path) -> None:
     log = RunLog(tmp_path, console=QUIET)
     log_step(log, 1)
     log.close()
-    with pytest.raises(FileExistsError, match="is logged here already"):
+    with pytest.raises(ConfigError, match="name: expected a new one, or resume=, found a run's log at "):
         RunLog(tmp_path, console=QUIET)
     assert len(list(read_records(tmp_path / "metrics.jsonl"))) == 1
 

@@ -259,6 +259,11 @@ def test_a_function_from_outside(outside: None) -> None:
         ),
         (["method=outside_method:NoAdvantages"], "method: .*, found .*NoAdvantages'> without advantages"),
         (["methods.g2rl.strenth=1"], "methods.g2rl.strenth: Key 'strenth' not in 'Shaping'"),
+        (["method=grpo", "methods.g2rl.strenth=1"], "methods.g2rl.strenth: Key 'strenth' not in 'Shaping'"),
+        (
+            ["method=outside_method:shortest", "methods.shortest.strength=3"],
+            "methods.shortest.strength: Key 'strength' not in 'NoOptions'",
+        ),
         (["methods.g2rl.rule=other"], "methods.g2rl.rule: Invalid value 'other'"),
         (["methods.g2rl.strength=-1"], "methods.g2rl.strength: expected a number from 0 to 1e18, found -1"),
         (["shaping.strength=-1"], "methods.g2rl.strength: expected a number from 0 to 1e18, found -1"),

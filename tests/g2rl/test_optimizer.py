@@ -98,7 +98,9 @@ def test_state_comes_back(name: str) -> None:
         assert torch.equal(p, q)
 
 
-def test_training_in_bfloat16_resumes_to_the_same_numbers(tiny_model: Path, tmp_path: Path) -> None:
+def test_training_in_bfloat16_resumes_to_the_same_numbers(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = (
         f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SETTINGS, "task.options={digits: [1, 1]}",
         "task.held_out=0", "rollout.prompts=2", "rollout.group_size=4", "rollout.max_new_tokens=6", "eval.every=0",
@@ -107,6 +109,8 @@ def test_training_in_bfloat16_resumes_to_the_same_numbers(tiny_model: Path, tmp_
     whole = Trainer(load_config(None, [*common, "name=whole", "steps=4"]))
     whole.run()
     Trainer(load_config(None, [*common, "name=parts", "steps=2"])).run()
+    assert main(["train", f"resume={tmp_path / 'parts'}", "steps=4", "model.dtype=float32"]) == 2
+    assert "model.dtype: expected bfloat16, as in training up to" in capsys.readouterr().err
     assert main(["train", f"resume={tmp_path / 'parts'}", "steps=4"]) == 0
 
     def numbers(run: str) -> list[dict[str, float]]:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from g2rl.config import load_config, save_config
 from g2rl.log import METRICS, Completion, GroupGeometry, RunLog
-from g2rl.plots import figure_legend
+from g2rl.plots import figure_legend, load_run, plot_time
 from g2rl.report import write_report
 
 SAME = [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
@@ -166,6 +166,29 @@ def test_grpo_without_evaluation(tmp_path: Path) -> None:
     assert "no exploration scores" in missing
     assert "[... 3801 characters left out ...]" in text
     assert "Problem `p`; reward -1, shaped reward -1" in text
+
+
+def test_shaping_between_the_first_and_the_last_step_is_shaping(tmp_path: Path) -> None:
+    log = start(tmp_path / "run")
+    for step, shaped in ((1, -1.0), (2, 0.5), (3, -1.0)):
+        log.metrics(step, {"train/entropy": 1.0})
+        log.completions(step, [Completion("p", "Q?", "x", -1.0, False, 0.5, shaped, 0.0)], shown=0)
+    log.close()
+    assert "No shaping" not in write_report(tmp_path / "run").read_text()
+
+
+def test_the_time_of_a_first_pass_is_shown(tmp_path: Path) -> None:
+    log = start(tmp_path / "run")
+    times = {"time/step": 4.0, "time/rollout": 1.0, "time/update": 3.0, "time/first_pass": 2.0, "time/eval": 4.0}
+    log.metrics(1, times)
+    log.close()
+    figure = plot_time(load_run(tmp_path / "run"))
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "Rollout", "Update", "of it: first pass", "Evaluation",
+    ]  # fmt: skip
+    assert [text.get_text() for text in axes.texts] == ["1 s, 12.5%", "3 s, 37.5%", "2 s, 25.0%", "4 s, 50.0%"]
 
 
 def test_only_an_evaluation_before_training(tmp_path: Path) -> None:

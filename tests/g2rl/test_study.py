@@ -20,6 +20,7 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 from rich.console import Console
+from written_runs import write_run
 from written_studies import TRAINER, write_finished, write_study
 
 from g2rl.cli import main
@@ -29,9 +30,11 @@ from g2rl.plots import CYCLE
 from g2rl.study.definition import Study, read_study
 from g2rl.study.plots import _save, plot_differences
 from g2rl.study.progress import Clock, StudyProgress
+from g2rl.study.record import record
+from g2rl.study.report import _reading
 from g2rl.study.results import Results
 from g2rl.study.runner import _locked, cores
-from g2rl.study.runs import Usage, begin, finish, record_end
+from g2rl.study.runs import Usage, begin, finish, record_end, record_start
 from g2rl.trainer import Trainer
 from g2rl_kernels import Shaping
 
@@ -107,6 +110,7 @@ def test_sizes_and_choices(tmp_path: Path, overrides: list[str], folder: str, ru
         ({"tasks": {"sums": {"task": {"held_out": 0}}}}, [], "task sums, method grpo: task.held_out: expected 1 or"),
         ({"methods": {"grpo": {}, "b": {"eval": {"samples": 3}}}}, [],
          "task sums, method b: eval.samples: expected 2 as for grpo, since their held-out results are compared, found"),
+        ({"methods": {"grpo": {}, "b": {"steps": 3}}}, [], "task sums, method b: steps: expected 4 as for grpo, since"),
         ({"base": "none.yaml"}, [], "configuration file: expected a YAML file, found nothing"),
         ({"processes": 0}, [], "processes: expected 1 or more, found 0"),
         ({}, ["tasks=[sums,products]"], "tasks: expected one of sums, gcds, found 'products'"),
@@ -251,6 +255,27 @@ def test_a_stopped_study_goes_on(tmp_path: Path, pretended: Path, monkeypatch: p
     assert json.loads((folder / "done.json").read_text())["attempts"] == 2
 
 
+@pytest.mark.parametrize("torn", [b'{"started": "20', b'{"wall_s": 1.0, "cpu\n\0\0\0'])
+def test_a_torn_note_of_an_attempt_is_left_out(tmp_path: Path, torn: bytes) -> None:
+    run = read_study(write_study(tmp_path)).runs[0]
+    begin(run)
+    record_start(run)
+    record_end(run, Usage(5.0, 1.0, 1))
+    path = run.folder / "attempts.jsonl"
+    path.write_bytes(path.read_bytes() + torn)
+    record_start(run)
+    record_end(run, Usage(7.0, 2.0, 2))
+    finish(run, keep_model=False)
+    done = json.loads((run.folder / "done.json").read_text())
+    assert (done["wall_s"], done["cpu_s"], done["peak_bytes"], done["attempts"]) == (12.0, 3.0, 2, 2)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["compare", str(write_study(tmp_path)), "folder=file/study"]) == 1
+    assert f"g2rl: folder: '{tmp_path / 'file/study'}' cannot be written: " in capsys.readouterr().err
+
+
 def test_one_study_at_a_time(
     tmp_path: Path, pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,6 +307,24 @@ def test_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now[0] = 110.0
     assert clock.look(other) == 2
     assert clock.seconds_left() == pytest.approx((2 * 5 + 4 * 15 + 4 * 5) / 2)
+
+
+def test_time_left_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on drops the steps after its checkpoint, which take no time, nor less than none."""
+    study = read_study(write_study(tmp_path, {"steps": 40}, tasks={"sums": {}}, seeds=[0]))
+    now = [100.0]
+    monkeypatch.setattr("g2rl.study.progress.time.monotonic", lambda: now[0])
+    clock = Clock(study)
+    for run, step in zip(study.runs, (30, 27), strict=True):
+        write_run(run.folder, [{"step": step}], configured=False)
+        clock.begun(run)
+    assert clock.look(study.runs[0]) == 30 and clock.seconds_left() is None
+    for steps, left in (((20, 20), None), ((20, 22), 38 * 20 / 2), ((22, 22), 36 * 30 / 2)):
+        now[0] += 10.0
+        for run, step in zip(study.runs, steps, strict=True):
+            (run.folder / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+            clock.look(run)
+        assert clock.seconds_left() == (left if left is None else pytest.approx(left))
 
 
 def test_bars_on_a_terminal(tmp_path: Path) -> None:
@@ -387,6 +430,22 @@ def test_the_report(written: Study, tmp_path: Path, capsys: pytest.CaptureFixtur
     (written.runs[3].folder / "done.json").unlink()
     assert main(arguments) == 0
     assert "- sums, lambda=0.3, seed 1: not begun" in (folder / "report.md").read_text()
+
+
+def test_an_unfinished_report_counts_what_is_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both methods have finished seed 0, the baseline alone seed 1."""
+    study = read_study(write_study(tmp_path))
+    for run in study.runs:
+        if run.seed == 0 or run.method == "grpo":
+            write_finished(run, [2, 1], [0.0, 0.1, 0.75])
+    results = Results(study)
+    content = record(results)
+    compared = content["all_tasks"]["lambda=0.3"]["pass@1"]
+    assert (compared["seeds"], compared["smallest_p"]) == ([0], 0.5)  # a pair a task
+    assert "With 1 seed no p below 1 can come out" in _reading(content, results)
+    assert "that of 2 holds the truth in 61 % of studies where" in _reading(content, results)
+    monkeypatch.setattr("g2rl.study.statistics._EXACT", 0)  # pairs that are enough to draw signs
+    assert "With 1 seed no p below 1e-05 can come out" in _reading(record(results), results)
 
 
 def test_points_of_a_plot_keep_their_colours(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from g2rl.bootstrap import Estimate
+from g2rl.bootstrap import Estimate, coverage
 from g2rl.study.statistics import area, difference, first_reached, share, sign_flips
 
 
@@ -22,6 +22,8 @@ from g2rl.study.statistics import area, difference, first_reached, share, sign_f
         ([0.5], 1.0, 1.0),
         # Sums of equal size that rounding tells apart count as equal.
         ([0.1, 0.2, -0.3, 0.3], 12 / 16, 2 / 16),
+        # A sum of 0 but for rounding, at least which all others are.
+        ([0.1, 0.2, -0.3], 1.0, 2 / 8),
     ],
 )
 def test_sign_flips_by_hand(differences: list[float], p: float, smallest: float) -> None:
@@ -55,6 +57,16 @@ def test_intervals_end_where_the_quantity_does(
 ) -> None:
     found = estimate(np.array(seeds)[:, None])
     assert (found.value, found.low, found.high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_coverage_is_what_comes_out(seeds: int) -> None:
+    """Trainings that differ normally: intervals that hold their mean of 0, to four standard errors of the share."""
+    rng, studies, expected = np.random.default_rng(0), 400, coverage(seeds)
+    found = [difference(rng.normal(0, 0.05, (seeds, 1))) for _ in range(studies)]
+    held = sum(each.low <= 0 <= each.high for each in found) / studies
+    assert held == pytest.approx(expected, abs=4 * (expected * (1 - expected) / studies) ** 0.5)
+    assert coverage(9) == coverage(8) < coverage(100) == coverage(30)
 
 
 def test_curves_by_hand() -> None:

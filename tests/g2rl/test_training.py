@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from g2rl.checkpoint import checkpoints
 from g2rl.cli import main
 from g2rl.config import Config, load_config
 from g2rl.report import write_report
-from g2rl.trainer import Trainer, TrainingError
+from g2rl.trainer import Trainer, TrainingError, _held_out_numbers
 
 SMALL = (
     "steps=4",
@@ -268,9 +270,14 @@ def test_nan_stops_and_keeps_the_checkpoint(tiny_model: Path, tmp_path: Path, mo
     assert [step for step, _ in checkpoints(run.run_dir)] == [1, 2]
 
 
-def test_resume_of_a_finished_run_with_more_steps(tiny_model: Path, tmp_path: Path) -> None:
-    run = config(tiny_model, tmp_path, "steps=2")
+def test_resume_of_a_finished_run_with_more_steps(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another working directory than that in which the model's path is relative."""
+    monkeypatch.chdir(tiny_model.parent)
+    run = config(Path(tiny_model.name), tmp_path, "steps=2")
     Trainer(run).run()
+    monkeypatch.chdir(tmp_path)
     assert main(["train", f"resume={run.run_dir}", "steps=3"]) == 0
     assert [record["step"] for record in lines(run.run_dir)] == [0, 1, 2, 3]
 
@@ -288,6 +295,8 @@ def test_resume_of_a_finished_run_with_more_steps(tiny_model: Path, tmp_path: Pa
         # Of the steps that there are now, the third is the first after warm-up, and two are left at its start.
         (["optim.lr=4e-4", "optim.decay=linear"], [4e-4, 2e-4], 0.1, (0.9, 0.95)),
         (["optim.warmup_steps=3"], [7.5e-4, 1e-3], 0.1, (0.9, 0.95)),
+        # Of the 12 updates that there are now, the last ones of the steps are the 9th and the 12th; 6 are warm-up.
+        (["objective.mini_batches=3", "optim.decay=linear"], [1e-3 * 4 / 6, 1e-3 * 1 / 6], 0.1, (0.9, 0.95)),
     ],
 )
 def test_resume_takes_settings_of_the_optimizer(
@@ -341,6 +350,46 @@ def test_a_second_run_gets_a_folder_of_its_own(tiny_model: Path, tmp_path: Path)
     assert main(["train", str(tmp_path / "empty.yaml"), *settings]) == 0
     assert main(["train", str(tmp_path / "empty.yaml"), *settings]) == 0
     assert lines(tmp_path / "run") == lines(tmp_path / "run-2")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Another process trains in a run's folder."""
+    holds = "import sys, pathlib, g2rl.files as f; print(f.hold(pathlib.Path(sys.argv[1]))); sys.stdin.read()"
+    command = [sys.executable, "-c", holds, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert int(process.stdout.readline()) > 0
+        yield
+        process.communicate()
+
+
+def test_a_folder_in_which_another_process_trains(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that begins gets a folder beside it, one that goes on is refused, and the end of the process frees it."""
+    (tmp_path / "empty.yaml").write_text("seed: 0\n")
+    settings = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, "steps=1", "eval.every=0"]
+    with held(tmp_path / "run"):
+        assert main(["train", str(tmp_path / "empty.yaml"), *settings]) == 0
+    second = tmp_path / "run-2"
+    before = (second / "metrics.jsonl").read_bytes()
+    with held(second):
+        assert main(["train", f"resume={second}", "steps=2"]) == 2
+    assert f"name: expected a run that no other process trains, found {str(second)!r} in" in capsys.readouterr().err
+    assert (second / "metrics.jsonl").read_bytes() == before
+    assert main(["train", f"resume={second}", "steps=2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"eval/pass@1": 0.5, "eval/response_length": 4.0, "time/eval": 1.0}, "held-out pass@1 0.500"),
+        ({"eval/response_length": 4.0, "time/eval": 1.0}, "held-out response length 4.000"),
+        ({}, "no held-out problems"),
+    ],
+)
+def test_what_is_said_before_training(metrics: dict[str, float], said: str) -> None:
+    assert _held_out_numbers(metrics) == said
 
 
 def test_features_come_from_the_policy_forward(tiny_model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from g2rl.report import code, default_values, leaves
 EVALUATION = ("task.", "eval.samples", "eval.temperature", "eval.top_p", "rollout.max_new_tokens")
 """Keys, or beginnings of keys, on which held-out results depend besides the model: they have to be equal."""
 IGNORED = ("name", "runs_dir", "resume", "profile", "log.", "checkpoint.", "eval.every", "eval.ks")
-"""Keys, or beginnings of keys, that change what is kept of a run and not what it learns."""
+"""Keys, or beginnings of keys, that change what is kept of a run and not what it learns, but for `ACTS_AHEAD`."""
+ACTS_AHEAD = "checkpoint.every"
+"""With `rollout.ahead` it says which steps' responses are of the policy that they update."""
 LABEL_KEYS = 2
 CELL = 60
 """Characters of a configuration's value that are shown."""
@@ -136,6 +138,8 @@ def _settings(run: Run) -> dict[str, Any]:
     values = default_values() | leaves(run.config)
     values["rewards"] = [asdict(RewardConfig()) | reward for reward in values["rewards"]]
     dropped = _chosen(values, ("seed", *IGNORED))
+    if values["rollout.ahead"]:
+        del dropped[ACTS_AHEAD]
     for key in values:
         section, _, rest = key.removeprefix("methods.").partition(".")
         other = section != values["method"] and (METHODS / f"{section}.py").is_file()

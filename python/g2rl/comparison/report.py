@@ -7,7 +7,18 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from g2rl.comparison.bands import CELL, IGNORED, Band, Comparison, Curve, compare, differing, run_names, seed_of
+from g2rl.comparison.bands import (
+    ACTS_AHEAD,
+    CELL,
+    IGNORED,
+    Band,
+    Comparison,
+    Curve,
+    compare,
+    differing,
+    run_names,
+    seed_of,
+)
 from g2rl.comparison.plots import PLOTS, plot_bands
 from g2rl.log import metric
 from g2rl.plots import SMOOTHED, STYLE, load_run
@@ -23,22 +34,29 @@ def write_comparison(run_dirs: Sequence[Path], folder: Path) -> Path:
     """Write a report on several runs, in place of an older one.
 
     Args:
-        run_dirs: the runs' folders; a run may still be going on.
+        run_dirs: the runs' folders; a run may still be going on, and one that has logged nothing yet is left out.
         folder: where ``report.md`` and its plots go; created when missing.
 
     Returns:
         The path of the report.
 
     Raises:
-        FileNotFoundError: one of the folders has no metrics; the message names the file looked for.
+        FileNotFoundError: there is no such folder, or none has metrics; the message names the file looked for.
         ValueError: a log file is damaged before its last line, or no run has a configuration.
     """
-    runs = [load_run(run_dir.resolve()) for run_dir in run_dirs]
+    runs, notes = [], []
+    for run_dir in run_dirs:
+        try:
+            runs.append(load_run(run_dir.resolve()))
+        except FileNotFoundError:
+            notes.append(f"`{run_dir.resolve().name}` is left out. It has no metrics yet.")
+            if not run_dir.is_dir() or len(notes) == len(run_dirs):
+                raise
     names = run_names(runs)
     comparison = compare(runs)
     bands = comparison.bands
     folder.mkdir(parents=True, exist_ok=True)
-    notes = _notes(comparison, names)
+    notes += _notes(comparison, names)
     sections = [
         f"# Comparison of {len(runs)} runs",
         _headline(bands),
@@ -155,7 +173,8 @@ def _configuration(bands: Sequence[Band]) -> str:
     rows = [(f"`{key}`", *(code(v[key], CELL) if key in v else "-" for v in settings)) for key in keys]
     table = markdown_table(("key", *(band.label for band in bands)), rows) if rows else "The bands do not differ."
     listed = ", ".join(f"`{key}*`" if key.endswith(".") else f"`{key}`" for key in IGNORED)
-    return f"{table}\n\nKeys that change nothing in what a run learns are not compared: {listed}."
+    but = f"`{ACTS_AHEAD}` with `rollout.ahead`"
+    return f"{table}\n\nKeys that change nothing in what a run learns are not compared: {listed}, but {but} is."
 
 
 def _facts(band: Band, key: str) -> str:

@@ -47,9 +47,12 @@ def make_method(config: Config) -> Method:
         method: Method = found(_options(found, config), config)
     else:
         method = FunctionMethod(found, config)
+        _options(method, config)  # of which there are none
     known = [*method_names(), method.name]
     for name in config.methods:
-        if name not in known:
+        if name in _HERE:
+            _options(_find(name), config)
+        elif name not in known:
             raise ConfigError(f"methods.{name}: expected options of one of {', '.join(known)}, found another name")
     if method.needs_features and not config.log.geometry:
         raise ConfigError(
@@ -86,7 +89,7 @@ def _find(name: str) -> Any:
     return found
 
 
-def _options(cls: type[Method], config: Config) -> Any:
+def _options(cls: type[Method] | Method, config: Config) -> Any:
     """An instance of the method's `Options` with the values of its section."""
     values = escaped(config.methods.get(cls.name, {}))  # references in them are resolved, what is left is text
     try:

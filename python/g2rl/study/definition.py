@@ -251,7 +251,7 @@ def _check_evaluations(runs: Sequence[PlannedRun]) -> None:
             raise ConfigError(f"{where}: eval.ks: expected 1 among them, for curves of pass@1, found {found}")
         first = firsts.setdefault(run.task, run)
         for key, value in leaves(first.config).items():
-            if key.startswith((*EVALUATION, "eval.")) and values[key] != value:
+            if key.startswith(("steps", *EVALUATION, "eval.")) and values[key] != value:
                 raise ConfigError(
                     f"{where}: {key}: expected {value!r} as for {first.method}, since their held-out results are "
                     f"compared, found {values[key]!r}"

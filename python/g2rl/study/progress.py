@@ -33,6 +33,8 @@ class Clock:
     def look(self, run: PlannedRun) -> int:
         """Steps that a run which goes on has done."""
         step, (start, first) = last_step(run), self._begun[run]
+        first = min(first, step)  # a run that goes on drops what it has logged after its checkpoint
+        self._begun[run] = (start, first)
         self._steps_left[run] = run.config.steps - step
         self._spent[run] = (time.monotonic() - start, step - first)
         return step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from g2rl.bootstrap import coverage
 from g2rl.plots import SMOOTHED
 from g2rl.report import code, markdown_table, write_sections
 from g2rl.study import tables
@@ -78,9 +79,18 @@ def _task(content: dict[str, Any], task: str, plot: str | None) -> str:
 
 def _reading(content: dict[str, Any], results: Results) -> str:
     methods = [of for task in content["tasks"].values() for of in task["methods"].values()]
-    pairs = max((len(found["seeds"]) for of in methods for found in of["differences"].values()), default=0)
-    smallest = f"{min(1.0, 2.0 ** (1 - pairs)):.4g}"
-    least = f" With {pairs} seeds no p below {smallest} can come out, however large a difference is." if pairs else ""
+    seeds = max(len(of["seeds"]) for of in methods)
+    narrow = ""
+    if seeds > 1:
+        held = f"{100 * coverage(seeds):.0f} % of studies where trainings differ and problems do not, else in more."
+        narrow = f" Few seeds make it too narrow: that of {seeds} holds the truth in {held}"
+    compared = [found for of in methods for found in of["differences"].values()]
+    least = ""
+    if compared:
+        most = min(compared, key=lambda found: found["smallest_p"])
+        pairs, smallest = len(most["seeds"]), most["smallest_p"]
+        ends = f"no p below {smallest:.4g} can come out, however large a difference is."
+        least = f" With {pairs} seed{'s' * (pairs > 1)} {ends}"
     several = len(content["tasks"]) > 1
     whole = [c["smallest_p"] for of in content["all_tasks"].values() for c in of.values()] if several else []
     together = f" Tasks taken together have more pairs: down to p = {min(whole):.3g}." if whole else ""
@@ -89,7 +99,7 @@ def _reading(content: dict[str, Any], results: Results) -> str:
         "are, thousands of times; 95 % of the results lie inside, and no end passes what a percentage or a difference "
         "of two can be. All methods were asked the same problems with the same seeds, so that a difference to the "
         "baseline is taken inside each seed and problem first: what makes a problem hard, or a seed lucky, is in both "
-        "and cancels. With one seed the interval is about problems alone.",
+        f"and cancels. With one seed the interval is about problems alone.{narrow}",
         "p: if a method were like the baseline, each seed's difference could as well have the other sign. p is the "
         "share of all signs that give a mean difference at least as large, in either direction. A seed is a pair, not "
         "a problem: all problems of a seed are answered by one trained model, so that counting them one by one would "

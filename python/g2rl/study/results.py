@@ -80,7 +80,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Compared:
-    """A method's difference to the baseline in one metric."""
+    """A method's difference to the baseline in one metric; `seeds` are those of its pairs, of some task at least."""
 
     estimate: Estimate
     test: PairedTest
@@ -150,13 +150,13 @@ class Results:
         tasks = self.study.tasks
         if any(metric not in self.metrics(task) for task in tasks):
             return None
-        values = [self.differences(task, method, metric)[1] for task in tasks]
-        if not all(map(len, values)):
+        paired, values = zip(*(self.differences(task, method, metric) for task in tasks), strict=True)
+        if not all(paired):
             return None
         means = [resampled_means(v, stream) for stream, v in enumerate(values, 1)]
         estimate = interval(fmean(v.mean() for v in values), np.mean(means, axis=0), DIFFERENCE)
         terms = np.concatenate([v.mean(1) / (len(v) * len(tasks)) for v in values])
-        return Compared(estimate, sign_flips(terms), self.study.seeds)
+        return Compared(estimate, sign_flips(terms), tuple(s for s in self.study.seeds if any(s in p for p in paired)))
 
     def half_way(self, task: str) -> float | None:
         """The level of pass@1 half way from where the task's runs start to the best method's mean at the end.

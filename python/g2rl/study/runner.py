@@ -99,6 +99,7 @@ class _Runner:
         command = [sys.executable, "-m", "g2rl", "train", what]
         self.progress.begun(run, resumes)
         record_start(run)
+        start = time.monotonic()
         with (run.folder / "train.log").open("ab") as log:
             process = subprocess.Popen(
                 command,
@@ -110,7 +111,7 @@ class _Runner:
                 start_new_session=True,  # Ctrl-C is for the study, which then stops its children in order
                 preexec_fn=_end_with(os.getpid()),
             )
-        return _Child(run, process, time.monotonic())
+        return _Child(run, process, start)
 
     def _reap(self, child: _Child, options: int = os.WNOHANG) -> None:
         """Note the end of a run's process, if it has ended."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -91,13 +92,23 @@ def record_end(run: PlannedRun, usage: Usage) -> None:
 
 
 def _append(run: PlannedRun, entry: dict[str, Any]) -> None:
-    with (run.folder / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    entries = [*_attempts(run), entry]
+    write_durably(run.folder / "attempts.jsonl", (json.dumps(each) + "\n" for each in entries))
+
+
+def _attempts(run: PlannedRun) -> list[dict[str, Any]]:
+    """What has been noted, but for lines that a power failure has torn."""
+    path = run.folder / "attempts.jsonl"
+    entries = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def finish(run: PlannedRun, keep_model: bool) -> None:
     """Mark a run as finished, then remove its checkpoints, or of the last one all but the model."""
-    entries = [json.loads(line) for line in (run.folder / "attempts.jsonl").read_text().splitlines()]
+    entries = _attempts(run)
     ended = [entry for entry in entries if "wall_s" in entry]
     done = {
         "wall_s": round(sum(entry["wall_s"] for entry in ended), 3),
