@@ -13,8 +13,8 @@ from g2rl.config import EvalConfig
 from g2rl.log import ProblemResult
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.rollout import Sampler, response_seeds
-from g2rl.tasks.answers import canonical
 from g2rl.tasks.base import Task
+from g2rl.tasks.spelling import canonical
 from g2rl.types import Episode, Problem
 
 # maj@k averages over all subsets of k responses up to this number, and over as many random ones beyond.

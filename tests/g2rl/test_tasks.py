@@ -86,6 +86,11 @@ class TestArithmetic:
             (r"\boxed{32}, not 33", True, "the box before a later number"),
             (r"32, so \boxed{33}", False, "a wrong box before a right number"),
             ("32 or 33", False, "the last number counts"),
+            (r"\boxed{33} or \boxed{32}", False, "two boxes to choose from"),
+            (r"\boxed{32} or \boxed{32.0}", True, "two boxes with one answer"),
+            (r"27 is \boxed{27}, and 27 + 5 is \boxed{32}", True, "a box of a step"),
+            (r"\boxed{32 apples}", True, "a unit"),
+            (r"\boxed{32 dozen}", False, "a word that makes another number of it"),
             ("-32", False, "sign"),
             ("32.0", True, "the same value"),
             ("32.5", False, "not the same"),
@@ -178,6 +183,8 @@ class TestJsonl:
             assert made.judge([half, half, double, double, double], responses) == [True, False, True, False, False]
             assert made.extract(responses[0]) == r"\frac12"
             assert made.extract(responses[1]) is None
+            choices = [r"$\boxed{x}$ or $x=\boxed{2x}$", r"$\boxed{x+x} = \boxed{2x}$", r"\boxed{x}. Both: \boxed{2x}"]
+            assert made.judge([double] * 3, choices) == [False, True, True]
         with task("jsonl", held_out=0, path=path, allow_number=True) as made:
             assert made.judge([half, half], ["It is 0.5.", "It is 1/2, or 3."]) == [True, False]
 
@@ -341,12 +348,30 @@ class TestReasoningGym:
             ("so\n{}\n", True, "last line"),
             ("It is {}.", False, "a sentence that contains it"),
             (r"{} \boxed{{no}}", False, "a wrong box"),
+            (r"\boxed{{0}} or \boxed{{{}}}", False, "two boxes to choose from"),
+            (r"\boxed{{{}}}, \boxed{{{}}}", True, "the same box twice"),
             ("", False, "nothing"),
         ],
     )
     def test_where_the_answer_is_found(self, chain_sum: Task, wrap: str, right: bool, reason: str) -> None:
         problem = chain_sum.held_out()[0]
-        assert chain_sum.judge([problem], [wrap.format(problem.answer)]) == [right]
+        assert chain_sum.judge([problem], [wrap.format(problem.answer, problem.answer)]) == [right]
+
+    def test_no_answer_and_the_empty_one_are_judged_apart(self) -> None:
+        with task("ab", held_out=200) as made:
+            empty = next(problem for problem in made.held_out() if problem.answer == "")
+            other = next(problem for problem in made.held_out() if problem.answer)
+            responses = [
+                "",
+                "<answer></answer>",
+                r"So nothing is left: \boxed{}.",
+                r"\boxed{} \boxed{A#}",
+                r"\boxed{\text{}}",
+            ]
+            for order in (responses, responses[::-1]):
+                right = dict(zip(responses, [False, True, True, False, True], strict=True))
+                assert made.judge([empty] * 5, order) == [right[response] for response in order]
+            assert made.judge([other] * 3, responses[:3]) == [False] * 3
 
     def test_an_answer_that_merely_contains_the_right_one_is_wrong(self) -> None:
         with task("letter_counting", held_out=4) as made:

@@ -10,8 +10,8 @@ import numpy as np
 from g2rl.bootstrap import Estimate
 from g2rl.evaluate import maj_at_k, pass_at_k
 from g2rl.evaluation.samples import Sample
-from g2rl.tasks.answers import canonical
 from g2rl.tasks.grading import Judge
+from g2rl.tasks.spelling import canonical
 from g2rl.types import Problem
 
 MODES = ("lenient", "strict")

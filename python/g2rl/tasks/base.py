@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from g2rl.config import ConfigError
-from g2rl.tasks.answers import canonical
+from g2rl.tasks.spelling import canonical
 from g2rl.types import Problem
 
 Options = TypeVar("Options")

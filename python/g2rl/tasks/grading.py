@@ -10,10 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
 
-from g2rl.tasks.answers import extract_answer
+from g2rl.tasks.answers import extract_answer, extract_boxed
 from g2rl.tasks.base import FiniteTask
 from g2rl.tasks.choice import boxed_letter, claimed_letter
-from g2rl.tasks.lenient import lenient_answer, without_delimiters
+from g2rl.tasks.lenient import lenient_answer
 from g2rl.tasks.verifier import MathVerifier
 from g2rl.types import Problem
 
@@ -53,14 +53,16 @@ class MathJudge(Judge):
         self._verifier = MathVerifier()
 
     def answer(self, problem: Problem, response: str, lenient: bool = False) -> str | None:
-        if not lenient:
-            return extract_answer(response, self._allow_number)
-        found = lenient_answer(response)
-        return None if found is None else without_delimiters(found)
+        if lenient:
+            return lenient_answer(response, self._same)
+        return extract_answer(response, self._allow_number, self._same)
 
     def right(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
-        golds = [without_delimiters(problem.answer) for problem in problems]
+        golds = [extract_boxed(problem.answer) or problem.answer for problem in problems]
         return self._verifier.judge(list(zip(golds, answers, strict=True)))
+
+    def _same(self, first: str, second: str) -> bool:
+        return self._verifier.judge([(first, second)])[0]
 
     def close(self) -> None:
         self._verifier.close()
