@@ -14,6 +14,7 @@ import pytest
 from g2rl.config import ConfigError, TaskConfig
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task, sample_indices
+from g2rl.tasks.data_sets import load_problems
 from g2rl.tasks.reasoning_gym import ReasoningGymTask
 from g2rl.types import Problem
 
@@ -187,6 +188,17 @@ class TestJsonl:
             assert made.judge([double] * 3, choices) == [False, True, True]
         with task("jsonl", held_out=0, path=path, allow_number=True) as made:
             assert made.judge([half, half], ["It is 0.5.", "It is 1/2, or 3."]) == [True, False]
+
+    def test_numbers_of_json_have_no_exponent(self, tmp_path: Path) -> None:
+        rows = [{"problem": f"{i}?", "answer": answer} for i, answer in enumerate([1e-5, 2e16, 5.0, 10**20])]
+        with task("jsonl", held_out=0, path=write(tmp_path / "set.jsonl", rows)) as made:
+            problems = sorted((made.train_problem(i) for i in range(4)), key=lambda p: p.prompt)
+            assert [p.answer for p in problems] == ["0.00001", "20000000000000000", "5.0", "1" + "0" * 20]
+            right = [r"\boxed{10^{-5}}", r"\boxed{2 \times 10^{16}}", r"\boxed{5}", r"\boxed{10^{20}}"]
+            assert made.judge(problems, right) == [True] * 4
+            assert made.judge(problems[:1], [r"\boxed{e-5}"]) == [False]
+        write(tmp_path / "amc23.jsonl", rows[:1])
+        assert [p.answer for p in load_problems("amc23", "test", str(tmp_path)).values()] == ["0.00001"]
 
     def test_a_list_is_no_number(self, tmp_path: Path) -> None:
         golds = ["10, 100", "100, 200", "3, 5", "1{,}234"]
