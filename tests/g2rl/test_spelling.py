@@ -65,6 +65,8 @@ DIFFERENT = [
     ("18", "18 x", "a factor"),
     ("18", "18 ab", "factors"),
     ("18", "18 xyz", "three factors"),
+    ("18", "18 abcd", "four factors"),
+    ("18", "18 plus", "a sum that goes on"),
     ("18", "18 pi", "a constant"),
     ("18", "18 s^2", "a square"),
     ("18", "18 hours 30 minutes", "two units"),

@@ -62,8 +62,8 @@ _UNIT = r"(?:\s?(?:[%€£¥°]|[ckm]?m[²³]|[ckm]m\b|kg\b|mg\b|ml\b|mph\b))?"
 _NUMBER = rf"([-\u2212]?\\?\$?[0-9](?:[0-9.,/]*[0-9])?)(?![0-9^*/(\\{{_]){_UNIT}(?![A-Za-z])"
 # What makes another number of the one before it, or says that it is no exact one.
 _MORE = (
-    rf"(?!.*(?:[0-9=^*\\]|{CHANGES}|\b(?:is|was|are|were|has|had|of|and|than|roots?|square(?!\s+[a-z])|times|plus|minus|over"
-    r"|quarters?|base|choose|remainder|point|below|score|gross)\b))"
+    rf"(?!.*(?:[0-9=^*\\]|{CHANGES}|\b(?:is|was|are|were|has|had|of|and|than|roots?|square(?!\s+[a-z])|times|over"
+    r"|quarters?|base|choose|remainder|point|below|score)\b))"
 )
 _WORDS = rf"(?:\s{_MORE}[^\n]{{0,{_MAX_WORDS}}})?"
 _STARTS_WITH_NUMBER = re.compile(rf"(?:[A-Za-z]\s?=\s?)?{_NUMBER}{_WORDS}$")

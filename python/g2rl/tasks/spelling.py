@@ -11,6 +11,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
+from string import ascii_lowercase
 
 MAX_ANSWER = 10_000
 """A longer answer counts as none."""
@@ -69,7 +70,7 @@ _NUMBER = re.compile(
 
 _TENS = "twen|thir|for|fif|six|seven|eigh|nine"
 CHANGES = (
-    r"(?i:\b(?:or|not|if|wrong|pi|alpha|beta|gamma|delta|theta|lambda|omega|squared|cubed|power|mod|modulo|factorial|divided"
+    r"(?i:\b(?:or|not|if|wrong|plus|minus|gross|pi|alpha|beta|gamma|delta|theta|lambda|omega|squared|cubed|power|mod|modulo|factorial|divided"
     r"|mille|sin|cos|tan|cot|log|ln|exp|sqrt|half|halves|thirds?|dozens?"
     r"|(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?!-[a-z])"
     rf"|(?:four|{_TENS})teen|(?:{_TENS})ty|(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?"
@@ -247,6 +248,8 @@ def _is_unit(behind: str) -> bool:
         return True  # degrees
     names = _NAME.findall(behind)
     rate = "/" in behind or (len(names) == 1 and re.match(r"m ?\^", behind) is not None)
+    if any(n.lower() in ascii_lowercase and len(n) > 1 for n in names):
+        return False  # abcd
     return all(len(n) > 3 or n.lower() in _SHORT_UNITS or (rate and n.lower() in _LETTER_UNITS) for n in names)
 
 
