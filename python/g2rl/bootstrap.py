@@ -28,7 +28,7 @@ ANY: Limits = (-np.inf, np.inf)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % confidence interval."""
+    """A number with its 95 % confidence interval; without one, both ends are NaN."""
 
     value: float
     low: float
@@ -106,6 +106,15 @@ def interval(value: float, draws: np.ndarray, limits: Limits) -> Estimate:
     known = draws[np.isfinite(draws)]
     low, high = np.clip(np.percentile(known, [2.5, 97.5]), *limits) if len(known) else (np.nan, np.nan)
     return Estimate(float(value), float(low), float(high))
+
+
+def unless_agreed(found: Estimate) -> Estimate:
+    """`found`, without an interval (NaN) where that has no width.
+
+    All resamples agree where all seeds and problems do, or where there is but one: that says nothing of others.
+    """
+    wide = found.high - found.low > 1e-12 * max(1.0, abs(found.value))  # beyond rounding
+    return found if wide else Estimate(found.value, np.nan, np.nan)
 
 
 def between(limits: Limits) -> Limits:

@@ -99,7 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     push.add_argument("run", type=Path, help="the run's folder")
     push.add_argument("repo", metavar="REPO", help="OWNER/NAME of the model; created where there is none")
     push.add_argument("--dry-run", action="store_true", help="write the folder that would be uploaded, and stop")
-    options = parser.parse_args(arguments)
+    options, behind = parser.parse_known_args(arguments)
+    if behind and ("checkpoints" not in options or any(text.startswith("-") for text in behind)):
+        parser.error(f"unrecognized arguments: {' '.join(behind)}")
+    if behind:  # checkpoints and key=value behind a flag, which argparse does not take for a command of several
+        options.checkpoints += behind
     # Before torch loads OpenMP: threads that spin while they wait slow decoding several times on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -13,7 +13,6 @@ from g2rl.config import EvalConfig
 from g2rl.log import ProblemResult
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.rollout import Sampler, response_seeds
-from g2rl.tasks.answers import canonical
 from g2rl.tasks.base import Task
 from g2rl.types import Episode, Problem
 
@@ -45,7 +44,7 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> 
     """Probability that the majority answer of k responses, drawn without replacement, is correct.
 
     Args:
-        answers: each response's answer in canonical form; None has no vote. Ties are broken by lot.
+        answers: what each response votes for, `Task.votes`; None has no vote. Ties are broken by lot.
         correct: each response's judgement; an answer is correct when one of the responses that give it is.
         k: 1 to the number of responses. Averaged over all subsets, or over 1000 drawn ones when there are more.
     """
@@ -90,9 +89,11 @@ def evaluate(
     seeds = response_seeds(seed, n * len(own), n * own.start)
     drawn = sampler.sample(chosen, n, config.temperature, config.top_p, seeds) if chosen else []
     judged = task.judge([e.problem for e in drawn], [e.text for e in drawn])
+    extracted = [task.extract(e.text, e.problem) for e in drawn]
+    parts = [slice(i, i + n) for i in range(0, len(drawn), n)]
+    votes = task.votes([extracted[part] for part in parts], [judged[part] for part in parts])
+    answers = ranks.gathered([vote for group in votes for vote in group])
     episodes, correct = ranks.gathered(drawn), ranks.gathered(judged)
-    extracted = (task.extract(e.text, e.problem) for e in episodes)
-    answers = [None if answer is None else canonical(answer) for answer in extracted]
     groups = [slice(i, i + n) for i in range(0, len(episodes), n)]
     results = [
         ProblemResult(

@@ -125,7 +125,13 @@ def _ask_again(reward: Reward, function: RewardFunction, episode: Episode, value
     if reward.config.varies == "allow" or reward.name in _ASKED:
         return
     _ASKED.add(reward.name)
-    again = _value(reward, function, episode)
+    try:
+        again = _value(reward, function, episode)
+    except ConfigError as error:
+        if reward.config.on_error == "stop":
+            raise
+        warnings.warn(f"g2rl: asked for the same value again: {error}", RuntimeWarning, 4)
+        return
     if again != value:
         said = (
             f"{reward.key}.name: expected {reward.name} to give a response the same value each time, found {value} and "

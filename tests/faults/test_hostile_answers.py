@@ -10,28 +10,32 @@ from typing import Any
 
 import pytest
 
-from g2rl.tasks.answers import after_thinking, canonical, extract_boxed, extract_tagged, last_number, reconsiders
+from g2rl.tasks.answers import after_thinking, extract_boxed, extract_tagged, last_number, one_box, reconsiders
 from g2rl.tasks.arithmetic import ArithmeticTask
 from g2rl.tasks.choice import boxed_letter, claimed_letter
-from g2rl.tasks.lenient import lenient_answer, without_delimiters
+from g2rl.tasks.lenient import lenient_answer
 from g2rl.tasks.pool import LIMIT_S, PATIENCE, _Worker
-from g2rl.tasks.verifier import MathVerifier, _has_huge_power
+from g2rl.tasks.spelling import canonical, is_changed, number
+from g2rl.tasks.verifier import MathVerifier, _has_huge_power, _overlooked
 from g2rl.types import Problem
 from tests.faults import hostile_text as texts
 
 OPTIONS = ("Paris", r"\frac{1}{2}", "x^2", "Rome", "7")
 READERS: dict[str, Callable[[str], Any]] = {
     "extract_boxed": extract_boxed,
+    "one_box": one_box,
     "extract_tagged": extract_tagged,
     "after_thinking": after_thinking,
     "last_number": last_number,
     "canonical": canonical,
+    "number": number,
+    "is_changed": is_changed,
     "lenient_answer": lenient_answer,
-    "without_delimiters": without_delimiters,
     "claimed_letter": lambda text: claimed_letter(text, OPTIONS),
     "boxed_letter": lambda text: boxed_letter(text, OPTIONS),
     "reconsiders": lambda text: reconsiders(text, re.compile("answer")),
     "_has_huge_power": lambda text: _has_huge_power(text[:2_000]),  # MAX_CHARS, which its caller checks
+    "_overlooked": lambda text: _overlooked(text[:2_000], text[:2_000]),
 }
 ALLOWED_S = PATIENCE * LIMIT_S + 2  # a machine that has other things to do takes a while to notice
 

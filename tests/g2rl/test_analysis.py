@@ -12,13 +12,17 @@ import pytest
 import torch
 
 from g2rl.analysis.agreement import GradientGroup, agreement, coarse, pair_table, response_table
+from g2rl.analysis.gradient_report import cell as gradient_cell
 from g2rl.analysis.gradients import gradient_products, gram_cosines, model_parts, response_logp
+from g2rl.analysis.held import Held
 from g2rl.analysis.measures import KINDS, Pairs, effective_dimensions, limits_of, measure_pairs, sums
+from g2rl.analysis.report import cell
 from g2rl.analysis.representations import bags, cosines, representations, rounded_features, truncated_features
 from g2rl.analysis.responses import Sampled, Subject
 from g2rl.analysis.statistics import average_ranks, correlation, difference, ratio
 from g2rl.cli import main
 from g2rl.config import load_config
+from g2rl.rewards import judge_episodes
 from g2rl.types import Episode, Problem
 from g2rl_kernels import LMHead, sequence_features
 from tests.g2rl.conftest import build_model
@@ -49,11 +53,16 @@ class TestStatistics:
         # Two seeds on one problem, 0 of 1 and 9 of 9: seeds are drawn again, too, and rescaled beyond 1.
         seeds = ratio(np.array([[0.0], [9.0]]), np.array([[1.0], [9.0]]), (0.0, 1.0))
         assert seeds is not None and (seeds.value, seeds.low, seeds.high) == (0.9, 0.0, 1.0)
-        # The same problems are drawn for both: a constant difference has no width.
+        # The same problems are drawn for both: of a constant difference, as of one problem, resamples say nothing.
         shifted = difference((totals + 2 * counts, counts), (totals, counts))
-        assert shifted is not None and (shifted.value, shifted.low, shifted.high) == pytest.approx((2.0, 2.0, 2.0))
-        cut = difference((totals + 2 * counts, counts), (totals, counts), (0.0, 1.0))
-        assert cut is not None and (cut.low, cut.high) == (1.0, 1.0)
+        assert shifted is not None and (shifted.value, shifted.low) == pytest.approx((2.0, np.nan), nan_ok=True)
+        one = ratio(np.array([[0.4]]), np.array([[1.0]]))
+        assert one is not None and (one.value, one.high) == pytest.approx((0.4, np.nan), nan_ok=True)
+        assert (cell(one), gradient_cell(one), cell(found)) == ("0.400", "0.40", "1.000 [0.500, 1.333]")
+        # Ends are cut to what a difference of shares can be, here -1 to 1.
+        wide = (totals + np.array([[0.0, 3.0, 0.0]]), counts)
+        cut = difference(wide, (np.zeros((1, 3)), counts), (0.0, 1.0))
+        assert cut is not None and (cut.low, cut.high) == (0.5, 1.0)
 
     def test_ranks(self) -> None:
         assert average_ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
@@ -313,8 +322,10 @@ class TestCommand:
         assert main(command) == 0
         assert (tmp_path / "geometry.json").read_text() == before
 
-    def test_what_was_found_of_something_else_is_not(self, tmp_path: Path, tiny_model: Path) -> None:
-        """The same line of a file with another problem or answer, and the same responses with other rewards."""
+    def test_what_was_found_of_something_else_is_not(
+        self, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The same line of a file with another problem. The same responses are judged by another answer or reward."""
         path, kept = tmp_path / "set.jsonl", tmp_path / "held" / tiny_model.name / "responses" / "0000.json"
         train = tmp_path / "train.jsonl"
         train.write_text(json.dumps({"problem": "2 + 2?", "answer": "4"}) + "\n")
@@ -329,9 +340,20 @@ class TestCommand:
         first = found("1 + 1?", "2")
         other = found("1 + 2?", "2")
         assert other["found"]["prompt_ids"] != first["found"]["prompt_ids"]
-        assert found("1 + 2?", "3")["key"] != other["key"]
-        assert first["found"]["rewards"] == [-1, -1]
-        assert found("1 + 1?", "2", "rewards=[{name: boxed}]")["found"]["rewards"] == [0, 0]
+        drawn: list[Any] = []
+        judge = judge_episodes
+        monkeypatch.setattr("g2rl.analysis.responses.judge_episodes", lambda *a: drawn.append(judge(*a)) or drawn[-1])
+        monkeypatch.setattr("g2rl.rollout.TransformersSampler.sample", None)  # would fail if it were called
+        assert found("1 + 2?", "3") == found("1 + 2?", "2", "rewards=[{name: boxed}]") == other
+        assert [[verdict.reward for verdict in verdicts] for verdicts in drawn] == [[-1, -1], [0, 0]]
+
+    @pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"found": 1}', b"\xff"])
+    def test_a_damaged_record_is_not_there(self, tmp_path: Path, damage: bytes) -> None:
+        held = Held(tmp_path, {"weights": "w"})
+        held.write(0, "p", {"value": 1})
+        assert held.read(0, "p") == {"value": 1}
+        (tmp_path / "0000.json").write_bytes(damage)
+        assert held.read(0, "p") is None
 
     @pytest.mark.parametrize(
         "arguments, message",

@@ -1,4 +1,4 @@
-"""Final answers in model text: what is found, what is the same answer, and that no text takes long."""
+"""Final answers in model text: what is found, and that no text takes long."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from g2rl.tasks.answers import (
-    MAX_ANSWER,
     MAX_TEXT,
-    canonical,
     extract_answer,
     extract_boxed,
     extract_tagged,
+    final_boxes,
     last_number,
-    unwrap_text,
+    one_box,
 )
+from g2rl.tasks.spelling import MAX_ANSWER, canonical
 
 BOXED = [
     (r"So it is \boxed{7}.", "7", "plain"),
@@ -56,6 +56,35 @@ BOXED = [
 @pytest.mark.parametrize("text, expected, reason", BOXED, ids=[case[2] for case in BOXED])
 def test_extract_boxed(text: str, expected: str | None, reason: str) -> None:
     assert extract_boxed(text) == expected
+
+
+BOXES = [
+    (r"\boxed{12} or \boxed{13}", ["13", "12"], "a choice"),
+    (r"$\boxed{12}$, $\boxed{12}$ and $\boxed{13}$.", ["13", "12"], "a list, and one of them twice"),
+    (r"\boxed{12}\boxed{13}", ["13", "12"], "nothing between"),
+    (r"$x=\boxed{12}$ or maybe $x_2 = \boxed{13}$", ["13", "12"], "equations"),
+    (r"\boxed{12}\quad\text{or}\quad\boxed{13}", ["13", "12"], "one formula"),
+    ("\\boxed{12}\n\n\\[\\boxed{13}\\]", ["13", "12"], "lines of their own"),
+    (r"\boxed{12}, which was too small. So \boxed{13}", ["13"], "a step before"),
+    (r"\boxed{12}. No, \boxed{13}", ["13"], "corrected"),
+    (r"\boxed{12}" + " " * 200 + r"\boxed{13}", ["13"], "far before"),
+    (r"\boxed{1} + \boxed{2} = 3, so \boxed{3}", ["3"], "a sum"),
+    (r"\boxed{\boxed{3}}", ["3"], "one inside another"),
+    ("no box", [], "none"),
+]
+
+
+@pytest.mark.parametrize("text, expected, reason", BOXES, ids=[case[2] for case in BOXES])
+def test_boxes_side_by_side(text: str, expected: list[str], reason: str) -> None:
+    assert final_boxes(text) == expected
+
+
+def test_one_box_leaves_no_choice() -> None:
+    assert one_box(r"\boxed{12} or \boxed{13}") is None
+    assert one_box(r"$\boxed{1/2}$, that is \boxed{3}. Hence $\boxed{0.5} = \boxed{\frac{1}{2}}$") == r"\frac{1}{2}"
+    assert one_box(r"\boxed{a} or \boxed{b}", lambda first, second: (first, second) == ("b", "a")) == "b"
+    assert one_box("".join(rf"\boxed{{{'0' * i}7}}" for i in range(30))) is None  # more than are compared
+    assert extract_answer(r"\boxed{12} or \boxed{13}", allow_number=True) is None
 
 
 NUMBERS = [
@@ -130,77 +159,6 @@ def test_extract_answer_takes_a_number_only_without_a_box() -> None:
 )
 def test_extract_tagged(text: str, expected: str | None, reason: str) -> None:
     assert extract_tagged(text) == expected
-
-
-def test_unwrap_text() -> None:
-    assert unwrap_text(r"\text{hello}") == "hello"
-    assert unwrap_text(r"3 \text{cm}") == r"3 \text{cm}"
-
-
-SAME = [
-    (
-        ["7", " 7 ", "$7$", "+7", "07", "7.", "7.0", "7.00", r"\text{7}", r"\(7\)", "14/2", r"\frac{14}{2}"],
-        "whole number",
-    ),
-    (["1234", "1,234", "1{,}234", r"1,\!234", r"1\,234", "1,234.0"], "thousands"),
-    (["1234", "1,234 ", r"1,\,234", "1{,} 234", r"1, \!234", r"1,\! 234"], "thousands, blanks around a close comma"),
-    (["10, 100", " 10,  100.", "10,\n100", r"10,\ 100", "10,~100", "10 , 100", "10 ,100", r"$10,\quad 100$"], "list"),
-    (["3, 5", "3,5", "3 , 5"], "list that is no number without its blanks"),
-    (
-        ["-1/2", r"-\frac{1}{2}", r"\frac{-1}{2}", r"-\dfrac12", r"-\tfrac{2}{4}", "-0.5", "-.5", "\u22120.50"],
-        "fraction",
-    ),
-    (["0", "-0", "+0.0"], "zero"),
-    (["50", "50%", r"50\%"], "percent"),
-    (["90", r"90^\circ", r"90^{\circ}", "90\u00b0"], "degrees"),
-    (["x+1", "x + 1", r"x\,+\,1", r"x\quad+ 1"], "blanks"),
-    (["(1,2)", r"\left(1, 2\right)", "( 1,2 )"], "bracket sizes"),
-    (["Monday", r"\text{Monday}", r"\textbf{Monday}", "Monday."], "word"),
-    (["ab", r"\text{a b}"], "blanks between letters"),
-    (["18.90", r"\$18.90", "18.9"], "currency"),
-]
-
-
-@pytest.mark.parametrize("answers, reason", SAME, ids=[case[1] for case in SAME])
-def test_canonical_groups_equal_answers(answers: list[str], reason: str) -> None:
-    assert len({canonical(answer) for answer in answers}) == 1
-
-
-DIFFERENT = [
-    ("12", "1 2", "blank between numbers"),
-    ("31/2", "3 1/2", "mixed number"),
-    ("(1,234)", "(1234)", "a pair is no thousand"),
-    ("1,2", "12", "a list is no thousand"),
-    ("10, 100", "10100", "nor is one with items of three digits"),
-    ("10, 100", "10,100", "nor one that a blank tells from a number"),
-    ("100, 200", "200, 100", "order of a list"),
-    ("1,000, 200", "1,000,200", "a list with a number in groups"),
-    ("1,200, 300", "1, 200, 300", "where a list is divided"),
-    ("1/0", "0", "no value"),
-    ("7", "-7", "sign"),
-    ("0.33", "1/3", "rounding"),
-    ("10^20", "10^21", "powers are not evaluated, but differ"),
-    ("1", "1!", "a factorial sign is no spacing"),
-    (r"\leftarrow", "arrow", "a command that starts like a bracket size"),
-    (r"-\frac{-1}{2}", "-1/2", "two signs"),
-]
-
-
-@pytest.mark.parametrize("first, second, reason", DIFFERENT, ids=[case[2] for case in DIFFERENT])
-def test_canonical_keeps_answers_apart(first: str, second: str, reason: str) -> None:
-    assert canonical(first) != canonical(second)
-
-
-def test_canonical_of_a_number_is_its_value() -> None:
-    assert canonical("+07.50") == "15/2"
-    assert canonical("1,234.0") == "1234"
-
-
-def test_numbers_beyond_the_conversion_limit_are_compared_as_text() -> None:
-    long = "7" * 5_000  # Python refuses to convert more than 4300 digits
-    assert canonical(long) == long
-    assert canonical("0" + long) != long
-    assert last_number(f"It is {long}.") == long
 
 
 @given(st.integers())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from written_runs import write_run
 
-from g2rl.analysis.bands import Measured, Model, bands_of, entropy_bits
+from g2rl.analysis.bands import Band, Measured, Model, bands_of, entropy_bits
 from g2rl.analysis.measures import Pairs
 from g2rl.cli import main
 from tests.g2rl.conftest import build_model
@@ -111,6 +111,11 @@ def test_numbers_of_bands_by_hand(models: list[Model]) -> None:
     assert grpo.distribution()[[10, 15, 20, 30, 35]].tolist() == [1, 1, 1, 2, 1]
     # Four bins of 1/6 and one of 1/3.
     assert entropy_bits(grpo.distribution()) == pytest.approx(4 / 6 * np.log2(6) + 1 / 3 * np.log2(3))
+
+
+def test_cosines_beyond_1_by_rounding_are_counted() -> None:
+    band = Band("a", [model("a", [1 + 3e-16, -1 - 3e-16, 1.0])])
+    assert band.distribution()[[0, -1]].tolist() == [1, 2]
 
 
 def test_checkpoints_of_different_tasks_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from g2rl.bootstrap import Estimate
 from g2rl.cli import main
 from g2rl.config import ConfigError, ModelConfig, RolloutConfig
 from g2rl.evaluation.command import digest, labels
-from g2rl.evaluation.results import plot_pass_at_k, write_results
+from g2rl.evaluation.results import plot_pass_at_k, read_results, write_results
 from g2rl.evaluation.samples import Sample, provenance
 from g2rl.evaluation.scores import Scores, bootstrap, score, sizes
 from g2rl.evaluation.suite import read_suite
@@ -69,6 +69,13 @@ class TestSamples:
         assert run(tmp_path / "killed.jsonl", last) == expected
         assert len(last.drawn) == 3  # 15 samples, 12 of them in the three batches before
         assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+    def test_blank_lines_are_no_samples(self, tmp_path: Path) -> None:
+        samples = run(tmp_path / "s.jsonl", ScriptedSampler())
+        with (tmp_path / "s.jsonl").open("a") as file:
+            file.write("\n  \n")
+        again = ScriptedSampler()
+        assert run(tmp_path / "s.jsonl", again) == samples and not again.drawn
 
     def test_more_samples_and_problems_keep_those_there(self, tmp_path: Path) -> None:
         few = run(tmp_path / "s.jsonl", ScriptedSampler(), samples=2)
@@ -159,10 +166,29 @@ def test_bootstrap() -> None:
     half, one, mean = bootstrap(values)
     assert half.value == 0.5
     assert (half.low, half.high) == pytest.approx((0.402, 0.598), abs=0.015)
-    assert one == Estimate(1.0, 1.0, 1.0)
+    assert one.value == 1.0 and np.isnan([one.low, one.high]).all()  # nothing is known of other problems
     assert mean.value == 49.5
     assert (mean.low, mean.high) == pytest.approx((49.5 - 1.96 * 2.887, 49.5 + 1.96 * 2.887), abs=0.9)
-    assert bootstrap(values) == [half, one, mean]
+    assert bootstrap(values)[::2] == [half, mean]
+    assert np.isnan([bootstrap(np.array([[0.4]]))[0].low])
+
+
+def test_equal_answers_vote_together() -> None:
+    """Right ones, however they are spelled, and wrong ones as well: here two against two and three against two."""
+    right = [r"\boxed{\frac{\pi}{2}}", r"\boxed{\pi/2}"]
+    wrong = [r"\boxed{x+1}", r"\boxed{1+x}", r"\boxed{y}", r"\boxed{\frac{2x+2}{2}}"]
+    problem = Problem("p", "", r"\frac\pi2")
+    with MathJudge() as judge:
+        votes = [
+            score("m", "amc23", [problem], [[Sample("p", i, t, 1, True) for i, t in enumerate(texts)]], judge)
+            .metrics["strict"][f"maj@{len(texts)}"].value
+            for texts in (right + wrong[2:], right + wrong[:3], right + wrong)
+        ]  # fmt: skip
+        assert votes == [1.0, 0.5, 0.0]
+        many = [[r"\boxed{a}", None, "", "7", *(f"x_{i}" for i in range(40)), "a + a", "2a"]]
+        (found,) = judge.votes(many, [[True] + [False] * (len(many[0]) - 1)])
+    assert found[:2] == ["right", None]
+    assert len(set(found)) in (len(found), len(found) - 1)  # what is rare may not be compared
 
 
 @pytest.mark.parametrize("n, expected", [(1, [1]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
@@ -212,6 +238,24 @@ class TestSuite:
         with pytest.raises(ConfigError, match="sets.math500.sample: Key 'sample' not in 'SetConfig'"):
             read_suite(str(tmp_path / "suite.yaml"), {})
 
+    def test_one_file_serves_one_set(self, tmp_path: Path) -> None:
+        file, suite = tmp_path / "aime24.jsonl", tmp_path / "suite.yaml"
+        file.write_text("")
+        assert read_suite("aime24", {"data": str(file)})[0].data == str(file)
+        assert len(read_suite("aime24,amc23", {"data": str(tmp_path)})) == 2
+        with pytest.raises(
+            ConfigError, match="data: expected a folder for several data sets, aime24, amc23, found one"
+        ):
+            read_suite("aime24,amc23", {"data": str(file)})
+        suite.write_text(f"data: {file}\nsets: {{aime24: {{}}, amc23: {{}}}}\n")
+        with pytest.raises(ConfigError, match="data: expected a folder"):
+            read_suite(str(suite), {})
+        suite.write_text(f"sets: {{aime24: {{data: {file}}}, amc23: {{}}}}\n")
+        assert [one.data for one in read_suite(str(suite), {})] == [str(file), None]
+
+
+NOTHING: dict[str, Any] = {"settings": [], "results": []}
+
 
 def estimates(**values: float) -> dict[str, Estimate]:
     return {key.replace("_at_", "@"): Estimate(v, v - 0.1, v + 0.1) for key, v in values.items()}
@@ -224,7 +268,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
                                    "strict": strict}, Estimate(12.4, 10, 15), Estimate(0.25, 0.2, 0.3))
         for model, p in (("grpo", 0.3), ("g2rl", 0.5)) for name in ("amc23", "aime24")
     ]  # fmt: skip
-    tables = write_results(tmp_path, scores, [settings()])
+    tables = write_results(tmp_path, scores, [settings()], NOTHING)
     assert len(tables) == 2
     text = (tmp_path / "results.txt").read_text(encoding="utf-8")
     assert "30.0 / 40.0 / 50.0" in text
@@ -243,6 +287,47 @@ def test_what_is_shown(tmp_path: Path) -> None:
     amc, aime = plot_pass_at_k(scores).axes[:2]
     assert (amc.get_title(), aime.get_title()) == ("amc23", "aime24")
     assert [list(line.get_ydata()) for line in amc.lines] == [[0.3, 0.5], [0.5, 0.7]]
+
+
+def scored(model: str, name: str, value: float) -> Scores:
+    both = estimates(pass_at_1=value, pass_at_3=value, maj_at_3=value)
+    none = Estimate(value, float("nan"), float("nan"))
+    return Scores(model, name, 5, 3, {"lenient": both, "strict": {**both, "pass@1": none}}, none, none)
+
+
+def test_results_of_another_suite_stay(tmp_path: Path) -> None:
+    first, (other,) = settings(), read_suite("aime24", {"samples": 3})
+    assert read_results(tmp_path, ["a"], [first]) == NOTHING
+    write_results(tmp_path, [scored("a", "amc23", 0.3), scored("b", "amc23", 0.4)], [first], NOTHING)
+    earlier = read_results(tmp_path, ["a"], [other])
+    write_results(tmp_path, [scored("a", "aime24", 0.5)], [other], earlier)
+    text = (tmp_path / "results.txt").read_text()
+    assert all(f"{value:.1f} / {value:.1f} / {value:.1f}" in text for value in (30, 40, 50))
+    record = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert [(one["model"], one["name"]) for one in record["results"]] == [
+        ("a", "amc23"),
+        ("b", "amc23"),
+        ("a", "aime24"),
+    ]
+    assert [one["name"] for one in record["settings"]] == ["amc23", "aime24"]
+    assert record["results"][0]["metrics"]["strict"]["pass@1"] == {"value": 0.3, "low": None, "high": None}
+    # Evaluated again, a result takes the place of the one before.
+    write_results(tmp_path, [scored("a", "amc23", 0.6)], [first], read_results(tmp_path, ["a"], [first]))
+    record = json.loads((tmp_path / "results.json").read_text())
+    found = {(one["model"], one["name"]): one["metrics"]["lenient"]["pass@1"]["value"] for one in record["results"]}
+    assert found == {("b", "amc23"): 0.4, ("a", "aime24"): 0.5, ("a", "amc23"): 0.6}
+
+
+def test_results_with_other_settings_or_damaged_are_refused_at_once(tmp_path: Path) -> None:
+    write_results(tmp_path, [scored("a", "amc23", 0.3), scored("b", "amc23", 0.4)], [settings()], NOTHING)
+    changed = [settings(temperature=0.5)]
+    with pytest.raises(ConfigError, match="out: expected samples with temperature = 0.5, found 0.8 in .*results.json"):
+        read_results(tmp_path, ["a"], changed)
+    assert read_results(tmp_path, ["a", "b"], changed) == NOTHING  # none of the others is left
+    for damage in ("", "{", "[]", '{"settings": [], "results": [{}]}'):
+        (tmp_path / "results.json").write_text(damage)
+        with pytest.raises(ConfigError, match="out: expected results of g2rl eval, found damage in .*results.json"):
+            read_results(tmp_path, ["a"], changed)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +372,7 @@ def data(tmp_path: Path) -> Iterator[Path]:
 
 
 def command(model: Path, data: Path, out: str, *more: str) -> list[str]:
-    return ["eval", str(model), "rollout.dtype=float32", "--suite", "mmlu_pro", "--data", str(data), "--samples", "4",
+    return ["eval", str(model), "--suite", "mmlu_pro", "rollout.dtype=float32", "--data", str(data), "--samples", "4",
             "--max-tokens", "12", "--limit", "6", "--batch-size", "3", "--out", str(data / out), *more]  # fmt: skip
 
 
@@ -345,6 +430,14 @@ def test_several_models_side_by_side(tiny_model: Path, data: Path, capsys: pytes
         (tiny_model.name, "mmlu_pro", 2, 4),
         ("other", "mmlu_pro", 2, 4),
     ]
+    # The same weights elsewhere are the same model; another engine's samples are others.
+    samples = data / "out" / "other" / "mmlu_pro.jsonl"
+    before = samples.read_bytes()
+    (data / "elsewhere").mkdir()
+    other.rename(data / "elsewhere" / "other")
+    assert main(command(data / "elsewhere" / "other", data, "out", "--limit", "2")) == 0
+    assert samples.read_bytes() == before
+    assert json.loads(before.partition(b"\n")[0])["engine"] == "transformers"
     assert main(command(tiny_model, data, "out", "--temperature", "0.5")) == 2
     assert "out: expected samples with temperature = 0.5, found 0.8" in capsys.readouterr().err
 

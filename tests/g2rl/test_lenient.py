@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from g2rl.tasks.lenient import lenient_answer, without_delimiters
+from g2rl.tasks.lenient import lenient_answer
 from g2rl.tasks.verifier import MathVerifier
 
 # (gold, response, verdict, reason)
@@ -18,6 +18,9 @@ CASES = [
     ("13", r"\boxed{12} or \boxed{13}", False, "two boxes side by side"),
     ("13", r"\boxed{12}\boxed{13}", False, "two boxes, no word between"),
     ("13", r"$\boxed{12}$, $\boxed{13}$", False, "two boxes in formulas"),
+    ("13", r"$x=\boxed{12}$ or $x=\boxed{13}$", False, "two boxes in equations"),
+    ("13", r"Either \boxed{12} or maybe \boxed{13}", False, "two boxes, one doubted"),
+    (r"\frac{639}{40}", r"$\boxed{\frac{639}{40}} = \boxed{15.975}$", True, "two boxes with one answer"),
     ("13", r"First \boxed{12}, which was too small. In the end \boxed{13}.", True, "a box corrected"),
     ("204", "Thus $m=204$.", True, "the last formula"),
     ("7", "Since $a=2$, we get $f(a)=7$.", True, "the last of two formulas"),
@@ -63,6 +66,16 @@ CASES = [
     ("8", "So it is $7$ or $8$.", False, "two formulas, no phrase"),
     ("8", "The answer is 7. The answer is 8.", False, "two answers"),
     ("8", "Answer: 7\nAnswer: 8", False, "two lines"),
+    ("36", r"The final answer is $\$36$. I hope it is correct.", True, "money in a formula"),
+    ("36", r"So she pays $\$36$.", True, "the same at the end"),
+    ("36", r"It is \$30 and \$36 together.", False, "escaped signs make no formula"),
+    ("5", "We get 2+3.\n\n**Final Answer**\n\n5", True, "over the last line"),
+    ("5", "We add what each of them has and find it.\n\n### Final Answer\n5", True, "a heading"),
+    ("5", "### Answer\nFirst we get 5.\nThen we add 3 to it.", False, "a heading of several lines"),
+    ("7", "### Answer\nWe add 3 and 4. The answer is 7.", True, "a heading, and what it says"),
+    ("28", "The area is 28 square inches.", True, "a unit of area"),
+    ("28", "The answer is 28 square.", False, "no unit"),
+    ("28", "It takes 28 months.", True, "a word that ends like a part"),
     ("3", "The roots are $3$ and $5$.", False, "one of two roots"),
     ("10100", "The roots are $10$ and $100$.", False, "two roots that are no number"),
     ("4", "So $x=3$ and $y=4$.", False, "one of two equations"),
@@ -71,6 +84,15 @@ CASES = [
     ("2", "The answer is the square root of 2.", False, "the same in words"),
     ("2", "The answer is 2 pi.", False, "a multiple of it"),
     ("2", "The answer is 2 dozen.", False, "a dozen of it"),
+    ("5", "The answer is 5 sevenths.", False, "a seventh of it"),
+    ("3", "The answer is 3 quarters.", False, "a quarter of it"),
+    ("28", "The sum is 28 hundredths.", False, "a hundredth of it"),
+    ("5", "The answer is 5 base eight.", False, "another base"),
+    ("7", "The answer is 7 factorial.", False, "its factorial"),
+    ("7", "The answer is 7 divided by two.", False, "half of it"),
+    ("5", "The answer is 5 degrees below zero.", False, "its negative"),
+    ("2", "The answer is 2 point five.", False, "a half more"),
+    ("5", "The answer is 5 to one.", False, "a ratio"),
     ("2", "The answer is 2^10.", False, "a power of it"),
     ("2", "The answer is 2x.", False, "a coefficient"),
     ("2", "The number is 2 more than 5.", False, "compared with another"),
@@ -95,22 +117,6 @@ def test_table(verifier: MathVerifier) -> None:
     verdicts = verifier.judge([(gold, answer) for (gold, *_), answer in zip(CASES, answers, strict=True)])
     wrong = [(case, answer) for case, answer, v in zip(CASES, answers, verdicts, strict=True) if v is not case[2]]
     assert not wrong
-
-
-@pytest.mark.parametrize(
-    "answer, expected",
-    [
-        ("$1/3$", "1/3"),
-        (r"\(1/3\)", "1/3"),
-        (r"So it is: \[ \boxed{7} \]", "7"),
-        ("1/3", "1/3"),
-        ("$3$ and $5$", "$3$ and $5$"),
-        ("$18", "$18"),
-        ("", ""),
-    ],
-)
-def test_delimiters_go(answer: str, expected: str) -> None:
-    assert without_delimiters(answer) == expected
 
 
 ADVERSARIAL = [
@@ -142,5 +148,4 @@ def test_time_is_bounded(response: str) -> None:
     start = time.monotonic()
     for text in (response, response * 10):
         lenient_answer(text)
-        without_delimiters(text[:10_000])
     assert time.monotonic() - start < 2  # a linear search takes a small part of that, a quadratic one minutes

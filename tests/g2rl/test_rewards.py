@@ -176,6 +176,18 @@ def swallows(problem, response, finished):
 def counts(problem, response, finished):
     return next(calls)
 
+def once(problem, response, finished):
+    if next(calls):
+        raise OSError("gone")
+    return 1.0
+
+later = itertools.count()
+
+def once_or_stop(problem, response, finished):
+    if next(later):
+        raise OSError("gone")
+    return 1.0
+
 def sometimes(problem, response, finished):
     return 1.0 if finished else None
 """
@@ -253,6 +265,14 @@ def test_another_value_for_the_same_response_is_said_once(faults: str) -> None:
     with pytest.warns(RuntimeWarning, match=rf"expected {name} to give a response the same value .* 0.0 and 1.0 for"):
         judge([("32", True)], [RewardConfig(name)])
     assert [v.reward for v in judge([("32", True)], [RewardConfig(name)])] == [2.0]
+
+
+def test_being_asked_again_counts_as_other_calls_do(faults: str) -> None:
+    name = f"{faults}:once"
+    with pytest.warns(RuntimeWarning, match=rf"asked for the same value again: .*{name} .* found OSError: gone"):
+        assert [v.reward for v in judge([("32", True)], [RewardConfig(name, on_error="zero")])] == [1.0]
+    with pytest.raises(ConfigError, match=f"{name}_or_stop .* found OSError: gone"):
+        judge([("32", True)], [RewardConfig(f"{name}_or_stop")])
 
 
 def test_another_value_can_stop_training_or_be_meant(faults: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 from g2rl.config import ConfigError, TaskConfig
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task, sample_indices
+from g2rl.tasks.data_sets import load_problems
 from g2rl.tasks.reasoning_gym import ReasoningGymTask
 from g2rl.types import Problem
 
@@ -86,6 +87,11 @@ class TestArithmetic:
             (r"\boxed{32}, not 33", True, "the box before a later number"),
             (r"32, so \boxed{33}", False, "a wrong box before a right number"),
             ("32 or 33", False, "the last number counts"),
+            (r"\boxed{33} or \boxed{32}", False, "two boxes to choose from"),
+            (r"\boxed{32} or \boxed{32.0}", True, "two boxes with one answer"),
+            (r"27 is \boxed{27}, and 27 + 5 is \boxed{32}", True, "a box of a step"),
+            (r"\boxed{32 apples}", True, "a unit"),
+            (r"\boxed{32 dozen}", False, "a word that makes another number of it"),
             ("-32", False, "sign"),
             ("32.0", True, "the same value"),
             ("32.5", False, "not the same"),
@@ -178,8 +184,21 @@ class TestJsonl:
             assert made.judge([half, half, double, double, double], responses) == [True, False, True, False, False]
             assert made.extract(responses[0]) == r"\frac12"
             assert made.extract(responses[1]) is None
+            choices = [r"$\boxed{x}$ or $x=\boxed{2x}$", r"$\boxed{x+x} = \boxed{2x}$", r"\boxed{x}. Both: \boxed{2x}"]
+            assert made.judge([double] * 3, choices) == [False, True, True]
         with task("jsonl", held_out=0, path=path, allow_number=True) as made:
             assert made.judge([half, half], ["It is 0.5.", "It is 1/2, or 3."]) == [True, False]
+
+    def test_numbers_of_json_have_no_exponent(self, tmp_path: Path) -> None:
+        rows = [{"problem": f"{i}?", "answer": answer} for i, answer in enumerate([1e-5, 2e16, 5.0, 10**20])]
+        with task("jsonl", held_out=0, path=write(tmp_path / "set.jsonl", rows)) as made:
+            problems = sorted((made.train_problem(i) for i in range(4)), key=lambda p: p.prompt)
+            assert [p.answer for p in problems] == ["0.00001", "20000000000000000", "5.0", "1" + "0" * 20]
+            right = [r"\boxed{10^{-5}}", r"\boxed{2 \times 10^{16}}", r"\boxed{5}", r"\boxed{10^{20}}"]
+            assert made.judge(problems, right) == [True] * 4
+            assert made.judge(problems[:1], [r"\boxed{e-5}"]) == [False]
+        write(tmp_path / "amc23.jsonl", rows[:1])
+        assert [p.answer for p in load_problems("amc23", "test", str(tmp_path)).values()] == ["0.00001"]
 
     def test_a_list_is_no_number(self, tmp_path: Path) -> None:
         golds = ["10, 100", "100, 200", "3, 5", "1{,}234"]
@@ -341,12 +360,30 @@ class TestReasoningGym:
             ("so\n{}\n", True, "last line"),
             ("It is {}.", False, "a sentence that contains it"),
             (r"{} \boxed{{no}}", False, "a wrong box"),
+            (r"\boxed{{0}} or \boxed{{{}}}", False, "two boxes to choose from"),
+            (r"\boxed{{{}}}, \boxed{{{}}}", True, "the same box twice"),
             ("", False, "nothing"),
         ],
     )
     def test_where_the_answer_is_found(self, chain_sum: Task, wrap: str, right: bool, reason: str) -> None:
         problem = chain_sum.held_out()[0]
-        assert chain_sum.judge([problem], [wrap.format(problem.answer)]) == [right]
+        assert chain_sum.judge([problem], [wrap.format(problem.answer, problem.answer)]) == [right]
+
+    def test_no_answer_and_the_empty_one_are_judged_apart(self) -> None:
+        with task("ab", held_out=200) as made:
+            empty = next(problem for problem in made.held_out() if problem.answer == "")
+            other = next(problem for problem in made.held_out() if problem.answer)
+            responses = [
+                "",
+                "<answer></answer>",
+                r"So nothing is left: \boxed{}.",
+                r"\boxed{} \boxed{A#}",
+                r"\boxed{\text{}}",
+            ]
+            for order in (responses, responses[::-1]):
+                right = dict(zip(responses, [False, True, True, False, True], strict=True))
+                assert made.judge([empty] * 5, order) == [right[response] for response in order]
+            assert made.judge([other] * 3, responses[:3]) == [False] * 3
 
     def test_an_answer_that_merely_contains_the_right_one_is_wrong(self) -> None:
         with task("letter_counting", held_out=4) as made:

@@ -82,6 +82,73 @@ CASES = [
     ("7", "9^{9^9}", False, "a tower of powers is refused"),
     ("9^{9^9}", "9^{9^9}", True, "unless the text is equal"),
     ("10^{100}", "10^{101}", False, "large powers are exact"),
+    ("10^{9999}", "10^{9998}", False, "larger ones, too"),
+    ("18", "18 dollars", True, "a unit that math-verify does not know"),
+    ("18", "18 dollars per day", True, "a rate in words"),
+    ("10", "10 km/h", True, "a rate"),
+    ("7", "7\u20ac", True, "a currency"),
+    ("18", r"18 \text{ cups of flour}", True, "what there are so many of"),
+    ("18", r"18 \text{ million}", False, "a million of it"),
+    ("18", "18 dozen", False, "a dozen of it"),
+    ("18", r"18 \text{ squared}", False, "its square"),
+    (r"18 \text{ million}", "18 million", True, "the same words"),
+    (r"18 \text{ million}", "18", False, "without them"),
+    ("18", "18 abc", False, "variables"),
+    ("18", "19 dollars", False, "another number with its unit"),
+    (".0000672", ".0000668", False, "the seventh decimal"),
+    (r"6.63\times 10^{-34}", r"1.1\times 10^{-27}", False, "two small numbers"),
+    (r"6.63\times 10^{-34}", "6.63e-34", True, "the same one"),
+    (r"6.63\times 10^{-34}", "0", False, "not nothing"),
+    (r"\frac{1}{3}", "0.333333", False, "a decimal rounded to six"),
+    (r"\sqrt{2}", "1.414214", False, "a root rounded to six"),
+    (r"\pi", "3.141593", False, "pi rounded to six"),
+    (r"2.5\sqrt{2}", r"\frac{5\sqrt{2}}{2}", True, "a decimal in an expression"),
+    ("0.3", "0.1+0.2", True, "a sum of decimals"),
+    ("4.5e33", r"4.5 \times 10^{33}", True, "a power in a data set's spelling"),
+    ("4.5e33", r"4.6 \times 10^{33}", False, "another one"),
+    ("1e-19", "10^{-19}", True, "a power alone"),
+    ("1e-19", "e-19", False, "which is no difference"),
+    ("5", "= 5", True, "an equals sign before it"),
+    ("(1,2)", "{(1,2)}", True, "a group around it"),
+    (r"\text{east}", r"{\text{east}}", True, "around a word"),
+    (r"\text{east}", r"{\text{west}}", False, "around another one"),
+    (r"3\sqrt{13}", r"\mathbf{3\sqrt{13}}", True, "bold in TeX"),
+    ("5", "**5**", True, "bold in Markdown"),
+    ("9", r"\text{The answer is }9", True, "said in the box"),
+    ("9", r"\text{The answer is not }9", False, "denied in the box"),
+    (r"\frac{7}{2}", "3 1/2", True, "a mixed number"),
+    (r"\frac{3}{2}", "3 1/2", False, "which is no product"),
+    (r"\begin{pmatrix} 1/2 \\ 3 \end{pmatrix}", r"\begin{pmatrix} \frac12 \\[1mm] 3 \end{pmatrix}", True, "row gaps"),
+    ("-1", "\u20131", True, "an en dash"),
+    ("-2", "3\u20135", False, "which makes a range"),
+    (r"\sqrt{2}", "\u221a2", True, "a root sign"),
+    (r"\sqrt{23}", "\u221a2 3", False, "over one number"),
+    ("x^2", "x\u00b2", True, "a raised digit"),
+    (r"\infty", "\u221e", True, "infinity"),
+    (r"\frac12", "\u00bd", True, "one sign for a half"),
+    ("12", "3 \u00b7 4", True, "a product with a dot"),
+    (r"\frac{\pi}{2}", r"\frac\pi2", True, "a fraction without braces"),
+    ("(-\\infty,3]", r"x \le 3", True, "an inequality for its interval"),
+    ("(-\\infty,3]", "x < 3", False, "without its end"),
+    ("(-\\infty,3]", r"x \ge 3", False, "the other way"),
+    (r"x \le 3", "(-\\infty,3]", True, "the interval for it"),
+    ("204_5", "204_6", False, "another base"),
+    ("204_5", "204_{5}", True, "the same base"),
+    ("204_5", "204", True, "a base that the problem gives"),
+    ("9", "x = 3.25 = 9", False, "two values"),
+    ("9", "9 = 3^2", True, "one value twice"),
+    (r"\frac{2}{3}", r"\frac{2}{3} \approx 0.67", True, "its rounding"),
+    (r"\frac{270}{7}", r"\frac{270}{7} \approx 39", True, "to a whole number"),
+    ("2", r"2 \approx 2.1", False, "no rounding of it"),
+    ("0.5", r"0.5\%", False, "a hundredth of it"),
+    (r"50\%", "50", True, "the sign left out"),
+    ("50", r"50\%", True, "the sign added"),
+    ("0.5", r"50\%", True, "a share in percent"),
+    (r"50\%", r"5000\%", False, "a hundred times as much"),
+    (r"\{2,5\}", "(2,5)", False, "a pair is no set"),
+    ("(2,5)", r"\{2,5\}", False, "nor a set a pair"),
+    (r"\{(1,2),(3,4)\}", "(1,2),(3,4)", True, "the pairs of a set"),
+    (r"\{2,5\}", "2,5", True, "a set without its braces"),
 ]
 
 
@@ -120,7 +187,17 @@ def test_text_and_integers_take_no_worker_and_pairs_are_judged_once(monkeypatch:
         assert verifier.judge(easy) == [True, False, True, False, False, False]
         assert asked == []
         assert verifier.judge([("x", "y"), ("7", "8"), ("x", "y"), ("a", "b")]) == [True, False, True, True]
-    assert asked == [("x", "y"), ("a", "b")]
+        assert verifier.judge([("x", "$y$"), ("a", "c"), ("x", "y")]) == [True, True, True]
+    assert asked == [("x", "y"), ("a", "b"), ("a", "c")]
+
+
+def test_verdicts_are_kept_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("g2rl.tasks.verifier._KEPT", 3)
+    monkeypatch.setattr(JudgePool, "scores", lambda self, requests: [1.0] * len(requests))
+    with MathVerifier() as verifier:
+        for i in range(1, 10):
+            assert verifier.judge([(f"x_{i}", "y"), (f"z_{i}", "y")]) == [True, True]
+            assert len(verifier._known) <= 4
 
 
 def test_percent_is_not_compared_as_an_integer(verifier: MathVerifier) -> None:

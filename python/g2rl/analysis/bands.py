@@ -56,7 +56,8 @@ class Band:
     def distribution(self) -> np.ndarray:
         """How many pairs of different responses have a cosine between each two of `BINS`."""
         cosines = [pairs.cosine[~pairs.identical] for model in self.models for pairs in model.pairs]
-        return np.histogram(np.concatenate(cosines), BINS)[0]
+        # Those of equal directions pass 1 by rounding.
+        return np.histogram(np.clip(np.concatenate(cosines), -1, 1), BINS)[0]
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,9 @@ def _measured(
 ) -> Model:
     subject = Subject(config)
     count, folder, weights = len(problems) * request.samples, request.out / "held" / name, digest(subject.model)
-    made_by = {"weights": weights, **_settings(config, request)}
+    settings = {"weights": weights, **_settings(config, request)}
+    # What is not part of what is kept: responses are judged when they are read, their meaning is compared after that.
+    made_by = {key: value for key, value in settings.items() if key not in ("rewards", "encoder")}
     with _bar(f"{name}  responses", count) as advance:
         held = Held(folder / "responses", made_by)
         groups = sample_groups(subject, task, problems, request.samples, request.seed, held, advance)
@@ -134,7 +136,8 @@ def _measured(
     found: list[GradientGroup] = []
     if request.gradients:
         with _bar(f"{name}  gradients", count) as advance:
-            found = gradient_groups(subject, groups, encoder, Held(folder / "gradients", made_by), advance)
+            held = Held(folder / "gradients", {**made_by, "encoder": request.encoder})
+            found = gradient_groups(subject, groups, encoder, held, advance)
     return Model(name, config.model.path, run_of(Path(config.model.path)), weights, pairs, found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,9 @@ def _write_table(path: Path, table: Table) -> None:
 
 
 def cell(found: Estimate | None) -> str:
-    return "-" if found is None else f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    if found is None:
+        return "-"
+    return f"{found.value:.2f}" + ("" if math.isnan(found.low) else f" [{found.low:.2f}, {found.high:.2f}]")
 
 
 def _predictor_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:

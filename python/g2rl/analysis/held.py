@@ -24,10 +24,12 @@ class Held:
         self._made_by = dict(made_by)
 
     def read(self, number: int, of: Any) -> dict[str, Any] | None:
-        """The record with a number, None where there is none that was made by the same and of the same."""
-        path = self._path(number)
-        record = json.loads(path.read_text()) if path.is_file() else {}
-        return record["found"] if record.get("key") == self._key(of) else None
+        """The record with a number, None where there is no whole one that was made by the same and of the same."""
+        try:
+            record = json.loads(self._path(number).read_bytes())
+            return record["found"] if record["key"] == self._key(of) else None
+        except (FileNotFoundError, ValueError, LookupError, TypeError):  # damaged: it is computed again
+            return None
 
     def write(self, number: int, of: Any, found: Mapping[str, Any]) -> None:
         """Keep a record, in place of an older one."""

@@ -92,7 +92,7 @@ def _rows(measured: Measured, found: Found) -> list[tuple[str, ...]]:
 
 
 def cell(found: Estimate | None, share: bool = False, seeds: Sequence[float] = ()) -> str:
-    """A value with its interval, and from the least to the greatest of several seeds."""
+    """A value with its interval, if it has one, and from the least to the greatest of several seeds."""
     if found is None:
         return "-"
 
@@ -100,7 +100,8 @@ def cell(found: Estimate | None, share: bool = False, seeds: Sequence[float] = (
         return f"{100 * value:.1f} %" if share else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
     spread = f"; seeds {text(min(seeds))} to {text(max(seeds))}" if len(seeds) > 1 else ""
-    return f"{text(found.value)} [{text(found.low)}, {text(found.high)}]{spread}"
+    interval = "" if math.isnan(found.low) else f" [{text(found.low)}, {text(found.high)}]"
+    return f"{text(found.value)}{interval}{spread}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:

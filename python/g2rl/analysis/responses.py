@@ -109,36 +109,34 @@ def sample_groups(
             asked = problems[start : start + step]
             seeds = response_seeds(seed, m * len(asked), m * start)
             # An id may be no more than the number of a line, whose problem can be another one by now.
-            keys = [[p.id, p.prompt, p.answer, seeds[m * i : m * (i + 1)]] for i, p in enumerate(asked)]
+            keys = [[p.id, p.prompt, seeds[m * i : m * (i + 1)]] for i, p in enumerate(asked)]
             kept = [held.read(start + i, key) for i, key in enumerate(keys)]
             found = [record for record in kept if record is not None]
             if len(found) < len(asked):
                 drawn = sampler.sample(asked, m, config.rollout.temperature, config.rollout.top_p, seeds)
-                found = [_record(task, config, drawn[m * i : m * (i + 1)]) for i in range(len(asked))]
+                found = [_record(drawn[m * i : m * (i + 1)]) for i in range(len(asked))]
                 for i, key in enumerate(keys):
                     held.write(start + i, key, found[i])
-            groups += [_sampled(problem, record) for problem, record in zip(asked, found, strict=True)]
+            groups += [_sampled(task, config, *both) for both in zip(asked, found, strict=True)]
             advance(m * len(asked))
     return groups
 
 
-def _record(task: Task, config: Config, episodes: Sequence[Episode]) -> dict[str, Any]:
-    verdicts = judge_episodes(episodes, task, config.rewards)
+def _record(episodes: Sequence[Episode]) -> dict[str, Any]:
     return {
         "prompt_ids": episodes[0].prompt_ids,
         "response_ids": [episode.response_ids for episode in episodes],
         "texts": [episode.text for episode in episodes],
         "finished": [episode.finished for episode in episodes],
-        "correct": [verdict.correct for verdict in verdicts],
-        "rewards": [verdict.reward for verdict in verdicts],
     }
 
 
-def _sampled(problem: Problem, record: dict[str, Any]) -> Sampled:
+def _sampled(task: Task, config: Config, problem: Problem, record: dict[str, Any]) -> Sampled:
     prompt = tuple(record["prompt_ids"])
     rows = zip(record["response_ids"], record["texts"], record["finished"], strict=True)
     episodes = [Episode(problem, prompt, tuple(tokens), text, finished) for tokens, text, finished in rows]
-    return Sampled(problem, episodes, record["correct"], record["rewards"])
+    verdicts = judge_episodes(episodes, task, config.rewards)
+    return Sampled(problem, episodes, [one.correct for one in verdicts], [one.reward for one in verdicts])
 
 
 def held_out(task: Task, count: int) -> list[Problem]:

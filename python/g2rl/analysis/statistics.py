@@ -1,7 +1,8 @@
 """Ratios and correlations over pairs of responses, with 95 % intervals.
 
 Pairs of one problem's responses share responses, and are no independent observations. So whole problems are drawn
-again, with all their pairs; and of models that differ in their seed, models.
+again, with all their pairs; and of models that differ in their seed, models. Where all resamples agree, as those of a
+single problem do, there is no interval.
 """
 
 from __future__ import annotations
@@ -10,7 +11,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from g2rl.bootstrap import ANY, CORRELATION, Estimate, Limits, between, interval, problem_weights, resampled_ratios
+from g2rl.bootstrap import (
+    ANY,
+    CORRELATION,
+    Estimate,
+    Limits,
+    between,
+    interval,
+    problem_weights,
+    resampled_ratios,
+    unless_agreed,
+)
 
 Sums = tuple[np.ndarray, np.ndarray]
 """Totals and counts [S, P] of S seeds and P problems."""
@@ -23,7 +34,7 @@ def ratio(totals: np.ndarray, counts: np.ndarray, limits: Limits = ANY) -> Estim
     """
     if not counts.sum():
         return None
-    return interval(totals.sum() / counts.sum(), resampled_ratios(totals, counts), limits)
+    return unless_agreed(interval(totals.sum() / counts.sum(), resampled_ratios(totals, counts), limits))
 
 
 def difference(a: Sums, b: Sums, limits: Limits = ANY) -> Estimate | None:
@@ -31,7 +42,7 @@ def difference(a: Sums, b: Sums, limits: Limits = ANY) -> Estimate | None:
     if not a[1].sum() or not b[1].sum():
         return None
     value = a[0].sum() / a[1].sum() - b[0].sum() / b[1].sum()
-    return interval(value, resampled_ratios(*a) - resampled_ratios(*b), between(limits))
+    return unless_agreed(interval(value, resampled_ratios(*a) - resampled_ratios(*b), between(limits)))
 
 
 def correlation(
@@ -56,7 +67,7 @@ def correlation(
     value = _pearson(sums.sum(0, keepdims=True))[0]
     if not np.isfinite(value):
         return None
-    return interval(value, _pearson(problem_weights(len(members)) @ sums), CORRELATION)
+    return unless_agreed(interval(value, _pearson(problem_weights(len(members)) @ sums), CORRELATION))
 
 
 def _by_part(values: np.ndarray, parts: list[np.ndarray], change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from g2rl.checkpoint import checkpoint_config, find_checkpoint
 from g2rl.config import Config, ConfigError
-from g2rl.evaluation.results import write_results
+from g2rl.evaluation.results import read_results, write_results
 from g2rl.evaluation.samples import provenance, sample_all
 from g2rl.evaluation.scores import Scores, score
 from g2rl.evaluation.suite import Settings, read_suite, suite_problems
@@ -50,7 +50,7 @@ def model_config(checkpoint: str, overrides: Sequence[str]) -> Config:
 def evaluate_suite(
     checkpoints: Sequence[str], suite: str, out: Path, flags: Mapping[str, Any], overrides: Sequence[str]
 ) -> None:
-    """Evaluate checkpoints on a suite; samples and results go to the folder `out`, and what is there is not repeated.
+    """Evaluate checkpoints on a suite; samples and results go to the folder `out`, beside what is there already.
 
     Args:
         checkpoints: see `model_config`.
@@ -64,6 +64,7 @@ def evaluate_suite(
     problems = [suite_problems(settings) for settings in sets]
     configs = [model_config(checkpoint, overrides) for checkpoint in checkpoints]
     names = labels([config.model.path for config in configs])
+    earlier = read_results(out, names, sets)
     scores = []
     with ExitStack() as closing:
         judges = {kind: closing.enter_context(judge()) for kind, judge in JUDGES.items()}
@@ -71,7 +72,7 @@ def evaluate_suite(
             scores += _evaluate_model(label, config, sets, problems, out, judges)
             gc.collect()
             torch.cuda.empty_cache()
-    for table in write_results(out, scores, sets):
+    for table in write_results(out, scores, sets, earlier):
         get_console().print(table)
     print(f"g2rl: samples, results.json and pass_at_k.png are in {out}")
 
@@ -86,7 +87,7 @@ def _evaluate_model(
 ) -> list[Scores]:
     # Nothing is trained here: the weights are loaded in the type that generates, and no copy of them is needed.
     model, tokenizer = load_model(replace(config.model, dtype=config.rollout.dtype))
-    made_by = {"model": config.model.path, "dtype": config.rollout.dtype, "weights": digest(model)}
+    made_by = {"engine": config.rollout.engine, "dtype": config.rollout.dtype, "weights": digest(model)}
     scores = []
     with closing(make_sampler(model, tokenizer, config.rollout)) as sampler:
         sampler.sync()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -15,30 +18,86 @@ from rich.console import Console
 from rich.table import Table
 
 from g2rl.bootstrap import Estimate
+from g2rl.config import ConfigError
+from g2rl.evaluation.samples import check_same
 from g2rl.evaluation.scores import MODES, Scores
 from g2rl.evaluation.suite import Settings
+from g2rl.files import write_durably
 from g2rl.plots import CYCLE, STYLE, figure_legend
 
 _MARKERS = "osD^vP"
 
 
-def write_results(folder: Path, scores: Sequence[Scores], suite: Sequence[Settings]) -> list[Table]:
-    """Write the results of all models on all data sets, and return the tables that show them."""
+_COMPARED = ("temperature", "top_p", "max_tokens", "system_prompt", "instruction")  # in one table
+
+
+def read_results(folder: Path, models: Sequence[str], suite: Sequence[Settings]) -> dict[str, Any]:
+    """Return what ``results.json`` holds beside what is about to be evaluated; of no file, nothing.
+
+    Args:
+        models: labels of those that are evaluated now.
+        suite: what on.
+
+    Raises:
+        ConfigError: it is damaged, or has other models' results on one of the data sets with other settings.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        return {"settings": [], "results": []}
+    try:
+        found = json.loads(path.read_bytes())
+        settings = {one["name"]: one for one in found["settings"]}
+        earlier = [_scores(entry) for entry in found["results"]]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"out: expected results of g2rl eval, found damage in {path}: {error!r}; remove it"
+        ) from error
+    now = {one.name: asdict(one) for one in suite}
+    kept = [entry for entry in earlier if entry.model not in models or entry.name not in now]
+    for name in sorted({entry.name for entry in kept} & now.keys()):
+        check_same(path, settings.get(name, {}), {key: now[name][key] for key in _COMPARED})
+    return {"settings": [one for name, one in settings.items() if name not in now], "results": kept}
+
+
+def write_results(
+    folder: Path, scores: Sequence[Scores], suite: Sequence[Settings], earlier: Mapping[str, Any]
+) -> list[Table]:
+    """Write the results of all models on all data sets, and return the tables that show them.
+
+    Args:
+        earlier: `read_results`, which stay in the files.
+    """
+    scores = [*earlier["results"], *scores]
     record = {
         "judge": {"lenient": "the answer in any clear form", "strict": "the answer in a box, as the training reward"},
-        "interval": "95 %, percentile bootstrap over problems",
-        "settings": [asdict(settings) for settings in suite],
+        "interval": "95 %, percentile bootstrap over problems; null where all problems have the same value",
+        "settings": [*earlier["settings"], *map(asdict, suite)],
         "results": [asdict(entry) for entry in scores],
     }
-    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    record = json.loads(json.dumps(record), parse_constant=lambda _: None)  # JSON has no NaN
+    write_durably(folder / "results.json", [json.dumps(record, indent=2) + "\n"])
     shown = [summary(scores), details(scores)]
-    with (folder / "results.txt").open("w", encoding="utf-8") as file:
-        console = Console(file=file, width=160)
-        for table in shown:
-            console.print(table)
+    text = StringIO()
+    console = Console(file=text, width=160)
+    for table in shown:
+        console.print(table)
+    write_durably(folder / "results.txt", [text.getvalue()])
+    drawn = BytesIO()
     with rc_context(STYLE):
-        plot_pass_at_k(scores).savefig(folder / "pass_at_k.png")
+        plot_pass_at_k(scores).savefig(drawn)
+    write_durably(folder / "pass_at_k.png", drawn.getvalue())
     return shown
+
+
+def _scores(entry: Mapping[str, Any]) -> Scores:
+    """What `asdict` made of scores, with NaN for null."""
+
+    def estimate(ends: Mapping[str, float | None]) -> Estimate:
+        return Estimate(**{name: math.nan if end is None else end for name, end in ends.items()})
+
+    metrics = {mode: {key: estimate(one) for key, one in keys.items()} for mode, keys in entry["metrics"].items()}
+    single = {name: estimate(entry[name]) for name in ("response_length", "truncated_share")}
+    return Scores(**{**entry, "metrics": metrics, **single})
 
 
 def _percent(estimate: Estimate) -> str:
@@ -46,7 +105,8 @@ def _percent(estimate: Estimate) -> str:
 
 
 def _interval(estimate: Estimate) -> str:
-    return f"{_percent(estimate)}\n[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    ends = "-" if math.isnan(estimate.low) else f"[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    return f"{_percent(estimate)}\n{ends}"
 
 
 def _unique(values: Sequence[str]) -> list[str]:
@@ -59,15 +119,14 @@ def summary(scores: Sequence[Scores]) -> Table:
     table.add_column("model")
     names = _unique([entry.name for entry in scores])
     for name in names:
-        n = next(entry.samples for entry in scores if entry.name == name)
-        table.add_column(f"{name} (n = {n})", justify="right")
+        sizes = _unique([str(entry.samples) for entry in scores if entry.name == name])
+        table.add_column(f"{name} (n = {' or '.join(sizes)})", justify="right")
     for model in _unique([entry.model for entry in scores]):
-        cells = []
-        for name in names:
-            entry = next(e for e in scores if e.model == model and e.name == name)
+        cells = dict.fromkeys(names, "-")
+        for entry in (e for e in scores if e.model == model):
             keys = ("pass@1", f"maj@{entry.samples}", f"pass@{entry.samples}")
-            cells.append(" / ".join(_percent(entry.metrics[MODES[0]][key]) for key in keys))
-        table.add_row(model, *cells)
+            cells[entry.name] = " / ".join(_percent(entry.metrics[MODES[0]][key]) for key in keys)
+        table.add_row(model, *cells.values())
     return table
 
 
@@ -115,6 +174,7 @@ def plot_pass_at_k(scores: Sequence[Scores]) -> Figure:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set(title=name, xlabel="k", ylabel="pass@k")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure_legend(figure, handles, labels, loc="outside lower center")
+    drawn = [axes.get_legend_handles_labels() for axes in panels]
+    handles = {label: handle for both in drawn for handle, label in zip(*both, strict=True)}
+    figure_legend(figure, [handles[model] for model in models], models, loc="outside lower center")
     return figure

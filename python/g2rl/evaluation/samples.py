@@ -115,8 +115,9 @@ def _open(path: Path, made_with: Mapping[str, Any]) -> dict[tuple[str, int], Sam
     if not lines:
         path.write_text(json.dumps(dict(made_with)) + "\n", encoding="ascii")
         return {}
-    _check(path, _parse(path, 1, lines[0], dict), made_with)
-    samples = [_parse(path, number, line, lambda row: Sample(**row)) for number, line in enumerate(lines[1:], 2)]
+    check_same(path, _parse(path, 1, lines[0], dict), made_with)
+    rows = [(number, line) for number, line in enumerate(lines[1:], 2) if line.strip()]
+    samples = [_parse(path, number, line, lambda row: Sample(**row)) for number, line in rows]
     return {(sample.problem, sample.sample): sample for sample in samples}
 
 
@@ -127,7 +128,8 @@ def _parse(path: Path, number: int, line: bytes, make: Callable[[Any], Any]) -> 
         raise ConfigError(f"{path}:{number}: expected a sample as a JSON object, found {line[:60]!r}") from error
 
 
-def _check(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_same(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise ConfigError if what is in `path` was made with other settings than those expected."""
     differing = [key for key in expected if found.get(key) != expected[key]]
     if differing:
         key = differing[0]

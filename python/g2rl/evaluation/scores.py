@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from g2rl.bootstrap import Estimate
+from g2rl.bootstrap import Estimate, unless_agreed
 from g2rl.evaluate import maj_at_k, pass_at_k
 from g2rl.evaluation.samples import Sample
-from g2rl.tasks.answers import canonical
 from g2rl.tasks.grading import Judge
 from g2rl.types import Problem
 
@@ -67,10 +66,10 @@ def _metrics(
     responses = [sample for row in samples for sample in row]
     answers = [judge.answer(p, s.text, lenient and s.finished) for p, s in zip(asked, responses, strict=True)]
     right = judge.right(asked, answers)
-    votes = [None if answer is None else canonical(answer) for answer in answers]
     rows = [slice(i, i + n) for i in range(0, len(responses), n)]
+    votes = judge.votes([answers[row] for row in rows], [right[row] for row in rows])
     values = {f"pass@{k}": [pass_at_k(n, sum(right[row]), k) for row in rows] for k in sizes(n)}
-    values[f"maj@{n}"] = [maj_at_k(votes[row], right[row], n) for row in rows]
+    values[f"maj@{n}"] = [maj_at_k(vote, right[row], n) for vote, row in zip(votes, rows, strict=True)]
     return dict(zip(values, bootstrap(np.transpose(list(values.values()))), strict=True))
 
 
@@ -79,9 +78,10 @@ def bootstrap(values: np.ndarray) -> list[Estimate]:
 
     Args:
         values: [problems, metrics]. The same resamples serve all columns, and every call draws the same ones. Where
-            all problems have one value the interval is that value: it then says nothing of other problems.
+            all problems have one value there is no interval.
     """
     rng = np.random.default_rng(0)
     means = np.stack([values[rng.integers(len(values), size=len(values))].mean(0) for _ in range(_DRAWS)])
     low, high = np.percentile(means, [2.5, 97.5], axis=0)
-    return [Estimate(float(v), float(a), float(b)) for v, a, b in zip(values.mean(0), low, high, strict=True)]
+    rows = zip(values.mean(0), low, high, strict=True)
+    return [unless_agreed(Estimate(float(v), float(a), float(b))) for v, a, b in rows]

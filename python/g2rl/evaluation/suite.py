@@ -87,7 +87,8 @@ def read_suite(suite: str, flags: Mapping[str, Any]) -> list[Settings]:
         flags: fields of `SuiteConfig` that override both the suite's and its sets' values; None overrides nothing.
 
     Raises:
-        ConfigError: no such file, an unknown key or data set (close names are suggested), or a value out of range.
+        ConfigError: no such file, an unknown key or data set (close names are suggested), a value out of range, or one
+            file for several data sets.
     """
     if suite.endswith((".yaml", ".yml")):
         if not Path(suite).is_file():
@@ -98,7 +99,14 @@ def read_suite(suite: str, flags: Mapping[str, Any]) -> list[Settings]:
     if not config.sets:
         raise ConfigError(f"suite: expected names of data sets or a YAML file with sets, found {suite!r}")
     given = {key: value for key, value in flags.items() if value is not None}
-    return [_settings(config, name, given) for name in config.sets]
+    settings = [_settings(config, name, given) for name in config.sets]
+    shared = given.get("data") or config.data
+    served = [one.name for one in settings if one.data == shared]
+    if len(served) > 1 and shared is not None and Path(shared).is_file():
+        raise ConfigError(
+            f"data: expected a folder for several data sets, {', '.join(served)}, found one file, {shared!r}"
+        )
+    return settings
 
 
 def _settings(config: SuiteConfig, name: str, flags: Mapping[str, Any]) -> Settings:

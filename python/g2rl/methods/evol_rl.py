@@ -28,8 +28,8 @@ from g2rl.config import Config, ConfigError
 from g2rl.encoder import SentenceEncoder
 from g2rl.methods.base import Method, Step, describe
 from g2rl.model import resolve_device
-from g2rl.tasks.answers import canonical
 from g2rl.tasks.base import Task
+from g2rl.tasks.spelling import canonical
 from g2rl_kernels import GroupAdvantages, group_advantages
 
 _EQUAL = 1e-6

@@ -1,4 +1,4 @@
-r"""Final answers in model text: the last ``\boxed{...}``, the last number, and one spelling for equal answers.
+r"""Final answers in model text: the last ``\boxed{...}`` and the last number.
 
 Model text is untrusted: every function here takes time linear in the text's length and never raises.
 """
@@ -6,14 +6,14 @@ Model text is untrusted: every function here takes time linear in the text's len
 from __future__ import annotations
 
 import re
-from fractions import Fraction
+from collections.abc import Callable
+
+from g2rl.tasks.spelling import MAX_ANSWER, canonical
 
 MAX_TEXT = 1_000_000
 """Characters of a response that are searched, counted from its end."""
-MAX_ANSWER = 10_000
-"""A longer answer counts as none."""
-_MAX_DIGITS = 300
-"""Numbers with more characters are compared as text: Python refuses to convert very long ones."""
+_MAX_BOXES = 8  # that stand side by side and are compared
+_MAX_BETWEEN = 100  # characters between such boxes
 
 # A box may be written with a doubled backslash, as text that went through JSON twice has it; after a box and its
 # blanks comes the brace, if there is one. `\\.` swallows escaped braces and line breaks `\\`.
@@ -24,6 +24,13 @@ _TEX = re.compile(r"(\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*(\{)?)|\\.|[{}]", re.DO
 _TOKEN = re.compile(r"-?[0-9]+(?:[.,][0-9]+)*|\\[A-Za-z]+(?:\{[^{}]{0,200}\}){0,3}|[A-Za-z](?![A-Za-z])")
 
 _SPACES = re.compile(r"\s*")
+_BOX = re.compile(r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])")
+# Between boxes of which the reader may choose: "or", "x =", formula signs, nothing that tells a step from an answer.
+_BESIDE = re.compile(
+    r"(?:[\s,;:/&{}$.~=]|\\[\\,;:!() \[\]]|\\q?quad(?![A-Za-z])|\\text(?![A-Za-z])"
+    r"|\b(?:or|and|maybe|perhaps|possibly|also|else|either)\b|[A-Za-z](?:_[0-9])?\s?=)*",
+    re.IGNORECASE,
+)
 
 # Before "answer is": it is somebody else's, or none that is meant.
 NOT_MINE = (
@@ -46,19 +53,6 @@ _NUMBER = re.compile(
     r"(?P<over>/[0-9]+(?![0-9/]|\.[0-9]))?)"
 )
 
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_NOISE = re.compile(
-    r"\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\[()\[\]!,]|\\?[$%]|\^(?:\\circ|\{\\circ\}|\u00b0)|\u00b0|\\degree(?![A-Za-z])"
-)
-_BLANK = re.compile(r"(?:\\[;:> ]|\\q?quad(?![A-Za-z])|[\s~])+")
-_LOOSE_BLANK = re.compile(r"(?<![0-9]) | (?![0-9])")  # all but the one in `1 2`, which is not 12
-# Thousands keep their comma close, with a thin space at most; a blank beside it makes two items of a list.
-_CLOSE_COMMA = re.compile(r"(?:\{,\}|,\s*\\!)\s*")
-_LISTING_COMMA = re.compile(r" , ?|, ")
-_GROUPED = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
-_FRACTION = re.compile(r"([+-]?)\\frac(?:\{([+-]?[0-9]+)\}\{([0-9]+)\}|([0-9])([0-9]))")
-_RATIONAL = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+|[0-9]+/[0-9]+)")
-
 
 def extract_boxed(text: str) -> str | None:
     r"""Return the content of the last ``\boxed{...}`` or ``\fbox{...}`` in `text`, None without one.
@@ -67,11 +61,28 @@ def extract_boxed(text: str) -> str | None:
     count, so that an earlier one is taken. ``\boxed 7`` without braces holds the number, control word or character
     that follows. Only the last `MAX_TEXT` characters are read; a content above `MAX_ANSWER` characters is None.
     """
+    boxes = final_boxes(text)
+    return boxes[0] if boxes else None
+
+
+def final_boxes(text: str) -> list[str]:
+    r"""Return the content of the last box as in `extract_boxed`, then others of boxes that stand right before it.
+
+    Those in ``\boxed{12} or \boxed{13}`` are two; a box far before the last one, or before other words, is a step.
+    """
     text = text[-MAX_TEXT:]
     spans = boxed_spans(text)
     if not spans or spans[-1][1] - spans[-1][0] > MAX_ANSWER:
-        return None
-    return text[slice(*spans[-1])].strip()
+        return []
+    first = len(spans) - 1
+    while first and _side_by_side(text, spans[first - 1][1], spans[first][0]):
+        first -= 1
+    return list(dict.fromkeys(text[start:end].strip() for start, end in spans[first:][::-1]))
+
+
+def _side_by_side(text: str, end: int, start: int) -> bool:
+    """Whether a box that ends and one that starts there have nothing between them but "or" and its like."""
+    return 0 <= start - end <= _MAX_BETWEEN and _BESIDE.fullmatch(_BOX.sub("", text[end:start])) is not None
 
 
 def boxed_spans(text: str) -> list[tuple[int, int]]:
@@ -118,17 +129,6 @@ def reconsiders(text: str, *claims: re.Pattern[str]) -> bool:
     return _RECONSIDERED.search(text, end) is not None
 
 
-def unwrap_text(answer: str) -> str:
-    r"""Return ``word`` for an answer that is ``\text{word}`` as a whole, any other unchanged."""
-    match = _WRAPPER.fullmatch(answer.strip())
-    return match[1] if match else answer
-
-
-def without_wrappers(text: str) -> str:
-    r"""Return `text` with the content of ``\\text{}`` and its kin in place of them."""
-    return _WRAPPER.sub(r"\1", text)
-
-
 def _is_sign(text: str, at: int) -> bool:
     """Whether the dash at `text[at]` negates: not after a digit, closing bracket or letter (`3-5`, `3 -5`, `GPT-4`)."""
     if at and text[at - 1] in " \t":
@@ -162,36 +162,25 @@ def last_number(text: str) -> str | None:
     return "-" + number if negative else number
 
 
-def extract_answer(text: str, allow_number: bool) -> str | None:
-    """Return the last boxed content of `text`, else with `allow_number` its last number, else None."""
-    boxed = extract_boxed(text)
-    if boxed is None and allow_number:
-        return last_number(text)
-    return boxed
+def same_spelling(first: str, second: str) -> bool:
+    """Whether two answers are plainly equal: `canonical`."""
+    return canonical(first) == canonical(second)
 
 
-def canonical(answer: str) -> str:
-    r"""Return one spelling for answers that are plainly equal, for voting and for equality without a computer algebra.
+def one_box(text: str, same: Callable[[str, str], bool] = same_spelling) -> str | None:
+    """Return the last box's content, None without one and where the boxes right before it hold another answer.
 
-    Blanks, ``$``, ``%``, degree signs, spacing commands and wrappers such as ``\text{}`` go; a number becomes its exact
-    value in lowest terms (``+07.50`` -> ``15/2``, ``1,234.0`` -> ``1234``, ``\frac{2}{4}`` -> ``1/2``). A list that
-    would be a number without its blanks keeps them: ``10, 100`` is neither ``10,100`` nor ``100, 10``.
+    Args:
+        same: whether two contents are the same answer.
     """
-    text = _CLOSE_COMMA.sub(",", answer[:MAX_ANSWER].replace("\u2212", "-"))
-    text = _BLANK.sub(" ", _NOISE.sub("", without_wrappers(text)))
-    items = [_LOOSE_BLANK.sub("", item) for item in _LISTING_COMMA.split(text)]
-    text = re.sub(r"\\[dtc]frac", r"\\frac", ",".join(items)).rstrip(".")
-    grouped = _GROUPED.fullmatch(text)
-    if grouped and len(items) > 1:
-        return ", ".join(items).rstrip(".")
-    number = text.replace(",", "") if grouped else text
-    match = _FRACTION.fullmatch(number)
-    if match:
-        sign, top, bottom = match[1], match[2] or match[4], match[3] or match[5]
-        number = number if sign and top[0] in "+-" else f"{sign}{top}/{bottom}"
-    if len(number) <= _MAX_DIGITS and _RATIONAL.fullmatch(number):
-        try:
-            return str(Fraction(number.rstrip(".")))
-        except ZeroDivisionError:
-            return text
-    return text
+    boxes = final_boxes(text)
+    if not boxes or len(boxes) > _MAX_BOXES or not all(same(boxes[0], other) for other in boxes[1:]):
+        return None
+    return boxes[0]
+
+
+def extract_answer(text: str, allow_number: bool, same: Callable[[str, str], bool] = same_spelling) -> str | None:
+    """Return `one_box` of `text`; without a box and with `allow_number` its last number, else None."""
+    if allow_number and extract_boxed(text) is None:
+        return last_number(text)
+    return one_box(text, same)

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from g2rl.tasks.answers import canonical, extract_answer
+from g2rl.tasks.answers import extract_answer
 from g2rl.tasks.base import FiniteTask, check_held_out, option, read_options, sample_indices
+from g2rl.tasks.spelling import canonical
 from g2rl.types import Problem
 
 _MAX_OPERANDS = 8

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from g2rl.config import ConfigError
-from g2rl.tasks.answers import canonical
+from g2rl.tasks.spelling import canonical
 from g2rl.types import Problem
 
 Options = TypeVar("Options")
@@ -47,6 +47,17 @@ class Task(ABC):
     @abstractmethod
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:
         """Return for each response whether its final answer to the problem beside it is right."""
+
+    def votes(
+        self, answers: Sequence[Sequence[str | None]], correct: Sequence[Sequence[bool]]
+    ) -> list[list[str | None]]:
+        """Return what each answer votes for: the same for the same answer. By its spelling, unless a task knows better.
+
+        Args:
+            answers: those to one problem together; None has no vote.
+            correct: their judgement.
+        """
+        return [[None if answer is None else canonical(answer) for answer in group] for group in answers]
 
     def close(self) -> None:  # noqa: B027  # most tasks hold nothing that needs freeing
         """Free what judging needed, such as worker processes. Safe to call twice."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from g2rl.tasks.answers import NOT_MINE, after_thinking, boxed_spans, canonical, reconsiders, without_wrappers
+from g2rl.tasks.answers import NOT_MINE, after_thinking, boxed_spans, reconsiders
+from g2rl.tasks.spelling import canonical, without_wrappers
 
 LETTERS = "ABCDEFGHIJ"
 WINDOW = 20_000
@@ -127,7 +128,7 @@ def _plain(text: str) -> str:
 
 
 def _key(text: str) -> str:
-    return canonical(_plain(text)).casefold().strip(" .,;:!\"'“”")
+    return canonical(_plain(text), units=False).casefold().strip(" .,;:!\"'“”")
 
 
 def _option_keys(options: Sequence[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from g2rl.tasks.base import apart, check_held_out, distinct, option, read_option
 from g2rl.tasks.choice import LETTERS
 from g2rl.tasks.grading import JUDGES, JudgedTask
 from g2rl.tasks.jsonl import INSTRUCTION, sample
-from g2rl.tasks.rows import column, file_rows, hub_rows
+from g2rl.tasks.rows import column, file_rows, hub_rows, plain
 from g2rl.types import Problem
 
 CHOICE_INSTRUCTION = "Please reason step by step, and put the letter of the right option within \\boxed{}."
@@ -173,9 +173,9 @@ def _problem(spec: DataSet, id: str, place: str, row: Any, instruction: str) -> 
     answer = column(row, (spec.answer, "answer"), place, "the answer", (str, int, float, type(None)))
     if not question.strip():
         raise ConfigError(f"{place}: expected a question, found none")
-    if answer is None or not str(answer).strip():
+    text = "" if answer is None else plain(answer)
+    if not text.strip():
         return None
-    text = str(answer)
     if spec.answer_after is not None:
         text = text.rpartition(spec.answer_after)[2]
     parts = [question]

@@ -7,15 +7,20 @@ it: a right answer also counts where the form was not kept. Neither counts a res
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from types import TracebackType
 
-from g2rl.tasks.answers import extract_answer
+from g2rl.tasks.answers import extract_answer, extract_boxed
 from g2rl.tasks.base import FiniteTask
 from g2rl.tasks.choice import boxed_letter, claimed_letter
-from g2rl.tasks.lenient import lenient_answer, without_delimiters
+from g2rl.tasks.lenient import lenient_answer
+from g2rl.tasks.spelling import canonical
 from g2rl.tasks.verifier import MathVerifier
 from g2rl.types import Problem
+
+_MAX_VOTED = 16  # spellings of a problem's wrong answers that are compared: 120 pairs
 
 
 class Judge(ABC):
@@ -28,6 +33,12 @@ class Judge(ABC):
     @abstractmethod
     def right(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
         """Return for each answer whether it is right for the problem beside it."""
+
+    def votes(
+        self, answers: Sequence[Sequence[str | None]], correct: Sequence[Sequence[bool]]
+    ) -> list[list[str | None]]:
+        """See `Task.votes`; here answers are the same where they are spelled alike."""
+        return [list(group) for group in answers]
 
     def close(self) -> None:  # noqa: B027  # only some judges hold processes
         """Free what judging needed. Safe to call twice."""
@@ -53,17 +64,51 @@ class MathJudge(Judge):
         self._verifier = MathVerifier()
 
     def answer(self, problem: Problem, response: str, lenient: bool = False) -> str | None:
-        if not lenient:
-            return extract_answer(response, self._allow_number)
-        found = lenient_answer(response)
-        return None if found is None else without_delimiters(found)
+        if lenient:
+            return lenient_answer(response, self._same)
+        return extract_answer(response, self._allow_number, self._same)
 
     def right(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
-        golds = [without_delimiters(problem.answer) for problem in problems]
+        golds = [extract_boxed(problem.answer) or problem.answer for problem in problems]
         return self._verifier.judge(list(zip(golds, answers, strict=True)))
+
+    def votes(
+        self, answers: Sequence[Sequence[str | None]], correct: Sequence[Sequence[bool]]
+    ) -> list[list[str | None]]:
+        """See `Task.votes`: right answers are the same, and so are wrong ones that are mathematically equal.
+
+        Of more than `_MAX_VOTED` spellings of wrong answers the rarest are not compared.
+        """
+        wrong = [_wrong(*both) for both in zip(answers, correct, strict=True)]
+        pairs = [pair for texts in wrong for pair in combinations(texts.values(), 2)]
+        same = dict(zip(pairs, self._verifier.judge(pairs), strict=True))
+
+        def vote(texts: Mapping[str, str], answer: str | None, right: bool) -> str | None:
+            if answer is None or right:
+                return answer and "right"
+            key = canonical(answer)
+            equal = (other for other, text in texts.items() if other == key or same.get((text, texts.get(key, ""))))
+            return f"wrong {next(equal, key)}"
+
+        return [
+            [vote(texts, *both) for both in zip(group, right, strict=True)]
+            for texts, group, right in zip(wrong, answers, correct, strict=True)
+        ]
+
+    def _same(self, first: str, second: str) -> bool:
+        return self._verifier.judge([(first, second)])[0]
 
     def close(self) -> None:
         self._verifier.close()
+
+
+def _wrong(answers: Sequence[str | None], correct: Sequence[bool]) -> dict[str, str]:
+    """Return the most frequent of the wrong answers by their spelling."""
+    wrong = [
+        (canonical(answer), answer) for answer, right in zip(answers, correct, strict=True) if answer and not right
+    ]
+    first = dict(reversed(wrong))
+    return {key: first[key] for key, _ in Counter(key for key, _ in wrong).most_common(_MAX_VOTED)}
 
 
 class ChoiceJudge(Judge):
@@ -101,6 +146,11 @@ class JudgedTask(FiniteTask):
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:
         answers = [self._judge.answer(p, response) for p, response in zip(problems, responses, strict=True)]
         return self._judge.right(problems, answers)
+
+    def votes(
+        self, answers: Sequence[Sequence[str | None]], correct: Sequence[Sequence[bool]]
+    ) -> list[list[str | None]]:
+        return self._judge.votes(answers, correct)
 
     def close(self) -> None:
         self._judge.close()

@@ -9,7 +9,7 @@ from typing import Any
 from g2rl.config import ConfigError
 from g2rl.tasks.base import apart, check_held_out, distinct, option, read_options, sample_indices, text_option
 from g2rl.tasks.grading import JudgedTask, MathJudge
-from g2rl.tasks.rows import column, file_rows, hub_rows
+from g2rl.tasks.rows import column, file_rows, hub_rows, plain
 from g2rl.types import Problem
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -91,7 +91,7 @@ def _problem(options: JsonlOptions, place: str, row: Any) -> Problem:
     question = column(row, (options.problem_key,), place, "task.options.problem_key", (str,))
     if not question.strip():
         raise ConfigError(f"{place}: expected a question in {options.problem_key!r}, found none")
-    answer = str(column(row, (options.answer_key,), place, "task.options.answer_key", (str, int, float)))
+    answer = plain(column(row, (options.answer_key,), place, "task.options.answer_key", (str, int, float)))
     if options.answer_after is not None:
         before, found, answer = answer.rpartition(options.answer_after)
         if not found:

@@ -19,6 +19,8 @@ from typing import Any
 
 from g2rl.tasks.sandbox import restrain
 
+_DECIMALS = 12  # to which expressions with decimals are equal; plain numbers are compared exactly before
+
 
 def serve() -> None:
     """Answer requests on stdin until it closes: the worker's main function.
@@ -72,7 +74,10 @@ def math_judge() -> Callable[[str, str], bool]:
         return parse(rf"\boxed{{{answer}}}", target, parsing_timeout=None)
 
     def judge(gold: str, prediction: str) -> bool:
-        return bool(verify(parsed(gold), parsed(prediction), timeout_seconds=None))
+        # Its default of six decimals takes 1/3 for 0.333333 and everything small for 0. Relations are compared with
+        # sets whichever of the two is the gold answer.
+        ours, theirs = parsed(gold), parsed(prediction)
+        return bool(verify(ours, theirs, float_rounding=_DECIMALS, allow_set_relation_comp=True, timeout_seconds=None))
 
     judge(r"\frac{1}{2}", "x+1")  # compiles expressions and fills caches before any answer's time runs
     return judge

@@ -8,17 +8,18 @@ or supposes, there is no answer. Takes time linear in the text's length and neve
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from g2rl.tasks.answers import (
     NOT_MINE,
     after_thinking,
-    boxed_spans,
-    canonical,
-    extract_boxed,
     extract_tagged,
     last_number,
+    one_box,
     reconsiders,
+    same_spelling,
 )
+from g2rl.tasks.spelling import CHANGES, canonical
 
 WINDOW = 20_000
 """Characters of a response without a box that are searched, counted from its end."""
@@ -28,7 +29,11 @@ _MAX_WORDS = 60  # characters of an answer in words, and of the unit behind a nu
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _MARKUP = re.compile(r"\*\*|__|`+")
-_FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]", re.DOTALL)
+_FORMULA = re.compile(
+    r"(?<!\\)\$\$((?:[^$\\]|\\.)+)\$\$|(?<!\\)\$((?:[^$\\]|\\.)+)\$"
+    r"|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]",
+    re.DOTALL,
+)
 # Words between two dollar signs: money, not a formula. Commands and the content of braces are no words.
 _PROSE = re.compile(r"(?<![\\A-Za-z{])(?!(?:and|or|if|mod|in)\b)[A-Za-z]{2,}(?![^{}]{0,80}\})")
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
@@ -36,6 +41,11 @@ _PHRASE = re.compile(
     r"\banswers?\b(?:\s{1,3}(?:to|for|of)\s[^.:\n]{1,60}?)?\s{0,3}"
     r"(?:(?:\b(?:is|are|was|(?:would|must|should|will)\s{1,3}be)\b\s{0,3}:?|[:=])\s{0,3}|(?=\\\(|\\\[|\$))"
     r"(?:(?:therefore|thus|then|hence|simply|just|indeed)\s{1,3})?|^####\s{1,3}",
+    re.IGNORECASE | re.MULTILINE,
+)
+# Over the last line.
+_HEADING = re.compile(
+    r"^#{0,6}\s{0,3}(?:(?:my|the)\s)?(?:final\s)?answers?\s{0,3}\n\s{0,3}(?=\S[^\n]{0,200}\Z)",
     re.IGNORECASE | re.MULTILINE,
 )
 _CLAUSE = re.compile(r"[.;:!?\n]|,(?![0-9])|\b(?:so|thus|therefore|hence|then|but|and|which|it['’]s)\b", re.IGNORECASE)
@@ -52,8 +62,8 @@ _UNIT = r"(?:\s?(?:[%€£¥°]|[ckm]?m[²³]|[ckm]m\b|kg\b|mg\b|ml\b|mph\b))?"
 _NUMBER = rf"([-\u2212]?\\?\$?[0-9](?:[0-9.,/]*[0-9])?)(?![0-9^*/(\\{{_]){_UNIT}(?![A-Za-z])"
 # What makes another number of the one before it, or says that it is no exact one.
 _MORE = (
-    r"(?!.*(?:[0-9=^*\\]|\b(?:is|was|are|were|has|had|of|pi|root|roots|sqrt|square|squared|cubed|power|times|plus|minus|over|or|and|than|half|"
-    r"thirds?|dozens?|hundreds?|thousands?|millions?|billions?|trillions?|degrees? of freedom)\b))"
+    rf"(?!.*(?:[0-9=^*\\]|{CHANGES}|\b(?:is|was|are|were|has|had|of|and|than|roots?|square(?!\s+[a-z])|times|over"
+    r"|quarters?|base|choose|remainder|point|below|score)\b))"
 )
 _WORDS = rf"(?:\s{_MORE}[^\n]{{0,{_MAX_WORDS}}})?"
 _STARTS_WITH_NUMBER = re.compile(rf"(?:[A-Za-z]\s?=\s?)?{_NUMBER}{_WORDS}$")
@@ -64,10 +74,14 @@ _ENDS_WITH_NUMBER = re.compile(
 _GROUPED = re.compile(r"[0-9]{1,3}(?:[ \u00a0\u202f][0-9]{3})+")
 
 
-def lenient_answer(response: str) -> str | None:
-    """Return the final answer of a response, boxed or not, None if it has none or leaves a choice."""
+def lenient_answer(response: str, same: Callable[[str, str], bool] = same_spelling) -> str | None:
+    """Return the final answer of a response, boxed or not, None if it has none or leaves a choice.
+
+    Args:
+        same: see `one_box`.
+    """
     if _BOX.search(response):
-        return None if _two_boxes(response) else extract_boxed(response)
+        return one_box(response, same)
     text = after_thinking(response)[-WINDOW:]
     tagged = extract_tagged(text)
     text = _MARKUP.sub("", text if tagged is None else f"The answer is {tagged}")
@@ -77,14 +91,9 @@ def lenient_answer(response: str) -> str | None:
             return None
         # A response that gives two different answers leaves the choice to its reader.
         return stated[0] if len({answer and canonical(answer) for answer in stated}) == 1 else None
-    return _concluded(text.strip())
-
-
-def without_delimiters(answer: str) -> str:
-    r"""Return what ``\boxed{...}`` or ``$...$`` and its kin hold, if `answer` is or has that; any other unchanged."""
-    formulas = _formulas(answer.strip())
-    whole = formulas and formulas[0].group() == answer.strip()
-    return extract_boxed(answer) or (_content(formulas[0]) if whole else answer)
+    text = text.strip()
+    heading = _HEADING.search(text)
+    return _stated(text, heading) if heading else _concluded(text)
 
 
 def _formulas(text: str) -> list[re.Match[str]]:
@@ -98,17 +107,6 @@ def _content(formula: re.Match[str]) -> str:
 def _outside(text: str) -> str:
     """Return `text` with a blank in place of each formula."""
     return _FORMULA.sub(lambda match: match.group() if _PROSE.search(_content(match)) else " ", text)
-
-
-def _two_boxes(response: str) -> bool:
-    r"""Whether the last two boxes differ and stand side by side: ``\boxed{12} or \boxed{13}``."""
-    spans = boxed_spans(response)
-    if len(spans) < 2:
-        return False
-    (start, end), (other_start, other_end) = spans[-2:]
-    between = _BOX.sub("", response[end:other_start][:60])
-    same = canonical(response[start:end]) == canonical(response[other_start:other_end])
-    return end <= other_start and not same and _HEDGE.fullmatch(re.sub(r"[{}$.]", "", between)) is not None
 
 
 def _stated(text: str, phrase: re.Match[str]) -> str | None:

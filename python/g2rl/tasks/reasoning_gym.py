@@ -7,16 +7,18 @@ import difflib
 import functools
 import importlib
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from g2rl.config import ConfigError
-from g2rl.tasks.answers import MAX_ANSWER, extract_boxed, extract_tagged, last_number, unwrap_text
+from g2rl.tasks.answers import extract_boxed, extract_tagged, last_number, one_box
 from g2rl.tasks.base import Task, check_index, content
 from g2rl.tasks.data_sets import DATA_SETS
 from g2rl.tasks.evaluating import evaluates
 from g2rl.tasks.judges import reasoning_gym_judge
 from g2rl.tasks.pool import JudgePool, PoolError
+from g2rl.tasks.spelling import MAX_ANSWER, unwrap_text
 from g2rl.types import Problem
 
 RIGHT = 0.99
@@ -32,16 +34,17 @@ _CHUNK = 500
 _TRAIN_START = 10**6
 _TRAIN_SPAN = 10**9
 _ATTEMPTS = 100
+_EMPTY = re.compile(r"\s*\{\s*\}")
 
 
 class ReasoningGymTask(Task):
     """One reasoning-gym data set.
 
-    The answer is the last box of a response, else its last ``<answer>`` element, else its last line, or on demand its
-    last number. It is right from a score of `RIGHT`; scoring runs in worker processes with a time limit. Where the
-    library's judge evaluates answers as code (`g2rl.tasks.evaluating`), the kernel keeps them from files, network and
-    processes (`g2rl.tasks.sandbox`). A few of the generators iterate over sets: exact repetition of those across
-    processes takes a fixed ``PYTHONHASHSEED``.
+    The answer is the last box of a response (none where a box right beside it differs), else its last ``<answer>``
+    element, else its last line, or on demand its last number. It is right from a score of `RIGHT`; scoring runs in
+    worker processes with a time limit. Where the library's judge evaluates answers as code (`g2rl.tasks.evaluating`),
+    the kernel keeps them from files, network and processes (`g2rl.tasks.sandbox`). A few of the generators iterate over
+    sets: exact repetition of those across processes takes a fixed ``PYTHONHASHSEED``.
 
     Args:
         name: the data set's name in reasoning-gym.
@@ -98,9 +101,11 @@ class ReasoningGymTask(Task):
         return list(self._held_out.values())
 
     def extract(self, response: str, problem: Problem | None = None) -> str | None:
-        boxed = extract_boxed(response)
-        if boxed is not None:
-            return unwrap_text(boxed)
+        if problem is not None and problem.data["entry"]["answer"] == "" and _ends_with_empty_box(response):
+            return ""
+        if extract_boxed(response) is not None:
+            boxed = one_box(response)
+            return None if boxed is None else unwrap_text(boxed)
         tagged = extract_tagged(response)
         if tagged is not None:
             return tagged
@@ -110,18 +115,18 @@ class ReasoningGymTask(Task):
         return line if 0 < len(line) <= MAX_ANSWER else None
 
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:
-        answers = [self.extract(response) for response in responses]
-        right: dict[tuple[str, str], bool] = {}
-        asked: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
+        answers = [self.extract(response, problem) for problem, response in zip(problems, responses, strict=True)]
+        right: dict[tuple[str, str | None], bool] = {}
+        asked: dict[tuple[str, str | None], tuple[str, dict[str, Any]]] = {}
         for problem, answer in zip(problems, answers, strict=True):
             entry = problem.data["entry"]
             if answer is None or answer == entry["answer"]:
-                right[problem.id, answer or ""] = answer is not None
+                right[problem.id, answer] = answer is not None
             else:
                 asked[problem.id, answer] = (answer, entry)
         scores = self._pool.scores(list(asked.values()))
         right.update(zip(asked, [score >= RIGHT for score in scores], strict=True))
-        return [right[problem.id, answer or ""] for problem, answer in zip(problems, answers, strict=True)]
+        return [right[problem.id, answer] for problem, answer in zip(problems, answers, strict=True)]
 
     def close(self) -> None:
         self._pool.close()
@@ -136,6 +141,12 @@ class ReasoningGymTask(Task):
         prompt = entry["question"] + (f"\n{self._instruction}" if self._instruction else "")
         # Data sets with many right answers give none: their score decides alone.
         return Problem(id=f"{self.name}:{seed}", prompt=prompt, answer=entry["answer"] or "", data={"entry": entry})
+
+
+def _ends_with_empty_box(response: str) -> bool:
+    """Whether the last box holds nothing: an answer where the right one is the empty text, and nowhere else."""
+    _, found, content = response.rpartition(r"\boxed")
+    return bool(found) and _EMPTY.match(content) is not None
 
 
 def _find(name: str) -> tuple[Any, Any]:

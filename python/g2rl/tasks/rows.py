@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,8 @@ def column(row: Any, names: Sequence[str], place: str, key: str, kinds: tuple[ty
     if isinstance(value, str) and _SURROGATE.search(value):
         raise ConfigError(f"{place}: expected text in {name!r}, found half of a surrogate pair in it")
     return value
+
+
+def plain(value: str | int | float) -> str:
+    """Return a column's value as text, a number without an exponent: 0.00001 where Python writes 1e-05."""
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)

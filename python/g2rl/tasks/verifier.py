@@ -5,27 +5,33 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from types import TracebackType
 
-from g2rl.tasks.answers import canonical
 from g2rl.tasks.judges import math_judge
 from g2rl.tasks.pool import LIMIT_S, JudgePool
+from g2rl.tasks.spelling import Number, canonical, is_changed, normalised, number
 
 MAX_CHARS = 2_000
 """A longer prediction is wrong unless it equals the gold answer as text."""
 _MAX_EXPONENT = 100_000
 """A power with a larger plain exponent is not computed."""
+_KEPT = 10_000
+"""Verdicts that are remembered, so that an answer that comes again is not judged again."""
 
-_INTEGER = re.compile(r"-?[0-9]{1,300}")
+_BASED = re.compile(r"[+-]?(?:\\text\{)?[0-9A-Za-z]+\}?_\{?([0-9]{1,3})\}?")
+_BRACKET = re.compile(r"\\[{}]|[()\[\],]")
+_EQUALS = re.compile(r"((?<![\\<>!:])=|\\approx(?![A-Za-z])|\u2248)")
 _TOWER = re.compile(r"\^([0-9]+);*(?:\^([0-9]+))?")
 
 
 class MathVerifier:
     r"""Judges whether final answers are mathematically equal: ``\frac12`` and ``0.5``, ``(x+1)^2`` and ``x^2+2x+1``.
 
-    Equal text and plain integers are decided here; everything else goes to worker processes, which are started when
-    first needed, hold no torch, and are killed and replaced when an answer takes too long. A prediction that cannot be
-    judged within the limits is wrong. Usable from any thread.
+    Both sides are judged as `normalised`. Equal text and plain numbers, which are compared exactly, are decided here;
+    everything else goes to worker processes, which are started when first needed, hold no torch, and are killed and
+    replaced when an answer takes too long. A prediction that cannot be judged within the limits is wrong. Usable from
+    any thread.
 
     Args:
         limit_s: seconds for one pair.
@@ -36,6 +42,7 @@ class MathVerifier:
     def __init__(self, *, limit_s: float = LIMIT_S, max_chars: int = MAX_CHARS, workers: int | None = None) -> None:
         self.max_chars = max_chars
         self._pool = JudgePool(math_judge, limit_s=limit_s, workers=workers)
+        self._known: dict[tuple[str, str], bool] = {}
 
     def judge(self, pairs: Sequence[tuple[str, str | None]]) -> list[bool]:
         """Return for each (gold, prediction) whether the prediction is right, in order.
@@ -45,28 +52,30 @@ class MathVerifier:
         Raises:
             PoolError: the workers cannot be started, or the verifier is closed.
         """
-        verdicts = {pair: self._judge_here(*pair) for pair in dict.fromkeys(pairs)}
-        unknown = [pair for pair, verdict in verdicts.items() if verdict is None]
-        for pair, score in zip(unknown, self._pool.scores(unknown), strict=True):
-            verdicts[pair] = score > 0
-        return [bool(verdicts[pair]) for pair in pairs]
+        found = {pair: self._judge_here(*pair) for pair in dict.fromkeys(pairs)}
+        known = self._known if len(self._known) < _KEPT else {}
+        asked = dict.fromkeys(pair for pair in found.values() if isinstance(pair, tuple) and pair not in known)
+        known.update((pair, score > 0) for pair, score in zip(asked, self._pool.scores(list(asked)), strict=True))
+        self._known = known
+        return [known[pair] if isinstance(pair, tuple) else pair for pair in map(found.__getitem__, pairs)]
 
-    def _judge_here(self, gold: str, prediction: str | None) -> bool | None:
-        """Decide a pair without a worker, None where that takes mathematics."""
+    def _judge_here(self, gold: str, prediction: str | None) -> bool | tuple[str, str]:
+        """Decide a pair without a worker, or return what a worker is to compare."""
         if prediction is None or not prediction.strip():
             return False
         if prediction == gold:
             return True
         if len(prediction) > self.max_chars:
             return False
-        ours, theirs = canonical(gold), canonical(prediction)
-        if ours == theirs:
+        ours, theirs = normalised(gold), normalised(prediction)
+        if canonical(ours) == canonical(theirs):
             return True
-        if _INTEGER.fullmatch(ours) and _INTEGER.fullmatch(theirs) and "%" not in gold + prediction:
+        numbers = number(ours), number(theirs)
+        if numbers[0] and numbers[1]:
+            return numbers[0].same(numbers[1])
+        if _overlooked(ours, theirs) or _has_huge_power(ours) or _has_huge_power(theirs):
             return False
-        if _has_huge_power(gold) or _has_huge_power(prediction):
-            return False
-        return None
+        return ours, theirs
 
     def close(self) -> None:
         """End the worker processes. Safe to call twice."""
@@ -79,6 +88,55 @@ class MathVerifier:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _overlooked(gold: str, prediction: str) -> bool:
+    """Whether two answers differ in what math-verify does not look at."""
+    bases = _BASED.fullmatch(gold), _BASED.fullmatch(prediction)
+    if bases[0] and bases[1] and bases[0][1] != bases[1][1]:
+        return True
+    if {_listed_in(gold), _listed_in(prediction)} == {"()", r"\{\}"}:
+        return True
+    return is_changed(gold) or is_changed(prediction) or _contradicts_itself(prediction)
+
+
+def _listed_in(answer: str) -> str:
+    r"""Return the brackets that hold a list that is all of `answer`, such as ``()`` or ``\{\}``; none: nothing."""
+    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\s", "", answer)
+    depth, listing, opening = 0, False, ""
+    for bracket in _BRACKET.finditer(text):
+        sign = bracket.group()
+        if sign == ",":
+            listing |= depth == 1
+        elif sign in ("(", "[", r"\{"):
+            opening = opening or sign
+            depth += 1
+        else:
+            depth -= 1
+            if depth <= 0:
+                whole = depth == 0 and bracket.end() == len(text) and text.startswith(opening)
+                return opening + sign if whole and listing else ""
+    return ""
+
+
+def _contradicts_itself(answer: str) -> bool:
+    r"""Whether `answer` has two plain numbers as equal that are not: ``x = 3.25 = 9``, ``2 \approx 2.1``."""
+    before: Number | None = None
+    texts = _EQUALS.split(answer)
+    for sign, text in zip(["=", *texts[1::2]], texts[::2], strict=True):
+        found = number(text.strip())
+        if found and before and not _rounded(before, found, sign != "="):
+            return True
+        before = found or before
+    return False
+
+
+def _rounded(exact: Number, rounded: Number, about: bool) -> bool:
+    """Whether a number is another one to its last digit; a whole number only where it says that it is about that."""
+    step = rounded.step or exact.step
+    if step >= 1 and not about:
+        step = Fraction(0)
+    return exact.same(rounded) or abs(exact.value - rounded.value) < step
 
 
 def _has_huge_power(answer: str) -> bool:

@@ -1,0 +1,286 @@
+r"""One spelling for final answers in mathematics: what is judged, compared and voted by.
+
+`normalised` is the notation in which answers are judged, `number` the exact value of those that are plain numbers,
+`canonical` a key that plainly equal answers share. Answers are model text: everything here takes time linear in their
+length and never raises.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from fractions import Fraction
+from string import ascii_lowercase
+
+MAX_ANSWER = 10_000
+"""A longer answer counts as none."""
+_MAX_DIGITS = 300
+"""Numbers with more characters are compared as text: Python refuses to convert very long ones."""
+_MAX_UNIT = 60  # characters
+_LAYERS = 8  # of markup around an answer that are taken off
+
+_FRACTIONS = "\u00bd\u2153\u2154\u00bc\u00be\u2155\u2156\u2157\u2158\u2159\u215a\u215b\u215c\u215d\u215e"  # 1/2 to 7/8
+_SIGNS = str.maketrans(
+    {sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("\u2044")) for sign in _FRACTIONS}
+    | {"\u2212": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u221e": r"\infty "}
+    | {"\u03c0": r"\pi ", "\u00b0": r"^\circ "}
+)
+_RAISED = re.compile("\u207b?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+_ROOT = re.compile("\u221a\\s*(?:([0-9]+(?:\\.[0-9]+)?|[A-Za-z])|\\(([^()]*)\\)|(?=\\{))")
+# An en dash is a sign where no number precedes it, between numbers it makes a range.
+_DASH = re.compile(r"(^|[(\[{,=])(\s*)\u2013(?=\s*[0-9.\\(A-Za-z])")
+_ROW_END = re.compile(r"\\\\\s*\[[0-9.]+\s*(?:mm|cm|in|pt|em|ex)\]")
+_LETTER = r"(\\(?:pi|theta|alpha|beta|gamma|phi|omega)(?![A-Za-z])|[0-9A-Za-z])"
+_FRAC = re.compile(rf"\\[dtc]?frac(?![A-Za-z])\s*(?:{_LETTER}\s*(?:{_LETTER}|(?=\{{)))?")
+# Thousands keep their comma close, with a thin space at most; a blank beside it makes two items of a list.
+_CLOSE_COMMA = re.compile(r"(?:\{,\}|,\s*\\!)\s*")
+_SPACING = re.compile(
+    r"(?P<row>\\\\)|(?<=[0-9,])\\,(?=[0-9]{3}(?![0-9]))|\\!|(?P<blank>(?:\\[,;:> ]|\\q?quad(?![A-Za-z])|[\s~])+)"
+)
+
+_MARKED = re.compile(
+    r"\$\$?((?:[^$\\]|\\.)+)\$\$?|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]"
+    r"|\*\*?([^*]+)\*\*?|__?([^_]+)__?|`+([^`]+)`+",
+    re.DOTALL,
+)
+_STYLE = r"\\(?:math(?:bf|rm|it|sf|normal)|text(?:bf|it|rm|normal)?|boldsymbol|bm|mbox|operatorname)(?![A-Za-z])"
+_GROUP = re.compile(rf"({_STYLE})?\s*\{{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_HEAD = re.compile(
+    r"=\s*|\\(?:display|text)style(?![A-Za-z])\s*|\\text\s*\{\s*(?:(?:so|thus|therefore|hence),?\s+)?(?:the\s+)?"
+    r"(?:final\s+|correct\s+)?answer\s+is:?\s*\}\s*",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+
+_DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+_POWER = r"10 ?\^ ?\{{? ?(?P<{}>[+-]? ?[0-9]{{1,3}})(?![0-9]) ?\}}?"
+_MONEY = r"(?:\\?\$|[\u20ac\u00a3\u00a5])"
+_NUMBER = re.compile(
+    rf"(?P<sign>[+-]?) ?(?:{_MONEY} ?(?P<late>[+-]?) ?)?(?:{_POWER.format('alone')}"
+    rf"|(?:(?P<whole>[0-9]+) ?)?\\frac ?\{{ ?(?P<top>[+-]?{_DECIMAL}) ?\}} ?"
+    rf"(?:\{{ ?(?P<bottom>{_DECIMAL}) ?\}}|(?P<digit>[0-9]))"
+    rf"|(?:(?P<mixed>[0-9]+) )?(?P<over>{_DECIMAL}) ?/ ?(?P<under>{_DECIMAL})"
+    rf"|(?P<decimal>{_DECIMAL})(?:[eE](?P<e>[+-]?[0-9]{{1,3}})(?![0-9.])"
+    rf"| ?(?:\\times|\\cdot|\*|x) ?{_POWER.format('ten')})?)"
+    rf"(?: ?{_MONEY})?(?P<percent> ?\\?%| per ?cent(?:age)?(?![A-Za-z]))?"
+)
+
+_TENS = "twen|thir|for|fif|six|seven|eigh|nine"
+CHANGES = (
+    r"(?i:\b(?:or|not|if|wrong|plus|minus|gross|pi|alpha|beta|gamma|delta|theta|lambda|omega|squared|cubed|power|mod|modulo|factorial|divided"
+    r"|mille|sin|cos|tan|cot|log|ln|exp|sqrt|half|halves|thirds?|dozens?"
+    r"|(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?!-[a-z])"
+    rf"|(?:four|{_TENS})teen|(?:{_TENS})ty|(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?"
+    rf"|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|(?:four|{_TENS})teen|(?:{_TENS})tie)ths?)\b)"
+)
+"""Words behind a number that make another one of it, or none: they are no unit."""
+_CHANGES = re.compile(CHANGES)
+_UNIT = re.compile(
+    r"(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree)(?: ?[CF])?"
+    r"|[A-Za-z]+\.?(?:\^ ?\{?[23]\}?)?(?:(?: ?/ ?|-| )[A-Za-z]+\.?(?:\^ ?\{?[23]\}?)?)*"
+)
+_NAME = re.compile(r"[A-Za-z]+")
+# Shorter words than these may as well be products of variables; four letters hardly are.
+_SHORT_UNITS = frozenset(
+    "km cm mm nm ft in yd mi kg mg lb lbs oz ml dl hr hrs min mins sec secs ms yr yrs mph kph rpm sq cu gal deg rad "
+    "ohm hz khz mhz kw kwh usd eur gbp day cup can men man cow cat dog hen egg box bag car bus boy way bit pen hat toy "
+    "ton per".split()
+)
+_LETTER_UNITS = frozenset("mshgl")  # of a rate: m/s, g/l
+
+_NOISE = re.compile(
+    r"\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\[()\[\],]|\\?[$%]|\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree(?![A-Za-z])"
+)
+_LOOSE_BLANK = re.compile(r"(?<![0-9]) | (?![0-9])")  # all but the one in `1 2`, which is not 12
+_LISTING_COMMA = re.compile(r" , ?|, ")
+_GROUPED = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
+
+
+@dataclass(frozen=True)
+class Number:
+    """A plain number.
+
+    Attributes:
+        value: without its percent sign.
+        percent: whether it has one.
+        step: what one more in its last digit would add, zeros at a whole number's end left out; 0 for a fraction.
+    """
+
+    value: Fraction
+    percent: bool
+    step: Fraction
+
+    @property
+    def share(self) -> Fraction:
+        """The value, of 100 where there is a percent sign."""
+        return self.value / 100 if self.percent else self.value
+
+    def same(self, other: Number) -> bool:
+        """Whether both are the same number.
+
+        50 % is 0.5, and it is 50 as well: answers in percent come with and without the sign. Below 1 % only the sign
+        tells: 0.5 % is not 0.5.
+        """
+        if self.share == other.share:
+            return True
+        return self.percent != other.percent and self.value == other.value and abs(self.value) >= 1
+
+
+def without_wrappers(text: str) -> str:
+    r"""Return `text` with the content of ``\\text{}`` and its kin in place of them."""
+    return _WRAPPER.sub(r"\1", text)
+
+
+def unwrap_text(answer: str) -> str:
+    r"""Return ``word`` for an answer that is ``\text{word}`` as a whole, any other unchanged."""
+    match = _WRAPPER.fullmatch(answer.strip())
+    return match[1] if match else answer
+
+
+def normalised(answer: str, units: bool = True) -> str:
+    r"""Return `answer` as it is judged: TeX in place of other notations, nothing around it, no unit behind a number.
+
+    Signs that Unicode has for TeX's become that; ``$``, ``**``, ``\mathbf{}`` and their kin around the whole go, and
+    so does ``=`` before it; ``\frac\pi2`` gets its braces; ``4.5e33`` becomes a power, ``3 1/2`` a mixed fraction.
+
+    Args:
+        units: take off what stands behind a plain number and does not change it: ``18 dollars``, ``10 km/h``.
+    """
+    text = _RAISED.sub(lambda raised: f"^{{{unicodedata.normalize('NFKC', raised.group())}}}", answer[:MAX_ANSWER])
+    text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}" if root[1] or root[2] else r"\sqrt", text)
+    text = _FRAC.sub(_braced, _ROW_END.sub(r"\\\\", _DASH.sub(r"\1\2-", text.translate(_SIGNS))))
+    text = _SPACING.sub(lambda space: space["row"] or (" " if space["blank"] else ""), _CLOSE_COMMA.sub(",", text))
+    text = _bare(text)
+    found, behind = _measured(text)
+    if found and _value(found) and (not behind or (units and _is_unit(behind))):
+        return _spelled(found)
+    return text
+
+
+def number(normal: str) -> Number | None:
+    """Return the value of a normalised answer that is a plain number, None for any other."""
+    found = _NUMBER.fullmatch(normal) if len(normal) <= _MAX_DIGITS else None
+    return _value(found) if found else None
+
+
+def is_changed(normal: str) -> bool:
+    r"""Whether a normalised answer is a number with words that make another one of it: ``18 \text{ million}``."""
+    found, behind = _measured(normal)
+    return found is not None and _UNIT.fullmatch(behind) is not None and _CHANGES.search(behind) is not None
+
+
+def canonical(answer: str, units: bool = True) -> str:
+    r"""Return one spelling for answers that are plainly equal, for voting and for equality without a computer algebra.
+
+    Of the normalised answer, blanks, degree signs and wrappers such as ``\text{}`` go; a number becomes its exact
+    value in lowest terms (``+07.50`` -> ``15/2``, ``1,234.0`` -> ``1234``, ``\frac{2}{4}`` -> ``1/2``). A list that
+    would be a number without its blanks keeps them: ``10, 100`` is neither ``10,100`` nor ``100, 10``.
+
+    Args:
+        units: see `normalised`.
+    """
+    text = normalised(answer, units)
+    plain = number(text)
+    if plain is not None:
+        return str(plain.value if abs(plain.value) >= 1 else plain.share)
+    text = _NOISE.sub("", without_wrappers(text)).strip()
+    items = [_LOOSE_BLANK.sub("", item) for item in _LISTING_COMMA.split(text)]
+    text = ",".join(items).rstrip(".")
+    # Of two items that are no number of thousands.
+    return ", ".join(items).rstrip(".") if len(items) > 1 and _GROUPED.fullmatch(text) else text
+
+
+def _braced(fraction: re.Match[str]) -> str:
+    first, second = fraction[1], fraction[2]
+    return r"\frac" + (f"{{{first}}}" if first else "") + (f"{{{second}}}" if second else "")
+
+
+def _bare(text: str) -> str:
+    """Return `text` without markup and groups around the whole, nor what leads to it, nor a full stop."""
+    for _ in range(_LAYERS):
+        text = text.strip()
+        head, marked = _HEAD.match(text), _MARKED.fullmatch(text)
+        if marked:
+            text = next(filter(None, marked.groups()))
+        elif head:
+            text = text[head.end() :]
+        elif text.endswith(".") and not text.endswith(".."):
+            text = text[:-1]
+        else:
+            inside = _inside(text)
+            if inside is None:
+                break
+            text = inside
+    return text.strip()
+
+
+def _inside(text: str) -> str | None:
+    r"""Return what one group holds that is all of `text`, None where none is; words keep their ``\text{}``."""
+    opened = _GROUP.match(text)
+    if not opened:
+        return None
+    depth = 1
+    for brace in _BRACE.finditer(text, opened.end()):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if depth == 0:
+            inside = text[opened.end() : brace.start()]
+            words = opened[1] and "\\" not in inside and _WORD.search(inside)
+            return inside if brace.end() == len(text) and not words else None
+    return None
+
+
+def _measured(text: str) -> tuple[re.Match[str] | None, str]:
+    """Return the number that `text` begins with, and what follows it, where that is short enough for a unit."""
+    plain = " ".join(without_wrappers(text).split()) if len(text) <= _MAX_DIGITS + _MAX_UNIT else ""
+    found = _NUMBER.match(plain)
+    if found is None or found.end() > _MAX_DIGITS or len(plain) - found.end() > _MAX_UNIT:
+        return None, ""
+    return found, plain[found.end() :].strip()
+
+
+def _is_unit(behind: str) -> bool:
+    if not _UNIT.fullmatch(behind) or _CHANGES.search(behind):
+        return False
+    if not behind[0].isalpha():
+        return True  # degrees
+    names = _NAME.findall(behind)
+    rate = "/" in behind or (len(names) == 1 and re.match(r"m ?\^", behind) is not None)
+    if any(n.lower() in ascii_lowercase and len(n) > 1 for n in names):
+        return False  # abcd
+    return all(len(n) > 3 or n.lower() in _SHORT_UNITS or (rate and n.lower() in _LETTER_UNITS) for n in names)
+
+
+def _spelled(found: re.Match[str]) -> str:
+    """Return a number in TeX, without its currency."""
+    sign, exponent = found["sign"] + (found["late"] or ""), found["e"] or found["ten"] or found["alone"]
+    percent, decimal = r"\%" if found["percent"] else "", (found["decimal"] or "").replace(",", "")
+    if exponent:
+        mantissa = rf"{decimal}\times " if decimal else ""
+        return f"{sign}{mantissa}10^{{{exponent.replace(' ', '').lstrip('+')}}}{percent}"
+    if decimal:
+        return f"{sign}{decimal}{percent}"
+    whole = found["whole"] or found["mixed"] or ""
+    top, bottom = found["top"] or found["over"], found["bottom"] or found["digit"] or found["under"]
+    return rf"{sign}{whole}\frac{{{top}}}{{{bottom}}}{percent}"
+
+
+def _value(found: re.Match[str]) -> Number | None:
+    """Return the value of a number, None where it has none: divided by 0, or mixed with what is no proper fraction."""
+    exponent = int((found["e"] or found["ten"] or found["alone"] or "0").replace(" ", ""))
+    if found["decimal"] or found["alone"]:
+        text = (found["decimal"] or "1").replace(",", "").rstrip(".")
+        value, digits = Fraction(text) * Fraction(10) ** exponent, len(text.partition(".")[2])
+        zeros = 0 if digits else len(text) - len(text.rstrip("0"))
+        step = Fraction(10) ** (exponent - digits + zeros)
+    else:
+        texts = found["top"] or found["over"], found["bottom"] or found["digit"] or found["under"]
+        top, bottom = (Fraction(text.replace(",", "").rstrip(".")) for text in texts)
+        whole = found["whole"] or found["mixed"]
+        if bottom == 0 or (whole and not (0 < top < bottom and top.denominator == bottom.denominator == 1)):
+            return None
+        value, step = int(whole or "0") + top / bottom, Fraction(0)
+    negative = (found["sign"] + (found["late"] or "")).count("-") % 2
+    return Number(-value if negative else value, found["percent"] is not None, step)
