@@ -69,7 +69,8 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: expected a causal language model at {config.path!r}: {error}") from error
+        where = repr(config.path) if Path(path).is_dir() else f"{config.path!r}, which is no folder here, or on the hub"
+        raise ConfigError(f"model.path: expected a causal language model at {where}: {error}") from error
     except ImportError as error:
         raise ConfigError(f"model.attention: {config.attention!r} is not installed: {error}") from error
     if config.attention == "sdpa" and model.config._attn_implementation != "sdpa":

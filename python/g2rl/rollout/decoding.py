@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -93,7 +94,8 @@ class Decoding:
         input_ids = right_pad([prompt[:-1] for prompt in prompts], 0).to(self.model.device)
         if input_ids.shape[1]:
             positions = torch.arange(input_ids.shape[1], device=self.model.device).expand_as(input_ids)
-            self.model.base_model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
+            body = self.model.base_model
+            body(input_ids=input_ids, position_ids=positions, use_cache=True, **{_cache_name(body): cache})
         return cache
 
     def _step(self) -> None:
@@ -104,8 +106,8 @@ class Decoding:
             input_ids=torch.tensor(last, device=device)[:, None],
             attention_mask=slots.mask(),
             position_ids=slots.lengths[:, None],
-            past_key_values=slots.cache,
             use_cache=True,
+            **{_cache_name(self.model): slots.cache},
         ).logits[:, -1]
         slots.grow()
         if self.sampling.temperature == 0:
@@ -129,6 +131,11 @@ class Decoding:
 
     def _is_finished(self, tokens: list[int]) -> bool:
         return tokens[-1] in self.stop_ids or len(tokens) == self.max_new_tokens
+
+
+def _cache_name(model: Any) -> str:
+    """What a model calls the cache that it is given: transformers 5.24 warns of the name that those before it know."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @contextmanager
