@@ -70,8 +70,8 @@ _NUMBER = re.compile(
 
 _TENS = "twen|thir|for|fif|six|seven|eigh|nine"
 CHANGES = (
-    r"(?i:\b(?:or|not|if|wrong|plus|minus|gross|pi|alpha|beta|gamma|delta|theta|lambda|omega|squared|cubed|power|mod|modulo|factorial|divided"
-    r"|mille|sin|cos|tan|cot|log|ln|exp|sqrt|half|halves|thirds?|dozens?"
+    r"(?i:\b(?:or|not|if|wrong|plus|minus|squared|cubed|power|mod|modulo|factorial|divided|mille|half|halves|thirds?"
+    r"|dozens?|gross|sin|cos|tan|cot|log|ln|exp|sqrt|pi|alpha|beta|gamma|delta|theta|lambda|omega"
     r"|(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?!-[a-z])"
     rf"|(?:four|{_TENS})teen|(?:{_TENS})ty|(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?"
     rf"|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|(?:four|{_TENS})teen|(?:{_TENS})tie)ths?)\b)"
@@ -82,6 +82,7 @@ _UNIT = re.compile(
     r"(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree)(?: ?[CF])?"
     r"|[A-Za-z]+\.?(?:\^ ?\{?[23]\}?)?(?:(?: ?/ ?|-| )[A-Za-z]+\.?(?:\^ ?\{?[23]\}?)?)*"
 )
+_AREA_OR_VOLUME = re.compile(r"\b(?:(square|sq)|cubic|cu)\b|\^ ?\{?([23])")
 _NAME = re.compile(r"[A-Za-z]+")
 # Shorter words than these may as well be products of variables; four letters hardly are.
 _SHORT_UNITS = frozenset(
@@ -149,6 +150,17 @@ def normalised(answer: str, units: bool = True) -> str:
     Args:
         units: take off what stands behind a plain number and does not change it: ``18 dollars``, ``10 km/h``.
     """
+    return _read(answer, units)[0]
+
+
+def unit_power(answer: str) -> int:
+    """Return 2 for an answer in square units, 3 in cubic ones, 0 for any other."""
+    power = _AREA_OR_VOLUME.search(_read(answer)[1])
+    return 0 if power is None else 2 if power[1] or power[2] == "2" else 3
+
+
+def _read(answer: str, units: bool = True) -> tuple[str, str]:
+    """Return the normalised answer, and the unit that was taken off."""
     text = _RAISED.sub(lambda raised: f"^{{{unicodedata.normalize('NFKC', raised.group())}}}", answer[:MAX_ANSWER])
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}" if root[1] or root[2] else r"\sqrt", text)
     text = _FRAC.sub(_braced, _ROW_END.sub(r"\\\\", _DASH.sub(r"\1\2-", text.translate(_SIGNS))))
@@ -156,8 +168,8 @@ def normalised(answer: str, units: bool = True) -> str:
     text = _bare(text)
     found, behind = _measured(text)
     if found and _value(found) and (not behind or (units and _is_unit(behind))):
-        return _spelled(found)
-    return text
+        return _spelled(found), behind
+    return text, ""
 
 
 def number(normal: str) -> Number | None:
