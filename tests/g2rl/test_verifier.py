@@ -106,6 +106,8 @@ CASES = [
     (r"\frac{1}{3}", "0.333333", False, "a decimal rounded to six"),
     (r"\sqrt{2}", "1.414214", False, "a root rounded to six"),
     (r"\pi", "3.141593", False, "pi rounded to six"),
+    (r"\frac{1}{12}", "0.0833333333333333", True, "a fraction as computers print it"),
+    (r"x \ge 5", r"Therefore $x \geq 5$ is the solution.", True, "a formula in a sentence"),
     (r"2.5\sqrt{2}", r"\frac{5\sqrt{2}}{2}", True, "a decimal in an expression"),
     ("0.3", "0.1+0.2", True, "a sum of decimals"),
     ("4.5e33", r"4.5 \times 10^{33}", True, "a power in a data set's spelling"),

@@ -18,6 +18,7 @@ MAX_ANSWER = 10_000
 _MAX_DIGITS = 300
 """Numbers with more characters are compared as text: Python refuses to convert very long ones."""
 _MAX_UNIT = 60  # characters
+_PRINTED = Fraction(1, 10**12)  # of a number, what its last printed digit is worth at most
 _LAYERS = 8  # of markup around an answer that are taken off
 
 _FRACTIONS = "\u00bd\u2153\u2154\u00bc\u00be\u2155\u2156\u2157\u2158\u2159\u215a\u215b\u215c\u215d\u215e"  # 1/2 to 7/8
@@ -123,9 +124,11 @@ class Number:
         """Whether both are the same number.
 
         50 % is 0.5, and it is 50 as well: answers in percent come with and without the sign. Below 1 % only the sign
-        tells: 0.5 % is not 0.5.
+        tells: 0.5 % is not 0.5. A fraction is its decimal to as many digits as computers print, not to fewer.
         """
-        if self.share == other.share:
+        step = 0 if self.step and other.step else max(self.step, other.step)
+        printed = step < 1 and step <= _PRINTED * abs(self.share)
+        if self.share == other.share or (printed and abs(self.share - other.share) < step):
             return True
         return self.percent != other.percent and self.value == other.value and abs(self.value) >= 1
 
@@ -219,8 +222,8 @@ def _bare(text: str) -> str:
             text = next(filter(None, marked.groups()))
         elif head:
             text = text[head.end() :]
-        elif text.endswith(".") and not text.endswith(".."):
-            text = text[:-1]
+        elif text.endswith(".") and not text.endswith("..") and not _WORD.search(text):
+            text = text[:-1]  # a sentence keeps its full stop, by which math-verify knows it
         else:
             inside = _inside(text)
             if inside is None:
