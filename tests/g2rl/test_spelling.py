@@ -183,6 +183,26 @@ def test_numbers(normal: str, value: Fraction, percent: bool, step: Fraction) ->
 
 
 @pytest.mark.parametrize(
+    "first, second, same",
+    [
+        (r"\frac{1}{12}", "0.0833333333333333", True),
+        (r"\frac{2}{3}", "0.6666666666667", True),
+        (r"\frac{2}{3}", "0.66666666666", False),
+        (r"\frac{1}{12}", "0.0833333333333353", False),
+        ("0.1000000000000001", "0.1", False),
+        ("1000000000000000", "1000000000000001", False),
+        (r"\frac{3000000000000001}{3}", "1000000000000000", False),
+        (r"\frac{3000000000000001}{3}", "1000000000000001", False),
+        (r"\frac{1}{3}", r"0.3333333333333333\%", False),
+    ],
+)
+def test_fractions_are_their_printed_decimals(first: str, second: str, same: bool) -> None:
+    one, other = number(first), number(second)
+    assert one is not None and other is not None
+    assert one.same(other) == other.same(one) == same
+
+
+@pytest.mark.parametrize(
     "normal",
     ["", "x", "1/0", r"5\frac{7}{2}", "1,2345", "1, 234", "1.2.3", "3/4/2024", "10^{9999}", "--5", "5!", "7" * 301],
 )

@@ -18,6 +18,7 @@ MAX_ANSWER = 10_000
 _MAX_DIGITS = 300
 """Numbers with more characters are compared as text: Python refuses to convert very long ones."""
 _MAX_UNIT = 60  # characters
+_PRINTED = Fraction(1, 10**12)  # of a number, what its last printed digit is worth at most
 _LAYERS = 8  # of markup around an answer that are taken off
 
 _FRACTIONS = "\u00bd\u2153\u2154\u00bc\u00be\u2155\u2156\u2157\u2158\u2159\u215a\u215b\u215c\u215d\u215e"  # 1/2 to 7/8
@@ -70,8 +71,8 @@ _NUMBER = re.compile(
 
 _TENS = "twen|thir|for|fif|six|seven|eigh|nine"
 CHANGES = (
-    r"(?i:\b(?:or|not|if|wrong|plus|minus|gross|pi|alpha|beta|gamma|delta|theta|lambda|omega|squared|cubed|power|mod|modulo|factorial|divided"
-    r"|mille|sin|cos|tan|cot|log|ln|exp|sqrt|half|halves|thirds?|dozens?"
+    r"(?i:\b(?:or|not|if|wrong|plus|minus|squared|cubed|power|mod|modulo|factorial|divided|mille|half|halves|thirds?"
+    r"|dozens?|gross|sin|cos|tan|cot|log|ln|exp|sqrt|pi|alpha|beta|gamma|delta|theta|lambda|omega"
     r"|(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?!-[a-z])"
     rf"|(?:four|{_TENS})teen|(?:{_TENS})ty|(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?"
     rf"|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|(?:four|{_TENS})teen|(?:{_TENS})tie)ths?)\b)"
@@ -82,6 +83,7 @@ _UNIT = re.compile(
     r"(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree)(?: ?[CF])?"
     r"|[A-Za-z]+\.?(?:\^ ?\{?[23]\}?)?(?:(?: ?/ ?|-| )[A-Za-z]+\.?(?:\^ ?\{?[23]\}?)?)*"
 )
+_AREA_OR_VOLUME = re.compile(r"\b(?:(square|sq)|cubic|cu)\b|\^ ?\{?([23])")
 _NAME = re.compile(r"[A-Za-z]+")
 # Shorter words than these may as well be products of variables; four letters hardly are.
 _SHORT_UNITS = frozenset(
@@ -122,9 +124,11 @@ class Number:
         """Whether both are the same number.
 
         50 % is 0.5, and it is 50 as well: answers in percent come with and without the sign. Below 1 % only the sign
-        tells: 0.5 % is not 0.5.
+        tells: 0.5 % is not 0.5. A fraction is its decimal to as many digits as computers print, not to fewer.
         """
-        if self.share == other.share:
+        step = 0 if self.step and other.step else max(self.step, other.step)
+        printed = step < 1 and step <= _PRINTED * abs(self.share)
+        if self.share == other.share or (printed and abs(self.share - other.share) < step):
             return True
         return self.percent != other.percent and self.value == other.value and abs(self.value) >= 1
 
@@ -149,6 +153,17 @@ def normalised(answer: str, units: bool = True) -> str:
     Args:
         units: take off what stands behind a plain number and does not change it: ``18 dollars``, ``10 km/h``.
     """
+    return _read(answer, units)[0]
+
+
+def unit_power(answer: str) -> int:
+    """Return 2 for an answer in square units, 3 in cubic ones, 0 for any other."""
+    power = _AREA_OR_VOLUME.search(_read(answer)[1])
+    return 0 if power is None else 2 if power[1] or power[2] == "2" else 3
+
+
+def _read(answer: str, units: bool = True) -> tuple[str, str]:
+    """Return the normalised answer, and the unit that was taken off."""
     text = _RAISED.sub(lambda raised: f"^{{{unicodedata.normalize('NFKC', raised.group())}}}", answer[:MAX_ANSWER])
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}" if root[1] or root[2] else r"\sqrt", text)
     text = _FRAC.sub(_braced, _ROW_END.sub(r"\\\\", _DASH.sub(r"\1\2-", text.translate(_SIGNS))))
@@ -156,8 +171,8 @@ def normalised(answer: str, units: bool = True) -> str:
     text = _bare(text)
     found, behind = _measured(text)
     if found and _value(found) and (not behind or (units and _is_unit(behind))):
-        return _spelled(found)
-    return text
+        return _spelled(found), behind
+    return text, ""
 
 
 def number(normal: str) -> Number | None:
@@ -207,8 +222,8 @@ def _bare(text: str) -> str:
             text = next(filter(None, marked.groups()))
         elif head:
             text = text[head.end() :]
-        elif text.endswith(".") and not text.endswith(".."):
-            text = text[:-1]
+        elif text.endswith(".") and not text.endswith("..") and not _WORD.search(text):
+            text = text[:-1]  # a sentence keeps its full stop, by which math-verify knows it
         else:
             inside = _inside(text)
             if inside is None:

@@ -10,7 +10,7 @@ from types import TracebackType
 
 from g2rl.tasks.judges import math_judge
 from g2rl.tasks.pool import LIMIT_S, JudgePool
-from g2rl.tasks.spelling import Number, canonical, is_changed, normalised, number
+from g2rl.tasks.spelling import Number, canonical, is_changed, normalised, number, unit_power
 
 MAX_CHARS = 2_000
 """A longer prediction is wrong unless it equals the gold answer as text."""
@@ -68,11 +68,12 @@ class MathVerifier:
         if len(prediction) > self.max_chars:
             return False
         ours, theirs = normalised(gold), normalised(prediction)
-        if canonical(ours) == canonical(theirs):
-            return True
-        numbers = number(ours), number(theirs)
-        if numbers[0] and numbers[1]:
-            return numbers[0].same(numbers[1])
+        one, other = number(ours), number(theirs)
+        equal = one.same(other) if one and other else canonical(ours) == canonical(theirs)
+        if equal:
+            return {unit_power(gold), unit_power(prediction)} != {2, 3}  # an area is no volume
+        if one and other:
+            return False
         if _overlooked(ours, theirs) or _has_huge_power(ours) or _has_huge_power(theirs):
             return False
         return ours, theirs
