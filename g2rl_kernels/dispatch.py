@@ -99,10 +99,12 @@ def _backend(name: str, argument: str = "backend") -> Backend:
     raise ValueError(f"{argument}: expected one of {', '.join(b.name for b in BACKENDS)}, found {name!r}")
 
 
-def _asked_for() -> str | None:
+def _asked_for() -> Backend | None:
     """The backend that was chosen by name, here or from outside."""
+    if _forced:
+        return _backend(_forced)
     name = os.environ.get(ENVIRONMENT_VARIABLE)
-    return _forced or (name and _backend(name, ENVIRONMENT_VARIABLE).name)
+    return _backend(name, ENVIRONMENT_VARIABLE) if name else None
 
 
 @functools.cache  # looking for a module that does not exist goes through the file system each time
@@ -143,11 +145,10 @@ def resolve(
     """
     forced = _asked_for()
     if forced:
-        backend = _backend(forced)
-        reason = _refusal(backend, op, device, dtype, groups)
+        reason = _refusal(forced, op, device, dtype, groups)
         if reason is not None:
-            raise RuntimeError(f"backend {forced!r} cannot run {op} on {device.type} {dtype}: {reason}")
-        return getattr(_load(backend), op)
+            raise RuntimeError(f"backend {forced.name!r} cannot run {op} on {device.type} {dtype}: {reason}")
+        return getattr(_load(forced), op)
     for backend in BACKENDS:
         if not backend.is_automatic(device) or _refusal(backend, op, device, dtype, groups) is not None:
             continue
@@ -211,7 +212,7 @@ def explain() -> str:
             lines.append(module.describe())
     forced = _asked_for()
     if forced:
-        lines.append(f"backend set by name: {_backend(forced).name}")
+        lines.append(f"backend set by name: {forced.name}")
     for device in devices:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             lines.append(f"\n{device.type}, {str(dtype).removeprefix('torch.')}")
@@ -219,13 +220,13 @@ def explain() -> str:
             reasons: dict[str, list[str]] = {}
             for op in OPS:
                 for backend in BACKENDS:
-                    asked = backend.name == forced
+                    asked = backend == forced
                     # A failed self-check keeps nobody from asking for a backend by name.
                     reason = (_refusal if asked else _known_refusal)(backend, op, device, dtype)
                     if reason is None and (asked if forced else backend.is_automatic(device)):
                         served.setdefault(backend.name, []).append(op)
                         break
-                    why = reason or ("only on request" if not forced else f"{forced} was asked for")
+                    why = reason or ("only on request" if not forced else f"{forced.name} was asked for")
                     reasons.setdefault(f"{backend.name}: {why}", []).append(op)
             for name, ops in served.items():
                 lines.append(f"  {name:10s} serves {', '.join(ops)}")
