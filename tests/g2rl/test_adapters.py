@@ -71,6 +71,18 @@ def test_trains_the_adapter_alone(tiny_model: Path, trained: Trainer) -> None:
     assert kl[0] < 1e-3 < kl[-1]
 
 
+def test_an_adapters_own_dropout_stays(tiny_model: Path) -> None:
+    """While what the model brings is 0."""
+    model, _ = load_model(ModelConfig(path=str(tiny_model)))
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    add_adapter(model, LoraConfig(rank=2, dropout=0.5))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # 0 at first
+            torch.nn.init.normal_(parameter)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
 def test_rollouts_have_the_adapter_merged(tiny_model: Path, trained: Trainer) -> None:
     """In the rollouts' own dtype, without adapter layers: one rounding to bf16 of the fp32 sum."""
     trained.sampler.sync()

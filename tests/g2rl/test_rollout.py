@@ -161,10 +161,7 @@ def test_slots_that_do_not_fit() -> None:
         RuntimeWarning, match="by transformers' generate: logits by slots of a cache differ by .*, where"
     ):
         sampler = TransformersSampler(model, tokenizer, config)
-    (response,) = sampler.respond([(5, 6, 7)], Sampling(1.0, 1.0), [0])
-    logps = model.eval()(torch.tensor([(5, 6, 7, *response.tokens)])).logits[0, 2:-1].log_softmax(-1)
-    expected = logps.gather(1, torch.tensor(response.tokens)[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(response.logps), expected, atol=2e-5, rtol=1e-5)
+    assert not sampler._has_slots
     model = AutoModelForCausalLM.from_config(xLSTMConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2))
     with pytest.warns(RuntimeWarning, match="generate: slots of a cache do not fit xlstm"):
         assert not TransformersSampler(model, tokenizer, config)._has_slots
