@@ -390,11 +390,10 @@ def test_heads_that_are_not_known_are_refused(tiny_model: Path, prompts: Dataset
         trainer(G2RLTrainer, G2RLConfig, tiny_model, model, prompts, tmp_path)
 
 
-def test_liger_leaves_the_models_forward_alone(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
-    """TRL before 1.15 lets it replace what the head pass is in."""
-    options: dict[str, Any] = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False}}
-    run = trainer(G2RLRLOOTrainer, G2RLRLOOConfig, tiny_model, str(tiny_model), prompts, tmp_path, **options)
-    assert run.args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+def test_liger_leaves_the_models_forward_alone(tmp_path: Path) -> None:
+    """Transformers and TRL before 1.15 would let it replace what the head pass is in."""
+    args = G2RLRLOOConfig(str(tmp_path), use_liger_kernel=True, liger_kernel_config={"rope": False}, bf16=False)
+    assert args.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
 
 
 def test_what_helps_little_is_warned_of(

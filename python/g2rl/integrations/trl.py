@@ -90,6 +90,9 @@ class G2RLOptions:
         low_high = self.reward_range
         if low_high is not None and not (len(low_high) == 2 and low_high[0] < low_high[1]):
             raise ValueError(f"reward_range: expected two numbers, the lower one first, found {low_high}")
+        args: Any = self
+        if args.use_liger_kernel:  # whose own forward pass would replace the one that the head pass is in
+            args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
 
     @property
     def shaping(self) -> Shaping:
@@ -144,7 +147,6 @@ class G2RLMixin(_Trainer):
             )
         super().__init__(*args, **kwargs)
         _refuse(self)
-        _keep_forward(self.args)
         self._rollout: _Rollout | None = None
         self._update_rows: torch.Tensor | None = None
         self._say = Once(logger)  # by the main process
@@ -411,13 +413,6 @@ def _refuse(trainer: Any) -> None:
             "are equal and G2RL changes nothing",
             stacklevel=3,
         )
-
-
-def _keep_forward(args: Any) -> None:
-    """Keep transformers from replacing the model's forward, the head pass in it, by Liger's when training begins; so
-    does TRL from 1.15 on. Liger's other kernels stay."""
-    if args.use_liger_kernel:
-        args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
 
 
 class G2RLTrainer(G2RLMixin, GRPOTrainer):
