@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from benchmarks.measuring.timing import interquartile_range, peak_memory
+from benchmarks.measuring.timing import interquartile_range, peak_memory, turns
 from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import digits
 from g2rl.config import ConfigError, LogConfig, load_config
@@ -66,7 +66,7 @@ def measure_step(trainer: Trainer, rounds: int) -> Iterator[dict[str, Any]]:
     for i in range(1, rounds + 1):
         episodes, verdicts, common = _rollout(trainer, i)
         tokens.append(sum(len(episode.response_ids) for episode in episodes))
-        for variant in _turns(i):
+        for variant in turns(VARIANTS, i):
             choose(trainer, variant)
             times = trainer._times()
             with times.stage("update"):
@@ -75,20 +75,13 @@ def measure_step(trainer: Trainer, rounds: int) -> Iterator[dict[str, Any]]:
                 seconds[variant][stage.removeprefix("time/")].append(value)
         yield measured
     for i in range(1, rounds + 1):
-        for variant in _turns(i):
+        for variant in turns(VARIANTS, i):
             choose(trainer, variant)
             update = partial(trainer.updater.run, rounds, episodes, verdicts, trainer._times())
             _, peak, _ = peak_memory(update, trainer.device)
             if peak is not None:
                 memory[variant].append(peak)
         yield measured
-
-
-def _turns(i: int) -> list[str]:
-    """Variants in the order of round i, each of which starts one further along."""
-    names = list(VARIANTS)
-    first = i % len(names)
-    return names[first:] + names[:first]
 
 
 def _rollout(trainer: Trainer, i: int) -> tuple[list[Any], list[Any], dict[str, float]]:

@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import DynamicCache, LogitsProcessorList
 
 from benchmarks.cases.activations import PROMPTS
-from benchmarks.measuring.timing import Timing
+from benchmarks.measuring.timing import Timing, turns
 from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import digits
 from g2rl.config import Config, ConfigError, load_config
@@ -124,10 +124,8 @@ def measure(ways: dict[str, Run], rounds: int) -> dict[str, Any]:
     }
     for run in ways.values():
         run(0)
-    names = list(ways)
     for i in range(rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+        for name in turns(ways, i):
             start, cpu = time.perf_counter(), time.process_time()
             found["tokens"][name].append(ways[name](i + 1))
             found["seconds"][name].append(time.perf_counter() - start)

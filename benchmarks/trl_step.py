@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from benchmarks.measuring.timing import interquartile_range
+from benchmarks.measuring.timing import interquartile_range, turns
 from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import digits
 
@@ -111,7 +111,7 @@ def run_candidate(name: str, tokens: int, steps: int) -> dict[str, Any]:
 def measure(tokens: int, rounds: int, steps: int, names: list[str]) -> dict[str, dict[str, list[float]]]:
     measured: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in names}
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in turns(names, i):
             command = [sys.executable, "-m", "benchmarks.trl_step", "--one", name, "--tokens", str(tokens)]
             run = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True)
             if run.returncode:

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 def check_tensor(
@@ -76,6 +77,15 @@ def check_number(name: str, value: float, expected: str, fits: Callable[[float],
         raise TypeError(f"{name}: expected {expected}, found {type(value).__name__}")
     if not fits(value):
         raise ValueError(f"{name}: expected {expected}, found {value}")
+
+
+def refuse_tangents(names: tuple[str, ...], tensors: tuple[torch.Tensor | None, ...]) -> None:
+    """Raise NotImplementedError if an argument has a tangent: PyTorch itself would leave it out, as if it were zero."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{name}: expected no tangent, found one: ops have no forward-mode derivative")
 
 
 def is_dtensor(x: object) -> bool:

@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -171,18 +172,13 @@ HEAD_CHECKS: dict[str, Callable[[Setting], None]] = {
 GROUP_CHECKS: dict[str, Callable[[Setting], None]] = {"groups": check_groups}
 
 
-class _named:
+@contextmanager
+def _named(plan: str) -> Iterator[None]:
     """Puts the plan before the message of what fails inside."""
-
-    def __init__(self, plan: str) -> None:
-        self.plan = plan
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, AssertionError):
-            raise AssertionError(f"{self.plan}: {error}") from error
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{plan}: {error}") from error
 
 
 def _same_bits(found: SequenceFeatures, expected: SequenceFeatures) -> None:

@@ -29,9 +29,6 @@ class Shape(NamedTuple):
     def label(self) -> str:
         return f"{self.model}: N={self.N} B={self.B} d={self.d} V={self.V}"
 
-    def logits_bytes(self, e: int) -> int:
-        return self.N * self.V * e
-
 
 class Groups(NamedTuple):
     """Sizes of a group problem: G groups of m responses with features of d numbers."""
@@ -120,7 +117,6 @@ class Op:
 
     Attributes:
         summary: what a table's title says.
-        outputs: quantities that accuracy judges; a candidate may return some of them only.
         products: [N, d] x [d, V] matrix products that the floor consists of; 0 for ops without a floor.
         flops: useful floating-point operations, from (N, B, d, V).
         bytes: least traffic to memory, each input read and each output written once, from (N, B, d, V, e).
@@ -128,7 +124,6 @@ class Op:
 
     name: str
     summary: str
-    outputs: tuple[str, ...]
     products: int
     flops: Callable[[int, int, int, int], int]
     bytes: Callable[[int, int, int, int, int], int]
@@ -146,7 +141,6 @@ HEAD_OPS = (
     Op(
         "sequence_features",
         "log-probabilities, entropy and Phi",
-        ("features", "logps", "entropy"),
         1,
         _features_flops,
         _features_bytes,
@@ -154,7 +148,6 @@ HEAD_OPS = (
     Op(
         "sequence_features_lse",
         "the same, lse given",
-        ("features", "logps", "entropy"),
         1,
         _features_flops,
         lambda N, B, d, V, e: _features_bytes(N, B, d, V, e) + 4 * N,
@@ -162,7 +155,6 @@ HEAD_OPS = (
     Op(
         "token_logprobs",
         "log-probabilities and entropy",
-        ("logps", "entropy"),
         1,
         lambda N, B, d, V: 2 * N * d * V,
         lambda N, B, d, V, e: e * (N + V) * d + 4 * 3 * N,
@@ -170,7 +162,6 @@ HEAD_OPS = (
     Op(
         "logprobs_backward",
         "dH and dW from gradients of log p: backward pass alone; memory of both passes",
-        ("hidden", "weight"),
         3,
         lambda N, B, d, V: 6 * N * d * V,
         lambda N, B, d, V, e: 2 * e * (N + V) * d + 4 * 4 * N,
@@ -178,7 +169,6 @@ HEAD_OPS = (
     Op(
         "logprobs_entropy_backward",
         "dH and dW from gradients of log p and entropy: backward pass alone; memory of both passes",
-        ("hidden", "weight"),
         3,
         lambda N, B, d, V: 6 * N * d * V,
         lambda N, B, d, V, e: 2 * e * (N + V) * d + 4 * 5 * N,
@@ -188,7 +178,6 @@ HEAD_OPS = (
 GROUP_OP = Op(
     "g2rl_advantages",
     "cosines, scores, shaped rewards, advantages",
-    ("advantages", "shaped_rewards", "scores", "similarity"),
     0,
     lambda N, B, d, V: 2 * B * V * d,
     lambda N, B, d, V, e: 4 * (B * d + B * V + 4 * B),

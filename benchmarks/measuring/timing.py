@@ -11,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,13 @@ def interquartile_range(values: list[float]) -> float | None:
     return high - low
 
 
+def turns(names: Iterable[str], i: int) -> list[str]:
+    """The order of round i, which starts one further along than the one before."""
+    order = list(names)
+    first = i % len(order)
+    return order[first:] + order[:first]
+
+
 def interleave(runs: Mapping[str, Run], device: torch.device, rounds: int, limit_s: float) -> dict[str, Timing]:
     """Time several callables in one go: every round runs each of them once, starting one further along.
 
@@ -92,8 +99,7 @@ def interleave(runs: Mapping[str, Run], device: torch.device, rounds: int, limit
     gc.disable()
     try:
         for i in range(rounds if names else 0):
-            first = i % len(names)
-            for name in names[first:] + names[:first]:
+            for name in turns(names, i):
                 if i > 0 and spent[name] > limit_s:
                     seconds[name].append(None)
                     continue

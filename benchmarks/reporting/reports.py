@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.candidates.lineup import FLOOR_OUT
-from benchmarks.cases.registry import OPS, Groups, Shape
+from benchmarks.cases.registry import Groups, Shape
 from benchmarks.measuring.timing import machine, machine_line
 
 FOLDER = Path(__file__).parent.parent / "results"
@@ -129,7 +129,3 @@ def worst_measure(row: Row) -> str:
         if measure in row.get("errors", {}):
             return measure
     return ""
-
-
-def title(row: Row) -> str:
-    return f"{row['op']}: {OPS[row['op']].summary}"

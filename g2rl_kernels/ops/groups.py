@@ -23,9 +23,16 @@ from typing import Literal
 
 import torch
 
-from g2rl_kernels.checks import ValueChecks, check_offsets, check_real, check_tensor, own_copy, values_readable
+from g2rl_kernels.checks import (
+    ValueChecks,
+    check_offsets,
+    check_real,
+    check_tensor,
+    own_copy,
+    refuse_tangents,
+    values_readable,
+)
 from g2rl_kernels.dispatch import Groups, resolve
-from g2rl_kernels.ops.tangents import refuse_tangents
 from g2rl_kernels.products import wide
 from g2rl_kernels.records import GroupAdvantages, Shaping
 
@@ -110,10 +117,7 @@ def shape_rewards(
     check_real("rewards", rewards)
     cu_groups, _ = _offsets(groups, scores.shape[0], scores.device)
     _check_valid(valid, scores)
-    s = _shaping_or_default(shaping)
-    return _shape_rewards(
-        rewards.to(scores.dtype), scores, cu_groups, valid, s.strength, s.clip, s.rule, s.min_range, s.uniform_groups
-    )
+    return _shape_rewards(rewards.to(scores.dtype), scores, cu_groups, valid, *_flat(shaping))
 
 
 def group_advantages(
@@ -172,22 +176,8 @@ def g2rl_advantages(
     _check_normalize(normalize)
     _check_valid(valid, rewards)
     cu_groups, m_max = _offsets(groups, features.shape[0], features.device)
-    s = _shaping_or_default(shaping)
-    return GroupAdvantages(
-        *_g2rl_advantages(
-            features,
-            rewards.to(features.dtype),
-            cu_groups,
-            m_max,
-            valid,
-            s.strength,
-            s.clip,
-            s.rule,
-            s.min_range,
-            s.uniform_groups,
-            normalize,
-        )
-    )
+    rewards = rewards.to(features.dtype)
+    return GroupAdvantages(*_g2rl_advantages(features, rewards, cu_groups, m_max, valid, *_flat(shaping), normalize))
 
 
 def _offsets(groups: int | torch.Tensor, B: int, device: torch.device) -> tuple[torch.Tensor, int | None]:
@@ -209,12 +199,12 @@ def _check_valid(valid: torch.Tensor | None, like: torch.Tensor) -> None:
         check_tensor("valid", valid, (like.shape[0],), (torch.bool,), like.device)
 
 
-def _shaping_or_default(shaping: Shaping | None) -> Shaping:
-    if shaping is None:
-        return Shaping()
-    if not isinstance(shaping, Shaping):
-        raise TypeError(f"shaping: expected a Shaping, found {type(shaping).__name__}")
-    return shaping
+def _flat(shaping: Shaping | None) -> tuple[float, float, str, float, str]:
+    """The record as a schema can hold it; None is the default one."""
+    s = Shaping() if shaping is None else shaping
+    if not isinstance(s, Shaping):
+        raise TypeError(f"shaping: expected a Shaping, found {type(s).__name__}")
+    return s.strength, s.clip, s.rule, s.min_range, s.uniform_groups
 
 
 def _check_normalize(normalize: str) -> None:
@@ -327,7 +317,7 @@ def _exploration_scores(
 
 
 @_exploration_scores.register_fake
-def _(similarity, rewards, cu_groups, valid):
+def _(similarity, rewards, *_):
     return torch.empty_like(rewards)
 
 
@@ -355,7 +345,7 @@ def _shape_rewards(
 
 
 @_shape_rewards.register_fake
-def _(rewards, scores, cu_groups, valid, strength, clip, rule, min_range, uniform_groups):
+def _(rewards, *_):
     return torch.empty_like(rewards)
 
 
@@ -368,7 +358,7 @@ def _group_advantages(rewards: torch.Tensor, cu_groups: torch.Tensor, normalize:
 
 
 @_group_advantages.register_fake
-def _(rewards, cu_groups, normalize):
+def _(rewards, *_):
     return torch.empty_like(rewards)
 
 
@@ -398,7 +388,7 @@ def _g2rl_advantages(
 
 
 @_g2rl_advantages.register_fake
-def _(features, rewards, cu_groups, m_max, valid, strength, clip, rule, min_range, uniform_groups, normalize):
+def _(features, rewards, cu_groups, m_max, *_):
     size = torch.library.get_ctx().new_dynamic_size() if m_max is None else m_max
     similarity = features.new_empty((cu_groups.shape[0] - 1, size, size))
     return (*(torch.empty_like(rewards) for _ in range(3)), similarity)

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from g2rl_kernels import distributed
-from g2rl_kernels.checks import check_number, check_tensor, is_dtensor, values_readable
+from g2rl_kernels.checks import check_number, check_tensor, is_dtensor, refuse_tangents, values_readable
 from g2rl_kernels.dispatch import BACKENDS, backend_number, resolve
 from g2rl_kernels.distributed import Values, VocabularyPart
 from g2rl_kernels.ops import head_ops
-from g2rl_kernels.ops.tangents import refuse_tangents
 from g2rl_kernels.products import wide
 from g2rl_kernels.records import Head, SequenceFeatures, TokenLogprobs
 

@@ -81,7 +81,7 @@ def token_logprobs(
 
 
 @token_logprobs.register_fake
-def _(hidden, weight, bias, targets, check_finite, temperature, logit_scale, softcap, workspace_bytes):
+def _(hidden, *_):
     return _fake_results(hidden)
 
 
@@ -113,20 +113,7 @@ def sequence_features(
 
 
 @sequence_features.register_fake
-def _(
-    hidden,
-    weight,
-    bias,
-    targets,
-    cu_seqlens,
-    token_weights,
-    lse,
-    check_finite,
-    temperature,
-    logit_scale,
-    softcap,
-    workspace_bytes,
-):
+def _(hidden, weight, bias, targets, cu_seqlens, *_):
     return (_fake_features(hidden, cu_seqlens), *_fake_results(hidden))
 
 
@@ -156,19 +143,7 @@ def token_sums(
 
 
 @token_sums.register_fake
-def _(
-    hidden,
-    weight,
-    bias,
-    targets,
-    vocab_start,
-    vocab_size,
-    check_finite,
-    temperature,
-    logit_scale,
-    softcap,
-    workspace_bytes,
-):
+def _(hidden, *_):
     return hidden.new_empty((4, hidden.shape[0]), dtype=_result_dtype(hidden))
 
 
@@ -205,20 +180,7 @@ def part_features(
 
 
 @part_features.register_fake
-def _(
-    hidden,
-    weight,
-    bias,
-    targets,
-    cu_seqlens,
-    token_weights,
-    sums,
-    dgrad_group,
-    temperature,
-    logit_scale,
-    softcap,
-    workspace_bytes,
-):
+def _(hidden, weight, bias, targets, cu_seqlens, *_):
     return (_fake_features(hidden, cu_seqlens), *_fake_results(hidden))
 
 
@@ -251,23 +213,8 @@ def logprobs_backward(
 
 
 @logprobs_backward.register_fake
-def _(
-    grad_logps,
-    grad_entropy,
-    hidden,
-    weight,
-    bias,
-    targets,
-    logps,
-    entropy,
-    lse,
-    temperature,
-    logit_scale,
-    softcap,
-    workspace_bytes,
-    needs,
-):
-    inputs = (hidden, weight, bias)
+def _(grad_logps, grad_entropy, hidden, weight, bias, *rest):
+    inputs, needs = (hidden, weight, bias), rest[-1]
     return tuple(
         hidden.new_empty(x.shape, dtype=x.dtype) if need else hidden.new_empty(0)
         for x, need in zip(inputs, needs, strict=True)

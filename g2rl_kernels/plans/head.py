@@ -71,7 +71,7 @@ def sequence_features(
 def _features(batch: _Batch, responses: Responses, plan: Callable[[Tensor, Tensor], Plan]) -> SequenceFeatures:
     """By the plan that `plan` makes of cu_seqlens and a, which also leaves the batch its results."""
     hidden, weights = batch.hidden, responses.token_weights
-    cu_seqlens = responses.cu_seqlens.contiguous()
+    cu_seqlens = responses.cu_seqlens.to(torch.int32).contiguous()
     a = batch.empty(hidden.shape[0]).fill_(1) if weights is None else weights.float().contiguous()
     features = batch.empty(cu_seqlens.shape[0] - 1, hidden.shape[1]).zero_()
     if hidden.shape[0]:

@@ -543,15 +543,15 @@ def load_resumed(path: Path, overrides: Sequence[str]) -> Config:
     method = _value(own, "method")
     defaults = METHODS / f"{method}.yaml"
     if _value(given, "method") not in (None, method) and defaults.is_file():
-        for section, values in _plain(read_yaml(defaults)).items():
+        for section, values in plain(read_yaml(defaults)).items():
             for name, value in values.items():
                 if _value(own, f"{section}.{name}") == value:
                     _remove(own, f"{section}.{name}")
-    return load_config([_plain(own)], overrides)
+    return load_config([plain(own)], overrides)
 
 
-def _plain(layer: DictConfig) -> dict[str, Any]:
-    """What a layer has, as it is written."""
+def plain(layer: Any) -> dict[str, Any]:
+    """Keys and values as they are written, references too."""
     return cast(dict[str, Any], OmegaConf.to_container(layer))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,10 +63,7 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> 
 
 def _vote(answers: Sequence[str | None], right: set[str]) -> float:
     """1 if the most frequent answer is right, 0 if not; the share of right ones among equally frequent answers."""
-    counts: dict[str, int] = defaultdict(int)
-    for answer in answers:
-        if answer is not None:
-            counts[answer] += 1
+    counts = Counter(answer for answer in answers if answer is not None)
     if not counts:
         return 0.0
     most = max(counts.values())

@@ -14,9 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from omegaconf import OmegaConf
 
-from g2rl.config import read_yaml
+from g2rl.config import plain, read_yaml
 from g2rl.log import METRICS, STAGES, duration, metric, printable, read_records
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; series differ by marker or line style as well.
@@ -133,12 +132,6 @@ def load_run(run_dir: Path) -> Run:
         config=plain(read_yaml(config)) if config.is_file() else {},
         environment=json.loads(environment.read_text()) if environment.is_file() else {},
     )
-
-
-def plain(node: Any) -> dict[str, Any]:
-    container = OmegaConf.to_container(node)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
 
 
 # --- plots: each takes a run and returns a figure, or None where the run has nothing to draw ---

@@ -14,9 +14,9 @@ from typing import Any
 from matplotlib import rc_context
 from omegaconf import OmegaConf
 
-from g2rl.config import Config
+from g2rl.config import Config, plain
 from g2rl.log import METRICS, duration, metric, printable
-from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, plain, valid_part
+from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, valid_part
 
 SAMPLE_CHARACTERS = 1200
 

@@ -14,17 +14,6 @@ from g2rl_kernels.backends.cuda.head import (
     token_sums,
 )
 
-__all__ = [
-    "g2rl_advantages",
-    "logprobs_backward",
-    "most_members",
-    "part_features",
-    "sequence_features",
-    "token_logprobs",
-    "token_sums",
-    "unavailable",
-]
-
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

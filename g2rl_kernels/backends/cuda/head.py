@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
 from torch import Tensor
 
 from g2rl_kernels.backends.cuda.kernels import CudaKernels
@@ -15,31 +12,23 @@ from g2rl_kernels.records import Gradients, Head, Needs, Responses, SequenceFeat
 
 
 def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> TokenLogprobs:
-    hidden, head, targets = _as_kernels_read(hidden, head, targets)
-    return forward.token_logprobs(CudaKernels.of(hidden, head, targets), hidden, head, targets, workspace_bytes)
+    return forward.token_logprobs(*_with_kernels(hidden, head, targets), workspace_bytes)
 
 
 def sequence_features(
     hidden: Tensor, head: Head, targets: Tensor, responses: Responses, workspace_bytes: int
 ) -> SequenceFeatures:
-    hidden, head, targets = _as_kernels_read(hidden, head, targets)
-    kernels = CudaKernels.of(hidden, head, targets)
-    responses = replace(responses, cu_seqlens=responses.cu_seqlens.to(torch.int32))
-    return forward.sequence_features(kernels, hidden, head, targets, responses, workspace_bytes)
+    return forward.sequence_features(*_with_kernels(hidden, head, targets), responses, workspace_bytes)
 
 
 def token_sums(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> Tensor:
-    hidden, head, targets = _as_kernels_read(hidden, head, targets)
-    return forward.token_sums(CudaKernels.of(hidden, head, targets), hidden, head, targets, workspace_bytes)
+    return forward.token_sums(*_with_kernels(hidden, head, targets), workspace_bytes)
 
 
 def part_features(
     hidden: Tensor, head: Head, targets: Tensor, responses: Responses, sums: Tensor, workspace_bytes: int
 ) -> SequenceFeatures:
-    hidden, head, targets = _as_kernels_read(hidden, head, targets)
-    kernels = CudaKernels.of(hidden, head, targets)
-    responses = replace(responses, cu_seqlens=responses.cu_seqlens.to(torch.int32))
-    return forward.part_features(kernels, hidden, head, targets, responses, sums, workspace_bytes)
+    return forward.part_features(*_with_kernels(hidden, head, targets), responses, sums, workspace_bytes)
 
 
 def logprobs_backward(
@@ -52,10 +41,11 @@ def logprobs_backward(
     needs: Needs,
     workspace_bytes: int,
 ) -> Gradients:
-    hidden, head, targets = _as_kernels_read(hidden, head, targets)
-    kernels, upstream = CudaKernels.of(hidden, head, targets), (grad_logps, grad_entropy)
+    kernels, hidden, head, targets = _with_kernels(hidden, head, targets)
+    upstream = (grad_logps, grad_entropy)
     return backward.logprobs_backward(kernels, upstream, hidden, head, targets, saved, needs, workspace_bytes)
 
 
-def _as_kernels_read(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Head, Tensor]:
-    return unit_stride(hidden), addressable(head), targets.to(torch.int64).contiguous()
+def _with_kernels(hidden: Tensor, head: Head, targets: Tensor) -> tuple[CudaKernels, Tensor, Head, Tensor]:
+    hidden, head, targets = unit_stride(hidden), addressable(head), targets.contiguous()
+    return CudaKernels.of(hidden, head, targets), hidden, head, targets

@@ -19,20 +19,6 @@ from g2rl_kernels.backends.eager.head import (
     token_sums,
 )
 
-__all__ = [
-    "exploration_scores",
-    "g2rl_advantages",
-    "group_advantages",
-    "group_similarity",
-    "logprobs_backward",
-    "part_features",
-    "sequence_features",
-    "shape_rewards",
-    "token_logprobs",
-    "token_sums",
-    "unavailable",
-]
-
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve: it serves everywhere."""

@@ -23,20 +23,6 @@ from g2rl_kernels.backends.reference.head import (
     token_sums,
 )
 
-__all__ = [
-    "exploration_scores",
-    "g2rl_advantages",
-    "group_advantages",
-    "group_similarity",
-    "logprobs_backward",
-    "part_features",
-    "sequence_features",
-    "shape_rewards",
-    "token_logprobs",
-    "token_sums",
-    "unavailable",
-]
-
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve: only where the device has no float64."""

@@ -31,7 +31,7 @@ def exploration_scores(similarity: Tensor, rewards: Tensor, cu_groups: Tensor, v
     nu = torch.zeros_like(r)
     for g, members in enumerate(_groups(cu_groups)):
         first = members.start
-        usable = [j for j in members if (valid is None and float(S[g, j - first, j - first]) > 0) or _holds(valid, j)]
+        usable = [j for j in members if (S[g, j - first, j - first] > 0 if valid is None else valid[j])]
         for i in usable:
             peers = [j for j in usable if j != i]
             if peers:
@@ -39,10 +39,6 @@ def exploration_scores(similarity: Tensor, rewards: Tensor, cu_groups: Tensor, v
                 similar = S[g, i - first, [j - first for j in peers]]
                 nu[i] = (1 - (w * similar**2).sum()).clamp(min=0).sqrt()
     return nu.to(rewards.dtype)
-
-
-def _holds(valid: Tensor | None, i: int) -> bool:
-    return valid is not None and bool(valid[i])
 
 
 def shape_rewards(rewards: Tensor, scores: Tensor, cu_groups: Tensor, valid: Tensor | None, shaping: Shaping) -> Tensor:

@@ -11,22 +11,3 @@ from g2rl_kernels.backends.triton.statistics import kept_bytes, room_for_kept, s
 from g2rl_kernels.backends.triton.targets import add_targets
 
 log_unit = 1.0
-
-__all__ = [
-    "add_kept",
-    "add_targets",
-    "grad_logits",
-    "inverse_and_flags",
-    "inverse_weights",
-    "kept_bytes",
-    "log_unit",
-    "merge",
-    "project",
-    "projection_bytes",
-    "residual_statistics_bytes",
-    "residuals",
-    "residuals_and_statistics",
-    "room_for_kept",
-    "statistics",
-    "statistics_bytes",
-]

@@ -11,19 +11,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from g2rl.config import ConfigError
 from g2rl.evaluation.suite import Settings
+from g2rl.rollout import Sampler
 from g2rl.types import Episode, Problem
-
-
-class RowSampler(Protocol):
-    """What draws responses: `g2rl.rollout.Sampler`."""
-
-    def sample(
-        self, problems: Sequence[Problem], copies: int, temperature: float, top_p: float, seed: Sequence[int]
-    ) -> list[Episode]: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,7 @@ def provenance(settings: Settings, problems: Sequence[Problem], model: Mapping[s
 
 def sample_all(
     path: Path,
-    sampler: RowSampler,
+    sampler: Sampler,
     problems: Sequence[Problem],
     settings: Settings,
     made_with: Mapping[str, Any],

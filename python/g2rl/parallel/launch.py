@@ -31,11 +31,6 @@ class _Terminated(BaseException):
     """The launcher ends this process."""
 
 
-def launched() -> bool:
-    """Whether a launcher has started this process as one of several, or as the only one."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def train_together(
     read: Callable[[], Config], train: Callable[[Config, Ranks], Any], foreseen: tuple[type[Exception], ...]
 ) -> Config | int:

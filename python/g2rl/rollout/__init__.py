@@ -13,20 +13,6 @@ from g2rl.rollout.draws import response_seeds
 from g2rl.rollout.embedded import TransformersSampler
 from g2rl.rollout.gap import gap_metrics, gap_warning
 
-__all__ = [
-    "Response",
-    "RolloutError",
-    "Sampler",
-    "Sampling",
-    "TransformersSampler",
-    "gap_metrics",
-    "gap_warning",
-    "left_pad",
-    "make_batch",
-    "make_sampler",
-    "response_seeds",
-]
-
 
 def make_sampler(model: Any, tokenizer: Tokenizer, config: RolloutConfig, system_prompt: str | None = None) -> Sampler:
     """The sampler of `rollout.engine`; see `Sampler`.

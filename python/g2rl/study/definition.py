@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from g2rl.comparison.bands import EVALUATION
-from g2rl.config import Config, ConfigError, leaves, load_config, merged, named_errors, read_overrides, read_yaml
+from g2rl.config import Config, ConfigError, leaves, load_config, merged, named_errors, plain, read_overrides, read_yaml
 
 SIZES = ("small", "smoke")
 """Blocks of a study that make it smaller, each chosen by a flag of that name."""
@@ -103,10 +103,10 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         ConfigError: an unknown key, a label or seed twice, nothing to run, or a run whose configuration is not good.
     """
     with named_errors(str(path)):
-        given = _plain(read_overrides(overrides))
+        given = plain(read_overrides(overrides))
         whole = merged(OmegaConf.structured(StudyConfig), read_yaml(path))
         size = _size(given)
-        block = _plain(whole[size]) if size else {}
+        block = plain(whole[size]) if size else {}
         if size and not block:
             raise ConfigError(f"{size}: expected keys and values in {path}, found none")
         read = _changed(whole, block, given)
@@ -118,13 +118,6 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     if folder is None:
         folder = (read["folder"] or f"studies/{read['name']}") + (f"-{size}" if size else "")
     return _study(read, path.parent / read["base"], Path(folder).resolve())
-
-
-def _plain(node: Any) -> dict[str, Any]:
-    """As dictionaries, with interpolations as they are written: they are about a run's configuration."""
-    container = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
 
 
 def _size(given: dict[str, Any]) -> str:
@@ -153,7 +146,7 @@ def _changed(study: DictConfig, *layers: dict[str, Any]) -> dict[str, Any]:
             study = merged(study, {key: value})
             if key in chosen:
                 chosen[key] = chosen[key] + [label for label in value if label not in chosen[key]]
-    read = _plain(study)
+    read = plain(study)
     for key, labels in chosen.items():
         _choose(read, key, labels)
     return read
@@ -203,7 +196,7 @@ def _check_known(key: str, label: Any, known: Iterable[str]) -> None:
 
 
 def _study(read: dict[str, Any], base: Path, folder: Path) -> Study:
-    start = _plain(read_yaml(base))
+    start = plain(read_yaml(base))
     changes = {key: {label: own or {} for label, own in read[key].items()} for key in ("tasks", "methods")}
     for where, own in (
         ("settings", read["settings"]),

@@ -34,9 +34,7 @@ def evaluates(data_set: type) -> frozenset[str]:
         for name, called in _calls(function, data_set):
             if name.rpartition(".")[2] in _EVALUATE and (called is None or called is getattr(builtins, name, None)):
                 found.add(name)
-            elif _of(called, "sympy"):
-                found.add(name)
-            elif name.endswith(f".{_DELEGATE}") and called is None:
+            elif _of(called, "sympy") or (name.endswith(f".{_DELEGATE}") and called is None):
                 found.add(name)
             elif _of(called, "reasoning_gym"):
                 waiting += _functions(called)

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from types import TracebackType
 
 from g2rl.tasks.answers import extract_answer, extract_boxed
 from g2rl.tasks.base import FiniteTask
@@ -46,9 +45,7 @@ class Judge(ABC):
     def __enter__(self) -> Judge:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

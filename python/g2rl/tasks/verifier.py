@@ -35,12 +35,10 @@ class MathVerifier:
 
     Args:
         limit_s: seconds for one pair.
-        max_chars: length limit of a prediction, characters.
         workers: processes at most; None takes one a core, eight at most.
     """
 
-    def __init__(self, *, limit_s: float = LIMIT_S, max_chars: int = MAX_CHARS, workers: int | None = None) -> None:
-        self.max_chars = max_chars
+    def __init__(self, *, limit_s: float = LIMIT_S, workers: int | None = None) -> None:
         self._pool = JudgePool(math_judge, limit_s=limit_s, workers=workers)
         self._known: dict[tuple[str, str], bool] = {}
 
@@ -65,7 +63,7 @@ class MathVerifier:
             return False
         if prediction == gold:
             return True
-        if len(prediction) > self.max_chars:
+        if len(prediction) > MAX_CHARS:
             return False
         ours, theirs = normalised(gold), normalised(prediction)
         one, other = number(ours), number(theirs)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tensordict import TensorDict
 from transformers import PreTrainedModel
@@ -127,17 +126,9 @@ class G2RLEngine(FSDPEngineWithLMHead):
         hidden, targets = hidden.flatten(0, -2)[predicts], self._pass.targets.flatten()[predicts]
         lengths = torch.bincount(response[predicts], minlength=self._pass.B)
         head = lm_head(self._model, self._pass.temperature, self._model.get_output_embeddings().weight.dtype)
-        out = sequence_features(hidden.to(head.weight.dtype), head, targets, F.pad(lengths.cumsum(0), (1, 0)))
-        self._pass.features, self._pass.logps = self._whole(out.features, lengths), out.logps
-
-    def _whole(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Features [B, d] of responses of which each rank of a sequence-parallel group has `lengths` [B] tokens."""
-        if not self.use_ulysses_sp:
-            return features
-        lengths = lengths.to(features.dtype)
-        sums = torch.cat([features * lengths[:, None], lengths[:, None]], dim=1)
-        dist.all_reduce(sums, group=self.ulysses_parallel_group)
-        return sums[:, :-1] / sums[:, -1:].clamp(min=1)
+        cu_seqlens, group = F.pad(lengths.cumsum(0), (1, 0)), self.ulysses_parallel_group
+        out = sequence_features(hidden.to(head.weight.dtype), head, targets, cu_seqlens, context_group=group)
+        self._pass.features, self._pass.logps = out.features, out.logps
 
     def _check_logps(self, done: _FeaturePass, logps: torch.Tensor) -> None:
         """verl's [N] and the head's, on the first pass: a head that is not understood would give other features."""
