@@ -206,6 +206,15 @@ def test_verdicts_are_kept_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
             assert len(verifier._known) <= 4
 
 
+def test_what_had_no_score_is_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[float | None]] = [[None, 0.0], [1.0]]
+    monkeypatch.setattr(JudgePool, "scores", lambda self, requests: found.pop(0) if requests else [])
+    with MathVerifier() as verifier:
+        for right in (False, True, True):
+            assert verifier.judge([("x", "y"), ("x", "z")]) == [right, False]
+    assert found == []
+
+
 def test_percent_is_not_compared_as_an_integer(verifier: MathVerifier) -> None:
     assert verifier.judge([("7", "700\\%"), ("0.07", "7\\%")]) == [True, True]
 
@@ -221,7 +230,7 @@ def test_mathematics_that_never_ends_is_stopped() -> None:
         assert pool.scores([("1", "2")]) == [0.0]  # the worker is up
         start = time.monotonic()
         # Seconds to for ever: a tower past the refusal, and nesting that the parser takes long to work through.
-        assert pool.scores([("7", "9^{9^9}"), ("7", "{" * 900 + "7" + "}" * 900)]) == [0.0, 0.0]
+        assert pool.scores([("7", "9^{9^9}"), ("7", "{" * 900 + "7" + "}" * 900)]) == [None, None]
         assert time.monotonic() - start < 15  # two limits of half a second, and starts of two fresh workers
         assert pool.scores([("x+1", "1+x")]) == [1.0]
 
@@ -235,12 +244,12 @@ def test_scores_are_in_order_and_one_that_overruns_costs_only_itself() -> None:
         assert 0.5 <= time.monotonic() - start < 10
     with applying(eval, limit_s=1, workers=2) as pool:
         requests = [("1",), ("__import__('time').sleep(60)",), ("3",), ("4",), ("1/0",), ("6",)]
-        assert pool.scores(requests) == [1.0, 0.0, 3.0, 4.0, 0.0, 6.0]
+        assert pool.scores(requests) == [1.0, None, 3.0, 4.0, 0.0, 6.0]
 
 
 def test_a_worker_that_dies_on_an_answer_is_tried_twice() -> None:
     with applying(eval) as pool:
-        assert pool.scores([("1",), ("__import__('os')._exit(1)",), ("3",)]) == [1.0, 0.0, 3.0]
+        assert pool.scores([("1",), ("__import__('os')._exit(1)",), ("3",)]) == [1.0, None, 3.0]
 
 
 def test_a_worker_killed_from_outside_is_replaced() -> None:
@@ -262,7 +271,7 @@ def test_a_stopped_worker_is_killed_at_the_limit() -> None:
         (worker,) = pool._processes
         worker.send_signal(signal.SIGSTOP)
         # A request larger than the pipe holds, so that writing it blocks as well.
-        assert pool.scores([("1" + " " * 1_000_000,)]) == [0.0]
+        assert pool.scores([("1" + " " * 1_000_000,)]) == [None]
         assert pool.scores([("2",)]) == [2.0]
 
 
@@ -383,5 +392,5 @@ def test_time_that_a_worker_did_not_get_does_not_count() -> None:
         # Two limits of waiting, no computing: what a worker sees on a busy machine.
         assert pool.scores([("__import__('time').sleep(2) or 3",)]) == [3.0]
         start = time.monotonic()
-        assert pool.scores([("sum(1 for _ in iter(int, 1))",)]) == [0.0]
+        assert pool.scores([("sum(1 for _ in iter(int, 1))",)]) == [None]
         assert time.monotonic() - start >= 1

@@ -30,8 +30,8 @@ class MathVerifier:
 
     Both sides are judged as `normalised`. Equal text and plain numbers, which are compared exactly, are decided here;
     everything else goes to worker processes, which are started when first needed, hold no torch, and are killed and
-    replaced when an answer takes too long. A prediction that cannot be judged within the limits is wrong. Usable from
-    any thread.
+    replaced when an answer takes too long. A prediction that cannot be judged within the limits is wrong, until it comes
+    again. Usable from any thread.
 
     Args:
         limit_s: seconds for one pair.
@@ -55,9 +55,10 @@ class MathVerifier:
         found = {pair: self._judge_here(*pair) for pair in dict.fromkeys(pairs)}
         known = self._known if len(self._known) < _KEPT else {}
         asked = dict.fromkeys(pair for pair in found.values() if isinstance(pair, tuple) and pair not in known)
-        known.update((pair, score > 0) for pair, score in zip(asked, self._pool.scores(list(asked)), strict=True))
+        scores = zip(asked, self._pool.scores(list(asked)), strict=True)
+        known.update((pair, score > 0) for pair, score in scores if score is not None)
         self._known = known
-        return [known[pair] if isinstance(pair, tuple) else pair for pair in map(found.__getitem__, pairs)]
+        return [known.get(pair, False) if isinstance(pair, tuple) else pair for pair in map(found.__getitem__, pairs)]
 
     def _judge_here(self, gold: str, prediction: str | None) -> bool | tuple[str, str]:
         """Decide a pair without a worker, or return what a worker is to compare."""
