@@ -135,10 +135,13 @@ def _contradicts_itself(answer: str) -> bool:
 
 def _rounded(exact: Number, rounded: Number, about: bool) -> bool:
     """Whether a number is another one to its last digit; a whole number only where it says that it is about that."""
-    step = rounded.step or exact.step
-    if step >= 1 and not about:
-        step = Fraction(0)
-    return exact.same(rounded) or abs(exact.value - rounded.value) < step
+    last = rounded if rounded.step else exact
+    step = last.step if about or last.step < 1 else Fraction(0)
+    if exact.percent == rounded.percent:
+        difference = exact.value - rounded.value
+    else:
+        difference, step = exact.share - rounded.share, step / 100 if last.percent else step
+    return exact.same(rounded) or abs(difference) < step
 
 
 def _has_huge_power(answer: str) -> bool:
