@@ -24,6 +24,8 @@ SAME = [
     (["1234", "1,234", "1{,}234", r"1,\!234", r"1\,234", "1,234.0"], "thousands"),
     (["1234", "1,234 ", r"1,\,234", "1{,} 234", r"1, \!234", r"1,\! 234"], "thousands, blanks around a close comma"),
     (["10, 100", " 10,  100.", "10,\n100", r"10,\ 100", "10,~100", "10 , 100", "10 ,100", r"$10,\quad 100$"], "list"),
+    (["x=1234", "x = 1,234", "x = 1{,}234", r"x = \$1,234.00", "x = 1,234 dollars", "x = 1,!234"], "equation"),
+    ([r"1234\pi", r"1{,}234\pi", r"1,\!234 \pi", r"1\,234\pi"], "thousands in an expression"),
     (["3, 5", "3,5", "3 , 5"], "list that is no number without its blanks"),
     (
         ["-1/2", r"-\frac{1}{2}", r"\frac{-1}{2}", r"-\dfrac12", r"-\tfrac{2}{4}", "-0.5", "-.5", "\u22120.50"],
@@ -75,6 +77,10 @@ DIFFERENT = [
     ("10^{9999}", "10^{9998}", "powers that are not computed"),
     ("(1,234)", "(1234)", "a pair is no thousand"),
     ("1,2", "12", "a list is no thousand"),
+    ("1{,}2", "12", "with a close comma"),
+    ("1000{,}200", "1000200", "more digits than a group has"),
+    ("x = 10, 100", "x = 10100", "a list of solutions"),
+    ("x + y = 5", "5", "an equation for its right side"),
     ("10, 100", "10100", "nor is one with items of three digits"),
     ("10, 100", "10,100", "nor one that a blank tells from a number"),
     ("100, 200", "200, 100", "order of a list"),
@@ -130,6 +136,7 @@ NORMALISED = [
     ("3 1/2", r"3\frac{1}{2}", "mixed number"),
     ("5 7/2", "5 7/2", "no mixed number"),
     ("= 5", "5", "an equation's right side"),
+    ("x = 1/2 = 4/8 ", r"x = 1/2 = \frac{4}{8}", "the last one"),
     (r"\text{The answer is }9", "9", "said before"),
     (r"\text{The answer is not }9", r"\text{The answer is not }9", "denied before"),
     (r"{\text{east}}", r"\text{east}", "a group around a word"),
@@ -234,6 +241,7 @@ def test_percent(first: str, second: str, same: bool) -> None:
 def test_words_that_change_a_number(words: str) -> None:
     assert is_changed(rf"18 \text{{ {words}}}")
     assert is_changed(f"18 {words}")
+    assert is_changed(f"x = 18 {words}")
 
 
 @pytest.mark.parametrize(

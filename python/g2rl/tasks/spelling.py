@@ -36,6 +36,8 @@ _LETTER = r"(\\(?:pi|theta|alpha|beta|gamma|phi|omega)(?![A-Za-z])|[0-9A-Za-z])"
 _FRAC = re.compile(rf"\\[dtc]?frac(?![A-Za-z])\s*(?:{_LETTER}\s*(?:{_LETTER}|(?=\{{)))?")
 # Thousands keep their comma close, with a thin space at most; a blank beside it makes two items of a list.
 _CLOSE_COMMA = re.compile(r"(?:\{,\}|,\s*\\!)\s*")
+# Between the digits of a number it divides no list, whatever stands around the number.
+_THOUSANDS = re.compile(r"(?<=[0-9])(?<![0-9]{4})(?:\{,\}|,\s*\\!|,!)\s*(?=[0-9]{3}(?![0-9]))")
 _SPACING = re.compile(
     r"(?P<row>\\\\)|(?<=[0-9,])\\,(?=[0-9]{3}(?![0-9]))|\\!|(?P<blank>(?:\\[,;:> ]|\\q?quad(?![A-Za-z])|[\s~])+)"
 )
@@ -167,11 +169,11 @@ def _read(answer: str, units: bool = True) -> tuple[str, str]:
     text = _RAISED.sub(lambda raised: f"^{{{unicodedata.normalize('NFKC', raised.group())}}}", answer[:MAX_ANSWER])
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}" if root[1] or root[2] else r"\sqrt", text)
     text = _FRAC.sub(_braced, _ROW_END.sub(r"\\\\", _DASH.sub(r"\1\2-", text.translate(_SIGNS))))
-    text = _SPACING.sub(lambda space: space["row"] or (" " if space["blank"] else ""), _CLOSE_COMMA.sub(",", text))
-    text = _bare(text)
-    found, behind = _measured(text)
+    text = _CLOSE_COMMA.sub(",", _THOUSANDS.sub("", text))
+    text = _bare(_SPACING.sub(lambda space: space["row"] or (" " if space["blank"] else ""), text))
+    start, found, behind = _measured(text)
     if found and _value(found) and (not behind or (units and _is_unit(behind))):
-        return _spelled(found), behind
+        return text[:start] + _spelled(found), behind
     return text, ""
 
 
@@ -183,7 +185,7 @@ def number(normal: str) -> Number | None:
 
 def is_changed(normal: str) -> bool:
     r"""Whether a normalised answer is a number with words that make another one of it: ``18 \text{ million}``."""
-    found, behind = _measured(normal)
+    _, found, behind = _measured(normal)
     return found is not None and _UNIT.fullmatch(behind) is not None and _CHANGES.search(behind) is not None
 
 
@@ -247,13 +249,20 @@ def _inside(text: str) -> str | None:
     return None
 
 
-def _measured(text: str) -> tuple[re.Match[str] | None, str]:
-    """Return the number that `text` begins with, and what follows it, where that is short enough for a unit."""
-    plain = " ".join(without_wrappers(text).split()) if len(text) <= _MAX_DIGITS + _MAX_UNIT else ""
-    found = _NUMBER.match(plain)
-    if found is None or found.end() > _MAX_DIGITS or len(plain) - found.end() > _MAX_UNIT:
-        return None, ""
-    return found, plain[found.end() :].strip()
+def _measured(text: str) -> tuple[int, re.Match[str] | None, str]:
+    """Return a number, where in `text` it begins, and what follows it, where that is short enough for a unit.
+
+    The number is what `text` begins with, or its last equals sign is followed by: ``x = 1,234``.
+    """
+    for head in dict.fromkeys(("", text[: text.rfind("=") + 1])):
+        last = text[len(head) :].lstrip()
+        plain = " ".join(without_wrappers(last).split()) if len(last) <= _MAX_DIGITS + _MAX_UNIT else ""
+        found = _NUMBER.match(plain)
+        if found and found.end() <= _MAX_DIGITS and len(plain) - found.end() <= _MAX_UNIT:
+            behind = plain[found.end() :].strip()
+            if "=" not in behind:
+                return len(text) - len(last), found, behind
+    return 0, None, ""
 
 
 def _is_unit(behind: str) -> bool:

@@ -30,8 +30,8 @@ class MathVerifier:
 
     Both sides are judged as `normalised`. Equal text and plain numbers, which are compared exactly, are decided here;
     everything else goes to worker processes, which are started when first needed, hold no torch, and are killed and
-    replaced when an answer takes too long. A prediction that cannot be judged within the limits is wrong, until it comes
-    again. Usable from any thread.
+    replaced when an answer takes too long. A prediction that cannot be judged within the limits is wrong, and judged
+    again when it comes again. Usable from any thread.
 
     Args:
         limit_s: seconds for one pair.
