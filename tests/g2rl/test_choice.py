@@ -68,6 +68,7 @@ RIGHT = [
     (CELLS, "F", "The answer is 10 J.", "a unit is no letter"),
     (CELLS, "G", "The answer is 10.5 J", "a text that begins like another"),
     (CELLS, "H", "The answer is (H) Both A and B", "letters inside the option's text"),
+    (("12.5 percent", "31.25 percent"), "B", "The answer is 31.25 percent.", "a full stop behind percent"),
     (SIGNED, "F", "The answer is (F) -14", "a sign before the text"),
     (SIGNED, "F", "The answer is F. − 14", "a sign apart from it"),
     (CITIES, "B", "The answer is (B).\nTo sum up:\n\\boxed{B}", "the same claim twice"),

@@ -259,7 +259,7 @@ def _measured(text: str) -> tuple[int, re.Match[str] | None, str]:
         plain = " ".join(without_wrappers(last).split()) if len(last) <= _MAX_DIGITS + _MAX_UNIT else ""
         found = _NUMBER.match(plain)
         if found and found.end() <= _MAX_DIGITS and len(plain) - found.end() <= _MAX_UNIT:
-            behind = plain[found.end() :].strip()
+            behind = plain[found.end() :].strip().removesuffix(".")  # of a sentence, or of "in."
             if "=" not in behind:
                 return len(text) - len(last), found, behind
     return 0, None, ""
