@@ -41,7 +41,16 @@ SAME = [
     (["ab", r"\text{a b}"], "blanks between letters"),
     (["18.90", r"\$18.90", "18.9", "$18.90", "18.90\u20ac", "\u00a318.90", r"18.90\$"], "currency"),
     (
-        ["18", "18 dollars", r"18\ \text{dollars per day}", "18 cm^2", "18 km/h", r"18\mbox{ cm}^2", "18 people.", r"18 \text{ cm}^2."],
+        [
+            "18",
+            "18 dollars",
+            r"18\ \text{dollars per day}",
+            "18 cm^2",
+            "18 km/h",
+            r"18\mbox{ cm}^2",
+            "18 people.",
+            r"18 \text{ cm}^2.",
+        ],
         "unit",
     ),
     (
@@ -152,11 +161,15 @@ NORMALISED = [
     (r"\[ x \]", "x", "displayed"),
     ("$3$ and $5$", "$3$ and $5$", "two formulas"),
     ("0.3..", "0.3..", "dots"),
-    ("18 cm..", "18 cm..", "behind a unit"),
     ("18 m/s", "18", "a rate"),
     ("18 m", "18 m", "one letter may be a variable"),
     ("18 x/y", "18 x/y", "a quotient"),
-    (r"18 \text{ million}", r"18 \text{ million}", "a million of it"),
+    (r"1.5 \text{ million}", "1500000", "a million of it"),
+    ("-2 dozen eggs", "-24", "a dozen of it, and of what"),
+    (r"\frac{1}{8} \text{ hundred}", r"\frac{25}{2}", "no whole number of it"),
+    ("18 hundredths", "18 hundredths", "parts of it"),
+    ("6 power plants", "6", "what is counted, said in two words"),
+    ("18 to the power", "18 to the power", "a power"),
     (r"5\text{ even numbers}", "5", "what is counted"),
     ("", "", "nothing"),
 ]
@@ -237,7 +250,7 @@ def test_percent(first: str, second: str, same: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["million", "dozen", "thirds", "squared", "or so", "is it if not", "twenty-fifths", "pi"]
+    "words", ["hundredths", "gross", "thirds", "squared", "or so", "is it if not", "twenty-fifths", "pi"]
 )
 def test_words_that_change_a_number(words: str) -> None:
     assert is_changed(rf"18 \text{{ {words}}}")
@@ -246,7 +259,19 @@ def test_words_that_change_a_number(words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["", "dollars", "square feet", "two-digit numbers", "paths", "months", "times", "ones"]
+    "words",
+    [
+        "",
+        "dollars",
+        "square feet",
+        "two-digit numbers",
+        "paths",
+        "months",
+        "times",
+        "ones",
+        "power plants",
+        "six packs",
+    ],
 )
 def test_words_that_do_not(words: str) -> None:
     assert not is_changed(f"18 {words}")

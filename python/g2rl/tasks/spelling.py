@@ -61,6 +61,11 @@ _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operat
 _DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 _POWER = r"10 ?\^ ?\{{? ?(?P<{}>[+-]? ?[0-9]{{1,3}})(?![0-9]) ?\}}?"
 _MONEY = r"(?:\\?\$|[\u20ac\u00a3\u00a5])"
+SCALES = {
+    "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12
+}  # fmt: skip
+"""Words that multiply the number before them."""
+_SCALE = rf"(?: ?(?P<scale>(?i:{'|'.join(SCALES)}))s?(?![A-Za-z-]))?"
 _NUMBER = re.compile(
     rf"(?P<sign>[+-]?) ?(?:{_MONEY} ?(?P<late>[+-]?) ?)?(?:{_POWER.format('alone')}"
     rf"|(?:(?P<whole>[0-9]+) ?)?\\frac ?\{{ ?(?P<top>[+-]?{_DECIMAL}) ?\}} ?"
@@ -68,15 +73,16 @@ _NUMBER = re.compile(
     rf"|(?:(?P<mixed>[0-9]+) )?(?P<over>{_DECIMAL}) ?/ ?(?P<under>{_DECIMAL})"
     rf"|(?P<decimal>{_DECIMAL})(?:[eE](?P<e>[+-]?[0-9]{{1,3}})(?![0-9.])"
     rf"| ?(?:\\times|\\cdot|\*|x) ?{_POWER.format('ten')})?)"
-    rf"(?: ?{_MONEY})?(?P<percent> ?\\?%| per ?cent(?:age)?(?![A-Za-z]))?"
+    rf"(?: ?{_MONEY})?{_SCALE}(?P<percent> ?\\?%| per ?cent(?:age)?(?![A-Za-z]))?"
 )
 
 _TENS = "twen|thir|for|fif|six|seven|eigh|nine"
 CHANGES = (
-    r"(?i:\b(?:or|not|if|wrong|plus|minus|squared|cubed|power|mod|modulo|factorial|divided|mille|half|halves|thirds?"
-    r"|dozens?|gross|sin|cos|tan|cot|log|ln|exp|sqrt|pi|alpha|beta|gamma|delta|theta|lambda|omega"
-    r"|(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?!-[a-z])"
-    rf"|(?:four|{_TENS})teen|(?:{_TENS})ty|(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?"
+    r"(?i:\b(?:or|not|if|wrong|plus|minus|squared|cubed|mod|modulo|factorial|divided|mille|half|halves|thirds?|gross"
+    r"|(?:power|sin|cos|tan|cot|log|ln|exp|sqrt|pi|alpha|beta|gamma|delta|theta|lambda|omega"  # but not: power plants
+    r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+    rf"|(?:four|{_TENS})teen|(?:{_TENS})ty)(?![ -][a-z])"
+    r"|dozens?|(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?"
     rf"|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|(?:four|{_TENS})teen|(?:{_TENS})tie)ths?)\b)"
 )
 """Words behind a number that make another one of it, or none: they are no unit."""
@@ -184,7 +190,7 @@ def number(normal: str) -> Number | None:
 
 
 def is_changed(normal: str) -> bool:
-    r"""Whether a normalised answer is a number with words that make another one of it: ``18 \text{ million}``."""
+    r"""Whether a normalised answer is a number with words that make another one of it: ``18 \text{ squared}``."""
     _, found, behind = _measured(normal)
     return found is not None and _UNIT.fullmatch(behind) is not None and _CHANGES.search(behind) is not None
 
@@ -278,9 +284,13 @@ def _is_unit(behind: str) -> bool:
 
 
 def _spelled(found: re.Match[str]) -> str:
-    """Return a number in TeX, without its currency."""
+    """Return a number in TeX, without its currency; one with a word such as million is multiplied."""
     sign, exponent = found["sign"] + (found["late"] or ""), found["e"] or found["ten"] or found["alone"]
     percent, decimal = r"\%" if found["percent"] else "", (found["decimal"] or "").replace(",", "")
+    number = _value(found) if found["scale"] else None
+    if number:
+        top, bottom = number.value.as_integer_ratio()
+        return (rf"\frac{{{top}}}{{{bottom}}}" if bottom > 1 else str(top)) + percent
     if exponent:
         mantissa = rf"{decimal}\times " if decimal else ""
         return f"{sign}{mantissa}10^{{{exponent.replace(' ', '').lstrip('+')}}}{percent}"
@@ -307,4 +317,5 @@ def _value(found: re.Match[str]) -> Number | None:
             return None
         value, step = int(whole or "0") + top / bottom, Fraction(0)
     negative = (found["sign"] + (found["late"] or "")).count("-") % 2
-    return Number(-value if negative else value, found["percent"] is not None, step)
+    factor = SCALES[found["scale"].lower()] if found["scale"] else 1
+    return Number((-factor if negative else factor) * value, found["percent"] is not None, factor * step)
