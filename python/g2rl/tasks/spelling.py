@@ -56,6 +56,7 @@ _HEAD = re.compile(
     re.IGNORECASE,
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_LETTERS = re.compile(r"[A-Z](?:(?:,(?: and)?| and) ?[A-Z])+")  # of several options or statements
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 
 _DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
@@ -241,7 +242,10 @@ def _bare(text: str) -> str:
 
 
 def _inside(text: str) -> str | None:
-    r"""Return what one group holds that is all of `text`, None where none is; words keep their ``\text{}``."""
+    r"""Return what one group holds that is all of `text`, None where none is.
+
+    Words keep their ``\text{}``; letters such as ``A and C`` become a list.
+    """
     opened = _GROUP.match(text)
     if not opened:
         return None
@@ -250,6 +254,8 @@ def _inside(text: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
             inside = text[opened.end() : brace.start()]
+            if opened[1] and brace.end() == len(text) and _LETTERS.fullmatch(inside.strip()):
+                return re.sub(r",? and ?", ", ", inside)
             words = opened[1] and "\\" not in inside and _WORD.search(inside)
             return inside if brace.end() == len(text) and not words else None
     return None
