@@ -293,10 +293,10 @@ def _spelled(found: re.Match[str]) -> str:
     """Return a number in TeX, without its currency; one with a word such as million is multiplied."""
     sign, exponent = found["sign"] + (found["late"] or ""), found["e"] or found["ten"] or found["alone"]
     percent, decimal = r"\%" if found["percent"] else "", (found["decimal"] or "").replace(",", "")
-    number = _value(found) if found["scale"] else None
-    if number:
-        top, bottom = number.value.as_integer_ratio()
-        return (rf"\frac{{{top}}}{{{bottom}}}" if bottom > 1 else str(top)) + percent
+    multiplied = _value(found) if found["scale"] else None
+    if multiplied:
+        parts = multiplied.value.as_integer_ratio()
+        return (r"\frac{{{}}}{{{}}}".format(*parts) if parts[1] > 1 else str(parts[0])) + percent
     if exponent:
         mantissa = rf"{decimal}\times " if decimal else ""
         return f"{sign}{mantissa}10^{{{exponent.replace(' ', '').lstrip('+')}}}{percent}"
