@@ -162,17 +162,17 @@ def normalised(answer: str, units: bool = True) -> str:
     Args:
         units: take off what stands behind a plain number and does not change it: ``18 dollars``, ``10 km/h``.
     """
-    return _read(answer, units)[0]
+    return read(answer, units)[0]
 
 
-def unit_power(answer: str) -> int:
-    """Return 2 for an answer in square units, 3 in cubic ones, 0 for any other."""
-    power = _AREA_OR_VOLUME.search(_read(answer)[1])
+def unit_power(unit: str) -> int:
+    """Return 2 for a square unit, 3 for a cubic one, 0 for any other."""
+    power = _AREA_OR_VOLUME.search(unit)
     return 0 if power is None else 2 if power[1] or power[2] == "2" else 3
 
 
-def _read(answer: str, units: bool = True) -> tuple[str, str]:
-    """Return the normalised answer, and the unit that was taken off."""
+def read(answer: str, units: bool = True) -> tuple[str, str]:
+    """Return the answer `normalised`, and the unit that was taken off."""
     text = _RAISED.sub(lambda raised: f"^{{{unicodedata.normalize('NFKC', raised.group())}}}", answer[:MAX_ANSWER])
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}" if root[1] or root[2] else r"\sqrt", text)
     text = _FRAC.sub(_braced, _ROW_END.sub(r"\\\\", _DASH.sub(r"\1\2-", text.translate(_SIGNS))))
@@ -206,11 +206,15 @@ def canonical(answer: str, units: bool = True) -> str:
     Args:
         units: see `normalised`.
     """
-    text = normalised(answer, units)
-    plain = number(text)
+    return key_of(normalised(answer, units))
+
+
+def key_of(normal: str) -> str:
+    """Return what `canonical` makes of a normalised answer."""
+    plain = number(normal)
     if plain is not None:
         return str(plain.value if abs(plain.value) >= 1 else plain.share)
-    text = _NOISE.sub("", without_wrappers(text)).strip()
+    text = _NOISE.sub("", without_wrappers(normal)).strip()
     items = [_LOOSE_BLANK.sub("", item) for item in _LISTING_COMMA.split(text)]
     text = ",".join(items).rstrip(".")
     # Of two items that are no number of thousands.

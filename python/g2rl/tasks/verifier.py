@@ -10,7 +10,7 @@ from types import TracebackType
 
 from g2rl.tasks.judges import math_judge
 from g2rl.tasks.pool import LIMIT_S, JudgePool
-from g2rl.tasks.spelling import Number, canonical, is_changed, normalised, number, unit_power
+from g2rl.tasks.spelling import Number, is_changed, key_of, number, read, unit_power
 
 MAX_CHARS = 2_000
 """A longer prediction is wrong unless it equals the gold answer as text."""
@@ -68,11 +68,11 @@ class MathVerifier:
             return True
         if len(prediction) > self.max_chars:
             return False
-        ours, theirs = normalised(gold), normalised(prediction)
+        (ours, unit), (theirs, their_unit) = read(gold), read(prediction)
         one, other = number(ours), number(theirs)
-        equal = one.same(other) if one and other else canonical(ours) == canonical(theirs)
+        equal = one.same(other) if one and other else key_of(ours) == key_of(theirs)
         if equal:
-            return {unit_power(gold), unit_power(prediction)} != {2, 3}  # an area is no volume
+            return {unit_power(unit), unit_power(their_unit)} != {2, 3}  # an area is no volume
         if one and other:
             return False
         if _overlooked(ours, theirs) or _has_huge_power(ours) or _has_huge_power(theirs):
