@@ -71,7 +71,10 @@ def architectures() -> str:
 
     if named := os.environ.get("G2RL_CUDA_ARCHITECTURES"):
         return named
-    here = {torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())}
+    try:
+        here = {torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())}
+    except RuntimeError:  # a driver that this torch cannot use
+        here = set()
     known = {8: "80", 9: "90a", 10: "100"}
     return ";".join(known[major] for major in sorted(here)) if here <= known.keys() else ""
 

@@ -37,6 +37,7 @@ HERE = Path(__file__).parent
 STAGES = ("rollout", "forward", "backward", "head", "communication", "optimizer", "hand-over")
 _KNOWN = "peak_flops training_share prefill_share memory bandwidth bandwidth_share decode_overhead nvlink network "
 _KNOWN += "link_share overlap gpus_per_node prompt_tokens response_median response_sigma slots cache_share"
+_MODEL = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size"
 _SHARES = [name for name in _KNOWN.split() if name == "overlap" or name.endswith("_share")]
 
 
@@ -112,7 +113,18 @@ def read(path: Path) -> Table:
             raise ConfigError(f"assumptions.{name}: expected a share of at most 1, found {found.value}")
     for name in set(table.assumptions) - set(_KNOWN.split()):
         raise ConfigError(f"assumptions.{name}: expected one of {', '.join(_KNOWN.split())}, found it besides")
+    for name, shape in table.models.items():
+        wrong = {*_MODEL.split(), "tie_word_embeddings"} ^ shape.keys()
+        if wrong:
+            raise ConfigError(f"models.{name}: expected {_MODEL} tie_word_embeddings, missing or unknown: {min(wrong)}")
+        for key in _MODEL.split():
+            if type(shape[key]) is not int or shape[key] < 1:
+                raise ConfigError(f"models.{name}.{key}: expected 1 or more, found {shape[key]!r}")
+    if not table.runs:
+        raise ConfigError("runs: expected one or more, found none")
     for run in table.runs:
+        if not run.gpus:
+            raise ConfigError("runs.gpus: expected one number of GPUs or more, found none")
         if run.model not in table.models:
             raise ConfigError(f"runs.model: expected one of {', '.join(table.models)}, found {run.model!r}")
         if run.engine_gpus < 1:

@@ -150,6 +150,9 @@ def test_page_says_what_the_table_says(tmp_path: Path, monkeypatch: pytest.Monke
             "prompts=128, model.lora.rank=8,",
             r"parallel\.strategy: expected ddp with model\.lora\.rank > 0",
         ),
+        ("gpus: [8, 64]", "gpus: []", r"runs\.gpus: expected one number of GPUs or more, found none"),
+        ("hidden_size: 2048", "hiden_size: 2048", r"models\.qwen3-1\.7b: expected .*unknown: hidden_size"),
+        ("num_hidden_layers: 28", "num_hidden_layers: 0", r"models\..*num_hidden_layers: expected 1 or more, found 0"),
         ("features.json", "nothing.json", r"measured: expected a result file .* 'nvidia-.*nothing\.json'"),
         (
             "    - nvidia-h100-80gb-hbm3-backward.json\n",
@@ -170,3 +173,12 @@ def test_bad_tables(tmp_path: Path, old: str, new: str, error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         table = scale.read(tmp_path / "table.yaml")
         scale.Forecaster(table, table.runs[0])
+
+
+def test_a_table_needs_runs(tmp_path: Path) -> None:
+    text = TABLE.read_text()
+    (tmp_path / "table.yaml").write_text(
+        text[: text.index("\nruns:")] + "\nruns: []\n" + text[text.index("\nmodels:") :]
+    )
+    with pytest.raises(ConfigError, match="runs: expected one or more, found none"):
+        scale.read(tmp_path / "table.yaml")

@@ -132,3 +132,12 @@ def test_gpus_built_for(
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(here))
     monkeypatch.setattr("torch.cuda.get_device_capability", here.__getitem__)
     assert load(**variables).architectures() == expected
+
+
+def test_a_driver_that_torch_cannot_use_names_no_gpus(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old(_: int) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", too_old)
+    assert load().architectures() == ""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from g2rl.config import Config, ConfigError, ModelConfig, load_config, load_resumed
-from g2rl.files import StorageError, hold
+from g2rl.files import StorageError, hold, let_go
 
 if TYPE_CHECKING:
     from g2rl.parallel.ranks import Ranks
@@ -151,6 +151,9 @@ def _train(settings: list[str]) -> int:
     _announce(config)
     try:
         Trainer(config).run()
+    except ConfigError:
+        let_go(config.run_dir)
+        raise
     except _foreseen() as error:
         print(f"g2rl: {error}; continue with: g2rl train resume={config.run_dir}", file=sys.stderr)
         return 1

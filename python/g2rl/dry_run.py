@@ -17,10 +17,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from g2rl.config import Config, ConfigError, ParallelConfig
+from g2rl.files import StorageError
 from g2rl.forecast import Forecast, Rates, forecast, measure_rates
 from g2rl.model import load_shape, load_tokenizer, local_path, resolve_device
+from g2rl.rollout import RolloutError
 from g2rl.trackers import make_trackers
-from g2rl.trainer import Trainer
+from g2rl.trainer import Trainer, TrainingError
 
 _SMALL = {
     "hidden_size": 64,
@@ -81,6 +83,8 @@ def _named_errors(doing: str) -> Iterator[None]:
     """What architectures' own checks raise, each of its kind, as `ConfigError`."""
     try:
         yield
+    except (ConfigError, TrainingError, RolloutError, StorageError):  # which say it all
+        raise
     except Exception as error:
         found = " ".join(str(error).split())
         raise ConfigError(f"dry_run: cannot {doing}: {type(error).__name__}: {found}") from error
@@ -100,8 +104,17 @@ def scaled_down(shape: Any) -> Any:
         width = values.get("head_dim") or values[names["hidden_size"]] // heads
         rope = {key: values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key)}
         small |= {key: _narrowed(parameters, width) for key, parameters in rope.items()}
-    small |= {key: kinds[:2] for key, kinds in values.items() if key.endswith("layer_types") and kinds}
+    small |= {key: _two_of(kinds) for key, kinds in values.items() if key.endswith("layer_types") and kinds}
+    if values.get("qk_rope_head_dim"):
+        small["head_dim"] = values["head_dim"]  # the part of a head that is rotated, which keeps its width
+    if values.get("rotary_dim"):
+        small["rotary_dim"] = min(values["rotary_dim"], _SMALL["hidden_size"] // _SMALL["num_attention_heads"])
     return type(text).from_dict(values | small)
+
+
+def _two_of(kinds: list[str]) -> list[str]:
+    """Two layers' kinds, different ones where there are: models may look for a layer of each."""
+    return (list(dict.fromkeys(kinds)) + kinds)[:2]
 
 
 def _narrowed(rope: dict[str, Any], width: int) -> dict[str, Any]:
@@ -121,7 +134,8 @@ def _rehearse(config: Config, shape: Any, tokenizer: PreTrainedTokenizerBase, fo
     problems = [trainer.task.train_problem(i) for i in range(config.rollout.prompts)]
     prompt_tokens = max(len(trainer.sampler.prompt_ids(problem)) for problem in problems)
     start = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):  # what random weights say is of no interest
+    # What random weights say is of no interest.
+    with contextlib.redirect_stdout(io.StringIO()), _named_errors(f"take one step with a tiny {shape.model_type}"):
         trainer.run()
     return prompt_tokens, time.perf_counter() - start
 

@@ -31,6 +31,14 @@ def write_durably(path: Path, contents: Iterable[str] | bytes) -> None:
         raise StorageError(f"{str(path)!r} cannot be written: {error}") from error
 
 
+def let_go(folder: Path) -> None:
+    """Remove a folder that `hold` made and this process holds, if nothing else has been written there."""
+    lock = folder / ".lock"
+    if folder.is_dir() and list(folder.iterdir()) == [lock] and hold(folder) is not None:
+        lock.unlink()
+        folder.rmdir()
+
+
 def hold(folder: Path) -> int | None:
     """Hold a run's folder, which is created when missing, for this process alone, which may hold it more than once.
 

@@ -13,6 +13,7 @@ from g2rl.tasks.lenient import lenient_answer
 
 CITIES = ("Paris", "London", "Rome", "Madrid")
 CELLS = ("T cells", "B cells", "E. coli", "A small increase", "vitamin C", "10 J", "10.5 J", "Both A and B")
+SIGNED = ("-28", "28", "-7", "7", "10", "-14", "14")
 TEN = tuple(f"{10 * i} m" for i in range(1, 11))
 
 # (options, gold, response, reason)
@@ -67,6 +68,9 @@ RIGHT = [
     (CELLS, "F", "The answer is 10 J.", "a unit is no letter"),
     (CELLS, "G", "The answer is 10.5 J", "a text that begins like another"),
     (CELLS, "H", "The answer is (H) Both A and B", "letters inside the option's text"),
+    (("12.5 percent", "31.25 percent"), "B", "The answer is 31.25 percent.", "a full stop behind percent"),
+    (SIGNED, "F", "The answer is (F) -14", "a sign before the text"),
+    (SIGNED, "F", "The answer is F. − 14", "a sign apart from it"),
     (CITIES, "B", "The answer is (B).\nTo sum up:\n\\boxed{B}", "the same claim twice"),
     (CITIES, "B", "B. London\n\nIt is the capital of the United Kingdom.", "first line, then a reason"),
     (CITIES, "B", "(A) No.\n(B) Yes.\n(C) No.\nThe best answer is option B.", "after a list"),
@@ -100,6 +104,8 @@ WRONG = [
     (CITIES, "A", "The answer is A–C.", "a range with a dash"),
     (CITIES, "B", "The answer is (B), that is Paris.", "a letter against a text beside it"),
     (CITIES, "B", "Answer: B (Paris)", "the same in brackets"),
+    (CITIES, "B", "Answer: B - Paris", "the same after a dash"),
+    (SIGNED, "G", "The answer is (G) -14", "a letter against another sign"),
     (CITIES, "A", "A tempting answer is (A).", "tempting only"),
     (CITIES, "A", "The student's answer is A.", "somebody else's"),
     (CITIES, "A", "Let's say the answer is A.", "let's say"),

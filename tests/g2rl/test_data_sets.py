@@ -198,3 +198,17 @@ def test_local_files_are_looked_for_by_name(tmp_path: Path) -> None:
 def test_options_are_checked(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         task(name, **options)
+
+
+@pytest.mark.parametrize(
+    "asked, answer, right",
+    [
+        ("How many million tons of apples?", r"2.2 \text{ million}", True),
+        ("How many million tons of apples?", "2.2", True),
+        ("How many million tons of apples?", "22 million", False),
+        ("How many tons of apples?", "2.2 million", False),
+    ],
+)
+def test_a_number_may_repeat_the_unit_that_is_asked_for(asked: str, answer: str, right: bool) -> None:
+    with MathJudge() as judge:
+        assert judge.right([Problem("apples", asked, "2.2")], [answer]) == [right]

@@ -14,14 +14,18 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BambaConfig,
+    DeepseekV3Config,
     Gemma3Config,
     GPT2Config,
+    GPTJConfig,
+    JambaConfig,
     LlamaConfig,
     MambaConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 from g2rl.cli import main
@@ -230,9 +234,26 @@ def test_scaled_down(shape: PretrainedConfig) -> None:
 
 
 @pytest.mark.parametrize(
+    "shape",
+    [
+        Qwen3NextConfig(vocab_size=50),  # one layer in four has attention
+        DeepseekV3Config(vocab_size=50),  # some of a head's numbers are rotated
+        GPTJConfig(vocab_size=50),
+    ],
+    ids=lambda shape: shape.model_type,
+)
+def test_scaled_down_models_can_be_run(shape: PretrainedConfig) -> None:
+    small = scaled_down(shape)
+    assert len(set(getattr(small, "layer_types", None) or "ab")) == 2
+    model = AutoModelForCausalLM.from_config(small)
+    assert model(torch.arange(8)[None]).logits.shape == (1, 8, 50)
+
+
+@pytest.mark.parametrize(
     ("shape", "message"),
     [
         (BambaConfig(), "dry_run: cannot scale bamba down: .*The dimensions for the Mamba head state do not match"),
+        (JambaConfig(), "dry_run: cannot take one step with a tiny jamba: ValueError: "),
         (MambaConfig(num_hidden_layers=2, pad_token_id=0, eos_token_id=1), "dry_run: cannot forecast mamba: "),
     ],
 )

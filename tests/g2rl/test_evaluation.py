@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,9 @@ def test_results_with_other_settings_or_damaged_are_refused_at_once(tmp_path: Pa
     with pytest.raises(ConfigError, match="out: expected samples with temperature = 0.5, found 0.8 in .*results.json"):
         read_results(tmp_path, ["a"], changed)
     assert read_results(tmp_path, ["a", "b"], changed) == NOTHING  # none of the others is left
+    for key, value in {"limit": 3, "seed": 7, "problems": "others"}.items():
+        with pytest.raises(ConfigError, match=f"out: expected samples with {key} = {value!r}, found"):
+            read_results(tmp_path, ["a"], [replace(settings(), **{key: value})])
     for damage in ("", "{", "[]", '{"settings": [], "results": [{}]}'):
         (tmp_path / "results.json").write_text(damage)
         with pytest.raises(ConfigError, match="out: expected results of g2rl eval, found damage in .*results.json"):

@@ -24,22 +24,34 @@ SAME = [
     (["1234", "1,234", "1{,}234", r"1,\!234", r"1\,234", "1,234.0"], "thousands"),
     (["1234", "1,234 ", r"1,\,234", "1{,} 234", r"1, \!234", r"1,\! 234"], "thousands, blanks around a close comma"),
     (["10, 100", " 10,  100.", "10,\n100", r"10,\ 100", "10,~100", "10 , 100", "10 ,100", r"$10,\quad 100$"], "list"),
+    (["x=1234", "x = 1,234", "x = 1{,}234", r"x = \$1,234", "x = 1,234 dollars", "x = 1,!234"], "equation"),
+    ([r"1234\pi", r"1{,}234\pi", r"1,\!234 \pi", r"1\,234\pi"], "thousands in an expression"),
     (["3, 5", "3,5", "3 , 5"], "list that is no number without its blanks"),
     (
         ["-1/2", r"-\frac{1}{2}", r"\frac{-1}{2}", r"-\dfrac12", r"-\tfrac{2}{4}", "-0.5", "-.5", "\u22120.50"],
         "fraction",
     ),
     (["0", "-0", "+0.0"], "zero"),
-    (["50", "50%", r"50\%", "50 percent", r"50\text{ per cent}"], "percent"),
+    (["50", "50%", r"50\%", "50 percent", r"50\text{ per cent}", r"50 \text{ percent}."], "percent"),
     (["1/200", "0.5%", r"0.5\%", "0.005"], "less than a percent"),
     (["90", r"90^\circ", r"90^{\circ}", "90\u00b0", "90 \u00b0F", r"90\,^\circ\text{C}"], "degrees"),
     (["x+1", "x + 1", r"x\,+\,1", r"x\quad+ 1"], "blanks"),
     (["(1,2)", r"\left(1, 2\right)", "( 1,2 )"], "bracket sizes"),
+    ([r"\text{A,C}", "A, C", r"\text{A and C}", r"\text{A, and C}"], "letters"),
     (["Monday", r"\text{Monday}", r"\textbf{Monday}", "Monday."], "word"),
     (["ab", r"\text{a b}"], "blanks between letters"),
     (["18.90", r"\$18.90", "18.9", "$18.90", "18.90\u20ac", "\u00a318.90", r"18.90\$"], "currency"),
     (
-        ["18", "18 dollars", r"18\ \text{dollars per day}", "18 cm^2", "18 km/h", r"18\mbox{ cm}^2", "18 people."],
+        [
+            "18",
+            "18 dollars",
+            r"18\ \text{dollars per day}",
+            "18 cm^2",
+            "18 km/h",
+            r"18\mbox{ cm}^2",
+            "18 people.",
+            r"18 \text{ cm}^2.",
+        ],
         "unit",
     ),
     (
@@ -75,11 +87,16 @@ DIFFERENT = [
     ("10^{9999}", "10^{9998}", "powers that are not computed"),
     ("(1,234)", "(1234)", "a pair is no thousand"),
     ("1,2", "12", "a list is no thousand"),
+    ("1{,}2", "12", "with a close comma"),
+    ("1000{,}200", "1000200", "more digits than a group has"),
+    ("x = 10, 100", "x = 10100", "a list of solutions"),
+    ("x + y = 5", "5", "an equation for its right side"),
     ("10, 100", "10100", "nor is one with items of three digits"),
     ("10, 100", "10,100", "nor one that a blank tells from a number"),
     ("100, 200", "200, 100", "order of a list"),
     ("1,000, 200", "1,000,200", "a list with a number in groups"),
     ("1,200, 300", "1, 200, 300", "where a list is divided"),
+    (r"\text{A and C}", "AC", "letters that are no word"),
     ("1/0", "0", "no value"),
     ("7", "-7", "sign"),
     ("0.33", "1/3", "rounding"),
@@ -130,6 +147,7 @@ NORMALISED = [
     ("3 1/2", r"3\frac{1}{2}", "mixed number"),
     ("5 7/2", "5 7/2", "no mixed number"),
     ("= 5", "5", "an equation's right side"),
+    ("x = 1/2 = 4/8 ", r"x = 1/2 = \frac{4}{8}", "the last one"),
     (r"\text{The answer is }9", "9", "said before"),
     (r"\text{The answer is not }9", r"\text{The answer is not }9", "denied before"),
     (r"{\text{east}}", r"\text{east}", "a group around a word"),
@@ -148,7 +166,12 @@ NORMALISED = [
     ("18 m/s", "18", "a rate"),
     ("18 m", "18 m", "one letter may be a variable"),
     ("18 x/y", "18 x/y", "a quotient"),
-    (r"18 \text{ million}", r"18 \text{ million}", "a million of it"),
+    (r"1.5 \text{ million}", "1500000", "a million of it"),
+    ("-2 dozen eggs", "-24", "a dozen of it, and of what"),
+    (r"\frac{1}{8} \text{ hundred}", r"\frac{25}{2}", "no whole number of it"),
+    ("18 hundredths", "18 hundredths", "parts of it"),
+    ("6 power plants", "6", "what is counted, said in two words"),
+    ("18 to the power", "18 to the power", "a power"),
     (r"5\text{ even numbers}", "5", "what is counted"),
     ("", "", "nothing"),
 ]
@@ -229,15 +252,28 @@ def test_percent(first: str, second: str, same: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["million", "dozen", "thirds", "squared", "or so", "is it if not", "twenty-fifths", "pi"]
+    "words", ["hundredths", "gross", "thirds", "squared", "or so", "is it if not", "twenty-fifths", "pi"]
 )
 def test_words_that_change_a_number(words: str) -> None:
     assert is_changed(rf"18 \text{{ {words}}}")
     assert is_changed(f"18 {words}")
+    assert is_changed(f"x = 18 {words}")
 
 
 @pytest.mark.parametrize(
-    "words", ["", "dollars", "square feet", "two-digit numbers", "paths", "months", "times", "ones"]
+    "words",
+    [
+        "",
+        "dollars",
+        "square feet",
+        "two-digit numbers",
+        "paths",
+        "months",
+        "times",
+        "ones",
+        "power plants",
+        "six packs",
+    ],
 )
 def test_words_that_do_not(words: str) -> None:
     assert not is_changed(f"18 {words}")

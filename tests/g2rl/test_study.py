@@ -450,7 +450,7 @@ def test_an_unfinished_report_counts_what_is_paired(tmp_path: Path, monkeypatch:
 
 def test_points_of_a_plot_keep_their_colours(tmp_path: Path) -> None:
     """Four methods that differ by nothing are four points, some pixels of a file of few colours."""
-    found = {"value": 0.0, "low": 0.0, "high": 0.0}
+    found = {"value": 0.0, "low": None, "high": None}  # nor by problem or seed
     methods = {name: {"differences": {"pass@1": found}} for name in ("a", "b", "c", "d")}
     content = {"tasks": {"sums": {"methods": methods}}, "baseline": "a"}
     figure = plot_differences(content, "pass@1")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from g2rl.bootstrap import Estimate, coverage
+from g2rl.study.record import _estimate
 from g2rl.study.statistics import area, difference, first_reached, share, sign_flips
+from g2rl.study.tables import change, score
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,17 @@ def test_intervals_end_where_the_quantity_does(
 ) -> None:
     found = estimate(np.array(seeds)[:, None])
     assert (found.value, found.low, found.high) == pytest.approx(expected)
+
+
+def test_where_all_resamples_agree_there_is_no_interval() -> None:
+    """All seeds and problems alike, or one of each: shown as a dash, and null in the record."""
+    for found, value in [
+        (share(np.ones((5, 8))), 1.0), (share(np.zeros((1, 1))), 0.0), (difference(np.zeros((3, 8))), 0.0)
+    ]:  # fmt: skip
+        assert _estimate(found) == {"value": value, "low": None, "high": None}
+    assert score(_estimate(share(np.ones((5, 8))))) == "100.0 -"
+    assert change({**_estimate(difference(np.zeros((3, 8)))), "p": 1.0}) == "+0.0 -, p = 1"
+    assert not math.isnan(share(np.eye(4)).low)
 
 
 @pytest.mark.parametrize("seeds", [2, 5])

@@ -352,6 +352,18 @@ def test_a_second_run_gets_a_folder_of_its_own(tiny_model: Path, tmp_path: Path)
     assert lines(tmp_path / "run") == lines(tmp_path / "run-2")
 
 
+def test_a_start_that_is_refused_leaves_no_folder(tiny_model: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    (tmp_path / "empty.yaml").write_text("seed: 0\n")
+    settings = [f"model.path={tiny_model}", f"runs_dir={runs}", *SMALL, "steps=1"]
+    assert main(["train", str(tmp_path / "empty.yaml"), *settings, f"model.path={tmp_path / 'nothing'}"]) == 2
+    assert list(runs.iterdir()) == []
+    (runs / "run").mkdir()
+    (runs / "run" / "notes.txt").write_text("somebody's")
+    assert main(["train", str(tmp_path / "empty.yaml"), *settings, f"model.path={tmp_path / 'nothing'}"]) == 2
+    assert (runs / "run" / "notes.txt").exists()
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Another process trains in a run's folder."""

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from g2rl.checkpoint import checkpoint_config, find_checkpoint
 from g2rl.config import Config, ConfigError
 from g2rl.evaluation.results import read_results, write_results
-from g2rl.evaluation.samples import provenance, sample_all
+from g2rl.evaluation.samples import problems_digest, provenance, sample_all
 from g2rl.evaluation.scores import Scores, score
 from g2rl.evaluation.suite import Settings, read_suite, suite_problems
 from g2rl.model import load_model
@@ -62,6 +62,7 @@ def evaluate_suite(
     """
     sets = read_suite(suite, flags)
     problems = [suite_problems(settings) for settings in sets]
+    sets = [replace(one, problems=problems_digest(whole)) for one, whole in zip(sets, problems, strict=True)]
     configs = [model_config(checkpoint, overrides) for checkpoint in checkpoints]
     names = labels([config.model.path for config in configs])
     earlier = read_results(out, names, sets)

@@ -28,7 +28,8 @@ from g2rl.plots import CYCLE, STYLE, figure_legend
 _MARKERS = "osD^vP"
 
 
-_COMPARED = ("temperature", "top_p", "max_tokens", "system_prompt", "instruction")  # in one table
+# In one table.
+_COMPARED = ("temperature", "top_p", "max_tokens", "system_prompt", "instruction", "limit", "seed", "problems")
 
 
 def read_results(folder: Path, models: Sequence[str], suite: Sequence[Settings]) -> dict[str, Any]:

@@ -38,6 +38,14 @@ class Sample:
     finished: bool
 
 
+def problems_digest(problems: Sequence[Problem]) -> str:
+    """Return what tells problems from others."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps([problem.id, problem.prompt, problem.answer]).encode())
+    return digest.hexdigest()[:16]
+
+
 def provenance(settings: Settings, problems: Sequence[Problem], model: Mapping[str, Any]) -> dict[str, Any]:
     """Return what must be equal for samples to belong to one file: all but how many there are.
 
@@ -45,11 +53,8 @@ def provenance(settings: Settings, problems: Sequence[Problem], model: Mapping[s
         problems: all of the data set.
         model: what tells the model from others, such as a digest of its weights.
     """
-    digest = hashlib.sha256()
-    for problem in problems:
-        digest.update(json.dumps([problem.id, problem.prompt, problem.answer]).encode())
     keys = ("name", "temperature", "top_p", "max_tokens", "system_prompt", "seed", "batch_size")
-    return {**{key: getattr(settings, key) for key in keys}, "problems": digest.hexdigest()[:16], **model}
+    return {**{key: getattr(settings, key) for key in keys}, "problems": problems_digest(problems), **model}
 
 
 def sample_all(

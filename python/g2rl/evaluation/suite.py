@@ -54,7 +54,11 @@ class SuiteConfig:
 
 @dataclass(frozen=True)
 class Settings:
-    """How responses to one data set are sampled: the fields of `SuiteConfig`, resolved for the set `name`."""
+    """How responses to one data set are sampled: the fields of `SuiteConfig`, resolved for the set `name`.
+
+    Attributes:
+        problems: `problems_digest` of the whole set, once it is read.
+    """
 
     name: str
     samples: int
@@ -67,6 +71,7 @@ class Settings:
     system_prompt: str | None
     seed: int
     batch_size: int
+    problems: str | None = None
 
 
 _RANGES = {

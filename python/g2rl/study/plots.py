@@ -66,7 +66,8 @@ def plot_differences(content: dict[str, Any], metric: str) -> Figure | None:
     for i, (group, method, found) in enumerate(lines):
         place += 0.6 if i and lines[i - 1][0] != group else 0.0
         color = CYCLE[methods.index(method) % len(CYCLE)]
-        axes.plot([found["low"], found["high"]], [place, place], color=color, linewidth=2)
+        if found["low"] is not None:
+            axes.plot([found["low"], found["high"]], [place, place], color=color, linewidth=2)
         axes.plot(found["value"], place, "o", color=color)
         ticks.append(place)
         names.append(f"{group}: {method}")

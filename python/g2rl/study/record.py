@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -82,8 +83,8 @@ def _method(results: Results, task: str, method: str) -> dict[str, Any]:
     }
 
 
-def _estimate(estimate: Estimate) -> dict[str, float]:
-    return {key: round(value, 6) for key, value in asdict(estimate).items()}
+def _estimate(estimate: Estimate) -> dict[str, float | None]:
+    return {key: None if math.isnan(value) else round(value, 6) for key, value in asdict(estimate).items()}
 
 
 def _compared(found: Compared) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from g2rl.bootstrap import SHARE, Estimate, between, interval, resampled_means
+from g2rl.bootstrap import SHARE, Estimate, between, interval, resampled_means, unless_agreed
 
 DIFFERENCE = between(SHARE)
 """What a difference of two shares can be."""
@@ -24,13 +24,13 @@ class PairedTest:
 
 
 def share(values: np.ndarray) -> Estimate:
-    """Mean of shares [S, P] with its 95 % interval."""
-    return interval(values.mean(), resampled_means(values), SHARE)
+    """Mean of shares [S, P] with its 95 % interval, if not all resamples agree."""
+    return unless_agreed(interval(values.mean(), resampled_means(values), SHARE))
 
 
 def difference(values: np.ndarray) -> Estimate:
-    """Mean of paired differences [S, P] of shares with its 95 % interval."""
-    return interval(values.mean(), resampled_means(values), DIFFERENCE)
+    """Mean of paired differences [S, P] of shares with its 95 % interval, if not all resamples agree."""
+    return unless_agreed(interval(values.mean(), resampled_means(values), DIFFERENCE))
 
 
 def sign_flips(differences: np.ndarray) -> PairedTest:

@@ -26,16 +26,20 @@ def score(estimate: dict[str, Any] | None) -> str:
     """A share in percent with its interval."""
     if estimate is None:
         return "-"
-    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{100 * estimate['value']:.1f} {_ends(estimate, '.1f')}"
 
 
 def change(compared: dict[str, Any] | None) -> str:
     """A difference in percentage points with its interval and p-value."""
     if compared is None:
         return "-"
-    value, low, high = (100 * compared[key] for key in ("value", "low", "high"))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}], p = {compared['p']:.3g}"
+    return f"{100 * compared['value']:+.1f} {_ends(compared, '+.1f')}, p = {compared['p']:.3g}"
+
+
+def _ends(estimate: dict[str, Any], form: str) -> str:
+    """An interval in percent; a dash where all resamples agree, which has none."""
+    low, high = estimate["low"], estimate["high"]
+    return "-" if low is None else f"[{100 * low:{form}}, {100 * high:{form}}]"
 
 
 def headline(content: dict[str, Any], metric: str = "pass@1") -> str:

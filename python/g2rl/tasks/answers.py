@@ -31,6 +31,9 @@ _BESIDE = re.compile(
     r"|\b(?:or|and|maybe|perhaps|possibly|also|else|either)\b|[A-Za-z](?:_[0-9])?\s?=)*",
     re.IGNORECASE,
 )
+_CHOICE = re.compile(r"\b(?:or|maybe|perhaps|possibly|also|else|either)\b", re.IGNORECASE)
+_JOINED = re.compile(r"[,;&]|\band\b", re.IGNORECASE)
+_STEP = re.compile(r"(?<!\.)\.(?!\.)|\n\s*\n")  # a sentence or a paragraph ends
 
 # Before "answer is": it is somebody else's, or none that is meant.
 NOT_MINE = (
@@ -61,28 +64,36 @@ def extract_boxed(text: str) -> str | None:
     count, so that an earlier one is taken. ``\boxed 7`` without braces holds the number, control word or character
     that follows. Only the last `MAX_TEXT` characters are read; a content above `MAX_ANSWER` characters is None.
     """
-    boxes = final_boxes(text)
+    boxes, _ = final_boxes(text)
     return boxes[0] if boxes else None
 
 
-def final_boxes(text: str) -> list[str]:
+def final_boxes(text: str) -> tuple[list[str], bool]:
     r"""Return the content of the last box as in `extract_boxed`, then others of boxes that stand right before it.
 
-    Those in ``\boxed{12} or \boxed{13}`` are two; a box far before the last one, or before other words, is a step.
+    Those in ``\boxed{12} or \boxed{13}`` are two; a box far before the last one, before other words, or before the end
+    of a sentence or paragraph, is a step.
+
+    Returns:
+        The contents, and whether all of them are parts of one answer: ``\boxed{12} and \boxed{13}``.
     """
     text = text[-MAX_TEXT:]
     spans = boxed_spans(text)
     if not spans or spans[-1][1] - spans[-1][0] > MAX_ANSWER:
-        return []
-    first = len(spans) - 1
-    while first and _side_by_side(text, spans[first - 1][1], spans[first][0]):
+        return [], False
+    first, joined = len(spans) - 1, True
+    while first and (between := _side_by_side(text, spans[first - 1][1], spans[first][0])) is not None:
+        joined = joined and _JOINED.search(between) is not None and not _CHOICE.search(between)
         first -= 1
-    return list(dict.fromkeys(text[start:end].strip() for start, end in spans[first:][::-1]))
+    return list(dict.fromkeys(text[start:end].strip() for start, end in spans[first:][::-1])), joined
 
 
-def _side_by_side(text: str, end: int, start: int) -> bool:
-    """Whether a box that ends and one that starts there have nothing between them but "or" and its like."""
-    return 0 <= start - end <= _MAX_BETWEEN and _BESIDE.fullmatch(_BOX.sub("", text[end:start])) is not None
+def _side_by_side(text: str, end: int, start: int) -> str | None:
+    """Return what is between a box that ends and one that starts there, if that is nothing but "or" and its like."""
+    between = _BOX.sub("", text[end:start]) if 0 <= start - end <= _MAX_BETWEEN else "no"
+    if not _BESIDE.fullmatch(between) or (_STEP.search(between) and not _CHOICE.search(between)):
+        return None
+    return between
 
 
 def boxed_spans(text: str) -> list[tuple[int, int]]:
@@ -170,13 +181,17 @@ def same_spelling(first: str, second: str) -> bool:
 def one_box(text: str, same: Callable[[str, str], bool] = same_spelling) -> str | None:
     """Return the last box's content, None without one and where the boxes right before it hold another answer.
 
+    Boxes that "and" or a comma joins make a list, in their order.
+
     Args:
         same: whether two contents are the same answer.
     """
-    boxes = final_boxes(text)
-    if not boxes or len(boxes) > _MAX_BOXES or not all(same(boxes[0], other) for other in boxes[1:]):
+    boxes, joined = final_boxes(text)
+    if not boxes or len(boxes) > _MAX_BOXES:
         return None
-    return boxes[0]
+    if all(same(boxes[0], other) for other in boxes[1:]):
+        return boxes[0]
+    return ", ".join(boxes[::-1]) if joined else None
 
 
 def extract_answer(text: str, allow_number: bool, same: Callable[[str, str], bool] = same_spelling) -> str | None:

@@ -40,7 +40,8 @@ _NEXT = re.compile(
     r"|[.)]?\s{1,3}([A-J])(?=[.)]?\s{0,3}(?:$|\n|[A-J](?![A-Za-z])))"
 )
 _ALTERNATIVE = re.compile(rf"(?:\b(?:or|and)\b|[;,/]){_HEDGE}(?:{_ENCLOSED}|([A-J])[):](?!\w))")
-_LINK = re.compile(r"^[\s)\].,:–—-]*(?:(?:i\.e\.|that is|namely|which is),?\s)?")
+# A dash before a number is its sign.
+_LINK = re.compile(r"^(?:[\s)\].,:—]|[–-](?=\s+[^\s\d.]))*(?:(?:i\.e\.|that is|namely|which is),?\s)?")
 _TAG = re.compile(r"<answer>([^<]{1,1000})</answer>")
 _LABEL = re.compile(r"[(\[]?([A-J])([)\].:])\s{0,8}(\S.*)?$")
 

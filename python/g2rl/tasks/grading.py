@@ -6,6 +6,7 @@ it: a right answer also counts where the form was not kept. Neither counts a res
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,12 @@ from g2rl.tasks.answers import extract_answer, extract_boxed
 from g2rl.tasks.base import FiniteTask
 from g2rl.tasks.choice import boxed_letter, claimed_letter
 from g2rl.tasks.lenient import lenient_answer
-from g2rl.tasks.spelling import canonical
+from g2rl.tasks.spelling import SCALES, canonical
 from g2rl.tasks.verifier import MathVerifier
 from g2rl.types import Problem
 
+# In this unit the number is asked for: "2.2 million" is 2.2.
+_ASKED = re.compile(rf"\bhow many ({'|'.join(SCALES)})s?\b", re.IGNORECASE)
 _MAX_VOTED = 16  # spellings of a problem's wrong answers that are compared: 120 pairs
 
 
@@ -66,8 +69,14 @@ class MathJudge(Judge):
         return extract_answer(response, self._allow_number, self._same)
 
     def right(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[bool]:
-        golds = [extract_boxed(problem.answer) or problem.answer for problem in problems]
-        return self._verifier.judge(list(zip(golds, answers, strict=True)))
+        pairs = []
+        for problem, answer in zip(problems, answers, strict=True):
+            gold = extract_boxed(problem.answer) or problem.answer
+            asked = _ASKED.search(problem.prompt)
+            if asked and answer:
+                gold, answer = (re.sub(rf"\b{asked[1]}s?\b", "", text, flags=re.IGNORECASE) for text in (gold, answer))
+            pairs.append((gold, answer))
+        return self._verifier.judge(pairs)
 
     def votes(
         self, answers: Sequence[Sequence[str | None]], correct: Sequence[Sequence[bool]]

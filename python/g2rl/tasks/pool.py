@@ -117,7 +117,7 @@ def _default_workers() -> int:
 class JudgePool:
     """Worker processes that score answers; started when first needed, usable from any thread.
 
-    A worker that overruns the limit is killed and replaced, and so is one that dies; what it worked on scores 0, in
+    A worker that overruns the limit is killed and replaced, and so is one that dies; what it worked on has no score, in
     the second case after one more attempt on a fresh worker. Workers end with the pool, at the latest with the
     interpreter, and by themselves should the trainer be killed.
 
@@ -153,8 +153,10 @@ class JudgePool:
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._finalizer = weakref.finalize(self, _stop_all, self._processes, os.getpid())
 
-    def scores(self, requests: Sequence[tuple[Any, ...]]) -> list[float]:
+    def scores(self, requests: Sequence[tuple[Any, ...]]) -> list[float | None]:
         """Return the judge's score of each request (its positional arguments, picklable), in order.
+
+        None is no score: the limit was overrun, or workers died. Another time there may be one.
 
         Raises:
             PoolError: a worker cannot be started, for want of a package for example, or the pool is closed.
@@ -187,7 +189,7 @@ class JudgePool:
     ) -> None:
         self.close()
 
-    def _score(self, request: tuple[Any, ...]) -> float:
+    def _score(self, request: tuple[Any, ...]) -> float | None:
         number = next(self._numbers)
         message = pickle.dumps((number, request))
         with self._slots:
@@ -206,7 +208,7 @@ class JudgePool:
                     return score
                 if time.monotonic() - start >= self.limit_s:
                     break  # it was killed at its limit, or would be the next time
-        return 0.0
+        return None
 
     def _take(self) -> _Worker:
         try:

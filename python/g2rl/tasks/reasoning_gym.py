@@ -125,7 +125,7 @@ class ReasoningGymTask(Task):
             else:
                 asked[problem.id, answer] = (answer, entry)
         scores = self._pool.scores(list(asked.values()))
-        right.update(zip(asked, [score >= RIGHT for score in scores], strict=True))
+        right.update(zip(asked, [(score or 0) >= RIGHT for score in scores], strict=True))
         return [right[problem.id, answer] for problem, answer in zip(problems, answers, strict=True)]
 
     def close(self) -> None:
@@ -178,7 +178,7 @@ def _make_pool(name: str, options: Mapping[str, Any], data_set: type, entry: dic
                 f"task.name: expected a data set whose judge evaluates no answers, since {error}, found {name!r}, "
                 f"which calls {', '.join(sorted(evaluating))}"
             ) from error
-    if pool.scores([(NO_ANSWER, entry)])[0] >= RIGHT:
+    if (pool.scores([(NO_ANSWER, entry)])[0] or 0) >= RIGHT:
         pool.close()
         raise ConfigError(
             f"task.name: expected a data set whose judge tells right answers from others, found {name!r}, where "

@@ -36,6 +36,8 @@ _LETTER = r"(\\(?:pi|theta|alpha|beta|gamma|phi|omega)(?![A-Za-z])|[0-9A-Za-z])"
 _FRAC = re.compile(rf"\\[dtc]?frac(?![A-Za-z])\s*(?:{_LETTER}\s*(?:{_LETTER}|(?=\{{)))?")
 # Thousands keep their comma close, with a thin space at most; a blank beside it makes two items of a list.
 _CLOSE_COMMA = re.compile(r"(?:\{,\}|,\s*\\!)\s*")
+# Between the digits of a number it divides no list, whatever stands around the number.
+_THOUSANDS = re.compile(r"(?<=[0-9])(?<![0-9]{4})(?:\{,\}|,\s*\\!|,!)\s*(?=[0-9]{3}(?![0-9]))")
 _SPACING = re.compile(
     r"(?P<row>\\\\)|(?<=[0-9,])\\,(?=[0-9]{3}(?![0-9]))|\\!|(?P<blank>(?:\\[,;:> ]|\\q?quad(?![A-Za-z])|[\s~])+)"
 )
@@ -54,11 +56,17 @@ _HEAD = re.compile(
     re.IGNORECASE,
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_LETTERS = re.compile(r"[A-Z](?:(?:,(?: and)?| and) ?[A-Z])+")  # of several options or statements
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 
 _DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 _POWER = r"10 ?\^ ?\{{? ?(?P<{}>[+-]? ?[0-9]{{1,3}})(?![0-9]) ?\}}?"
 _MONEY = r"(?:\\?\$|[\u20ac\u00a3\u00a5])"
+SCALES = {
+    "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12
+}  # fmt: skip
+"""Words that multiply the number before them."""
+_SCALE = rf"(?: ?(?P<scale>(?i:{'|'.join(SCALES)}))s?(?![A-Za-z-]))?"
 _NUMBER = re.compile(
     rf"(?P<sign>[+-]?) ?(?:{_MONEY} ?(?P<late>[+-]?) ?)?(?:{_POWER.format('alone')}"
     rf"|(?:(?P<whole>[0-9]+) ?)?\\frac ?\{{ ?(?P<top>[+-]?{_DECIMAL}) ?\}} ?"
@@ -66,15 +74,16 @@ _NUMBER = re.compile(
     rf"|(?:(?P<mixed>[0-9]+) )?(?P<over>{_DECIMAL}) ?/ ?(?P<under>{_DECIMAL})"
     rf"|(?P<decimal>{_DECIMAL})(?:[eE](?P<e>[+-]?[0-9]{{1,3}})(?![0-9.])"
     rf"| ?(?:\\times|\\cdot|\*|x) ?{_POWER.format('ten')})?)"
-    rf"(?: ?{_MONEY})?(?P<percent> ?\\?%| per ?cent(?:age)?(?![A-Za-z]))?"
+    rf"(?: ?{_MONEY})?{_SCALE}(?P<percent> ?\\?%| per ?cent(?:age)?(?![A-Za-z]))?"
 )
 
 _TENS = "twen|thir|for|fif|six|seven|eigh|nine"
 CHANGES = (
-    r"(?i:\b(?:or|not|if|wrong|plus|minus|squared|cubed|power|mod|modulo|factorial|divided|mille|half|halves|thirds?"
-    r"|dozens?|gross|sin|cos|tan|cot|log|ln|exp|sqrt|pi|alpha|beta|gamma|delta|theta|lambda|omega"
-    r"|(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)(?!-[a-z])"
-    rf"|(?:four|{_TENS})teen|(?:{_TENS})ty|(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?"
+    r"(?i:\b(?:or|not|if|wrong|plus|minus|squared|cubed|mod|modulo|factorial|divided|mille|half|halves|thirds?|gross"
+    r"|(?:power|sin|cos|tan|cot|log|ln|exp|sqrt|pi|alpha|beta|gamma|delta|theta|lambda|omega"  # but not: power plants
+    r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+    rf"|(?:four|{_TENS})teen|(?:{_TENS})ty)(?![ -][a-z])"
+    r"|dozens?|(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?"
     rf"|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|(?:four|{_TENS})teen|(?:{_TENS})tie)ths?)\b)"
 )
 """Words behind a number that make another one of it, or none: they are no unit."""
@@ -153,25 +162,25 @@ def normalised(answer: str, units: bool = True) -> str:
     Args:
         units: take off what stands behind a plain number and does not change it: ``18 dollars``, ``10 km/h``.
     """
-    return _read(answer, units)[0]
+    return read(answer, units)[0]
 
 
-def unit_power(answer: str) -> int:
-    """Return 2 for an answer in square units, 3 in cubic ones, 0 for any other."""
-    power = _AREA_OR_VOLUME.search(_read(answer)[1])
+def unit_power(unit: str) -> int:
+    """Return 2 for a square unit, 3 for a cubic one, 0 for any other."""
+    power = _AREA_OR_VOLUME.search(unit)
     return 0 if power is None else 2 if power[1] or power[2] == "2" else 3
 
 
-def _read(answer: str, units: bool = True) -> tuple[str, str]:
-    """Return the normalised answer, and the unit that was taken off."""
+def read(answer: str, units: bool = True) -> tuple[str, str]:
+    """Return the answer `normalised`, and the unit that was taken off."""
     text = _RAISED.sub(lambda raised: f"^{{{unicodedata.normalize('NFKC', raised.group())}}}", answer[:MAX_ANSWER])
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}" if root[1] or root[2] else r"\sqrt", text)
     text = _FRAC.sub(_braced, _ROW_END.sub(r"\\\\", _DASH.sub(r"\1\2-", text.translate(_SIGNS))))
-    text = _SPACING.sub(lambda space: space["row"] or (" " if space["blank"] else ""), _CLOSE_COMMA.sub(",", text))
-    text = _bare(text)
-    found, behind = _measured(text)
+    text = _CLOSE_COMMA.sub(",", _THOUSANDS.sub("", text))
+    text = _bare(_SPACING.sub(lambda space: space["row"] or (" " if space["blank"] else ""), text))
+    start, found, behind = _measured(text)
     if found and _value(found) and (not behind or (units and _is_unit(behind))):
-        return _spelled(found), behind
+        return text[:start] + _spelled(found), behind
     return text, ""
 
 
@@ -182,8 +191,8 @@ def number(normal: str) -> Number | None:
 
 
 def is_changed(normal: str) -> bool:
-    r"""Whether a normalised answer is a number with words that make another one of it: ``18 \text{ million}``."""
-    found, behind = _measured(normal)
+    r"""Whether a normalised answer is a number with words that make another one of it: ``18 \text{ squared}``."""
+    _, found, behind = _measured(normal)
     return found is not None and _UNIT.fullmatch(behind) is not None and _CHANGES.search(behind) is not None
 
 
@@ -197,11 +206,15 @@ def canonical(answer: str, units: bool = True) -> str:
     Args:
         units: see `normalised`.
     """
-    text = normalised(answer, units)
-    plain = number(text)
+    return key_of(normalised(answer, units))
+
+
+def key_of(normal: str) -> str:
+    """Return what `canonical` makes of a normalised answer."""
+    plain = number(normal)
     if plain is not None:
         return str(plain.value if abs(plain.value) >= 1 else plain.share)
-    text = _NOISE.sub("", without_wrappers(text)).strip()
+    text = _NOISE.sub("", without_wrappers(normal)).strip()
     items = [_LOOSE_BLANK.sub("", item) for item in _LISTING_COMMA.split(text)]
     text = ",".join(items).rstrip(".")
     # Of two items that are no number of thousands.
@@ -233,7 +246,10 @@ def _bare(text: str) -> str:
 
 
 def _inside(text: str) -> str | None:
-    r"""Return what one group holds that is all of `text`, None where none is; words keep their ``\text{}``."""
+    r"""Return what one group holds that is all of `text`, None where none is.
+
+    Words keep their ``\text{}``; letters such as ``A and C`` become a list.
+    """
     opened = _GROUP.match(text)
     if not opened:
         return None
@@ -242,18 +258,27 @@ def _inside(text: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
             inside = text[opened.end() : brace.start()]
+            if opened[1] and brace.end() == len(text) and _LETTERS.fullmatch(inside.strip()):
+                return re.sub(r",? and ?", ", ", inside)
             words = opened[1] and "\\" not in inside and _WORD.search(inside)
             return inside if brace.end() == len(text) and not words else None
     return None
 
 
-def _measured(text: str) -> tuple[re.Match[str] | None, str]:
-    """Return the number that `text` begins with, and what follows it, where that is short enough for a unit."""
-    plain = " ".join(without_wrappers(text).split()) if len(text) <= _MAX_DIGITS + _MAX_UNIT else ""
-    found = _NUMBER.match(plain)
-    if found is None or found.end() > _MAX_DIGITS or len(plain) - found.end() > _MAX_UNIT:
-        return None, ""
-    return found, plain[found.end() :].strip()
+def _measured(text: str) -> tuple[int, re.Match[str] | None, str]:
+    """Return a number, where in `text` it begins, and what follows it, where that is short enough for a unit.
+
+    The number is what `text` begins with, or its last equals sign is followed by: ``x = 1,234``.
+    """
+    for head in dict.fromkeys(("", text[: text.rfind("=") + 1])):
+        last = text[len(head) :].lstrip()
+        plain = " ".join(without_wrappers(last).split()) if len(last) <= _MAX_DIGITS + _MAX_UNIT else ""
+        found = _NUMBER.match(plain)
+        if found and found.end() <= _MAX_DIGITS and len(plain) - found.end() <= _MAX_UNIT:
+            behind = plain[found.end() :].strip().removesuffix(".")  # of a sentence, or of "in."
+            if "=" not in behind:
+                return len(text) - len(last), found, behind
+    return 0, None, ""
 
 
 def _is_unit(behind: str) -> bool:
@@ -269,9 +294,13 @@ def _is_unit(behind: str) -> bool:
 
 
 def _spelled(found: re.Match[str]) -> str:
-    """Return a number in TeX, without its currency."""
+    """Return a number in TeX, without its currency; one with a word such as million is multiplied."""
     sign, exponent = found["sign"] + (found["late"] or ""), found["e"] or found["ten"] or found["alone"]
     percent, decimal = r"\%" if found["percent"] else "", (found["decimal"] or "").replace(",", "")
+    multiplied = _value(found) if found["scale"] else None
+    if multiplied:
+        parts = multiplied.value.as_integer_ratio()
+        return (r"\frac{{{}}}{{{}}}".format(*parts) if parts[1] > 1 else str(parts[0])) + percent
     if exponent:
         mantissa = rf"{decimal}\times " if decimal else ""
         return f"{sign}{mantissa}10^{{{exponent.replace(' ', '').lstrip('+')}}}{percent}"
@@ -298,4 +327,5 @@ def _value(found: re.Match[str]) -> Number | None:
             return None
         value, step = int(whole or "0") + top / bottom, Fraction(0)
     negative = (found["sign"] + (found["late"] or "")).count("-") % 2
-    return Number(-value if negative else value, found["percent"] is not None, step)
+    factor = SCALES[found["scale"].lower()] if found["scale"] else 1
+    return Number((-factor if negative else factor) * value, found["percent"] is not None, factor * step)

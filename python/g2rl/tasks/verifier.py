@@ -10,7 +10,7 @@ from types import TracebackType
 
 from g2rl.tasks.judges import math_judge
 from g2rl.tasks.pool import LIMIT_S, JudgePool
-from g2rl.tasks.spelling import Number, canonical, is_changed, normalised, number, unit_power
+from g2rl.tasks.spelling import Number, is_changed, key_of, number, read, unit_power
 
 MAX_CHARS = 2_000
 """A longer prediction is wrong unless it equals the gold answer as text."""
@@ -30,8 +30,8 @@ class MathVerifier:
 
     Both sides are judged as `normalised`. Equal text and plain numbers, which are compared exactly, are decided here;
     everything else goes to worker processes, which are started when first needed, hold no torch, and are killed and
-    replaced when an answer takes too long. A prediction that cannot be judged within the limits is wrong. Usable from
-    any thread.
+    replaced when an answer takes too long. A prediction that cannot be judged within the limits is wrong, and judged
+    again when it comes again. Usable from any thread.
 
     Args:
         limit_s: seconds for one pair.
@@ -53,9 +53,10 @@ class MathVerifier:
         found = {pair: self._judge_here(*pair) for pair in dict.fromkeys(pairs)}
         known = self._known if len(self._known) < _KEPT else {}
         asked = dict.fromkeys(pair for pair in found.values() if isinstance(pair, tuple) and pair not in known)
-        known.update((pair, score > 0) for pair, score in zip(asked, self._pool.scores(list(asked)), strict=True))
+        scores = zip(asked, self._pool.scores(list(asked)), strict=True)
+        known.update((pair, score > 0) for pair, score in scores if score is not None)
         self._known = known
-        return [known[pair] if isinstance(pair, tuple) else pair for pair in map(found.__getitem__, pairs)]
+        return [known.get(pair, False) if isinstance(pair, tuple) else pair for pair in map(found.__getitem__, pairs)]
 
     def _judge_here(self, gold: str, prediction: str | None) -> bool | tuple[str, str]:
         """Decide a pair without a worker, or return what a worker is to compare."""
@@ -65,11 +66,11 @@ class MathVerifier:
             return True
         if len(prediction) > MAX_CHARS:
             return False
-        ours, theirs = normalised(gold), normalised(prediction)
+        (ours, unit), (theirs, their_unit) = read(gold), read(prediction)
         one, other = number(ours), number(theirs)
-        equal = one.same(other) if one and other else canonical(ours) == canonical(theirs)
+        equal = one.same(other) if one and other else key_of(ours) == key_of(theirs)
         if equal:
-            return {unit_power(gold), unit_power(prediction)} != {2, 3}  # an area is no volume
+            return {unit_power(unit), unit_power(their_unit)} != {2, 3}  # an area is no volume
         if one and other:
             return False
         if _overlooked(ours, theirs) or _has_huge_power(ours) or _has_huge_power(theirs):
@@ -132,10 +133,13 @@ def _contradicts_itself(answer: str) -> bool:
 
 def _rounded(exact: Number, rounded: Number, about: bool) -> bool:
     """Whether a number is another one to its last digit; a whole number only where it says that it is about that."""
-    step = rounded.step or exact.step
-    if step >= 1 and not about:
-        step = Fraction(0)
-    return exact.same(rounded) or abs(exact.value - rounded.value) < step
+    last = rounded if rounded.step else exact
+    step = last.step if about or last.step < 1 else Fraction(0)
+    if exact.percent == rounded.percent:
+        difference = exact.value - rounded.value
+    else:
+        difference, step = exact.share - rounded.share, step / 100 if last.percent else step
+    return exact.same(rounded) or abs(difference) < step
 
 
 def _has_huge_power(answer: str) -> bool:
