@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
@@ -26,6 +27,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from g2rl.integrations.head_pass import HeadPass, add_head_pass, run_head_pass
 from g2rl.integrations.trl import BONUS, G2RLConfig, G2RLMixin, G2RLRLOOConfig, G2RLRLOOTrainer, G2RLTrainer
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
 
@@ -310,6 +312,31 @@ def test_without_strength_training_is_as_trls(name: str, tiny_model: Path, promp
         assert weights[0].norm() > 1e-2
     # Adam's first steps follow the gradients' signs: of those that round to almost 0, a few may differ.
     assert (weights[0] - weights[1]).norm() <= 1e-3 * weights[0].norm() + 1e-9
+
+
+def test_outputs_leave_the_models_forward_as_they_are(tiny_model: Path) -> None:
+    """Whatever a wrapper casts, as FSDP2 does with mixed precision; and it finds what to hang its hooks on."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    add_head_pass(model)
+    ids, scored = torch.arange(24).view(2, 12), (torch.arange(12) > 4).expand(2, 12)
+    head_pass = HeadPass(ids, scored, scored.float(), 0.8)
+    seen = []
+
+    def cast(module: Any, args: Any, outputs: Any) -> Any:
+        seen.extend(tensor for tensor in outputs if tensor.requires_grad)
+        return type(outputs)(*(tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in outputs))
+
+    found = []
+    for wrapped in (False, True):
+        if wrapped:
+            model.register_forward_hook(cast)
+            out = run_head_pass(model, head_pass)
+        else:
+            out = head_pass(model, model.model(ids).last_hidden_state)
+        gradients = torch.autograd.grad(out.logps.sum() + 2 * out.entropy.sum(), list(model.parameters()))
+        found.append([*out, *gradients])
+    assert len(seen) == 2
+    assert all(torch.equal(a, b) and a.dtype == b.dtype == torch.float32 for a, b in zip(*found, strict=True))
 
 
 def test_evaluation_knows_no_bonus(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from g2rl.heads import head_difference, keep_head_inputs_contiguous
 from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, range_left, shape_in_range
-from g2rl.integrations.head_pass import HeadOutputs, HeadPass, add_head_pass, join, run_alongside
+from g2rl.integrations.head_pass import HeadOutputs, HeadPass, add_head_pass, join, run_alongside, run_head_pass
 from g2rl_kernels import Shaping
 
 try:
@@ -283,8 +283,7 @@ class G2RLMixin(_Trainer):
                 rows = slice(start, start + batch_size)
                 # The wrapper, such as DDP's, has to see every pass that a backward pass will follow.
                 caller = self.model_wrapped if shares else model
-                part = head_pass.rows(rows)
-                outputs.append(caller(input_ids=part.input_ids, attention_mask=attention_mask[rows], head_pass=part))
+                outputs.append(run_head_pass(caller, head_pass.rows(rows), attention_mask=attention_mask[rows]))
             whole = join(outputs)
         if rollout is None or not shares:
             return whole
