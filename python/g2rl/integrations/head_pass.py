@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -94,7 +94,8 @@ def add_head_pass(model: Any) -> None:
     def forward(self: Any, *args: Any, head_pass: HeadPass | None = None, **kwargs: Any) -> Any:
         if head_pass is None:
             return original(*args, **kwargs)
-        return _as_complex(head_pass(self, self.base_model(*args, use_cache=False, **kwargs).last_hidden_state))
+        outputs = head_pass(self, self.base_model(*args, use_cache=False, **kwargs).last_hidden_state)
+        return _changed(outputs, _as_complex)
 
     model.forward = types.MethodType(forward, model)
 
@@ -105,17 +106,21 @@ def run_head_pass(model: Any, head_pass: HeadPass, **inputs: Any) -> HeadOutputs
     Args:
         model: one that `add_head_pass` has seen, in whatever wraps it now.
     """
-    outputs = model(input_ids=head_pass.input_ids, head_pass=head_pass, **inputs)
-    return HeadOutputs(*(None if tensor is None else tensor.real for tensor in outputs))
+    return _changed(model(input_ids=head_pass.input_ids, head_pass=head_pass, **inputs), torch.real)
 
 
-def _as_complex(outputs: HeadOutputs) -> HeadOutputs:
+def _as_complex(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers, in a type that leaves any wrapper as it is.
 
-    FSDP2 casts what real numbers leave a forward pass to 16 bits where its policy says so, and has its hooks on the
+    FSDP2 casts real numbers that leave a forward pass to 16 bits where its policy says so, and has its hooks on the
     tensors that it finds there, as DDP has: they have to be among the outputs, and out of reach of casts.
     """
-    return HeadOutputs(*(None if tensor is None else tensor.to(tensor.dtype.to_complex()) for tensor in outputs))
+    return tensor.to(tensor.dtype.to_complex())
+
+
+def _changed(outputs: HeadOutputs, change: Callable[[torch.Tensor], torch.Tensor]) -> HeadOutputs:
+    logps, entropy, features = outputs
+    return HeadOutputs(change(logps), change(entropy), None if features is None else change(features))
 
 
 @contextmanager
