@@ -2,8 +2,9 @@
 
 slime normalises rewards before the trainer sees them: `--disable-rewards-normalization` leaves that to this function.
 Features come from the pass for old log-probabilities: `sequence_features` on the hidden states before the head, partial
-sums of tensor-parallel ranks added up, kept as `rollout_data["g2rl_features"]`. Written from the sources of slime 0.3;
-not run inside it.
+sums of tensor-parallel ranks added up, kept as `rollout_data["g2rl_features"]`, alike on context-parallel ranks. slime
+deals samples out over data-parallel ranks one by one or by length: indices put groups together again. Written from the
+sources of slime 0.3; not run inside it.
 """
 
 from typing import Any
@@ -19,21 +20,32 @@ def advantages(args: Any, rollout_data: dict[str, Any], group: Any = None) -> No
 
     Args:
         args: slime's; `n_samples_per_prompt` is the size of a group.
-        rollout_data: this rank's "rewards" [b], "response_lengths" [b] and "g2rl_features" [b, d]; groups lie together
-            in the order of ranks and may span them.
-        group: the data-parallel process group; None without torch.distributed.
+        rollout_data: this rank's "rewards" [b], "response_lengths" [b], "sample_indices" [b] and "g2rl_features"
+            [b, d]; groups are whole and lie together in the order of indices, whichever ranks have their samples.
+        group: the data-parallel process group; None takes Megatron's, and none without torch.distributed.
     """
     features = rollout_data["g2rl_features"]
-    rewards = torch.as_tensor(rollout_data["rewards"], dtype=torch.float32, device=features.device)
-    rank, everyone = 0, [(features.cpu(), rewards.cpu())]
+    rewards = torch.as_tensor(rollout_data["rewards"], dtype=torch.float32)
+    part = (features.cpu(), rewards, torch.as_tensor(rollout_data["sample_indices"]))
+    rank, everyone = 0, [part]
     if dist.is_initialized():
-        rank, everyone = dist.get_rank(group), [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, (features.cpu(), rewards.cpu()), group)
-    all_features, all_rewards = (torch.cat(parts) for parts in zip(*everyone, strict=True))
-    result = g2rl_advantages(all_features, all_rewards, args.n_samples_per_prompt).advantages
-    mine = result.split([len(part) for _, part in everyone])[rank]
+        group = group or _data_parallel_group()
+        rank, everyone = dist.get_rank(group), [part] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, part, group)
+    all_features, all_rewards, indices = (torch.cat(parts) for parts in zip(*everyone, strict=True))
+    order = indices.argsort()
+    result = torch.empty_like(all_rewards)
+    result[order] = g2rl_advantages(all_features[order], all_rewards[order], args.n_samples_per_prompt).advantages
+    mine = result.split([len(rewards) for _, rewards, _ in everyone])[rank]
     rollout_data["advantages"] = [
         value.expand(length).to(features.device)
         for value, length in zip(mine, rollout_data["response_lengths"], strict=True)
     ]
     rollout_data["returns"] = rollout_data["advantages"]
+
+
+def _data_parallel_group() -> Any:
+    """Of the ranks that have other samples, not other parts of the same: without those of context parallelism."""
+    from megatron.core import mpu
+
+    return mpu.get_data_parallel_group()

@@ -4,9 +4,9 @@
 #     pip install --no-build-isolation -e ".[verl]" "verl[vllm]"   # in a checkout, on every node
 #     examples/verl_g2rl.sh Qwen/Qwen3-1.7B-Base train.parquet test.parquet [verl's options ...]
 #
-# The files are verl's, as made by its examples/data_preprocess. What the log of the start has to say: "g2rl-kernels ...:
-# trainer.v1.trainer_mode=g2rl_sync". What the log of each step then has: g2rl/mean_cosine, g2rl/score and others; the
-# task's rewards in critic/score, the shaped ones in critic/rewards.
+# The files are verl's, as made by its examples/data_preprocess. What the log of the start has to say: "G2RL: shaping
+# rewards of 0 to 1 with strength 1". What the log of each step then has: g2rl/mean_cosine, g2rl/score and others; the task's
+# rewards in critic/score, the shaped ones in critic/rewards.
 set -euo pipefail
 model=${1:?a model, by name or folder} train=${2:?a parquet file} test=${3:?a parquet file}
 shift 3
@@ -20,6 +20,7 @@ shift 3
 # Others of its options, with their defaults: +g2rl.clip=3.0 +g2rl.rule=scale +g2rl.min_range=0.01
 # +g2rl.uniform_groups=shape
 g2rl=(
+  trainer.use_v1=True  # verl's older trainer would train without G2RL and say nothing
   trainer.v1.trainer_mode=g2rl_sync
   +g2rl.strength=1.0
   "+g2rl.reward_range=[0,1]"

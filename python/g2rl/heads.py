@@ -90,12 +90,18 @@ def product_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 
 def keep_head_inputs_contiguous(model: Any) -> None:
-    """Make decoding on a CPU several times faster.
+    """Make decoding on a CPU several times faster; once for a model, however often it is asked.
 
     transformers hands the head a slice of the prompt's hidden states. PyTorch multiplies such a strided [B, 1, d] as B
     products and copies the weight for each of them, which takes longer than all decoding.
     """
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    head = model.get_output_embeddings()
+    if _contiguous not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(head: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return inputs[0].contiguous(), *inputs[1:]
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:

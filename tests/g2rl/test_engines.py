@@ -161,6 +161,8 @@ def test_server(url: str, tiny_model: Path, tmp_path: Path) -> None:
     """Two tensor-parallel workers' digests are known; weights that stay behind stop the run; order of responses."""
     sampler = sampler_at(url, tiny_model, tmp_path)
     sampler.sync()
+    (weights,) = tmp_path.rglob("model.safetensors")
+    assert [path.stat().st_mode & 0o777 for path in (weights.parent, weights)] == [0o755, 0o644]
     found = sampler.respond([(3,), (4,), (5,)], Sampling(1.0, 1.0), [7, 8, 9])
     assert [response.tokens for response in found] == [(3, 7, 1), (4, 8, 1), (5, 9, 1)]
     assert found[0].logps == (-0.5, -1.0, -1.5)
@@ -173,6 +175,13 @@ def test_server(url: str, tiny_model: Path, tmp_path: Path) -> None:
         sampler.sync()
     sampler.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_folder_is_named(url: str, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="rollout.server_folder: expected a folder .*, found '.*nowhere' .No such file"
+    ):
+        sampler_at(url, tiny_model, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("loads", [True, False])

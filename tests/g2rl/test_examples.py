@@ -5,9 +5,15 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -52,13 +58,62 @@ def test_openrlhf_features_are_of_the_actions(tiny_model: Path) -> None:
     torch.testing.assert_close(found, 0.7 * gradient.sum(1), rtol=1e-5, atol=1e-6)
 
 
-def test_slime_advantages_are_those_of_the_op() -> None:
+class Ranks:
+    """`torch.distributed` and Megatron's `mpu` of ranks that are threads."""
+
+    def __init__(self, size: int) -> None:
+        self.given: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size, timeout=30)
+        self.rank = threading.local()
+
+    def is_initialized(self) -> bool:
+        return len(self.given) > 1
+
+    def get_data_parallel_group(self) -> str:
+        return "data parallel"
+
+    def get_rank(self, group: str) -> int:
+        return self.rank.value
+
+    def get_world_size(self, group: str) -> int:
+        return len(self.given)
+
+    def all_gather_object(self, everyone: list[Any], mine: Any, group: str) -> None:
+        assert group == "data parallel"
+        self.given[self.rank.value] = mine
+        self.barrier.wait()
+        everyone[:] = self.given
+
+    def run(self, function: Callable[[Any], None], parts: list[Any]) -> None:
+        def one(rank: int) -> None:
+            self.rank.value = rank
+            function(parts[rank])
+
+        with ThreadPoolExecutor(len(parts)) as pool:
+            list(pool.map(one, range(len(parts))))
+
+
+@pytest.mark.parametrize(
+    "parts", [[[*range(8)]], [[3, 6, 0, 5, 1, 7, 2, 4]], [[0, 2, 4, 6], [1, 3, 5, 7]], [[7, 0, 5], [1, 6, 4, 3, 2]]]
+)
+def test_slime_advantages_are_those_of_the_op(parts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However samples are dealt out; indices go on from step to step, and groups may have been left out."""
     features, rewards = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), [1.0, -1, 1, -1, 1, 1, -1, -1]
-    data = {"g2rl_features": features, "rewards": rewards, "response_lengths": [1, 2, 3, 1, 2, 3, 1, 0]}
-    advantages(SimpleNamespace(n_samples_per_prompt=4), data)
+    indices, lengths = [40, 41, 42, 43, 52, 53, 54, 55], [1, 2, 3, 1, 2, 3, 1, 0]
+    names = ("rewards", "sample_indices", "response_lengths")
+    data = [
+        {"g2rl_features": features[part]}
+        | {name: [each[i] for i in part] for name, each in zip(names, (rewards, indices, lengths), strict=True)}
+        for part in parts
+    ]
+    ranks = Ranks(len(parts))
+    monkeypatch.setattr("examples.slime_g2rl.dist", ranks)
+    monkeypatch.setitem(sys.modules, "megatron.core", SimpleNamespace(mpu=ranks))
+    ranks.run(partial(advantages, SimpleNamespace(n_samples_per_prompt=4)), data)
     want = g2rl_advantages(features, torch.tensor(rewards), 4).advantages
-    assert [len(row) for row in data["advantages"]] == data["response_lengths"]
-    assert all(torch.equal(row, value.expand(len(row))) for row, value in zip(data["advantages"], want, strict=True))
+    for part, found in zip(parts, data, strict=True):
+        assert [len(row) for row in found["advantages"]] == found["response_lengths"]
+        assert all(torch.equal(row, want[i].expand(len(row))) for i, row in zip(part, found["advantages"], strict=True))
 
 
 def test_trl_takes_a_step(tmp_path: Path) -> None:

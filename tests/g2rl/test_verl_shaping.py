@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 
 import pytest
 import torch
 
 from g2rl.config import ConfigError
-from g2rl.integrations.exploration import range_left
+from g2rl.integrations.exploration import range_left, shape_in_range
 from g2rl.integrations.verl.shaping import (
     Options,
     add_to_last,
@@ -42,8 +43,11 @@ def test_options(section: dict | None, expected: Options) -> None:
         ({"rule": 1}, r"g2rl\.rule: expected text, found 1"),
         ({"rule": "scales"}, r"g2rl\.rule: expected one of scale, centered, literal, found 'scales'"),
         ({"clip": 0}, r"g2rl\.clip: expected a number > 0, found 0"),
-        ({"reward_range": [1, 0]}, r"g2rl\.reward_range: expected two numbers, the lower one first, found \[1, 0\]"),
-        ({"reward_range": "01"}, r"g2rl\.reward_range: expected two numbers, the lower one first, found '01'"),
+        ({"reward_range": [1, 0]}, r"g2rl\.reward_range: expected two finite numbers, the lower .* found \[1, 0\]"),
+        ({"reward_range": "01"}, r"g2rl\.reward_range: expected two finite numbers, .* found '01'"),
+        ({"reward_range": [False, True]}, r"g2rl\.reward_range: expected two finite numbers, .* found \[False, True\]"),
+        ({"reward_range": [0, math.inf]}, r"g2rl\.reward_range: expected two finite numbers, .* found \[0, inf\]"),
+        ({"reward_range": [math.nan, 1]}, r"g2rl\.reward_range: expected two finite numbers, .* found \[nan, 1\]"),
     ],
 )
 def test_options_that_are_wrong(section: dict, message: str) -> None:
@@ -97,10 +101,22 @@ def test_groups_out_of_order(options: Options) -> None:
     assert metrics == {
         "mean_cosine": pytest.approx(sum(cosines) / 7, abs=1e-6),
         "negative_share": pytest.approx(sum(c < 0 for c in cosines) / 7),
-        "score": pytest.approx(float(scores.mean()), abs=1e-6),
-        "feature_norm": pytest.approx(float(features.norm(dim=1).mean())),
+        "score": pytest.approx(float(scores.sum()) / 7, abs=1e-6),
+        "feature_norm": pytest.approx(float(features.norm(dim=1).sum()) / 7),
         "degenerate_share": 0.0,
     }
+
+
+def test_metrics_of_responses_that_take_part() -> None:
+    features = torch.tensor([[2.0, 0.0], [0.0, 4.0], [9.0, 9.0], [0.0, 0.0]])
+    rewards = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    valid = torch.tensor([True, True, False, True])
+    _, metrics = shape_in_range(features, rewards, 4, Shaping(), (-1.0, 1.0), valid)
+    assert metrics == {
+        "degenerate_share": 1.0, "score": 1.0, "feature_norm": 3.0, "mean_cosine": 0.0, "negative_share": 0.0
+    }  # fmt: skip
+    _, metrics = shape_in_range(features, rewards, 4, Shaping(), (-1.0, 1.0), torch.zeros(4, dtype=torch.bool))
+    assert metrics == {"degenerate_share": 1.0}
 
 
 def test_without_strength_rewards_stay_the_same_bits() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
@@ -23,9 +26,11 @@ from transformers import (
     HfArgumentParser,
     MixtralConfig,
     MixtralForCausalLM,
+    ProcessorMixin,
 )
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from g2rl.integrations.head_pass import HeadPass, add_head_pass, run_head_pass
 from g2rl.integrations.trl import BONUS, G2RLConfig, G2RLMixin, G2RLRLOOConfig, G2RLRLOOTrainer, G2RLTrainer
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
 
@@ -59,6 +64,18 @@ def even(completions: list[str], **_: Any) -> list[float | None]:
 
 def never(completions: list[str], **_: Any) -> list[float | None]:
     return [None if i % M == 2 else 0.5 for i, _ in enumerate(completions)]
+
+
+def endless(completions: list[str], **_: Any) -> list[float]:
+    return [math.inf if i == 2 else 1.0 for i, _ in enumerate(completions)]
+
+
+def bottomless(completions: list[str], **_: Any) -> list[float]:
+    return [-math.inf if i == 5 else 1.0 for i, _ in enumerate(completions)]
+
+
+def right_or_none(completions: list[str], **_: Any) -> list[float | None]:
+    return [1.0 if i % 2 else None for i, _ in enumerate(completions)]
 
 
 def near_twenty(completions: list[str], **_: Any) -> list[float]:
@@ -312,6 +329,31 @@ def test_without_strength_training_is_as_trls(name: str, tiny_model: Path, promp
     assert (weights[0] - weights[1]).norm() <= 1e-3 * weights[0].norm() + 1e-9
 
 
+def test_outputs_leave_the_models_forward_as_they_are(tiny_model: Path) -> None:
+    """Whatever a wrapper casts, as FSDP2 does with mixed precision; and it finds what to hang its hooks on."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    add_head_pass(model)
+    ids, scored = torch.arange(24).view(2, 12), (torch.arange(12) > 4).expand(2, 12)
+    head_pass = HeadPass(ids, scored, scored.float(), 0.8)
+    seen = []
+
+    def cast(module: Any, args: Any, outputs: Any) -> Any:
+        seen.extend(tensor for tensor in outputs if tensor.requires_grad)
+        return type(outputs)(*(tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in outputs))
+
+    found = []
+    for wrapped in (False, True):
+        if wrapped:
+            model.register_forward_hook(cast)
+            out = run_head_pass(model, head_pass)
+        else:
+            out = head_pass(model, model.model(ids).last_hidden_state)
+        gradients = torch.autograd.grad(out.logps.sum() + 2 * out.entropy.sum(), list(model.parameters()))
+        found.append([*out, *gradients])
+    assert len(seen) == 2
+    assert all(torch.equal(a, b) and a.dtype == b.dtype == torch.float32 for a, b in zip(*found, strict=True))
+
+
 def test_evaluation_knows_no_bonus(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
     options = {"num_generations_eval": 1, "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 1}
     run = trainer(
@@ -371,15 +413,39 @@ REFUSED = {
     "adapter (to `lm_head`|on the head)": {
         "peft_config": LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
     },
-    "reward_range: expected two numbers": {"reward_range": [1, 0]},
+    "reward_range: expected two finite numbers": {"reward_range": [0, math.inf]},
+    "reward_clip_range: expected None, found .* TRL would clip": {"kind": "rloo", "reward_clip_range": (-1.0, 1.0)},
     "shaping.clip: expected": {"clip": -1.0},
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_work_is_refused(message: str, tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
+    options = dict(REFUSED[message])
+    classes = (G2RLRLOOTrainer, G2RLRLOOConfig) if options.pop("kind", None) == "rloo" else (G2RLTrainer, G2RLConfig)
     with pytest.raises(ValueError, match=message):
-        trainer(G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path, **REFUSED[message])
+        trainer(*classes, tiny_model, str(tiny_model), prompts, tmp_path, **options)
+
+
+def test_functions_with_infinite_rewards_are_named(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
+    functions = [endless, never, bottomless]
+    run = trainer(G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path, reward_funcs=functions)
+    with pytest.raises(ValueError, match="found infinite ones from endless, bottomless$"):
+        run.train()
+
+
+@pytest.mark.parametrize("args", [None, GRPOConfig])
+def test_arguments_without_options_are_refused_before_the_model_is_read(args: type | None, tmp_path: Path) -> None:
+    given = {} if args is None else {"args": args(str(tmp_path), use_cpu=True, bf16=False)}
+    with pytest.raises(TypeError, match=f"args: expected a G2RLConfig .* found {'none' if args is None else 'GRPO'}"):
+        G2RLTrainer("nowhere", reward_funcs=vowels, **given)
+
+
+def test_a_trainer_before_the_mixin_is_refused() -> None:
+    with pytest.raises(TypeError, match="Mine: expected G2RLMixin before GRPOTrainer among its bases"):
+
+        class Mine(GRPOTrainer, G2RLMixin):
+            pass
 
 
 def test_heads_that_are_not_known_are_refused(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
@@ -408,6 +474,43 @@ def test_what_helps_little_is_warned_of(
     said = [record.message for record in caplog.records if "G2RL:" in record.message]
     assert len([m for m in said if "set reward_range" in m]) == 1
     assert len([m for m in said if "one is added" in m]) == 1
+
+
+def test_responses_without_a_reward_are_not_taken_for_wrong(
+    tiny_model: Path, prompts: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(
+        RecordingGRPO, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path,
+        reward_funcs=right_or_none, max_steps=1,
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        run.train()
+    assert not any("found only 0 and 1" in str(each.message) for each in warned)
+    assert "rewards of 0" not in caplog.text
+    rewards, norms = run.rounds[0].rewards, run.rounds[0].features.norm(dim=1)
+    assert torch.equal(rewards.isnan(), torch.tensor([[True, True], [False, False]]).repeat(M, 1))
+    (logged,) = (row for row in run.state.log_history if "g2rl/score" in row)
+    assert logged["g2rl/feature_norm"] == pytest.approx(float(norms[1::2].mean()), rel=1e-6)
+
+
+def test_ranks_share_no_pass_where_rows_may_have_images(
+    tiny_model: Path, prompts: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank whose rows have some would wait for the other's wrapper."""
+    run = trainer(G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path)
+    assert run._shares_forward()
+    run.processing_class = ProcessorMixin()
+    assert run._shares_forward()
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
+    assert not run._shares_forward()
+
+
+def test_trainers_of_one_model_add_one_hook(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for _ in range(2):
+        trainer(G2RLTrainer, G2RLConfig, tiny_model, model, prompts, tmp_path)
+    assert len(model.lm_head._forward_pre_hooks) == 1
 
 
 @pytest.mark.parametrize(("strength", "times"), [(1.0, 1), (0.0, 0)])

@@ -1,5 +1,5 @@
 """What each rank of `test_trl_ranks.py` runs, all of it saved for the parent to check: two short trainings, TRL's own
-and G2RL without strength, whose weights must agree; one with strength; and a head pass of a model sharded by FSDP2.
+and G2RL without strength, whose weights must agree; one with strength; and head passes of models sharded by FSDP2.
 Where the options have a `beta`, the KL term's model is sharded by FSDP version 1.
 
     torchrun --nproc-per-node 2 -m tests.integrations.trl_ranks MODEL OUTPUT [OPTION=VALUE ...]
@@ -16,14 +16,20 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from datasets import Dataset
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from g2rl.integrations.head_pass import HeadPass, add_head_pass
+from g2rl.integrations.head_pass import HeadPass, add_head_pass, run_head_pass
 from g2rl.integrations.trl import G2RLConfig, G2RLTrainer
 from tests.integrations.test_trl import RecordingGRPO, trainer
+
+# The second policy is accelerate's for bf16.
+PRECISIONS = (
+    (torch.float32, MixedPrecisionPolicy()),
+    (torch.bfloat16, MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)),
+)
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -34,22 +40,27 @@ def weights(run: Any) -> torch.Tensor:
     return torch.cat([whole(p.detach()).flatten() for p in run.accelerator.unwrap_model(run.model).parameters()])
 
 
-def sharding_error(folder: Path) -> float:
-    """How far log-probabilities, features and gradients of a sharded model are from the whole one's, relative."""
+def sharding_error(folder: Path, dtype: torch.dtype, policy: MixedPrecisionPolicy) -> float:
+    """How far log-probabilities, features and gradients of a sharded model are from those of a whole one, relative.
+
+    Args:
+        dtype: of the whole model's weights; policy: of the sharded one, whose own are fp32.
+    """
     found = []
     for sharded in (False, True):
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if sharded else dtype)
         add_head_pass(model)
         if sharded:
             for layer in model.model.layers:
-                fully_shard(layer)
-            fully_shard(model)
+                fully_shard(layer, mp_policy=policy)
+            fully_shard(model, mp_policy=policy)
         ids = torch.arange(60).view(3, 20) % 77
         scored = (torch.arange(20) > 4).expand(3, 20)
-        out = model(input_ids=ids, head_pass=HeadPass(ids, scored, scored.float(), 0.8))
+        out = run_head_pass(model, HeadPass(ids, scored, scored.float(), 0.8))
+        assert all(tensor.dtype == torch.float32 for tensor in out)
         (out.logps.sum() + out.entropy.sum()).backward()
         gradients = [whole(p.grad) for p in model.parameters()]
-        found.append(torch.cat([t.detach().flatten() for t in (out.logps, out.entropy, out.features, *gradients)]))
+        found.append(torch.cat([t.detach().flatten() for t in (*out, *gradients)]))
     return float((found[0] - found[1]).norm() / found[0].norm())
 
 
@@ -79,7 +90,7 @@ def main() -> None:
     ours, theirs = weights(train(G2RLTrainer, G2RLConfig, strength=0.0)), weights(train(GRPOTrainer, GRPOConfig))
     run = train(RecordingGRPO, G2RLConfig)
     saved = {
-        "sharding_error": sharding_error(folder),
+        "sharding_errors": [sharding_error(folder, *precision) for precision in PRECISIONS],
         "error": float((ours - theirs).norm() / theirs.norm()),
         "rounds": [
             {

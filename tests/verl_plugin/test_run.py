@@ -80,7 +80,9 @@ def test_training_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *(f"{key}={value}" for key, value in options.items())]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=540)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
-    assert "trainer.v1.trainer_mode=g2rl_sync" in run.stdout + run.stderr
+    said = run.stdout + run.stderr
+    assert "available as trainer.v1.trainer_mode=g2rl_sync" in said
+    assert said.count("G2RL: shaping rewards of -1 to 1 with strength 1") == 1
     steps = [json.loads(line)["data"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [step["training/global_step"] for step in steps] == [1, 2]
     for step in steps:

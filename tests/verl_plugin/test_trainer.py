@@ -134,7 +134,10 @@ CASES: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_advantages(name: str, queue: None, caplog: pytest.LogCaptureFixture) -> None:
     config = configuration("+g2rl.min_range=0", *CASES[name])
-    trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config)
+    with caplog.at_level(logging.INFO):
+        trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config)
+    low, strength = 0 if name == "range" else -1, 0.5 if name == "dr-grpo" else 1
+    assert f"G2RL: shaping rewards of {low} to 1 with strength {strength}" in caplog.messages
     assert type(trainer) is G2RLTrainer and type(trainer.replay_buffer) is ReplayBuffer
     assert trainer.trainer_mode == "sync" and config.trainer.v1.trainer_mode == "g2rl_sync"
     features = torch.randn(len(KEYS), D, generator=torch.Generator().manual_seed(0))
@@ -241,5 +244,5 @@ def test_example(more: list[str], reward_range: tuple[float, float], tmp_path: P
     command = [script, "model", "train.parquet", "test.parquet", "trainer.total_epochs=2", *more]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     config = configuration(*printed.splitlines())
-    assert config.trainer.total_epochs == 2 and config.data.val_files == "test.parquet"
+    assert config.trainer.use_v1 and config.trainer.total_epochs == 2 and config.data.val_files == "test.parquet"
     assert get_trainer_cls(config.trainer.v1.trainer_mode)(config).options == Options(Shaping(), reward_range)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +13,14 @@ from g2rl.geometry import pair_cosines, score_span
 from g2rl_kernels import GroupAdvantages, Shaping, g2rl_advantages, pad
 
 ZERO_REWARDS = "G2RL: rewards of 0 are not moved by scaling, so that wrong answers get no signal"
+
+
+def read_range(name: str, value: Any) -> tuple[float, float]:
+    """Lowest and highest reward, of an option of this name; raises ValueError for anything else."""
+    numbers = isinstance(value, Sequence) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+    if not (numbers and len(value) == 2 and -math.inf < value[0] < value[1] < math.inf):
+        raise ValueError(f"{name}: expected two finite numbers, the lower one first, found {value!r}")
+    return float(value[0]), float(value[1])
 
 
 def shape_in_range(
@@ -36,37 +46,40 @@ def shape_in_range(
     scale, middle = (high - low) / 2, (high + low) / 2
     inner = (rewards - middle) / scale
     result = g2rl_advantages(features, inner, groups, shaping, valid)
-    metrics = exploration_metrics(features, result, groups, shaping.min_range)
+    metrics = exploration_metrics(features, result, groups, shaping.min_range, valid)
     if shaping.strength == 0:
         return rewards, metrics
     return rewards + (result.shaped_rewards - inner) * scale, metrics
 
 
 def exploration_metrics(
-    features: torch.Tensor, result: GroupAdvantages, groups: int | torch.Tensor, min_range: float
+    features: torch.Tensor,
+    result: GroupAdvantages,
+    groups: int | torch.Tensor,
+    min_range: float,
+    valid: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """Means over a step's responses and groups.
+    """Means over a step's groups, and over those of its responses that take part: valid ones with a feature.
 
     Args:
-        features: [B, d]; groups: their size m, or offsets [G + 1].
+        features, groups, valid: as in `g2rl_advantages`.
         result: of `g2rl_advantages` on them.
         min_range: of `Shaping`.
 
     Returns:
-        mean_cosine and negative_share of the pairs of a group, if there are any; score (nu), feature_norm; and
-        degenerate_share, of groups whose scores are too close to shape anything.
+        score (nu) and feature_norm, if a response takes part; mean_cosine and negative_share of the pairs of a group,
+        if there are any; and degenerate_share, of groups whose scores are too close to shape anything.
     """
     norms = features.norm(dim=1)
+    takes_part = norms > 0 if valid is None else (norms > 0) & valid
     G, m, _ = result.similarity.shape
     sizes = groups.diff() if isinstance(groups, torch.Tensor) else torch.tensor([groups])
     inside = (torch.arange(m) < sizes.cpu()[:, None]).expand(G, m).to(norms.device)
-    valid, scores = pad(norms > 0, inside), pad(result.scores, inside)
-    cosines = pair_cosines(result.similarity, valid)
-    metrics = {
-        "score": result.scores.mean(),
-        "feature_norm": norms.mean(),
-        "degenerate_share": (score_span(scores, valid) < min_range).float().mean(),
-    }
+    compared, scores = pad(takes_part, inside), pad(result.scores, inside)
+    cosines = pair_cosines(result.similarity, compared)
+    metrics = {"degenerate_share": (score_span(scores, compared) < min_range).float().mean()}
+    if takes_part.any():
+        metrics |= {"score": result.scores[takes_part].mean(), "feature_norm": norms[takes_part].mean()}
     if cosines.numel():
         metrics |= {"mean_cosine": cosines.mean(), "negative_share": (cosines < 0).float().mean()}
     return {name: float(value) for name, value in metrics.items()}

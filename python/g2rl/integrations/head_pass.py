@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from g2rl_kernels import pad, sequence_features, token_logprobs, unpad
 
 
 class HeadOutputs(NamedTuple):
-    """What a `HeadPass` returns, fp32; 0 at positions that were not asked for.
+    """What a `HeadPass` gives, fp32; 0 at positions that were not asked for.
 
     Attributes:
         logps, entropy: [B, L - 1], of the tokens 1 ... L - 1; differentiable.
@@ -82,7 +82,7 @@ def join(outputs: Sequence[HeadOutputs]) -> HeadOutputs:
 
 
 def add_head_pass(model: Any) -> None:
-    """Let `model(..., head_pass=HeadPass)` return `HeadOutputs`; without it, `model` is called as before.
+    """Make `model` one for `run_head_pass`; whoever else calls it sees no difference.
 
     Args:
         model: a causal language model of transformers, not yet wrapped for distribution; the base model of a PEFT one.
@@ -94,9 +94,33 @@ def add_head_pass(model: Any) -> None:
     def forward(self: Any, *args: Any, head_pass: HeadPass | None = None, **kwargs: Any) -> Any:
         if head_pass is None:
             return original(*args, **kwargs)
-        return head_pass(self, self.base_model(*args, use_cache=False, **kwargs).last_hidden_state)
+        outputs = head_pass(self, self.base_model(*args, use_cache=False, **kwargs).last_hidden_state)
+        return _changed(outputs, _as_complex)
 
     model.forward = types.MethodType(forward, model)
+
+
+def run_head_pass(model: Any, head_pass: HeadPass, **inputs: Any) -> HeadOutputs:
+    """Outputs of `head_pass` on the hidden states of `inputs`, [B, L] each beside the pass's own input ids.
+
+    Args:
+        model: one that `add_head_pass` has seen, in whatever wraps it now.
+    """
+    return _changed(model(input_ids=head_pass.input_ids, head_pass=head_pass, **inputs), torch.real)
+
+
+def _as_complex(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, in a type that leaves any wrapper as it is.
+
+    FSDP2 casts real numbers that leave a forward pass to 16 bits where its policy says so, and has its hooks on the
+    tensors that it finds there, as DDP has: they have to be among the outputs, and out of reach of casts.
+    """
+    return tensor.to(tensor.dtype.to_complex())
+
+
+def _changed(outputs: HeadOutputs, change: Callable[[torch.Tensor], torch.Tensor]) -> HeadOutputs:
+    logps, entropy, features = outputs
+    return HeadOutputs(change(logps), change(entropy), None if features is None else change(features))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,19 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, gather
 from torch.nn.utils.rnn import pad_sequence
+from transformers import ProcessorMixin, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from g2rl.heads import head_difference, keep_head_inputs_contiguous
-from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, range_left, shape_in_range
-from g2rl.integrations.head_pass import HeadOutputs, HeadPass, add_head_pass, join, run_alongside
+from g2rl.integrations.exploration import (
+    ZERO_REWARDS,
+    Once,
+    has_unmoved_zeros,
+    range_left,
+    read_range,
+    shape_in_range,
+)
+from g2rl.integrations.head_pass import HeadOutputs, HeadPass, add_head_pass, join, run_alongside, run_head_pass
 from g2rl_kernels import Shaping
 
 try:
@@ -87,9 +95,8 @@ class G2RLOptions:
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # TRL's
         self.shaping  # noqa: B018  # raises what is wrong
-        low_high = self.reward_range
-        if low_high is not None and not (len(low_high) == 2 and low_high[0] < low_high[1]):
-            raise ValueError(f"reward_range: expected two numbers, the lower one first, found {low_high}")
+        if self.reward_range is not None:
+            read_range("reward_range", self.reward_range)
         args: Any = self
         if args.use_liger_kernel:  # whose own forward pass would replace the one that the head pass is in
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
@@ -120,7 +127,6 @@ class _Rollout:
 
     tool_mask: list[list[int]] | None = None
     features: torch.Tensor | None = None
-    valid: torch.Tensor | None = None
     shared: HeadOutputs | None = None
     seconds: float = 0.0
 
@@ -129,13 +135,24 @@ class G2RLMixin(_Trainer):
     """Shapes the rewards of a GRPO-like trainer of TRL, whose arguments include `G2RLOptions`; stands before it.
 
     Raises:
-        TypeError: a trainer without the methods that this builds on, such as asynchronous ones.
-        ValueError: options that cannot work together; the message names them.
+        TypeError: a trainer without the methods that this builds on, such as asynchronous ones, one that stands before
+            this class, or arguments without the options.
+        ValueError: options or a model that cannot work together; the message names them.
     """
 
     args: Any
     num_iterations: int
     reward_weights: torch.Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(G2RLMixin)]
+        for base in before:
+            if issubclass(base, Trainer) and not issubclass(base, G2RLMixin):
+                raise TypeError(
+                    f"{cls.__name__}: expected G2RLMixin before {base.__name__} among its bases, found it behind, "
+                    "where it would shape nothing"
+                )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         trainer = super()
@@ -145,18 +162,63 @@ class G2RLMixin(_Trainer):
                 f"{type(self).__name__}: expected a GRPO-like trainer of TRL that scores completions itself, found no "
                 f"{', '.join(missing)}; use GRPOTrainer or RLOOTrainer of trl 1.12 or newer"
             )
+        self._check_arguments([*args, *kwargs.values()])
         super().__init__(*args, **kwargs)
-        _refuse(self)
+        self._check_model()
         self._rollout: _Rollout | None = None
         self._update_rows: torch.Tensor | None = None
         self._say = Once(logger)  # by the main process
-        self._check_head()
+        # Whether TRL runs the pass for old log-probabilities by itself, and needs what it gives.
+        every = self.args.steps_per_generation * self.args.num_iterations
+        corrects = self.args.use_vllm and getattr(self, "vllm_importance_sampling_correction", False)
+        self._keeps_old_logps = corrects or self.args.gradient_accumulation_steps % every != 0
         add_head_pass(self._causal_lm(self.model))
         keep_head_inputs_contiguous(self._causal_lm(self.model))
         if self.ref_model is not None:
             add_head_pass(self._causal_lm(self.ref_model))  # TRL has wrapped it where FSDP version 1 or ZeRO runs
 
-    def _check_head(self) -> None:
+    def _check_arguments(self, given: Iterable[Any]) -> None:
+        """Raise for, or warn of, what cannot work, before TRL loads anything."""
+        found = next((value for value in given if isinstance(value, TrainingArguments)), None)
+        if not isinstance(found, G2RLOptions):
+            raise TypeError(
+                "args: expected a G2RLConfig (G2RLRLOOConfig for RLOO, or G2RLOptions beside a configuration of your "
+                f"own), found {'none' if found is None else type(found).__name__}"
+            )
+        args: Any = found
+        if getattr(args, "multi_objective_aggregation", "sum_then_normalize") == "normalize_then_sum":
+            raise ValueError(
+                "multi_objective_aggregation: expected 'sum_then_normalize', found 'normalize_then_sum', which would "
+                "normalise G2RL's bonus as an objective of its own"
+            )
+        if clip := getattr(args, "reward_clip_range", None):
+            raise ValueError(
+                f"reward_clip_range: expected None, found {clip}, to which TRL would clip shaped rewards; clip them in "
+                "your reward functions, before shaping, whose own bound is clip"
+            )
+        if args.use_liger_kernel and hasattr(self, "compute_liger_loss"):
+            raise ValueError(
+                "use_liger_kernel: expected False, found True: this version of TRL computes its loss where features "
+                "cannot be had; fused_logprobs saves the same memory"
+            )
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("deepspeed: expected ZeRO stage 2 or FSDP2, found stage 3, which shards the head's weight")
+        if args.num_generations < 3:
+            warnings.warn(
+                f"num_generations: expected 3 or more, found {args.num_generations}: with one peer, scores of a group "
+                "are equal and G2RL changes nothing",
+                stacklevel=3,
+            )
+
+    def _check_model(self) -> None:
+        """Raise for a model that cannot work, once TRL has made it."""
+        if hasattr(self.model.get_output_embeddings(), "base_layer"):
+            raise ValueError(
+                "peft_config: expected no adapter on the head, whose weight the features are made of, found one; leave "
+                "the head out of target_modules"
+            )
+        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError("peft_config: expected LoRA or another adapter inside the model, found prompt learning")
         with self.accelerator.autocast():
             difference = head_difference(self._causal_lm(self.model), self._head_dtype)
         if difference:
@@ -179,7 +241,7 @@ class G2RLMixin(_Trainer):
         self._rollout = rollout = _Rollout()
         with self._old_logps_pass(), self._bonus_column():
             output = super()._generate_and_score_completions(inputs)
-        if not self._keeps_old_logps() and output.pop("old_per_token_logps", None) is not None:
+        if not self._keeps_old_logps and output.pop("old_per_token_logps", None) is not None:
             self._say_added_pass(rollout)
         if rollout.shared is not None:
             output[ROWS] = torch.arange(len(inputs))
@@ -197,20 +259,32 @@ class G2RLMixin(_Trainer):
         if not self.model.training:
             return rewards
         rollout = self._rollout
-        if rollout is None or rollout.features is None or rollout.valid is None:
+        if rollout is None or rollout.features is None:
             raise RuntimeError("G2RL: this version of TRL scored completions without a pass for old log-probabilities")
+        self._check_rewards(rewards)
         weights = self.reward_weights[:-1].to(rewards.device)
-        raw = (rewards * weights).nansum(1)
-        scorable = ~rewards.isnan().all(1)
         reward_range = self.args.reward_range or (-1.0, 1.0)
+        scorable = ~rewards.isnan().all(1)
+        # Without any reward a response stands at the lowest: a 0 would look like a reward of 0.
+        raw = (rewards * weights).nansum(1).where(scorable, reward_range[0])
         self._warn_of_rewards(raw[scorable], reward_range)
-        features, valid = gather(rollout.features), gather(rollout.valid) & scorable
-        shaped, metrics = shape_in_range(features, raw, self.num_generations, self.args.shaping, reward_range, valid)
+        features = gather(rollout.features)
+        shaped, metrics = shape_in_range(features, raw, self.num_generations, self.args.shaping, reward_range, scorable)
         for name, value in metrics.items():
             self._metrics["train"][f"g2rl/{name}"].append(value)
         # Only now: TRL walks through reward functions and their names side by side.
         self.reward_func_names.append(BONUS)
         return torch.cat([rewards, (shaped - raw).where(scorable, torch.nan)[:, None]], dim=1)
+
+    def _check_rewards(self, rewards: torch.Tensor) -> None:
+        """Raise for infinite ones of [B, functions]; NaN is TRL's for a response that a function does not score."""
+        infinite = rewards.isinf().any(0).tolist()
+        names = [name for name, found in zip(self.reward_func_names, infinite, strict=True) if found]
+        if names:
+            raise ValueError(
+                "reward_funcs: expected finite rewards, or None for a response that is not scored, found infinite ones "
+                f"from {', '.join(names)}"
+            )
 
     # ---- forward passes -----------------------------------------------------------------------------------------
 
@@ -250,9 +324,8 @@ class G2RLMixin(_Trainer):
                     **multimodal,
                 )
             features = join(outputs).features if rollout else None
-        if rollout is not None and head_pass.token_weights is not None:
-            rollout.features, rollout.valid = features, head_pass.token_weights.sum(1) > 0
-            rollout.seconds = time.perf_counter() - start
+        if rollout is not None:
+            rollout.features, rollout.seconds = features, time.perf_counter() - start
         return logps, entropy, aux_loss
 
     def _head_pass(
@@ -283,8 +356,7 @@ class G2RLMixin(_Trainer):
                 rows = slice(start, start + batch_size)
                 # The wrapper, such as DDP's, has to see every pass that a backward pass will follow.
                 caller = self.model_wrapped if shares else model
-                part = head_pass.rows(rows)
-                outputs.append(caller(input_ids=part.input_ids, attention_mask=attention_mask[rows], head_pass=part))
+                outputs.append(run_head_pass(caller, head_pass.rows(rows), attention_mask=attention_mask[rows]))
             whole = join(outputs)
         if rollout is None or not shares:
             return whole
@@ -300,7 +372,9 @@ class G2RLMixin(_Trainer):
     def _may_share_forward(self) -> bool:
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         routes = getattr(self, "aux_loss_enabled", False)  # and wants a loss that this pass does not give
-        return self.args.num_iterations == 1 and not sharded and not routes
+        # Rows with images take another pass, and each rank knows of its own rows alone.
+        may_differ = self.accelerator.num_processes > 1 and isinstance(self.processing_class, ProcessorMixin)
+        return self.args.num_iterations == 1 and not (sharded or routes or may_differ)
 
     @contextmanager
     def _with_gradient(self) -> Iterator[None]:
@@ -332,13 +406,6 @@ class G2RLMixin(_Trainer):
         return HeadOutputs(shared.logps[rows], shared.entropy[rows], None)
 
     # ---- what TRL is told ---------------------------------------------------------------------------------------
-
-    def _keeps_old_logps(self) -> bool:
-        """Whether TRL runs the pass for old log-probabilities by itself, and needs what it gives."""
-        args = self.args
-        corrects = getattr(self, "vllm_importance_sampling_correction", False)
-        every = args.steps_per_generation * args.num_iterations
-        return args.gradient_accumulation_steps % every != 0 or (args.use_vllm and corrects)
 
     @contextmanager
     def _old_logps_pass(self) -> Iterator[None]:
@@ -384,35 +451,6 @@ class G2RLMixin(_Trainer):
             self._say(f"{ZERO_REWARDS}; set reward_range, for rewards of 0 and 1 to [0, 1]")
         if left := range_left(raw, reward_range):
             self._say(f"{left}. Set reward_range to the lowest and highest sum that your reward functions can give")
-
-
-def _refuse(trainer: Any) -> None:
-    """Raise, or warn of, what cannot work."""
-    if getattr(trainer, "multi_objective_aggregation", "sum_then_normalize") == "normalize_then_sum":
-        raise ValueError(
-            "multi_objective_aggregation: expected 'sum_then_normalize', found 'normalize_then_sum', which would "
-            "normalise G2RL's bonus as an objective of its own"
-        )
-    if hasattr(trainer.model.get_output_embeddings(), "base_layer"):
-        raise ValueError(
-            "peft_config: expected no adapter on the head, whose weight the features are made of, found one; leave "
-            "the head out of target_modules"
-        )
-    if getattr(getattr(trainer.model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError("peft_config: expected LoRA or another adapter inside the model, found prompt learning")
-    if hasattr(trainer, "compute_liger_loss") and trainer.args.use_liger_kernel:
-        raise ValueError(
-            "use_liger_kernel: expected False, found True: this version of TRL computes its loss where features cannot "
-            "be had; fused_logprobs saves the same memory"
-        )
-    if is_deepspeed_zero3_enabled():
-        raise ValueError("deepspeed: expected ZeRO stage 2 or FSDP2, found stage 3, which shards the head's weight")
-    if trainer.num_generations < 3:
-        warnings.warn(
-            f"num_generations: expected 3 or more, found {trainer.num_generations}: with one peer, scores of a group "
-            "are equal and G2RL changes nothing",
-            stacklevel=3,
-        )
 
 
 class G2RLTrainer(G2RLMixin, GRPOTrainer):

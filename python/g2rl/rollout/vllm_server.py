@@ -65,7 +65,7 @@ class ServerSampler(Sampler):
         self._check(self._asked("/server_info?config_format=json")["vllm_config"]["model_config"])
         self.model_name = self._asked("/v1/models")["data"][0]["id"]
         self._check_weights(self._asked("/weight_checker", {"action": "checksum"})["checksums"])
-        self._folder = Path(tempfile.mkdtemp(prefix="g2rl-weights-", dir=config.server_folder))
+        self._folder = _make_folder(config.server_folder)
 
     def _asked(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """An answer at the start, or the reason why none came."""
@@ -128,7 +128,9 @@ class ServerSampler(Sampler):
         """
         dtype = getattr(torch, self.config.dtype)
         weights = {name: w.to("cpu", dtype).clone().contiguous() for name, w in plain_weights(self.policy)}
-        save_file(weights, self._folder / "model.safetensors", metadata={"format": "pt"})
+        file = self._folder / "model.safetensors"
+        save_file(weights, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # for a server of another user
         self._tell("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self._folder)}})
         self._tell("/reset_prefix_cache", {})
         held = self._tell("/weight_checker", {"action": "checksum"})["checksums"]
@@ -187,6 +189,18 @@ class ServerSampler(Sampler):
         choice = self._tell("/v1/completions", body)["choices"][0]
         logps = None if sampling.temperature == 0 else tuple(choice["logprobs"]["token_logprobs"])
         return Response(tuple(choice["token_ids"]), logps)
+
+
+def _make_folder(parent: str | None) -> Path:
+    """A new one for weights, open to a server of another user; without `parent`, where temporary files are."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="g2rl-weights-", dir=parent))
+    except OSError as error:
+        raise ConfigError(
+            f"rollout.server_folder: expected a folder to write weights to, found {parent!r} ({error.strerror})"
+        ) from error
+    folder.chmod(0o755)
+    return folder
 
 
 def _has_failed(asked: Future[Response]) -> bool:

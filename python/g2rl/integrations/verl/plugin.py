@@ -27,4 +27,6 @@ except Exception as error:
     )
     raise
 
-logger.info("g2rl-kernels %s: trainer.v1.trainer_mode=%s, %s", __version__, TRAINER_MODE, G2RLEngine.__name__)
+logger.info(
+    "g2rl-kernels %s: available as trainer.v1.trainer_mode=%s, with %s", __version__, TRAINER_MODE, G2RLEngine.__name__
+)

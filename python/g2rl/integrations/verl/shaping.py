@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from g2rl.config import ConfigError
-from g2rl.integrations.exploration import shape_in_range
+from g2rl.integrations.exploration import read_range, shape_in_range
 from g2rl_kernels import Shaping
 
 
@@ -37,7 +37,7 @@ def read_options(section: Mapping[str, Any] | None) -> Options:
         ConfigError: an unknown key, or a value of the wrong type or out of range.
     """
     values = dict(section or {})
-    reward_range = _read_range(values.pop("reward_range", Options.reward_range))
+    reward_range = values.pop("reward_range", Options.reward_range)
     defaults = {f.name: f.default for f in fields(Shaping)}
     for key, value in values.items():
         if key not in defaults:
@@ -47,16 +47,9 @@ def read_options(section: Mapping[str, Any] | None) -> Options:
             name = "text" if wanted is str else "a number"
             raise ConfigError(f"g2rl.{key}: expected {name}, found {value!r}")
     try:
-        return Options(Shaping(**values), reward_range)
+        return Options(Shaping(**values), read_range("g2rl.reward_range", reward_range))
     except ValueError as error:
         raise ConfigError(str(error).replace("shaping.", "g2rl.", 1)) from error
-
-
-def _read_range(value: Any) -> tuple[float, float]:
-    numbers = isinstance(value, Sequence) and all(isinstance(x, int | float) for x in value)
-    if not (numbers and len(value) == 2 and value[0] < value[1]):
-        raise ConfigError(f"g2rl.reward_range: expected two numbers, the lower one first, found {value!r}")
-    return float(value[0]), float(value[1])
 
 
 def predicted_response(offsets: torch.Tensor, mask: torch.Tensor, mask_offsets: torch.Tensor) -> torch.Tensor:

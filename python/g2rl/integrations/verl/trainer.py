@@ -45,6 +45,8 @@ class G2RLTrainer(PPOTrainerSync):
         super().__init__(config)
         config.trainer.v1.trainer_mode = TRAINER_MODE
         self._say = Once(logger)
+        shaping, (low, high) = self.options.shaping, self.options.reward_range
+        logger.info("G2RL: shaping rewards of %g to %g with strength %g", low, high, shaping.strength)
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch.extra_info[REQUEST] = True
