@@ -104,7 +104,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_shape(path: str) -> Any:
-    """A model's configuration in transformers, without dropout: all passes of a step are to be of one network."""
+    """A model's configuration in transformers, without dropout: all passes of a step are to be of one network.
+
+    Of a folder with a LoRA adapter, that of the model that it was trained on.
+    """
+    base = base_of(path)
+    if base is not None:
+        return load_shape(base)
     shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
     _drop_nothing(shape)
     return shape
