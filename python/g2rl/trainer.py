@@ -59,6 +59,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
+        # Before anything is made of it: an adapter saves its base's path, the run its configuration.
+        config = replace(config, model=_found_anywhere(config.model))
         self.config = config
         self.ranks = ranks
         ranks.check(config)
@@ -103,7 +105,7 @@ class Trainer:
         # With the method's options spelt out, since their defaults may change.
         options = asdict(self.method.options)
         methods = config.methods | ({self.method.name: options} if options else {})
-        kept = replace(config, resume=None, methods=methods, model=_found_anywhere(config.model))
+        kept = replace(config, resume=None, methods=methods)
         self.ranks.on_first(save_config, kept, run_dir / "config.yaml")
         facts = environment(self.device) | self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
         log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from g2rl.adapters import adapter_off, add_adapter
+from g2rl.adapters import adapter_off, add_adapter, base_of
 from g2rl.checkpoint import find_checkpoint
 from g2rl.cli import main
 from g2rl.config import ConfigError, LoraConfig, ModelConfig, load_config
@@ -120,6 +120,17 @@ def test_checkpoints_resume_and_export(trained: Trainer, tmp_path: Path, capsys:
     assert lines(half) == expected
     assert main(["train", f"resume={half}", "steps=5", "model.lora.rank=2"]) == 2
     assert "model.lora: expected the rank and targets of the checkpoint" in capsys.readouterr().err
+
+
+def test_a_relative_base_is_found_from_elsewhere(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_model.parent)
+    run = start(Path(tiny_model.name), tmp_path, "steps=1").config
+    Trainer(run).run()
+    monkeypatch.chdir(tmp_path)
+    assert base_of(str(find_checkpoint(run.run_dir))) == str(tiny_model)
+    assert main(["export", str(run.run_dir), "merged"]) == 0
 
 
 def test_an_adapter_on_a_local_model_is_pushed_merged(trained: Trainer) -> None:
