@@ -227,9 +227,14 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     settings = folder / "config.yaml"
     if not settings.is_file():
         raise ConfigError(f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}")
+    config = load_resumed(settings, overrides)
+    from g2rl.tasks import require_held_out
+
+    way_out = "task.held_out=0 goes on without, and a new run from the model of its checkpoint takes any task"
+    require_held_out(load_config(settings).task, config.task, config.seed, way_out)
     if paths:
         print(f"g2rl: resume takes the run's own configuration, {settings}; {', '.join(paths)} is not read")
-    return replace(load_resumed(settings, overrides), name=folder.name, runs_dir=str(folder.parent))
+    return replace(config, name=folder.name, runs_dir=str(folder.parent))
 
 
 def _told_apart(texts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -268,14 +273,19 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
     """Evaluate one checkpoint on the problems that its own task holds out."""
+    from g2rl.checkpoint import checkpoint_config, run_of
     from g2rl.evaluate import evaluate
     from g2rl.evaluation.command import model_config
     from g2rl.model import load_model
     from g2rl.rollout import make_sampler
-    from g2rl.tasks import make_task
+    from g2rl.tasks import make_task, require_held_out
 
     config = model_config(checkpoint, overrides)
     folder = Path(config.model.path)
+    trained = checkpoint_config(folder).task
+    if run_of(folder) is not None and trained.name == config.task.name:  # another task's problems are others
+        way_out = f"a model that `g2rl export {checkpoint} FOLDER` writes is evaluated on any"
+        require_held_out(trained, config.task, config.seed, way_out)
     with make_task(config.task, config.seed) as task:
         problems = task.held_out()
         if not problems:

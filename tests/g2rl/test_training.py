@@ -328,6 +328,42 @@ def test_cli_eval_and_report(tiny_model: Path, tmp_path: Path, capsys: pytest.Ca
     assert (run.run_dir / "report" / "report.md").is_file()
 
 
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("finished")
+    rewards = "rewards=[{name: finished}]"
+    run = config(tiny_model, folder, "steps=1", "eval.every=0", "method=grpo", "log.geometry=false", rewards)
+    Trainer(run).run()
+    return run.run_dir
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ("task.held_out=8", "found 2 of 8 others, such as "),
+        ("task.options={digits: [2, 1]}", "found 6 of 6 others, such as "),
+        ("task.held_out=3", None),
+        ("task.system_prompt=Add.", None),
+    ],
+)
+def test_what_was_trained_on_is_not_held_out(
+    finished: Path, capsys: pytest.CaptureFixture[str], change: str, found: str | None
+) -> None:
+    """Neither by a run that goes on, nor in its evaluation; of another task all problems are others."""
+    before = (finished / "config.yaml").read_bytes()
+    overrides = ["eval.samples=1", "eval.ks=[1]", change]
+    assert main(["eval", str(finished), *overrides]) == (2 if found else 0)
+    said = capsys.readouterr().err
+    if found:
+        assert f"task.held_out: expected problems that the run held out before, {found}" in said
+        assert f"`g2rl export {finished} FOLDER`" in said
+        assert main(["train", f"resume={finished}", "steps=2", *overrides]) == 2
+        assert found in (said := capsys.readouterr().err)
+        assert "task.held_out=0 goes on without" in said
+    assert (finished / "config.yaml").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

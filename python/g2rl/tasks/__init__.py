@@ -6,6 +6,7 @@ for torch.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,3 +40,28 @@ def make_task(config: TaskConfig, seed: int) -> Task:
     from g2rl.tasks.reasoning_gym import ReasoningGymTask
 
     return ReasoningGymTask(config.name, config.options, config.held_out, seed)
+
+
+def require_held_out(before: TaskConfig, after: TaskConfig, seed: int, way_out: str) -> None:
+    """Raise `ConfigError` where a run's changed task would be evaluated on what the run may have been trained on.
+
+    Args:
+        before: the task that the run was trained on.
+        after: the one that is asked for; it may hold out fewer of the same problems, and word prompts otherwise.
+        seed: of the run.
+        way_out: what to do instead, for the message.
+    """
+    from g2rl.config import ConfigError
+    from g2rl.tasks.base import content
+
+    if replace(after, system_prompt=before.system_prompt) == before:
+        return
+    with make_task(before, seed) as trained, make_task(after, seed) as asked:
+        kept = {content(problem.prompt) for problem in trained.held_out()}
+        problems = asked.held_out()
+    others = [problem.id for problem in problems if content(problem.prompt) not in kept]
+    if others:
+        raise ConfigError(
+            f"task.held_out: expected problems that the run held out before, found {len(others)} of {len(problems)} "
+            f"others, such as {others[0]!r}, which it may have been trained on; {way_out}"
+        )
