@@ -520,12 +520,7 @@ def load_config(
         # Joined before they meet the defaults, whose every merge copies all keys with their types.
         chosen = _stacked([_renamed(layer) for layer in layers])
         asked = merged(_defaults(), chosen)
-        below: list[DictConfig | dict[str, Any]] = []
-        if asked.rollout.engine == "vllm" or asked.rollout.ahead:
-            below.append(_OFF_POLICY)
-        method = METHODS / f"{asked.method}.yaml"
-        if method.is_file():
-            below.append(read_yaml(method))
+        below = _below(asked)
         config = OmegaConf.to_object(merged(_defaults(), *below, chosen) if below else asked)
     assert isinstance(config, Config)
     return validate(config)
@@ -534,20 +529,33 @@ def load_config(
 def load_resumed(path: Path, overrides: Sequence[str]) -> Config:
     """A run's own configuration, with overrides on top.
 
-    Where they choose another method, values that are as the run's method has them by default are left behind.
+    Where they choose another method or way of sampling, values that are as the run has them by default are left behind.
 
     Raises:
         ConfigError: as `load_config`.
     """
-    own, given = read_yaml(path), read_overrides(overrides)
-    method = _value(own, "method")
-    defaults = METHODS / f"{method}.yaml"
-    if _value(given, "method") not in (None, method) and defaults.is_file():
-        for section, values in _plain(read_yaml(defaults)).items():
-            for name, value in values.items():
-                if _value(own, f"{section}.{name}") == value:
-                    _remove(own, f"{section}.{name}")
+    own, given = _renamed(read_yaml(path)), read_overrides(overrides)
+    with named_errors(str(path)):
+        was, wanted = (_below(merged(_defaults(), layer)) for layer in (own, _stacked([own, given])))
+        by_default = merged(_defaults(), *was)
+    for layer in [*was, *wanted]:
+        if layer not in was or layer not in wanted:
+            for section, values in layer.items():
+                for name in values:
+                    if _value(own, f"{section}.{name}") == by_default[section][name]:
+                        _remove(own, f"{section}.{name}")
     return load_config([_plain(own)], overrides)
+
+
+def _below(asked: DictConfig) -> list[dict[str, Any]]:
+    """Defaults of the rest that a configuration's way of sampling and its method have, in this order."""
+    below: list[dict[str, Any]] = []
+    if asked.rollout.engine == "vllm" or asked.rollout.ahead:
+        below.append(_OFF_POLICY)
+    method = METHODS / f"{asked.method}.yaml"
+    if method.is_file():
+        below.append(_plain(read_yaml(method)))
+    return below
 
 
 def _plain(layer: DictConfig) -> dict[str, Any]:
