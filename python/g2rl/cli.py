@@ -198,6 +198,8 @@ def _fresh(paths: list[str], overrides: list[str]) -> Config:
     if not paths:
         raise ConfigError("config: expected a YAML file or resume=RUN, found neither")
     config = load_config(paths, overrides)
+    if config.resume is not None:
+        raise ConfigError(f"resume: expected resume=RUN on the command line, found {config.resume!r} in a YAML file")
     name, number = config.name, 1
     while _taken(config):
         number += 1

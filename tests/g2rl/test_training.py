@@ -380,6 +380,13 @@ def test_bad_commands(arguments: list[str], message: str, capsys: pytest.Capture
     assert message in capsys.readouterr().err
 
 
+def test_a_run_to_resume_is_not_named_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(f"resume: runs/a\nruns_dir: {tmp_path / 'runs'}\n")
+    assert main(["train", str(tmp_path / "config.yaml")]) == 2
+    assert "resume: expected resume=RUN on the command line, found 'runs/a' in a YAML" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_second_run_gets_a_folder_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
     settings = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, "steps=1"]
     (tmp_path / "empty.yaml").write_text("seed: 0\n")
