@@ -14,7 +14,7 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from g2rl.config import Config, ConfigError, ModelConfig, load_config, load_resumed
+from g2rl.config import Config, ConfigError, ModelConfig, load_config, load_resumed, read_overrides
 from g2rl.files import StorageError, hold
 
 if TYPE_CHECKING:
@@ -229,6 +229,11 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     settings = folder / "config.yaml"
     if not settings.is_file():
         raise ConfigError(f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}")
+    given = read_overrides(overrides)
+    place = {"name": folder.name, "runs_dir": str(folder.parent)}
+    for key, there in place.items():
+        if key in given and os.path.abspath(str(given[key])) != os.path.abspath(there):
+            raise ConfigError(f"{key}: expected {there!r}, where the run to resume is, or nothing, found {given[key]!r}")
     config = load_resumed(settings, overrides)
     from g2rl.tasks import require_held_out
 
@@ -236,7 +241,7 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     require_held_out(load_config(settings).task, config.task, config.seed, way_out)
     if paths:
         print(f"g2rl: resume takes the run's own configuration, {settings}; {', '.join(paths)} is not read")
-    return replace(config, name=folder.name, runs_dir=str(folder.parent))
+    return replace(config, **place)
 
 
 def _told_apart(texts: Sequence[str]) -> tuple[list[str], list[str]]:

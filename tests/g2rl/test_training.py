@@ -380,6 +380,17 @@ def test_bad_commands(arguments: list[str], message: str, capsys: pytest.Capture
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("override", ["name=other", "runs_dir=other"])
+def test_a_resumed_run_stays_in_its_place(
+    finished: Path, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    key, _, _ = override.partition("=")
+    there = finished.name if key == "name" else str(finished.parent)
+    assert main(["train", f"resume={finished}", override]) == 2
+    expected = f"{key}: expected {there!r}, where the run to resume is, or nothing, found 'other'"
+    assert expected in capsys.readouterr().err
+
+
 def test_a_run_to_resume_is_not_named_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text(f"resume: runs/a\nruns_dir: {tmp_path / 'runs'}\n")
     assert main(["train", str(tmp_path / "config.yaml")]) == 2
