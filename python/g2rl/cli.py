@@ -233,7 +233,9 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     place = {"name": folder.name, "runs_dir": str(folder.parent)}
     for key, there in place.items():
         if key in given and os.path.abspath(str(given[key])) != os.path.abspath(there):
-            raise ConfigError(f"{key}: expected {there!r}, where the run to resume is, or nothing, found {given[key]!r}")
+            raise ConfigError(
+                f"{key}: expected {there!r}, where the run to resume is, or nothing, found {given[key]!r}"
+            )
     config = load_resumed(settings, overrides)
     from g2rl.tasks import require_held_out
 
@@ -241,7 +243,7 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     require_held_out(load_config(settings).task, config.task, config.seed, way_out)
     if paths:
         print(f"g2rl: resume takes the run's own configuration, {settings}; {', '.join(paths)} is not read")
-    return replace(config, **place)
+    return replace(config, name=place["name"], runs_dir=place["runs_dir"])
 
 
 def _told_apart(texts: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -381,9 +381,7 @@ def test_bad_commands(arguments: list[str], message: str, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("override", ["name=other", "runs_dir=other"])
-def test_a_resumed_run_stays_in_its_place(
-    finished: Path, capsys: pytest.CaptureFixture[str], override: str
-) -> None:
+def test_a_resumed_run_stays_in_its_place(finished: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
     key, _, _ = override.partition("=")
     there = finished.name if key == "name" else str(finished.parent)
     assert main(["train", f"resume={finished}", override]) == 2
