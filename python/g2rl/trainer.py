@@ -190,14 +190,16 @@ class Trainer:
     # ---- state -------------------------------------------------------------------------------------------------
 
     def _parts(self) -> dict[str, Any]:
-        """What has a state of its own beside the model."""
+        """What has, or may have had in the checkpoint, a state of its own beside the model."""
         parts: dict[str, Any] = {"optimizer": self.updater.optimizer}
-        if self.reference is not None and self.config.objective.reference_every:
+        if self.reference is not None:
             parts["reference"] = self.reference
         return parts
 
     def _save(self) -> None:
         state, keep = {**self._parts(), "position": self.position}, self.config.checkpoint.keep
+        if self.reference is not None and self.reference.is_initial:
+            del state["reference"]
         save_checkpoint(self.config.run_dir, self.step, self.model, self.tokenizer, state, keep, self.ranks)
 
     def _restore(self) -> int:

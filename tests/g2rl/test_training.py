@@ -162,6 +162,22 @@ def test_reference_is_refreshed(tiny_model: Path, tmp_path: Path) -> None:
     assert far == [False, True, False, True, False]
 
 
+def test_a_refreshed_reference_stays_when_it_is_refreshed_no_longer(tiny_model: Path, tmp_path: Path) -> None:
+    """Of the second step in all later checkpoints: not the initial model again."""
+    on = ("eval.every=0", "objective.kl_coef=0.1", "objective.reference_every=2")
+    Trainer(config(tiny_model, tmp_path, *on, "steps=2")).run()
+    for steps in (3, 4):
+        again = config(
+            tiny_model, tmp_path, *on, "objective.reference_every=0", f"steps={steps}", f"resume={tmp_path / 'run'}"
+        )
+        Trainer(again).run()
+    far = [record["train/kl"] > 1e-6 for record in lines(tmp_path / "run")]
+    assert far == [False, True, False, True]
+    whole = config(tiny_model, tmp_path, *on, "steps=4", "name=whole")
+    Trainer(whole).run()
+    assert lines(tmp_path / "run") == lines(whole.run_dir)
+
+
 def test_everything_on_resumes_to_the_same_numbers(tiny_model: Path, tmp_path: Path) -> None:
     """Stopped between two refreshes of the reference, with all that a step may depend on turned on."""
     on = (
