@@ -224,7 +224,7 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     runs = [override.partition("=")[2] for override in overrides if override.startswith("resume=")]
     if not runs:
         return None
-    folder = Path(runs[-1])
+    folder = Path(runs[-1]).expanduser()
     folder = folder if folder.name else folder.resolve()
     settings = folder / "config.yaml"
     if not settings.is_file():

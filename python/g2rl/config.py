@@ -272,7 +272,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.runs_dir) / self.name
+        return Path(self.runs_dir).expanduser() / self.name
 
 
 # Ranges by key: (key, what a value must be, test).

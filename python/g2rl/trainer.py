@@ -33,7 +33,7 @@ from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.policy import Policy, Reference
 from g2rl.rewards import resolve_rewards
 from g2rl.rollout import gap_warning, make_sampler
-from g2rl.tasks import make_task
+from g2rl.tasks import found_anywhere, make_task
 from g2rl.times import StageTimes
 from g2rl.trackers import make_trackers
 from g2rl.types import Episode, Verdict
@@ -59,8 +59,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
-        # Before anything is made of it: an adapter saves its base's path, the run its configuration.
-        config = replace(config, model=_found_anywhere(config.model))
+        # Before anything is made of them: an adapter saves its base's path, the run its configuration.
+        config = replace(config, model=_found_anywhere(config.model), task=found_anywhere(config.task))
         self.config = config
         self.ranks = ranks
         ranks.check(config)

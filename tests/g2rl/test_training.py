@@ -289,13 +289,24 @@ def test_nan_stops_and_keeps_the_checkpoint(tiny_model: Path, tmp_path: Path, mo
 def test_resume_of_a_finished_run_with_more_steps(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In another working directory than that in which the model's path is relative."""
+    """In another working directory than that in which the paths of model and data are relative, or in home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tiny_model.parent)
-    run = config(Path(tiny_model.name), tmp_path, "steps=2")
+    rows = [json.dumps({"problem": f"{i} + 1", "answer": i + 1}) for i in range(20)]
+    for data in (tiny_model.parent / "here.jsonl", tmp_path / "home.jsonl"):
+        data.write_text("\n".join(rows))
+        rows = [row.replace("+", "-") for row in rows]
+    data = "task={name: jsonl, options: {path: here.jsonl, eval_path: ~/home.jsonl}}"
+    short = (*SMALL[:3], *SMALL[4:])  # without arithmetic's options
+    base = [f"model.path={tiny_model.name}", "runs_dir=~/runs", *short, data, "steps=2"]
+    run = load_config(None, base)
     Trainer(run).run()
+    assert run.run_dir == tmp_path / "runs" / "run"
     monkeypatch.chdir(tmp_path)
     assert main(["train", f"resume={run.run_dir}", "steps=3"]) == 0
     assert [record["step"] for record in lines(run.run_dir)] == [0, 1, 2, 3]
+    saved = load_config(run.run_dir / "config.yaml").task.options
+    assert saved == {"path": str(tiny_model.parent / "here.jsonl"), "eval_path": str(tmp_path / "home.jsonl")}
 
 
 @pytest.mark.parametrize(
