@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from g2rl.config import Config, ConfigError
 from g2rl.geometry import geometry_metrics
 from g2rl.heads import whole
-from g2rl.methods import Method, Step
+from g2rl.methods import Method, Step, check_result
 from g2rl.objective import Tokens, Totals, policy_loss
 from g2rl.optimizer import group_settings, make_optimizer
 from g2rl.parallel.ranks import ALONE, Ranks
@@ -316,6 +316,7 @@ class Updater:
         """Have the method weigh the responses, by the features of all of them."""
         groups.step = replace(groups.step, features=groups.features())
         groups.result = self.method.advantages(groups.step)
+        check_result(self.method, groups.step, groups.result)
 
     def _optimize(self, number: int, rate: float) -> dict[str, float]:
         """One optimiser update by the gradient that stands, which is then gone."""

@@ -139,6 +139,8 @@ class FewVowels(Method):
     def advantages(self, step):
         assert step.features.shape[0] == len(step.texts) == len(step.answers) == len(step.correct)
         return describe(step, self.options.best * step.rewards, step.rewards)
+    def metrics(self, step, result):
+        return {"method/vowels": 0.5, "method/responses": len(step.texts)}
 """
 
 
@@ -150,6 +152,11 @@ def test_a_method_from_outside_trains(tiny_model: Path, tmp_path: Path) -> None:
     assert load_config(run.run_dir / "config.yaml").methods == {"vowels": {"best": 1.0}}
     rows = [json.loads(line) for line in (run.run_dir / "completions.jsonl").read_text().splitlines()]
     assert all(row["advantage"] == pytest.approx(row["reward"]) for row in rows)
+    assert {key: value for key, value in lines(run.run_dir)[0].items() if key.startswith("method/")} == {
+        "method/vowels": 0.5,
+        "method/responses": 12,
+    }
+    assert "| `method/responses` | 12 | 12 |" in write_report(run.run_dir).read_text(encoding="utf-8")
 
 
 def test_reference_is_refreshed(tiny_model: Path, tmp_path: Path) -> None:
