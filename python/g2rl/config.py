@@ -275,6 +275,11 @@ class Config:
         return Path(self.runs_dir).expanduser() / self.name
 
 
+def _is_temperature(value: float) -> bool:
+    """Whether the kernels divide logits by it."""
+    return 1e-18 <= value <= 1e18
+
+
 # Ranges by key: (key, what a value must be, test).
 _POSITIVE = ("greater than 0", lambda v: v > 0)
 _NOT_NEGATIVE = ("0 or greater", lambda v: v >= 0)
@@ -289,7 +294,7 @@ _RANGES = {
     "rollout.prompts": _POSITIVE,
     "rollout.group_size": ("2 or greater: advantages compare the responses of a group", lambda v: v >= 2),
     "rollout.max_new_tokens": _POSITIVE,
-    "rollout.temperature": _POSITIVE,
+    "rollout.temperature": ("from 1e-18 to 1e18", _is_temperature),
     "rollout.top_p": _PROBABILITY,
     "rollout.batch_size": _POSITIVE,
     "rollout.max_extra_groups": _NOT_NEGATIVE,
@@ -316,7 +321,7 @@ _RANGES = {
     "optim.max_grad_norm": _POSITIVE,
     "eval.every": _NOT_NEGATIVE,
     "eval.samples": _POSITIVE,
-    "eval.temperature": _NOT_NEGATIVE,
+    "eval.temperature": ("from 1e-18 to 1e18, or 0 for the likeliest tokens", lambda v: v == 0 or _is_temperature(v)),
     "eval.top_p": _PROBABILITY,
     "checkpoint.every": _NOT_NEGATIVE,
     "checkpoint.keep": _POSITIVE,
