@@ -307,7 +307,10 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
     for key, value in result.metrics.items():
         print(f"  {key.removeprefix('eval/'):18s} {value:.4f}")
     if folder.is_dir():
-        (folder / "eval.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
+        try:
+            (folder / "eval.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
+        except OSError as error:  # a model that others have put there; all of it is printed
+            print(f"g2rl: eval.json is not written: {error}")
     return 0
 
 

@@ -26,6 +26,7 @@ from transformers.utils import quantization_config
 from transformers.utils.logging import disable_progress_bar
 
 from g2rl.adapters import base_of, merged
+from g2rl.checkpoint import checkpoints
 from g2rl.config import ConfigError, ModelConfig
 from g2rl.parallel.shards import SAFELY, SHARDS, load_model_of_shards
 
@@ -87,12 +88,16 @@ def local_path(config: ModelConfig) -> str:
     """What transformers takes for `model.path`.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: there is no such folder, or it is a run's.
     """
     path = str(smollm2_folder()) if config.path == "smollm2" else config.path
-    if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+    folder = Path(path).expanduser()
+    found = [] if (folder / "config.json").is_file() else checkpoints(folder)
+    if found:
+        raise ConfigError(f"model.path: expected a model's folder, found a run's, {path!r}; {found[-1][1]} is a model")
+    if path.startswith(("/", ".", "~")) and not folder.is_dir():
         raise ConfigError(f"model.path: expected a causal language model, found no folder {path!r}")
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    return str(folder) if path.startswith("~") else path
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

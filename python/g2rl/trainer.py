@@ -21,7 +21,7 @@ import torch
 from g2rl.adapters import add_adapter
 from g2rl.ahead import Rollouts
 from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from g2rl.config import Config, ModelConfig, save_config
+from g2rl.config import Config, ConfigError, ModelConfig, save_config
 from g2rl.evaluate import evaluate
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog, TrainingProgress
 from g2rl.methods import make_method
@@ -211,6 +211,10 @@ class Trainer:
         state = load_checkpoint(folder, self.model, self._parts(), self.ranks)
         self.updater.restore_settings()  # of this configuration: the checkpoint has those of when it was saved
         self.step, self.position = state["step"], state["position"]
+        if self.step > self.config.steps:
+            raise ConfigError(
+                f"steps: expected {self.step} or more, which the run has taken, found {self.config.steps}"
+            )
         return self.step
 
     def _times(self) -> StageTimes:

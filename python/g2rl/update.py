@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from g2rl.checkpoint import checkpoints
 from g2rl.config import Config, ConfigError
 from g2rl.geometry import geometry_metrics
 from g2rl.heads import whole
@@ -365,9 +366,12 @@ class Updater:
             raise self._not_finite(number, name)
 
     def _not_finite(self, number: int, name: str) -> TrainingError:
+        run_dir = self.config.run_dir
+        found = checkpoints(run_dir)
+        stands = f"{found[-1][1].name} stands" if found else "there is no checkpoint yet"
         return TrainingError(
-            f"step {number}: NaN or infinity in the {name}; training stopped, and the last checkpoint below "
-            f"{self.config.run_dir / 'checkpoints'} stands. A lower optim.lr or optim.max_grad_norm may help."
+            f"step {number}: NaN or infinity in the {name}; training stopped, and in {run_dir} {stands}; a lower "
+            "optim.lr or optim.max_grad_norm may help"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,7 +289,8 @@ def test_nan_stops_and_keeps_the_checkpoint(tiny_model: Path, tmp_path: Path, mo
         return output
 
     monkeypatch.setattr(trainer.model.base_model, "forward", poisoned)
-    with pytest.raises(TrainingError, match="step 3: NaN or infinity in the features"):
+    stands = "step 3: NaN or infinity in the features; training stopped, and in .* step-000002 stands; .* may help$"
+    with pytest.raises(TrainingError, match=stands):
         trainer.run()
     assert [step for step, _ in checkpoints(run.run_dir)] == [1, 2]
 
@@ -421,6 +423,36 @@ def test_a_resumed_run_stays_in_its_place(finished: Path, capsys: pytest.Capture
     assert main(["train", f"resume={finished}", override]) == 2
     expected = f"{key}: expected {there!r}, where the run to resume is, or nothing, found 'other'"
     assert expected in capsys.readouterr().err
+
+
+def test_a_run_has_the_steps_that_it_has_taken(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    longer = finished.with_name("longer")
+    shutil.copytree(finished, longer)
+    assert main(["train", f"resume={longer}", "steps=2"]) == 0
+    before = (longer / "config.yaml").read_bytes()
+    assert main(["train", f"resume={longer}", "steps=1"]) == 2
+    assert "steps: expected 2 or more, which the run has taken, found 1" in capsys.readouterr().err
+    assert (longer / "config.yaml").read_bytes() == before
+
+
+def test_a_run_is_no_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.yaml").write_text("seed: 0\n")
+    assert main(["train", str(tmp_path / "empty.yaml"), f"model.path={finished}", f"runs_dir={tmp_path}"]) == 2
+    expected = f"model.path: expected a model's folder, found a run's, {str(finished)!r}; {finished}/checkpoints/step-"
+    assert expected in capsys.readouterr().err
+
+
+def test_an_evaluation_that_cannot_be_kept_is_printed(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "eval.json").mkdir()
+    few = ("task.held_out=1", "eval.samples=1", "eval.ks=[1]", "rollout.max_new_tokens=2")
+    assert main(["eval", str(folder), *few]) == 0
+    printed = capsys.readouterr().out
+    assert "pass@1" in printed
+    assert "g2rl: eval.json is not written: [Errno 21] Is a directory" in printed
 
 
 def test_a_run_to_resume_is_not_named_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
