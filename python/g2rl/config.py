@@ -459,11 +459,14 @@ def merged(first: DictConfig | dict[str, Any], *layers: DictConfig | dict[str, A
     """Layers on top of each other, by OmegaConf, which names no key where it meets a list and keys with values.
 
     Raises:
-        ConfigError: a layer has a list where those below have keys and values, or the reverse.
+        ConfigError: a layer has a list where those below have keys and values, or the reverse, or one value in place
+            of a section.
     """
     whole = OmegaConf.create(first)
     for layer in layers:
-        _check_kinds(OmegaConf.to_container(whole), layer if isinstance(layer, dict) else OmegaConf.to_container(layer))
+        above = layer if isinstance(layer, dict) else _plain(layer)
+        _check_sections(whole, above)
+        _check_kinds(OmegaConf.to_container(whole), above)
         whole = cast(DictConfig, OmegaConf.merge(whole, layer))
     return whole
 
@@ -495,6 +498,20 @@ def _remove(layer: DictConfig, key: str) -> None:
         layer[section].pop(name, None)
 
 
+def _check_sections(below: DictConfig, above: dict[str, Any], key: str = "") -> None:
+    for name, value in above.items():
+        section = below[name] if name in below else None
+        if isinstance(section, DictConfig) and is_dataclass(OmegaConf.get_type(section)):
+            if isinstance(value, dict):
+                _check_sections(section, value, f"{key}{name}.")
+            elif value is not None and not _is_reference(value):
+                raise ConfigError(f"{key}{name}: expected keys and values, found {value!r}")
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
+
+
 def _check_kinds(below: Any, above: Any, key: str = "") -> None:
     if isinstance(below, dict) and isinstance(above, dict):
         for name in above:
@@ -524,6 +541,7 @@ def load_config(
         layers.append(read_overrides(overrides))
         # Joined before they meet the defaults, whose every merge copies all keys with their types.
         chosen = _stacked([_renamed(layer) for layer in layers])
+        _check_ks(_value(chosen, "eval.ks"))
         asked = merged(_defaults(), chosen)
         below = _below(asked)
         config = OmegaConf.to_object(merged(_defaults(), *below, chosen) if below else asked)
@@ -550,6 +568,13 @@ def load_resumed(path: Path, overrides: Sequence[str]) -> Config:
                     if _value(own, f"{section}.{name}") == by_default[section][name]:
                         _remove(own, f"{section}.{name}")
     return load_config([_plain(own)], overrides)
+
+
+def _check_ks(ks: Any) -> None:
+    """Raise `ConfigError` for what OmegaConf refuses without saying where: elements of tuples."""
+    for k in ks if isinstance(ks, list) else []:
+        if not isinstance(k, int) and not _is_reference(k) and not (isinstance(k, str) and k.isdecimal()):
+            raise ConfigError(f"eval.ks: expected whole numbers, found {k!r}")
 
 
 def _below(asked: DictConfig) -> list[dict[str, Any]]:
