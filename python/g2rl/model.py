@@ -26,7 +26,6 @@ from transformers.utils import quantization_config
 from transformers.utils.logging import disable_progress_bar
 
 from g2rl.adapters import base_of, merged
-from g2rl.checkpoint import checkpoints
 from g2rl.config import ConfigError, ModelConfig
 from g2rl.parallel.shards import SAFELY, SHARDS, load_model_of_shards
 
@@ -92,9 +91,9 @@ def local_path(config: ModelConfig) -> str:
     """
     path = str(smollm2_folder()) if config.path == "smollm2" else config.path
     folder = Path(path).expanduser()
-    found = [] if (folder / "config.json").is_file() else checkpoints(folder)
-    if found:
-        raise ConfigError(f"model.path: expected a model's folder, found a run's, {path!r}; {found[-1][1]} is a model")
+    saved = sorted((folder / "checkpoints").glob("step-*"))
+    if saved and not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path: expected a model's folder, found a run's, {path!r}; {saved[-1]} is a model")
     if path.startswith(("/", ".", "~")) and not folder.is_dir():
         raise ConfigError(f"model.path: expected a causal language model, found no folder {path!r}")
     return str(folder) if path.startswith("~") else path

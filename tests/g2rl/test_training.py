@@ -446,7 +446,7 @@ def test_an_evaluation_that_cannot_be_kept_is_printed(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("eval.json"))
     (folder / "eval.json").mkdir()
     few = ("task.held_out=1", "eval.samples=1", "eval.ks=[1]", "rollout.max_new_tokens=2")
     assert main(["eval", str(folder), *few]) == 0
