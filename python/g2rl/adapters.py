@@ -144,7 +144,7 @@ def rename_base(folder: Path, name: str) -> None:
 
 
 def merged(model: Any, folder: str) -> Any:
-    """`model` with the adapter that a folder holds merged into its weights."""
+    """`model` with the adapter that a folder holds merged into its weights, all of which can be trained."""
     if not (Path(folder) / _WEIGHTS).is_file():  # peft would take a pickle
         raise ConfigError(
             f"model.path: expected {_WEIGHTS} beside the adapter's configuration, found none in {folder!r}"
@@ -155,7 +155,7 @@ def merged(model: Any, folder: str) -> Any:
         raise ConfigError(
             f"model.path: the adapter in {folder!r} needs peft: pip install 'peft>=0.18' ({error})"
         ) from error
-    model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    model = PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)  # peft froze them
     model.name_or_path = folder
     return model
 

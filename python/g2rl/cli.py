@@ -14,7 +14,7 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from g2rl.config import Config, ConfigError, ModelConfig, load_config, load_resumed
+from g2rl.config import Config, ConfigError, ModelConfig, load_config, load_resumed, read_overrides
 from g2rl.files import StorageError, hold, let_go
 
 if TYPE_CHECKING:
@@ -201,6 +201,8 @@ def _fresh(paths: list[str], overrides: list[str]) -> Config:
     if not paths:
         raise ConfigError("config: expected a YAML file or resume=RUN, found neither")
     config = load_config(paths, overrides)
+    if config.resume is not None:
+        raise ConfigError(f"resume: expected resume=RUN on the command line, found {config.resume!r} in a YAML file")
     name, number = config.name, 1
     while _taken(config):
         number += 1
@@ -225,14 +227,26 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     runs = [override.partition("=")[2] for override in overrides if override.startswith("resume=")]
     if not runs:
         return None
-    folder = Path(runs[-1])
+    folder = Path(runs[-1]).expanduser()
     folder = folder if folder.name else folder.resolve()
     settings = folder / "config.yaml"
     if not settings.is_file():
         raise ConfigError(f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}")
+    given = read_overrides(overrides)
+    place = {"name": folder.name, "runs_dir": str(folder.parent)}
+    for key, there in place.items():
+        if key in given and os.path.abspath(str(given[key])) != os.path.abspath(there):
+            raise ConfigError(
+                f"{key}: expected {there!r}, where the run to resume is, or nothing, found {given[key]!r}"
+            )
+    config = load_resumed(settings, overrides)
+    from g2rl.tasks import require_held_out
+
+    way_out = "task.held_out=0 goes on without, and a new run from the model of its checkpoint takes any task"
+    require_held_out(load_config(settings).task, config.task, config.seed, way_out)
     if paths:
         print(f"g2rl: resume takes the run's own configuration, {settings}; {', '.join(paths)} is not read")
-    return replace(load_resumed(settings, overrides), name=folder.name, runs_dir=str(folder.parent))
+    return replace(config, name=place["name"], runs_dir=place["runs_dir"])
 
 
 def _told_apart(texts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -271,14 +285,19 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
     """Evaluate one checkpoint on the problems that its own task holds out."""
+    from g2rl.checkpoint import checkpoint_config, run_of
     from g2rl.evaluate import evaluate
     from g2rl.evaluation.command import model_config
     from g2rl.model import load_model
     from g2rl.rollout import make_sampler
-    from g2rl.tasks import make_task
+    from g2rl.tasks import make_task, require_held_out
 
     config = model_config(checkpoint, overrides)
     folder = Path(config.model.path)
+    trained = checkpoint_config(folder).task
+    if run_of(folder) is not None and trained.name == config.task.name:  # another task's problems are others
+        way_out = f"a model that `g2rl export {checkpoint} FOLDER` writes is evaluated on any"
+        require_held_out(trained, config.task, config.seed, way_out)
     with make_task(config.task, config.seed) as task:
         problems = task.held_out()
         if not problems:
@@ -291,7 +310,10 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
     for key, value in result.metrics.items():
         print(f"  {key.removeprefix('eval/'):18s} {value:.4f}")
     if folder.is_dir():
-        (folder / "eval.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
+        try:
+            (folder / "eval.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
+        except OSError as error:  # a model that others have put there; all of it is printed
+            print(f"g2rl: eval.json is not written: {error}")
     return 0
 
 

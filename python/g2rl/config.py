@@ -272,7 +272,12 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.runs_dir) / self.name
+        return Path(self.runs_dir).expanduser() / self.name
+
+
+def _is_temperature(value: float) -> bool:
+    """Whether the kernels divide logits by it."""
+    return 1e-18 <= value <= 1e18
 
 
 # Ranges by key: (key, what a value must be, test).
@@ -289,7 +294,7 @@ _RANGES = {
     "rollout.prompts": _POSITIVE,
     "rollout.group_size": ("2 or greater: advantages compare the responses of a group", lambda v: v >= 2),
     "rollout.max_new_tokens": _POSITIVE,
-    "rollout.temperature": _POSITIVE,
+    "rollout.temperature": ("from 1e-18 to 1e18", _is_temperature),
     "rollout.top_p": _PROBABILITY,
     "rollout.batch_size": _POSITIVE,
     "rollout.max_extra_groups": _NOT_NEGATIVE,
@@ -316,7 +321,7 @@ _RANGES = {
     "optim.max_grad_norm": _POSITIVE,
     "eval.every": _NOT_NEGATIVE,
     "eval.samples": _POSITIVE,
-    "eval.temperature": _NOT_NEGATIVE,
+    "eval.temperature": ("from 1e-18 to 1e18, or 0 for the likeliest tokens", lambda v: v == 0 or _is_temperature(v)),
     "eval.top_p": _PROBABILITY,
     "checkpoint.every": _NOT_NEGATIVE,
     "checkpoint.keep": _POSITIVE,
@@ -454,11 +459,14 @@ def merged(first: DictConfig | dict[str, Any], *layers: DictConfig | dict[str, A
     """Layers on top of each other, by OmegaConf, which names no key where it meets a list and keys with values.
 
     Raises:
-        ConfigError: a layer has a list where those below have keys and values, or the reverse.
+        ConfigError: a layer has a list where those below have keys and values, or the reverse, or one value in place
+            of a section.
     """
     whole = OmegaConf.create(first)
     for layer in layers:
-        _check_kinds(OmegaConf.to_container(whole), layer if isinstance(layer, dict) else OmegaConf.to_container(layer))
+        above = layer if isinstance(layer, dict) else plain(layer)
+        _check_sections(whole, above)
+        _check_kinds(OmegaConf.to_container(whole), above)
         whole = cast(DictConfig, OmegaConf.merge(whole, layer))
     return whole
 
@@ -490,6 +498,20 @@ def _remove(layer: DictConfig, key: str) -> None:
         layer[section].pop(name, None)
 
 
+def _check_sections(below: DictConfig, above: dict[str, Any], key: str = "") -> None:
+    for name, value in above.items():
+        section = below[name] if name in below else None
+        if isinstance(section, DictConfig) and is_dataclass(OmegaConf.get_type(section)):
+            if isinstance(value, dict):
+                _check_sections(section, value, f"{key}{name}.")
+            elif value is not None and not _is_reference(value):
+                raise ConfigError(f"{key}{name}: expected keys and values, found {value!r}")
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
+
+
 def _check_kinds(below: Any, above: Any, key: str = "") -> None:
     if isinstance(below, dict) and isinstance(above, dict):
         for name in above:
@@ -519,13 +541,9 @@ def load_config(
         layers.append(read_overrides(overrides))
         # Joined before they meet the defaults, whose every merge copies all keys with their types.
         chosen = _stacked([_renamed(layer) for layer in layers])
+        _check_ks(_value(chosen, "eval.ks"))
         asked = merged(_defaults(), chosen)
-        below: list[DictConfig | dict[str, Any]] = []
-        if asked.rollout.engine == "vllm" or asked.rollout.ahead:
-            below.append(_OFF_POLICY)
-        method = METHODS / f"{asked.method}.yaml"
-        if method.is_file():
-            below.append(read_yaml(method))
+        below = _below(asked)
         config = OmegaConf.to_object(merged(_defaults(), *below, chosen) if below else asked)
     assert isinstance(config, Config)
     return validate(config)
@@ -534,20 +552,40 @@ def load_config(
 def load_resumed(path: Path, overrides: Sequence[str]) -> Config:
     """A run's own configuration, with overrides on top.
 
-    Where they choose another method, values that are as the run's method has them by default are left behind.
+    Where they choose another method or way of sampling, values that are as the run has them by default are left behind.
 
     Raises:
         ConfigError: as `load_config`.
     """
-    own, given = read_yaml(path), read_overrides(overrides)
-    method = _value(own, "method")
-    defaults = METHODS / f"{method}.yaml"
-    if _value(given, "method") not in (None, method) and defaults.is_file():
-        for section, values in plain(read_yaml(defaults)).items():
-            for name, value in values.items():
-                if _value(own, f"{section}.{name}") == value:
-                    _remove(own, f"{section}.{name}")
+    own, given = _renamed(read_yaml(path)), read_overrides(overrides)
+    with named_errors(str(path)):
+        was, wanted = (_below(merged(_defaults(), layer)) for layer in (own, _stacked([own, given])))
+        by_default = merged(_defaults(), *was)
+    for layer in [*was, *wanted]:
+        if layer not in was or layer not in wanted:
+            for section, values in layer.items():
+                for name in values:
+                    if _value(own, f"{section}.{name}") == by_default[section][name]:
+                        _remove(own, f"{section}.{name}")
     return load_config([plain(own)], overrides)
+
+
+def _check_ks(ks: Any) -> None:
+    """Raise `ConfigError` for what OmegaConf refuses without saying where: elements of tuples."""
+    for k in ks if isinstance(ks, list) else []:
+        if not isinstance(k, int) and not _is_reference(k) and not (isinstance(k, str) and k.isdecimal()):
+            raise ConfigError(f"eval.ks: expected whole numbers, found {k!r}")
+
+
+def _below(asked: DictConfig) -> list[dict[str, Any]]:
+    """Defaults of the rest that a configuration's way of sampling and its method have, in this order."""
+    below: list[dict[str, Any]] = []
+    if asked.rollout.engine == "vllm" or asked.rollout.ahead:
+        below.append(_OFF_POLICY)
+    method = METHODS / f"{asked.method}.yaml"
+    if method.is_file():
+        below.append(plain(read_yaml(method)))
+    return below
 
 
 def plain(layer: Any) -> dict[str, Any]:

@@ -135,14 +135,16 @@ _BY_KEY = {metric.key: metric for metric in METRICS}
 
 
 def metric(key: str) -> Metric:
-    """The definition of a logged key, e.g. of ``eval/pass@4``.
+    """The definition of a logged key, e.g. of ``eval/pass@4``, or of a method's own, ``method/NAME``.
 
     Raises:
         ValueError: `METRICS` has no such key.
     """
+    if re.fullmatch(r"method/[\w.-]+", key):
+        return Metric(key, key.removeprefix("method/"), "the method's own", "")
     pattern = re.sub(r"@\d+$", "@k", key)
     if key.endswith("@k") or pattern not in _BY_KEY:
-        raise ValueError(f"metric {key!r}: expected a key of g2rl.log.METRICS, which has no such one")
+        raise ValueError(f"metric {key!r}: expected a key of g2rl.log.METRICS or method/NAME, found another")
     return _BY_KEY[pattern]
 
 

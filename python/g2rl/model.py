@@ -87,12 +87,16 @@ def local_path(config: ModelConfig) -> str:
     """What transformers takes for `model.path`.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: there is no such folder, or it is a run's.
     """
     path = str(smollm2_folder()) if config.path == "smollm2" else config.path
-    if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+    folder = Path(path).expanduser()
+    saved = sorted((folder / "checkpoints").glob("step-*"))
+    if saved and not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path: expected a model's folder, found a run's, {path!r}; {saved[-1]} is a model")
+    if path.startswith(("/", ".", "~")) and not folder.is_dir():
         raise ConfigError(f"model.path: expected a causal language model, found no folder {path!r}")
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    return str(folder) if path.startswith("~") else path
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -104,7 +108,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_shape(path: str) -> Any:
-    """A model's configuration in transformers, without dropout: all passes of a step are to be of one network."""
+    """A model's configuration in transformers, without dropout: all passes of a step are to be of one network.
+
+    Of a folder with a LoRA adapter, that of the model that it was trained on.
+    """
+    base = base_of(path)
+    if base is not None:
+        return load_shape(base)
     shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
     _drop_nothing(shape)
     return shape

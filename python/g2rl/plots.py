@@ -76,10 +76,11 @@ class Run:
     environment: dict[str, str]
 
     def keys(self, prefix: str) -> list[str]:
-        """Logged metrics that begin with `prefix`, in the order of `METRICS` and of k."""
+        """Logged metrics that begin with `prefix`, in the order of `METRICS` and of k; then a method's own."""
         logged = {key for record in self.metrics for key in record if "/" in key and key.startswith(prefix)}
         order = {item.key: position for position, item in enumerate(METRICS)}
-        return sorted(logged, key=lambda key: (order[metric(key).key], int(key.partition("@")[2] or 0)))
+        places = {key: (order.get(metric(key).key, len(order)), int(key.partition("@")[2] or 0), key) for key in logged}
+        return sorted(logged, key=lambda key: places[key])
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was logged and finite."""

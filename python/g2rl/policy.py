@@ -70,9 +70,13 @@ class Reference:
     """The policy that the KL term holds on to: a frozen copy of the initial one, or of a later one.
 
     With LoRA it is the policy itself, its adapter off.
+
+    Attributes:
+        is_initial: whether it still is the initial policy, which no checkpoint has to hold.
     """
 
     def __init__(self, policy: Policy, config: Config) -> None:
+        self.is_initial = True
         self._source = policy.model
         self._copy = copy.copy(policy)
         if not has_adapter(policy.model):
@@ -94,6 +98,7 @@ class Reference:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         load_weights(self._copy.model, state)
+        self.is_initial = False
 
     @property
     def model(self) -> Any:

@@ -21,7 +21,7 @@ import torch
 from g2rl.adapters import add_adapter
 from g2rl.ahead import Rollouts
 from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from g2rl.config import Config, ModelConfig, save_config
+from g2rl.config import Config, ConfigError, ModelConfig, save_config
 from g2rl.evaluate import evaluate
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog, TrainingProgress
 from g2rl.methods import make_method
@@ -33,7 +33,7 @@ from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.policy import Policy, Reference
 from g2rl.rewards import resolve_rewards
 from g2rl.rollout import gap_warning, make_sampler
-from g2rl.tasks import make_task
+from g2rl.tasks import found_anywhere, make_task
 from g2rl.times import StageTimes
 from g2rl.trackers import make_trackers
 from g2rl.types import Episode, Verdict
@@ -59,6 +59,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
+        # Before anything is made of them: an adapter saves its base's path, the run its configuration.
+        config = replace(config, model=_found_anywhere(config.model), task=found_anywhere(config.task))
         self.config = config
         self.ranks = ranks
         ranks.check(config)
@@ -103,7 +105,7 @@ class Trainer:
         # With the method's options spelt out, since their defaults may change.
         options = asdict(self.method.options)
         methods = config.methods | ({self.method.name: options} if options else {})
-        kept = replace(config, resume=None, methods=methods, model=_found_anywhere(config.model))
+        kept = replace(config, resume=None, methods=methods)
         self.ranks.on_first(save_config, kept, run_dir / "config.yaml")
         facts = environment(self.device) | self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
         log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})
@@ -188,14 +190,16 @@ class Trainer:
     # ---- state -------------------------------------------------------------------------------------------------
 
     def _parts(self) -> dict[str, Any]:
-        """What has a state of its own beside the model."""
+        """What has, or may have had in the checkpoint, a state of its own beside the model."""
         parts: dict[str, Any] = {"optimizer": self.updater.optimizer}
-        if self.reference is not None and self.config.objective.reference_every:
+        if self.reference is not None:
             parts["reference"] = self.reference
         return parts
 
     def _save(self) -> None:
         state, keep = {**self._parts(), "position": self.position}, self.config.checkpoint.keep
+        if self.reference is not None and self.reference.is_initial:
+            del state["reference"]
         save_checkpoint(self.config.run_dir, self.step, self.model, self.tokenizer, state, keep, self.ranks)
 
     def _restore(self) -> int:
@@ -207,6 +211,10 @@ class Trainer:
         state = load_checkpoint(folder, self.model, self._parts(), self.ranks)
         self.updater.restore_settings()  # of this configuration: the checkpoint has those of when it was saved
         self.step, self.position = state["step"], state["position"]
+        if self.step > self.config.steps:
+            raise ConfigError(
+                f"steps: expected {self.step} or more, which the run has taken, found {self.config.steps}"
+            )
         return self.step
 
     def _times(self) -> StageTimes:

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from g2rl.checkpoint import checkpoints
 from g2rl.config import Config, ConfigError
 from g2rl.geometry import geometry_metrics
 from g2rl.heads import whole
-from g2rl.methods import Method, Step
+from g2rl.methods import Method, Step, check_result
 from g2rl.objective import Tokens, Totals, policy_loss
 from g2rl.optimizer import group_settings, make_optimizer
 from g2rl.parallel.ranks import ALONE, Ranks
@@ -316,6 +317,7 @@ class Updater:
         """Have the method weigh the responses, by the features of all of them."""
         groups.step = replace(groups.step, features=groups.features())
         groups.result = self.method.advantages(groups.step)
+        check_result(self.method, groups.step, groups.result)
 
     def _optimize(self, number: int, rate: float) -> dict[str, float]:
         """One optimiser update by the gradient that stands, which is then gone."""
@@ -364,9 +366,12 @@ class Updater:
             raise self._not_finite(number, name)
 
     def _not_finite(self, number: int, name: str) -> TrainingError:
+        run_dir = self.config.run_dir
+        found = checkpoints(run_dir)
+        stands = f"{found[-1][1].name} stands" if found else "there is no checkpoint yet"
         return TrainingError(
-            f"step {number}: NaN or infinity in the {name}; training stopped, and the last checkpoint below "
-            f"{self.config.run_dir / 'checkpoints'} stands. A lower optim.lr or optim.max_grad_norm may help."
+            f"step {number}: NaN or infinity in the {name}; training stopped, and in {run_dir} {stands}; a lower "
+            "optim.lr or optim.max_grad_norm may help"
         )
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from g2rl.adapters import adapter_off, add_adapter
+from g2rl.adapters import adapter_off, add_adapter, base_of
 from g2rl.checkpoint import find_checkpoint
 from g2rl.cli import main
 from g2rl.config import ConfigError, LoraConfig, ModelConfig, load_config
+from g2rl.dry_run import dry_run
 from g2rl.model import load_model
 from g2rl.push import push
 from g2rl.trainer import Trainer
@@ -121,6 +122,17 @@ def test_checkpoints_resume_and_export(trained: Trainer, tmp_path: Path, capsys:
     assert "model.lora: expected the rank and targets of the checkpoint" in capsys.readouterr().err
 
 
+def test_a_relative_base_is_found_from_elsewhere(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_model.parent)
+    run = start(Path(tiny_model.name), tmp_path, "steps=1").config
+    Trainer(run).run()
+    monkeypatch.chdir(tmp_path)
+    assert base_of(str(find_checkpoint(run.run_dir))) == str(tiny_model)
+    assert main(["export", str(run.run_dir), "merged"]) == 0
+
+
 def test_an_adapter_on_a_local_model_is_pushed_merged(trained: Trainer) -> None:
     """Nobody else has the base, so that whoever loads what is uploaded gets the whole model, without its folder."""
     folder = Path(push(trained.config.run_dir, "somebody/adder", dry_run=True))
@@ -188,3 +200,13 @@ def test_a_peft_that_transformers_does_not_take(tiny_model: Path, monkeypatch: p
 def test_a_reference_that_is_refreshed_is_refused() -> None:
     with pytest.raises(ConfigError, match="objective.reference_every: expected 0 with model.lora.rank > 0"):
         load_config(None, ["model.lora.rank=4", "objective.kl_coef=0.1", "objective.reference_every=3"])
+
+
+def test_all_weights_are_trained_on_from_an_adapter(trained: Trainer, tmp_path: Path) -> None:
+    """The adapter is merged, and the model that it makes is as free as another; a dry run knows its shape."""
+    adapter = find_checkpoint(trained.config.run_dir)
+    again = start(adapter, tmp_path, "model.lora.rank=0", "steps=1", "checkpoint.every=0")
+    before = [p.detach().clone() for p in again.model.parameters()]
+    again.run()
+    assert all(not torch.equal(a, b) for a, b in zip(before, again.model.parameters(), strict=True))
+    dry_run(again.config)

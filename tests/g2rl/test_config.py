@@ -132,21 +132,30 @@ def test_defaults_of_a_method_are_below_the_users(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "overrides", "coefficient", "clip"),
+    ("run", "overrides", "coefficient", "clip", "cap"),
     [
-        ([], ["method=grpo"], 0.0, 0.2),
-        ([], ["method=entropy"], 0.003, 0.2),
-        ([], [], 0.003, 0.28),
-        ([], ["method=grpo", "objective.entropy_coef=0.003"], 0.003, 0.2),
-        (["objective.entropy_coef=0.1"], ["method=grpo"], 0.1, 0.2),
+        (["method=evol_rl"], ["method=grpo"], 0.0, 0.2, 0.0),
+        (["method=evol_rl"], ["method=entropy"], 0.003, 0.2, 0.0),
+        (["method=evol_rl"], [], 0.003, 0.28, 0.0),
+        (["method=evol_rl"], ["method=grpo", "objective.entropy_coef=0.003"], 0.003, 0.2, 0.0),
+        (["method=evol_rl", "objective.entropy_coef=0.1"], ["method=grpo"], 0.1, 0.2, 0.0),
+        (["method=evol_rl", "objective.entropy_coef=0"], ["method=entropy"], 0.0, 0.2, 0.0),
+        (["method=evol_rl", "objective.clip_high=0.2"], ["rollout.ahead=1"], 0.003, 0.2, 2.0),
+        ([], ["method=evol_rl"], 0.003, 0.28, 0.0),
+        (["objective.clip_high=0.25"], ["method=evol_rl"], 0.003, 0.25, 0.0),
+        ([], ["rollout.engine=vllm"], 0.0, 0.2, 2.0),
+        ([], ["rollout.ahead=1", "objective.importance_cap=3"], 0.0, 0.2, 3.0),
+        (["rollout.ahead=1"], ["rollout.ahead=0"], 0.0, 0.2, 0.0),
+        (["rollout.ahead=1"], ["rollout.ahead=0", "rollout.engine=vllm"], 0.0, 0.2, 2.0),
     ],
 )
-def test_another_method_goes_on_without_the_defaults_of_the_first(
-    tmp_path: Path, run: list[str], overrides: list[str], coefficient: float, clip: float
+def test_a_resumed_run_has_the_defaults_of_its_present_choices(
+    tmp_path: Path, run: list[str], overrides: list[str], coefficient: float, clip: float, cap: float
 ) -> None:
-    save_config(load_config(None, ["method=evol_rl", *run, "name=\\${x}"]), tmp_path / "config.yaml")
+    save_config(load_config(None, [*run, "name=\\${x}"]), tmp_path / "config.yaml")
     found = load_resumed(tmp_path / "config.yaml", overrides)
-    assert (found.objective.entropy_coef, found.objective.clip_high) == (coefficient, clip)
+    objective = found.objective
+    assert (objective.entropy_coef, objective.clip_high, objective.importance_cap) == (coefficient, clip, cap)
     assert found.name == "${x}"
 
 
@@ -170,12 +179,22 @@ def test_settings_of_older_versions(tmp_path: Path) -> None:
         ("steps=0", "steps: expected a value greater than 0, found 0"),
         ("optim.lr=nan", "optim.lr: expected a value greater than 0, found nan"),
         ("rollout.group_size=1", "rollout.group_size: expected a value 2 or greater"),
-        ("rollout.temperature=0", "rollout.temperature: expected a value greater than 0"),
-        ("rollout.temperature=inf", "rollout.temperature: expected a finite value, found inf"),
+        ("rollout.temperature=0", "rollout.temperature: expected a value from 1e-18 to 1e18, found 0.0"),
+        ("rollout.temperature=1e-19", "rollout.temperature: expected a value from 1e-18 to 1e18, found 1e-19"),
+        ("rollout.temperature=inf", "rollout.temperature: expected a value from 1e-18 to 1e18, found inf"),
+        (
+            "eval.temperature=1e19",
+            "eval.temperature: expected a value from 1e-18 to 1e18, or 0 for the likeliest tokens",
+        ),
         ("optim.lr=.inf", "optim.lr: expected a finite value, found inf"),
         ("rollout.server_folder=a", "rollout.server_folder: expected none without rollout.server, found 'a'"),
         ("rollout.top_p=1.5", r"rollout.top_p: expected a value in \(0, 1\]"),
         ("eval.ks=[1, 9]", "eval.ks: expected values from 1 to eval.samples = 4, found 9"),
+        ("eval.ks=[1, 1.5]", "^eval.ks: expected whole numbers, found 1.5"),
+        ("eval.ks=[null]", "^eval.ks: expected whole numbers, found None"),
+        ("model.lora=8", "^model.lora: expected keys and values, found 8"),
+        ("rollout=vllm", "^rollout: expected keys and values, found 'vllm'"),
+        ("rollout=[1]", r"^rollout: expected keys and values, found \[1\]"),
         ("rewards=[]", "rewards: expected at least one"),
         ("rewards={name: correct}", "rewards: expected a list, found {'name': 'correct'}"),
         ("task.options=[1]", r"task.options: expected keys and values, found \[1\]"),

@@ -50,7 +50,8 @@ def test_every_key_is_defined_once() -> None:
 def test_metric_ignores_the_number_of_samples_only() -> None:
     assert metric("eval/pass@16").key == "eval/pass@k"
     assert metric("train/kl").unit == "nats"
-    for unknown in ("train/rewards", "eval/pass@k", "eval/pass@", "train/reward@4", ""):
+    assert metric("method/own-1.x").key == "method/own-1.x"
+    for unknown in ("train/rewards", "eval/pass@k", "eval/pass@", "train/reward@4", "method/", "method/a@2", ""):
         with pytest.raises(ValueError, match="expected a key of"):
             metric(unknown)
 

@@ -15,6 +15,7 @@ from g2rl.geometry import geometry_metrics, pair_cosines
 from g2rl.methods import Step, make_method, method_names
 from g2rl.methods.evol_rl import band_rewards
 from g2rl.tasks import make_task
+from g2rl.trainer import Trainer
 from g2rl_kernels import Shaping, g2rl_advantages, group_advantages
 
 
@@ -243,6 +244,36 @@ def test_a_function_from_outside(outside: None) -> None:
     method = make_method(load_config(None, ["method=outside_method:shortest", "log.geometry=false"]))
     result = method.advantages(step(torch.zeros(2), 2, texts=["abc", "a"]))
     assert result.advantages.tolist() == [-3, -1]
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ("step.rewards", "GroupAdvantages of own, such as g2rl.methods.describe makes, found Tensor"),
+        ("describe(step, step.rewards[:2], step.rewards)", r"a tensor \[4\] of own as advantages, found \[2\]"),
+        (
+            "describe(step, step.rewards.view(2, 2), step.rewards)",
+            r"a tensor \[4\] of own as advantages, found \[2, 2\]",
+        ),
+        ("describe(step, step.rewards, [1.0] * 4)", r"a tensor \[4\] of own as shaped_rewards, found list"),
+        (
+            "describe(step, step.rewards / 0, step.rewards)",
+            "finite numbers of own as advantages, found NaN or infinity",
+        ),
+    ],
+)
+def test_what_a_method_returns(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str, message: str
+) -> None:
+    """From outside, in training; NaN as a score only says that there is none."""
+    source = f"from g2rl.methods import describe\ndef own(step):\n    return {made}\n"
+    (tmp_path / "own_method.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_method", raising=False)
+    small = ("rollout.prompts=2", "rollout.group_size=2", "rollout.max_new_tokens=2", "eval.every=0")
+    settings = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", "method=own_method:own", *small]
+    with pytest.raises(ConfigError, match=f"^method: expected {message}"):
+        Trainer(load_config(None, settings)).run()
 
 
 @pytest.mark.parametrize(

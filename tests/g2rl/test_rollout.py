@@ -24,7 +24,7 @@ from transformers import (
 
 from g2rl.config import ConfigError, ModelConfig, RolloutConfig
 from g2rl.model import load_model
-from g2rl.rollout import Sampling, TransformersSampler, left_pad, make_batch, response_seeds
+from g2rl.rollout import RolloutError, Sampling, TransformersSampler, left_pad, make_batch, response_seeds
 from g2rl.rollout.decoding import until_stop
 from g2rl.rollout.draws import draw, uniforms
 from g2rl.types import Episode, Problem
@@ -92,6 +92,32 @@ def test_greedy_equals_the_models_argmax(sampler: TransformersSampler) -> None:
         ids = torch.tensor([episode.prompt_ids + episode.response_ids])
         logits = sampler.policy(ids).logits[0, len(episode.prompt_ids) - 1 : -1]
         assert tuple(logits.argmax(-1).tolist()) == episode.response_ids
+
+
+@pytest.mark.parametrize("slots", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_that_computes_no_numbers(
+    sampler: TransformersSampler, monkeypatch: pytest.MonkeyPatch, temperature: float, slots: bool, value: float
+) -> None:
+    """From the third step on, of one response."""
+    steps = []
+
+    def spoil(_: Any, __: Any, output: Any) -> None:
+        steps.append(1)
+        output.logits[-1, -1, -1] = value if len(steps) > 2 else 0
+
+    monkeypatch.setattr(sampler, "_has_slots", slots)
+    sampler.model.register_forward_hook(spoil)
+    with pytest.raises(RolloutError, match="log-probabilities of the model are not finite"):
+        sampler.sample(PROBLEMS, 2, temperature, 1.0, 0)
+
+
+@pytest.mark.parametrize("size", [74, 256, 600])
+def test_a_token_of_no_numbers_is_one_of_the_vocabulary(size: int) -> None:
+    tokens, logps = draw(torch.full((3, size), torch.nan), torch.tensor([0.0, 0.5, 1 - 2**-24]))
+    assert ((tokens >= 0) & (tokens < size)).all()
+    assert logps.isnan().all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,8 @@ class FewVowels(Method):
     def advantages(self, step):
         assert step.features.shape[0] == len(step.texts) == len(step.answers) == len(step.correct)
         return describe(step, self.options.best * step.rewards, step.rewards)
+    def metrics(self, step, result):
+        return {"method/vowels": 0.5, "method/responses": len(step.texts)}
 """
 
 
@@ -150,6 +153,11 @@ def test_a_method_from_outside_trains(tiny_model: Path, tmp_path: Path) -> None:
     assert load_config(run.run_dir / "config.yaml").methods == {"vowels": {"best": 1.0}}
     rows = [json.loads(line) for line in (run.run_dir / "completions.jsonl").read_text().splitlines()]
     assert all(row["advantage"] == pytest.approx(row["reward"]) for row in rows)
+    assert {key: value for key, value in lines(run.run_dir)[0].items() if key.startswith("method/")} == {
+        "method/vowels": 0.5,
+        "method/responses": 12,
+    }
+    assert "| `method/responses` | 12 | 12 |" in write_report(run.run_dir).read_text(encoding="utf-8")
 
 
 def test_reference_is_refreshed(tiny_model: Path, tmp_path: Path) -> None:
@@ -160,6 +168,22 @@ def test_reference_is_refreshed(tiny_model: Path, tmp_path: Path) -> None:
     Trainer(run).run()
     far = [record["train/kl"] > 1e-6 for record in lines(run.run_dir)]
     assert far == [False, True, False, True, False]
+
+
+def test_a_refreshed_reference_stays_when_it_is_refreshed_no_longer(tiny_model: Path, tmp_path: Path) -> None:
+    """Of the second step in all later checkpoints: not the initial model again."""
+    on = ("eval.every=0", "objective.kl_coef=0.1", "objective.reference_every=2")
+    Trainer(config(tiny_model, tmp_path, *on, "steps=2")).run()
+    for steps in (3, 4):
+        again = config(
+            tiny_model, tmp_path, *on, "objective.reference_every=0", f"steps={steps}", f"resume={tmp_path / 'run'}"
+        )
+        Trainer(again).run()
+    far = [record["train/kl"] > 1e-6 for record in lines(tmp_path / "run")]
+    assert far == [False, True, False, True]
+    whole = config(tiny_model, tmp_path, *on, "steps=4", "name=whole")
+    Trainer(whole).run()
+    assert lines(tmp_path / "run") == lines(whole.run_dir)
 
 
 def test_everything_on_resumes_to_the_same_numbers(tiny_model: Path, tmp_path: Path) -> None:
@@ -265,7 +289,8 @@ def test_nan_stops_and_keeps_the_checkpoint(tiny_model: Path, tmp_path: Path, mo
         return output
 
     monkeypatch.setattr(trainer.model.base_model, "forward", poisoned)
-    with pytest.raises(TrainingError, match="step 3: NaN or infinity in the features"):
+    stands = "step 3: NaN or infinity in the features; training stopped, and in .* step-000002 stands; .* may help$"
+    with pytest.raises(TrainingError, match=stands):
         trainer.run()
     assert [step for step, _ in checkpoints(run.run_dir)] == [1, 2]
 
@@ -273,13 +298,24 @@ def test_nan_stops_and_keeps_the_checkpoint(tiny_model: Path, tmp_path: Path, mo
 def test_resume_of_a_finished_run_with_more_steps(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In another working directory than that in which the model's path is relative."""
+    """In another working directory than that in which the paths of model and data are relative, or in home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tiny_model.parent)
-    run = config(Path(tiny_model.name), tmp_path, "steps=2")
+    rows = [json.dumps({"problem": f"{i} + 1", "answer": i + 1}) for i in range(20)]
+    for data in (tiny_model.parent / "here.jsonl", tmp_path / "home.jsonl"):
+        data.write_text("\n".join(rows))
+        rows = [row.replace("+", "-") for row in rows]
+    data = "task={name: jsonl, options: {path: here.jsonl, eval_path: ~/home.jsonl}}"
+    short = (*SMALL[:3], *SMALL[4:])  # without arithmetic's options
+    base = [f"model.path={tiny_model.name}", "runs_dir=~/runs", *short, data, "steps=2"]
+    run = load_config(None, base)
     Trainer(run).run()
+    assert run.run_dir == tmp_path / "runs" / "run"
     monkeypatch.chdir(tmp_path)
     assert main(["train", f"resume={run.run_dir}", "steps=3"]) == 0
     assert [record["step"] for record in lines(run.run_dir)] == [0, 1, 2, 3]
+    saved = load_config(run.run_dir / "config.yaml").task.options
+    assert saved == {"path": str(tiny_model.parent / "here.jsonl"), "eval_path": str(tmp_path / "home.jsonl")}
 
 
 @pytest.mark.parametrize(
@@ -328,6 +364,42 @@ def test_cli_eval_and_report(tiny_model: Path, tmp_path: Path, capsys: pytest.Ca
     assert (run.run_dir / "report" / "report.md").is_file()
 
 
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("finished")
+    rewards = "rewards=[{name: finished}]"
+    run = config(tiny_model, folder, "steps=1", "eval.every=0", "method=grpo", "log.geometry=false", rewards)
+    Trainer(run).run()
+    return run.run_dir
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ("task.held_out=8", "found 2 of 8 others, such as "),
+        ("task.options={digits: [2, 1]}", "found 6 of 6 others, such as "),
+        ("task.held_out=3", None),
+        ("task.system_prompt=Add.", None),
+    ],
+)
+def test_what_was_trained_on_is_not_held_out(
+    finished: Path, capsys: pytest.CaptureFixture[str], change: str, found: str | None
+) -> None:
+    """Neither by a run that goes on, nor in its evaluation; of another task all problems are others."""
+    before = (finished / "config.yaml").read_bytes()
+    overrides = ["eval.samples=1", "eval.ks=[1]", change]
+    assert main(["eval", str(finished), *overrides]) == (2 if found else 0)
+    said = capsys.readouterr().err
+    if found:
+        assert f"task.held_out: expected problems that the run held out before, {found}" in said
+        assert f"`g2rl export {finished} FOLDER`" in said
+        assert main(["train", f"resume={finished}", "steps=2", *overrides]) == 2
+        assert found in (said := capsys.readouterr().err)
+        assert "task.held_out=0 goes on without" in said
+    assert (finished / "config.yaml").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -342,6 +414,52 @@ def test_cli_eval_and_report(tiny_model: Path, tmp_path: Path, capsys: pytest.Ca
 def test_bad_commands(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("override", ["name=other", "runs_dir=other"])
+def test_a_resumed_run_stays_in_its_place(finished: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
+    key, _, _ = override.partition("=")
+    there = finished.name if key == "name" else str(finished.parent)
+    assert main(["train", f"resume={finished}", override]) == 2
+    expected = f"{key}: expected {there!r}, where the run to resume is, or nothing, found 'other'"
+    assert expected in capsys.readouterr().err
+
+
+def test_a_run_has_the_steps_that_it_has_taken(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    longer = finished.with_name("longer")
+    shutil.copytree(finished, longer)
+    assert main(["train", f"resume={longer}", "steps=2"]) == 0
+    before = (longer / "config.yaml").read_bytes()
+    assert main(["train", f"resume={longer}", "steps=1"]) == 2
+    assert "steps: expected 2 or more, which the run has taken, found 1" in capsys.readouterr().err
+    assert (longer / "config.yaml").read_bytes() == before
+
+
+def test_a_run_is_no_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.yaml").write_text("seed: 0\n")
+    assert main(["train", str(tmp_path / "empty.yaml"), f"model.path={finished}", f"runs_dir={tmp_path}"]) == 2
+    expected = f"model.path: expected a model's folder, found a run's, {str(finished)!r}; {finished}/checkpoints/step-"
+    assert expected in capsys.readouterr().err
+
+
+def test_an_evaluation_that_cannot_be_kept_is_printed(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("eval.json"))
+    (folder / "eval.json").mkdir()
+    few = ("task.held_out=1", "eval.samples=1", "eval.ks=[1]", "rollout.max_new_tokens=2")
+    assert main(["eval", str(folder), *few]) == 0
+    printed = capsys.readouterr().out
+    assert "pass@1" in printed
+    assert "g2rl: eval.json is not written: [Errno 21] Is a directory" in printed
+
+
+def test_a_run_to_resume_is_not_named_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(f"resume: runs/a\nruns_dir: {tmp_path / 'runs'}\n")
+    assert main(["train", str(tmp_path / "config.yaml")]) == 2
+    assert "resume: expected resume=RUN on the command line, found 'runs/a' in a YAML" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_second_run_gets_a_folder_of_its_own(tiny_model: Path, tmp_path: Path) -> None:

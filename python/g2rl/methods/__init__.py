@@ -18,10 +18,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from g2rl.config import Config, ConfigError, escaped
-from g2rl.methods.base import FunctionMethod, Method, Step, describe
+from g2rl.methods.base import FunctionMethod, Method, Step, check_result, describe
 from g2rl.plugins import import_named
 
-__all__ = ["Method", "Step", "describe", "make_method", "method_names"]
+__all__ = ["Method", "Step", "check_result", "describe", "make_method", "method_names"]
 
 ENTRY_POINTS = "g2rl.methods"
 

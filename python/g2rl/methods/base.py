@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from g2rl.config import Config
+from g2rl.config import Config, ConfigError
 from g2rl.tasks.base import Task
 from g2rl_kernels import GroupAdvantages, exploration_scores, group_similarity
 
@@ -70,7 +70,7 @@ class Method(ABC):
         """Advantages, shaped rewards, scores and similarity of a step's responses, group by group."""
 
     def metrics(self, step: Step, result: GroupAdvantages) -> dict[str, float]:
-        """Numbers of its own for the log, by a key of `g2rl.log.METRICS`."""
+        """Numbers of its own for the log, by a key of `g2rl.log.METRICS`, or ``method/`` and any name."""
         return {}
 
 
@@ -84,6 +84,23 @@ class FunctionMethod(Method):
 
     def advantages(self, step: Step) -> GroupAdvantages:
         return self._function(step)
+
+
+def check_result(method: Method, step: Step, result: Any) -> None:
+    """Raise `ConfigError` unless `result` is what `Method.advantages` has to return for a step."""
+    if not isinstance(result, GroupAdvantages):
+        raise ConfigError(
+            f"method: expected GroupAdvantages of {method.name}, such as g2rl.methods.describe makes, found "
+            f"{type(result).__name__}"
+        )
+    rows = list(step.rewards.shape)
+    for field in ("advantages", "shaped_rewards", "scores"):
+        value = getattr(result, field)
+        shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        if shape != rows:
+            raise ConfigError(f"method: expected a tensor {rows} of {method.name} as {field}, found {shape}")
+        if field != "scores" and not bool(value.isfinite().all()):
+            raise ConfigError(f"method: expected finite numbers of {method.name} as {field}, found NaN or infinity")
 
 
 def describe(step: Step, advantages: torch.Tensor, shaped_rewards: torch.Tensor) -> GroupAdvantages:

@@ -21,7 +21,6 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
-    set_model_state_dict,
     set_state_dict,
 )
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -65,7 +64,7 @@ def load_shards(folder: Path, model: Any, parts: Mapping[str, Any]) -> None:
     _read(tensors, folder)
     set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
     if reference is not None:
-        set_model_state_dict(reference.model, tensors["reference"])
+        reference.load_state_dict(tensors["reference"])
 
 
 def load_model_of_shards(path: Path, config: Any = None, **settings: Any) -> Any:

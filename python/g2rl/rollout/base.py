@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -43,6 +44,15 @@ class Response(NamedTuple):
 
 class RolloutError(RuntimeError):
     """Rollouts cannot go on: the engine has gone, or has other weights than it was handed."""
+
+
+def require_finite(rows: Iterable[Iterable[float]]) -> None:
+    """Raise `RolloutError` where log-probabilities, or the logits of tokens, by response, are NaN or infinite."""
+    if not all(math.isfinite(value) for row in rows for value in row):
+        raise RolloutError(
+            "rollout: log-probabilities of the model are not finite: its weights, or what it computes in "
+            "rollout.dtype, have NaN or infinity"
+        )
 
 
 class Sampling(NamedTuple):
@@ -133,6 +143,7 @@ class Sampler(ABC):
 
         Raises:
             ConfigError: a prompt and its response may be longer than the model has positions.
+            RolloutError: the model computes NaN or infinity.
         """
         rendered = {problem.id: self.prompt_ids(problem) for problem in problems}
         self._check_length(max(map(len, rendered.values()), default=0))
@@ -140,6 +151,7 @@ class Sampler(ABC):
         prompts = [rendered[problem.id] for problem in asked]
         seeds = response_seeds(seed, len(asked)) if isinstance(seed, int) else seed
         responses = self.respond(prompts, Sampling(temperature, top_p), seeds)
+        require_finite(response.logps or () for response in responses)
         texts = self.tokenizer.batch_decode([list(r.tokens) for r in responses], skip_special_tokens=True)
         return [
             Episode(problem, prompt, r.tokens, text, bool(r.tokens) and r.tokens[-1] in self.stop_ids, r.logps)

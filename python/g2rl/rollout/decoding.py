@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
 from g2rl.probes import ROUNDINGS, distances, evaluating, rounded_otherwise
-from g2rl.rollout.base import Response, Sampling
+from g2rl.rollout.base import Response, Sampling, require_finite
 from g2rl.rollout.batches import left_pad, right_pad
 from g2rl.rollout.draws import Draws, draw, uniforms
 from g2rl.rollout.slots import ATTENTION, Slots, fits_slots
@@ -61,6 +61,7 @@ class Decoding:
         """The response in each slot in use."""
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.logps: list[list[float]] = [[] for _ in prompts]
+        """Of the tokens; at a temperature of 0 their logits."""
         self.streams: dict[int, list[float]] = {}
 
     def run(self) -> list[Response]:
@@ -69,9 +70,7 @@ class Decoding:
                 self._refill()
                 self._step()
                 self._leave()
-        drawn = self.sampling.temperature > 0
-        rows = zip(self.tokens, self.logps, strict=True)
-        return [Response(tuple(tokens), tuple(logps) if drawn else None) for tokens, logps in rows]
+        return _responses([tuple(tokens) for tokens in self.tokens], self.logps, self.sampling)
 
     def _refill(self) -> None:
         free, waiting = self.slots.count - len(self.active), len(self.prompts) - self.started
@@ -111,7 +110,7 @@ class Decoding:
         ).logits[:, -1]
         slots.grow()
         if self.sampling.temperature == 0:
-            tokens, logps = logits.argmax(-1).tolist(), [0.0] * len(last)
+            logps, tokens = (values.tolist() for values in logits.max(-1))
         else:
             u = torch.tensor([self.streams[i][len(self.tokens[i])] for i in self.active], device=device)
             tokens, logps = (values.tolist() for values in draw(logits, u, *self.sampling))
@@ -217,13 +216,19 @@ def generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             max_new_tokens=max_new_tokens,
-            logits_processor=LogitsProcessorList([draws] if sampling.temperature > 0 else []),
+            logits_processor=LogitsProcessorList([draws]),
         )
     rows = [until_stop(row, stop_ids) for row in output[:, input_ids.shape[1] :].tolist()]
-    if not draws.logps:
-        return [Response(tokens, None) for tokens in rows]
-    logps = torch.stack(draws.logps, 1).tolist()
-    return [Response(tokens, tuple(known[: len(tokens)])) for tokens, known in zip(rows, logps, strict=True)]
+    return _responses(rows, torch.stack(draws.logps, 1).tolist(), sampling)
+
+
+def _responses(rows: Sequence[tuple[int, ...]], logps: Sequence[list[float]], sampling: Sampling) -> list[Response]:
+    """Of tokens, and their log-probabilities or greatest logits, which tell whether the model computes at all."""
+    known = [values[: len(tokens)] for tokens, values in zip(rows, logps, strict=True)]
+    if sampling.temperature > 0:
+        return [Response(tokens, tuple(values)) for tokens, values in zip(rows, known, strict=True)]
+    require_finite(known)
+    return [Response(tokens, None) for tokens in rows]
 
 
 @contextmanager

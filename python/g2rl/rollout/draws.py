@@ -42,6 +42,8 @@ def draw(
         logits: [B, V].
         u: [B] fp32 in [0, 1).
         temperature, top_p: as in `Sampler.sample`; the temperature above 0.
+
+    Of logits with NaN, some token of the vocabulary, with NaN.
     """
     if temperature != 1:
         logits = logits.float() / temperature
@@ -52,7 +54,7 @@ def draw(
     blocks = padded.view(p.shape[0], -1, _BLOCK)
     block, u = _invert(blocks.sum(-1), u)
     inside, _ = _invert(blocks[torch.arange(p.shape[0], device=p.device), block], u)
-    token = block * _BLOCK + inside
+    token = (block * _BLOCK + inside).clamp_(max=p.shape[1] - 1)
     return token, p.gather(1, token[:, None]).squeeze(1).log()
 
 
@@ -74,6 +76,7 @@ class Draws(LogitsProcessor):
 
     Args:
         u: [B, T], of T steps at most.
+        temperature: 0 leaves the logits as they are.
     """
 
     def __init__(self, u: torch.Tensor, temperature: float, top_p: float) -> None:
@@ -81,9 +84,12 @@ class Draws(LogitsProcessor):
         self.temperature = temperature
         self.top_p = top_p
         self.logps: list[torch.Tensor] = []
-        """[B] log-probabilities of the drawn tokens, one tensor a step."""
+        """[B] log-probabilities of the drawn tokens, one tensor a step; at a temperature of 0 greatest logits."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.temperature == 0:
+            self.logps.append(scores.amax(-1))
+            return scores
         token, logps = draw(scores, self.u[:, len(self.logps)], self.temperature, self.top_p)
         self.logps.append(logps)
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
