@@ -19,7 +19,6 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import IO, Any
 
 LIMIT_S = 2.0
@@ -182,9 +181,7 @@ class JudgePool:
     def __enter__(self) -> JudgePool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _score(self, request: tuple[Any, ...]) -> float:
