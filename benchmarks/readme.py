@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.candidates.lineup import BASELINE
 from benchmarks.cases.registry import OPS
 from benchmarks.reporting.reports import FOLDER, Report, Row, label, load, named, timed, times_out, worst_measure
-from benchmarks.reporting.tables import case_cells, digits, not_timed
+from benchmarks.reporting.tables import case_cells, digits, markdown, not_timed
 from g2rl.bootstrap import coverage
 from g2rl.study.tables import headline
 
@@ -83,7 +83,7 @@ def _summary_table(found: dict[Key, list[list[Row]]]) -> str:
                 _worst_error([eager for _, eager, _ in cases if eager]),
             ]
         )
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _worst_error(rows: list[Row]) -> str:
@@ -142,7 +142,7 @@ def _trl_step(report: Report) -> str:
             peak = digits(max(measured[name]["peak_bytes"]) / 1e9)
             cells.append(f"{digits(median)} ({digits(median / plain)}), {peak} GB")
         lines.append(cells)
-    return f"SmolLM2-135M, 64 responses, {report.machine}:\n\n{_markdown(lines)}"
+    return f"SmolLM2-135M, 64 responses, {report.machine}:\n\n{markdown(lines)}"
 
 
 def training(reports: list[Report]) -> str:
@@ -177,7 +177,7 @@ def _rollouts(report: Report) -> str:
         times = rate["times"]["generate"]
         lines.append([case, *(f"{digits(rate['median'][name])} ({times[name]:.2f} x)" for name in names)])
     without = "; without vLLM" if report.content["without_vllm"] else ""
-    return f"Response tokens a second (x `generate`), SmolLM2-135M, {report.machine}{without}:\n\n{_markdown(lines)}"
+    return f"Response tokens a second (x `generate`), SmolLM2-135M, {report.machine}{without}:\n\n{markdown(lines)}"
 
 
 def study(folder: str) -> str:
@@ -232,12 +232,8 @@ def details(reports: list[Report]) -> str:
 def _details_table(rows: list[Row]) -> str:
     heads, *lines = case_cells(OPS[rows[0]["op"]], rows)
     reasons = not_timed(rows)
-    table = _markdown([heads, ["---", *["---:"] * (len(heads) - 2), "---"], *lines])
+    table = markdown([heads, ["---", *["---:"] * (len(heads) - 2), "---"], *lines])
     return table + (f"\n\nNot timed: {reasons}." if reasons else "")
-
-
-def _markdown(lines: Iterable[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _plot(report: Report, prefix: str) -> str:
@@ -267,13 +263,13 @@ def gradients(table: bool) -> str:
         ]
         lines.append(["scores ν from Φ (Spearman)", *(_interval(of["scores"]["phi"]) for of in studies.values())])
         lines.append(["pairs", *(str(of["pairs"]) for of in studies.values())])
-        return _markdown(lines)
+        return markdown(lines)
     heads = ["task, model", "all weights", "last layer alone", "first layer alone", "the best without Φ", "pairs"]
     rows = [_gradient_row(name, of) for name, of in studies.items()]
     return (
         "Does the cosine of Φ say what full gradients do? Its correlation with the cosine of gradients, inside "
         "problems, with 95 % intervals ([study](../studies/gradients/README.md)):\n\n"
-        f"{_markdown([heads, ['---', *['---:'] * (len(heads) - 1)], *rows])}"
+        f"{markdown([heads, ['---', *['---:'] * (len(heads) - 1)], *rows])}"
     )
 
 

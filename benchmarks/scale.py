@@ -28,7 +28,7 @@ from matplotlib import pyplot
 from transformers import Qwen3Config
 
 from benchmarks.reporting.reports import FOLDER
-from benchmarks.reporting.tables import digits
+from benchmarks.reporting.tables import digits, markdown
 from g2rl.config import Config, ConfigError, load_config, read_structured
 from g2rl.forecast import Rates, forecast, has_first_pass, micro_batch_rows
 from g2rl.parallel.ranks import Ranks
@@ -404,19 +404,15 @@ def page(table: Table, steps: list[Step]) -> str:
         "# Past one GPU: a forecast\n\nWritten by `python -m benchmarks.scale`; nothing here was run on these "
         "machines. Rates are measured by this project on one H100 (the head, the group op) or published, the rest is "
         "assumed; all of it stands below and in [assumptions.yaml](scaling/assumptions.yaml), to be changed and run "
-        f"again.\n\n## Time of a step\n\n{_markdown(times)}\n\n![stages of a step](scaling/scaling.png)\n\n"
+        f"again.\n\n## Time of a step\n\n{markdown(times)}\n\n![stages of a step](scaling/scaling.png)\n\n"
         f"Seconds. A stage lasts as long as its slowest rank. Ranks have whole groups, {groups} of them in an update "
         "here: the fewer, the longer the others wait for the one with the longest responses. G2RL adds the features of "
         "the pass before the first update, the group op and one gather of Phi [B, d]; they are part of head and "
         "communication. Runs that do not fit are timed as if the trainer's shards waited in the host's memory.\n\n"
-        f"## Memory\n\n{_markdown(memory)}\n\nBy sharded data parallel training, with every micro-batch as long as it "
+        f"## Memory\n\n{markdown(memory)}\n\nBy sharded data parallel training, with every micro-batch as long as it "
         "may be. G2RL adds Phi [B, d] and the micro-batch's residuals [B, V], in fp32.\n\n"
-        f"## Assumptions\n\n{runs}.\n\n{_markdown(assumed)}\n"
+        f"## Assumptions\n\n{runs}.\n\n{markdown(assumed)}\n"
     )
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def draw(steps: list[Step], path: Path) -> None:

@@ -104,7 +104,7 @@ class HeadSample:
     @property
     def options(self) -> tuple[float, float, float]:
         """temperature, logit_scale and softcap as ops take them."""
-        return float(self.head.temperature), float(self.head.logit_scale), float(self.head.softcap or 0.0)
+        return self.head.options
 
     @property
     def record(self) -> Head:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from rich.markup import escape
@@ -74,6 +74,11 @@ def case_cells(op: Op, rows: list[Row], mark: Callable[[str, str], str] = lambda
     columns["bounds"] = partial(_verdict, mark)
     shown = [row for row in rows if row["status"] != "unavailable"]
     return [list(columns), *([cell(row) for cell in columns.values()] for row in shown)]
+
+
+def markdown(lines: Iterable[list[str]]) -> str:
+    """A table of these lines, of which the second is the rule below the heads."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def not_timed(rows: list[Row]) -> str:

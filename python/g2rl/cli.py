@@ -179,7 +179,7 @@ def _train_together(read: Callable[[], Config]) -> int:
 def _foreseen() -> tuple[type[Exception], ...]:
     """What may stop a command, with a message that says it all. Loaded where something did."""
     from g2rl.rollout import RolloutError
-    from g2rl.trainer import TrainingError
+    from g2rl.update import TrainingError
 
     return TrainingError, RolloutError, StorageError
 
@@ -370,7 +370,3 @@ def _push(run_dir: Path, repo: str, dry_run: bool) -> int:
     said = push(run_dir, repo, dry_run)
     print(f"g2rl: {'this would be uploaded' if dry_run else 'uploaded'}: {said}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

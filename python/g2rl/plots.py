@@ -21,6 +21,7 @@ from g2rl.log import METRICS, STAGES, duration, metric, printable, read_records
 # Okabe and Ito's colours, which colour-blind readers can tell apart; series differ by marker or line style as well.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
+MARKERS = "osD^vP"
 STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 12,

@@ -37,10 +37,8 @@ from g2rl.tasks import found_anywhere, make_task
 from g2rl.times import StageTimes
 from g2rl.trackers import make_trackers
 from g2rl.types import Episode, Verdict
-from g2rl.update import TrainingError, Updater
+from g2rl.update import Updater
 from g2rl_kernels import GroupAdvantages, use_backend
-
-__all__ = ["NOTHING_SAVED", "Trainer", "TrainingError"]
 
 NOTHING_SAVED = -1
 """The step that a run goes on from whose first checkpoint is still to come: before the evaluation of step 0."""

@@ -33,8 +33,9 @@ from g2rl.study.progress import Clock, StudyProgress
 from g2rl.study.record import record
 from g2rl.study.report import _reading
 from g2rl.study.results import Results
-from g2rl.study.runner import _locked, cores
+from g2rl.study.runner import _locked
 from g2rl.study.runs import Usage, begin, finish, record_end, record_start
+from g2rl.tasks.pool import cores
 from g2rl.trainer import Trainer
 from g2rl_kernels import Shaping
 

@@ -22,7 +22,8 @@ from g2rl.checkpoint import checkpoints
 from g2rl.cli import main
 from g2rl.config import Config, load_config
 from g2rl.report import write_report
-from g2rl.trainer import Trainer, TrainingError, _held_out_numbers
+from g2rl.trainer import Trainer, _held_out_numbers
+from g2rl.update import TrainingError
 
 SMALL = (
     "steps=4",
@@ -258,7 +259,7 @@ def test_killed_run_resumes_to_the_same_numbers(tiny_model: Path, tmp_path: Path
 
     overrides = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, "name=killed", *steps]
     (tmp_path / "empty.yaml").write_text("seed: 0\n")
-    command = [sys.executable, "-m", "g2rl.cli", "train", str(tmp_path / "empty.yaml"), *overrides]
+    command = [sys.executable, "-m", "g2rl", "train", str(tmp_path / "empty.yaml"), *overrides]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120

@@ -206,7 +206,7 @@ _POINTERS = {
     "flagged": "*i32",
     "valid": "*u8",
 }
-_FLOATS = ("inner_scale", "scale", "logit_scale", "tolerance", "strength", "clip", "min_range")
+_FLOATS = ("inner_scale", "scale", "logit_scale", "strength", "clip", "min_range")
 _OF_MODEL = ("hidden", "weight", "bias", "G", "G_even")
 _INTEGERS = re.compile(r"[NVDB]|stride_.*|splits|tiles|elements|first|last|v_start|v_end|m_max")
 # Strides and sizes of ordinary models are multiples of 16, on which wide loads depend.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich import get_console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from g2rl.analysis.agreement import GradientGroup, gradient_groups
 from g2rl.analysis.bands import Measured, Model, bands_of
@@ -22,7 +20,7 @@ from g2rl.analysis.responses import Subject, held_out, sample_groups
 from g2rl.checkpoint import run_of
 from g2rl.config import Config, ConfigError
 from g2rl.encoder import SentenceEncoder
-from g2rl.evaluation.command import digest, labels, model_config
+from g2rl.evaluation.command import digest, labels, model_config, progress_bar
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task
 from g2rl.types import Problem
@@ -125,17 +123,17 @@ def _measured(
     settings = {"weights": weights, **_settings(config, request)}
     # What is not part of what is kept: responses are judged when they are read, their meaning is compared after that.
     made_by = {key: value for key, value in settings.items() if key not in ("rewards", "encoder")}
-    with _bar(f"{name}  responses", count) as advance:
+    with progress_bar(f"{name}  responses", count) as advance:
         held = Held(folder / "responses", made_by)
         groups = sample_groups(subject, task, problems, request.samples, request.seed, held, advance)
     pairs: list[Pairs] = []
-    with _bar(f"{name}  features", count) as advance:
+    with progress_bar(f"{name}  features", count) as advance:
         for group in groups:
             pairs.append(measure_pairs(subject, group, encoder))
             advance(request.samples)
     found: list[GradientGroup] = []
     if request.gradients:
-        with _bar(f"{name}  gradients", count) as advance:
+        with progress_bar(f"{name}  gradients", count) as advance:
             held = Held(folder / "gradients", {**made_by, "encoder": request.encoder})
             found = gradient_groups(subject, groups, encoder, held, advance)
     return Model(name, config.model.path, run_of(Path(config.model.path)), weights, pairs, found)
@@ -158,14 +156,6 @@ def _settings(config: Config, request: Request) -> dict[str, Any]:
         "features in": config.model.dtype,
         "encoder": request.encoder,
     }
-
-
-@contextmanager
-def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=get_console()) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 def request_of(values: Mapping[str, Any]) -> Request:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,16 @@ _HEADER = ("cosine by", *WAYS, "scores ν, Spearman inside")
 
 def gradient_table(found: GradientStudy) -> RichTable:
     """The predictors of one model's gradients, for the terminal."""
-    table = RichTable(title=f"{found.label}: correlation with the cosine of true gradients", box=box.SIMPLE_HEAD)
-    for k, name in enumerate(_HEADER):
+    title = f"{found.label}: correlation with the cosine of true gradients"
+    return rich_table(title, _HEADER, _predictor_rows(found.record))
+
+
+def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
+    """For the terminal: the first column names the rows."""
+    table = RichTable(title=title, box=box.SIMPLE_HEAD)
+    for k, name in enumerate(header):
         table.add_column(name, justify="left" if k == 0 else "right")
-    for row in _predictor_rows(found.record):
+    for row in rows:
         table.add_row(*row)
     return table
 

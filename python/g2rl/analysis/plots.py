@@ -16,10 +16,9 @@ from g2rl.analysis.gradients import ALL
 from g2rl.analysis.measures import KINDS, LENGTHS
 from g2rl.analysis.representations import BASELINES
 from g2rl.bootstrap import Estimate
-from g2rl.plots import BLUE, CYCLE, GREEN, ORANGE, RED, figure_legend
+from g2rl.plots import BLUE, CYCLE, GREEN, MARKERS, ORANGE, RED, figure_legend
 
 _LINES = ("-", "--", "-.", ":")
-_MARKERS = "osD^vP"
 
 
 def plot_cosines(bands: Sequence[Band], means: Mapping[str, Estimate | None]) -> Figure:
@@ -61,7 +60,7 @@ def _points(axes: Axes, found: Sequence[Estimate | None], offset: float, k: int,
     known = [(x + offset, e) for x, e in enumerate(found) if e is not None]
     x, y = [x for x, _ in known], [e.value for _, e in known]
     errors = [[e.value - e.low for _, e in known], [e.high - e.value for _, e in known]]
-    color, marker = CYCLE[k % len(CYCLE)], _MARKERS[k % len(_MARKERS)]
+    color, marker = CYCLE[k % len(CYCLE)], MARKERS[k % len(MARKERS)]
     axes.errorbar(x, y, np.maximum(errors, 0), fmt=marker, color=color, capsize=3, label=label)
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
-from rich import box
 from rich.table import Table as RichTable
 
 from g2rl.analysis.bands import Measured, entropy_bits
-from g2rl.analysis.gradient_report import GradientStudy, gradient_section, gradient_table, study_gradients
+from g2rl.analysis.gradient_report import GradientStudy, gradient_section, gradient_table, rich_table, study_gradients
 from g2rl.analysis.measures import MEASURES, SHARES
 from g2rl.analysis.plots import plot_cosines, plot_kinds
 from g2rl.bootstrap import Estimate
@@ -41,7 +40,8 @@ def write_results(folder: Path, measured: Measured) -> list[RichTable]:
     _write_problems(folder / "problems.csv", measured)
     header, rows = ("", *found), _rows(measured, found)
     _write_report(folder / "report.md", measured, [_headline(found), markdown_table(header, rows)], gradients)
-    return [_table(header, rows), *map(gradient_table, gradients)]
+    table = rich_table("geometry of responses, with 95 % intervals", header, rows)
+    return [table, *map(gradient_table, gradients)]
 
 
 def _record(measured: Measured, found: Found) -> dict[str, Any]:
@@ -102,15 +102,6 @@ def cell(found: Estimate | None, share: bool = False, seeds: Sequence[float] = (
     spread = f"; seeds {text(min(seeds))} to {text(max(seeds))}" if len(seeds) > 1 else ""
     interval = "" if math.isnan(found.low) else f" [{text(found.low)}, {text(found.high)}]"
     return f"{text(found.value)}{interval}{spread}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
-    table = RichTable(title="geometry of responses, with 95 % intervals", box=box.SIMPLE_HEAD)
-    for k, name in enumerate(header):
-        table.add_column(name, justify="left" if k == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _write_problems(path: Path, measured: Measured) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +96,21 @@ def _evaluate_model(
             sampler.system_prompt = settings.system_prompt
             sampler.config = replace(config.rollout, max_new_tokens=settings.max_tokens, batch_size=settings.batch_size)
             asked = whole[: settings.limit]
-            with _progress() as progress:
-                bar = progress.add_task(f"{label}  {settings.name}", total=len(asked) * settings.samples)
+            with progress_bar(f"{label}  {settings.name}", len(asked) * settings.samples) as advance:
                 path = out / label / f"{settings.name}.jsonl"
                 made_with = provenance(settings, whole, made_by)
-                samples = sample_all(path, sampler, asked, settings, made_with, partial(progress.advance, bar))
+                samples = sample_all(path, sampler, asked, settings, made_with, advance)
             scores.append(score(label, settings.name, asked, samples, judges[DATA_SETS[settings.name].judge]))
     return scores
 
 
-def _progress() -> Progress:
+@contextmanager
+def progress_bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on the terminal; yields what moves it on by so many."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=get_console())
+    with Progress(*columns, console=get_console()) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 def _check_context(model: PreTrainedModel, settings: Settings) -> None:

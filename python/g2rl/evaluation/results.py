@@ -23,10 +23,7 @@ from g2rl.evaluation.samples import check_same
 from g2rl.evaluation.scores import MODES, Scores
 from g2rl.evaluation.suite import Settings
 from g2rl.files import write_durably
-from g2rl.plots import CYCLE, STYLE, figure_legend
-
-_MARKERS = "osD^vP"
-
+from g2rl.plots import CYCLE, MARKERS, STYLE, figure_legend
 
 # In one table.
 _COMPARED = ("temperature", "top_p", "max_tokens", "system_prompt", "instruction", "limit", "seed", "problems")
@@ -163,7 +160,7 @@ def plot_pass_at_k(scores: Sequence[Scores]) -> Figure:
     for axes, name in zip(panels, names, strict=False):
         for entry in (e for e in scores if e.name == name):
             place = models.index(entry.model)
-            color, marker = CYCLE[place % len(CYCLE)], _MARKERS[place % len(_MARKERS)]
+            color, marker = CYCLE[place % len(CYCLE)], MARKERS[place % len(MARKERS)]
             points = {int(key[5:]): v for key, v in entry.metrics[MODES[0]].items() if key.startswith("pass@")}
             ks = sorted(points)
             axes.plot(ks, [points[k].value for k in ks], color=color, marker=marker, markersize=5, label=entry.model)

@@ -20,6 +20,7 @@ from g2rl.config import ConfigError
 from g2rl.study.definition import PlannedRun, Study
 from g2rl.study.progress import StudyProgress
 from g2rl.study.runs import PLAN, Usage, begin, code_version, finish, record_end, record_start, state_of, tidy
+from g2rl.tasks.pool import cores
 
 _POLL_S = 1.0
 _LOCK_S = 10.0
@@ -162,10 +163,6 @@ def last_lines(path: Path) -> list[str]:
     """The end of what a training printed."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     return lines[-_LAST_LINES:]
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _environment(processes: int) -> dict[str, str]:

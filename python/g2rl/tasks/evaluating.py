@@ -75,10 +75,8 @@ def _imports(tree: ast.AST, function: FunctionType) -> dict[str, Any]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                module = importlib.import_module(alias.name)
-                names[alias.asname or alias.name.partition(".")[0]] = (
-                    module if alias.asname else importlib.import_module(alias.name.partition(".")[0])
-                )
+                module, top = importlib.import_module(alias.name), alias.name.partition(".")[0]
+                names[alias.asname or top] = module if alias.asname else importlib.import_module(top)
         elif isinstance(node, ast.ImportFrom):
             relative = "." * node.level + (node.module or "")
             module = importlib.import_module(relative, function.__globals__["__package__"])

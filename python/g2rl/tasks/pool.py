@@ -19,7 +19,6 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import IO, Any
 
 LIMIT_S = 2.0
@@ -109,9 +108,9 @@ def _score_in(reply: bytes, number: int) -> float | None:
     return float(match[2]) if match and int(match[1]) == number else None
 
 
-def _default_workers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores))
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class JudgePool:
@@ -143,7 +142,7 @@ class JudgePool:
         if workers is not None and workers < 1:
             raise ValueError(f"workers: expected 1 or more, found {workers!r}")
         self.limit_s = limit_s
-        self.workers = workers or _default_workers()
+        self.workers = workers or min(8, cores())
         self._greeting = pickle.dumps((factory, PATIENCE * limit_s, confined))
         self._numbers = itertools.count()
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
@@ -184,9 +183,7 @@ class JudgePool:
     def __enter__(self) -> JudgePool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _score(self, request: tuple[Any, ...]) -> float | None:

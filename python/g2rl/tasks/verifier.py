@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
-from types import TracebackType
 
 from g2rl.tasks.judges import math_judge
 from g2rl.tasks.pool import LIMIT_S, JudgePool
@@ -84,9 +83,7 @@ class MathVerifier:
     def __enter__(self) -> MathVerifier:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
