@@ -60,8 +60,8 @@ int64_t HeadProblem::allowed_bytes(int64_t workspace_bytes) const {
 }
 
 Soon HeadProblem::rows_soon(int64_t first, int64_t count) const {
-  const int64_t bytes = std::clamp<int64_t>(weight.rows - first, 0, count) * weight.row_bytes;
-  return bytes <= kFetchBytes ? Soon{weight.row(first), bytes / 64} : Soon{};
+  const int64_t begin = std::min(first, weight.rows), bytes = std::min(count, weight.rows - begin) * weight.row_bytes;
+  return bytes <= kFetchBytes ? Soon{weight.row(begin), bytes / 64} : Soon{};
 }
 
 double HeadProblem::logit(double raw) const {
