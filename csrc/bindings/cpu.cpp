@@ -51,10 +51,10 @@ g2rl::Shaping shaping_of(const py::object& record, const std::string& normalize)
           normalize == "std"};
 }
 
-auto token_logprobs(const Tensor& hidden, const py::object& head, const Tensor& targets, int64_t workspace_bytes) {
+auto token_logprobs(const Tensor& hidden, const py::object& head, const Tensor& targets) {
   const Head of_kernels = head_of(head);
   py::gil_scoped_release release;
-  const TokenStats s = g2rl::token_logprobs(rows(hidden), of_kernels, targets.contiguous(), workspace_bytes);
+  const TokenStats s = g2rl::token_logprobs(rows(hidden), of_kernels, targets.contiguous());
   return std::make_tuple(s.logps, s.entropy, s.lse);
 }
 
@@ -76,13 +76,13 @@ Tensor token_sums(const Tensor& hidden, const py::object& head, const Tensor& ta
 }
 
 auto part_features(const Tensor& hidden, const py::object& head, const Tensor& targets, const py::object& responses,
-                   const Tensor& sums) {
+                   const Tensor& sums, int64_t workspace_bytes) {
   const Head of_kernels = head_of(head);
   const Responses r = responses_of(responses);
   py::gil_scoped_release release;
   const auto [features, s] =
       g2rl::part_features(rows(hidden), of_kernels, targets.contiguous(), r.cu_seqlens.to(at::kLong).contiguous(),
-                          floats(r.token_weights), sums.contiguous());
+                          floats(r.token_weights), sums.contiguous(), workspace_bytes);
   return std::make_tuple(features, s.logps, s.entropy, s.lse);
 }
 

@@ -33,9 +33,9 @@ class Meanwhile {
       : work_(work),
         units_(work.left()),
         steps_(steps),
-        soon_(p.soon),
-        lines_(p.soon_lines),
-        lines_per_step_((p.soon_lines + steps - 1) / steps) {}
+        soon_(p.soon.data),
+        lines_(p.soon.lines),
+        lines_per_step_((p.soon.lines + steps - 1) / steps) {}
   G2RL_ALWAYS_INLINE void step() {
     for (due_ += units_; due_ >= steps_; due_ -= steps_) work_.step();
     if (lines_ <= 0) return;

@@ -2,9 +2,9 @@
 // has the formulas.
 //
 // N tokens, d hidden, V vocabulary, B responses; u = logits / temperature, y = target, p = softmax(u), lse = log sum
-// exp u. workspace_bytes: what a pass may allocate to keep of its logits, 0 for 5 % of them in fp32; more of it saves
-// sequence_features time. Every result is the same whatever the number of threads, and a response's results do not
-// depend on its neighbours in the batch.
+// exp u. workspace_bytes: what a pass may allocate for what it keeps of its logits, and for partial sums of features,
+// of which 16 responses' are the least; 0 for 5 % of fp32 logits; more of it saves time. Every result is the same
+// whatever it and the number of threads are, and a response's results do not depend on its neighbours in the batch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,8 +28,7 @@ struct TokenStats {
 };
 
 // hidden [N, d] of the weight's dtype, targets [N] int64.
-TokenStats token_logprobs(const at::Tensor& hidden, const Head& head, const at::Tensor& targets,
-                          int64_t workspace_bytes);
+TokenStats token_logprobs(const at::Tensor& hidden, const Head& head, const at::Tensor& targets);
 
 // cu_seqlens [B + 1] int64; token_weights [N] fp32; lse [N] fp32 of the same head, good to about 1e-4, saves one of two
 // passes. features [B, d] fp32.
@@ -47,8 +46,8 @@ at::Tensor token_sums(const at::Tensor& hidden, const Head& head, const at::Tens
 // From the sums of all parts, [4, parts, N]: the tokens' results, and this part's share of the features.
 std::tuple<at::Tensor, TokenStats> part_features(const at::Tensor& hidden, const Head& head, const at::Tensor& targets,
                                                  const at::Tensor& cu_seqlens,
-                                                 const std::optional<at::Tensor>& token_weights,
-                                                 const at::Tensor& sums);
+                                                 const std::optional<at::Tensor>& token_weights, const at::Tensor& sums,
+                                                 int64_t workspace_bytes);
 
 // Gradients of sum(grad_logps * logps + grad_entropy * entropy); a tensor that is not needed is undefined. With the
 // results of all parts, a part's own gradients, and its share of hidden's.

@@ -23,7 +23,7 @@ ResidualProduct::ResidualProduct(const HeadProblem& p, int64_t responses)
     : rows_(responses), width_(p.cut.width), left_(choose_format(Dtype::kFloat), rows_, width_) {}
 
 void ResidualProduct::add(const HeadProblem& p, const float* sums, const ColumnPanels& panel, float* out,
-                          double* totals) {
+                          double* totals, const Soon& soon) {
   for (int64_t b = 0; b < rows_; ++b) {
     const float* row = sums + b * width_;
     left_.fill(row, b, 0, width_);
@@ -33,7 +33,7 @@ void ResidualProduct::add(const HeadProblem& p, const float* sums, const ColumnP
     for (float lane : lanes) totals[b] += lane;
   }
   multiply_straight(p.format, left_, {0, rows_}, panel.straight(), width_ / p.format.per_unit(),
-                    width_ / p.format.per_unit(), p.padded_d(), out);
+                    width_ / p.format.per_unit(), p.padded_d(), out, soon);
 }
 
 float* SlabFeatures::clear(int64_t slab) const {

@@ -31,6 +31,18 @@ void for_segments(const Responses& r, int64_t t_begin, int64_t t_end, const F& f
 
 constexpr int64_t kResponses = 256;  // in a group, at most: their rows of R share the cache with a panel
 
+// What the slabs' parts of Phi take for so many responses.
+inline int64_t slab_features_bytes(const HeadProblem& p, int64_t responses) {
+  return p.cut.slabs * product_rows(responses) * row_stride(p.padded_d()) * static_cast<int64_t>(sizeof(float));
+}
+
+// In a group of a plan that keeps nothing: as many as the workspace holds slabs' parts of, and no fewer than fill the
+// rows of an AMX tile.
+inline int64_t responses_at_once(const HeadProblem& p, int64_t workspace_bytes) {
+  const int64_t held = p.allowed_bytes(workspace_bytes) / (slab_features_bytes(p, kRowStep) / kRowStep);
+  return std::clamp(held / kRowStep * kRowStep, kRowStep, kResponses);
+}
+
 // Calls f(group) for up to `size` consecutive responses at a time, those without tokens left out; stops, and returns
 // false, when f does.
 template <typename F>
@@ -61,8 +73,9 @@ struct Coefficients {
 class ResidualProduct {
  public:
   ResidualProduct(const HeadProblem& p, int64_t responses);
-  // out[responses, d] += sums[responses, width] W, and totals[responses] += the rows' sums
-  void add(const HeadProblem& p, const float* sums, const ColumnPanels& panel, float* out, double* totals);
+  // out[responses, d] += sums[responses, width] W, and totals[responses] += the rows' sums. Fetches `soon` meanwhile.
+  void add(const HeadProblem& p, const float* sums, const ColumnPanels& panel, float* out, double* totals,
+           const Soon& soon = {});
 
  private:
   int64_t rows_, width_;
@@ -76,7 +89,7 @@ class SlabFeatures {
       : row_stride_(row_stride(p.padded_d())),
         slab_units_(r.padded() * row_stride_),
         rows_(r.padded()),
-        data_(p.cut.slabs * slab_units_ * sizeof(float)),
+        data_(slab_features_bytes(p, r.last - r.first)),
         totals_(p.cut.slabs * rows_) {}
   float* clear(int64_t slab) const;
   const float* row(int64_t slab, int64_t b) const { return data_.floats() + slab * slab_units_ + b * row_stride_; }
@@ -102,7 +115,7 @@ struct KeptPlan {
 };
 KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t workspace_bytes);
 
-// Statistics and features of all responses, which must cover all tokens, with one product per token.
+// Statistics and features of all responses, with one product per token.
 void kept_features(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const KeptPlan& plan,
                    const TokenStats& stats, std::vector<Token>& tokens, float* features);
 

@@ -25,8 +25,8 @@ namespace {
 
 // exp(u - lse) sums to 1 within this, or the response is done again: about the rounding of an fp32 lse near 100.
 constexpr double kLseSlack = 4e-6;
-constexpr double kLseBelief =
-    0.5;  // beyond this the sums themselves may have overflowed: the given lse is not of this head
+// Beyond this the sums themselves may have overflowed: the given lse is not of this head.
+constexpr double kLseBelief = 0.5;
 // Of a larger one doubles do not hold how far it is off. It is not of this head either, whose logits are floats.
 constexpr float kLargestLse = 1e15f;
 
@@ -140,7 +140,7 @@ void believing_features(const HeadProblem& p, const RowPanels& rows, const Respo
     coef.value[t] = static_cast<float>(-r.weight[t]);
     for (int64_t slab = 0; slab < p.cut.slabs; ++slab) *collected.partials.ref(slab, t) = coef.ref[t];
   }
-  const SlabFeatures slabs = feature_pass(p, rows, r, coef, nullptr, &collected);
+  std::optional<SlabFeatures> slabs = feature_pass(p, rows, r, coef, nullptr, &collected);
   merge_slabs(p, collected.partials, collected.target_acc, r.token_begin(), r.token_end(), stats, tokens.data());
   const auto served = [&](int64_t b) {
     bool good = true;
@@ -152,7 +152,8 @@ void believing_features(const HeadProblem& p, const RowPanels& rows, const Respo
   // The other entries were not divided by the sum found here, so the target's is not either.
   std::vector<Token> believed = tokens;
   for (int64_t t = r.token_begin(); t < r.token_end(); ++t) believed[t].rest *= std::exp(tokens[t].lse - coef.ref[t]);
-  finish_features(p, r, believed, slabs, features);
+  finish_features(p, r, believed, *slabs, features);
+  slabs.reset();  // those of responses done again take their place
   for (int64_t b = r.first; b < r.last;) {
     int64_t end = b;
     while (end < r.last && !served(end)) ++end;
@@ -161,10 +162,10 @@ void believing_features(const HeadProblem& p, const RowPanels& rows, const Respo
   }
 }
 
-// The statistics of tokens marked in `far`, and the features of their responses, by two passes. All others keep their
-// bits: a NaN of one does not choose the way for all.
+// The statistics of tokens marked in `far`, and the features of their responses, `at_once` of them, by two passes. All
+// others keep their bits: a NaN of one does not choose the way for all.
 void two_passes(const HeadProblem& p, const RowPanels& rows, const Responses& all, const std::vector<char>& far,
-                const TokenStats& stats, float* features) {
+                const TokenStats& stats, int64_t at_once, float* features) {
   std::optional<TileScales> scales;
   if (p.cap <= 0) scales.emplace(p.cut.tiles, p.N);
   const TileScales* rounding = scales ? &*scales : nullptr;
@@ -180,7 +181,7 @@ void two_passes(const HeadProblem& p, const RowPanels& rows, const Responses& al
   };
   for (int64_t b = all.first; b < all.last;) {
     int64_t end = b;
-    while (end < all.last && end - b < kResponses && any_far(end)) ++end;
+    while (end < all.last && end - b < at_once && any_far(end)) ++end;
     if (end > b) exact_features(p, rows, {all.cu, all.weight, b, end}, tokens, rounding, features);
     b = std::max(end, b + 1);
   }
@@ -244,19 +245,18 @@ class Segments {
 void features_of(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const float* lse,
                  int64_t workspace_bytes, const TokenStats& stats, float* out) {
   std::vector<Token> tokens(p.N);
-  // Tokens outside every response still get their statistics, which only the statistics pass gives.
-  const bool covered = cu[0] == 0 && cu[B] == p.N;
-  const KeptPlan kept = covered && !lse ? plan_kept(p, cu, B, workspace_bytes) : KeptPlan{};
+  const KeptPlan kept = lse ? KeptPlan{} : plan_kept(p, cu, B, workspace_bytes);
   if (kept.tokens > 0) return kept_features(p, cu, B, weight, kept, stats, tokens, out);
   const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
-  const auto each_group = [&](auto&& f) { return for_groups(cu, B, weight, kResponses, f); };
-  if (lse && covered) {
+  const int64_t at_once = responses_at_once(p, workspace_bytes);
+  const auto each_group = [&](auto&& f) { return for_groups(cu, B, weight, at_once, f); };
+  if (lse) {
     std::vector<char> far(p.N);
     each_group([&](const Responses& r) {
       believing_features(p, rows, r, lse, stats, tokens, out, far);
       return true;
     });
-    if (std::count(far.begin(), far.end(), 1)) two_passes(p, rows, {cu, weight, 0, B}, far, stats, out);
+    if (std::count(far.begin(), far.end(), 1)) two_passes(p, rows, {cu, weight, 0, B}, far, stats, at_once, out);
     return;
   }
   std::optional<TileScales> scales;
@@ -268,7 +268,7 @@ void features_of(const HeadProblem& p, const int64_t* cu, int64_t B, const doubl
 
 }  // namespace
 
-TokenStats token_logprobs(const at::Tensor& hidden, const Head& head, const at::Tensor& targets, int64_t) {
+TokenStats token_logprobs(const at::Tensor& hidden, const Head& head, const at::Tensor& targets) {
   const HeadProblem p(hidden, head, targets);
   const TokenStats stats = empty_stats(p.N);
   if (p.N == 0) return stats;
@@ -313,8 +313,8 @@ at::Tensor token_sums(const at::Tensor& hidden, const Head& head, const at::Tens
 
 std::tuple<at::Tensor, TokenStats> part_features(const at::Tensor& hidden, const Head& head, const at::Tensor& targets,
                                                  const at::Tensor& cu_seqlens,
-                                                 const std::optional<at::Tensor>& token_weights,
-                                                 const at::Tensor& sums) {
+                                                 const std::optional<at::Tensor>& token_weights, const at::Tensor& sums,
+                                                 int64_t workspace_bytes) {
   const HeadProblem p(hidden, head, targets, /*whole=*/false);
   const int64_t B = cu_seqlens.size(0) - 1;
   const int64_t* cu = cu_seqlens.const_data_ptr<int64_t>();
@@ -327,7 +327,8 @@ std::tuple<at::Tensor, TokenStats> part_features(const at::Tensor& hidden, const
       normalised_weights(cu, B, p.N, token_weights ? token_weights->const_data_ptr<float>() : nullptr);
   const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
   Segments segments(cu, B, p.d, features.mutable_data_ptr<float>());
-  for_groups(segments.cu(), segments.count(), weight.data(), kResponses, [&](const Responses& r) {
+  const int64_t at_once = responses_at_once(p, workspace_bytes);
+  for_groups(segments.cu(), segments.count(), weight.data(), at_once, [&](const Responses& r) {
     return exact_features(p, rows, r, tokens, nullptr, segments.features()), true;
   });
   segments.join();

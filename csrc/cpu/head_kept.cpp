@@ -39,13 +39,14 @@ KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t w
   const int64_t fixed = threads * (p.cut.width * row_units + 2 * kRows * row_stride(p.cut.width)) * unit;
   const int64_t per_token = p.cut.padded() * 2 + p.cut.tiles * 2 * unit + row_units * unit + p.cut.slabs * 3 * unit +
                             threads * 2 * kLanes * unit;
-  // What R of a group takes is missing for its tokens, and each group streams W once more for R W.
+  // What R of a group takes is missing for its tokens, and each group streams W once more for R W. Its slabs' parts of
+  // Phi come when the tokens' numbers have gone.
   KeptPlan best{};
   int64_t fewest = p.N / least_tokens_per_stream(p.format) + 3;
   for (int64_t group = product_rows(1); group <= kResponses; group *= 2) {
-    const int64_t of_R = product_rows(std::min(group, B)) * p.cut.padded() * unit;
+    const int64_t responses = std::min(group, B), of_R = product_rows(responses) * p.cut.padded() * unit;
     const int64_t most = (limit - fixed - of_R) / per_token / kRowStep * kRowStep;
-    if (most <= 0) break;
+    if (most <= 0 || of_R + slab_features_bytes(p, responses) > limit) break;
     int64_t streams = 0;
     for_groups(cu, B, nullptr, group, [&](const Responses& r) {
       streams += (r.token_end() - r.token_begin() + most - 1) / most + 1;
@@ -127,7 +128,7 @@ class KeptPass {
     for (; block * kRows < last_.size(); ++block) rowwise().stats({}, before(tile, block), {});
   }
 
-  // R W, after the last block, whose memory goes first: the slabs' features take its place.
+  // R W, after the last block, whose memory goes first: the slabs' parts of Phi take its place.
   SlabFeatures product() {
     for_tasks(
         p_.cut.tiles, [] { return 0; },
@@ -148,8 +149,10 @@ class KeptPass {
         [&](State& s, int64_t slab) {
           float* out = slabs.clear(slab);
           for (int64_t tile = p_.cut.slab_begin(slab); tile < p_.cut.slab_begin(slab + 1); ++tile) {
-            s.panel.pack(p_.weight, tile * p_.cut.width, /*transposed=*/false, /*straight=*/true);
-            s.product.add(p_, residual(tile), s.panel, out, slabs.totals(slab));
+            const int64_t first = tile * p_.cut.width;
+            s.panel.pack(p_.weight, first, /*transposed=*/false, /*straight=*/true);
+            s.product.add(p_, residual(tile), s.panel, out, slabs.totals(slab),
+                          p_.rows_soon(first + p_.cut.width, p_.cut.width));
           }
         });
     return slabs;

@@ -16,18 +16,22 @@ struct Merged {
 Merged merge_target(double m, double S_rest, double X_rest, double u_y) {
   Merged out;
   const double lead = m - u_y;
-  const double ratio = lead < 300 ? S_rest * std::exp(lead) : INFINITY;  // S_rest / e_y
-  if (ratio < 1e100) {
-    out.logp = -std::log1p(ratio);
-    out.rest = ratio / (1 + ratio);
-  } else {
+  const double ratio = lead >= 300 ? INFINITY : S_rest * std::exp(lead);  // S_rest / e_y
+  double own = 0;                                                         // the target's term of the entropy
+  if (ratio >= 1e100) {
+    // A target so unlikely, even of logit -inf, is nothing next to the others.
+    out.lse = m + std::log(S_rest);
     out.logp = -lead - std::log(S_rest);
     out.rest = 1;
+  } else {
+    out.logp = -std::log1p(ratio);
+    out.lse = u_y - out.logp;
+    out.rest = ratio / (1 + ratio);
+    own = -std::exp(out.logp) * out.logp;
   }
-  out.lse = u_y - out.logp;
-  // sum over the rest of -p log p = sum p (lse - u), plus the target's own term
+  // sum over the rest of -p log p = sum p (lse - u)
   const double scale = std::exp(m - out.lse);
-  out.entropy = out.rest * (out.lse - m) - X_rest * scale - std::exp(out.logp) * out.logp;
+  out.entropy = out.rest * (out.lse - m) - X_rest * scale + own;
   if (out.entropy < 0) out.entropy = 0;  // NaN stays
   return out;
 }

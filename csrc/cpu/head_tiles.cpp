@@ -59,6 +59,11 @@ int64_t HeadProblem::allowed_bytes(int64_t workspace_bytes) const {
   return workspace_bytes > 0 ? workspace_bytes : static_cast<int64_t>(kShareOfLogits * N * V * sizeof(float));
 }
 
+Soon HeadProblem::rows_soon(int64_t first, int64_t count) const {
+  const int64_t begin = std::min(first, weight.rows), bytes = std::min(count, weight.rows - begin) * weight.row_bytes;
+  return bytes <= kFetchBytes ? Soon{weight.row(begin), bytes / 64} : Soon{};
+}
+
 double HeadProblem::logit(double raw) const {
   const double z = scale * raw;
   return (cap > 0 ? cap * std::tanh(z / cap) : z) / temperature;
@@ -94,13 +99,7 @@ TileProduct LogitTile::start(const RowPanels& rows, int64_t block) {
   first_token_ = rows.first(block);
   TileProduct product =
       rows_product(problem_.format, problem_.depth, rows.block(block), tile_.rows, panel_, tile_.acc, tile_.ld);
-  const MatrixView& w = problem_.weight;
-  const int64_t next = first_ + tile_.cols, bytes = (std::min(next + tile_.cols, w.rows) - next) * w.row_bytes;
-  if (bytes <= kFetchBytes) {
-    const auto line = [&](int64_t b) { return bytes / 64 * b / rows.blocks(); };
-    product.soon = w.data + next * w.row_bytes + line(block) * 64;
-    product.soon_lines = line(block + 1) - line(block);
-  }
+  product.soon = problem_.rows_soon(first_ + tile_.cols, tile_.cols).share(block, rows.blocks());
   return product;
 }
 

@@ -38,6 +38,8 @@ struct HeadProblem {
   int64_t padded_d() const { return depth.units * format.per_unit(); }
   // What a plan may allocate: so much, or if that is 0, a share of fp32 logits.
   int64_t allowed_bytes(int64_t workspace_bytes) const;
+  // Rows of W from `first` on, at most `count`, for a product to fetch. None if they are too many for L2.
+  Soon rows_soon(int64_t first, int64_t count) const;
   // W h + b of a raw product; from that u, and d z / d raw product without the scale.
   double raw(double acc, int64_t v) const { return acc + (raw_bias.empty() ? 0.0 : raw_bias[v]); }
   double logit(double raw) const;

@@ -175,11 +175,13 @@ TileProduct rows_product(const Format& format, const Depth& depth, const uint32_
 }
 
 void multiply_straight(const Format& format, const LeftParts& a, RowRange rows, const uint32_t* b, int64_t b_units,
-                       int64_t depth_units, int64_t cols, float* out) {
+                       int64_t depth_units, int64_t cols, float* out, const Soon& soon) {
   const int64_t stride = row_stride(cols);
   // A block of columns of b stays in L2 while the rows of a pass by.
   const int64_t block = std::max<int64_t>(kColumnBlockUnits / depth_units / 64 * 64, 64);
-  for (int64_t c = 0; c < cols; c += block) {
+  const int64_t blocks = (cols + block - 1) / block;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t c = i * block;
     rowwise().multiply({.rows = static_cast<int>(rows.count),
                         .cols = static_cast<int>(std::min(block, cols - c)),
                         .steps = depth_units / kLine,
@@ -196,7 +198,8 @@ void multiply_straight(const Format& format, const LeftParts& a, RowRange rows, 
                         .b_stride = stride,
                         .out = out + c,
                         .ld = stride,
-                        .add = true});
+                        .add = true,
+                        .soon = soon.share(i, blocks)});
   }
 }
 

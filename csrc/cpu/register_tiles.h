@@ -111,15 +111,15 @@ void multiply_units(const TileProduct& p) {
   constexpr int kRest = kStrip > 16 ? 16 / kVector : kTileVectors;
   const int64_t chunks = (p.steps + kChunkSteps - 1) / kChunkSteps;
   const int64_t tiles = chunks * ((p.cols + kStrip - 1) / kStrip) * ((p.rows + kTileRows - 1) / kTileRows);
-  const int64_t lines_per_tile = (p.soon_lines + tiles - 1) / tiles;
+  const int64_t lines_per_tile = (p.soon.lines + tiles - 1) / tiles;
   int64_t fetched = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t k = chunk * p.steps / chunks * 16, end = (chunk + 1) * p.steps / chunks * 16;
     for (int64_t c = 0; c < p.cols;) {
       const bool whole = p.cols - c >= kStrip;
       for (int64_t r = 0; r < p.rows; r += kTileRows) {
-        for (int64_t i = 0; i < lines_per_tile && fetched < p.soon_lines; ++i, ++fetched)
-          __builtin_prefetch(p.soon + fetched * 64, 0, 2);
+        for (int64_t i = 0; i < lines_per_tile && fetched < p.soon.lines; ++i, ++fetched)
+          __builtin_prefetch(p.soon.data + fetched * 64, 0, 2);
         const TilePlace place{p.a + r * p.a_stride + k * Units::kSteps,
                               p.a_stride,
                               p.b + c / 16 * p.b_block + c % 16 + k * p.b_stride,

@@ -47,6 +47,16 @@ constexpr float kKeptMax = 65535.0f;
 
 enum class Dtype { kFloat, kBFloat16, kHalf };  // indices into bf16_parts
 
+// Cache lines of what is needed next.
+struct Soon {
+  const char* data = nullptr;
+  int64_t lines = 0;
+  Soon share(int64_t i, int64_t of) const {
+    const int64_t begin = lines * i / of;
+    return {data + begin * 64, lines * (i + 1) / of - begin};
+  }
+};
+
 // out[rows, cols] (+)= the sum over pairs of parts (i, j) that count in fp32 of A_i B_j. Counted in 32-bit units: two
 // bf16 neighbours along the summed dimension, or a float, of which A has two for each pair in B where only B has pairs.
 // AMX has pairs on both sides and any number of parts; others have one part, and pairs if `bf16_parts` says so.
@@ -63,8 +73,7 @@ struct TileProduct {
   float* out = nullptr;
   int64_t ld = 0;
   bool add = false;
-  const char* soon = nullptr;  // cache lines from here on to fetch into L2 meanwhile
-  int64_t soon_lines = 0;
+  Soon soon{};  // to fetch into L2 meanwhile
 };
 
 // Adds a tile to running sums of e = exp(u - ref[row]) and of e (u - ref[row]), 16 lanes of each per row. ref is the
@@ -132,7 +141,7 @@ struct RowKernels {
   // out[col] += sum over rows of acc[row, col], rows in order.
   void (*column_sums)(const Tile&, float* out);
 
-  // n numbers -> `parts` bf16 rows whose sum is the number to 8 bits per part.
+  // n numbers -> `parts` bf16 rows whose sum is the number to 8 bits per part: 1 of bf16, 2 of fp16, 1 to 3 of fp32.
   void (*split)(const void* src, Dtype dtype, int64_t n, int parts, uint16_t* const* dst);
   void (*widen)(const void* src, Dtype dtype, int64_t n, float* dst);
   void (*narrow)(const float* src, Dtype dtype, int64_t n, void* dst);

@@ -62,6 +62,8 @@ class Walk {
 // A later entry may exceed ref by this much before the sums are moved: little enough that the entropy keeps its digits.
 constexpr float kHeadroom = 16.0f;
 
+constexpr float kLowest = -1.0e38f;  // of references: finite, and so is how far logits lie above it
+
 float row_max(const float* row, int width) {
   f32x16 m = splat(-1.0e30f);
   for (int c = 0; c < width; c += kLanes) m = max(load(row + c), m);
@@ -106,7 +108,10 @@ class StatsWork {
   void begin_row() {
     s0_ = x0_ = f32x16{};
     if (job_.first) {
-      job_.ref[at_.row()] = job_.alpha * row_max(acc(), job_.tile.width);
+      const float top = job_.alpha * row_max(acc(), job_.tile.width);
+      // Of a tile with nothing but the target, where a large alpha takes even the start of a maximum out of range. An
+      // infinite reference would make NaN of what it is subtracted from.
+      job_.ref[at_.row()] = top == -std::numeric_limits<float>::infinity() ? kLowest : top;
     } else {
       s0_ = load(job_.sum + at_.row() * kLanes);
       x0_ = load(job_.sum_x + at_.row() * kLanes);
@@ -383,37 +388,34 @@ inline float widen_half(uint16_t h) {
   return from_bits((exponent == 0 ? to_bits(subnormal) : rebased) | sign);
 }
 
-template <typename Read>
-void split_with(Read value, int64_t n, int parts, uint16_t* const* dst) {
-  for (int64_t i = 0; i < n; ++i) {
-    float rest = value(i);
-    for (int p = 0; p < parts; ++p) {
-      const uint16_t h = round_bf16(rest);
-      dst[p][i] = h;
-      rest -= widen_bf16(h);
-    }
-  }
-}
-
 void split(const void* src, Dtype dtype, int64_t n, int parts, uint16_t* const* dst) {
   if (dtype == Dtype::kBFloat16) {
     std::memcpy(dst[0], src, n * sizeof(uint16_t));
-    for (int p = 1; p < parts; ++p) std::memset(dst[p], 0, n * sizeof(uint16_t));
     return;
   }
   // Constant counts and one array per part let the compiler vectorise the loop.
   uint16_t* __restrict a = dst[0];
   uint16_t* __restrict b = parts > 1 ? dst[1] : nullptr;
   uint16_t* __restrict c = parts > 2 ? dst[2] : nullptr;
-  if (dtype == Dtype::kHalf && parts == 2) {
+  if (dtype == Dtype::kHalf) {
     const uint16_t* s = static_cast<const uint16_t*>(src);
     for (int64_t i = 0; i < n; ++i) {
       const float x = widen_half(s[i]);
       a[i] = round_bf16(x);
       b[i] = round_bf16(x - widen_bf16(a[i]));
     }
-  } else if (dtype == Dtype::kFloat && parts == 3) {
-    const float* s = static_cast<const float*>(src);
+    return;
+  }
+  const float* s = static_cast<const float*>(src);
+  if (parts == 1) {
+    for (int64_t i = 0; i < n; ++i) a[i] = round_bf16(s[i]);
+  } else if (parts == 2) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = s[i];
+      a[i] = round_bf16(x);
+      b[i] = round_bf16(x - widen_bf16(a[i]));
+    }
+  } else {
     for (int64_t i = 0; i < n; ++i) {
       const float x = s[i];
       a[i] = round_bf16(x);
@@ -421,22 +423,6 @@ void split(const void* src, Dtype dtype, int64_t n, int parts, uint16_t* const* 
       b[i] = round_bf16(y);
       c[i] = round_bf16(y - widen_bf16(b[i]));
     }
-  } else if (dtype == Dtype::kFloat && parts == 1) {
-    const float* s = static_cast<const float*>(src);
-    for (int64_t i = 0; i < n; ++i) a[i] = round_bf16(s[i]);
-  } else if (dtype == Dtype::kFloat && parts == 2) {
-    const float* s = static_cast<const float*>(src);
-    for (int64_t i = 0; i < n; ++i) {
-      const float x = s[i];
-      a[i] = round_bf16(x);
-      b[i] = round_bf16(x - widen_bf16(a[i]));
-    }
-  } else if (dtype == Dtype::kFloat) {
-    const float* s = static_cast<const float*>(src);
-    split_with([s](int64_t i) { return s[i]; }, n, parts, dst);
-  } else {
-    const uint16_t* s = static_cast<const uint16_t*>(src);
-    split_with([s](int64_t i) { return widen_half(s[i]); }, n, parts, dst);
   }
 }
 

@@ -74,7 +74,7 @@ void check_parts(const g2rl::Head& head, const at::Tensor& hidden, const at::Ten
   }
   at::Tensor total = at::zeros_like(features);
   for (int64_t i = 0; i < 2; ++i) {
-    const auto [share, of_parts] = g2rl::part_features(hidden, parts[i], local[i], cu, weights, at::stack(sums, 1));
+    const auto [share, of_parts] = g2rl::part_features(hidden, parts[i], local[i], cu, weights, at::stack(sums, 1), 0);
     total += share;
     const double error = (of_parts.logps - stats.logps).abs().max().item<double>();
     expect(error <= 1e-5, "log p of parts", error, 1e-5);
@@ -211,7 +211,7 @@ void check_strips(at::ScalarType dtype) {
   const at::Tensor hidden = (at::randn({N, d}) * 0.5).to(dtype), weight = at::randn({V, d}).to(dtype),
                    targets = at::randint(V, {N}, at::kLong), a = at::randn({N}), h = at::randn({N});
   const g2rl::Head head{weight, at::randn({V}), 0.9, 1.1, 0.0};
-  const g2rl::TokenStats s = g2rl::token_logprobs(hidden, head, targets, 0);
+  const g2rl::TokenStats s = g2rl::token_logprobs(hidden, head, targets);
   const auto gradients = [&](int64_t workspace, g2rl::Needs needs) {
     return g2rl::logprobs_backward(a, h, hidden, head, targets, s, workspace, needs);
   };
@@ -232,11 +232,28 @@ void check_huge(at::ScalarType dtype) {
   const at::Tensor hidden = at::tensor({2.421875, -0.84}, at::kDouble).view({2, 1}).to(dtype),
                    weight = at::tensor({-1.46, -2.25, -0.0014, -1.276}, at::kDouble).view({4, 1}).to(dtype),
                    targets = at::tensor({int64_t{2}, int64_t{1}}, at::kLong);
-  const g2rl::TokenStats s = g2rl::token_logprobs(hidden, {weight, std::nullopt, 1e-10, 1.0, 0.0}, targets, 0);
+  const g2rl::TokenStats s = g2rl::token_logprobs(hidden, {weight, std::nullopt, 1e-10, 1.0, 0.0}, targets);
   for (const at::Tensor& x : {s.logps, s.entropy}) {
     const double most = x.abs().max().item<double>();
     expect(most == 0, "log p and entropy of the likeliest word", most, 0);
   }
+}
+
+// A target that the bias rules out leaves the results of the other words.
+void check_impossible_target(at::ScalarType dtype) {
+  at::manual_seed(3);
+  const at::Tensor hidden = at::randn({5, 20}).to(dtype), weight = at::randn({300, 20}).to(dtype),
+                   targets = at::full({5}, 7, at::kLong), others = at::cat({at::arange(7), at::arange(8, 300)});
+  at::Tensor bias = at::zeros({300});
+  bias[7] = -INFINITY;
+  const g2rl::TokenStats s = g2rl::token_logprobs(hidden, {weight, bias, 1.0, 1.0, 0.0}, targets);
+  const at::Tensor u = hidden.to(at::kDouble).mm(weight.to(at::kDouble).t()).index_select(1, others),
+                   logp = u.log_softmax(1);
+  const double of_lse = (s.lse - u.logsumexp(1)).abs().max().item<double>(),
+               of_entropy = (s.entropy + (logp.exp() * logp).sum(1)).abs().max().item<double>();
+  expect(of_lse <= 1e-5, "lse without the target", of_lse, 1e-5);
+  expect(of_entropy <= 1e-5, "entropy without the target", of_entropy, 1e-5);
+  expect(at::equal(s.logps, at::full({5}, -INFINITY)), "log p of the target", s.logps.max().item<double>(), -INFINITY);
 }
 
 }  // namespace
@@ -252,6 +269,7 @@ int main() try {
     check_strips(dtype);
     check_callers(dtype);
     check_huge(dtype);
+    check_impossible_target(dtype);
   }
   if (failures == 0) std::puts("all head tests passed");
   return failures != 0;

@@ -28,18 +28,25 @@ int main() try {
   expect(worst < 1.5e-7, "exp relative error", worst);
 
   float ref = 0;
-  const auto stats = [&](float fill, bool first) {
+  const auto stats = [&](float fill, bool first, float alpha = 1) {
     std::vector<float> tile(g2rl::kUnit, fill);
     k.stats({.tile = {tile.data(), g2rl::kUnit, 1, g2rl::kUnit, g2rl::kUnit},
+             .alpha = alpha,
              .first = first,
              .ref = &ref,
              .sum = sum.data(),
              .sum_x = sum_x.data()},
             {}, {});
   };
-  stats(-std::numeric_limits<float>::infinity(), true);
-  expect(std::isfinite(k.lane_sum(sum.data())) && std::isfinite(k.lane_sum(sum_x.data())), "fully masked tile",
-         k.lane_sum(sum.data()));
+  for (const float alpha : {1.0f, 1e30f}) {
+    stats(-std::numeric_limits<float>::infinity(), true, alpha);
+    expect(std::isfinite(k.lane_sum(sum.data())) && std::isfinite(k.lane_sum(sum_x.data())), "fully masked tile",
+           k.lane_sum(sum.data()));
+    stats(2.0f, false, alpha);
+    expect(ref == 2.0f * alpha && std::abs(k.lane_sum(sum.data()) - g2rl::kUnit) < 1e-5 &&
+               std::abs(k.lane_sum(sum_x.data())) < 1e-5,
+           "tile after a fully masked one", k.lane_sum(sum.data()));
+  }
 
   // A later tile far above the first moves the reference.
   stats(-100.0f, true);

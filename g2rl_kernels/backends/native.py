@@ -85,7 +85,7 @@ def describe() -> str:
 
 
 def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> TokenLogprobs:
-    return TokenLogprobs(*_module().token_logprobs(hidden, head, targets, workspace_bytes))
+    return TokenLogprobs(*_module().token_logprobs(hidden, head, targets))
 
 
 def sequence_features(
@@ -101,7 +101,7 @@ def token_sums(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int
 def part_features(
     hidden: Tensor, head: Head, targets: Tensor, responses: Responses, sums: Tensor, workspace_bytes: int
 ) -> SequenceFeatures:
-    return SequenceFeatures(*_module().part_features(hidden, head, targets, responses, sums))
+    return SequenceFeatures(*_module().part_features(hidden, head, targets, responses, sums, workspace_bytes))
 
 
 def logprobs_backward(

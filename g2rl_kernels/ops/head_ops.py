@@ -1,7 +1,7 @@
 """The head's ops as PyTorch knows them: flat schemas, fakes, one autograd formula; `ops.head` documents them.
 
 Values are checked inside the ops, so that compiled programs check them too. Where ranks hold parts of the vocabulary
-`token_sums` and `part_features` take the place of the others, see `ops.split_head`; they share the backward pass.
+`token_sums` and `part_features` take the place of the others, see `ops.head._over_parts`; they share the backward pass.
 """
 
 from __future__ import annotations

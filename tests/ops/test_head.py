@@ -6,6 +6,8 @@ g2rl_kernels.testing.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -264,6 +266,41 @@ def test_logits_beyond_the_digits_of_fp32(backend: str | None, device: str, dtyp
 
 
 @every_forward
+@pytest.mark.parametrize("V", [1, 257], ids=["one-word", "one-word-past-a-tile"])
+@pytest.mark.parametrize(("option", "value"), [("temperature", 2.0**-30), ("logit_scale", 2.0**30)])
+def test_a_target_alone_in_its_tile(
+    backend: str | None, device: str, dtype: torch.dtype, option: str, value: float, V: int
+) -> None:
+    """What CPU kernels take for the maximum of no logits must stay finite, too, times what makes logits of products."""
+    s = sample(Shape((4, 1), 16, V, "tiles of 256 words, and nothing but the target in the last"), dtype, device)
+    head = replace(s.head, weight=s.head.weight * 2.0**-15, **{option: value})
+    targets = torch.tensor([V - 1, 0, V - 1, V // 2, V - 1], device=device)
+    s = replace(s, hidden=s.hidden * 2.0**-15, head=head, targets=targets)
+    exact = testing.oracle(s)
+    for lse in (None, exact.lse.float()):
+        found = features(s, backend, lse=lse)
+        # What may be left of a feature that is 0 has the scale's size.
+        small = torch.where(exact.features == 0, found.features / head.logit_scale, found.features)
+        testing.assert_bounds(found._replace(features=small), exact, s.cu_seqlens)
+
+
+@every_forward
+def test_a_target_that_the_bias_rules_out(backend: str | None, device: str, dtype: torch.dtype) -> None:
+    s = sample(SMALL, dtype, device, kind="random", options=OPTIONS["bias"])
+    bias = s.head.bias.float().clone()
+    bias[s.targets[3]] = -1e30
+    s = replace(s, head=replace(s.head, bias=bias))
+    exact = testing.oracle(s)
+    found = features(s, backend)
+    # log p of such a target is a fp32 number of 1e30: held to a relative bound, the others' to all.
+    ruled_out = exact.logps < -1e29
+    assert ruled_out[3] and not ruled_out.all()
+    torch.testing.assert_close(found.logps[ruled_out].double(), exact.logps[ruled_out], rtol=1e-6, atol=0)
+    logps = torch.where(ruled_out, exact.logps, found.logps)
+    testing.assert_bounds(found._replace(logps=logps), exact, s.cu_seqlens)
+
+
+@every_forward
 @pytest.mark.parametrize("kind", ["random", "peaked"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(backend: str | None, device: str, dtype: torch.dtype, kind: str, options: Options) -> None:
@@ -489,6 +526,33 @@ def test_the_torch_backend_frees_logits_before_it_makes_others() -> None:
     with LiveMemory(least=V * 16 * 4 + 1) as memory:
         eager.token_logprobs(*inputs, workspace_bytes)
     assert memory.peak <= workspace_bytes
+
+
+CALLS_IN_LITTLE_MEMORY = """
+import re, resource, torch
+from g2rl_kernels import sequence_features, use_backend
+
+torch.set_num_threads(1)
+N, d, V = 16, 1024, 8192
+hidden, weight, targets = torch.ones(N, d).bfloat16(), torch.ones(V, d).bfloat16(), torch.zeros(N, dtype=torch.int64)
+cu_seqlens = torch.arange(257) // 16  # partial sums of so many responses take 32 MB
+with use_backend("native"):
+    sequence_features(hidden[:1], weight[:9], targets[:1], torch.tensor([0, 1]))
+    in_use = 1024 * int(re.search(r"VmSize:\\s*(\\d+)", open("/proc/self/status").read())[1])
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (20 << 20),) * 2)
+    lse = None
+    for _ in range(2):
+        for workspace_bytes in (1, 8 << 20):
+            found = sequence_features(hidden, weight, targets, cu_seqlens, None, lse, workspace_bytes=workspace_bytes)
+        lse = found.lse
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux counts it")
+@pytest.mark.skipif("native" not in testing.available_backends(ops=HEAD_OPS), reason="not compiled")
+def test_partial_sums_of_native_features_are_within_the_workspace() -> None:
+    run = subprocess.run([sys.executable, "-c", CALLS_IN_LITTLE_MEMORY], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_rows_too_far_apart_for_offsets_of_32_bits_are_copied() -> None:
