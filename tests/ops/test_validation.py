@@ -492,6 +492,33 @@ def test_use_backend_for_the_process() -> None:
     assert resolved() == automatic
 
 
+def test_use_backend_in_blocks_that_overlap() -> None:
+    """As of two threads: each ends its own choice, and the last one that is left holds."""
+    automatic = resolved()
+    first, second = use_backend("torch").__enter__(), use_backend("reference").__enter__()
+    assert resolved() == "g2rl_kernels.backends.reference.head"
+    first.__exit__(None, None, None)
+    assert resolved() == "g2rl_kernels.backends.reference.head"
+    second.__exit__(None, None, None)
+    assert resolved() == automatic
+    chosen = use_backend("reference")
+    use_backend(None)
+    assert resolved() == automatic
+    with chosen:
+        assert resolved() == "g2rl_kernels.backends.reference.head"
+        with chosen:
+            pass
+        assert resolved() == "g2rl_kernels.backends.reference.head"
+    assert resolved() == automatic
+
+
+def test_choices_for_the_process_replace_each_other() -> None:
+    for _ in range(5):
+        use_backend("torch")
+        use_backend(None)
+    assert len(dispatch._choices) <= 2
+
+
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_use_backend_is_not_ignored_in_a_compiled_function(fullgraph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     served = []
@@ -580,7 +607,7 @@ def test_backend_that_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
             RuntimeError,
             "backend 'refusing' cannot run sequence_features on cpu torch.bfloat16: only float32 today",
         )
-        raises(resolved, RuntimeError, "cannot run sequence_features on cpu torch.float32: does not have this op")
+        assert resolved() == "g2rl_kernels.backends.eager.head", "an op that it lacks is served as if it was not chosen"
     assert resolved() == "g2rl_kernels.backends.eager.head"
     report = explain().split("\n\n")
     assert report[1].splitlines() == [
@@ -598,6 +625,27 @@ def test_backend_that_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         "  not refusing: only float32 today",
         "  not torch: refusing was asked for",
     ]
+    assert report[3].splitlines() == [
+        "cpu, float32",
+        f"  torch      serves {', '.join(dispatch.OPS)}",
+        "  not absent: nobody wrote it",
+        "  not refusing: does not have this op",
+    ]
+
+
+@pytest.mark.parametrize("backend", testing.available_backends(ops=("g2rl_advantages",)))
+def test_every_op_runs_whichever_backend_is_chosen(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, here or from outside: those that it lacks run elsewhere, and so do gradients."""
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, backend)
+    for function in (token_logprobs, sequence_features):
+        head_call(function)
+    for function in ALL_GROUP_FUNCTIONS:
+        group_call(function)
+    features = torch.ones(N, D, requires_grad=True)
+    group_similarity(features, 3).sum().backward()
+    assert features.grad.abs().max() < 1e-6
+    served = [line.split(" serves ")[1] for line in explain().split("\n\n")[3].splitlines() if " serves " in line]
+    assert sorted(", ".join(served).split(", ")) == sorted(dispatch.OPS)
 
 
 @pytest.mark.parametrize("groups", [3, offsets(0, 3, 3, N)], ids=["equal", "ragged"])
@@ -688,6 +736,13 @@ def test_command_line() -> None:
     )
     assert "backend set by name: reference" in run.stdout.splitlines()[:4]
     assert run.stdout.count(f"reference  serves {', '.join(dispatch.OPS)}") >= 3
+
+
+def test_command_line_of_a_backend_that_does_not_exist() -> None:
+    environment = os.environ | {"G2RL_KERNELS_BACKEND": "cpu"}
+    run = subprocess.run([sys.executable, "-m", "g2rl_kernels"], capture_output=True, text=True, env=environment)
+    expected = "G2RL_KERNELS_BACKEND: expected one of cuda, triton, native, torch, reference, found 'cpu'\n"
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", expected)
 
 
 def test_public_names() -> None:
