@@ -6,6 +6,9 @@ g2rl_kernels.testing.
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -694,6 +697,32 @@ def test_global_precision_settings_change_nothing(
     torch.set_float32_matmul_precision("medium")
     unchanged()
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_forked_while_another_thread_multiplies(restore_precision: None) -> None:
+    """It waits for no lock that nobody gives back, and has the settings of before."""
+    inside, done = threading.Event(), threading.Event()
+
+    def multiply() -> None:
+        with exact_products(torch.zeros(1, dtype=torch.bfloat16)):
+            inside.set()
+            done.wait()
+
+    before = settings()
+    thread = threading.Thread(target=multiply)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        kept = settings() == before
+        with exact_products(torch.zeros(1, dtype=torch.bfloat16)):
+            os._exit(0 if kept else 1)
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+    assert settings() == before
 
 
 @every_case
