@@ -92,6 +92,22 @@ def values_readable(tensor: torch.Tensor) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def refuse_function_transforms(**tensors: torch.Tensor | None) -> None:
+    """Raise NotImplementedError if torch.func takes the gradient in an argument: it finds none of ops registered as ours.
+
+    PyTorch's own message is about an `autograd.Function` that nobody here wrote. `torch.func.vmap` works.
+    """
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    for name, tensor in tensors.items():
+        while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad:
+                found = "of torch.func (grad, vjp, jacrev)"
+                raise NotImplementedError(f"{name}: expected no gradient {found}, found one: use torch.autograd.grad")
+            tensor = functorch.get_unwrapped(tensor)
+
+
 def own_copy(indices: torch.Tensor) -> torch.Tensor:
     """On a CPU, indices that no other thread can change between their check and their use."""
     return indices.clone() if indices.device.type == "cpu" else indices

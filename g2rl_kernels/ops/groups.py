@@ -23,7 +23,15 @@ from typing import Literal
 
 import torch
 
-from g2rl_kernels.checks import ValueChecks, check_offsets, check_real, check_tensor, own_copy, values_readable
+from g2rl_kernels.checks import (
+    ValueChecks,
+    check_offsets,
+    check_real,
+    check_tensor,
+    own_copy,
+    refuse_function_transforms,
+    values_readable,
+)
 from g2rl_kernels.dispatch import Groups, resolve
 from g2rl_kernels.ops.tangents import refuse_tangents
 from g2rl_kernels.products import wide
@@ -50,11 +58,13 @@ def group_similarity(features: torch.Tensor, groups: int | torch.Tensor) -> torc
         ``torch.compile(fullgraph=True)`` m_max is a number if `groups` is one, otherwise a size known only at run time.
 
     Raises:
-        NotImplementedError: features have a tangent, of forward-mode differentiation.
+        NotImplementedError: features have a tangent, of forward-mode differentiation, or torch.func takes the gradient
+            in them.
         TypeError, ValueError: an argument has another type, shape or range.
     """
     check_tensor("features", features, ("B", "d"), _REAL)
     refuse_tangents(("features",), (features,))
+    refuse_function_transforms(features=features)
     cu_groups, m_max = _offsets(groups, features.shape[0], features.device)
     return _group_similarity(features, cu_groups, m_max)
 
@@ -83,6 +93,7 @@ def exploration_scores(
     m_max = similarity.shape[1] if m_max is None else m_max
     check_tensor("similarity", similarity, (cu_groups.shape[0] - 1, m_max, m_max))
     _check_valid(valid, rewards)
+    refuse_function_transforms(similarity=similarity, rewards=rewards)
     return _exploration_scores(similarity, rewards.to(similarity.dtype), cu_groups, valid)
 
 
@@ -110,6 +121,7 @@ def shape_rewards(
     check_real("rewards", rewards)
     cu_groups, _ = _offsets(groups, scores.shape[0], scores.device)
     _check_valid(valid, scores)
+    refuse_function_transforms(rewards=rewards, scores=scores)
     s = _shaping_or_default(shaping)
     return _shape_rewards(
         rewards.to(scores.dtype), scores, cu_groups, valid, s.strength, s.clip, s.rule, s.min_range, s.uniform_groups
@@ -132,6 +144,7 @@ def group_advantages(
     """
     check_tensor("rewards", rewards, ("B",))
     check_real("rewards", rewards)
+    refuse_function_transforms(rewards=rewards)
     _check_normalize(normalize)
     cu_groups, _ = _offsets(groups, rewards.shape[0], rewards.device)
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
@@ -171,6 +184,7 @@ def g2rl_advantages(
     check_real("rewards", rewards)
     _check_normalize(normalize)
     _check_valid(valid, rewards)
+    refuse_function_transforms(features=features, rewards=rewards)
     cu_groups, m_max = _offsets(groups, features.shape[0], features.device)
     s = _shaping_or_default(shaping)
     return GroupAdvantages(

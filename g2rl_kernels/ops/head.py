@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from g2rl_kernels import distributed
-from g2rl_kernels.checks import check_number, check_tensor, is_dtensor, values_readable
+from g2rl_kernels.checks import (
+    check_number,
+    check_tensor,
+    is_dtensor,
+    refuse_function_transforms,
+    values_readable,
+)
 from g2rl_kernels.dispatch import BACKENDS, backend_number, resolve
 from g2rl_kernels.distributed import Values, VocabularyPart
 from g2rl_kernels.ops import head_ops
@@ -161,13 +167,15 @@ def token_logprobs(
             captured, as for all values.
 
     Raises:
-        NotImplementedError: hidden, weight or bias has a tangent, of forward-mode differentiation.
+        NotImplementedError: hidden, weight or bias has a tangent, of forward-mode differentiation, or torch.func takes
+            the gradient in it.
         TypeError, ValueError, IndexError: an argument has another type, shape, device or range.
     """
     head = _as_head(head)
     weight, bias = head.tensors
     _check_tokens(hidden, weight, targets, workspace_bytes)
     refuse_tangents(("hidden", "head.weight", "head.bias"), (hidden, weight, bias))
+    refuse_function_transforms(**{"hidden": hidden, "head.weight": weight, "head.bias": bias})
     options = (bool(check_finite), *head.options, int(workspace_bytes or 0))
     if head.part is not None:
         results = _over_parts(hidden, head, (weight, bias), targets, (None, None), options)[1:]
@@ -213,7 +221,8 @@ def sequence_features(
     Features are additive: parts of one response, weighted by their sums of a_t, add up to the whole.
 
     Raises:
-        NotImplementedError: hidden, weight or bias has a tangent, of forward-mode differentiation.
+        NotImplementedError: hidden, weight or bias has a tangent, of forward-mode differentiation, or torch.func takes
+            the gradient in it.
         TypeError, ValueError, IndexError: an argument has another type, shape, device or range, or ranks of one group
             have not the same tokens or responses.
     """
@@ -221,6 +230,7 @@ def sequence_features(
     weight, bias = head.tensors
     _check_tokens(hidden, weight, targets, workspace_bytes)
     refuse_tangents(("hidden", "head.weight", "head.bias"), (hidden, weight, bias))
+    refuse_function_transforms(**{"hidden": hidden, "head.weight": weight, "head.bias": bias})
     check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32, torch.int64), hidden.device)
     if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens: expected at least the offset 0, found an empty tensor")

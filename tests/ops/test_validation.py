@@ -404,6 +404,30 @@ def test_forward_mode_is_refused(name: str) -> None:
     assert float(torch.func.jvp(lambda y: run(x).sum() + y, (x[0, 0],), (x[0, 0],))[1]) == 1
 
 
+@pytest.mark.parametrize("name", TANGENTS)
+def test_gradients_of_functions_are_refused(name: str) -> None:
+    """PyTorch's message would name no argument. What they do not differentiate is a constant, and `vmap` works."""
+    x, run = torch.ones(N, D), TANGENTS[name]
+    message = f"{name}: expected no gradient of torch.func (grad, vjp, jacrev), found one: use torch.autograd.grad"
+
+    def both(y: torch.Tensor) -> torch.Tensor:
+        return torch.func.vmap(run)(y[None]).sum()
+
+    for function in (torch.func.grad(lambda y: run(y).sum()), torch.func.jacrev(run), torch.func.grad(both)):
+        raises(lambda function=function: function(x), NotImplementedError, message)
+    assert float(torch.func.grad(lambda y: run(x).sum() + y)(x[0, 0])) == 1
+    assert torch.equal(torch.func.vmap(run)(x[None])[0], run(x))
+
+
+@pytest.mark.parametrize("function", TAKE_REWARDS)
+def test_gradients_of_functions_are_refused_by_rewards_too(function: Callable) -> None:
+    def run(rewards: torch.Tensor) -> torch.Tensor:
+        return group_call(function, rewards=rewards)
+
+    message = "rewards: expected no gradient of torch.func"
+    raises(lambda: torch.func.grad(run)(-torch.ones(N)), NotImplementedError, message)
+
+
 def test_indices_changed_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a backend addresses memory with is what was checked, whatever becomes of the caller's tensor since then."""
     targets, cu_seqlens, groups = torch.zeros(N).long(), offsets(0, 2, N), offsets(0, 3, N)
