@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
+import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
@@ -87,13 +91,22 @@ def _short(kind: torch.dtype | torch.layout) -> str:
     return str(kind).removeprefix("torch.")
 
 
+def warn_caller(message: str) -> None:
+    """A warning at the line outside of this package, and of PyTorch, that led here."""
+    inside = tuple(f"{os.path.dirname(file)}{os.sep}" for file in (__file__, torch.__file__))
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
 def values_readable(tensor: torch.Tensor) -> bool:
     """Whether a check may read values: not while a CUDA graph is captured, where a read would break the capture."""
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def refuse_function_transforms(**tensors: torch.Tensor | None) -> None:
-    """Raise NotImplementedError if torch.func takes the gradient in an argument: it finds none of ops registered as ours.
+    """Raise NotImplementedError if torch.func takes the gradient in an argument: it finds none of ops that we register.
 
     PyTorch's own message is about an `autograd.Function` that nobody here wrote. `torch.func.vmap` works.
     """
@@ -137,12 +150,12 @@ def check_offsets(name: str, offsets: torch.Tensor, total: int, total_name: str)
 
 
 def check_not_negative(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError unless every value is at least 0; NaN is not."""
+    """Raise ValueError unless every value is finite and at least 0."""
     if tensor.numel() == 0 or not values_readable(tensor):
         return
-    lowest = float(tensor.min())
-    if not lowest >= 0:
-        raise ValueError(f"{name}: expected values >= 0, found {lowest}")
+    low, high = (float(bound) for bound in torch.aminmax(tensor))  # both NaN if any value is
+    if not (low >= 0 and high < math.inf):
+        raise ValueError(f"{name}: expected finite values >= 0, found {high if low >= 0 else low}")
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
@@ -210,7 +223,11 @@ class ValueChecks:
 
     def not_negative(self, name: str, tensor: torch.Tensor) -> None:
         """`check_not_negative`."""
-        self.run(partial(check_not_negative, name, tensor), tensor, lambda: (tensor >= 0).logical_not_().any())
+
+        def suspicious() -> torch.Tensor:
+            return ((tensor >= 0) & (tensor < math.inf)).logical_not_().any()
+
+        self.run(partial(check_not_negative, name, tensor), tensor, suspicious)
 
     def finite(self, name: str, tensor: torch.Tensor) -> None:
         """`check_finite`."""

@@ -17,8 +17,8 @@ NaN or inf in features, similarities or scores leaves the results of its group u
 from __future__ import annotations
 
 import math
-import warnings
 from functools import partial
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -31,6 +31,7 @@ from g2rl_kernels.checks import (
     own_copy,
     refuse_function_transforms,
     values_readable,
+    warn_caller,
 )
 from g2rl_kernels.dispatch import Groups, resolve
 from g2rl_kernels.ops.tangents import refuse_tangents
@@ -211,10 +212,11 @@ def _offsets(groups: int | torch.Tensor, B: int, device: torch.device) -> tuple[
         if groups.shape[0] == 0:
             raise ValueError("groups: expected at least the offset 0, found an empty tensor")
         return groups, None
-    if isinstance(groups, bool) or not isinstance(groups, int | torch.SymInt):
+    if isinstance(groups, bool) or not isinstance(groups, Integral | torch.SymInt):
         raise TypeError(f"groups: expected an int or a tensor of offsets, found {type(groups).__name__}")
     if groups <= 0 or B % groups or groups > _LARGEST_GROUP:
         raise ValueError(f"groups: expected a divisor of B = {B}, found {groups}")
+    groups = groups if isinstance(groups, torch.SymInt) else int(groups)  # NumPy's numbers fit no schema
     return torch.arange(0, B + 1, groups, device=device), groups
 
 
@@ -248,10 +250,9 @@ def _check_finite(rewards: torch.Tensor) -> tuple[float, float] | None:
 
 def _check_rewards(rewards: torch.Tensor) -> None:
     if _check_finite(rewards) == (0, 1) and bool(((rewards == 0) | (rewards == 1)).all()):
-        warnings.warn(
+        warn_caller(
             "rewards: found only 0 and 1; shaping scales rewards and cannot move wrong answers. Map them to -1 and +1, "
-            "as reward_range=[0, 1] does in TRL and verl.",
-            stacklevel=2,
+            "as reward_range=[0, 1] does in TRL and verl."
         )
 
 

@@ -208,8 +208,8 @@ def sequence_features(
     Args:
         hidden, head, targets, workspace_bytes, check_finite: as in `token_logprobs`.
         cu_seqlens: [B + 1] int32 or int64, from 0 to N, never decreasing; response b owns tokens cu[b] to cu[b + 1].
-        token_weights: [N] float >= 0, a_t of eq. 8, on a GPU such that fp32 holds a response's sum and its inverse;
-            None weighs all tokens alike.
+        token_weights: [N] float, finite and >= 0, a_t of eq. 8, on a GPU such that fp32 holds a response's sum and its
+            inverse; None weighs all tokens alike.
         lse: [N] float from the same weights and hidden states (say, of the pass for old log-probabilities); spares
             kernels the search for the row maximum, and with it a second product. Values of it only steer rounding:
             the result is normalised anew, and a response with values of something else, NaN included, is computed
@@ -295,12 +295,12 @@ def _over_context(
         alike = {"cu_seqlens: expected the same B + 1 on every rank of context_group": cu_seqlens.shape[0]}
         distributed.check_alike(alike, group.size(), group.group_name, features.device)
     if token_weights is None:
-        weights = cu_seqlens.diff().to(features.dtype)
+        weights = wide(cu_seqlens.diff())
     else:
         # Adds term by term: in fp32 the sum of a long response would lose digits. Weights, as features, are data.
         weights = torch.segment_reduce(wide(token_weights.detach()), "sum", offsets=cu_seqlens, initial=0)
-        weights = weights.to(features.dtype)
-    return distributed.sum_features(features, weights, group.group_name)
+    # In float64 to the end, which holds all that weights may be.
+    return distributed.sum_features(wide(features), weights, group.group_name).to(features.dtype)
 
 
 def _as_head(head: LMHead | torch.Tensor) -> LMHead:

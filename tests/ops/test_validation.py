@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -186,8 +187,10 @@ RESPONSES = [
     ),
     ({"token_weights": torch.ones(5)}, ValueError, "token_weights: expected shape [6], found [5]"),
     ({"token_weights": torch.ones(N).long()}, TypeError, "token_weights: expected dtype bfloat16 or"),
-    ({"token_weights": -torch.ones(N)}, ValueError, "token_weights: expected values >= 0, found -1.0"),
-    ({"token_weights": torch.full((N,), float("nan"))}, ValueError, "token_weights: expected values >= 0, found nan"),
+    *(
+        ({"token_weights": torch.full((N,), x)}, ValueError, f"token_weights: expected finite values >= 0, found {x}")
+        for x in (-1.0, float("nan"), float("inf"), float("-inf"))
+    ),
     ({"lse": torch.ones(5)}, ValueError, "lse: expected shape [6], found [5]"),
     ({"lse": torch.ones(N).int()}, TypeError, "lse: expected dtype bfloat16 or"),
 ]
@@ -354,8 +357,12 @@ def test_late_checks_of_hidden(function: Callable, monkeypatch: pytest.MonkeyPat
     raises(lambda: head_call(function, hidden=hidden, check_finite=True), ValueError, message)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at-once", "late"])
 @pytest.mark.parametrize(("changes", "error", "message"), RESPONSES)
-def test_responses(changes: dict, error: type[Exception], message: str) -> None:
+def test_responses(
+    changes: dict, error: type[Exception], message: str, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ValueChecks, "_is_late", lambda checks, tensor: late and tensor.numel() > 0)
     raises(lambda: head_call(sequence_features, **changes), error, message)
 
 
@@ -476,6 +483,7 @@ def test_what_is_accepted() -> None:
     head_call(sequence_features, token_weights=torch.zeros(N).bfloat16(), lse=torch.zeros(N).double())
     for function in ALL_GROUP_FUNCTIONS:
         group_call(function)
+        group_call(function, groups=np.int64(3))
         if function is not exploration_scores:
             group_call(function, groups=offsets(0, 6, 6, dtype=torch.int32))
 
