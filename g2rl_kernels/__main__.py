@@ -34,4 +34,7 @@ if __name__ == "__main__":
     parser.add_argument("--check", action="store_true", help="run the self-check of the GPU backends")
     if parser.parse_args().check:
         sys.exit(check())
-    print(explain())
+    try:
+        print(explain())
+    except ValueError as error:  # of what an environment variable holds
+        sys.exit(str(error))

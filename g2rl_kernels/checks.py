@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
+import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
@@ -79,27 +83,29 @@ def check_number(name: str, value: float, expected: str, fits: Callable[[float],
         raise ValueError(f"{name}: expected {expected}, found {value}")
 
 
-def refuse_tangents(names: tuple[str, ...], tensors: tuple[torch.Tensor | None, ...]) -> None:
+def refuse_tangents(**tensors: torch.Tensor | None) -> None:
     """Raise NotImplementedError if an argument has a tangent: PyTorch itself would leave it out, as if it were zero."""
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
-    for name, tensor in zip(names, tensors, strict=True):
+    for name, tensor in tensors.items():
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(f"{name}: expected no tangent, found one: ops have no forward-mode derivative")
 
 
-def is_dtensor(x: object) -> bool:
-    """Known by its mesh: loading `torch.distributed.tensor` takes half as long as all of torch."""
-    return getattr(x, "device_mesh", None) is not None
+def refuse_function_transforms(**tensors: torch.Tensor | None) -> None:
+    """Raise NotImplementedError if torch.func takes the gradient in an argument: it finds none of ops that we register.
 
-
-def _short(kind: torch.dtype | torch.layout) -> str:
-    return str(kind).removeprefix("torch.")
-
-
-def values_readable(tensor: torch.Tensor) -> bool:
-    """Whether a check may read values: not while a CUDA graph is captured, where a read would break the capture."""
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    PyTorch's own message is about an `autograd.Function` that nobody here wrote. `torch.func.vmap` works.
+    """
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    for name, tensor in tensors.items():
+        while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad:
+                found = "of torch.func (grad, vjp, jacrev)"
+                raise NotImplementedError(f"{name}: expected no gradient {found}, found one: use torch.autograd.grad")
+            tensor = functorch.get_unwrapped(tensor)
 
 
 def own_copy(indices: torch.Tensor) -> torch.Tensor:
@@ -131,12 +137,12 @@ def check_offsets(name: str, offsets: torch.Tensor, total: int, total_name: str)
 
 
 def check_not_negative(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError unless every value is at least 0; NaN is not."""
+    """Raise ValueError unless every value is finite and at least 0."""
     if tensor.numel() == 0 or not values_readable(tensor):
         return
-    lowest = float(tensor.min())
-    if not lowest >= 0:
-        raise ValueError(f"{name}: expected values >= 0, found {lowest}")
+    low, high = (float(bound) for bound in torch.aminmax(tensor))  # both NaN if any value is
+    if not (low >= 0 and high < math.inf):
+        raise ValueError(f"{name}: expected finite values >= 0, found {high if low >= 0 else low}")
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
@@ -204,7 +210,11 @@ class ValueChecks:
 
     def not_negative(self, name: str, tensor: torch.Tensor) -> None:
         """`check_not_negative`."""
-        self.run(partial(check_not_negative, name, tensor), tensor, lambda: (tensor >= 0).logical_not_().any())
+
+        def suspicious() -> torch.Tensor:
+            return ((tensor >= 0) & (tensor < math.inf)).logical_not_().any()
+
+        self.run(partial(check_not_negative, name, tensor), tensor, suspicious)
 
     def finite(self, name: str, tensor: torch.Tensor) -> None:
         """`check_finite`."""
@@ -235,3 +245,26 @@ class ValueChecks:
     def _replaced(self, given: torch.Tensor, safe: torch.Tensor, check: Callable[[], None]) -> torch.Tensor:
         self._late.append(((safe != given).any(), check))
         return safe
+
+
+def is_dtensor(x: object) -> bool:
+    """Known by its mesh: loading `torch.distributed.tensor` takes half as long as all of torch."""
+    return getattr(x, "device_mesh", None) is not None
+
+
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def warn_caller(message: str) -> None:
+    """A warning at the line outside of this package, and of PyTorch, that led here."""
+    inside = tuple(f"{os.path.dirname(file)}{os.sep}" for file in (__file__, torch.__file__))
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def values_readable(tensor: torch.Tensor) -> bool:
+    """Whether a check may read values: not while a CUDA graph is captured, where a read would break the capture."""
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

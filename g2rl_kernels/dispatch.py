@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
 from typing import NamedTuple
@@ -87,9 +88,10 @@ BACKENDS = (
     Backend("reference", "g2rl_kernels.backends.reference", automatic=()),
 )
 
-# One variable for the process and not a context variable: autograd runs backward passes on threads of its own, which
-# must see the same choice.
-_forced: str | None = None
+# Choices in force, of which the last one counts. Of the process and not of a context: autograd runs backward passes on
+# threads of its own, which must see the same choice.
+_choices: list[use_backend] = []
+_LACKS_OP = "does not have this op"
 
 
 def _backend(name: str, argument: str = "backend") -> Backend:
@@ -101,8 +103,9 @@ def _backend(name: str, argument: str = "backend") -> Backend:
 
 def _asked_for() -> Backend | None:
     """The backend that was chosen by name, here or from outside."""
-    if _forced:
-        return _backend(_forced)
+    for choice in _choices[-1:]:
+        if choice.name is not None:
+            return _backend(choice.name)
     name = os.environ.get(ENVIRONMENT_VARIABLE)
     return _backend(name, ENVIRONMENT_VARIABLE) if name else None
 
@@ -123,7 +126,7 @@ def _refusal(
         return backend.missing
     reason = module.unavailable(device, dtype)
     if reason is None and not hasattr(module, op):
-        reason = "does not have this op"
+        reason = _LACKS_OP
     if reason is None and groups is not None and hasattr(module, "most_members"):
         most = module.most_members(groups.features)
         if groups.m_max > most:
@@ -141,14 +144,16 @@ def resolve(
         groups: of `g2rl_advantages`, as a backend may have no room for the largest; None asks for no room.
 
     Raises:
-        RuntimeError: a backend was asked for by name and cannot serve; the message says why.
+        RuntimeError: a backend was asked for by name and cannot serve; the message says why. One that has not got the
+            op at all is passed over.
     """
     forced = _asked_for()
     if forced:
         reason = _refusal(forced, op, device, dtype, groups)
-        if reason is not None:
+        if reason is None:
+            return getattr(_load(forced), op)
+        if reason != _LACKS_OP:
             raise RuntimeError(f"backend {forced.name!r} cannot run {op} on {device.type} {dtype}: {reason}")
-        return getattr(_load(forced), op)
     for backend in BACKENDS:
         if not backend.is_automatic(device) or _refusal(backend, op, device, dtype, groups) is not None:
             continue
@@ -168,7 +173,9 @@ class use_backend:
 
     ``use_backend("reference")`` holds from the call on; as a context manager it ends with the block.
     ``use_backend(None)`` returns to the automatic choice. The environment variable ``G2RL_KERNELS_BACKEND`` sets the
-    initial choice. A compiled function runs with the choice that holds where it is called.
+    initial choice. A compiled function runs with the choice that holds where it is called. Of choices that several
+    threads have made, the last one that has not ended holds for all. Ops that a backend does not have are served by
+    others, as if it were not chosen: `explain` says which.
 
     Raises:
         RuntimeError: called in a graph under compilation, which could only ignore it; without ``fullgraph=True`` the
@@ -177,22 +184,32 @@ class use_backend:
     """
 
     def __init__(self, name: str | None) -> None:
-        global _forced
         if torch.compiler.is_compiling():
             raise RuntimeError("use_backend: expected a call outside of what torch.compile compiles")
         if name is not None:
             _backend(name)
-        self._previous = _forced
-        _forced = name
+        self.name = name
+        self._entered = False
+        # Without a block to end them all but the last would stay for nothing: this one may be about to enter its own.
+        for replaced in [choice for choice in _choices if not choice._entered][:-1]:
+            replaced._end()
+        _choices.append(self)
 
     def __enter__(self) -> use_backend:
+        _choices.append(self)
+        if not self._entered:
+            self._end()  # where it stood since it was made
+        self._entered = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _forced
-        _forced = self._previous
+        self._end()
+
+    def _end(self) -> None:
+        with suppress(ValueError):
+            _choices.remove(self)
 
 
 def explain() -> str:
@@ -202,6 +219,7 @@ def explain() -> str:
     """
     devices = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: {', '.join(map(str, devices))}"]
+    refusing = set()  # though they are chosen: for a variable that holds no word they know, their ops raise
     for backend in BACKENDS:
         module = _load(backend)
         if (
@@ -209,7 +227,11 @@ def explain() -> str:
             and hasattr(module, "describe")
             and _refusal(backend, OPS[0], devices[0], torch.float32) is None
         ):
-            lines.append(module.describe())
+            try:
+                lines.append(module.describe())
+            except RuntimeError as error:
+                refusing.add(backend.name)
+                lines.append(f"{backend.name} kernels refuse to run: {str(error).splitlines()[0]}")
     forced = _asked_for()
     if forced:
         lines.append(f"backend set by name: {forced.name}")
@@ -219,18 +241,20 @@ def explain() -> str:
             served: dict[str, list[str]] = {}
             reasons: dict[str, list[str]] = {}
             for op in OPS:
+                lacking = forced is not None and _refusal(forced, op, device, dtype) == _LACKS_OP
+                named = None if lacking else forced
                 for backend in BACKENDS:
-                    asked = backend == forced
+                    asked = backend == named
                     # A failed self-check keeps nobody from asking for a backend by name.
                     reason = (_refusal if asked else _known_refusal)(backend, op, device, dtype)
-                    if reason is None and (asked if forced else backend.is_automatic(device)):
+                    if reason is None and (asked if named else backend.is_automatic(device)):
                         served.setdefault(backend.name, []).append(op)
                         break
-                    why = reason or ("only on request" if not forced else f"{forced.name} was asked for")
+                    why = reason or ("only on request" if not named else f"{named.name} was asked for")
                     reasons.setdefault(f"{backend.name}: {why}", []).append(op)
             for name, ops in served.items():
-                lines.append(f"  {name:10s} serves {', '.join(ops)}")
-                if _backend(name).checked and not forced:
+                lines.append(f"  {name:10s} {'refuses' if name in refusing else 'serves'} {', '.join(ops)}")
+                if _backend(name).checked and _backend(name) != forced:
                     lines += [f"  {'':10s} {text}" for text in _checks(name, ops, device, dtype)]
             for why, ops in reasons.items():
                 scope = "" if len(ops) == len(OPS) else f" ({', '.join(ops)})"

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives  # noqa: F401  registers what the compiler needs to know of them
 from torch import Tensor
 
 from g2rl_kernels.checks import is_dtensor
+
+if dist.is_available():  # not in every build of PyTorch
+    import torch.distributed._functional_collectives  # registers what the compiler needs to know of them
 
 _COLLECTIVES = torch.ops._c10d_functional
 Values = Mapping[str, float | Tensor]
@@ -79,7 +81,7 @@ def check_group(name: str, group: Any, device: torch.device) -> None:
         TypeError: not a process group.
         ValueError: it has no backend for tensors of this device.
     """
-    if not isinstance(group, dist.ProcessGroup):
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise TypeError(f"{name}: expected a torch.distributed.ProcessGroup, found {type(group).__name__}")
     backends = dist.get_backend_config(group)
     if device.type not in [backend.partition(":")[0] for backend in backends.split(",")]:

@@ -7,15 +7,31 @@ leaves to the library goes through this file.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # The settings are the process's: two threads that changed them at once could leave one's behind for good.
 _settings_lock = threading.RLock()
+_to_put_back: list[Callable[[], None]] = []
+
+
+def _in_forked_child() -> None:
+    """There the thread that held the lock, and would put settings back, is none of the threads."""
+    global _settings_lock
+    _settings_lock = threading.RLock()
+    while _to_put_back:
+        _to_put_back.pop()()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(after_in_child=_in_forked_child)
 
 
 @contextmanager
@@ -33,12 +49,10 @@ def exact_products(weight: Tensor) -> Iterator[None]:
         before = matmul.fp32_precision
         # Read back, a setting that follows the device's looks like one of its own: it is handed back as a follower.
         restored = "none" if before == device_wide.fp32_precision else before
-        matmul.fp32_precision = "bf16" if weight.dtype == torch.bfloat16 and not on_cuda else "ieee"
-        with _fp32_sums():
-            try:
-                yield
-            finally:
-                matmul.fp32_precision = restored
+        precision = "bf16" if weight.dtype == torch.bfloat16 and not on_cuda else "ieee"
+        sums = {name: (False, _setting(name)) for name in _NARROW_SUMS}
+        with _changed(matmul, {"fp32_precision": (precision, restored)}), _changed(torch.backends.cuda.matmul, sums):
+            yield
 
 
 # Of CUDA's products of 16-bit numbers: sums, and parts of sums that are joined, in fewer bits than fp32.
@@ -50,16 +64,18 @@ _NARROW_SUMS = (
 
 
 @contextmanager
-def _fp32_sums() -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = {name: _setting(name) for name in _NARROW_SUMS}
-    for name in _NARROW_SUMS:
-        setattr(matmul, name, False)
+def _changed(owner: Any, settings: dict[str, tuple[Any, Any]]) -> Iterator[None]:
+    """Inside the block each of the owner's settings has the first value, afterwards the second."""
+    restores = [partial(setattr, owner, name, after) for name, (_, after) in settings.items()]
+    _to_put_back.extend(restores)
+    for name, (value, _) in settings.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(matmul, name, value)
+        for restore in restores:
+            restore()
+        del _to_put_back[-len(restores) :]
 
 
 def _setting(name: str) -> bool | tuple[bool, bool]:

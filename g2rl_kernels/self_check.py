@@ -109,6 +109,16 @@ _verdicts: dict[tuple[Subject, str], Verdict] = {}
 _lock = threading.Lock()
 
 
+def _in_forked_child() -> None:
+    """Another thread, which the child has not, may hold the lock."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(after_in_child=_in_forked_child)
+
+
 def refusal(subject: Subject, device: torch.device) -> str | None:
     """Why the backend may not serve unasked, None if it may. Runs the check if nothing is known yet."""
     mode = _mode()

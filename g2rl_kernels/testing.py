@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from g2rl_kernels.backends import reference
-from g2rl_kernels.dispatch import BACKENDS, OPS, resolve, use_backend
+from g2rl_kernels.dispatch import BACKENDS, OPS, backend_number, resolve, use_backend
 from g2rl_kernels.ops.head import LMHead, token_logprobs
 from g2rl_kernels.records import Gradients, Head, Responses, SequenceFeatures, TokenLogprobs
 
@@ -406,9 +406,9 @@ def available_backends(
     for backend in BACKENDS:
         with use_backend(backend.name):
             try:
-                for op in ops:
-                    resolve(op, torch.device(device), dtype)
+                found = [resolve(op, torch.device(device), dtype) for op in ops]
             except RuntimeError:
                 continue
-        names.append(backend.name)
+        if all(BACKENDS[backend_number(run)] == backend for run in found):  # ops that it lacks fall to others
+            names.append(backend.name)
     return names

@@ -217,6 +217,35 @@ print(sorted(g2rl_kernels.__all__) != [], [name for name in {HEAVY!r} if name in
     assert run.stdout.splitlines() == ["True []"], run.stdout
 
 
+def test_a_torch_without_distributed() -> None:
+    """As built with USE_DISTRIBUTED=0: it imports, and a group is refused in words."""
+    program = """
+import importlib.abc, sys
+
+class Without(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        built = sys.modules["torch._C"] if name == "torch.distributed" else object()
+        for part in ("_c10d_init", "_rpc_init", "_dist_autograd_init", "_faulty_agent_init", "_distributed_c10d"):
+            if hasattr(built, part):
+                delattr(built, part)
+        sys.modules.pop("torch._C._distributed_c10d", None)
+        if name.startswith("torch._C._distributed_c10d"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Without())
+import torch
+from g2rl_kernels import LMHead
+assert not torch.distributed.is_available()
+try:
+    LMHead(torch.zeros(1, 3), process_group=object())
+except TypeError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    refusal = "head.process_group: expected a torch.distributed.ProcessGroup, found object"
+    assert (run.stdout.splitlines(), run.returncode) == ([refusal], 0), run.stderr[-2000:]
+
+
 def test_the_checks_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that nothing can break does not exist: each way of writing an import is seen."""
     (tmp_path / "g2rl" / "tasks").mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import warnings
@@ -142,6 +143,15 @@ def test_the_next_backend_serves_where_no_process_starts(monkeypatch: pytest.Mon
     with pytest.warns(RuntimeWarning, match="failed at its start: cannot start '': "):
         assert backend_of() != "defective"
     assert not self_check._file(SUBJECT, CPU).exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_forked_during_a_check_does_not_wait_for_it() -> None:
+    with self_check._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if self_check._lock.acquire(timeout=10) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_time_is_limited() -> None:

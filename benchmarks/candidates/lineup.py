@@ -17,7 +17,7 @@ from benchmarks.cases.registry import Op
 from benchmarks.cases.workloads import GroupSample
 from benchmarks.measuring.accuracy import Results
 from g2rl_kernels import Shaping, g2rl_advantages, sequence_features, token_logprobs, use_backend
-from g2rl_kernels.dispatch import BACKENDS, resolve
+from g2rl_kernels.dispatch import BACKENDS, backend_number, resolve
 from g2rl_kernels.plans import head as plans
 from g2rl_kernels.testing import HeadSample
 
@@ -117,11 +117,10 @@ def _backend_refusal(backend: str, case: Case) -> str | None:
     ops = ["token_logprobs", "logprobs_backward"] if case.upstream else [case.op.name.removesuffix("_lse")]
     with use_backend(backend):
         try:
-            for op in ops:
-                resolve(op, tensor.device, tensor.dtype)
+            serving = {BACKENDS[backend_number(resolve(op, tensor.device, tensor.dtype))].name for op in ops}
         except RuntimeError as error:
             return str(error).partition(": ")[2]
-    return None
+    return None if serving == {backend} else "does not have this op"
 
 
 @contextmanager

@@ -74,11 +74,12 @@ def instruction_sets() -> list[str]:
 
 
 def describe() -> str:
-    """One line on what the kernels use here, or what is wrong with the choice."""
-    try:
-        return f"native kernels use {instruction_set()}; G2RL_CPU_ISA may be {', '.join(instruction_sets())}"
-    except RuntimeError as error:
-        return f"native kernels refuse to run: {str(error).splitlines()[0]}"
+    """One line on what the kernels use here.
+
+    Raises:
+        RuntimeError: as `instruction_set`.
+    """
+    return f"native kernels use {instruction_set()}; G2RL_CPU_ISA may be {', '.join(instruction_sets())}"
 
 
 # The compiled functions read the records themselves.

@@ -17,8 +17,8 @@ NaN or inf in features, similarities or scores leaves the results of its group u
 from __future__ import annotations
 
 import math
-import warnings
 from functools import partial
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -29,8 +29,10 @@ from g2rl_kernels.checks import (
     check_real,
     check_tensor,
     own_copy,
+    refuse_function_transforms,
     refuse_tangents,
     values_readable,
+    warn_caller,
 )
 from g2rl_kernels.dispatch import Groups, resolve
 from g2rl_kernels.products import wide
@@ -57,11 +59,13 @@ def group_similarity(features: torch.Tensor, groups: int | torch.Tensor) -> torc
         ``torch.compile(fullgraph=True)`` m_max is a number if `groups` is one, otherwise a size known only at run time.
 
     Raises:
-        NotImplementedError: features have a tangent, of forward-mode differentiation.
+        NotImplementedError: features have a tangent, of forward-mode differentiation, or torch.func takes the gradient
+            in them.
         TypeError, ValueError: an argument has another type, shape or range.
     """
     check_tensor("features", features, ("B", "d"), _REAL)
-    refuse_tangents(("features",), (features,))
+    refuse_tangents(features=features)
+    refuse_function_transforms(features=features)
     cu_groups, m_max = _offsets(groups, features.shape[0], features.device)
     return _group_similarity(features, cu_groups, m_max)
 
@@ -90,6 +94,7 @@ def exploration_scores(
     m_max = similarity.shape[1] if m_max is None else m_max
     check_tensor("similarity", similarity, (cu_groups.shape[0] - 1, m_max, m_max))
     _check_valid(valid, rewards)
+    refuse_function_transforms(similarity=similarity, rewards=rewards)
     return _exploration_scores(similarity, rewards.to(similarity.dtype), cu_groups, valid)
 
 
@@ -117,6 +122,7 @@ def shape_rewards(
     check_real("rewards", rewards)
     cu_groups, _ = _offsets(groups, scores.shape[0], scores.device)
     _check_valid(valid, scores)
+    refuse_function_transforms(rewards=rewards, scores=scores)
     return _shape_rewards(rewards.to(scores.dtype), scores, cu_groups, valid, *_flat(shaping))
 
 
@@ -136,6 +142,7 @@ def group_advantages(
     """
     check_tensor("rewards", rewards, ("B",))
     check_real("rewards", rewards)
+    refuse_function_transforms(rewards=rewards)
     _check_normalize(normalize)
     cu_groups, _ = _offsets(groups, rewards.shape[0], rewards.device)
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
@@ -175,6 +182,7 @@ def g2rl_advantages(
     check_real("rewards", rewards)
     _check_normalize(normalize)
     _check_valid(valid, rewards)
+    refuse_function_transforms(features=features, rewards=rewards)
     cu_groups, m_max = _offsets(groups, features.shape[0], features.device)
     rewards = rewards.to(features.dtype)
     return GroupAdvantages(*_g2rl_advantages(features, rewards, cu_groups, m_max, valid, *_flat(shaping), normalize))
@@ -187,10 +195,11 @@ def _offsets(groups: int | torch.Tensor, B: int, device: torch.device) -> tuple[
         if groups.shape[0] == 0:
             raise ValueError("groups: expected at least the offset 0, found an empty tensor")
         return groups, None
-    if isinstance(groups, bool) or not isinstance(groups, int | torch.SymInt):
+    if isinstance(groups, bool) or not isinstance(groups, Integral | torch.SymInt):
         raise TypeError(f"groups: expected an int or a tensor of offsets, found {type(groups).__name__}")
     if groups <= 0 or B % groups or groups > _LARGEST_GROUP:
         raise ValueError(f"groups: expected a divisor of B = {B}, found {groups}")
+    groups = groups if isinstance(groups, torch.SymInt) else int(groups)  # NumPy's numbers fit no schema
     return torch.arange(0, B + 1, groups, device=device), groups
 
 
@@ -224,10 +233,9 @@ def _check_finite(rewards: torch.Tensor) -> tuple[float, float] | None:
 
 def _check_rewards(rewards: torch.Tensor) -> None:
     if _check_finite(rewards) == (0, 1) and bool(((rewards == 0) | (rewards == 1)).all()):
-        warnings.warn(
+        warn_caller(
             "rewards: found only 0 and 1; shaping scales rewards and cannot move wrong answers. Map them to -1 and +1, "
-            "as reward_range=[0, 1] does in TRL and verl.",
-            stacklevel=2,
+            "as reward_range=[0, 1] does in TRL and verl."
         )
 
 

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from g2rl_kernels import distributed
-from g2rl_kernels.checks import check_number, check_tensor, is_dtensor, refuse_tangents, values_readable
+from g2rl_kernels.checks import (
+    check_number,
+    check_tensor,
+    is_dtensor,
+    refuse_function_transforms,
+    refuse_tangents,
+    values_readable,
+)
 from g2rl_kernels.dispatch import BACKENDS, backend_number, resolve
 from g2rl_kernels.distributed import Values, VocabularyPart
 from g2rl_kernels.ops import head_ops
@@ -43,7 +50,8 @@ class LMHead:
     Attributes:
         weight: [V, d], bf16, fp16, fp32 or fp64; the rank's part where the vocabulary is split. A DTensor sharded on
             dimension 0 brings its ranks along.
-        bias: [V], weight's dtype or fp32.
+        bias: [V], weight's dtype or fp32. One of -inf, or beyond -1e30, masks a word: its probability is 0, and its
+            log-probability, were it a target, a large negative number instead of -inf. A soft cap would undo that.
         temperature: divides the logits for log-probabilities, entropy and features alike; 1e-18 to 1e18.
         logit_scale: multiplies W h + b (Cohere, Granite); of either sign.
         softcap: c in c tanh(z / c), applied before the temperature (Gemma); None for none.
@@ -159,13 +167,16 @@ def token_logprobs(
             captured, as for all values.
 
     Raises:
-        NotImplementedError: hidden, weight or bias has a tangent, of forward-mode differentiation.
+        NotImplementedError: hidden, weight or bias has a tangent, of forward-mode differentiation, or torch.func takes
+            the gradient in it.
         TypeError, ValueError, IndexError: an argument has another type, shape, device or range.
     """
     head = _as_head(head)
     weight, bias = head.tensors
     _check_tokens(hidden, weight, targets, workspace_bytes)
-    refuse_tangents(("hidden", "head.weight", "head.bias"), (hidden, weight, bias))
+    inputs = {"hidden": hidden, "head.weight": weight, "head.bias": bias}
+    refuse_tangents(**inputs)
+    refuse_function_transforms(**inputs)
     options = (bool(check_finite), *head.options, int(workspace_bytes or 0))
     if head.part is not None:
         results = _over_parts(hidden, head, (weight, bias), targets, (None, None), options)[1:]
@@ -198,8 +209,8 @@ def sequence_features(
     Args:
         hidden, head, targets, workspace_bytes, check_finite: as in `token_logprobs`.
         cu_seqlens: [B + 1] int32 or int64, from 0 to N, never decreasing; response b owns tokens cu[b] to cu[b + 1].
-        token_weights: [N] float >= 0, a_t of eq. 8, on a GPU such that fp32 holds a response's sum and its inverse;
-            None weighs all tokens alike.
+        token_weights: [N] float, finite and >= 0, a_t of eq. 8, on a GPU such that fp32 holds a response's sum and its
+            inverse; None weighs all tokens alike.
         lse: [N] float from the same weights and hidden states (say, of the pass for old log-probabilities); spares
             kernels the search for the row maximum, and with it a second product. Values of it only steer rounding:
             the result is normalised anew, and a response with values of something else, NaN included, is computed
@@ -211,14 +222,17 @@ def sequence_features(
     Features are additive: parts of one response, weighted by their sums of a_t, add up to the whole.
 
     Raises:
-        NotImplementedError: hidden, weight or bias has a tangent, of forward-mode differentiation.
+        NotImplementedError: hidden, weight or bias has a tangent, of forward-mode differentiation, or torch.func takes
+            the gradient in it.
         TypeError, ValueError, IndexError: an argument has another type, shape, device or range, or ranks of one group
             have not the same tokens or responses.
     """
     head = _as_head(head)
     weight, bias = head.tensors
     _check_tokens(hidden, weight, targets, workspace_bytes)
-    refuse_tangents(("hidden", "head.weight", "head.bias"), (hidden, weight, bias))
+    inputs = {"hidden": hidden, "head.weight": weight, "head.bias": bias}
+    refuse_tangents(**inputs)
+    refuse_function_transforms(**inputs)
     check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32, torch.int64), hidden.device)
     if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens: expected at least the offset 0, found an empty tensor")
@@ -283,12 +297,12 @@ def _over_context(
         alike = {"cu_seqlens: expected the same B + 1 on every rank of context_group": cu_seqlens.shape[0]}
         distributed.check_alike(alike, group.size(), group.group_name, features.device)
     if token_weights is None:
-        weights = cu_seqlens.diff().to(features.dtype)
+        weights = wide(cu_seqlens.diff())
     else:
         # Adds term by term: in fp32 the sum of a long response would lose digits. Weights, as features, are data.
         weights = torch.segment_reduce(wide(token_weights.detach()), "sum", offsets=cu_seqlens, initial=0)
-        weights = weights.to(features.dtype)
-    return distributed.sum_features(features, weights, group.group_name)
+    # In float64 to the end, which holds all that weights may be.
+    return distributed.sum_features(wide(features), weights, group.group_name).to(features.dtype)
 
 
 def _as_head(head: LMHead | torch.Tensor) -> LMHead:

@@ -18,6 +18,22 @@ from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
 _MODERATE_EXPONENT = 64
 
 
+# Of the bias of a word that is masked, and of its logit where the head's scale is large: fp32 holds both, and multiples
+# of them by any gradient that is of use.
+_MASKED_BIAS, _MASKED_LOGIT = 1e30, 1e37
+
+
+def head_record(
+    weight: torch.Tensor, bias: torch.Tensor | None, temperature: float, logit_scale: float, softcap: float
+) -> Head:
+    """The record that backends get, in which no bias makes a logit -inf: p log p = 0 * -inf would be NaN."""
+    if bias is not None:
+        largest = min(_MASKED_BIAS, _MASKED_LOGIT * temperature / abs(logit_scale))
+        bias = bias.float() if bias.dtype == torch.float16 else bias  # whose own lowest number may mask nothing
+        bias = bias.clamp(min=-largest) if logit_scale > 0 else bias.clamp(max=largest)
+    return Head(weight, bias, temperature, logit_scale, softcap)
+
+
 def _result_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
@@ -74,7 +90,7 @@ def token_logprobs(
     if check_finite:
         checks.finite("hidden", hidden)
     targets = checks.targets(targets, weight.shape[0])
-    head = Head(weight, bias, temperature, logit_scale, softcap)
+    head = head_record(weight, bias, temperature, logit_scale, softcap)
     run = resolve("token_logprobs", hidden.device, hidden.dtype, head)
     with checks:
         return tuple(run(hidden, head, targets, workspace_bytes))
@@ -106,7 +122,8 @@ def sequence_features(
     targets = checks.targets(targets, weight.shape[0])
     cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
     token_weights = _checked_weights(checks, token_weights, cu_seqlens)
-    head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights, lse)
+    head = head_record(weight, bias, temperature, logit_scale, softcap)
+    responses = Responses(cu_seqlens, token_weights, lse)
     run = resolve("sequence_features", hidden.device, hidden.dtype, head)
     with checks:
         return tuple(run(hidden, head, targets, responses, workspace_bytes))
@@ -136,7 +153,7 @@ def token_sums(
     if check_finite:
         checks.finite("hidden", hidden)
     targets = checks.targets(targets, vocab_size)
-    head = Head(weight, bias, temperature, logit_scale, softcap)
+    head = head_record(weight, bias, temperature, logit_scale, softcap)
     run = resolve("token_sums", hidden.device, hidden.dtype, head)
     with checks:
         return run(hidden, head, local_targets(targets, vocab_start, weight.shape[0]), workspace_bytes)
@@ -173,7 +190,8 @@ def part_features(
     else:
         cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
     token_weights = _checked_weights(checks, token_weights, cu_seqlens)
-    head, responses = Head(weight, bias, temperature, logit_scale, softcap), Responses(cu_seqlens, token_weights)
+    head = head_record(weight, bias, temperature, logit_scale, softcap)
+    responses = Responses(cu_seqlens, token_weights)
     run = resolve("part_features", hidden.device, hidden.dtype, head)
     with checks:
         return tuple(run(hidden, head, targets, responses, sums, workspace_bytes))
@@ -202,14 +220,14 @@ def logprobs_backward(
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for hidden, weight and bias; those that `needs` does not ask for are tensors without elements."""
-    head, saved = Head(weight, bias, temperature, logit_scale, softcap), TokenLogprobs(logps, entropy, lse)
+    head, saved = head_record(weight, bias, temperature, logit_scale, softcap), TokenLogprobs(logps, entropy, lse)
     if targets.device.type == "cpu":  # another thread may have changed them since the forward pass
         targets = own_copy(targets)
         check_targets(targets, weight.shape[0], lowest=-1)  # -1: in another part of the vocabulary
     run = resolve("logprobs_backward", hidden.device, hidden.dtype, head)
     grads = run(grad_logps, grad_entropy, hidden, head, targets, saved, Needs(*needs), workspace_bytes)
     grad_hidden, grad_weight, grad_bias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
-    return grad_hidden, grad_weight, grad_bias
+    return grad_hidden, grad_weight, grad_bias if bias is None else grad_bias.to(bias.dtype)
 
 
 @logprobs_backward.register_fake

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -55,12 +57,26 @@ def pad(packed: torch.Tensor, mask: torch.Tensor, value: float = 0.0) -> torch.T
     if not torch.compiler.is_compiling() and list(packed.shape[:1]) != [marked := int(keep.sum())]:
         raise ValueError(f"packed: expected shape [{marked}, ...], as marked by mask, found {list(packed.shape)}")
     check_number("value", value, "a number", lambda x: True)
+    check_number("value", value, f"a number that {packed.dtype} holds", partial(_holds, packed.dtype))
     try:
         padded = packed.new_full((*mask.shape, *packed.shape[1:]), value)
     except (OverflowError, RuntimeError) as error:
         raise ValueError(f"value: expected a number that {packed.dtype} holds, found {value}") from error
     try:
         # Not by the mask itself: one marked position would be filled, for which float8 has no kernel.
-        return padded.index_put(keep.nonzero(as_tuple=True), packed)
+        marked_at = keep.nonzero(as_tuple=True)
+        if torch.compiler.is_compiling():  # or a single token would stand at every marked position
+            torch._check(
+                marked_at[0].shape[0] == packed.shape[0], lambda: "packed: expected as many tokens as mask marks"
+            )
+        return padded.index_put(marked_at, packed)
     except NotImplementedError as error:
         raise TypeError(f"packed: expected a dtype that PyTorch can index, found {packed.dtype}") from error
+
+
+def _holds(dtype: torch.dtype, value: float) -> bool:
+    """Whether integers and bools of this dtype have the value; floats round, and refuse what they cannot themselves."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return True
+    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return value % 1 == 0 and low <= value <= high

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from g2rl_kernels import LMHead, SequenceFeatures, sequence_features, testing, token_logprobs
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.distributed import local_targets
+from g2rl_kernels.ops.head_ops import head_record
 from g2rl_kernels.records import Gradients, Head, Needs, Responses, TokenLogprobs
 from g2rl_kernels.testing import OPTIONS, ROUNDOFF, HeadSample, Options, Shape
 
@@ -93,20 +95,71 @@ def upstream(s: HeadSample, seed: int = 3) -> tuple[Tensor, Tensor]:
     return g_logps, g_entropy
 
 
-def check_gradients(s: HeadSample, workspace_bytes: int) -> None:
+# What is left of a gradient of 0: kernels may count a probability of 0 as fp32's smallest normal number, 1.2e-38, which
+# dozens of tokens multiply by their gradients of up to 1e6, by a log p of 87, and by hidden.
+NOTHING = 1e-28
+
+
+def check_gradients(s: HeadSample, workspace_bytes: int | None = None, given: HeadSample | None = None) -> None:
+    """`given` is what the op gets, where the oracle needs another."""
     g = upstream(s)
-    testing.assert_gradients(testing.gradients(s, *g, workspace_bytes), *testing.oracle_gradients(s, *g))
+    exact, allowed = testing.oracle_gradients(s, *g)
+    found = testing.gradients(s if given is None else given, *g, workspace_bytes)
+    testing.assert_gradients(found, exact, Gradients(*(None if x is None else x + NOTHING for x in allowed)))
 
 
-def check_parts(s: HeadSample, words: tuple[int, ...], logit_error: Tensor | None = None) -> None:
-    """Parts of the vocabulary, from words[i] to words[i + 1] each, hold the contract together, without ranks."""
-    whole = joined_parts(s, words)
+def masked(s: HeadSample, value: float) -> HeadSample:
+    """With a bias of `value` for the words from a ninth of the vocabulary on, and targets before it."""
+    V = s.head.weight.shape[0]
+    bias = torch.where(torch.arange(V, device=s.hidden.device) < V // 9, s.head.bias, value)
+    return replace(s, head=replace(s.head, bias=bias, temperature=0.7), targets=s.targets % (V // 9))
+
+
+def masks(dtype: torch.dtype) -> tuple[float, float, float]:
+    """What masks a word, and last what the oracle can reckon with; of the bias's dtype."""
+    lowest = torch.finfo(dtype).min
+    return -torch.inf, lowest, max(lowest, -1e30)
+
+
+def check_masked_words(shape: Shape, dtype: torch.dtype, device: str = "cpu", **changes: object) -> None:
+    """They take no part, whichever number masks them; as a target, one has finite gradients."""
+    s = sample(shape, dtype, device, options=OPTIONS["bias"])
+    *values, finite = masks(dtype)
+    exact = masked(s, finite)
+    expected = testing.oracle(exact)
+    hopeless = replace(exact, targets=torch.full_like(s.targets, shape.V - 1))
+    of_hopeless = testing.oracle(hopeless)
+    for given in (masked(s, value) for value in values):
+        testing.assert_bounds(features(given, **changes), expected, s.cu_seqlens)
+        check_gradients(exact, given=given)
+        found = features(replace(given, targets=hopeless.targets), **changes)
+        assert bool((found.logps < 0.9 * finite / 0.7).all() and found.logps.isfinite().all())
+        testing.assert_bounds(found._replace(logps=of_hopeless.logps), of_hopeless, s.cu_seqlens)
+        check_gradients(hopeless, given=replace(given, targets=hopeless.targets))
+
+
+def check_parts(
+    s: HeadSample, words: tuple[int, ...], logit_error: Tensor | None = None, given: HeadSample | None = None
+) -> None:
+    """Parts of the vocabulary, from words[i] to words[i + 1] each, hold the contract together, without ranks.
+
+    `given` is what backends get, where the oracle needs another.
+    """
+    given = s if given is None else given
+    whole = joined_parts(given, words)
     testing.assert_bounds(whole, testing.oracle(s), s.cu_seqlens, logit_error)
     saved = TokenLogprobs(*whole[1:])
     of_parts = [
-        _run("logprobs_backward", *upstream(s), s.hidden, head, y, saved, Needs()) for head, y in _parts(s, words)
+        _run("logprobs_backward", *upstream(s), s.hidden, head, y, saved, Needs()) for head, y in _parts(given, words)
     ]
     check_gradients_of_parts(s, of_parts, sum(x.hidden.double() for x in of_parts))
+
+
+def check_masked_parts(s: HeadSample, words: tuple[int, ...]) -> None:
+    """The last ones have no word that is not masked; `s` has a bias."""
+    *values, finite = masks(s.head.bias.dtype)
+    for value in values:
+        check_parts(masked(s, finite), words, given=masked(s, value))
 
 
 def joined_parts(s: HeadSample, words: tuple[int, ...]) -> SequenceFeatures:
@@ -124,7 +177,8 @@ def _parts(s: HeadSample, words: tuple[int, ...]) -> list[tuple[Head, Tensor]]:
     parts = []
     for first, last in itertools.pairwise(words):
         bias = None if s.head.bias is None else s.head.bias[first:last]
-        parts.append((Head(s.head.weight[first:last], bias, *s.options), local_targets(s.targets, first, last - first)))
+        head = head_record(s.head.weight[first:last], bias, *s.options)  # as the ops hand it on
+        parts.append((head, local_targets(s.targets, first, last - first)))
     return parts
 
 
@@ -155,6 +209,7 @@ def check_gradients_of_parts(s: HeadSample, parts: list[Gradients], hidden: Tens
     """Gradients of parts' words, and of hidden [N, d], which shares that were rounded to its dtype make up."""
     bias = None if s.head.bias is None else torch.cat([part.bias for part in parts])
     exact, allowed = testing.oracle_gradients(s, *upstream(s))
+    allowed = Gradients(*(None if x is None else x + NOTHING for x in allowed))
     # Each share is rounded, and so is each sum of some, fp16 to multiples of 2^-24 at best.
     smallest = 2.0**-25 if s.hidden.dtype == torch.float16 else 0.0
     rounding = sum(ROUNDOFF[s.hidden.dtype] * part.hidden.double().abs() + smallest for part in parts) * len(parts)

@@ -24,6 +24,8 @@ from head_cases import (
     check_gradients,
     check_logits_beyond_the_digits_of_fp32,
     check_lse_of_something_else,
+    check_masked_parts,
+    check_masked_words,
     check_parts,
     check_second_response_first,
     features,
@@ -117,6 +119,15 @@ def test_logits_beyond_the_digits_of_fp32(dtype: torch.dtype, backend) -> None: 
 def test_parts_of_the_vocabulary(shape: Shape, options: str, backend) -> None:  # noqa: ANN001
     """Rows of a part, too, are aligned where d is: Hopper's kernels serve one of the shapes."""
     check_parts(sample(shape, torch.float16, kind="peaked", options=OPTIONS[options]), (0, 1, 140, 200))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
+@pytest.mark.parametrize("plan", PLANS[:3])
+def test_masked_words(plan: str, shape: Shape, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001
+    s = sample(shape, torch.bfloat16, kind="random", options=OPTIONS["bias"])
+    check_masked_words(shape, torch.bfloat16, lse=given(plan, s, request))
+    check_masked_parts(s, (0, 1, 140, 200))
 
 
 @pytest.mark.slow

@@ -261,8 +261,9 @@ def test_zero_one_rewards_warn(function: str) -> None:
         "exploration_scores": lambda r: exploration_scores(torch.tensor([COSINES]), r, 3),
         "g2rl_advantages": lambda r: g2rl_advantages(torch.tensor(PLANE), r, 3),
     }[function]
-    with pytest.warns(UserWarning, match="found only 0 and 1"):
+    with pytest.warns(UserWarning, match="found only 0 and 1") as warned:
         run(torch.tensor([0, 1, 1]))
+    assert [w.filename for w in warned] == [__file__], "it points to the caller"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for rewards in ([-1, 1, 1], [1, 1, 1], [0, 0, 0], [0.0, 0.5, 1.0], [0, 1, 2]):

@@ -6,8 +6,11 @@ g2rl_kernels.testing.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -20,6 +23,7 @@ from head_cases import (
     WRONG_LSE,
     check_logits_beyond_the_digits_of_fp32,
     check_lse_of_something_else,
+    check_masked_words,
     oracle,
     sample,
     upstream,
@@ -263,6 +267,30 @@ def test_nan_of_one_response_beside_a_given_lse(backend: str | None, device: str
 def test_logits_beyond_the_digits_of_fp32(backend: str | None, device: str, dtype: torch.dtype) -> None:
     with use_backend(backend):
         check_logits_beyond_the_digits_of_fp32(dtype, device)
+
+
+@every_case
+@pytest.mark.parametrize("lse", ["unknown", "given"])
+def test_masked_words(backend: str | None, device: str, dtype: torch.dtype, lse: str) -> None:
+    given = oracle(SMALL, dtype, device, "random", OPTIONS["bias"]).lse.float() if lse == "given" else None
+    with use_backend(backend):
+        check_masked_words(SMALL, dtype, device, lse=given)
+
+
+@pytest.mark.parametrize("logit_scale", [-1e-3, 1e18])
+def test_masked_words_of_other_scales(logit_scale: float) -> None:
+    """Where a negative scale turns the sign of a mask around, and where one of -1e30 would be -inf after it."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [1e-18], [0.0]])
+    for backend in testing.available_backends(ops=HEAD_OPS):
+        head = LMHead(weight, torch.tensor([0, 0, -torch.inf]) * logit_scale / abs(logit_scale), 1.0, logit_scale)
+        leaf = hidden.clone().requires_grad_()
+        with use_backend(backend):
+            out = token_logprobs(leaf, head, torch.tensor([0]))
+            out.entropy.sum().backward()
+        expected = torch.distributions.Categorical(logits=weight[:2, 0].double() * logit_scale)
+        assert out.logps.item() == pytest.approx(float(expected.logits[0]), abs=1e-6)
+        assert out.entropy.item() == pytest.approx(float(expected.entropy()), abs=1e-6)
+        assert bool(leaf.grad.isfinite().all())
 
 
 @every_forward
@@ -733,6 +761,32 @@ def test_global_precision_settings_change_nothing(
     torch.set_float32_matmul_precision("medium")
     unchanged()
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_forked_while_another_thread_multiplies(restore_precision: None) -> None:
+    """It waits for no lock that nobody gives back, and has the settings of before."""
+    inside, done = threading.Event(), threading.Event()
+
+    def multiply() -> None:
+        with exact_products(torch.zeros(1, dtype=torch.bfloat16)):
+            inside.set()
+            done.wait()
+
+    before = settings()
+    thread = threading.Thread(target=multiply)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        kept = settings() == before
+        with exact_products(torch.zeros(1, dtype=torch.bfloat16)):
+            os._exit(0 if kept else 1)
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+    assert settings() == before
 
 
 @every_case

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from backend_cases import FLOAT_DTYPES, over_backends
-from head_cases import check_parts, joined_parts, sample
+from head_cases import check_masked_parts, check_parts, joined_parts, sample
 
 from g2rl_kernels import testing, use_backend
 from g2rl_kernels.testing import OPTIONS, SMALL, HeadSample, Shape
@@ -31,6 +31,12 @@ def test_kinds_of_logits(backend: str | None, device: str, dtype: torch.dtype, k
     s = sample(SMALL, dtype, device, kind=kind, options=OPTIONS["plain"])
     with use_backend(backend):
         check_parts(s, WORDS, testing.accumulation_error(s) if kind.startswith("hidden") else None)
+
+
+@every_backend
+def test_masked_words(backend: str | None, device: str, dtype: torch.dtype) -> None:
+    with use_backend(backend):
+        check_masked_parts(sample(SMALL, dtype, device, options=OPTIONS["bias"]), WORDS)
 
 
 @every_other_dtype

@@ -55,7 +55,9 @@ def test_unknown_words_are_refused() -> None:
     result = run("avx513", "-c", ONE_CALL)
     expected = f"RuntimeError: {VARIABLE}: expected one of {', '.join(WORDS)}, found 'avx513'"
     assert result.returncode == 1 and expected in result.stderr
-    assert f"{VARIABLE}: expected one of" in run("avx513", "-m", "g2rl_kernels").stdout
+    report = run("avx513", "-m", "g2rl_kernels").stdout
+    assert f"native kernels refuse to run: {VARIABLE}: expected one of" in report
+    assert "native     refuses token_logprobs, " in report and "native     serves" not in report
 
 
 @pytest.mark.parametrize("isa", [word for word in WORDS if word not in present])

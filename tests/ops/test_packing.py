@@ -124,5 +124,14 @@ def test_messages(call, message: str) -> None:  # noqa: ANN001
         pad(torch.ones(6), torch.ones(2, 3), 2**70)
     with pytest.raises(TypeError, match="value: expected a number, found str"):
         pad(torch.ones(6), torch.ones(2, 3), "0")
-    with pytest.raises(ValueError, match="value: expected a number that torch.int8 holds, found 300"):
-        pad(torch.ones(6).to(torch.int8), torch.ones(2, 3), 300)
+    for dtype, value in (
+        (torch.int8, 300),
+        (torch.int64, 0.5),
+        (torch.int64, float("nan")),
+        (torch.int64, 2**63),
+        (torch.uint8, -1),
+        (torch.bool, 2),
+    ):
+        with pytest.raises(ValueError, match=f"value: expected a number that {dtype} holds, found {value}"):
+            pad(torch.ones(6).to(dtype), torch.ones(2, 3), value)
+    assert pad(torch.ones(1).bool(), torch.tensor([[1, 0]]), 1.0).tolist() == [[True, True]]

@@ -338,6 +338,17 @@ def test_compiled_packing_equals_eager() -> None:
     torch.testing.assert_close(found, round_trip(padded, mask), rtol=0, atol=0)
 
 
+def test_compiled_padding_counts_tokens() -> None:
+    """One token would be repeated at every marked position."""
+    mask = torch.tensor([[0, 1, 0], [0, 1, 1]])
+    compiled = torch.compile(pad, fullgraph=True, backend=PARTITIONED)
+    assert compiled(torch.tensor([1.0, 2, 3]), mask).tolist() == [[0, 1, 0], [0, 2, 3]]
+    for wrong in (1, 2):
+        with pytest.raises(RuntimeError):
+            compiled(torch.ones(wrong), mask)
+    assert compiled(torch.tensor([4.0]), mask * mask.new_tensor([[1], [0]])).tolist() == [[0, 4, 0], [0, 0, 0]]
+
+
 def test_compiled_programs_check_values_too() -> None:
     s = head_sample(SHAPE)
     compiled = torch.compile(lambda targets: token_logprobs(s.hidden, s.head, targets).logps, backend=PARTITIONED)

@@ -137,7 +137,22 @@ def test_weights_of_long_responses_are_summed_exactly(dtype: torch.dtype, monkey
     cu_seqlens = torch.tensor([0, 60, 60, 300_060])
     sequence_features(hidden, torch.ones(1, 1), targets, cu_seqlens, token_weights, context_group=group)
     expected = token_weights.detach()[0].double() * cu_seqlens.diff()
-    assert not sums[0].requires_grad and torch.equal(sums[0], expected.float())
+    assert not sums[0].requires_grad and sums[0].dtype == torch.float64
+    assert torch.equal(sums[0].float(), expected.float())
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-60, 1e60, 1e300])
+def test_weights_of_any_scale(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond fp32's numbers, too, as without a group."""
+    for name in ("check_group", "check_alike"):
+        monkeypatch.setattr(distributed, name, lambda *arguments: None)
+    monkeypatch.setattr(distributed, "all_reduce", lambda x, group: x)
+    s = sample("bf16", 2)
+    inputs = (s.hidden, s.head, s.targets, s.cu_seqlens, s.token_weights.double() * scale)
+    group: Any = SimpleNamespace(size=lambda: 1, group_name="")
+    found = sequence_features(*inputs, context_group=group).features
+    # Multiplied and divided in float64, and rounded once more to fp32.
+    torch.testing.assert_close(found, sequence_features(*inputs).features, rtol=2.0**-23, atol=0)
 
 
 @on_two_ranks

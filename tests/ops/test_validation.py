@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -186,8 +187,10 @@ RESPONSES = [
     ),
     ({"token_weights": torch.ones(5)}, ValueError, "token_weights: expected shape [6], found [5]"),
     ({"token_weights": torch.ones(N).long()}, TypeError, "token_weights: expected dtype bfloat16 or"),
-    ({"token_weights": -torch.ones(N)}, ValueError, "token_weights: expected values >= 0, found -1.0"),
-    ({"token_weights": torch.full((N,), float("nan"))}, ValueError, "token_weights: expected values >= 0, found nan"),
+    *(
+        ({"token_weights": torch.full((N,), x)}, ValueError, f"token_weights: expected finite values >= 0, found {x}")
+        for x in (-1.0, float("nan"), float("inf"), float("-inf"))
+    ),
     ({"lse": torch.ones(5)}, ValueError, "lse: expected shape [6], found [5]"),
     ({"lse": torch.ones(N).int()}, TypeError, "lse: expected dtype bfloat16 or"),
 ]
@@ -354,8 +357,12 @@ def test_late_checks_of_hidden(function: Callable, monkeypatch: pytest.MonkeyPat
     raises(lambda: head_call(function, hidden=hidden, check_finite=True), ValueError, message)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at-once", "late"])
 @pytest.mark.parametrize(("changes", "error", "message"), RESPONSES)
-def test_responses(changes: dict, error: type[Exception], message: str) -> None:
+def test_responses(
+    changes: dict, error: type[Exception], message: str, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ValueChecks, "_is_late", lambda checks, tensor: late and tensor.numel() > 0)
     raises(lambda: head_call(sequence_features, **changes), error, message)
 
 
@@ -402,6 +409,30 @@ def test_forward_mode_is_refused(name: str) -> None:
     raises(with_dual_numbers, NotImplementedError, message)
     raises(lambda: torch.func.jvp(run, (x,), (x,)), NotImplementedError, message)
     assert float(torch.func.jvp(lambda y: run(x).sum() + y, (x[0, 0],), (x[0, 0],))[1]) == 1
+
+
+@pytest.mark.parametrize("name", TANGENTS)
+def test_gradients_of_functions_are_refused(name: str) -> None:
+    """PyTorch's message would name no argument. What they do not differentiate is a constant, and `vmap` works."""
+    x, run = torch.ones(N, D), TANGENTS[name]
+    message = f"{name}: expected no gradient of torch.func (grad, vjp, jacrev), found one: use torch.autograd.grad"
+
+    def both(y: torch.Tensor) -> torch.Tensor:
+        return torch.func.vmap(run)(y[None]).sum()
+
+    for function in (torch.func.grad(lambda y: run(y).sum()), torch.func.jacrev(run), torch.func.grad(both)):
+        raises(lambda function=function: function(x), NotImplementedError, message)
+    assert float(torch.func.grad(lambda y: run(x).sum() + y)(x[0, 0])) == 1
+    assert torch.equal(torch.func.vmap(run)(x[None])[0], run(x))
+
+
+@pytest.mark.parametrize("function", TAKE_REWARDS)
+def test_gradients_of_functions_are_refused_by_rewards_too(function: Callable) -> None:
+    def run(rewards: torch.Tensor) -> torch.Tensor:
+        return group_call(function, rewards=rewards)
+
+    message = "rewards: expected no gradient of torch.func"
+    raises(lambda: torch.func.grad(run)(-torch.ones(N)), NotImplementedError, message)
 
 
 def test_indices_changed_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,6 +483,7 @@ def test_what_is_accepted() -> None:
     head_call(sequence_features, token_weights=torch.zeros(N).bfloat16(), lse=torch.zeros(N).double())
     for function in ALL_GROUP_FUNCTIONS:
         group_call(function)
+        group_call(function, groups=np.int64(3))
         if function is not exploration_scores:
             group_call(function, groups=offsets(0, 6, 6, dtype=torch.int32))
 
@@ -490,6 +522,33 @@ def test_use_backend_for_the_process() -> None:
     assert resolved() == "g2rl_kernels.backends.reference.head"
     use_backend(None)
     assert resolved() == automatic
+
+
+def test_use_backend_in_blocks_that_overlap() -> None:
+    """As of two threads: each ends its own choice, and the last one that is left holds."""
+    automatic = resolved()
+    first, second = use_backend("torch").__enter__(), use_backend("reference").__enter__()
+    assert resolved() == "g2rl_kernels.backends.reference.head"
+    first.__exit__(None, None, None)
+    assert resolved() == "g2rl_kernels.backends.reference.head"
+    second.__exit__(None, None, None)
+    assert resolved() == automatic
+    chosen = use_backend("reference")
+    use_backend(None)
+    assert resolved() == automatic
+    with chosen:
+        assert resolved() == "g2rl_kernels.backends.reference.head"
+        with chosen:
+            pass
+        assert resolved() == "g2rl_kernels.backends.reference.head"
+    assert resolved() == automatic
+
+
+def test_choices_for_the_process_replace_each_other() -> None:
+    for _ in range(5):
+        use_backend("torch")
+        use_backend(None)
+    assert len(dispatch._choices) <= 2
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
@@ -580,7 +639,7 @@ def test_backend_that_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
             RuntimeError,
             "backend 'refusing' cannot run sequence_features on cpu torch.bfloat16: only float32 today",
         )
-        raises(resolved, RuntimeError, "cannot run sequence_features on cpu torch.float32: does not have this op")
+        assert resolved() == "g2rl_kernels.backends.eager.head", "an op that it lacks is served as if it was not chosen"
     assert resolved() == "g2rl_kernels.backends.eager.head"
     report = explain().split("\n\n")
     assert report[1].splitlines() == [
@@ -598,6 +657,27 @@ def test_backend_that_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         "  not refusing: only float32 today",
         "  not torch: refusing was asked for",
     ]
+    assert report[3].splitlines() == [
+        "cpu, float32",
+        f"  torch      serves {', '.join(dispatch.OPS)}",
+        "  not absent: nobody wrote it",
+        "  not refusing: does not have this op",
+    ]
+
+
+@pytest.mark.parametrize("backend", testing.available_backends(ops=("g2rl_advantages",)))
+def test_every_op_runs_whichever_backend_is_chosen(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, here or from outside: those that it lacks run elsewhere, and so do gradients."""
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, backend)
+    for function in (token_logprobs, sequence_features):
+        head_call(function)
+    for function in ALL_GROUP_FUNCTIONS:
+        group_call(function)
+    features = torch.ones(N, D, requires_grad=True)
+    group_similarity(features, 3).sum().backward()
+    assert features.grad.abs().max() < 1e-6
+    served = [line.split(" serves ")[1] for line in explain().split("\n\n")[3].splitlines() if " serves " in line]
+    assert sorted(", ".join(served).split(", ")) == sorted(dispatch.OPS)
 
 
 @pytest.mark.parametrize("groups", [3, offsets(0, 3, 3, N)], ids=["equal", "ragged"])
@@ -688,6 +768,13 @@ def test_command_line() -> None:
     )
     assert "backend set by name: reference" in run.stdout.splitlines()[:4]
     assert run.stdout.count(f"reference  serves {', '.join(dispatch.OPS)}") >= 3
+
+
+def test_command_line_of_a_backend_that_does_not_exist() -> None:
+    environment = os.environ | {"G2RL_KERNELS_BACKEND": "cpu"}
+    run = subprocess.run([sys.executable, "-m", "g2rl_kernels"], capture_output=True, text=True, env=environment)
+    expected = "G2RL_KERNELS_BACKEND: expected one of cuda, triton, native, torch, reference, found 'cpu'\n"
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", expected)
 
 
 def test_public_names() -> None:

@@ -18,6 +18,8 @@ from head_cases import (
     check_gradients,
     check_logits_beyond_the_digits_of_fp32,
     check_lse_of_something_else,
+    check_masked_parts,
+    check_masked_words,
     check_parts,
     check_second_response_first,
     features,
@@ -80,6 +82,14 @@ def test_logits_beyond_the_digits_of_fp32() -> None:
 def test_parts_of_the_vocabulary(options: str, dtype: torch.dtype) -> None:
     """A part of one word, one of a split and a tile, and one of less than a split."""
     check_parts(sample(RAGGED, dtype, kind="peaked", options=OPTIONS[options]), (0, 1, 280, 321))
+
+
+@pytest.mark.parametrize("plan", PLANS[:3])
+def test_masked_words(plan: str, request: pytest.FixtureRequest) -> None:
+    """Of a split and parts of it."""
+    s = sample(RAGGED, torch.float16, kind="random", options=OPTIONS["bias"])
+    check_masked_words(RAGGED, torch.float16, lse=given(plan, s, request))
+    check_masked_parts(s, (0, 1, 280, 321))
 
 
 @pytest.mark.parametrize("off", [20.0, 5.0, -20.0])

@@ -86,6 +86,8 @@ def token_sums(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int
         y = int(targets[t])
         sums[0, t] = u.max()
         x = u - sums[0, t].double()
+        if abs(float(x.max())) > 1:  # no digits of fp32 are left for so large a maximum, as of words that are masked
+            x = u - u.max()
         e = x.exp()
         if y >= 0:
             e[y] = 0
