@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -60,7 +59,6 @@ class Backend:
         name: what `use_backend` takes.
         module: the module that holds its functions; loaded when first asked for.
         automatic: device types on which it is chosen without being named; None stands for all of them.
-        missing: what to say where the module does not exist in this installation.
         checked: whether it serves a GPU without being named only once a measured run or its self-check stands for it.
         generations: of NVIDIA GPUs (the major number of their compute capability) on which it was measured to be faster
             than what follows; None for all. On others it is there on request.
@@ -69,7 +67,6 @@ class Backend:
     name: str
     module: str
     automatic: tuple[str, ...] | None = None
-    missing: str = "not part of this version"
     checked: bool = False
     generations: tuple[int, ...] | None = None
 
@@ -83,7 +80,7 @@ class Backend:
 BACKENDS = (
     Backend("cuda", "g2rl_kernels.backends.cuda", ("cuda",), checked=True, generations=(9,)),
     Backend("triton", "g2rl_kernels.backends.triton", ("cuda",), checked=True),
-    Backend("native", "g2rl_kernels.backends.native", missing="this version has no compiled CPU kernels"),
+    Backend("native", "g2rl_kernels.backends.native"),
     Backend("torch", "g2rl_kernels.backends.eager"),
     Backend("reference", "g2rl_kernels.backends.reference", automatic=()),
 )
@@ -110,10 +107,8 @@ def _asked_for() -> Backend | None:
     return _backend(name, ENVIRONMENT_VARIABLE) if name else None
 
 
-@functools.cache  # looking for a module that does not exist goes through the file system each time
-def _load(backend: Backend) -> ModuleType | None:
-    if importlib.util.find_spec(backend.module) is None:
-        return None
+@functools.cache
+def _load(backend: Backend) -> ModuleType:
     return importlib.import_module(backend.module)
 
 
@@ -122,8 +117,6 @@ def _refusal(
 ) -> str | None:
     """Why `backend` cannot run `op` on tensors of this device and dtype, or groups as large; None when it can."""
     module = _load(backend)
-    if module is None:
-        return backend.missing
     reason = module.unavailable(device, dtype)
     if reason is None and not hasattr(module, op):
         reason = _LACKS_OP
@@ -202,9 +195,7 @@ class use_backend:
         self._entered = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
 
     def _end(self) -> None:
@@ -222,11 +213,7 @@ def explain() -> str:
     refusing = set()  # though they are chosen: for a variable that holds no word they know, their ops raise
     for backend in BACKENDS:
         module = _load(backend)
-        if (
-            module is not None
-            and hasattr(module, "describe")
-            and _refusal(backend, OPS[0], devices[0], torch.float32) is None
-        ):
+        if hasattr(module, "describe") and _refusal(backend, OPS[0], devices[0], torch.float32) is None:
             try:
                 lines.append(module.describe())
             except RuntimeError as error:
