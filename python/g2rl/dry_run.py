@@ -22,7 +22,8 @@ from g2rl.forecast import Forecast, Rates, forecast, measure_rates
 from g2rl.model import load_shape, load_tokenizer, local_path, resolve_device
 from g2rl.rollout import RolloutError
 from g2rl.trackers import make_trackers
-from g2rl.trainer import Trainer, TrainingError
+from g2rl.trainer import Trainer
+from g2rl.update import TrainingError
 
 _SMALL = {
     "hidden_size": 64,
