@@ -41,7 +41,8 @@ Found in_one_pass(Problem& p) {
         nullptr);
   responses(p.responses(), p.a.data(), found.terms.terms.S, lse.data(), found.inverse.data(), found.flags.data(),
             nullptr);
-  add_targets(p.targets.data(), p.responses(), found.terms.terms, found.flags.data(), p.c.V, found.R.data(), nullptr);
+  add_targets(p.targets.data(), p.N, p.responses(), found.terms.terms, found.flags.data(), p.c.V, found.R.data(),
+              nullptr);
   // As callers do: responses whose lse was too far off are summed again, with the shift and S that were found.
   sm80::residuals(p.head(), p.tokens(), p.responses(), found.terms.terms, found.flags.data(), nullptr, found.R.data(),
                   nullptr);

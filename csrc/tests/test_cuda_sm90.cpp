@@ -143,7 +143,7 @@ struct Given {
           nullptr);
     responses(p.responses(), p.a.data(), terms.terms.S, lse.data(), inverse.data(), flags.data(), nullptr);
     sm90::residuals(p.head(), p.tokens(), p.responses(), terms.terms, flags.data(), packing.data(), R.data(), nullptr);
-    add_targets(p.targets.data(), p.responses(), terms.terms, flags.data(), p.c.V, R.data(), nullptr);
+    add_targets(p.targets.data(), p.N, p.responses(), terms.terms, flags.data(), p.c.V, R.data(), nullptr);
   }
 };
 

@@ -97,7 +97,7 @@ void test_given_lse(const Case& c, const std::string& what) {
   std::vector<int> flags(p.B, -1);
   responses(p.responses(), p.a.data(), terms.terms.S, lse.data(), inverse.data(), flags.data(), nullptr);
   Floats R(size_t(p.B) * c.V, 0.f);
-  add_targets(p.targets.data(), p.responses(), terms.terms, flags.data(), c.V, R.data(), nullptr);
+  add_targets(p.targets.data(), p.N, p.responses(), terms.terms, flags.data(), c.V, R.data(), nullptr);
   for (int b = 0; b < p.B; ++b) {
     double sum = 0;
     std::vector<double> expected(c.V, 0.);

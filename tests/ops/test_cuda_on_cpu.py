@@ -30,6 +30,7 @@ from head_cases import (
     check_second_response_first,
     features,
     given,
+    of_the_policy,
     oracle,
     sample,
 )
@@ -146,6 +147,16 @@ def test_shapes(shape: Shape, plan: str, backend, request: pytest.FixtureRequest
 @pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 def test_workspace_cuts_tokens_and_responses(shape: Shape, options: str, backend, kept: None) -> None:  # noqa: ANN001
     check(shape, torch.bfloat16, options=OPTIONS[options], workspace_bytes=7 * shape.V * 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS[:3])
+@pytest.mark.parametrize("d", [64, 63])
+def test_long_response_of_the_policy_itself(d: int, plan: str, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001
+    """Over segments, and chunks of tokens where they are kept."""
+    s = of_the_policy(Shape((4096, 130), d, 64, "far more tokens than words"), torch.bfloat16)
+    found = features(s, lse=given(plan, s, request), workspace_bytes=1500 * 4 * 64)
+    testing.assert_bounds(found, testing.oracle(s), s.cu_seqlens)
 
 
 @pytest.mark.slow
