@@ -50,9 +50,8 @@ def of_the_policy(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Head
     Logits lie about 30, where their fp32 numbers are 2^-19 apart.
     """
     s = sample(shape, dtype, device, kind="random", options=OPTIONS["plain"])
-    s = replace(
-        s, hidden=s.hidden[:1] + 0.3 * s.hidden, head=replace(s.head, bias=torch.full((shape.V,), 30.0).to(device))
-    )
+    bias = torch.full((shape.V,), 30.0, device=device)
+    s = replace(s, hidden=s.hidden[:1] + 0.3 * s.hidden, head=replace(s.head, bias=bias))
     p = (s.hidden.double() @ s.head.weight.double().T).softmax(-1).cpu()
     targets = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0))[:, 0]
     return replace(s, targets=targets.to(device))
