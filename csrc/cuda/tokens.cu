@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(kTargetThreads)
   for (int t0 = blockIdx.x % blocks_of_response * kTargetThreads; t0 < length;
        t0 += blocks_of_response * kTargetThreads) {
     const int t = t0 + thread, y = t < length ? int(targets[start + t]) : -1;
-    double sum = 0.;  // one of a long response would lose digits
+    double sum = 0.;  // in fp32 one of a long response would lose digits, and what is left of R is small
     bool first = t < length;
     for (int u0 = 0; u0 < length; u0 += kTargetThreads) {
       __syncthreads();
@@ -335,13 +335,11 @@ __global__ void __launch_bounds__(kTargetThreads)
       if (u0 + thread < length) others[thread] = {int(targets[n]), target[n] * S[n]};
       __syncthreads();
       const int count = length - u0 < kTargetThreads ? length - u0 : kTargetThreads;
-      float part = 0.f;
       for (int i = 0; i < count; ++i) {
         if (others[i].y != y) continue;
         first &= u0 + i >= t;
-        part += others[i].value;
+        sum += others[i].value;
       }
-      sum += part;
     }
     if (first) R[int64_t(b) * V + y] = float(R[int64_t(b) * V + y] + sum);
   }
