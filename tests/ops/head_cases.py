@@ -44,19 +44,6 @@ def given(plan: str, s: HeadSample, request: pytest.FixtureRequest) -> Tensor | 
     return lse + 1e-4 * torch.arange(s.hidden.shape[0], device=lse.device) * (plan == "perturbed")
 
 
-def of_the_policy(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> HeadSample:
-    """Similar tokens with targets that the model draws: features are what is left of large sums.
-
-    Logits lie about 30, where their fp32 numbers are 2^-19 apart.
-    """
-    s = sample(shape, dtype, device, kind="random", options=OPTIONS["plain"])
-    bias = torch.full((shape.V,), 30.0, device=device)
-    s = replace(s, hidden=s.hidden[:1] + 0.3 * s.hidden, head=replace(s.head, bias=bias))
-    p = (s.hidden.double() @ s.head.weight.double().T).softmax(-1).cpu()
-    targets = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0))[:, 0]
-    return replace(s, targets=targets.to(device))
-
-
 def features(s: HeadSample, **changes: object) -> SequenceFeatures:
     arguments = {
         "hidden": s.hidden,

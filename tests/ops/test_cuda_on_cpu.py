@@ -30,7 +30,6 @@ from head_cases import (
     check_second_response_first,
     features,
     given,
-    of_the_policy,
     oracle,
     sample,
 )
@@ -154,7 +153,8 @@ def test_workspace_cuts_tokens_and_responses(shape: Shape, options: str, backend
 @pytest.mark.parametrize("d", [64, 63])
 def test_long_response_of_the_policy_itself(d: int, plan: str, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001
     """Over segments, and chunks of tokens where they are kept."""
-    s = of_the_policy(Shape((4096, 130), d, 64, "far more tokens than words"), torch.bfloat16)
+    shape = Shape((4096, 130), d, 64, "far more tokens than words")
+    s = sample(shape, torch.bfloat16, kind="drawn", options=OPTIONS["plain"])
     found = features(s, lse=given(plan, s, request), workspace_bytes=1500 * 4 * 64)
     testing.assert_bounds(found, testing.oracle(s), s.cu_seqlens)
 

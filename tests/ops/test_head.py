@@ -211,7 +211,7 @@ def test_an_lse_of_something_else(backend: str | None, device: str, dtype: torch
 @pytest.mark.parametrize("given", [False, True], ids=["", "lse"])
 def test_long_response_of_the_policy_itself(backend: str | None, device: str, dtype: torch.dtype, given: bool) -> None:
     """The feature is a smaller part of what is summed for each further token."""
-    s = head_cases.of_the_policy(Shape((16384, 513), 16, 64, "far more tokens than words"), dtype, device)
+    s = sample(Shape((16384, 513), 16, 64, "far more tokens than words"), dtype, device, kind="drawn")
     exact = testing.oracle(s)
     lse = exact.lse.float() if given else None
     testing.assert_bounds(features(s, backend, lse=lse), exact, s.cu_seqlens)
