@@ -30,6 +30,8 @@ LAUNCHES = 20
 # Lengths around tiles of 128 tokens; d of a multiple of 8, which TMA can address, and not; V beyond two tiles' edge.
 LENGTHS = (1, 0, 130, 129, 37)
 SIZES = ((1032, 4176), (1031, 1105))
+# A response of more than two segments of 512 tokens, which end inside it.
+LONG = (70, 1100, 3)
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,16 @@ class Setting:
     softcap: bool
     sizes: tuple[tuple[int, int], ...] = SIZES
 
+    @property
+    def options(self) -> Options:
+        # Both shrink logits: scaled up, those of right kernels would have errors at the bounds, for this d.
+        bias = "float32" if self.bias else None
+        return Options(bias, temperature=1.3, logit_scale=0.8, softcap=8.0 if self.softcap else None)
+
     @functools.cached_property
     def samples(self) -> list[HeadSample]:
-        bias = "float32" if self.bias else None
-        # Both shrink logits: scaled up, those of right kernels would have errors at the bounds, for this d.
-        options = Options(bias, temperature=1.3, logit_scale=0.8, softcap=8.0 if self.softcap else None)
         return [
-            testing.head_sample(Shape(LENGTHS, d, V, ""), self.dtype, self.device, kind=kind, options=options)
+            testing.head_sample(Shape(LENGTHS, d, V, ""), self.dtype, self.device, kind=kind, options=self.options)
             for (d, V), kind in zip(self.sizes, ("peaked", "random"), strict=True)
         ]
 
@@ -86,6 +91,18 @@ def check_bounds(setting: Setting) -> None:
         for plan, arguments in plans(s, expected):
             with _named(plan):
                 testing.assert_bounds(features(s, **arguments), expected, s.cu_seqlens)
+
+
+def check_long(setting: Setting) -> None:
+    """Bounds where a response has several segments, and lies in several chunks of tokens, alone and beside others."""
+    (d, V), *_ = setting.sizes
+    s = testing.head_sample(Shape(LONG, d, V, ""), setting.dtype, setting.device, kind="drawn", options=setting.options)
+    expected = testing.oracle(s)
+    # In which 256 rows of logits may be kept beside R, or some hundreds of roots.
+    chunks: dict[str, object] = {"workspace_bytes": 400 * 4 * V}
+    for plan, arguments in (*plans(s, expected), ("in a workspace of 400 rows of logits", chunks)):
+        with _named(plan):
+            testing.assert_bounds(features(s, **arguments), expected, s.cu_seqlens)
 
 
 def check_gradients(setting: Setting) -> None:
@@ -164,6 +181,7 @@ def check_groups(setting: Setting) -> None:
 
 HEAD_CHECKS: dict[str, Callable[[Setting], None]] = {
     "bounds": check_bounds,
+    "bounds of long responses": check_long,
     "gradients": check_gradients,
     "the same bits in each launch": check_repeated,
     "independence of the batch": check_batch,

@@ -88,7 +88,7 @@ OPTIONS = {
     "together": Options(bias="float32", temperature=1.3, logit_scale=0.8, softcap=8.0),
 }
 
-KINDS = ("random", "peaked", "flat", "bias+", "bias-", "hidden+", "hidden-")
+KINDS = ("random", "peaked", "flat", "bias+", "bias-", "hidden+", "hidden-", "drawn")
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +130,8 @@ def head_sample(
             "flat": near zero, exactly zero for the first token.
             "bias+", "bias-": all near +120 or -120, through the bias.
             "hidden+", "hidden-": all near +120 or -120, through a direction common to hidden and weight.
+            "drawn": all near +30, through the bias, for tokens that are alike, with targets that the model draws: of
+                many tokens Phi is what is left of large sums.
         options: of the head; None for a plain one.
     """
     options = options or Options()
@@ -147,7 +149,7 @@ def head_sample(
     token_weights[first_tokens] += 0.1
 
     sign = -1 if kind.endswith("-") else 1
-    has_bias = options.bias is not None or kind.startswith("bias")
+    has_bias = options.bias is not None or kind.startswith("bias") or kind == "drawn"
     bias_dtype = dtype if options.bias in (None, "weight") else getattr(torch, options.bias)
     if kind.startswith("bias"):
         # Logits deviate from the offset by 8 at most, as their standard deviation is 2.
@@ -159,6 +161,8 @@ def head_sample(
     elif kind == "flat":
         hidden = hidden * 1e-3
         hidden[:1] = 0
+    elif kind == "drawn":
+        hidden, bias = hidden[:1] + 0.3 * hidden, bias * 0.1 + 30
     elif kind not in ("random", "peaked"):
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, found {kind!r}")
 
@@ -171,6 +175,9 @@ def head_sample(
     )
     if kind == "peaked":
         hidden = _moved_towards_targets(hidden, head, targets)
+    elif kind == "drawn":
+        z = hidden.to(dtype).double() @ head.weight.cpu().double().T + head.bias.cpu().double()
+        targets = torch.multinomial(logits_from_raw(z, head).softmax(1), 1, generator=random)[:, 0]
     return HeadSample(
         hidden.to(device, dtype), head, targets.to(device), cu_seqlens.to(device), token_weights.to(device)
     )

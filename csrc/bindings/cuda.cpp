@@ -152,11 +152,11 @@ void bind_tokens(py::module_& m) {
                    at<float>(R), stream_of(stream)),
           "add_kept");
   });
-  m.def("add_targets",
-        [](Address targets, const Responses& of, const Terms& terms, Address flags, int V, Address R, Address stream) {
-          check(add_targets(at<int64_t>(targets), of, terms, at<int>(flags), V, at<float>(R), stream_of(stream)),
-                "add_targets");
-        });
+  m.def("add_targets", [](Address targets, int N, const Responses& of, const Terms& terms, Address flags, int V,
+                          Address R, Address stream) {
+    check(add_targets(at<int64_t>(targets), N, of, terms, at<int>(flags), V, at<float>(R), stream_of(stream)),
+          "add_targets");
+  });
 }
 
 void bind_groups(py::module_& m) {

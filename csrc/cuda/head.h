@@ -71,10 +71,11 @@ struct Kept {
 };
 constexpr float kRootUnit = 1.f / 65535;
 
-// `add_kept` adds up kSegment tokens at a time, counted from a response's first, and their sums to R: one sum of tens
-// of thousands would lose digits. Where a chunk ends inside a segment, its sums so far [V] come `from` the chunk before
-// and go `to` the next.
+// Residuals of kSegment tokens are added up at a time, and their sums: one sum of tens of thousands would lose digits.
 constexpr int kSegment = 512;
+
+// `add_kept` counts segments from a response's first token. Where a chunk ends inside a segment, its sums so far [V]
+// come `from` the chunk before and go `to` the next.
 struct Carry {
   const float* from;
   float* to;
@@ -141,7 +142,8 @@ int responses(const Responses&, const float* a, const float* S, const float* lse
 // chunks follow each other.
 int add_kept(const Head&, const Kept&, const int64_t* targets, const Responses&, const Terms&, const Carry&, int first,
              int last, float* R, Stream);
-// R [B, V] += target_t S_t at y_t, for responses whose flag is 0.
-int add_targets(const int64_t* targets, const Responses&, const Terms&, const int* flags, int V, float* R, Stream);
+// R [B, V] += target_t S_t at y_t, for responses whose flag is 0; none has more than N tokens.
+int add_targets(const int64_t* targets, int N, const Responses&, const Terms&, const int* flags, int V, float* R,
+                Stream);
 
 }  // namespace g2rl::cuda

@@ -3,8 +3,8 @@
 //
 // Rows of a tile are tokens (packing.h), so that the sum over words stays inside a thread. A warp has the 16 tokens of
 // a group, whose residuals it adds up from lane to lane: 42 exchanges, where sums over the 64 words of a warpgroup
-// would take 84. The warps that neither copy nor multiply add up the groups of a response, in their order. An item is
-// 192 words x a range of responses. Nothing depends on other responses.
+// would take 84. The warps that neither copy nor multiply add up the groups of a response, in their order, and segments
+// of them. An item is 192 words x a range of responses. Nothing depends on other responses.
 #include "packed_sm90.h"
 
 namespace g2rl::cuda::sm90 {
@@ -23,6 +23,7 @@ struct GivenArguments {
 constexpr int kGroupRows = 16;
 using Walk = PackedWalk<false, kGroupRows>;
 constexpr int kGroups = Walk::kGroups;
+constexpr int kGroupsOfSegment = kSegment / kGroupRows;
 static_assert(kGroups == kConsumers * kWarpgroup / kWarp, "a group for each warp");
 
 // What an epilogue needs to know of a tile's rows, and what becomes of them.
@@ -33,11 +34,13 @@ struct Rows {
   int tokens[kRows];                      // -1 beyond a response
   int v0;
   int ends[kGroups];                                // the response whose last group it is, or -1
+  bool closes[kGroups];                             // whether a segment ends with it, counted from the response's last
   alignas(16) float sums[kGroups][kColumnsOfTile];  // over the tokens of a group, of a 2^(t - shift) slope
 };
 
 struct Scratch {
   Rows of_tiles[2];
+  double r[kColumnsOfTile];  // of a response's segments so far: `add_targets` cancels most of it
   Handover handover;
 };
 
@@ -50,12 +53,14 @@ struct WriteRowsAndAddGroups {
   DEVICE void operator()() const {
     Walk tiles = walk;
     Tile tile = kNoTile;
-    float r[2] = {};
+    float segment[2] = {};
+    double* r = scratch.r + first_column();
+    r[0] = r[1] = 0.;
     int last = -1;  // call of the epilogue, once it is known
     for (int i = 0; last < 0 || i <= last + 2; ++i) {
       Rows& of_tile = scratch.of_tiles[i % 2];
       scratch.handover.wait_to_write(i);
-      if (i >= 2) add_groups(of_tile, r);
+      if (i >= 2) add_groups(of_tile, segment, r);
       named_barrier(3, kWriters);  // all have added
       if (last >= 0) continue;
       write(tile, of_tile);
@@ -70,7 +75,10 @@ struct WriteRowsAndAddGroups {
       to.terms[i] = inside ? float2{p.lse[n] * kLog2e, p.a[n]} : float2{kBeyond, 0.f};
       to.targets[i] = inside ? int(p.tokens.targets[n]) : -1;
       to.tokens[i] = inside ? n : -1;
-      if (i % kGroupRows == 0) to.ends[i / kGroupRows] = group.response;
+      if (i % kGroupRows == 0) {
+        to.ends[i / kGroupRows] = group.response;
+        to.closes[i / kGroupRows] = group.run % kGroupsOfSegment == 1;
+      }
     }
     if (threadIdx.x == kWarp) to.v0 = tile.column;
     if (p.head.bias == nullptr) return;
@@ -80,19 +88,24 @@ struct WriteRowsAndAddGroups {
   // Each thread has two words.
   static DEVICE int first_column() { return 2 * (threadIdx.x - kWarp); }
 
-  // r: their sums over the response so far.
-  DEVICE void add_groups(const Rows& from, float (&r)[2]) const {
+  // To their sums over the segment, and with its last group to the response's.
+  DEVICE void add_groups(const Rows& from, float (&segment)[2], double* r) const {
     const int column = first_column();
     UNROLL for (int g = 0; g < kGroups; ++g) {
       const float2 two = *reinterpret_cast<const float2*>(&from.sums[g][column]);
-      r[0] -= two.x;
-      r[1] -= two.y;
+      segment[0] -= two.x;
+      segment[1] -= two.y;
+      if (!from.closes[g]) continue;
+      UNROLL for (int e = 0; e < 2; ++e) {
+        r[e] += segment[e];
+        segment[e] = 0.f;
+      }
       const int64_t response = from.ends[g];
       if (response < 0) continue;
       UNROLL for (int e = 0; e < 2; ++e) {
         const int v = from.v0 + column + e;
-        if (v < p.head.V) p.R[response * p.head.V + v] = r[e];
-        r[e] = 0.f;
+        if (v < p.head.V) p.R[response * p.head.V + v] = float(r[e]);
+        r[e] = 0.;
       }
     }
   }

@@ -41,7 +41,7 @@ struct Residuals {
   const Scratch scratch;
   const int v0, start, end;
   const Place at = Place::here();
-  float r[kRowsOfThread] = {};
+  float segment[kRowsOfThread] = {}, r[kRowsOfThread] = {};  // r: of the segments before
 
   // Rows of a thread are numbered 2 i + q.
   DEVICE int word(int row) const { return v0 + at.row + 8 * row; }
@@ -64,12 +64,13 @@ struct Residuals {
       }
     }
     if (STATISTICS) store_statistics(start + tile * kTile, S, X);
+    if ((tile + 1) % (kSegment / kTile) == 0) end_segment();
   }
 
   DEVICE void add(const Options& options, const TokenTerms& token, int n, int row, float z, float& S, float& X) {
     float slope;
     const float x = exponent_above<SOFTCAP>(token.shift, z, options, slope), e = exp2_fast(x);
-    const float others = fmaf(-token.weight * slope, e, r[row]);
+    const float others = fmaf(-token.weight * slope, e, segment[row]);
     const bool target = token.y == word(row);
     if (STATISTICS) {
       if (target) p.partials.planes[n] = z;
@@ -77,7 +78,14 @@ struct Residuals {
       S += counts ? e : 0.f;
       X += counts ? x * e : 0.f;
     }
-    r[row] = target ? r[row] + token.target : others;
+    segment[row] = target ? segment[row] + token.target : others;
+  }
+
+  DEVICE void end_segment() {
+    UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
+      r[row] += segment[row];
+      segment[row] = 0.f;
+    }
   }
 
   DEVICE void load_terms(int n0) const {
@@ -123,6 +131,7 @@ struct Residuals {
 
   // Joins the four threads and the two warps that share a word.
   DEVICE void finish(int response) {
+    end_segment();
     __syncthreads();
     UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
       r[row] += __shfl_xor_sync(kAllLanes, r[row], 1);

@@ -125,12 +125,12 @@ struct StatisticsEpilogue {
 
   DEVICE void negate(Sums& z) const { UNROLL for (int i = 0; i < kSums; ++i) z[i] = -z[i]; }
 
-  // The largest exponent of a row, by way of four that do not wait for each other. NaN is no maximum, but shows in the
-  // sums.
+  // The largest exponent of a row but for rounding, by way of four that do not wait for each other. NaN is no maximum,
+  // but shows in the sums.
   DEVICE float largest(int q, const Sums& z) const {
     float of[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
     UNROLL for (int i = 0; i < kSums / 2; ++i) of[i % 4] = fmaxf(of[i % 4], z[i / 2 * 4 + 2 * q + i % 2]);
-    return fmaxf(rounded_up(fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3])) * scale), kNoMaximum);
+    return fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3])) * scale;
   }
 
   // Counts exponents from the largest of the first tile, and looks for a larger one only once a thread's sum over a
@@ -168,14 +168,22 @@ struct StatisticsEpilogue {
   };
   DEVICE void raise(const Rows& which, const Sums& z) {
     UNROLL for (int q = 0; q < 2; ++q) {
-      const float found = fmaxf(m[q], largest(q, z));
+      const float found = fmaxf(m[q], rounded_up(largest(q, z)));
       rescale(m[q], S[q], X[q], (q ? which.second : which.first) ? found : m[q]);
     }
   }
 
+  // A root must not pass 1 by half a unit, 2^-17, or it would not fit 16 bits. With exponents below 2^9 none does that
+  // counts from the rounded largest. From the number above it, the largest root of every tile would lie a little below
+  // 1, and be rounded up to it, in each token of a response alike: an error that does not average out.
+  DEVICE float reference_of(int q, const Sums& z) const {
+    const float t = largest(q, z);
+    return fmaxf(fabsf(t) < 512.f ? t : rounded_up(t), kNoMaximum);
+  }
+
   // The same sums out of roots, and the roots to memory: `Kept`.
   DEVICE void add_and_keep(const Tile& tile, const Sums& z, Held& held) {
-    float references[2] = {largest(0, z), largest(1, z)};
+    float references[2] = {reference_of(0, z), reference_of(1, z)};
     UNROLL for (int other = 1; other <= 2; other *= 2) {
       UNROLL for (int q = 0; q < 2; ++q) {
         references[q] = fmaxf(references[q], __shfl_xor_sync(kAllLanes, references[q], other));

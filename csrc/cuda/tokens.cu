@@ -1,5 +1,7 @@
 // What follows a product: a token's sums become its results and its terms, responses get their weight, and residuals
 // are added up from logits that were kept. Symbols as in head.h.
+#include <algorithm>
+
 #include "choices.h"
 #include "options.h"
 
@@ -308,7 +310,6 @@ __global__ void __launch_bounds__(kKeptThreads) add_kept_kernel(const __grid_con
 // response of 2^15 tokens needs fewer comparisons for that than a vocabulary would.
 
 constexpr int kTargetThreads = 128;
-constexpr int kBlocksPerResponse = 8;
 
 struct TargetTerm {
   int y;
@@ -317,16 +318,16 @@ struct TargetTerm {
 
 __global__ void __launch_bounds__(kTargetThreads)
     add_targets_kernel(const int64_t* targets, const int* cu_seqlens, const float* target, const float* S,
-                       const int* flags, int V, float* R) {
+                       const int* flags, int V, int blocks_of_response, float* R) {
   SHARED(shared);
   TargetTerm* others = reinterpret_cast<TargetTerm*>(shared);
-  const int b = blockIdx.x / kBlocksPerResponse, thread = threadIdx.x;
+  const int b = blockIdx.x / blocks_of_response, thread = threadIdx.x;
   const int start = cu_seqlens[b], length = cu_seqlens[b + 1] - start;
   if (flags[b] != 0) return;
-  for (int t0 = blockIdx.x % kBlocksPerResponse * kTargetThreads; t0 < length;
-       t0 += kBlocksPerResponse * kTargetThreads) {
+  for (int t0 = blockIdx.x % blocks_of_response * kTargetThreads; t0 < length;
+       t0 += blocks_of_response * kTargetThreads) {
     const int t = t0 + thread, y = t < length ? int(targets[start + t]) : -1;
-    float sum = 0.f;
+    double sum = 0.;  // in fp32 one of a long response would lose digits, and what is left of R is small
     bool first = t < length;
     for (int u0 = 0; u0 < length; u0 += kTargetThreads) {
       __syncthreads();
@@ -340,7 +341,7 @@ __global__ void __launch_bounds__(kTargetThreads)
         sum += others[i].value;
       }
     }
-    if (first) R[int64_t(b) * V + y] += sum;
+    if (first) R[int64_t(b) * V + y] = float(R[int64_t(b) * V + y] + sum);
   }
 }
 
@@ -373,10 +374,16 @@ int add_kept(const Head& head, const Kept& kept, const int64_t* targets, const R
   return choose(head.softcap, [&](auto softcap) { return launch_for(KeptLogits<softcap>{}); });
 }
 
-int add_targets(const int64_t* targets, const Responses& responses, const Terms& terms, const int* flags, int V,
+int add_targets(const int64_t* targets, int N, const Responses& responses, const Terms& terms, const int* flags, int V,
                 float* R, Stream stream) {
-  const Launch at{int64_t(responses.B) * kBlocksPerResponse, kTargetThreads, kTargetThreads * int(sizeof(TargetTerm))};
-  return launch(at, stream, add_targets_kernel, targets, responses.cu_seqlens, terms.target, terms.S, flags, V, R);
+  if (responses.B == 0) return 0;
+  // A response's blocks: of long ones, whose comparisons grow with the square, as many as fill a large chip together.
+  constexpr int kBlocks = 8 * 132;
+  const int64_t filling = std::max<int64_t>(8, ceil_div(kBlocks, responses.B));
+  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(filling, ceil_div(N, kTargetThreads)));
+  const Launch at{responses.B * blocks, kTargetThreads, kTargetThreads * int(sizeof(TargetTerm))};
+  return launch(at, stream, add_targets_kernel, targets, responses.cu_seqlens, terms.target, terms.S, flags, V,
+                int(blocks), R);
 }
 
 }  // namespace g2rl::cuda

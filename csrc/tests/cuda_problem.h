@@ -236,4 +236,17 @@ struct OwnCarry {
   std::vector<float> from, to;
 };
 
+// R of a long response keeps its digits. With logits and an lse of 0 each token leaves -a to all words but its target.
+inline void check_long_response(Problem p, decltype(sm90::residuals_and_statistics)* kernel, int splits, int* packing) {
+  for (int n = 0; n < p.N; ++n) {
+    p.targets[n] = 0, p.a[n] = 0.1f;
+    for (int k = 0; k < p.c.d; ++k) p.hidden.set(n * p.stride + k, 0.f);
+  }
+  Floats lse(p.N, 0.f), R(p.c.V, NAN), planes(4 * size_t(splits) * p.N, NAN);
+  kernel(p.head(), p.tokens(), p.responses(), lse.data(), p.a.data(), packing, R.data(), {planes.data(), splits},
+         nullptr);
+  const double expected = -p.N * double(0.1f);
+  for (int v = 1; v < p.c.V; ++v) expect_below(std::fabs(R[v] / expected - 1), 1e-6, "R of a long response");
+}
+
 }  // namespace g2rl::cuda::testing

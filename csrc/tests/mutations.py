@@ -90,6 +90,7 @@ MUTATIONS = (
         "const int row = n0 - p.first;",
         "const int row = n0 - start;",
     ),
+    Mutation("add_targets: a sum in fp32", "small", "tokens.cu", "double sum = 0.;", "float sum = 0.f;"),
     Mutation(
         "add_targets: a word is added once for each of its tokens",
         "small",
@@ -159,6 +160,20 @@ MUTATIONS = (
         "groups.cu",
         "for (int half = kWarps / 2;",
         "for (int half = kWarps / 4;",
+    ),
+    Mutation(
+        "sm80: one sum over a long response",
+        "sm80",
+        "residuals_sm80.cu",
+        "    if ((tile + 1) % (kSegment / kTile) == 0) end_segment();\n",
+        "",
+    ),
+    Mutation(
+        "sm90: one sum over a long response",
+        "sm90",
+        "residuals_and_statistics_sm90.cu",
+        "group.run % kGroupsOfSegment == 1",
+        "group.response >= 0",
     ),
     Mutation(
         "sm80: a stage is read before its copies are waited for",

@@ -41,7 +41,8 @@ Found in_one_pass(Problem& p) {
         nullptr);
   responses(p.responses(), p.a.data(), found.terms.terms.S, lse.data(), found.inverse.data(), found.flags.data(),
             nullptr);
-  add_targets(p.targets.data(), p.responses(), found.terms.terms, found.flags.data(), p.c.V, found.R.data(), nullptr);
+  add_targets(p.targets.data(), p.N, p.responses(), found.terms.terms, found.flags.data(), p.c.V, found.R.data(),
+              nullptr);
   // As callers do: responses whose lse was too far off are summed again, with the shift and S that were found.
   sm80::residuals(p.head(), p.tokens(), p.responses(), found.terms.terms, found.flags.data(), nullptr, found.R.data(),
                   nullptr);
@@ -179,6 +180,7 @@ int main() {
   test_head({.lengths = {3, 9}, .d = 40, .V = 130, .spread = 30}, "peaked");
   test_head({.lengths = {3, 9}, .d = 300, .V = 130, .dtype = Dtype::fp32, .spread = 10}, "peaked, fp32");
   test_moved();
+  check_long_response(Problem({{8192}, 8, 40}), sm80::residuals_and_statistics, sm80::residual_splits(40), nullptr);
   test_nan(0);
   test_nan(30);
   if (failures) std::fprintf(stderr, "%d failures\n", failures);

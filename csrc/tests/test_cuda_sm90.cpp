@@ -143,7 +143,7 @@ struct Given {
           nullptr);
     responses(p.responses(), p.a.data(), terms.terms.S, lse.data(), inverse.data(), flags.data(), nullptr);
     sm90::residuals(p.head(), p.tokens(), p.responses(), terms.terms, flags.data(), packing.data(), R.data(), nullptr);
-    add_targets(p.targets.data(), p.responses(), terms.terms, flags.data(), p.c.V, R.data(), nullptr);
+    add_targets(p.targets.data(), p.N, p.responses(), terms.terms, flags.data(), p.c.V, R.data(), nullptr);
   }
 };
 
@@ -211,6 +211,12 @@ void test_place() {
   expect(R && log_p, "lse given: a response's bits depend on its place", 1, 0);
 }
 
+void test_long_response() {
+  const Problem p({{8192}, 8, 40});
+  std::vector<int> packing(packing_bytes(p.N, p.B) / sizeof(int));
+  check_long_response(p, sm90::residuals_and_statistics, sm90::residual_splits(p.c.V), packing.data());
+}
+
 }  // namespace
 
 int main() {
@@ -220,6 +226,7 @@ int main() {
   test_case({{40}, 72, 100, Dtype::fp16, false, 0, -1}, "one tile, negative scale");
   test_neighbours();
   test_place();
+  test_long_response();
   if (failures == 0) std::puts("ok");
   return failures != 0;
 }

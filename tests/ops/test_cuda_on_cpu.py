@@ -149,6 +149,17 @@ def test_workspace_cuts_tokens_and_responses(shape: Shape, options: str, backend
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS[:3])
+@pytest.mark.parametrize("d", [64, 63])
+def test_long_response_of_the_policy_itself(d: int, plan: str, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001
+    """Over segments, and chunks of tokens where they are kept."""
+    shape = Shape((4096, 130), d, 64, "far more tokens than words")
+    s = sample(shape, torch.bfloat16, kind="drawn", options=OPTIONS["plain"])
+    found = features(s, lse=given(plan, s, request), workspace_bytes=1500 * 4 * 64)
+    testing.assert_bounds(found, testing.oracle(s), s.cu_seqlens)
+
+
+@pytest.mark.slow
 def test_responses_are_projected_some_at_a_time(backend, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
     s = sample(ALIGNED, torch.bfloat16, kind="random", options=OPTIONS["plain"])
     at_once = features(s).features

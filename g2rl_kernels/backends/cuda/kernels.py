@@ -172,6 +172,7 @@ class CudaKernels:
     def add_targets(self, targets: Tensor, cu_seqlens: Tensor, terms: Tensor, flags: Tensor, R: Tensor) -> None:
         self.module.add_targets(
             targets.data_ptr(),
+            targets.shape[0],
             self._responses(cu_seqlens),
             self._terms(terms),
             flags.data_ptr(),

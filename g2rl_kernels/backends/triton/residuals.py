@@ -76,7 +76,8 @@ def _residuals_kernel(
             b = tl.load(flagged + 1 + i)
         start = tl.load(cu_seqlens + b).to(tl.int32)
         end = tl.load(cu_seqlens + b + 1).to(tl.int32)
-        r = tl.zeros((BLOCK_V,), tl.float32)
+        # One fp32 sum of tens of thousands of tokens would lose digits, of which `add_targets` cancels the first.
+        r = tl.zeros((BLOCK_V,), tl.float64)
         for n0 in range(start, end, BLOCK_N):
             z = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
             for k in range(0, D, BLOCK_D):
@@ -109,7 +110,7 @@ def _residuals_kernel(
             else:
                 of_target = tl.load(target_terms + n, mask=inside, other=0.0)
                 r += tl.sum(tl.where(is_target, of_target[None, :], -(tl.exp(x) * slope * a[None, :])), 1)
-        tl.store(R + tl.cast(b, tl.int64) * V + v, r, mask=v < V)
+        tl.store(R + tl.cast(b, tl.int64) * V + v, r.to(tl.float32), mask=v < V)
 
 
 def _tile(hidden: Tensor, head: Head, statistics: bool) -> Tile:

@@ -33,13 +33,13 @@ def _targets_kernel(
     start = tl.load(cu_seqlens + b).to(tl.int32)
     end = tl.load(cu_seqlens + b + 1).to(tl.int32)
     at = R + b.to(tl.int64) * V + v
-    r = tl.load(at, mask=v < V, other=0.0)
+    r = tl.load(at, mask=v < V, other=0.0).to(tl.float64)
     for n0 in range(start, end, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         y = tl.load(targets + n, mask=n < end, other=-1).to(tl.int32)
         term = tl.load(target_terms + n, mask=n < end, other=0.0) * tl.load(S + n, mask=n < end, other=0.0)
         r += tl.sum(tl.where(v[None, :] == y[:, None], term[:, None], 0.0), 0)
-    tl.store(at, r, mask=v < V)
+    tl.store(at, r.to(tl.float32), mask=v < V)
 
 
 def add_targets(targets: Tensor, cu_seqlens: Tensor, terms: Tensor, flags: Tensor, R: Tensor) -> None:
