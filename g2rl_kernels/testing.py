@@ -176,7 +176,7 @@ def head_sample(
     if kind == "peaked":
         hidden = _moved_towards_targets(hidden, head, targets)
     elif kind == "drawn":
-        z = hidden.to(dtype).double() @ head.weight.cpu().double().T + head.bias.cpu().double()
+        z = hidden.to(dtype).double() @ weight.to(dtype).double().T + bias.to(bias_dtype).double()
         targets = torch.multinomial(logits_from_raw(z, head).softmax(1), 1, generator=random)[:, 0]
     return HeadSample(
         hidden.to(device, dtype), head, targets.to(device), cu_seqlens.to(device), token_weights.to(device)
