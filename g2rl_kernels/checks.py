@@ -108,6 +108,20 @@ def refuse_function_transforms(**tensors: torch.Tensor | None) -> None:
             tensor = functorch.get_unwrapped(tensor)
 
 
+def is_dtensor(x: object) -> bool:
+    """Known by its mesh: loading `torch.distributed.tensor` takes half as long as all of torch."""
+    return getattr(x, "device_mesh", None) is not None
+
+
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def values_readable(tensor: torch.Tensor) -> bool:
+    """Whether a check may read values: not while a CUDA graph is captured, where a read would break the capture."""
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def own_copy(indices: torch.Tensor) -> torch.Tensor:
     """On a CPU, indices that no other thread can change between their check and their use."""
     return indices.clone() if indices.device.type == "cpu" else indices
@@ -247,15 +261,6 @@ class ValueChecks:
         return safe
 
 
-def is_dtensor(x: object) -> bool:
-    """Known by its mesh: loading `torch.distributed.tensor` takes half as long as all of torch."""
-    return getattr(x, "device_mesh", None) is not None
-
-
-def _short(kind: torch.dtype | torch.layout) -> str:
-    return str(kind).removeprefix("torch.")
-
-
 def warn_caller(message: str) -> None:
     """A warning at the line outside of this package, and of PyTorch, that led here."""
     inside = tuple(f"{os.path.dirname(file)}{os.sep}" for file in (__file__, torch.__file__))
@@ -263,8 +268,3 @@ def warn_caller(message: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
-
-
-def values_readable(tensor: torch.Tensor) -> bool:
-    """Whether a check may read values: not while a CUDA graph is captured, where a read would break the capture."""
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
