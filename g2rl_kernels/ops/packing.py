@@ -48,7 +48,8 @@ def pad(packed: torch.Tensor, mask: torch.Tensor, value: float = 0.0) -> torch.T
 
     Raises:
         TypeError: an argument has another type, or PyTorch cannot index the dtype of `packed`, as uint16.
-        ValueError: `packed` has another number of tokens than `mask` marks, or its dtype has no such `value`.
+        ValueError: `packed` has another number of tokens than `mask` marks (in a compiled function the error is one of
+            PyTorch's own), or its dtype has no such `value`.
     """
     check_dense("packed", packed)
     check_tensor("mask", mask, ("B", "L"), None, packed.device)

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "key=value after them overrides the configuration",
     )  # fmt: skip
     evaluation.add_argument("--suite", help="data sets, such as math500,amc23,aime24,aime25, or a YAML file")
-    evaluation.add_argument("--out", type=Path, default=Path("evals"), help="folder of samples and results")
+    evaluation.add_argument("--out", type=Path, default=Path("evals"), help="folder of samples and results; evals")
     for flag, kind, text in _SUITE_FLAGS:
         evaluation.add_argument(f"--{flag}", type=kind, help=text)
     geometry = commands.add_parser(

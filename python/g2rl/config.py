@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
@@ -280,6 +280,12 @@ def _is_temperature(value: float) -> bool:
     return 1e-18 <= value <= 1e18
 
 
+EVAL_TEMPERATURE: tuple[str, Callable[[Any], bool]] = (
+    "from 1e-18 to 1e18, or 0 for the likeliest tokens",
+    lambda v: v == 0 or _is_temperature(v),
+)
+"""What an evaluation's temperature must be, and a test for it."""
+
 # Ranges by key: (key, what a value must be, test).
 _POSITIVE = ("greater than 0", lambda v: v > 0)
 _NOT_NEGATIVE = ("0 or greater", lambda v: v >= 0)
@@ -321,7 +327,7 @@ _RANGES = {
     "optim.max_grad_norm": _POSITIVE,
     "eval.every": _NOT_NEGATIVE,
     "eval.samples": _POSITIVE,
-    "eval.temperature": ("from 1e-18 to 1e18, or 0 for the likeliest tokens", lambda v: v == 0 or _is_temperature(v)),
+    "eval.temperature": EVAL_TEMPERATURE,
     "eval.top_p": _PROBABILITY,
     "checkpoint.every": _NOT_NEGATIVE,
     "checkpoint.keep": _POSITIVE,

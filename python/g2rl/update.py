@@ -25,7 +25,7 @@ from g2rl.checkpoint import checkpoints
 from g2rl.config import Config, ConfigError
 from g2rl.geometry import geometry_metrics
 from g2rl.heads import whole
-from g2rl.methods import Method, Step, check_result
+from g2rl.methods import Method, Step, check_metrics, check_result
 from g2rl.objective import Tokens, Totals, policy_loss
 from g2rl.optimizer import group_settings, make_optimizer
 from g2rl.parallel.ranks import ALONE, Ranks
@@ -342,7 +342,9 @@ class Updater:
             step = replace(step, features=features)
         sums = _Sums.total(self.ranks.gathered([sums]))
         metrics = geometry_metrics(step.features, step.rewards, result, step.group_size)
-        metrics |= self.method.metrics(step, result)
+        own_metrics = self.method.metrics(step, result)
+        check_metrics(self.method, own_metrics)
+        metrics |= own_metrics
         parts = [part for mini_batch in mini_batches for groups in mini_batch for part in groups.parts]
         known = [(part.old_logps, part.rollout_logps) for part in parts]
         own = [(a.cpu(), b.cpu()) for a, b in known if a is not None and b is not None]

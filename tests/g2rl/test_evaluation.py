@@ -226,7 +226,8 @@ class TestSuite:
             ("", {}, "suite: expected names of data sets or a YAML file with sets, found ''"),
             ("nowhere.yaml", {}, "expected a YAML file, found nothing at 'nowhere.yaml'"),
             ("amc23", {"samples": 0}, "samples of amc23: expected 1 or more, found 0"),
-            ("amc23", {"temperature": -1.0}, "temperature of amc23: expected 0 or greater"),
+            ("amc23", {"temperature": -1.0}, "temperature of amc23: expected from 1e-18 to 1e18, or 0"),
+            ("amc23", {"temperature": float("inf")}, "temperature of amc23: expected from 1e-18 to 1e18, or 0"),
             ("amc23", {"limit": 0}, "limit of amc23"),
         ],
     )

@@ -25,7 +25,8 @@ SAME = [
     (["1234", "1,234 ", r"1,\,234", "1{,} 234", r"1, \!234", r"1,\! 234"], "thousands, blanks around a close comma"),
     (["10, 100", " 10,  100.", "10,\n100", r"10,\ 100", "10,~100", "10 , 100", "10 ,100", r"$10,\quad 100$"], "list"),
     (["x=1234", "x = 1,234", "x = 1{,}234", r"x = \$1,234", "x = 1,234 dollars", "x = 1,!234"], "equation"),
-    ([r"1234\pi", r"1{,}234\pi", r"1,\!234 \pi", r"1\,234\pi"], "thousands in an expression"),
+    ([r"1234\pi", r"1{,}234\pi", r"1,\!234 \pi", r"1\,234\pi", r"1,234\pi"], "thousands in an expression"),
+    (["y = 2x + 1000", "y = 2x + 1,000", "y=2x+1{,}000"], "thousands at the end of one"),
     (["3, 5", "3,5", "3 , 5"], "list that is no number without its blanks"),
     (
         ["-1/2", r"-\frac{1}{2}", r"\frac{-1}{2}", r"-\dfrac12", r"-\tfrac{2}{4}", "-0.5", "-.5", "\u22120.50"],
@@ -89,6 +90,8 @@ DIFFERENT = [
     ("1,2", "12", "a list is no thousand"),
     ("1{,}2", "12", "with a close comma"),
     ("1000{,}200", "1000200", "more digits than a group has"),
+    (r"(1,234\pi)", r"(1234\pi)", "a pair with a product is no thousand"),
+    ("x=1,y=234", "x=1y=234", "nor are equations"),
     ("x = 10, 100", "x = 10100", "a list of solutions"),
     ("x + y = 5", "5", "an equation for its right side"),
     ("10, 100", "10100", "nor is one with items of three digits"),

@@ -20,7 +20,7 @@ import torch
 
 from g2rl.checkpoint import checkpoints
 from g2rl.cli import main
-from g2rl.config import Config, load_config
+from g2rl.config import Config, ConfigError, load_config
 from g2rl.report import write_report
 from g2rl.trainer import Trainer, _held_out_numbers
 from g2rl.update import TrainingError
@@ -144,6 +144,14 @@ class FewVowels(Method):
     def metrics(self, step, result):
         return {"method/vowels": 0.5, "method/responses": len(step.texts)}
 """
+
+
+def test_metrics_that_the_log_does_not_know(tiny_model: Path, tmp_path: Path) -> None:
+    """Before they would end the run in the log's own error."""
+    (tmp_path / "outside_blanks.py").write_text(OUTSIDE.replace("method/vowels", "method/share of vowels"))
+    trainer = Trainer(config(tiny_model, tmp_path, "steps=1", "eval.every=0", "method=outside_blanks:FewVowels"))
+    with pytest.raises(ConfigError, match=r"expected metrics of vowels .* found 'method/share of vowels'"):
+        trainer.run()
 
 
 def test_a_method_from_outside_trains(tiny_model: Path, tmp_path: Path) -> None:

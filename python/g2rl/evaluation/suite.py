@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from g2rl.config import ConfigError, read_structured
+from g2rl.config import EVAL_TEMPERATURE, ConfigError, read_structured
 from g2rl.tasks.data_sets import DATA_SETS, load_problems
 from g2rl.types import Problem
 
@@ -76,7 +76,7 @@ class Settings:
 
 _RANGES = {
     "samples": ("1 or more", lambda v: v >= 1),
-    "temperature": ("0 or greater", lambda v: v >= 0),
+    "temperature": EVAL_TEMPERATURE,
     "top_p": ("in (0, 1]", lambda v: 0 < v <= 1),
     "max_tokens": ("1 or more", lambda v: v >= 1),
     "limit": ("1 or more", lambda v: v is None or v >= 1),

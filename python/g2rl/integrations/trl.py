@@ -65,7 +65,13 @@ class G2RLOptions:
     """Fields of `g2rl_kernels.Shaping`, and how to compute."""
 
     strength: float = field(default=1.0, metadata={"help": "lambda of G2RL's eq. 12; 0 leaves rewards as they are."})
-    clip: float = field(default=3.0, metadata={"help": "Shaped rewards stay in [-clip, clip]."})
+    clip: float = field(
+        default=3.0,
+        metadata={
+            "help": "Shaping takes no reward out of [-clip, clip], with reward_range mapped to -1 and 1; one that lies "
+            "beyond stays where it is."
+        },
+    )
     rule: str = field(
         default="scale",
         metadata={

@@ -18,10 +18,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from g2rl.config import Config, ConfigError, escaped
-from g2rl.methods.base import FunctionMethod, Method, Step, check_result, describe
+from g2rl.methods.base import FunctionMethod, Method, Step, check_metrics, check_result, describe
 from g2rl.plugins import import_named
 
-__all__ = ["Method", "Step", "check_result", "describe", "make_method", "method_names"]
+__all__ = ["Method", "Step", "check_metrics", "check_result", "describe", "make_method", "method_names"]
 
 ENTRY_POINTS = "g2rl.methods"
 
@@ -48,7 +48,7 @@ def make_method(config: Config) -> Method:
     else:
         method = FunctionMethod(found, config)
         _options(method, config)  # of which there are none
-    known = [*method_names(), method.name]
+    known = list(dict.fromkeys([*method_names(), method.name]))
     for name in config.methods:
         if name in _HERE:
             _options(_find(name), config)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from g2rl.config import Config, ConfigError
+from g2rl.log import metric
 from g2rl.tasks.base import Task
 from g2rl_kernels import GroupAdvantages, exploration_scores, group_similarity
 
@@ -70,7 +71,10 @@ class Method(ABC):
         """Advantages, shaped rewards, scores and similarity of a step's responses, group by group."""
 
     def metrics(self, step: Step, result: GroupAdvantages) -> dict[str, float]:
-        """Numbers of its own for the log, by a key of `g2rl.log.METRICS`, or ``method/`` and any name."""
+        """Numbers of its own for the log, by a key of `g2rl.log.METRICS`, or ``method/NAME``.
+
+        NAME has letters, digits, ``_``, ``.`` and ``-``.
+        """
         return {}
 
 
@@ -101,6 +105,18 @@ def check_result(method: Method, step: Step, result: Any) -> None:
             raise ConfigError(f"method: expected a tensor {rows} of {method.name} as {field}, found {shape}")
         if field != "scores" and not bool(value.isfinite().all()):
             raise ConfigError(f"method: expected finite numbers of {method.name} as {field}, found NaN or infinity")
+
+
+def check_metrics(method: Method, metrics: Mapping[str, float]) -> None:
+    """Raise `ConfigError` unless the log knows the keys of what `Method.metrics` returned."""
+    for key in metrics:
+        try:
+            metric(key)
+        except ValueError as error:
+            raise ConfigError(
+                f"method: expected metrics of {method.name} by keys of g2rl.log.METRICS or method/NAME, NAME of "
+                f"letters, digits, _, . and -, found {key!r}"
+            ) from error
 
 
 def describe(step: Step, advantages: torch.Tensor, shaped_rewards: torch.Tensor) -> GroupAdvantages:

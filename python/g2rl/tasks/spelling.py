@@ -38,6 +38,8 @@ _FRAC = re.compile(rf"\\[dtc]?frac(?![A-Za-z])\s*(?:{_LETTER}\s*(?:{_LETTER}|(?=
 _CLOSE_COMMA = re.compile(r"(?:\{,\}|,\s*\\!)\s*")
 # Between the digits of a number it divides no list, whatever stands around the number.
 _THOUSANDS = re.compile(r"(?<=[0-9])(?<![0-9]{4})(?:\{,\}|,\s*\\!|,!)\s*(?=[0-9]{3}(?![0-9]))")
+_PLAIN_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
+_OPENING = re.compile(r"[(\[|]|\\\{")
 _SPACING = re.compile(
     r"(?P<row>\\\\)|(?<=[0-9,])\\,(?=[0-9]{3}(?![0-9]))|\\!|(?P<blank>(?:\\[,;:> ]|\\q?quad(?![A-Za-z])|[\s~])+)"
 )
@@ -176,12 +178,19 @@ def read(answer: str, units: bool = True) -> tuple[str, str]:
     text = _RAISED.sub(lambda raised: f"^{{{unicodedata.normalize('NFKC', raised.group())}}}", answer[:MAX_ANSWER])
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}" if root[1] or root[2] else r"\sqrt", text)
     text = _FRAC.sub(_braced, _ROW_END.sub(r"\\\\", _DASH.sub(r"\1\2-", text.translate(_SIGNS))))
-    text = _CLOSE_COMMA.sub(",", _THOUSANDS.sub("", text))
+    text = _without_thousands(_CLOSE_COMMA.sub(",", _THOUSANDS.sub("", text)))
     text = _bare(_SPACING.sub(lambda space: space["row"] or (" " if space["blank"] else ""), text))
     start, found, behind = _measured(text)
     if found and _value(found) and (not behind or (units and _is_unit(behind))):
         return text[:start] + _spelled(found), behind
     return text, ""
+
+
+def _without_thousands(text: str) -> str:
+    r"""Return text without plain commas if each divides a number's thousands, as in ``1,000\pi``, and none a pair."""
+    if _OPENING.search(text) or "," in _PLAIN_THOUSANDS.sub("", text):
+        return text
+    return _PLAIN_THOUSANDS.sub(lambda grouped: grouped.group().replace(",", ""), text)
 
 
 def number(normal: str) -> Number | None:
