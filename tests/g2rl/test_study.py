@@ -34,7 +34,7 @@ from g2rl.study.record import record
 from g2rl.study.report import _reading
 from g2rl.study.results import Results
 from g2rl.study.runner import _locked
-from g2rl.study.runs import Usage, begin, finish, record_end, record_start
+from g2rl.study.runs import Usage, begin, code_version, finish, record_end, record_start
 from g2rl.tasks.pool import cores
 from g2rl.trainer import Trainer
 from g2rl_kernels import Shaping
@@ -269,6 +269,30 @@ def test_a_torn_note_of_an_attempt_is_left_out(tmp_path: Path, torn: bytes) -> N
     finish(run, keep_model=False)
     done = json.loads((run.folder / "done.json").read_text())
     assert (done["wall_s"], done["cpu_s"], done["peak_bytes"], done["attempts"]) == (12.0, 3.0, 2, 2)
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_only_a_repository_that_holds_the_code_names_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracked: bool
+) -> None:
+    """Not one around the environment that the package is installed in."""
+    file = tmp_path / "project/.venv/g2rl/runs.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    (tmp_path / "project/own.py").write_text("")
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path / "project"), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("add", "." if tracked else "own.py")
+    git("-c", "user.name=A", "-c", "user.email=a@b.c", "commit", "-m", "Begin")
+    monkeypatch.setattr("g2rl.study.runs.__file__", str(file))
+    code_version.cache_clear()
+    found = code_version()["commit"]
+    code_version.cache_clear()
+    assert found == (git("rev-parse", "--short=12", "HEAD") if tracked else None)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
