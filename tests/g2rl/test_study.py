@@ -28,7 +28,7 @@ from g2rl.config import ConfigError, load_config, save_config
 from g2rl.methods import make_method
 from g2rl.plots import CYCLE
 from g2rl.study.definition import Study, read_study
-from g2rl.study.plots import _save, plot_differences
+from g2rl.study.plots import _save, draw, plot_differences
 from g2rl.study.progress import Clock, StudyProgress
 from g2rl.study.record import record
 from g2rl.study.report import _reading
@@ -455,6 +455,20 @@ def test_the_report(written: Study, tmp_path: Path, capsys: pytest.CaptureFixtur
     (written.runs[3].folder / "done.json").unlink()
     assert main(arguments) == 0
     assert "- sums, lambda=0.3, seed 1: not begun" in (folder / "report.md").read_text()
+
+
+def test_every_plot_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks labelled like the overview, like each other but for a space, and like a name that was given before."""
+    tasks = ["overview", "one digit", "one-digit", "one-digit-2"]
+    study = read_study(write_study(tmp_path, tasks=dict.fromkeys(tasks), seeds=[0]))
+    for run in study.runs:
+        write_finished(run, [1, 1], [0.0, 0.1, 0.5])
+    monkeypatch.setattr("g2rl.study.plots._save", lambda figure, path: path.touch(exist_ok=False))
+    drawn = draw(results := Results(study), record(results), tmp_path)
+    files = ["overview-2.png", "one-digit.png", "one-digit-2.png", "one-digit-2-2.png"]
+    assert [drawn[f"task {task}"] for task in tasks] == files
+    assert drawn["overview"] == "overview.png"
+    assert {path.name for path in tmp_path.glob("*.png")} == set(drawn.values())
 
 
 def test_an_unfinished_report_counts_what_is_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
