@@ -33,7 +33,7 @@ from g2rl.study.progress import Clock, StudyProgress
 from g2rl.study.record import record
 from g2rl.study.report import _reading
 from g2rl.study.results import Results
-from g2rl.study.runner import _locked
+from g2rl.study.runner import _locked, run_study
 from g2rl.study.runs import Usage, begin, code_version, finish, record_end, record_start
 from g2rl.tasks.pool import cores
 from g2rl.trainer import Trainer
@@ -225,6 +225,14 @@ def test_finished_runs_are_kept_and_others_tried_again(
     monkeypatch.delenv("FAILS")
     assert main(["compare", *study]) == 0
     assert called(pretended) == ["sums/grpo/seed-1 begins 3"]
+    assert "no model was kept" not in capsys.readouterr().out
+    more = read_study(Path(study[0]), ["models=[grpo,lambda=0.3]", "seeds=[0]"])
+    assert run_study(more, StudyProgress(more)) == []
+    lost = folder / "runs/sums/lambda=0.3/seed-0"
+    assert (
+        "models: finished before, and no model was kept: sums, lambda=0.3, seed 0; a run begins again where its folder "
+        f"is removed, such as {lost}\n" in capsys.readouterr().out
+    )
     assert main(["compare", *study, "seeds=[0,1,2]"]) == 0
     assert sorted(called(pretended)) == ["sums/grpo/seed-2 begins 3", "sums/lambda=0.3/seed-2 begins 3"]
     assert main(["compare", *study, "report=true"]) == 0
