@@ -215,6 +215,25 @@ def test_both_floors_stand_beside_a_time() -> None:
     assert case_cells(OPS["token_logprobs"], rows)[2][3:5] == ["0.75", ""]
 
 
+@pytest.mark.parametrize(("baseline", "times"), [(True, ["1", "0.25"]), (False, [""])])
+def test_a_step_through_trl_is_compared_with_plain_grpo(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, baseline: bool, times: list[str]
+) -> None:
+    """Whatever is named first; without it there is nothing to compare with."""
+    seconds = {"g2rl train": 1.0, trl_step.BASELINE: 4.0}
+
+    def measure(tokens: int, rounds: int, steps: int, names: list[str]) -> dict[str, Any]:
+        return {name: {"seconds": [seconds[name]] * 3, "peak_bytes": [2e9]} for name in names}
+
+    monkeypatch.setattr(trl_step, "measure", measure)
+    asked = ["--candidate", "g2rl train", *(("--candidate", trl_step.BASELINE) if baseline else ())]
+    call(trl_step, monkeypatch, *asked, "--tokens", "24", "--json", tmp_path / "x.json")
+    (found,) = load(tmp_path)
+    measured = found.content["trl_step"]["24"]
+    assert list(trl_step.table(24, measured).columns[3].cells) == times
+    assert f"| g2rl train | 1 ({times[-1] or '-'}), 2 GB |" in readme.summary([found])
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
