@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from benchmarks.arguments import at_least
 from benchmarks.measuring.timing import interquartile_range, turns
 from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import digits
@@ -144,9 +145,9 @@ def table(tokens: int, measured: dict[str, dict[str, list[float]]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trl_step", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[24, 256])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="of each process, the first of them not timed")
+    parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[24, 256])
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--steps", type=at_least(2), default=3, help="of each process, the first of them not timed")
     parser.add_argument("--candidate", action="append", choices=CANDIDATES, help="repeatable; all by default")
     parser.add_argument("--json", type=result_file, metavar="FILE")
     parser.add_argument("--one", choices=CANDIDATES, help=argparse.SUPPRESS)

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("rich", reason="tables")
 plots = pytest.importorskip("benchmarks.plots", reason="needs matplotlib and the trainer")
 
-from benchmarks import bias, e2e, prefix_sharing, readme, rollout, run, trl_step, tune  # noqa: E402
+from benchmarks import bias, e2e, kernels, once, prefix_sharing, readme, rollout, run, trl_step, tune  # noqa: E402
 from benchmarks.candidates import lineup  # noqa: E402
 from benchmarks.candidates.lineup import Candidate, Case  # noqa: E402
 from benchmarks.cases.registry import OPS, Shape  # noqa: E402
@@ -130,6 +130,19 @@ def test_a_folder_that_is_missing_is_refused_at_once(
     [
         (run, ("--backend", "nativ"), "argument --backend: invalid choice: 'nativ'"),
         (bias, ("--d", "100"), "argument --d: expected a multiple of 64, found '100'"),
+        (bias, ("--device", "cpu", "--V", "0"), "argument --V: expected a whole number of 1 or more, found '0'"),
+        (bias, (), "argument --device: expected a GPU that torch sees, found none"),
+        (run, ("--device", "cuda"), "argument --device: expected a GPU that torch sees, found none"),
+        (run, ("--limit", "0"), "argument --limit: expected a number above 0, found '0'"),
+        (run, ("--limit", "nan"), "argument --limit: expected a number above 0, found 'nan'"),
+        (trl_step, ("--tokens", "24", "-1"), "argument --tokens: expected a whole number of 1 or more, found '-1'"),
+        (trl_step, ("--steps", "1"), "argument --steps: expected a whole number of 2 or more, found '1'"),
+        (once, ("--backend", "triton"), "error: expected a GPU that torch sees, found none"),
+        *(
+            (program, ("--rounds", found), f"argument --rounds: expected a whole number of 1 or more, found '{found}'")
+            for program in (e2e, kernels, prefix_sharing, rollout, run, trl_step)
+            for found in ("0", "-1", "1.5")
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(
@@ -139,6 +152,7 @@ def test_what_cannot_be_measured_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         call(program, monkeypatch, *arguments)
     assert error in capsys.readouterr().err
