@@ -79,6 +79,14 @@ def architectures() -> str:
     return ";".join(known[major] for major in sorted(here)) if here <= known.keys() else ""
 
 
+def remove_moved(build: Path) -> None:
+    """Remove a build folder that came with a moved or copied checkout: CMake refuses one made for another folder."""
+    cache = build / "CMakeCache.txt"
+    made_for = f"\nCMAKE_HOME_DIRECTORY:INTERNAL={ROOT.as_posix()}\n"
+    if cache.is_file() and made_for not in cache.read_text(encoding="utf-8", errors="surrogateescape"):
+        shutil.rmtree(build)
+
+
 class CMakeBuild(build_ext):
     failed: tuple[str, ...] = ()
 
@@ -103,6 +111,7 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         # Folders of their own: CUDA kernels that fail to build do not stop the others.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-cuda' if cuda else ''}"
+        remove_moved(build)
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DG2RL_OUTPUT_DIR={target}", "-DG2RL_BUILD_TESTS=OFF", "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DG2RL_BUILD_NATIVE={'OFF' if cuda else 'ON'}", f"-DG2RL_WITH_CUDA={'on' if cuda else 'off'}"]

@@ -21,6 +21,7 @@ import triton.language as tl
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.arguments import at_least, device_here
 from benchmarks.reporting.reports import begin, result_file, write_report
 from g2rl_kernels import testing
 from g2rl_kernels.backends.triton.tiles import dot_rows
@@ -108,9 +109,9 @@ def _hidden_size(text: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bias", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--d", type=_hidden_size, action="append", help=f"a multiple of {_BLOCK}; repeatable")
-    parser.add_argument("--V", type=int, default=8192, help="vocabulary size")
+    parser.add_argument("--V", type=at_least(1), default=8192, help="vocabulary size")
     parser.add_argument("--json", type=result_file, metavar="FILE")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--device", type=device_here, choices=("cpu", "cuda"), default="cuda")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     console, facts = begin(device)

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from benchmarks.arguments import at_least
 from benchmarks.measuring.timing import interquartile_range, peak_memory, turns
 from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import digits
@@ -140,7 +141,7 @@ def table(measured: dict[str, Any]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.e2e", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=at_least(1), default=9)
     parser.add_argument("--json", type=result_file, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()

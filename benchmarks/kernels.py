@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.arguments import at_least, need_gpu
 from benchmarks.candidates.lineup import BACKEND_NAMES, nothing_kept
 from benchmarks.cases.registry import parse_shape
 from benchmarks.cases.workloads import head_workload
@@ -119,10 +120,9 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-1.7b-8192", help="name in cases/registry.py, or NxBxdxV")
     parser.add_argument("--backend", default="cuda", choices=BACKEND_NAMES)
     parser.add_argument("--kind", default="peaked", choices=("peaked", "random"))
-    parser.add_argument("--rounds", type=int, default=_ROUNDS)
+    parser.add_argument("--rounds", type=at_least(1), default=_ROUNDS)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("torch sees no GPU, and elsewhere there are no kernels to profile")
+    need_gpu(parser)
     shape = parse_shape(arguments.shape, "cuda")
     sample = head_workload(shape, arguments.kind, torch.bfloat16, torch.device("cuda"))
     hidden, weight = sample.hidden.detach(), sample.head.weight.detach()

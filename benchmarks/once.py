@@ -11,6 +11,7 @@ import argparse
 
 import torch
 
+from benchmarks.arguments import need_gpu
 from g2rl_kernels import g2rl_advantages, sequence_features, testing, token_logprobs, use_backend
 from g2rl_kernels.plans import backward
 
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--backend", required=True)
     parser.add_argument("--no-cublas", action="store_true", help="products of the backward pass by other kernels")
     arguments = parser.parse_args()
+    need_gpu(parser)
     if arguments.no_cublas:
         backward.mm, backward.mm_rounded = _mm, _mm_rounded
     shape = testing.Shape((130, 0, 1, 37, 129), 136, 1105, "responses end on and off tiles of 64, 128 and 192")

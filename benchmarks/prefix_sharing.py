@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
+from benchmarks.arguments import at_least
 from benchmarks.measuring.timing import Run, extra_memory, interleave
 from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import digits
@@ -173,7 +174,7 @@ def main() -> None:
         prog="python -m benchmarks.prefix_sharing", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--case", action="append", choices=CASES, help="may be given several times; all by default")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=at_least(1), default=7)
     parser.add_argument("--json", type=result_file, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()

@@ -18,6 +18,7 @@ from benchmarks.candidates.lineup import BASELINE
 from benchmarks.cases.registry import OPS
 from benchmarks.reporting.reports import FOLDER, Report, Row, label, load, named, timed, times_out, worst_measure
 from benchmarks.reporting.tables import case_cells, digits, markdown, not_timed
+from benchmarks.trl_step import times_baseline
 from g2rl.bootstrap import coverage
 from g2rl.study.tables import headline
 
@@ -137,10 +138,9 @@ def _trl_step(report: Report) -> str:
     for name in next(iter(content.values())):
         cells = [name]
         for measured in content.values():
-            plain = statistics.median(next(iter(measured.values()))["seconds"])
-            median = statistics.median(measured[name]["seconds"])
+            median, times = digits(statistics.median(measured[name]["seconds"])), digits(times_baseline(measured)[name])
             peak = digits(max(measured[name]["peak_bytes"]) / 1e9)
-            cells.append(f"{digits(median)} ({digits(median / plain)}), {peak} GB")
+            cells.append(f"{median} ({times or '-'}), {peak} GB")
         lines.append(cells)
     return f"SmolLM2-135M, 64 responses, {report.machine}:\n\n{markdown(lines)}"
 

@@ -22,6 +22,7 @@ import torch
 from rich.table import Table
 from transformers import DynamicCache, LogitsProcessorList
 
+from benchmarks.arguments import at_least
 from benchmarks.cases.activations import PROMPTS
 from benchmarks.measuring.timing import Timing, turns
 from benchmarks.reporting.reports import begin, result_file, write_report
@@ -180,7 +181,7 @@ def engines(config: Config) -> tuple[dict[str, Sampler], str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--case", action="append", choices=CASES, help="may be given several times; all by default")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--json", type=result_file, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import above_zero, at_least, device_here
 from benchmarks.candidates.lineup import BACKEND_NAMES, Case
 from benchmarks.cases.registry import (
     GROUP_KIND,
@@ -155,10 +156,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="one small shape and few rounds")
     parser.add_argument("--sweep", choices=("N", "V", "B"), help="cost and memory against one size")
     parser.add_argument("--json", type=result_file, metavar="FILE", help="write every row here")
-    parser.add_argument("--rounds", type=int, help="timed samples of each candidate")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="a slower candidate sits out further rounds")
+    parser.add_argument("--rounds", type=at_least(1), help="timed samples of each candidate")
+    parser.add_argument("--limit", type=above_zero, metavar="SECONDS", help="slower candidates sit out further rounds")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_here, choices=("cpu", "cuda"), default=default)
     return parser
 
 

@@ -24,14 +24,16 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from benchmarks.arguments import at_least
 from benchmarks.measuring.timing import interquartile_range, turns
 from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import digits
 
 ROWS, GROUP = 64, 8
+BASELINE = "TRL GRPO"
 # By name: what runs, and its options.
 CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
-    "TRL GRPO": ("trl", {}),
+    BASELINE: ("trl", {}),
     "TRL + G2RL": ("g2rl-in-trl", {}),
     "TRL GRPO, 4 micro-batches": ("trl", {"gradient_accumulation_steps": 4}),
     "TRL + G2RL, 4 micro-batches": ("g2rl-in-trl", {"gradient_accumulation_steps": 4}),
@@ -122,24 +124,30 @@ def measure(tokens: int, rounds: int, steps: int, names: list[str]) -> dict[str,
     return measured
 
 
+def times_baseline(measured: dict[str, dict[str, list[float]]]) -> dict[str, float | None]:
+    """Median step of each candidate, in those of `BASELINE`; None where that was not measured."""
+    median = {name: statistics.median(found["seconds"]) for name, found in measured.items()}
+    return {name: seconds / median[BASELINE] if BASELINE in median else None for name, seconds in median.items()}
+
+
 def table(tokens: int, measured: dict[str, dict[str, list[float]]]) -> Table:
     shown = Table(title=f"\none step, {ROWS} responses of up to {tokens} tokens", title_justify="left")
-    for heading in ("candidate", "s", "± IQR", "x TRL GRPO", "peak memory, MB"):
+    for heading in ("candidate", "s", "± IQR", f"x {BASELINE}", "peak memory, MB"):
         shown.add_column(heading, justify="left" if heading == "candidate" else "right")
-    plain = statistics.median(measured[next(iter(measured))]["seconds"])
+    times = times_baseline(measured)
     for name, found in measured.items():
         median = statistics.median(found["seconds"])
         spread = interquartile_range(found["seconds"])
         peak = digits(max(found["peak_bytes"]) / 1e6)
-        shown.add_row(name, digits(median), digits(spread), digits(median / plain), peak)
+        shown.add_row(name, digits(median), digits(spread), digits(times[name]), peak)
     return shown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trl_step", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[24, 256])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="of each process, the first of them not timed")
+    parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[24, 256])
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--steps", type=at_least(2), default=3, help="of each process, the first of them not timed")
     parser.add_argument("--candidate", action="append", choices=CANDIDATES, help="repeatable; all by default")
     parser.add_argument("--json", type=result_file, metavar="FILE")
     parser.add_argument("--one", choices=CANDIDATES, help=argparse.SUPPRESS)
@@ -148,7 +156,7 @@ def main() -> None:
         print(json.dumps(run_candidate(arguments.one, arguments.tokens[0], arguments.steps)))
         return
     console, facts = begin(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    names = arguments.candidate or list(CANDIDATES)
+    names = [name for name in CANDIDATES if name in (arguments.candidate or CANDIDATES)]
     results = {}
     for tokens in arguments.tokens:
         results[str(tokens)] = measure(tokens, arguments.rounds, arguments.steps, names)

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("rich", reason="tables")
 plots = pytest.importorskip("benchmarks.plots", reason="needs matplotlib and the trainer")
 
-from benchmarks import bias, e2e, prefix_sharing, readme, rollout, run, trl_step, tune  # noqa: E402
+from benchmarks import bias, e2e, kernels, once, prefix_sharing, readme, rollout, run, trl_step, tune  # noqa: E402
 from benchmarks.candidates import lineup  # noqa: E402
 from benchmarks.candidates.lineup import Candidate, Case  # noqa: E402
 from benchmarks.cases.registry import OPS, Shape  # noqa: E402
@@ -130,6 +130,19 @@ def test_a_folder_that_is_missing_is_refused_at_once(
     [
         (run, ("--backend", "nativ"), "argument --backend: invalid choice: 'nativ'"),
         (bias, ("--d", "100"), "argument --d: expected a multiple of 64, found '100'"),
+        (bias, ("--device", "cpu", "--V", "0"), "argument --V: expected a whole number of 1 or more, found '0'"),
+        (bias, (), "argument --device: expected a GPU that torch sees, found none"),
+        (run, ("--device", "cuda"), "argument --device: expected a GPU that torch sees, found none"),
+        (run, ("--limit", "0"), "argument --limit: expected a number above 0, found '0'"),
+        (run, ("--limit", "nan"), "argument --limit: expected a number above 0, found 'nan'"),
+        (trl_step, ("--tokens", "24", "-1"), "argument --tokens: expected a whole number of 1 or more, found '-1'"),
+        (trl_step, ("--steps", "1"), "argument --steps: expected a whole number of 2 or more, found '1'"),
+        (once, ("--backend", "triton"), "error: expected a GPU that torch sees, found none"),
+        *(
+            (program, ("--rounds", found), f"argument --rounds: expected a whole number of 1 or more, found '{found}'")
+            for program in (e2e, kernels, prefix_sharing, rollout, run, trl_step)
+            for found in ("0", "-1", "1.5")
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(
@@ -139,6 +152,7 @@ def test_what_cannot_be_measured_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         call(program, monkeypatch, *arguments)
     assert error in capsys.readouterr().err
@@ -213,6 +227,25 @@ def test_both_floors_stand_beside_a_time() -> None:
     assert "| `token_logprobs` | 0.75 | 1.50 | 4 x | 103 % | 2e-06 | 3e-02 |" in text
     del rows[1]
     assert case_cells(OPS["token_logprobs"], rows)[2][3:5] == ["0.75", ""]
+
+
+@pytest.mark.parametrize(("baseline", "times"), [(True, ["1", "0.25"]), (False, [""])])
+def test_a_step_through_trl_is_compared_with_plain_grpo(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, baseline: bool, times: list[str]
+) -> None:
+    """Whatever is named first; without it there is nothing to compare with."""
+    seconds = {"g2rl train": 1.0, trl_step.BASELINE: 4.0}
+
+    def measure(tokens: int, rounds: int, steps: int, names: list[str]) -> dict[str, Any]:
+        return {name: {"seconds": [seconds[name]] * 3, "peak_bytes": [2e9]} for name in names}
+
+    monkeypatch.setattr(trl_step, "measure", measure)
+    asked = ["--candidate", "g2rl train", *(("--candidate", trl_step.BASELINE) if baseline else ())]
+    call(trl_step, monkeypatch, *asked, "--tokens", "24", "--json", tmp_path / "x.json")
+    (found,) = load(tmp_path)
+    measured = found.content["trl_step"]["24"]
+    assert list(trl_step.table(24, measured).columns[3].cells) == times
+    assert f"| g2rl train | 1 ({times[-1] or '-'}), 2 GB |" in readme.summary([found])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -114,6 +115,27 @@ def test_no_build_ships_the_modules_of_another(
         modules[name].write_text("of an earlier build")
     build.run()
     assert [name for name, path in modules.items() if path.exists()] == left
+
+
+@pytest.mark.parametrize(("made_for", "kept"), [("here", True), ("here, before it was moved", False)])
+def test_a_build_folder_of_a_moved_checkout_goes(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_for: str, kept: bool
+) -> None:
+    """CMake would refuse it; one of this checkout keeps what is compiled."""
+    setup = load()
+    root = tmp_path / "here"
+    build = root / "build" / f"cmake-{sys.implementation.cache_tag}"
+    build.mkdir(parents=True)
+    (build / "CMakeCache.txt").write_text(f"//...\nCMAKE_HOME_DIRECTORY:INTERNAL={tmp_path / made_for}\n")
+    (build / "kernel.o").write_text("")
+    ran = []
+    monkeypatch.setattr(setup.subprocess, "run", lambda command, **_: ran.append((build / "kernel.o").exists()))
+    monkeypatch.setattr(setup, "ROOT", root)
+    extension = setuptools.Extension("g2rl_kernels._native", sources=[])
+    command = setup.CMakeBuild(Distribution({"packages": ["g2rl_kernels"], "ext_modules": [extension]}))
+    command.ensure_finalized()
+    assert command.build_with_cmake(extension, cuda=False) is None
+    assert ran == [kept, kept]  # to configure and to compile
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import at_least
+
 # Open questions: the model fills any token limit, and its confidence spreads from 1e-6 to near certainty.
 PROMPTS = (
     "Explain step by step how to add two fractions with different denominators, with two examples.",
@@ -91,8 +93,8 @@ def _sample(responses: int, tokens: int) -> dict[str, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cases.activations", description=__doc__.split("\n")[0])
-    parser.add_argument("responses", type=int, nargs="?", default=16)
-    parser.add_argument("tokens", type=int, nargs="?", default=88)
+    parser.add_argument("responses", type=at_least(1), nargs="?", default=16)
+    parser.add_argument("tokens", type=at_least(1), nargs="?", default=88)
     arguments = parser.parse_args()
     data = activations(arguments.responses, arguments.tokens)
     print(f"hidden {list(data['hidden'].shape)} in {_path(arguments.responses, arguments.tokens)}")

@@ -26,7 +26,7 @@ tokenizer = AutoTokenizer.from_pretrained({repo!r})
 model = AutoModelForCausalLM.from_pretrained({repo!r})
 messages = [{system}{{"role": "user", "content": "..."}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens={tokens}, do_sample=True, temperature={temperature})
+output = model.generate(**inputs, max_new_tokens={tokens}, {sampling})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```"""
 
@@ -115,13 +115,16 @@ def _eval_result(key: str, value: float, task: str, step: int | None) -> EvalRes
 def _loading(run: Run, repo: str, is_adapter: bool) -> str:
     system = run.config.get("task", {}).get("system_prompt")
     message = "" if system is None else f'{{"role": "system", "content": {system!r}}}, '
-    rollout, temperature = run.config.get("rollout", {}), run.config.get("eval", {}).get("temperature", 1.0)
+    rollout, settings = run.config.get("rollout", {}), run.config.get("eval", {})
+    temperature, top_p = settings.get("temperature", 1.0), settings.get("top_p", 1.0)
+    # All are named, since a model's own generation settings would stand in for those that are not.
+    drawn = f"do_sample=True, temperature={temperature}, top_p={top_p}, top_k=0"
     return LOADING.format(
         repo=repo,
         note=ADAPTER_NOTE if is_adapter else "",
         system=message,
         tokens=rollout.get("max_new_tokens", 512),
-        temperature=temperature or 1.0,
+        sampling=drawn if temperature else "do_sample=False",
     )
 
 

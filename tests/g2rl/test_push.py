@@ -13,7 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from written_runs import write_run
 
 from g2rl import push as module
+from g2rl.card import model_card
 from g2rl.cli import main
+from g2rl.plots import load_run
 
 HELD_OUT = (
     {"eval/pass@1": 0.125, "eval/maj@1": 0.125},
@@ -103,6 +105,18 @@ def test_the_base_model_is_named_without_its_folder(tmp_path: Path, hub: Hub, pa
     assert card.data.base_model == (path if public else None)
     assert (f"[{path}](https://huggingface.co/{path}), trained" if public else "`mine`, trained") in card.text
     assert "secret" not in card.content
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sampling"),
+    [
+        (["eval.temperature=0.6", "eval.top_p=0.9"], "do_sample=True, temperature=0.6, top_p=0.9, top_k=0"),
+        (["eval.temperature=0"], "do_sample=False"),
+    ],
+)
+def test_the_model_is_used_as_it_was_evaluated(tmp_path: Path, overrides: list[str], sampling: str) -> None:
+    run = load_run(finished_run(tmp_path / "run", *overrides))
+    assert f"generate(**inputs, max_new_tokens=24, {sampling})\n" in model_card(run, 10, "somebody/adder", [])
 
 
 def test_an_adapter_names_its_base_as_the_hub_does(tmp_path: Path, hub: Hub) -> None:

@@ -28,13 +28,13 @@ from g2rl.config import ConfigError, load_config, save_config
 from g2rl.methods import make_method
 from g2rl.plots import CYCLE
 from g2rl.study.definition import Study, read_study
-from g2rl.study.plots import _save, plot_differences
+from g2rl.study.plots import _save, draw, plot_differences
 from g2rl.study.progress import Clock, StudyProgress
 from g2rl.study.record import record
 from g2rl.study.report import _reading
 from g2rl.study.results import Results
-from g2rl.study.runner import _locked
-from g2rl.study.runs import Usage, begin, finish, record_end, record_start
+from g2rl.study.runner import _locked, run_study
+from g2rl.study.runs import Usage, begin, code_version, finish, record_end, record_start
 from g2rl.tasks.pool import cores
 from g2rl.trainer import Trainer
 from g2rl_kernels import Shaping
@@ -225,6 +225,14 @@ def test_finished_runs_are_kept_and_others_tried_again(
     monkeypatch.delenv("FAILS")
     assert main(["compare", *study]) == 0
     assert called(pretended) == ["sums/grpo/seed-1 begins 3"]
+    assert "no model was kept" not in capsys.readouterr().out
+    more = read_study(Path(study[0]), ["models=[grpo,lambda=0.3]", "seeds=[0]"])
+    assert run_study(more, StudyProgress(more)) == []
+    lost = folder / "runs/sums/lambda=0.3/seed-0"
+    assert (
+        "models: finished before, and no model was kept: sums, lambda=0.3, seed 0; a run begins again where its folder "
+        f"is removed, such as {lost}\n" in capsys.readouterr().out
+    )
     assert main(["compare", *study, "seeds=[0,1,2]"]) == 0
     assert sorted(called(pretended)) == ["sums/grpo/seed-2 begins 3", "sums/lambda=0.3/seed-2 begins 3"]
     assert main(["compare", *study, "report=true"]) == 0
@@ -269,6 +277,30 @@ def test_a_torn_note_of_an_attempt_is_left_out(tmp_path: Path, torn: bytes) -> N
     finish(run, keep_model=False)
     done = json.loads((run.folder / "done.json").read_text())
     assert (done["wall_s"], done["cpu_s"], done["peak_bytes"], done["attempts"]) == (12.0, 3.0, 2, 2)
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_only_a_repository_that_holds_the_code_names_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracked: bool
+) -> None:
+    """Not one around the environment that the package is installed in."""
+    file = tmp_path / "project/.venv/g2rl/runs.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    (tmp_path / "project/own.py").write_text("")
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path / "project"), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("add", "." if tracked else "own.py")
+    git("-c", "user.name=A", "-c", "user.email=a@b.c", "commit", "-m", "Begin")
+    monkeypatch.setattr("g2rl.study.runs.__file__", str(file))
+    code_version.cache_clear()
+    found = code_version()["commit"]
+    code_version.cache_clear()
+    assert found == (git("rev-parse", "--short=12", "HEAD") if tracked else None)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -431,6 +463,20 @@ def test_the_report(written: Study, tmp_path: Path, capsys: pytest.CaptureFixtur
     (written.runs[3].folder / "done.json").unlink()
     assert main(arguments) == 0
     assert "- sums, lambda=0.3, seed 1: not begun" in (folder / "report.md").read_text()
+
+
+def test_every_plot_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks labelled like the overview, like each other but for a space, and like a name that was given before."""
+    tasks = ["overview", "one digit", "one-digit", "one-digit-2"]
+    study = read_study(write_study(tmp_path, tasks=dict.fromkeys(tasks), seeds=[0]))
+    for run in study.runs:
+        write_finished(run, [1, 1], [0.0, 0.1, 0.5])
+    monkeypatch.setattr("g2rl.study.plots._save", lambda figure, path: path.touch(exist_ok=False))
+    drawn = draw(results := Results(study), record(results), tmp_path)
+    files = ["overview-2.png", "one-digit.png", "one-digit-2.png", "one-digit-2-2.png"]
+    assert [drawn[f"task {task}"] for task in tasks] == files
+    assert drawn["overview"] == "overview.png"
+    assert {path.name for path in tmp_path.glob("*.png")} == set(drawn.values())
 
 
 def test_an_unfinished_report_counts_what_is_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +94,21 @@ def draw(results: Results, content: dict[str, Any], folder: Path) -> dict[str, s
         for task in results.study.tasks:
             passes = [metric for metric in results.metrics(task) if metric.startswith("pass@")]
             keys = [*(f"eval/{metric}" for metric in dict.fromkeys((passes[0], passes[-1]))), *KEYS]
-            figures[f"task {task}"] = (f"{task.replace(' ', '-')}.png", plot_bands(bands(results, task), keys))
+            name = _free_name(task.replace(" ", "-"), [name for name, _ in figures.values()])
+            figures[f"task {task}"] = (name, plot_bands(bands(results, task), keys))
         drawn = {}
         for what, (name, figure) in figures.items():
             if figure is not None:
                 _save(figure, folder / name)
                 drawn[what] = name
     return drawn
+
+
+def _free_name(stem: str, taken: Sequence[str]) -> str:
+    """A file of its own for a task, which may be labelled like another plot, or like a task but for space or case."""
+    folded = {name.casefold() for name in taken}
+    names = (f"{stem}{f'-{number}' if number > 1 else ''}.png" for number in count(1))
+    return next(name for name in names if name.casefold() not in folded)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from g2rl.checkpoint import checkpoints
 from g2rl.config import ConfigError
 from g2rl.study.definition import PlannedRun, Study
 from g2rl.study.progress import StudyProgress
@@ -61,12 +62,23 @@ def run_study(study: Study, progress: StudyProgress) -> list[PlannedRun]:
     study.folder.mkdir(parents=True, exist_ok=True)
     with _locked(study.folder) as lock, _signals_as_exceptions():
         states = {run: state_of(run) for run in study.runs}
-        for run in study.runs:
-            if states[run] == "done":
-                tidy(run, run.method in study.models)
-                progress.kept(run)
+        done = [run for run in study.runs if states[run] == "done"]
+        for run in done:
+            tidy(run, run.method in study.models)
+            progress.kept(run)
+        _tell_of_lost_models(done, study, progress)
         waiting = deque(run for run in study.runs if states[run] != "done")
         return _Runner(study, lock, progress).work(waiting)
+
+
+def _tell_of_lost_models(done: list[PlannedRun], study: Study, progress: StudyProgress) -> None:
+    """Checkpoints of a run that had ended before `models` named its method are gone."""
+    lost = [run for run in done if run.method in study.models and not checkpoints(run.folder)]
+    if lost:
+        progress.message(
+            f"models: finished before, and no model was kept: {'; '.join(map(str, lost))}; a run begins again where "
+            f"its folder is removed, such as {lost[0].folder}"
+        )
 
 
 class _Runner:

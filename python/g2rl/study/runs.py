@@ -133,11 +133,20 @@ def tidy(run: PlannedRun, keep_model: bool) -> None:
 @cache
 def code_version() -> dict[str, Any]:
     """Version of the packages, a digest of their Python files, and the commit where they are a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return {"version": __version__, "code": code()[:12], "commit": _commit()}
+
+
+def _commit() -> str | None:
+    """None unless the repository around this file holds it: that of a project with a .venv inside is another's."""
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
+    return tracked and _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says in this file's folder; None where it fails or says nothing."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        found = subprocess.run(git, capture_output=True, text=True, timeout=30)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        commit = None
-    else:
-        commit = found.stdout.strip() or None
-    return {"version": __version__, "code": code()[:12], "commit": commit}
+        return None
+    return found.stdout.strip() or None
