@@ -33,6 +33,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 10,
     "savefig.dpi": 130,
+    "text.parse_math": False,  # a label that holds "$", as paths may, is no mathematics
 }
 LEGEND_COLUMNS = 4
 SCATTER_POINTS = 4000
@@ -247,9 +248,7 @@ def plot_groups(run: Run) -> Figure | None:
         axes.set_xticks(range(len(order)), scores, fontsize=size, rotation=90 if len(order) > 8 else 0)
         axes.set(ylabel="reward of the response", xlabel="its exploration score ν")
         axes.grid(False)
-        # A problem's id may hold "$", which is mathematics to matplotlib unless told otherwise.
-        title = f"step {group['step']}, problem {printable(str(group['problem']), 24)}"
-        axes.set_title(title, parse_math=False)
+        axes.set_title(f"step {group['step']}, problem {printable(str(group['problem']), 24)}")
     figure.colorbar(image, ax=panels, label="cosine of the responses' features", shrink=0.7)
     figure.set_layout_engine("compressed")  # square panels would leave gaps otherwise
     return figure

@@ -170,6 +170,12 @@ def test_bands_differ_by_more_than_colour_and_axes_have_units(tmp_path: Path) ->
     assert len(figure.legends[0].get_texts()) == 8
 
 
+def test_labels_are_no_mathematics(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, records(0.1), rf"model.path='/m/${name}^\foo$'") for name in "ab"]
+    assert write_comparison(runs, tmp_path / "out").is_file()
+    assert imread(tmp_path / "out" / "learning.png").std() > 0.05
+
+
 def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = [write_run(tmp_path / name, records(0.1), configured=False) for name in ("a", "b")]
     for arguments, said in (
