@@ -78,11 +78,15 @@ class Run:
     environment: dict[str, str]
 
     def keys(self, prefix: str) -> list[str]:
-        """Logged metrics that begin with `prefix`, in the order of `METRICS` and of k; then a method's own."""
+        """Logged metrics that begin with `prefix`, in the order of `METRICS` and of k; then others."""
         logged = {key for record in self.metrics for key in record if "/" in key and key.startswith(prefix)}
         order = {item.key: position for position, item in enumerate(METRICS)}
-        places = {key: (order.get(metric(key).key, len(order)), int(key.partition("@")[2] or 0), key) for key in logged}
-        return sorted(logged, key=lambda key: places[key])
+
+        def place(key: str) -> tuple[int, int, str]:
+            k = key.partition("@")[2]
+            return order.get(metric(key).key, len(order)), int(k) if k.isdecimal() else 0, key
+
+        return sorted(logged, key=place)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was logged and finite."""

@@ -150,6 +150,18 @@ def test_a_run_with_metrics_only(tmp_path: Path) -> None:
     ]
 
 
+def test_metrics_of_methods_and_of_another_version(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "method/valid_share": 0.25, "method/own": 2.0, "train/new@x": 3.0}\n'
+    )
+    shown = section(write_report(tmp_path).read_text(encoding="utf-8"), "Metrics").strip().splitlines()[2:5]
+    assert shown == [
+        "| `method/valid_share` | 25.0 % | 25.0 % |  | EVOL-RL: responses whose answer is valid |",
+        "| `method/own` | 2 | 2 |  | the method's own |",
+        "| `train/new@x` | 3 | 3 |  | not of this version |",
+    ]
+
+
 def test_grpo_without_evaluation(tmp_path: Path) -> None:
     log = start(tmp_path / "run", "method=grpo", "eval.every=0")
     log.completions(1, [Completion("p", "Q?", "x" * 5000 + "\ud800", -1.0, False, None, -1.0, 0.0)])
