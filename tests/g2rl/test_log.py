@@ -24,8 +24,8 @@ from g2rl.log import (
     TrainingProgress,
     duration,
     metric,
-    require_metric,
     read_records,
+    require_metric,
 )
 
 QUIET = Console(quiet=True)
