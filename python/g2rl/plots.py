@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from g2rl.config import plain, read_yaml
+from g2rl.config import plain, read_own
 from g2rl.log import METRICS, STAGES, duration, metric, printable, read_records
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; series differ by marker or line style as well.
@@ -136,7 +136,7 @@ def load_run(run_dir: Path) -> Run:
         scored=scored,
         shaped=shaped,
         groups=list(read_records(groups)) if groups.is_file() else [],
-        config=plain(read_yaml(config)) if config.is_file() else {},
+        config=plain(read_own(config)) if config.is_file() else {},
         environment=json.loads(environment.read_text()) if environment.is_file() else {},
     )
 

@@ -64,6 +64,17 @@ def test_a_configuration_of_an_older_version_lacks_keys(tmp_path: Path) -> None:
     assert members(old, write_run(tmp_path / "new", records(0.1), "method=grpo")) == {"grpo": ["new", "old"]}
 
 
+def test_options_of_a_method_are_those_it_had(tmp_path: Path) -> None:
+    """As `shaping`, which they were in old versions, without some of them, and with all of them."""
+    old = write_run(tmp_path / "old", records(0.1), configured=False)
+    rewards = "rewards: [{name: correct, weight: 1.0}]"
+    (old / "config.yaml").write_text(f"method: g2rl\nseed: 1\n{rewards}\nshaping: {{strength: 2.0}}\n")
+    few, more = ["seed=2", "methods.g2rl.strength=2"], ["methods.g2rl.strength=2", "methods.g2rl.clip=3"]
+    runs = [write_run(tmp_path / "few", records(0.1), *few), write_run(tmp_path / "more", records(0.1), *more)]
+    assert members(old, *runs) == {"g2rl": ["more", "old", "few"]}
+    assert load_run(old).config["methods"] == {"g2rl": {"strength": 2.0}}
+
+
 def test_mean_error_and_range_of_a_band(tmp_path: Path) -> None:
     passes = ((0.1, 0.2, 0.6), (0.3, 0.5), (0.2, 0.2))
     runs = [write_run(tmp_path / f"run{i}", records(*p), f"seed={i}") for i, p in enumerate(passes)]

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from rich.console import Console
+from written_runs import write_run
 
 from g2rl.config import load_config, save_config
 from g2rl.log import METRICS, Completion, GroupGeometry, RunLog
@@ -160,6 +161,13 @@ def test_metrics_of_methods_and_of_another_version(tmp_path: Path) -> None:
         "| `method/own` | 2 | 2 |  | the method's own |",
         "| `train/new@x` | 3 | 3 |  | not of this version |",
     ]
+
+
+def test_a_methods_own_defaults_are_no_changes(tmp_path: Path) -> None:
+    options = ("methods.g2rl.strength=1.0", "methods.g2rl.clip=2.0", "methods.evol_rl.labels=majority")
+    run = write_run(tmp_path / "run", [{"step": 1, "train/accuracy": 0.25}], *options)
+    table = section(write_report(run).read_text(encoding="utf-8"), "Configuration").split("<details>")[0]
+    assert [line for line in table.splitlines() if "`methods." in line] == ["| `methods.g2rl.clip` | `2.0` | `3.0` |"]
 
 
 def test_grpo_without_evaluation(tmp_path: Path) -> None:

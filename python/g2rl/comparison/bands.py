@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from g2rl.config import METHODS, RewardConfig
 from g2rl.log import printable
 from g2rl.plots import SMOOTHED, Run, moving_average
-from g2rl.report import code, default_values, leaves
+from g2rl.report import code, configured_values
 
 EVALUATION = ("task.", "eval.samples", "eval.temperature", "eval.top_p", "rollout.max_new_tokens")
 """Keys, or beginnings of keys, on which held-out results depend besides the model: they have to be equal."""
@@ -134,17 +133,11 @@ def run_names(runs: Sequence[Run]) -> dict[Path, str]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """A run's configuration with the defaults of keys it lacks, without seed, `IGNORED` and other methods' options."""
-    values = default_values() | leaves(run.config)
-    values["rewards"] = [asdict(RewardConfig()) | reward for reward in values["rewards"]]
+    """A run's configuration, without seed and `IGNORED`."""
+    values = configured_values(run)
     dropped = _chosen(values, ("seed", *IGNORED))
     if values["rollout.ahead"]:
         del dropped[ACTS_AHEAD]
-    for key in values:
-        section, _, rest = key.removeprefix("methods.").partition(".")
-        other = section != values["method"] and (METHODS / f"{section}.py").is_file()
-        if key.startswith("methods.") and rest and other:
-            dropped[key] = None
     return {key: value for key, value in values.items() if key not in dropped}
 
 
