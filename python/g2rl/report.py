@@ -247,22 +247,23 @@ def write_sections(path: Path, sections: Sequence[str]) -> Path:
     return path
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, folder: Path | None = None) -> Path:
     """Write a run's report, in place of an older one.
 
     Args:
         run_dir: the run's folder; its run may still be going on.
+        folder: of the report; None is ``run_dir/report``.
 
     Returns:
-        The path of the report, ``run_dir/report/report.md``; its plots lie beside it.
+        The path of the report, ``folder/report.md``; its plots lie beside it.
 
     Raises:
         FileNotFoundError: `run_dir` has no metrics; the message names the file looked for.
         ValueError: a log file is damaged before its last line.
     """
     run = load_run(run_dir)
-    folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
+    folder = folder or run_dir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
     plots = []
     for stem, heading, caption in draw_plots(run, folder):
         extra = _geometry(run) if stem == "cosines" else ""

@@ -192,7 +192,6 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for arguments, said in (
         ([*bare], "report: expected runs with a config.yaml, found none"),
         ([bare[0], tmp_path / "c"], f"report: {tmp_path / 'c' / 'metrics.jsonl'}: expected the metrics of a run"),
-        ([bare[0], "--out", tmp_path], "out: expected several runs to compare, found one"),
     ):
         assert main(["report", *map(str, arguments)]) == 2
         assert said in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,6 +152,20 @@ def test_a_hub_that_refuses(
     hub.error = error
     assert main(["push", str(finished_run(tmp_path / "run")), "somebody/adder"]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--dry-run"], []])
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = finished_run(tmp_path / "run")
+    monkeypatch.setattr(module.shutil, "copytree", full)
+    assert main(["push", str(run), "somebody/adder", *arguments]) == 1
+    assert f"g2rl: push: '{run}' cannot be written: [Errno 28] No space left" in capsys.readouterr().err
+    assert hub.calls == []
 
 
 def test_what_is_missing_is_named(

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from rich.console import Console
 from written_runs import write_run
 
+from g2rl.cli import main
 from g2rl.config import load_config, save_config
 from g2rl.log import METRICS, Completion, GroupGeometry, RunLog
 from g2rl.plots import figure_legend, load_run, plot_time
@@ -161,6 +162,15 @@ def test_metrics_of_methods_and_of_another_version(tmp_path: Path) -> None:
         "| `method/own` | 2 | 2 |  | the method's own |",
         "| `train/new@x` | 3 | 3 |  | not of this version |",
     ]
+
+
+def test_the_report_of_one_run_goes_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = write_run(tmp_path / "run", [{"step": 1, "train/accuracy": 0.25}]), tmp_path / "new" / "out"
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    assert plots(out / "report.md") == {"learning"}
+    assert not (run / "report").exists()
+    assert main(["report", str(run), "--out", str(run / "config.yaml" / "out")]) == 1
+    assert "g2rl: report: cannot be written: " in capsys.readouterr().err
 
 
 def test_a_methods_own_defaults_are_no_changes(tmp_path: Path) -> None:
