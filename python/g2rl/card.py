@@ -26,7 +26,7 @@ tokenizer = AutoTokenizer.from_pretrained({repo!r})
 model = AutoModelForCausalLM.from_pretrained({repo!r})
 messages = [{system}{{"role": "user", "content": "..."}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens={tokens}, do_sample=True, temperature={temperature})
+output = model.generate(**inputs, max_new_tokens={tokens}, {sampling})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```"""
 
@@ -115,14 +115,23 @@ def _eval_result(key: str, value: float, task: str, step: int | None) -> EvalRes
 def _loading(run: Run, repo: str, is_adapter: bool) -> str:
     system = run.config.get("task", {}).get("system_prompt")
     message = "" if system is None else f'{{"role": "system", "content": {system!r}}}, '
-    rollout, temperature = run.config.get("rollout", {}), run.config.get("eval", {}).get("temperature", 1.0)
+    rollout = run.config.get("rollout", {})
     return LOADING.format(
         repo=repo,
         note=ADAPTER_NOTE if is_adapter else "",
         system=message,
         tokens=rollout.get("max_new_tokens", 512),
-        temperature=temperature or 1.0,
+        sampling=_sampling(run),
     )
+
+
+def _sampling(run: Run) -> str:
+    """Arguments of `generate` for responses like those of the run's evaluations."""
+    settings = run.config.get("eval", {})
+    temperature, top_p = settings.get("temperature", 1.0), settings.get("top_p", 1.0)
+    if temperature == 0:
+        return "do_sample=False"
+    return f"do_sample=True, temperature={temperature}" + (f", top_p={top_p}" if top_p < 1 else "")
 
 
 def _training(run: Run) -> str:

@@ -24,7 +24,7 @@ from g2rl.parallel.shards import SHARDS, load_model_of_shards
 from g2rl.plots import load_run
 from g2rl.report import draw_plots
 
-NOT_PUSHED = ("trainer.pt", "README.md", MANIFEST, SHARDS)
+NOT_PUSHED = ("trainer.pt", "README.md", "eval.json", MANIFEST, SHARDS)
 LOCAL_PLOTS = ("groups",)
 """Plots that stay here: problems' names may hold paths of this machine."""
 

@@ -14,7 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from written_runs import write_run
 
 from g2rl import push as module
+from g2rl.card import model_card
 from g2rl.cli import main
+from g2rl.plots import load_run
 
 HELD_OUT = (
     {"eval/pass@1": 0.125, "eval/maj@1": 0.125},
@@ -72,6 +74,7 @@ def test_a_dry_run_writes_the_folder(tmp_path: Path, hub: Hub, capsys: pytest.Ca
     run = finished_run(tmp_path / "run", "task.name=jsonl", options, "method=grpo", "task.system_prompt=/no_think")
     (run / "hub").mkdir()
     (run / "hub" / "stale").write_text("")
+    (run / "checkpoints" / "step-000010" / "eval.json").write_text("{}")
     assert main(["push", str(run), "somebody/adder", "--dry-run"]) == 0
     assert capsys.readouterr().out == f"g2rl: this would be uploaded: {run / 'hub'}\n"
     assert hub.calls == []
@@ -93,6 +96,19 @@ def test_a_dry_run_writes_the_folder(tmp_path: Path, hub: Hub, capsys: pytest.Ca
     assert "| `task.options.path` | `problems.jsonl` |" in card.text
     assert "| `seed` | `3` |" in card.text
     assert str(tmp_path) not in card.content
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sampling"),
+    [
+        (["eval.temperature=0", "eval.samples=1", "eval.ks=[1]"], "do_sample=False)"),
+        (["eval.temperature=0.7"], "do_sample=True, temperature=0.7)"),
+        (["eval.temperature=0.7", "eval.top_p=0.9"], "do_sample=True, temperature=0.7, top_p=0.9)"),
+    ],
+)
+def test_the_card_samples_as_evaluations_do(tmp_path: Path, overrides: list[str], sampling: str) -> None:
+    run = load_run(write_run(tmp_path / "run", [{"step": 5, "eval/pass@1": 0.5}], *overrides))
+    assert f"model.generate(**inputs, max_new_tokens=24, {sampling}\n" in model_card(run, 5, "somebody/adder", [])
 
 
 @pytest.mark.parametrize("path", ["Qwen/Qwen3-1.7B-Base", "/models/secret/mine", "./mine"])
