@@ -75,6 +75,7 @@ def test_options_of_all_runs_stay_with_a_task_of_its_own(tmp_path: Path) -> None
     [
         (["smoke=true"], "studies/tiny-smoke", ["sums grpo 7", "sums lambda=0.3 7"]),
         (["smoke=true", "seeds=[1]", "methods=[grpo]", "folder=other"], "other", ["sums grpo 1"]),
+        (["smoke=true", "methods=[grpo]", "folder=~/other"], "other", ["sums grpo 7"]),
         (["tasks=[gcds]", "seeds=[3]"], "studies/tiny", ["gcds grpo 3", "gcds lambda=0.3 3"]),
         (["smoke=false", "tasks=[sums]", "seeds=[0]"], "studies/tiny", ["sums grpo 0", "sums lambda=0.3 0"]),
         # The smoke block has the task sums alone; what is asked for chooses among all.
@@ -84,7 +85,10 @@ def test_options_of_all_runs_stay_with_a_task_of_its_own(tmp_path: Path) -> None
          ["sums grpo 7", "gcds grpo 7"]),
     ],
 )  # fmt: skip
-def test_sizes_and_choices(tmp_path: Path, overrides: list[str], folder: str, runs: list[str]) -> None:
+def test_sizes_and_choices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], folder: str, runs: list[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     study = read_study(write_study(tmp_path, models=["lambda=0.3"]), overrides)
     assert (study.folder, names(study)) == (tmp_path / folder, runs)
     assert {run.config.steps for run in study.runs} == {2 if "smoke=true" in overrides else 4}
