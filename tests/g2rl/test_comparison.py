@@ -39,7 +39,8 @@ def members(*run_dirs: Path) -> dict[str, list[str]]:
         (["method=g2rl", "seed=0"], ["grpo", "g2rl"]),
         (["optim.lr=1e-4", "optim.beta1=0.8", "steps=5"],
          ["grpo, beta1=0.9, lr=2e-05, ...", "grpo, beta1=0.8, lr=0.0001, ..."]),
-        (["rewards=[{name: boxed}, {name: correct}]"], ["grpo, rewards=[{'name':", "grpo, rewards=[{'name':"]),
+        (["rewards=[{name: boxed}, {name: correct}]"], ["grpo, rewards=…': 'corre", "grpo, rewards=…': 'boxed"]),
+        (["optim.lr=0.30000000000000004"], ["grpo, lr=2e-05", "grpo, lr=0.3"]),
     ],
 )  # fmt: skip
 def test_bands_are_runs_that_differ_in_their_seed(tmp_path: Path, overrides: list[str], labels: list[str]) -> None:
@@ -48,6 +49,12 @@ def test_bands_are_runs_that_differ_in_their_seed(tmp_path: Path, overrides: lis
     found = members(first, second)
     assert [label[: len(expected)] for label, expected in zip(found, labels, strict=True)] == labels
     assert sum(found.values(), []) == ["first", "second"]
+
+
+def test_labels_show_where_long_values_differ(tmp_path: Path) -> None:
+    path = "model.path=/home/somebody/models/Qwen3-{}B-long-name-instruct"
+    runs = [write_run(tmp_path / f"{i}", records(0.1), "method=grpo", path.format(i)) for i in (4, 14)]
+    assert list(members(*runs)) == ["grpo, path=…en3-4B-lo … e-instruct", "grpo, path=…en3-14B-l … e-instruct"]
 
 
 def test_checkpoints_count_with_rollouts_ahead(tmp_path: Path) -> None:
