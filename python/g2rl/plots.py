@@ -42,15 +42,20 @@ SMOOTHED = 20
 
 
 def figure_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], **options: Any) -> Legend:
-    """A legend above all panels, in as many columns as fit the figure; `options` as of `Figure.legend`."""
+    """A legend above all panels, in as many columns as fit the figure, which grows by its height.
+
+    `options` are as of `Figure.legend`.
+    """
     options = {"loc": "outside upper center", **options}
     renderer = FigureCanvasAgg(figure).get_renderer()
-    for columns in range(min(LEGEND_COLUMNS, len(labels)), 1, -1):
+    for columns in range(max(1, min(LEGEND_COLUMNS, len(labels))), 0, -1):
         legend = figure.legend(handles, labels, ncols=columns, **options)
-        if legend.get_window_extent(renderer).width <= figure.bbox.width:
-            return legend
+        extent = legend.get_window_extent(renderer)
+        if extent.width <= figure.bbox.width or columns == 1:
+            break
         legend.remove()
-    return figure.legend(handles, labels, **options)
+    figure.set_figheight(figure.get_figheight() + extent.height / figure.dpi)
+    return legend
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,22 @@ def test_bands_differ_by_more_than_colour_and_axes_have_units(tmp_path: Path) ->
     looks = {(line.get_linestyle(), line.get_marker()) for line in figure.axes[1].lines}
     assert len(looks) == 8
     assert len(figure.legends[0].get_texts()) == 8
+
+
+def test_panels_keep_their_height_under_a_long_legend(tmp_path: Path) -> None:
+    """Of 26 bands, a line each, and of one."""
+    values = {"train/entropy": 1.0, "train/response_length": 9.0}
+    runs = [
+        write_run(tmp_path / f"{i}", records(0.1, 0.2, **values), f"model.path=/somewhere/{'m' * 40}-{i}-{'n' * 40}")
+        for i in range(26)
+    ]
+    heights = []
+    for chosen in (runs[:1], runs):
+        figure = plot_bands(comparison_of(*chosen).bands, ["eval/pass@4", "train/entropy"])
+        assert figure is not None
+        figure.savefig(io.BytesIO())
+        heights.append([axes.get_window_extent().height for axes in figure.axes])
+    assert heights[1] == pytest.approx(heights[0], rel=0.02)
 
 
 def test_labels_are_no_mathematics(tmp_path: Path) -> None:
