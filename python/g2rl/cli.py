@@ -330,7 +330,7 @@ def _export(checkpoint: Path, folder: Path) -> int:
     dtype = checkpoint_config(checkpoint).model.dtype
     model, tokenizer = load_model(ModelConfig(path=str(checkpoint), dtype=dtype, device="cpu"))
     try:
-        with writing(f"folder: {str(folder)!r}", SafetensorError):
+        with writing(f"folder: {str(folder)!r}", (OSError, SafetensorError)):
             folder.mkdir(parents=True)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -15,11 +15,11 @@ class StorageError(RuntimeError):
 
 
 @contextmanager
-def writing(what: str, *errors: type[Exception]) -> Iterator[None]:
-    """Errors of a block that writes `what`, those of the system and `errors`, as `StorageError`."""
+def writing(what: str, errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+    """Errors of a block that writes `what` as `StorageError`."""
     try:
         yield
-    except (OSError, *errors) as error:
+    except errors as error:
         raise StorageError(f"{what} cannot be written: {error}") from error
 
 

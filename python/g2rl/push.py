@@ -47,7 +47,7 @@ def push(run_dir: Path, repo: str, dry_run: bool = False) -> str:
         StorageError: the run's folder, where all is put together, cannot be written.
     """
     _check_name(repo)
-    told = writing(f"push: {str(run_dir)!r}", SafetensorError)
+    told = writing(f"push: {str(run_dir)!r}", (OSError, SafetensorError))
     if dry_run:
         folder = run_dir / "hub"
         with told:

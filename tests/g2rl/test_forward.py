@@ -422,5 +422,7 @@ def test_training_is_the_same(tiny_model: Path, tmp_path: Path) -> None:
         environment = json.loads((tmp_path / name / "environment.json").read_text())
         assert (environment["prompts"], environment["padding"]) == (prompts, padding)
         # What is saved is a plain model.
-        assert "g2rl" not in (find_checkpoint(tmp_path / name) / "config.json").read_text()
+        saved = (find_checkpoint(tmp_path / name) / "config.json").read_text()
+        assert "g2rl" not in saved
+        assert json.loads(saved)["use_cache"] is True
     assert (weights[0] - weights[1]).norm() <= 1e-4 * weights[1].norm()
