@@ -115,17 +115,24 @@ def _eval_result(key: str, value: float, task: str, step: int | None) -> EvalRes
 def _loading(run: Run, repo: str, is_adapter: bool) -> str:
     system = run.config.get("task", {}).get("system_prompt")
     message = "" if system is None else f'{{"role": "system", "content": {system!r}}}, '
-    rollout, settings = run.config.get("rollout", {}), run.config.get("eval", {})
-    temperature, top_p = settings.get("temperature", 1.0), settings.get("top_p", 1.0)
-    # All are named, since a model's own generation settings would stand in for those that are not.
-    drawn = f"do_sample=True, temperature={temperature}, top_p={top_p}, top_k=0"
+    rollout = run.config.get("rollout", {})
     return LOADING.format(
         repo=repo,
         note=ADAPTER_NOTE if is_adapter else "",
         system=message,
         tokens=rollout.get("max_new_tokens", 512),
-        sampling=drawn if temperature else "do_sample=False",
+        sampling=_sampling(run),
     )
+
+
+def _sampling(run: Run) -> str:
+    """Arguments of `generate` for responses like those of the run's evaluations."""
+    settings = run.config.get("eval", {})
+    temperature, top_p = settings.get("temperature", 1.0), settings.get("top_p", 1.0)
+    if temperature == 0:
+        return "do_sample=False"
+    # All are named, since a model's own generation settings would stand in for those that are not.
+    return f"do_sample=True, temperature={temperature}, top_p={top_p}, top_k=0"
 
 
 def _training(run: Run) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from g2rl.config import Config, ConfigError, ModelConfig, load_config, load_resumed, read_overrides
-from g2rl.files import StorageError, hold, let_go
+from g2rl.files import StorageError, hold, let_go, writing
 
 if TYPE_CHECKING:
     from g2rl.parallel.ranks import Ranks
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("folder", type=Path, help="where the model goes; must not exist yet")
     report = commands.add_parser("report", help="write report.md with plots for a run, or one that compares several")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
-    report.add_argument("--out", type=Path, help="folder of a comparison; `comparison` beside the first run's")
+    report.add_argument("--out", type=Path, help="folder of the report; RUN/report, of several comparison/ beside them")
     compare = commands.add_parser("compare", help="run a study, methods x seeds x tasks, and compare them in a report")
     compare.add_argument("study", type=Path, metavar="STUDY", help="YAML file, see configs/studies")
     compare.add_argument(
@@ -330,12 +330,13 @@ def _export(checkpoint: Path, folder: Path) -> int:
     dtype = checkpoint_config(checkpoint).model.dtype
     model, tokenizer = load_model(ModelConfig(path=str(checkpoint), dtype=dtype, device="cpu"))
     try:
-        folder.mkdir(parents=True)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except (OSError, SafetensorError) as error:
+        with writing(f"folder: {str(folder)!r}", (OSError, SafetensorError)):
+            folder.mkdir(parents=True)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except StorageError:
         shutil.rmtree(folder, ignore_errors=True)
-        raise StorageError(f"folder: {str(folder)!r} cannot be written: {error}") from error
+        raise
     print(f"g2rl: the model of {checkpoint} is in {folder}")
     return 0
 
@@ -349,17 +350,11 @@ def _report(run_dirs: list[Path], out: Path | None = None) -> int:
     if len(run_dirs) > 1:  # runs/* may name the folder of an older comparison as well
         is_run = [(path / "metrics.jsonl").is_file() or path.resolve() != folder.resolve() for path in run_dirs]
         run_dirs = list(compress(run_dirs, is_run))
-    if out is not None and len(run_dirs) == 1:
-        raise ConfigError(f"out: expected several runs to compare, found one; its report is in {run_dirs[0]}/report")
-    try:
-        if len(run_dirs) == 1:
-            path = write_report(run_dirs[0])
-        else:
-            path = write_comparison(run_dirs, folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"report: {error}") from error
-    except OSError as error:
-        raise StorageError(f"report: cannot be written: {error}") from error
+    with writing("report:"):
+        try:
+            path = write_report(run_dirs[0], out) if len(run_dirs) == 1 else write_comparison(run_dirs, folder)
+        except (FileNotFoundError, ValueError) as error:
+            raise ConfigError(f"report: {error}") from error
     print(f"g2rl: the report is in {path}")
     return 0
 

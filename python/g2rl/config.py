@@ -563,7 +563,7 @@ def load_resumed(path: Path, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: as `load_config`.
     """
-    own, given = _renamed(read_yaml(path)), read_overrides(overrides)
+    own, given = read_own(path), read_overrides(overrides)
     with named_errors(str(path)):
         was, wanted = (_below(merged(_defaults(), layer)) for layer in (own, _stacked([own, given])))
         by_default = merged(_defaults(), *was)
@@ -610,6 +610,11 @@ def _renamed(node: DictConfig) -> DictConfig:
         return node
     old = OmegaConf.create({"methods": {"g2rl": node.pop("shaping")}})
     return merged(old, node)
+
+
+def read_own(path: Path) -> DictConfig:
+    """Keys and values of a run's own file, of any version, unchecked; raises `ConfigError` as `read_yaml`."""
+    return _renamed(read_yaml(path))
 
 
 def read_overrides(overrides: Sequence[str]) -> DictConfig:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 class StorageError(RuntimeError):
     """A run's folder cannot be written: the disk is full, it is read-only, or it is gone."""
+
+
+@contextmanager
+def writing(what: str, errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+    """Errors of a block that writes `what` as `StorageError`."""
+    try:
+        yield
+    except errors as error:
+        raise StorageError(f"{what} cannot be written: {error}") from error
 
 
 def write_durably(path: Path, contents: Iterable[str] | bytes) -> None:
@@ -20,15 +30,13 @@ def write_durably(path: Path, contents: Iterable[str] | bytes) -> None:
         StorageError: it cannot be written; the old one is still there.
     """
     draft = path.with_name(path.name + ".part")
-    try:
+    with writing(repr(str(path))):
         with draft.open("wb") as file:
             file.writelines([contents] if isinstance(contents, bytes) else (line.encode() for line in contents))
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
         sync(path.parent)
-    except OSError as error:
-        raise StorageError(f"{str(path)!r} cannot be written: {error}") from error
 
 
 def let_go(folder: Path) -> None:

@@ -168,7 +168,10 @@ def _padded(model: Any, batch: Batch) -> ResponseStates:
     """A response's last token predicts nothing, and is left out."""
     mask = batch.attention_mask[:, :-1]
     output = model.base_model(
-        input_ids=batch.input_ids[:, :-1], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+        input_ids=batch.input_ids[:, :-1],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,  # said in each pass, not in the model's configuration, which is saved with its weights
     )
     predicts = batch.response_mask[:, 1:]
     hidden, cu_seqlens = unpad(output.last_hidden_state, predicts)
@@ -182,6 +185,7 @@ def _packed(model: Any, packed: PackedGroups) -> ResponseStates:
         attention_mask=packed.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
         position_ids=packed.positions,
         packed_groups=packed,
+        use_cache=False,
     )
     return ResponseStates(output.last_hidden_state[0][packed.predicts], packed.targets, packed.cu_seqlens)
 
@@ -198,6 +202,7 @@ def _by_cu_seqlens(model: Any, batch: Batch) -> ResponseStates:
         cu_seq_lens_k=cu_seqlens,
         max_length_q=longest,
         max_length_k=longest,
+        use_cache=False,
     )
     hidden = output.last_hidden_state[0][answers[held]]
     return ResponseStates(hidden, batch.input_ids[:, 1:][answers], F.pad(answers.sum(1).cumsum(0), (1, 0)).int())
@@ -281,7 +286,9 @@ class _Probe:
         row, prompt, padding = 4, 4, 4
         ids = self.batch.input_ids[row : row + 1, padding:]
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        output = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions)
+        output = model.base_model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False
+        )
         first, last = self.padded.cu_seqlens[row : row + 2].tolist()
         alone = output.last_hidden_state[0, prompt - 1 : -1]
         found = float(distances(self.padded.hidden[first:last], alone).median())

@@ -135,17 +135,26 @@ _BY_KEY = {metric.key: metric for metric in METRICS}
 
 
 def metric(key: str) -> Metric:
-    """The definition of a logged key, e.g. of ``eval/pass@4``, or of a method's own, ``method/NAME``.
+    """The definition of a logged key, e.g. of ``eval/pass@4``.
 
-    Raises:
-        ValueError: `METRICS` has no such key.
+    A method's own, ``method/NAME``, and one that another version has logged go by their names.
     """
-    if re.fullmatch(r"method/[\w.-]+", key):
+    if _pattern(key) in _BY_KEY:
+        return _BY_KEY[_pattern(key)]
+    if key.startswith("method/"):
         return Metric(key, key.removeprefix("method/"), "the method's own", "")
-    pattern = re.sub(r"@\d+$", "@k", key)
-    if key.endswith("@k") or pattern not in _BY_KEY:
+    return Metric(key, key, "not of this version", "")
+
+
+def require_metric(key: str) -> None:
+    """Raise `ValueError` for a key that a run may not log: none of `METRICS`, and no method's own."""
+    defined = _pattern(key) in _BY_KEY and not key.endswith("@k")
+    if not defined and not re.fullmatch(r"method/[\w.-]+", key):
         raise ValueError(f"metric {key!r}: expected a key of g2rl.log.METRICS or method/NAME, found another")
-    return _BY_KEY[pattern]
+
+
+def _pattern(key: str) -> str:
+    return re.sub(r"@\d+$", "@k", key)
 
 
 @dataclass(frozen=True)
@@ -315,7 +324,7 @@ class RunLog:
             ValueError: an unknown key, or a step out of order. Nothing is written then.
         """
         for key in values:
-            metric(key)
+            require_metric(key)
         if step <= self._last_step:
             raise ValueError(f"step {step}: expected one after step {self._last_step}, which is logged already")
         numbers = {key: float(value) for key, value in values.items()}

@@ -76,7 +76,6 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     if config.attention == "sdpa" and model.config._attn_implementation != "sdpa":
         own = f"g2rl: {model.config.model_type} has no attention by sdpa, and computes its own"
         warnings.warn(own, RuntimeWarning, 2)
-    model.config.use_cache = False
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from g2rl.config import plain, read_yaml
+from g2rl.config import plain, read_own
 from g2rl.log import METRICS, STAGES, duration, metric, printable, read_records
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; series differ by marker or line style as well.
@@ -33,6 +33,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 10,
     "savefig.dpi": 130,
+    "text.parse_math": False,  # a label that holds "$", as paths may, is no mathematics
 }
 LEGEND_COLUMNS = 4
 SCATTER_POINTS = 4000
@@ -41,15 +42,20 @@ SMOOTHED = 20
 
 
 def figure_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], **options: Any) -> Legend:
-    """A legend above all panels, in as many columns as fit the figure; `options` as of `Figure.legend`."""
+    """A legend above all panels, in as many columns as fit the figure, which grows by its height.
+
+    `options` are as of `Figure.legend`.
+    """
     options = {"loc": "outside upper center", **options}
     renderer = FigureCanvasAgg(figure).get_renderer()
-    for columns in range(min(LEGEND_COLUMNS, len(labels)), 1, -1):
+    for columns in range(max(1, min(LEGEND_COLUMNS, len(labels))), 0, -1):
         legend = figure.legend(handles, labels, ncols=columns, **options)
-        if legend.get_window_extent(renderer).width <= figure.bbox.width:
-            return legend
+        extent = legend.get_window_extent(renderer)
+        if extent.width <= figure.bbox.width or columns == 1:
+            break
         legend.remove()
-    return figure.legend(handles, labels, **options)
+    figure.set_figheight(figure.get_figheight() + extent.height / figure.dpi)
+    return legend
 
 
 @dataclass(frozen=True)
@@ -77,11 +83,15 @@ class Run:
     environment: dict[str, str]
 
     def keys(self, prefix: str) -> list[str]:
-        """Logged metrics that begin with `prefix`, in the order of `METRICS` and of k; then a method's own."""
+        """Logged metrics that begin with `prefix`, in the order of `METRICS` and of k; then others."""
         logged = {key for record in self.metrics for key in record if "/" in key and key.startswith(prefix)}
         order = {item.key: position for position, item in enumerate(METRICS)}
-        places = {key: (order.get(metric(key).key, len(order)), int(key.partition("@")[2] or 0), key) for key in logged}
-        return sorted(logged, key=lambda key: places[key])
+
+        def place(key: str) -> tuple[int, int, str]:
+            k = key.partition("@")[2]
+            return order.get(metric(key).key, len(order)), int(k) if k.isdecimal() else 0, key
+
+        return sorted(logged, key=place)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was logged and finite."""
@@ -131,7 +141,7 @@ def load_run(run_dir: Path) -> Run:
         scored=scored,
         shaped=shaped,
         groups=list(read_records(groups)) if groups.is_file() else [],
-        config=plain(read_yaml(config)) if config.is_file() else {},
+        config=plain(read_own(config)) if config.is_file() else {},
         environment=json.loads(environment.read_text()) if environment.is_file() else {},
     )
 
@@ -247,9 +257,7 @@ def plot_groups(run: Run) -> Figure | None:
         axes.set_xticks(range(len(order)), scores, fontsize=size, rotation=90 if len(order) > 8 else 0)
         axes.set(ylabel="reward of the response", xlabel="its exploration score ν")
         axes.grid(False)
-        # A problem's id may hold "$", which is mathematics to matplotlib unless told otherwise.
-        title = f"step {group['step']}, problem {printable(str(group['problem']), 24)}"
-        axes.set_title(title, parse_math=False)
+        axes.set_title(f"step {group['step']}, problem {printable(str(group['problem']), 24)}")
     figure.colorbar(image, ax=panels, label="cosine of the responses' features", shrink=0.7)
     figure.set_layout_engine("compressed")  # square panels would leave gaps otherwise
     return figure

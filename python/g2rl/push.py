@@ -10,19 +10,21 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 
 import g2rl_kernels
 from g2rl import adapters
 from g2rl.card import base_model, model_card
 from g2rl.checkpoint import checkpoint_config, find_checkpoint
 from g2rl.config import ConfigError
+from g2rl.files import writing
 from g2rl.manifest import MANIFEST
 from g2rl.model import load_model
 from g2rl.parallel.shards import SHARDS, load_model_of_shards
 from g2rl.plots import load_run
 from g2rl.report import draw_plots
 
-NOT_PUSHED = ("trainer.pt", "README.md", MANIFEST, SHARDS)
+NOT_PUSHED = ("trainer.pt", "README.md", "eval.json", MANIFEST, SHARDS)
 LOCAL_PLOTS = ("groups",)
 """Plots that stay here: problems' names may hold paths of this machine."""
 
@@ -42,15 +44,19 @@ def push(run_dir: Path, repo: str, dry_run: bool = False) -> str:
     Raises:
         ConfigError: `repo` is not a model's name, there is no run or checkpoint, no login, no access or no network, or
             the base of an adapter cannot be loaded.
+        StorageError: the run's folder, where all is put together, cannot be written.
     """
     _check_name(repo)
+    told = writing(f"push: {str(run_dir)!r}", (OSError, SafetensorError))
     if dry_run:
         folder = run_dir / "hub"
-        write_folder(run_dir, repo, folder)
+        with told:
+            write_folder(run_dir, repo, folder)
         return str(folder)
     if get_token() is None:
         raise ConfigError("push: expected a login to the hub, found none; run `hf auth login`, or set HF_TOKEN")
-    with tempfile.TemporaryDirectory(prefix=".hub-", dir=run_dir if run_dir.is_dir() else None) as temporary:
+    where = run_dir if run_dir.is_dir() else None
+    with told, tempfile.TemporaryDirectory(prefix=".hub-", dir=where) as temporary:
         folder = Path(temporary) / "hub"
         step = write_folder(run_dir, repo, folder)
         return _upload(folder, repo, step)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from omegaconf import OmegaConf
 
-from g2rl.config import Config, plain
+from g2rl.config import METHODS, Config, RewardConfig, plain
 from g2rl.log import METRICS, duration, metric, printable
+from g2rl.methods import default_options
 from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, valid_part
 
 SAMPLE_CHARACTERS = 1200
@@ -176,21 +178,36 @@ def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def default_values() -> dict[str, Any]:
-    """Every default of `Config` by its dotted key."""
-    return leaves(plain(OmegaConf.structured(Config)))
+def configured_values(run: Run) -> dict[str, Any]:
+    """A run's configuration by dotted key, with the defaults of keys it lacks, without other methods' options."""
+    values = _default_values(run) | leaves(run.config)
+    values["rewards"] = [asdict(RewardConfig()) | reward for reward in values["rewards"]]
+
+    def is_of_another_method(key: str) -> bool:
+        section, _, option = key.removeprefix("methods.").partition(".")
+        other = section != values["method"] and (METHODS / f"{section}.py").is_file()
+        return bool(key.startswith("methods.") and option and other)
+
+    return {key: value for key, value in values.items() if not is_of_another_method(key)}
+
+
+def _default_values(run: Run) -> dict[str, Any]:
+    """Every default of `Config`, and of the options of the run's method, by dotted key."""
+    values = leaves(plain(OmegaConf.structured(Config)))
+    method = run.config.get("method", values["method"])
+    return values | leaves(default_options(method), f"methods.{method}.")
 
 
 def changed_values(run: Run) -> dict[str, Any]:
     """What a run's configuration sets to something else than the default, by dotted key."""
-    defaults = default_values()
-    return {k: v for k, v in leaves(run.config).items() if k not in defaults or defaults[k] != v}
+    defaults = _default_values(run)
+    return {k: v for k, v in configured_values(run).items() if k not in defaults or defaults[k] != v}
 
 
 def _configuration(run: Run) -> str:
     if not run.config:
         return "No `config.yaml` in the run's folder."
-    defaults = default_values()
+    defaults = _default_values(run)
     changed = [
         (code(key), code(value), code(defaults[key]) if key in defaults else "-")
         for key, value in changed_values(run).items()
@@ -230,22 +247,23 @@ def write_sections(path: Path, sections: Sequence[str]) -> Path:
     return path
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, folder: Path | None = None) -> Path:
     """Write a run's report, in place of an older one.
 
     Args:
         run_dir: the run's folder; its run may still be going on.
+        folder: of the report; None is ``run_dir/report``.
 
     Returns:
-        The path of the report, ``run_dir/report/report.md``; its plots lie beside it.
+        The path of the report, ``folder/report.md``; its plots lie beside it.
 
     Raises:
         FileNotFoundError: `run_dir` has no metrics; the message names the file looked for.
         ValueError: a log file is damaged before its last line.
     """
     run = load_run(run_dir)
-    folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
+    folder = folder or run_dir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
     plots = []
     for stem, heading, caption in draw_plots(run, folder):
         extra = _geometry(run) if stem == "cosines" else ""

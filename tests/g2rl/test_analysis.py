@@ -312,6 +312,18 @@ class TestCommand:
         for name in ("cosines.png", "kinds.png", "other-pairs.png", "other-predictors.png", "other-layers.png"):
             assert (out / name).is_file() and f"({name})" in report
 
+    def test_a_folder_that_cannot_be_written(
+        self, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        """Where responses are kept, and where the report goes."""
+        (tmp_path / "file").write_text("")
+        (tmp_path / "out" / "cosines.png").mkdir(parents=True)
+        for out, said in ((tmp_path / "file" / "x", "'{}/held/tiny"), (tmp_path / "out", "out: '{}' cannot")):
+            assert main(["geometry", str(tiny_model), *ARGUMENTS[:-1], "--out", str(out)]) == 1
+            error = capsys.readouterr().err
+            assert f"g2rl: {said.format(out)}" in error
+            assert "cannot be written: [Errno" in error
+
     def test_what_was_found_is_read_again(
         self, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -157,6 +157,7 @@ def test_export_of_a_run_on_a_gpu(policy, tmp_path: Path, capsys: pytest.Capture
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "plain")
     for a, b in zip(policy[0].parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b)
+    assert plain(torch.tensor([[5, 6]])).past_key_values is not None
     capsys.readouterr()
     assert main(["export", str(tmp_path), str(tmp_path / "config.yaml" / "plain")]) == 1
     assert f"g2rl: folder: '{tmp_path / 'config.yaml' / 'plain'}' cannot be written: " in capsys.readouterr().err

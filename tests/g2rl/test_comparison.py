@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,8 @@ def members(*run_dirs: Path) -> dict[str, list[str]]:
         (["method=g2rl", "seed=0"], ["grpo", "g2rl"]),
         (["optim.lr=1e-4", "optim.beta1=0.8", "steps=5"],
          ["grpo, beta1=0.9, lr=2e-05, ...", "grpo, beta1=0.8, lr=0.0001, ..."]),
-        (["rewards=[{name: boxed}, {name: correct}]"], ["grpo, rewards=[{'name':", "grpo, rewards=[{'name':"]),
+        (["rewards=[{name: boxed}, {name: correct}]"], ["grpo, rewards=…': 'corre", "grpo, rewards=…': 'boxed"]),
+        (["optim.lr=0.30000000000000004"], ["grpo, lr=2e-05", "grpo, lr=0.3"]),
     ],
 )  # fmt: skip
 def test_bands_are_runs_that_differ_in_their_seed(tmp_path: Path, overrides: list[str], labels: list[str]) -> None:
@@ -48,6 +50,12 @@ def test_bands_are_runs_that_differ_in_their_seed(tmp_path: Path, overrides: lis
     found = members(first, second)
     assert [label[: len(expected)] for label, expected in zip(found, labels, strict=True)] == labels
     assert sum(found.values(), []) == ["first", "second"]
+
+
+def test_labels_show_where_long_values_differ(tmp_path: Path) -> None:
+    path = "model.path=/home/somebody/models/Qwen3-{}B-long-name-instruct"
+    runs = [write_run(tmp_path / f"{i}", records(0.1), "method=grpo", path.format(i)) for i in (4, 14)]
+    assert list(members(*runs)) == ["grpo, path=…en3-4B-lo … e-instruct", "grpo, path=…en3-14B-l … e-instruct"]
 
 
 def test_checkpoints_count_with_rollouts_ahead(tmp_path: Path) -> None:
@@ -62,6 +70,17 @@ def test_a_configuration_of_an_older_version_lacks_keys(tmp_path: Path) -> None:
     old = write_run(tmp_path / "old", records(0.1), configured=False)
     (old / "config.yaml").write_text("method: grpo\nseed: 1\nrewards: [{name: correct, weight: 1.0}]\n")
     assert members(old, write_run(tmp_path / "new", records(0.1), "method=grpo")) == {"grpo": ["new", "old"]}
+
+
+def test_options_of_a_method_are_those_it_had(tmp_path: Path) -> None:
+    """As `shaping`, which they were in old versions, without some of them, and with all of them."""
+    old = write_run(tmp_path / "old", records(0.1), configured=False)
+    rewards = "rewards: [{name: correct, weight: 1.0}]"
+    (old / "config.yaml").write_text(f"method: g2rl\nseed: 1\n{rewards}\nshaping: {{strength: 2.0}}\n")
+    few, more = ["seed=2", "methods.g2rl.strength=2"], ["methods.g2rl.strength=2", "methods.g2rl.clip=3"]
+    runs = [write_run(tmp_path / "few", records(0.1), *few), write_run(tmp_path / "more", records(0.1), *more)]
+    assert members(old, *runs) == {"g2rl": ["more", "old", "few"]}
+    assert load_run(old).config["methods"] == {"g2rl": {"strength": 2.0}}
 
 
 def test_mean_error_and_range_of_a_band(tmp_path: Path) -> None:
@@ -170,12 +189,33 @@ def test_bands_differ_by_more_than_colour_and_axes_have_units(tmp_path: Path) ->
     assert len(figure.legends[0].get_texts()) == 8
 
 
+def test_panels_keep_their_height_under_a_long_legend(tmp_path: Path) -> None:
+    """Of 26 bands, a line each, and of one."""
+    values = {"train/entropy": 1.0, "train/response_length": 9.0}
+    runs = [
+        write_run(tmp_path / f"{i}", records(0.1, 0.2, **values), f"model.path=/somewhere/{'m' * 40}-{i}-{'n' * 40}")
+        for i in range(26)
+    ]
+    heights = []
+    for chosen in (runs[:1], runs):
+        figure = plot_bands(comparison_of(*chosen).bands, ["eval/pass@4", "train/entropy"])
+        assert figure is not None
+        figure.savefig(io.BytesIO())
+        heights.append([axes.get_window_extent().height for axes in figure.axes])
+    assert heights[1] == pytest.approx(heights[0], rel=0.02)
+
+
+def test_labels_are_no_mathematics(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, records(0.1), rf"model.path='/m/${name}^\foo$'") for name in "ab"]
+    assert write_comparison(runs, tmp_path / "out").is_file()
+    assert imread(tmp_path / "out" / "learning.png").std() > 0.05
+
+
 def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = [write_run(tmp_path / name, records(0.1), configured=False) for name in ("a", "b")]
     for arguments, said in (
         ([*bare], "report: expected runs with a config.yaml, found none"),
         ([bare[0], tmp_path / "c"], f"report: {tmp_path / 'c' / 'metrics.jsonl'}: expected the metrics of a run"),
-        ([bare[0], "--out", tmp_path], "out: expected several runs to compare, found one"),
     ):
         assert main(["report", *map(str, arguments)]) == 2
         assert said in capsys.readouterr().err

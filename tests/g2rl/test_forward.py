@@ -160,6 +160,18 @@ def test_layout_by_hand() -> None:
     assert packed.response_mask[3, 0].int().tolist() == [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]]
 
 
+@pytest.mark.parametrize("way", ["never", "packed", "always"])
+def test_no_pass_keeps_keys_and_values(tiny_model: Path, way: str) -> None:
+    """And the model's configuration, which is saved with it, still says that others may."""
+    model, _ = load_model(ModelConfig(path=str(tiny_model), device="cpu"))
+    kept = []
+    model.base_model.register_forward_hook(lambda _, __, output: kept.append(output.past_key_values))
+    all_ways(model)[way](model, batch(BATCHES["ragged"]))
+    assert len(kept) > 3
+    assert set(kept) == {None}
+    assert model.config.use_cache is True
+
+
 def test_different_prompts_in_a_group_are_refused() -> None:
     given = batch(((5, (2, 2)),))
     given.input_ids[1, 0] += 1
@@ -410,5 +422,7 @@ def test_training_is_the_same(tiny_model: Path, tmp_path: Path) -> None:
         environment = json.loads((tmp_path / name / "environment.json").read_text())
         assert (environment["prompts"], environment["padding"]) == (prompts, padding)
         # What is saved is a plain model.
-        assert "g2rl" not in (find_checkpoint(tmp_path / name) / "config.json").read_text()
+        saved = (find_checkpoint(tmp_path / name) / "config.json").read_text()
+        assert "g2rl" not in saved
+        assert json.loads(saved)["use_cache"] is True
     assert (weights[0] - weights[1]).norm() <= 1e-4 * weights[1].norm()

@@ -25,6 +25,7 @@ from g2rl.log import (
     duration,
     metric,
     read_records,
+    require_metric,
 )
 
 QUIET = Console(quiet=True)
@@ -51,9 +52,10 @@ def test_metric_ignores_the_number_of_samples_only() -> None:
     assert metric("eval/pass@16").key == "eval/pass@k"
     assert metric("train/kl").unit == "nats"
     assert metric("method/own-1.x").key == "method/own-1.x"
+    assert (metric("method/valid_share").unit, metric("train/rewards").unit) == ("share", "")
     for unknown in ("train/rewards", "eval/pass@k", "eval/pass@", "train/reward@4", "method/", "method/a@2", ""):
         with pytest.raises(ValueError, match="expected a key of"):
-            metric(unknown)
+            require_metric(unknown)
 
 
 def test_metrics_are_one_line_a_step_in_json_and_tensorboard(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +74,7 @@ def test_a_dry_run_writes_the_folder(tmp_path: Path, hub: Hub, capsys: pytest.Ca
     run = finished_run(tmp_path / "run", "task.name=jsonl", options, "method=grpo", "task.system_prompt=/no_think")
     (run / "hub").mkdir()
     (run / "hub" / "stale").write_text("")
+    (run / "checkpoints" / "step-000010" / "eval.json").write_text("{}")
     assert main(["push", str(run), "somebody/adder", "--dry-run"]) == 0
     assert capsys.readouterr().out == f"g2rl: this would be uploaded: {run / 'hub'}\n"
     assert hub.calls == []
@@ -165,6 +167,20 @@ def test_a_hub_that_refuses(
     hub.error = error
     assert main(["push", str(finished_run(tmp_path / "run")), "somebody/adder"]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--dry-run"], []])
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = finished_run(tmp_path / "run")
+    monkeypatch.setattr(module.shutil, "copytree", full)
+    assert main(["push", str(run), "somebody/adder", *arguments]) == 1
+    assert f"g2rl: push: '{run}' cannot be written: [Errno 28] No space left" in capsys.readouterr().err
+    assert hub.calls == []
 
 
 def test_what_is_missing_is_named(

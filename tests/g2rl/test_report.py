@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from rich.console import Console
+from written_runs import write_run
 
+from g2rl.cli import main
 from g2rl.config import load_config, save_config
 from g2rl.log import METRICS, Completion, GroupGeometry, RunLog
 from g2rl.plots import figure_legend, load_run, plot_time
@@ -148,6 +150,34 @@ def test_a_run_with_metrics_only(tmp_path: Path) -> None:
         "- No groups are logged: no heat maps and no distribution of cosines.",
         "- No completions are logged.",
     ]
+
+
+def test_metrics_of_methods_and_of_another_version(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "method/valid_share": 0.25, "method/own": 2.0, "train/new@x": 3.0}\n'
+    )
+    shown = section(write_report(tmp_path).read_text(encoding="utf-8"), "Metrics").strip().splitlines()[2:5]
+    assert shown == [
+        "| `method/valid_share` | 25.0 % | 25.0 % |  | EVOL-RL: responses whose answer is valid |",
+        "| `method/own` | 2 | 2 |  | the method's own |",
+        "| `train/new@x` | 3 | 3 |  | not of this version |",
+    ]
+
+
+def test_the_report_of_one_run_goes_where_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = write_run(tmp_path / "run", [{"step": 1, "train/accuracy": 0.25}]), tmp_path / "new" / "out"
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    assert plots(out / "report.md") == {"learning"}
+    assert not (run / "report").exists()
+    assert main(["report", str(run), "--out", str(run / "config.yaml" / "out")]) == 1
+    assert "g2rl: report: cannot be written: " in capsys.readouterr().err
+
+
+def test_a_methods_own_defaults_are_no_changes(tmp_path: Path) -> None:
+    options = ("methods.g2rl.strength=1.0", "methods.g2rl.clip=2.0", "methods.evol_rl.labels=majority")
+    run = write_run(tmp_path / "run", [{"step": 1, "train/accuracy": 0.25}], *options)
+    table = section(write_report(run).read_text(encoding="utf-8"), "Configuration").split("<details>")[0]
+    assert [line for line in table.splitlines() if "`methods." in line] == ["| `methods.g2rl.clip` | `2.0` | `3.0` |"]
 
 
 def test_grpo_without_evaluation(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from g2rl.checkpoint import run_of
 from g2rl.config import Config, ConfigError
 from g2rl.encoder import SentenceEncoder
 from g2rl.evaluation.command import digest, labels, model_config, progress_bar
+from g2rl.files import writing
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task
 from g2rl.types import Problem
@@ -60,6 +61,7 @@ def geometry(checkpoints: Sequence[str], request: Request, overrides: Sequence[s
 
     Raises:
         ConfigError: runs of different tasks, more problems than are held out, no such encoder.
+        StorageError: the folder cannot be written.
     """
     _check(request)
     configs = common_configs([model_config(checkpoint, overrides) for checkpoint in checkpoints], overrides)
@@ -78,7 +80,9 @@ def geometry(checkpoints: Sequence[str], request: Request, overrides: Sequence[s
             torch.cuda.empty_cache()
     settings = {"problems": len(problems), **_settings(configs[0], request)}
     measured = Measured(bands_of(models), [problem.id for problem in problems], settings)
-    for table in write_results(request.out, measured):
+    with writing(f"out: {str(request.out)!r}"):
+        tables = write_results(request.out, measured)
+    for table in tables:
         get_console().print(table)
     print(f"g2rl: report.md with plots, geometry.json and the numbers as CSV are in {request.out}")
 

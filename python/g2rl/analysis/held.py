@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from g2rl.files import write_durably
+from g2rl.files import write_durably, writing
 
 
 class Held:
@@ -28,13 +28,14 @@ class Held:
         try:
             record = json.loads(self._path(number).read_bytes())
             return record["found"] if record["key"] == self._key(of) else None
-        except (FileNotFoundError, ValueError, LookupError, TypeError):  # damaged: it is computed again
+        except (OSError, ValueError, LookupError, TypeError):  # absent or damaged: it is computed again
             return None
 
     def write(self, number: int, of: Any, found: Mapping[str, Any]) -> None:
-        """Keep a record, in place of an older one."""
+        """Keep a record, in place of an older one; raises `StorageError` where it cannot be written."""
         path = self._path(number)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(repr(str(self.folder))):
+            self.folder.mkdir(parents=True, exist_ok=True)
         write_durably(path, [json.dumps({"key": self._key(of), "found": dict(found)})])
 
     def _path(self, number: int) -> Path:

@@ -40,7 +40,7 @@ def plot_cosines(bands: Sequence[Band], means: Mapping[str, Estimate | None]) ->
 
 def plot_kinds(estimates: Mapping[str, Mapping[str, Estimate | None]]) -> Figure:
     """Mean cosine by correctness and by length of a pair, with intervals; `estimates` by band."""
-    figure = Figure(figsize=(9.5, 4.0), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, names, title in ((left, KINDS, "answers"), (right, LENGTHS, "length of the responses")):
         for k, (label, found) in enumerate(estimates.items()):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from g2rl.config import METHODS, RewardConfig
 from g2rl.log import printable
 from g2rl.plots import SMOOTHED, Run, moving_average
-from g2rl.report import code, default_values, leaves
+from g2rl.report import code, configured_values
 
 EVALUATION = ("task.", "eval.samples", "eval.temperature", "eval.top_p", "rollout.max_new_tokens")
 """Keys, or beginnings of keys, on which held-out results depend besides the model: they have to be equal."""
@@ -20,6 +20,9 @@ IGNORED = ("name", "runs_dir", "resume", "profile", "log.", "checkpoint.", "eval
 ACTS_AHEAD = "checkpoint.every"
 """With `rollout.ahead` it says which steps' responses are of the policy that they update."""
 LABEL_KEYS = 2
+LABEL_VALUE = 24
+"""Characters of a value in a label, and how many of them are before the place where values differ."""
+LABEL_SHARED = 4
 CELL = 60
 """Characters of a configuration's value that are shown."""
 
@@ -134,17 +137,11 @@ def run_names(runs: Sequence[Run]) -> dict[Path, str]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """A run's configuration with the defaults of keys it lacks, without seed, `IGNORED` and other methods' options."""
-    values = default_values() | leaves(run.config)
-    values["rewards"] = [asdict(RewardConfig()) | reward for reward in values["rewards"]]
+    """A run's configuration, without seed and `IGNORED`."""
+    values = configured_values(run)
     dropped = _chosen(values, ("seed", *IGNORED))
     if values["rollout.ahead"]:
         del dropped[ACTS_AHEAD]
-    for key in values:
-        section, _, rest = key.removeprefix("methods.").partition(".")
-        other = section != values["method"] and (METHODS / f"{section}.py").is_file()
-        if key.startswith("methods.") and rest and other:
-            dropped[key] = None
     return {key: value for key, value in values.items() if key not in dropped}
 
 
@@ -186,8 +183,25 @@ def _labels(settings: Sequence[dict[str, Any]]) -> list[str]:
     """The method's name, and of several bands with one method the values in which they differ."""
     labels = []
     for values in settings:
-        keys = differing([other for other in settings if other["method"] == values["method"]])
-        parts = [f"{key.split('.')[-1]}={printable(str(values.get(key, '-')), 24)}" for key in keys[:LABEL_KEYS]]
+        alike = [other for other in settings if other["method"] == values["method"]]
+        keys = differing(alike)
+        parts = [
+            f"{key.split('.')[-1]}={_shortened(_text(values, key), [_text(other, key) for other in alike])}"
+            for key in keys[:LABEL_KEYS]
+        ]
         labels.append(", ".join([str(values["method"]), *parts, *(["..."] if len(keys) > LABEL_KEYS else [])]))
     numbers = [labels[:i].count(label) + 1 for i, label in enumerate(labels)]
     return [f"{label} ({n})" if labels.count(label) > 1 else label for label, n in zip(labels, numbers, strict=True)]
+
+
+def _text(values: dict[str, Any], key: str) -> str:
+    value = values.get(key, "-")
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _shortened(text: str, among: Sequence[str]) -> str:
+    """A text without its middle or, where others that differ would look the same, without what all begin with."""
+    if len({printable(other, LABEL_VALUE) for other in among}) < len(set(among)):
+        start = len(commonprefix(among)) - LABEL_SHARED
+        text = f"…{text[start:]}" if start > 0 else text
+    return printable(text, LABEL_VALUE)

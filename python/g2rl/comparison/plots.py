@@ -35,7 +35,7 @@ def plot_bands(bands: Sequence[Band], keys: Sequence[str]) -> Figure | None:
     drawn = [key for key in keys if any(curves[key])]
     if not drawn:
         return None
-    figure = Figure(figsize=(8.0, 2.7 * len(drawn) + 0.5 + 0.2 * len(bands) / 2), layout="constrained")
+    figure = Figure(figsize=(8.0, 2.7 * len(drawn) + 0.4), layout="constrained")
     panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
     for axes, key in zip(panels, drawn, strict=True):
         for i, curve in enumerate(curves[key]):

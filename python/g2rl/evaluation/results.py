@@ -152,7 +152,7 @@ def plot_pass_at_k(scores: Sequence[Scores]) -> Figure:
     names = _unique([entry.name for entry in scores])
     columns = 2 if len(names) in (2, 4) else min(len(names), 3)
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(max(6.5, 4.2 * columns), 0.6 + 3.4 * rows), layout="constrained")
+    figure = Figure(figsize=(max(6.5, 4.2 * columns), 0.3 + 3.4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels[len(names) :]:
         axes.set_visible(False)

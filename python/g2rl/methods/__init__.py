@@ -11,6 +11,7 @@ import difflib
 import importlib
 import pkgutil
 import re
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -21,7 +22,16 @@ from g2rl.config import Config, ConfigError, escaped
 from g2rl.methods.base import FunctionMethod, Method, Step, check_metrics, check_result, describe
 from g2rl.plugins import import_named
 
-__all__ = ["Method", "Step", "check_metrics", "check_result", "describe", "make_method", "method_names"]
+__all__ = [
+    "Method",
+    "Step",
+    "check_metrics",
+    "check_result",
+    "default_options",
+    "describe",
+    "make_method",
+    "method_names",
+]
 
 ENTRY_POINTS = "g2rl.methods"
 
@@ -32,6 +42,11 @@ _HERE = [module.name for module in pkgutil.iter_modules(__path__) if module.name
 def method_names() -> list[str]:
     """Names that `method` may have: the files of this folder, and what installed packages announce."""
     return [*_HERE, *(name for name in entry_points(group=ENTRY_POINTS).names if name not in _HERE)]
+
+
+def default_options(name: str) -> dict[str, Any]:
+    """Options of a method of this folder, with their defaults; none of others, whose code is not run for this."""
+    return asdict(_find(name).Options()) if name in _HERE else {}
 
 
 def make_method(config: Config) -> Method:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from g2rl.config import Config, ConfigError
-from g2rl.log import metric
+from g2rl.log import require_metric
 from g2rl.tasks.base import Task
 from g2rl_kernels import GroupAdvantages, exploration_scores, group_similarity
 
@@ -111,7 +111,7 @@ def check_metrics(method: Method, metrics: Mapping[str, float]) -> None:
     """Raise `ConfigError` unless the log knows the keys of what `Method.metrics` returned."""
     for key in metrics:
         try:
-            metric(key)
+            require_metric(key)
         except ValueError as error:
             raise ConfigError(
                 f"method: expected metrics of {method.name} by keys of g2rl.log.METRICS or method/NAME, NAME of "

@@ -11,7 +11,7 @@ from rich import box, get_console
 from rich.table import Table
 
 from g2rl.config import ConfigError
-from g2rl.files import StorageError
+from g2rl.files import writing
 from g2rl.study.definition import Study, read_study
 from g2rl.study.progress import StudyProgress
 from g2rl.study.report import write_study_report
@@ -36,10 +36,8 @@ def compare(path: Path, overrides: Sequence[str]) -> int:
     settings = [text for text in overrides if text != REPORT]
     study = read_study(path, settings)
     command = shlex.join(["g2rl", "compare", str(path), *settings])
-    try:
+    with writing(f"folder: {str(study.folder)!r}"):
         return _run_and_report(study, command, REPORT not in overrides)
-    except OSError as error:
-        raise StorageError(f"folder: {str(study.folder)!r} cannot be written: {error}") from error
 
 
 def _run_and_report(study: Study, command: str, run: bool) -> int:

@@ -117,7 +117,7 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     folder = given.get("folder") or block.get("folder")
     if folder is None:
         folder = (read["folder"] or f"studies/{read['name']}") + (f"-{size}" if size else "")
-    return _study(read, path.parent / read["base"], Path(folder).expanduser().resolve())
+    return _study(read, path.parent / Path(read["base"]).expanduser(), Path(folder).expanduser().resolve())
 
 
 def _size(given: dict[str, Any]) -> str:

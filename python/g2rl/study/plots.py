@@ -32,7 +32,7 @@ def overview(results: Results) -> Figure:
     study = results.study
     columns = min(2, len(study.tasks))
     rows = -(-len(study.tasks) // columns)
-    size = (max(8.0, 5.0 * columns + 0.5), 3.0 * rows + 0.5 + 0.1 * len(study.methods))
+    size = (max(8.0, 5.0 * columns + 0.5), 3.0 * rows + 0.4)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels[len(study.tasks) :]:
