@@ -9,8 +9,11 @@ by token, its weights and cache at the memory's rate, both measured here.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
@@ -108,10 +111,23 @@ def _meta_model(config: Config, shape: Any) -> Any:
     attention = "eager" if config.model.attention == "eager" else _FUSED
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=computes, attn_implementation=attention)
+    model.tie_weights()  # which early versions of transformers 5 leave undone on this device
     model.config.use_cache = False
     if config.model.lora.rank:
         add_adapter(model, config.model.lora)
     return model.train()
+
+
+@contextmanager
+def _nothing_cast_on_meta() -> Iterator[None]:
+    """Early versions of transformers 5 ask whether autocast is on for this device, and torch knows none for it."""
+    asked = torch.is_autocast_enabled
+
+    def answered(*device_type: str) -> bool:
+        return "meta" not in device_type and asked(*device_type)
+
+    with patch.object(torch, "is_autocast_enabled", answered):
+        yield
 
 
 def _saved_bytes(model: Any, rows: int, length: int) -> float:
@@ -125,7 +141,8 @@ def _saved_bytes(model: Any, rows: int, length: int) -> float:
             kept[storage._cdata] = storage
         return tensor
 
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    keeping = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.device("meta"), _nothing_cast_on_meta(), keeping:
         ids = torch.zeros(rows, length, dtype=torch.int64)
         # A mask of four dimensions keeps transformers from looking into one, which has no values here.
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
