@@ -173,10 +173,7 @@ def token_logprobs(
     """
     head = _as_head(head)
     weight, bias = head.tensors
-    _check_tokens(hidden, weight, targets, workspace_bytes)
-    inputs = {"hidden": hidden, "head.weight": weight, "head.bias": bias}
-    refuse_tangents(**inputs)
-    refuse_function_transforms(**inputs)
+    _check_tokens(hidden, weight, bias, targets, workspace_bytes)
     options = (bool(check_finite), *head.options, int(workspace_bytes or 0))
     if head.part is not None:
         results = _over_parts(hidden, head, (weight, bias), targets, (None, None), options)[1:]
@@ -229,10 +226,7 @@ def sequence_features(
     """
     head = _as_head(head)
     weight, bias = head.tensors
-    _check_tokens(hidden, weight, targets, workspace_bytes)
-    inputs = {"hidden": hidden, "head.weight": weight, "head.bias": bias}
-    refuse_tangents(**inputs)
-    refuse_function_transforms(**inputs)
+    _check_tokens(hidden, weight, bias, targets, workspace_bytes)
     check_tensor("cu_seqlens", cu_seqlens, ("B + 1",), (torch.int32, torch.int64), hidden.device)
     if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens: expected at least the offset 0, found an empty tensor")
@@ -312,6 +306,7 @@ def _as_head(head: LMHead | torch.Tensor) -> LMHead:
 def _check_tokens(
     hidden: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     targets: torch.Tensor,
     workspace_bytes: int | None,
 ) -> None:
@@ -323,3 +318,6 @@ def _check_tokens(
             raise TypeError(f"workspace_bytes: expected an int, found {type(workspace_bytes).__name__}")
         if not 0 < workspace_bytes < 2**63:
             raise ValueError(f"workspace_bytes: expected a number of bytes > 0, found {workspace_bytes}")
+    inputs = {"hidden": hidden, "head.weight": weight, "head.bias": bias}
+    refuse_tangents(**inputs)
+    refuse_function_transforms(**inputs)

@@ -483,7 +483,7 @@ def _stacked(layers: Sequence[DictConfig]) -> DictConfig:
     for layer in layers:
         for choice, own in _OF_A_CHOICE.items():
             chosen = _value(layer, choice)
-            if chosen is not None and chosen != (_value(whole, choice) or OmegaConf.select(_defaults(), choice)):
+            if chosen is not None and chosen != (_value(whole, choice) or OmegaConf.select(defaults(), choice)):
                 for key in own:
                     _remove(whole, key)
         whole = merged(whole, layer)
@@ -548,9 +548,9 @@ def load_config(
         # Joined before they meet the defaults, whose every merge copies all keys with their types.
         chosen = _stacked([_renamed(layer) for layer in layers])
         _check_ks(_value(chosen, "eval.ks"))
-        asked = merged(_defaults(), chosen)
+        asked = merged(defaults(), chosen)
         below = _below(asked)
-        config = OmegaConf.to_object(merged(_defaults(), *below, chosen) if below else asked)
+        config = OmegaConf.to_object(merged(defaults(), *below, chosen) if below else asked)
     assert isinstance(config, Config)
     return validate(config)
 
@@ -565,8 +565,8 @@ def load_resumed(path: Path, overrides: Sequence[str]) -> Config:
     """
     own, given = read_own(path), read_overrides(overrides)
     with named_errors(str(path)):
-        was, wanted = (_below(merged(_defaults(), layer)) for layer in (own, _stacked([own, given])))
-        by_default = merged(_defaults(), *was)
+        was, wanted = (_below(merged(defaults(), layer)) for layer in (own, _stacked([own, given])))
+        by_default = merged(defaults(), *was)
     for layer in [*was, *wanted]:
         if layer not in was or layer not in wanted:
             for section, values in layer.items():
@@ -600,7 +600,8 @@ def plain(layer: Any) -> dict[str, Any]:
 
 
 @cache
-def _defaults() -> DictConfig:
+def defaults() -> DictConfig:
+    """Every default of `Config`; not to be changed."""
     return cast(DictConfig, OmegaConf.structured(Config))  # made once: it takes longer than all the rest
 
 

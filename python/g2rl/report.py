@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
-from omegaconf import OmegaConf
 
-from g2rl.config import METHODS, Config, RewardConfig, plain
+from g2rl.config import METHODS, RewardConfig, defaults, plain
 from g2rl.log import METRICS, duration, metric, printable
 from g2rl.methods import default_options
 from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, valid_part
@@ -193,23 +192,23 @@ def configured_values(run: Run) -> dict[str, Any]:
 
 def _default_values(run: Run) -> dict[str, Any]:
     """Every default of `Config`, and of the options of the run's method, by dotted key."""
-    values = leaves(plain(OmegaConf.structured(Config)))
+    values = leaves(plain(defaults()))
     method = run.config.get("method", values["method"])
     return values | leaves(default_options(method), f"methods.{method}.")
 
 
 def changed_values(run: Run) -> dict[str, Any]:
     """What a run's configuration sets to something else than the default, by dotted key."""
-    defaults = _default_values(run)
-    return {k: v for k, v in configured_values(run).items() if k not in defaults or defaults[k] != v}
+    default = _default_values(run)
+    return {k: v for k, v in configured_values(run).items() if k not in default or default[k] != v}
 
 
 def _configuration(run: Run) -> str:
     if not run.config:
         return "No `config.yaml` in the run's folder."
-    defaults = _default_values(run)
+    default = _default_values(run)
     changed = [
-        (code(key), code(value), code(defaults[key]) if key in defaults else "-")
+        (code(key), code(value), code(default[key]) if key in default else "-")
         for key, value in changed_values(run).items()
     ]
     table = markdown_table(("key", "value", "default"), changed) if changed else "All values are the defaults."
