@@ -69,7 +69,8 @@ class Setting:
 
 def plans(s: HeadSample, expected: SequenceFeatures) -> Iterator[tuple[str, dict[str, object]]]:
     """Every way in which a backend may compute features: arguments that lead to it."""
-    small: dict[str, object] = {"workspace_bytes": 60 * 4 * s.head.weight.shape[0]}  # in which nothing can be kept
+    row = 4 * s.head.weight.shape[0]
+    small: dict[str, object] = {"workspace_bytes": 60 * row}  # in which nothing can be kept
     lse = expected.lse.float()
     third = torch.arange(lse.shape[0], device=lse.device) % 3
     yield "as it comes", {}
@@ -78,6 +79,7 @@ def plans(s: HeadSample, expected: SequenceFeatures) -> Iterator[tuple[str, dict
     yield "lse given, in that workspace", {"lse": lse, **small}
     yield "lse given, too far off, in that workspace", {"lse": lse + 1e-4 * third, **small}
     yield "lse given, no number, in that workspace", {"lse": torch.where(third == 1, torch.nan, lse), **small}
+    yield "in a workspace of 400 rows of logits", {"workspace_bytes": 400 * row}  # 256 rows at a time, or more roots
 
 
 def features(s: HeadSample, **arguments: object) -> SequenceFeatures:
@@ -98,9 +100,7 @@ def check_long(setting: Setting) -> None:
     (d, V), *_ = setting.sizes
     s = testing.head_sample(Shape(LONG, d, V, ""), setting.dtype, setting.device, kind="drawn", options=setting.options)
     expected = testing.oracle(s)
-    # In which 256 rows of logits may be kept beside R, or some hundreds of roots.
-    chunks: dict[str, object] = {"workspace_bytes": 400 * 4 * V}
-    for plan, arguments in (*plans(s, expected), ("in a workspace of 400 rows of logits", chunks)):
+    for plan, arguments in plans(s, expected):
         with _named(plan):
             testing.assert_bounds(features(s, **arguments), expected, s.cu_seqlens)
 
