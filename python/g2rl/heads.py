@@ -34,7 +34,7 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
     """
     embeddings = model.get_output_embeddings()
     if getattr(embeddings, "weight", None) is None:
-        raise TypeError(f"model: expected a causal language model with a head, found {type(model).__name__} without one")
+        raise TypeError(f"model: expected a language model with a head, found {type(model).__name__} without one")
     if adapts_head(model):
         raise NotImplementedError(
             "model: expected no adapter on the head, whose weight the features are made of, found one; leave the head "

@@ -74,7 +74,7 @@ def test_head_equals_the_models_logits(config: PretrainedConfig) -> None:
 
 
 def test_a_model_without_head_is_refused() -> None:
-    with pytest.raises(TypeError, match="expected a causal language model with a head, found LlamaModel without one"):
+    with pytest.raises(TypeError, match="expected a language model with a head, found LlamaModel without one"):
         lm_head(AutoModel.from_config(ARCHITECTURES["plain"]), 1.0, torch.float32)
 
 
