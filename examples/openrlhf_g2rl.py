@@ -21,9 +21,11 @@ def policy_features(
     """Features [B, d] for a method `forward_with_features` of the policy's worker.
 
     Args:
-        model: the causal language model inside the actor.
+        model: the causal language model inside the actor, with LoRA or without.
         sequences, attention_mask: [B, L]. action_mask: [B, A]; 1 on the last A tokens that the policy chose itself.
     """
+    if hasattr(model, "get_base_model"):  # PEFT's, with its layers inside
+        model = model.get_base_model()
     hidden = model.base_model(input_ids=sequences, attention_mask=attention_mask).last_hidden_state
     own = torch.zeros_like(sequences, dtype=torch.bool)
     own[:, -action_mask.shape[1] :] = action_mask.bool()

@@ -20,8 +20,9 @@ def advantages(args: Any, rollout_data: dict[str, Any], group: Any = None) -> No
 
     Args:
         args: slime's; `n_samples_per_prompt` is the size of a group.
-        rollout_data: this rank's "rewards" [b], "response_lengths" [b], "sample_indices" [b] and "g2rl_features"
-            [b, d]; groups are whole and lie together in the order of indices, whichever ranks have their samples.
+        rollout_data: this rank's "rewards" [b], "sample_indices" [b], "g2rl_features" [b, d], and "kl", a tensor a
+            response with what this rank has of its tokens; groups are whole and lie together in the order of indices,
+            whichever ranks have their samples.
         group: the data-parallel process group; None takes Megatron's, and none without torch.distributed.
     """
     features = rollout_data["g2rl_features"]
@@ -38,10 +39,9 @@ def advantages(args: Any, rollout_data: dict[str, Any], group: Any = None) -> No
     result[order] = g2rl_advantages(all_features[order], all_rewards[order], args.n_samples_per_prompt).advantages
     mine = result.split([len(rewards) for _, rewards, _ in everyone])[rank]
     rollout_data["advantages"] = [
-        value.expand(length).to(features.device)
-        for value, length in zip(mine, rollout_data["response_lengths"], strict=True)
+        torch.full_like(kl, value) for value, kl in zip(mine.tolist(), rollout_data["kl"], strict=True)
     ]
-    rollout_data["returns"] = rollout_data["advantages"]
+    rollout_data["returns"] = list(rollout_data["advantages"])
 
 
 def _data_parallel_group() -> Any:

@@ -231,8 +231,8 @@ def _check_finite(rewards: torch.Tensor) -> tuple[float, float] | None:
     return low, high
 
 
-def _check_rewards(rewards: torch.Tensor) -> None:
-    if _check_finite(rewards) == (0, 1) and bool(((rewards == 0) | (rewards == 1)).all()):
+def _check_rewards(rewards: torch.Tensor, strength: float) -> None:
+    if _check_finite(rewards) == (0, 1) and strength > 0 and bool(((rewards == 0) | (rewards == 1)).all()):
         warn_caller(
             "rewards: found only 0 and 1; shaping scales rewards and cannot move wrong answers. Map them to -1 and +1, "
             "as reward_range=[0, 1] does in TRL and verl."
@@ -319,7 +319,7 @@ def _exploration_scores(
     if values_readable(cu_groups) and _largest(cu_groups, None) > similarity.shape[1]:
         found = f"{list(similarity.shape)} and a group of {_largest(cu_groups, None)}"
         raise ValueError(f"similarity: expected shape [G, m_max, m_max] with m_max of the largest group, found {found}")
-    _check_rewards(rewards)
+    _check_finite(rewards)
     run = resolve("exploration_scores", similarity.device, similarity.dtype)
     return run(similarity, rewards, cu_groups, valid)
 
@@ -347,7 +347,7 @@ def _shape_rewards(
     uniform_groups: str,
 ) -> torch.Tensor:
     cu_groups = _checked(cu_groups, rewards.shape[0])
-    _check_rewards(rewards)
+    _check_rewards(rewards, strength)
     run = resolve("shape_rewards", rewards.device, rewards.dtype)
     return run(rewards, scores, cu_groups, valid, _shaping(strength, clip, rule, min_range, uniform_groups))
 
@@ -387,7 +387,7 @@ def _g2rl_advantages(
     checks = ValueChecks()
     if m_max is None:  # else they are `_offsets`' own
         cu_groups = checks.offsets("groups", cu_groups, features.shape[0], "B")
-    checks.run(partial(_check_rewards, rewards), rewards, lambda: _suspicious(rewards))
+    checks.run(partial(_check_rewards, rewards, strength), rewards, lambda: _suspicious(rewards))
     shaping = _shaping(strength, clip, rule, min_range, uniform_groups)
     with checks:
         largest = _largest(cu_groups, m_max)

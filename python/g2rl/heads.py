@@ -19,21 +19,42 @@ bias, scale and a cap's three steps are rounded at most, each by 0.3 of a unit (
 def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
     """The model's head with every option that its architecture puts between hidden states and logits.
 
+    To be made anew for each forward pass: in another dtype the head has a copy of the weight, which an optimiser's step
+    leaves as it was, and what is made under `no_grad` gives the weight no gradient.
+
     Args:
         model: a causal language model of transformers. Called inside its forward pass, FSDP2 has gathered the weight.
+            Elsewhere that is a DTensor whose ranks have tokens of their own, and is gathered for each call of an op.
         temperature: of the policy.
         dtype: what the head's product is computed in; the cast is differentiable.
+
+    Raises:
+        TypeError: the model has no head.
+        NotImplementedError: an adapter changes the head's logits.
     """
     embeddings = model.get_output_embeddings()
+    if getattr(embeddings, "weight", None) is None:
+        raise TypeError(f"model: expected a language model with a head, found {type(model).__name__} without one")
+    if adapts_head(model):
+        raise NotImplementedError(
+            "model: expected no adapter on the head, whose weight the features are made of, found one; leave the head "
+            "out of its target_modules and target_parameters"
+        )
     config = model.config.get_text_config()
-    bias = getattr(embeddings, "bias", None)
+    weight, bias = embeddings.weight, getattr(embeddings, "bias", None)
     return LMHead(
-        whole(embeddings.weight).to(dtype),
-        bias=None if bias is None else whole(bias).to(dtype),
+        weight.to(dtype),
+        bias=None if bias is None else bias.to(dtype),
         temperature=temperature,
         logit_scale=_logit_scale(config),
         softcap=_soft_cap(config),
+        gather_weight=isinstance(weight, DTensor),
     )
+
+
+def adapts_head(model: Any) -> bool:
+    """Whether an adapter adds to the products of the model's head; one that trains a copy of it does not."""
+    return hasattr(model.get_output_embeddings(), "base_layer")
 
 
 def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:
@@ -117,6 +138,8 @@ def _soft_cap(config: Any) -> float | None:
 
 def _logit_scale(config: Any) -> float:
     """What logits are multiplied by: Cohere, Falcon-H1 and others multiply, Granite and MiniCPM3 divide."""
+    if config.model_type == "mpt":  # whose configuration has a scale that transformers leaves out
+        return 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(config, name, None)
         if scale is not None:

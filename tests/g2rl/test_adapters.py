@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,6 +16,7 @@ from g2rl.checkpoint import find_checkpoint
 from g2rl.cli import main
 from g2rl.config import ConfigError, LoraConfig, ModelConfig, load_config
 from g2rl.dry_run import dry_run
+from g2rl.heads import lm_head
 from g2rl.model import load_model
 from g2rl.push import push
 from g2rl.trainer import Trainer
@@ -188,6 +191,20 @@ def test_bad_targets(tiny_model: Path, targets: list[str], message: str) -> None
     model, _ = load_model(ModelConfig(path=str(tiny_model)))
     with pytest.raises(ConfigError, match=f"model.lora.targets: {message}"):
         add_adapter(model, LoraConfig(rank=4, targets=targets))
+
+
+def test_another_ones_adapter_on_the_head(tiny_model: Path) -> None:
+    """One that adds to its products is refused; one that trains a copy of the weight is that copy."""
+
+    def adapted(**where: Any) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, tie_word_embeddings=False)
+        return peft.get_peft_model(model, peft.LoraConfig(**where))
+
+    for where in ({"target_modules": ["lm_head"]}, {"target_modules": [], "target_parameters": ["lm_head.weight"]}):
+        with pytest.raises(NotImplementedError, match="model: expected no adapter on the head"):
+            lm_head(adapted(**where), 1.0, torch.float32)
+    model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert lm_head(model, 1.0, torch.float32).weight is model.get_output_embeddings().modules_to_save.default.weight
 
 
 def test_a_peft_that_transformers_does_not_take(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from examples.openrlhf_g2rl import policy_features, shape_experiences
@@ -46,11 +47,13 @@ def test_openrlhf_shapes_groups_that_lie_apart() -> None:
         assert torch.equal(experience.rewards, want[part])
 
 
-def test_openrlhf_features_are_of_the_actions(tiny_model: Path) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_openrlhf_features_are_of_the_actions(tiny_model: Path, lora: bool) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     ids = torch.arange(24).view(2, 12)
     action_mask = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 0, 0, 0]])
-    found = policy_features(model, ids, torch.ones_like(ids), action_mask, 0.7)
+    actor = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)) if lora else model
+    found = policy_features(actor, ids, torch.ones_like(ids), action_mask, 0.7)
     hidden = model.model(ids).last_hidden_state.detach().requires_grad_()
     logps = (model.lm_head(hidden)[:, 6:11] / 0.7).log_softmax(-1).gather(-1, ids[:, 7:, None])[..., 0]
     means = (logps * action_mask).sum(1) / action_mask.sum(1)
@@ -100,10 +103,11 @@ def test_slime_advantages_are_those_of_the_op(parts: list[list[int]], monkeypatc
     """However samples are dealt out; indices go on from step to step, and groups may have been left out."""
     features, rewards = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), [1.0, -1, 1, -1, 1, 1, -1, -1]
     indices, lengths = [40, 41, 42, 43, 52, 53, 54, 55], [1, 2, 3, 1, 2, 3, 1, 0]
-    names = ("rewards", "sample_indices", "response_lengths")
+    kl = [torch.zeros(length) for length in lengths]  # of this rank's tokens, where ranks share responses
+    names = ("rewards", "sample_indices", "kl")
     data = [
         {"g2rl_features": features[part]}
-        | {name: [each[i] for i in part] for name, each in zip(names, (rewards, indices, lengths), strict=True)}
+        | {name: [each[i] for i in part] for name, each in zip(names, (rewards, indices, kl), strict=True)}
         for part in parts
     ]
     ranks = Ranks(len(parts))
@@ -112,7 +116,8 @@ def test_slime_advantages_are_those_of_the_op(parts: list[list[int]], monkeypatc
     ranks.run(partial(advantages, SimpleNamespace(n_samples_per_prompt=4)), data)
     want = g2rl_advantages(features, torch.tensor(rewards), 4).advantages
     for part, found in zip(parts, data, strict=True):
-        assert [len(row) for row in found["advantages"]] == found["response_lengths"]
+        assert [len(row) for row in found["advantages"]] == [lengths[i] for i in part]
+        assert found["returns"] is not found["advantages"]  # slime takes penalties off one of them
         assert all(torch.equal(row, want[i].expand(len(row))) for i, row in zip(part, found["advantages"], strict=True))
 
 

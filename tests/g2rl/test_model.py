@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     BertConfig,
     BloomConfig,
@@ -20,6 +21,7 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     ModernBertDecoderConfig,
+    MptConfig,
     OPTConfig,
     PhiConfig,
     PretrainedConfig,
@@ -40,6 +42,7 @@ ARCHITECTURES = {
     "plain": LlamaConfig(**SIZES),
     "soft cap": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0, query_pre_attn_scalar=8),
     "scale": CohereConfig(**SIZES, logit_scale=0.25),
+    "a scale that is left out": MptConfig(vocab_size=61, d_model=32, n_layers=1, n_heads=4, logit_scale=0.2),
     "division": GraniteConfig(**SIZES, logits_scaling=3.0),
     "bias": PhiConfig(**(SIZES | {"num_key_value_heads": 4})),
     "another name of the cap": RecurrentGemmaConfig(
@@ -68,6 +71,11 @@ def test_head_equals_the_models_logits(config: PretrainedConfig) -> None:
     # fp32 logits of size 10 by another summation order.
     torch.testing.assert_close(out.logps, expected[torch.arange(9), ids[0]], atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(out.entropy, -(expected.exp() * expected).sum(-1), atol=2e-5, rtol=1e-5)
+
+
+def test_a_model_without_head_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected a language model with a head, found LlamaModel without one"):
+        lm_head(AutoModel.from_config(ARCHITECTURES["plain"]), 1.0, torch.float32)
 
 
 @pytest.mark.parametrize("autocast", ["none", "bfloat16"])

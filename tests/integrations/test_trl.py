@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -99,7 +99,7 @@ class Recording:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
         before = copy.deepcopy(self._causal_lm(self.model))
-        vars(before).pop("forward")  # bound to the model that was copied
+        vars(before).pop("forward")  # TRL binds its own to the model that was copied
         output = super()._generate_and_score_completions(inputs)
         kept = {key: value.clone() if torch.is_tensor(value) else value for key, value in output.items()}
         rollout = self._rollout
@@ -352,6 +352,25 @@ def test_outputs_leave_the_models_forward_as_they_are(tiny_model: Path) -> None:
         found.append([*out, *gradients])
     assert len(seen) == 2
     assert all(torch.equal(a, b) and a.dtype == b.dtype == torch.float32 for a, b in zip(*found, strict=True))
+
+
+def test_a_copy_of_a_model_with_a_head_pass_has_weights_of_its_own(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    add_head_pass(model)
+    ids = torch.arange(24).view(2, 12)
+    head_pass = HeadPass(ids, ids >= 0, None, 1.0)
+    logits, logps = model(ids).logits, run_head_pass(model, head_pass, use_cache=True).logps
+    kept = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(kept(ids).logits, logits) and torch.equal(run_head_pass(kept, head_pass).logps, logps)
+    assert not model(ids).logits.any()
+
+
+def test_a_head_pass_is_refused_by_a_model_of_pefts(tiny_model: Path) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match=r"expected the one inside PEFT's, model.get_base_model\(\), found PeftModel"):
+        add_head_pass(model)
 
 
 def test_evaluation_knows_no_bonus(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What each rank of `test_trl_ranks.py` runs, all of it saved for the parent to check: two short trainings, TRL's own
-and G2RL without strength, whose weights must agree; one with strength; and head passes of models sharded by FSDP2.
-Where the options have a `beta`, the KL term's model is sharded by FSDP version 1.
+and G2RL without strength, whose weights must agree; one with strength; heads, and head passes, of models sharded by
+FSDP2. Where the options have a `beta`, the KL term's model is sharded by FSDP version 1.
 
     torchrun --nproc-per-node 2 -m tests.integrations.trl_ranks MODEL OUTPUT [OPTION=VALUE ...]
 """
@@ -18,11 +18,13 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+from g2rl.heads import lm_head
 from g2rl.integrations.head_pass import HeadPass, add_head_pass, run_head_pass
 from g2rl.integrations.trl import G2RLConfig, G2RLTrainer
+from g2rl_kernels import token_logprobs
 from tests.integrations.test_trl import RecordingGRPO, trainer
 
 # The second policy is accelerate's for bf16.
@@ -64,6 +66,26 @@ def sharding_error(folder: Path, dtype: torch.dtype, policy: MixedPrecisionPolic
     return float((found[0] - found[1]).norm() / found[0].norm())
 
 
+def gathering_error(folder: Path) -> float:
+    """The same of gradients with the head outside of the model's forward pass, each rank with tokens of its own."""
+    ids = (torch.arange(60).view(3, 20) + dist.get_rank()) % 77
+    found = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, tie_word_embeddings=False))
+        if sharded:
+            fully_shard(model.model)
+            fully_shard(model)
+        hidden = model.model(ids).last_hidden_state[:, :-1].flatten(0, 1)
+        token_logprobs(hidden, lm_head(model, 0.8, hidden.dtype), ids[:, 1:].flatten()).logps.sum().backward()
+        if not sharded:
+            for p in model.parameters():
+                dist.all_reduce(p.grad, dist.ReduceOp.SUM)
+                p.grad /= dist.get_world_size()
+        found.append(torch.cat([whole(p.grad).flatten() for p in model.parameters()]))
+    return float((found[0] - found[1]).norm() / found[0].norm())
+
+
 def shard_references() -> None:
     """Have references wrapped as `trl.models.prepare_fsdp` does it: before a subclass of the trainer sees them."""
     prepare = Accelerator.prepare_model
@@ -91,6 +113,7 @@ def main() -> None:
     run = train(RecordingGRPO, G2RLConfig)
     saved = {
         "sharding_errors": [sharding_error(folder, *precision) for precision in PRECISIONS],
+        "gathering_error": gathering_error(folder),
         "error": float((ours - theirs).norm() / theirs.norm()),
         "rounds": [
             {

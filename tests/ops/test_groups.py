@@ -254,20 +254,26 @@ def test_equal_scores_keep_rewards_even_without_min_range(call: Caller) -> None:
         assert call(shape_rewards, RAW, [0.3] * 4, 4, shaping).tolist() == RAW
 
 
-@pytest.mark.parametrize("function", ["shape_rewards", "exploration_scores", "g2rl_advantages"])
+@pytest.mark.parametrize("function", ["shape_rewards", "g2rl_advantages"])
 def test_zero_one_rewards_warn(function: str) -> None:
-    run = {
-        "shape_rewards": lambda r: shape_rewards(r, torch.tensor([0.2, 0.4, 0.6]), 3),
-        "exploration_scores": lambda r: exploration_scores(torch.tensor([COSINES]), r, 3),
-        "g2rl_advantages": lambda r: g2rl_advantages(torch.tensor(PLANE), r, 3),
-    }[function]
+    """Where they are shaped: scores alone, and a strength of 0, change no reward."""
+
+    def run(rewards: list[float], strength: float = 1.0) -> None:
+        r, shaping = torch.tensor(rewards), Shaping(strength=strength)
+        scores = exploration_scores(torch.tensor([COSINES]), r, 3)
+        if function == "shape_rewards":
+            shape_rewards(r, scores, 3, shaping)
+        else:
+            g2rl_advantages(torch.tensor(PLANE), r, 3, shaping)
+
     with pytest.warns(UserWarning, match="found only 0 and 1") as warned:
-        run(torch.tensor([0, 1, 1]))
+        run([0, 1, 1])
     assert [w.filename for w in warned] == [__file__], "it points to the caller"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        run([0, 1, 1], strength=0)
         for rewards in ([-1, 1, 1], [1, 1, 1], [0, 0, 0], [0.0, 0.5, 1.0], [0, 1, 2]):
-            run(torch.tensor(rewards))
+            run(rewards)
 
 
 # Equation 2.

@@ -190,6 +190,11 @@ def test_kinds_of_logits(backend: str | None, device: str, dtype: torch.dtype, k
     assert all(bool(x.isfinite().all()) for x in result)
 
 
+@every_forward
+def test_responses_of_a_token_with_few_words(backend: str | None, device: str, dtype: torch.dtype) -> None:
+    check(backend, device, dtype, Shape((1,) * 48, 64, 1500, "nothing that errors of logits average over"), "spread")
+
+
 @pytest.mark.parametrize("off", [20.0, -20.0])
 @every_forward
 def test_an_lse_of_another_head(backend: str | None, device: str, dtype: torch.dtype, off: float) -> None:

@@ -86,15 +86,22 @@ def add_head_pass(model: Any) -> None:
 
     Args:
         model: a causal language model of transformers, not yet wrapped for distribution; the base model of a PEFT one.
+
+    Raises:
+        TypeError: it is a PEFT model itself.
     """
+    if hasattr(model, "get_base_model"):
+        raise TypeError(f"model: expected the one inside PEFT's, model.get_base_model(), found {type(model).__name__}")
     original = model.forward
+    # A copy of the model is to run its own weights.
+    function = getattr(original, "__func__", None)
 
     # The signature stays the model's own: `generate` checks its arguments against it.
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, head_pass: HeadPass | None = None, **kwargs: Any) -> Any:
         if head_pass is None:
-            return original(*args, **kwargs)
-        outputs = head_pass(self, self.base_model(*args, use_cache=False, **kwargs).last_hidden_state)
+            return original(*args, **kwargs) if function is None else function(self, *args, **kwargs)
+        outputs = head_pass(self, self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state)
         return _changed(outputs, _as_complex)
 
     model.forward = types.MethodType(forward, model)

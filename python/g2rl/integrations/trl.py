@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from g2rl.heads import head_difference, keep_head_inputs_contiguous
+from g2rl.heads import adapts_head, head_difference, keep_head_inputs_contiguous
 from g2rl.integrations.exploration import (
     ZERO_REWARDS,
     Once,
@@ -218,7 +218,7 @@ class G2RLMixin(_Trainer):
 
     def _check_model(self) -> None:
         """Raise for a model that cannot work, once TRL has made it."""
-        if hasattr(self.model.get_output_embeddings(), "base_layer"):
+        if adapts_head(self.model):
             raise ValueError(
                 "peft_config: expected no adapter on the head, whose weight the features are made of, found one; leave "
                 "the head out of target_modules"

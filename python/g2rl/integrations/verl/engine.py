@@ -17,7 +17,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
-from g2rl.heads import lm_head
+from g2rl.heads import adapts_head, lm_head
 from g2rl.integrations.verl.shaping import predicted_response
 from g2rl_kernels import pad, sequence_features
 
@@ -106,7 +106,7 @@ class G2RLEngine(FSDPEngineWithLMHead):
             return
         model = next(module for module in self.module.modules() if isinstance(module, PreTrainedModel))
         head = model.get_output_embeddings()
-        if hasattr(head, "base_layer"):
+        if adapts_head(model):
             raise NotImplementedError(
                 "actor_rollout_ref.model.target_modules: expected no adapter on the head, whose weight the features "
                 "are made of, found one; list the modules of the layers alone"
