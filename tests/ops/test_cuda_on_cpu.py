@@ -142,6 +142,15 @@ def test_shapes(shape: Shape, plan: str, backend, request: pytest.FixtureRequest
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS[:3])
+@pytest.mark.parametrize("d", [64, 63])
+def test_responses_of_a_token_with_few_words(d: int, plan: str, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001
+    shape = Shape((1,) * 12, d, 200, "nothing that errors of logits average over")
+    s = sample(shape, torch.bfloat16, kind="spread", options=OPTIONS["plain"])
+    check(shape, torch.bfloat16, "spread", lse=given(plan, s, request))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["bias", "softcap"])
 @pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 def test_workspace_cuts_tokens_and_responses(shape: Shape, options: str, backend, kept: None) -> None:  # noqa: ANN001
