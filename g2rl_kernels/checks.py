@@ -127,6 +127,9 @@ def own_copy(indices: torch.Tensor) -> torch.Tensor:
     return indices.clone() if indices.device.type == "cpu" else indices
 
 
+_IGNORED = -100  # PyTorch's ignore_index
+
+
 def check_targets(targets: torch.Tensor, vocab_size: int, lowest: int = 0) -> None:
     """Raise IndexError unless every target is in [lowest, vocab_size)."""
     if targets.numel() == 0 or not values_readable(targets):
@@ -134,7 +137,8 @@ def check_targets(targets: torch.Tensor, vocab_size: int, lowest: int = 0) -> No
     low, high = (int(bound) for bound in torch.aminmax(targets))
     if low < lowest or high >= vocab_size:
         found = low if low < lowest else high
-        raise IndexError(f"targets: expected values in [{lowest}, {vocab_size}), found {found}")
+        way_out = "; leave out what a loss ignores, as unpad(hidden, mask) does" if found == _IGNORED else ""
+        raise IndexError(f"targets: expected values in [{lowest}, {vocab_size}), found {found}{way_out}")
 
 
 def check_offsets(name: str, offsets: torch.Tensor, total: int, total_name: str) -> None:

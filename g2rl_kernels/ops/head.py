@@ -300,6 +300,11 @@ def _over_context(
 
 
 def _as_head(head: LMHead | torch.Tensor) -> LMHead:
+    if isinstance(head, torch.nn.Module):
+        found = type(head).__name__
+        raise TypeError(
+            f"head: expected an LMHead or a weight, found {found}; LMHead(head.weight, head.bias) makes one"
+        )
     return head if isinstance(head, LMHead) else LMHead(head)
 
 
