@@ -243,7 +243,7 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     from g2rl.tasks import require_held_out
 
     way_out = "task.held_out=0 goes on without, and a new run from the model of its checkpoint takes any task"
-    require_held_out(load_config(settings).task, config.task, config.seed, way_out)
+    require_held_out(folder, load_config(settings).task, config.task, config.seed, way_out)
     if paths:
         print(f"g2rl: resume takes the run's own configuration, {settings}; {', '.join(paths)} is not read")
     return replace(config, name=place["name"], runs_dir=place["runs_dir"])
@@ -295,9 +295,10 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
     config = model_config(checkpoint, overrides)
     folder = Path(config.model.path)
     trained = checkpoint_config(folder).task
-    if run_of(folder) is not None and trained.name == config.task.name:  # another task's problems are others
+    run_dir = run_of(folder)
+    if run_dir is not None and trained.name == config.task.name:  # another task's problems are others
         way_out = f"a model that `g2rl export {checkpoint} FOLDER` writes is evaluated on any"
-        require_held_out(trained, config.task, config.seed, way_out)
+        require_held_out(run_dir, trained, config.task, config.seed, way_out)
     with make_task(config.task, config.seed) as task:
         problems = task.held_out()
         if not problems:

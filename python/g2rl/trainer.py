@@ -33,7 +33,7 @@ from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.policy import Policy, Reference
 from g2rl.rewards import resolve_rewards
 from g2rl.rollout import gap_warning, make_sampler
-from g2rl.tasks import found_anywhere, make_task
+from g2rl.tasks import found_anywhere, keep_held_out, make_task
 from g2rl.times import StageTimes
 from g2rl.trackers import make_trackers
 from g2rl.types import Episode, Verdict
@@ -104,6 +104,7 @@ class Trainer:
         options = asdict(self.method.options)
         methods = config.methods | ({self.method.name: options} if options else {})
         kept = replace(config, resume=None, methods=methods)
+        self.ranks.on_first(keep_held_out, run_dir, config.task, self.task)
         self.ranks.on_first(save_config, kept, run_dir / "config.yaml")
         facts = environment(self.device) | self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
         log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})

@@ -328,6 +328,7 @@ class TestReasoningGym:
         for problem in held_out + train[:20]:
             question = problem.data["entry"]["question"]
             assert problem.prompt == question + "\nPut your final answer within \\boxed{}."
+            assert problem.prompt == f"{question}\n{chain_sum.instruction}"
             expression = question.partition(":")[2].removesuffix("=").strip()
             assert problem.answer == str(eval(expression))  # the library's text, digits and operators only
 

@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from g2rl.checkpoint import checkpoints
 from g2rl.cli import main
 from g2rl.config import Config, ConfigError, load_config
 from g2rl.report import write_report
+from g2rl.tasks import require_held_out
+from g2rl.tasks.base import sample_indices
 from g2rl.trainer import Trainer, _held_out_numbers
 from g2rl.update import TrainingError
 
@@ -407,6 +409,54 @@ def test_what_was_trained_on_is_not_held_out(
         assert found in (said := capsys.readouterr().err)
         assert "task.held_out=0 goes on without" in said
     assert (finished / "config.yaml").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def of_a_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step on 20 rows of a file beside it."""
+    folder = tmp_path_factory.mktemp("file")
+    write_rows(folder / "own.jsonl", range(20))
+    task = f"task={{name: jsonl, options: {{path: {folder / 'own.jsonl'}}}}}"
+    options = [f"model.path={tiny_model}", f"runs_dir={folder}", *SMALL[:3], *SMALL[4:], task]
+    run = load_config(None, [*options, "steps=1", "eval.every=0", "eval.samples=1", "eval.ks=[1]"])
+    Trainer(run).run()
+    return run.run_dir
+
+
+def write_rows(path: Path, numbers: Iterable[int], more: int = 1) -> None:
+    path.write_text("\n".join(json.dumps({"problem": f"{i} + 1", "answer": i + more}) for i in numbers))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "more", "found"),
+    [
+        (range(10), 1, len({*sample_indices(10, 6)} - {*sample_indices(20, 6)})),
+        (range(20), 2, 6),
+        (range(20), 1, None),
+    ],
+)
+def test_data_changed_in_place_is_not_held_out(
+    of_a_file: Path, capsys: pytest.CaptureFixture[str], numbers: range, more: int, found: int | None
+) -> None:
+    """Other problems or answers than the run held out are refused, another wording of the same ones is not."""
+    write_rows(of_a_file.parent / "own.jsonl", numbers, more)
+    assert main(["eval", str(of_a_file), "task.options.instruction=Be quick."]) == (2 if found else 0)
+    assert found != 0
+    if found:
+        assert f"held out before, found {found} of 6 others, such as '" in (said := capsys.readouterr().err)
+        assert "which it may have been trained on, or whose answer was another; a model that" in said
+        assert main(["train", f"resume={of_a_file}", "steps=2"]) == 2
+        assert f"found {found} of 6 others" in capsys.readouterr().err
+
+
+def test_a_run_that_kept_no_digests_takes_other_wordings(of_a_file: Path, tmp_path: Path) -> None:
+    """As those of earlier versions: what it held out is read from its data as they are now."""
+    write_rows(of_a_file.parent / "own.jsonl", range(20))
+    before = load_config(of_a_file / "config.yaml").task
+    for change, refused in (({"instruction": ""}, False), ({"answer_key": "problem"}, True)):
+        after = replace(before, options=before.options | change, system_prompt="Add.")
+        with pytest.raises(ConfigError, match="found 6 of 6 others") if refused else nullcontext():
+            require_held_out(tmp_path, before, after, 0, "")
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ class JsonlTask(JudgedTask):
             chosen = sample(problems, held_out)
             train = apart(problems, chosen, "task.held_out", own=False)
         super().__init__("jsonl", train, list(chosen.values()), seed, MathJudge(read.allow_number))
+        self.instruction = read.instruction
 
 
 def sample(problems: Mapping[str, Problem], count: int) -> dict[str, Problem]:
