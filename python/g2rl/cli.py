@@ -286,7 +286,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
     """Evaluate one checkpoint on the problems that its own task holds out."""
     from g2rl.checkpoint import checkpoint_config, run_of
-    from g2rl.evaluate import evaluate
+    from g2rl.evaluate import evaluate, evaluation_seed
     from g2rl.evaluation.command import model_config
     from g2rl.model import load_model
     from g2rl.rollout import make_sampler
@@ -306,7 +306,7 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
         model, tokenizer = load_model(config.model)
         with closing(make_sampler(model, tokenizer, config.rollout, config.task.system_prompt)) as sampler:
             sampler.sync()
-            result = evaluate(sampler, task, problems, config.eval, config.seed)
+            result = evaluate(sampler, task, problems, config.eval, evaluation_seed(config.seed))
     print(f"{folder}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each")
     for key, value in result.metrics.items():
         print(f"  {key.removeprefix('eval/'):18s} {value:.4f}")

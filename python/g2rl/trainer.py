@@ -22,7 +22,7 @@ from g2rl.adapters import add_adapter
 from g2rl.ahead import Rollouts
 from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from g2rl.config import Config, ConfigError, ModelConfig, save_config
-from g2rl.evaluate import evaluate
+from g2rl.evaluate import evaluate, evaluation_seed
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog, TrainingProgress
 from g2rl.methods import make_method
 from g2rl.model import load_model, resolve_device
@@ -126,10 +126,10 @@ class Trainer:
         config, times = self.config, self._times()
         start = time.perf_counter()
         step = self.step + 1
-        groups = self.rollouts.take(self.position, self._seed(step, "rollout"), times)
+        groups = self.rollouts.take(self.position, self._seed(step), times)
         episodes, verdicts = groups.episodes, groups.verdicts
         with times.stage("update"):
-            self.rollouts.begin(step, self.position + groups.asked, self._seed(step + 1, "rollout"), times)
+            self.rollouts.begin(step, self.position + groups.asked, self._seed(step + 1), times)
             metrics, results = self.updater.run(step, episodes, verdicts, times)
         if self._tells_first_pass and "time/first_pass" in times.seconds:
             self._tells_first_pass = False
@@ -173,7 +173,7 @@ class Trainer:
             return {}, ()
         with times.stage("eval"):
             self.sampler.sync()
-            seed = self._seed(0, "eval")
+            seed = evaluation_seed(self.config.seed)
             result = evaluate(self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks)
         return {**result.metrics, "time/eval": times.seconds["time/eval"]}, result.results
 
@@ -219,9 +219,9 @@ class Trainer:
     def _times(self) -> StageTimes:
         return StageTimes(self.device, self.config.profile)
 
-    def _seed(self, step: int, purpose: str) -> int:
-        """Draws depend on the seed and the step alone, so that a resumed run repeats them."""
-        return (self.config.seed * 1_000_003 + step) * 2 + (purpose == "eval")
+    def _seed(self, step: int) -> int:
+        """Draws depend on the seed and the step alone, so that a resumed run repeats them; no evaluation has these."""
+        return (self.config.seed * 1_000_003 + step) * 2
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and step % every == 0

@@ -411,6 +411,14 @@ def test_what_was_trained_on_is_not_held_out(
     assert (finished / "config.yaml").read_bytes() == before
 
 
+def test_an_evaluation_repeats_the_one_in_training(tiny_model: Path, tmp_path: Path) -> None:
+    run = config(tiny_model, tmp_path, "steps=1", "seed=3", "eval.samples=4")
+    Trainer(run).run()
+    assert main(["eval", str(run.run_dir)]) == 0
+    again = json.loads((run.run_dir / "checkpoints" / "step-000001" / "eval.json").read_text())
+    assert again == {key: value for key, value in lines(run.run_dir)[-1].items() if key.startswith("eval/")}
+
+
 @pytest.fixture(scope="module")
 def of_a_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step on 20 rows of a file beside it."""
