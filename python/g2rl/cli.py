@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "key=value after them overrides the configuration",
     )  # fmt: skip
     evaluation.add_argument("--suite", help="data sets, such as math500,amc23,aime24,aime25, or a YAML file")
-    evaluation.add_argument("--out", type=Path, default=Path("evals"), help="folder of samples and results; evals")
+    evaluation.add_argument("--out", type=Path, help="folder of samples and results; evals")
     for flag, kind, text in _SUITE_FLAGS:
         evaluation.add_argument(f"--{flag}", type=kind, help=text)
     geometry = commands.add_parser(
@@ -271,14 +271,14 @@ def _geometry(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     checkpoints, overrides = _told_apart(options.checkpoints)
     flags = {name: getattr(options, name) for name in (flag.replace("-", "_") for flag, _, _ in _SUITE_FLAGS)}
-    given = [name for name, value in flags.items() if value is not None]
+    given = [name for name, value in {**flags, "out": options.out}.items() if value is not None]
     if options.suite is None and (len(checkpoints) > 1 or given):
-        found = f"--{given[0].replace('_', '-')}" if given else f"{len(checkpoints)} checkpoints"
+        found = f"{len(checkpoints)} checkpoints" if len(checkpoints) > 1 else f"--{given[0].replace('_', '-')}"
         raise ConfigError(f"suite: expected --suite with data sets, found {found} without it")
     if options.suite is not None:
         from g2rl.evaluation.command import evaluate_suite
 
-        evaluate_suite(checkpoints, options.suite, options.out, flags, overrides)
+        evaluate_suite(checkpoints, options.suite, options.out or Path("evals"), flags, overrides)
         return 0
     return _evaluate_held_out(checkpoints[0], overrides)
 
@@ -307,15 +307,26 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
         with closing(make_sampler(model, tokenizer, config.rollout, config.task.system_prompt)) as sampler:
             sampler.sync()
             result = evaluate(sampler, task, problems, config.eval, evaluation_seed(config.seed))
-    print(f"{folder}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each")
-    for key, value in result.metrics.items():
-        print(f"  {key.removeprefix('eval/'):18s} {value:.4f}")
+    lines = [f"{folder}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each"]
+    lines += [f"  {key.removeprefix('eval/'):18s} {value:.4f}" for key, value in result.metrics.items()]
     if folder.is_dir():
+        settings = {key: value for key, value in asdict(config).items() if key in ("seed", "task", "rollout", "eval")}
+        contents = {"settings": settings, "problems": [problem.id for problem in problems], "metrics": result.metrics}
         try:
-            (folder / "eval.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
+            (folder / "eval.json").write_text(json.dumps(contents, indent=2) + "\n")
         except OSError as error:  # a model that others have put there; all of it is printed
-            print(f"g2rl: eval.json is not written: {error}")
+            lines.append(f"g2rl: eval.json is not written: {error}")
+    _print_to_whoever_reads("\n".join(lines))
     return 0
+
+
+def _print_to_whoever_reads(text: str) -> None:
+    """Print, and go on where the reader has seen enough, as `head` has."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes again at its end, and would tell of the same error there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _export(checkpoint: Path, folder: Path) -> int:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from g2rl.checkpoint import checkpoints
 from g2rl.cli import main
 from g2rl.config import Config, ConfigError, load_config
 from g2rl.report import write_report
-from g2rl.tasks import require_held_out
+from g2rl.tasks import make_task, require_held_out
 from g2rl.tasks.base import sample_indices
 from g2rl.trainer import Trainer, _held_out_numbers
 from g2rl.update import TrainingError
@@ -415,8 +415,11 @@ def test_an_evaluation_repeats_the_one_in_training(tiny_model: Path, tmp_path: P
     run = config(tiny_model, tmp_path, "steps=1", "seed=3", "eval.samples=4")
     Trainer(run).run()
     assert main(["eval", str(run.run_dir)]) == 0
-    again = json.loads((run.run_dir / "checkpoints" / "step-000001" / "eval.json").read_text())
-    assert again == {key: value for key, value in lines(run.run_dir)[-1].items() if key.startswith("eval/")}
+    kept = json.loads((run.run_dir / "checkpoints" / "step-000001" / "eval.json").read_text())
+    assert kept["settings"]["eval"] == {**asdict(run.eval), "ks": [1, 2]}
+    assert (kept["settings"]["seed"], kept["settings"]["task"]) == (3, asdict(run.task))
+    assert kept["problems"] == [problem.id for problem in make_task(run.task, 0).held_out()]
+    assert kept["metrics"] == {key: value for key, value in lines(run.run_dir)[-1].items() if key.startswith("eval/")}
 
 
 @pytest.fixture(scope="module")
@@ -520,6 +523,20 @@ def test_an_evaluation_that_cannot_be_kept_is_printed(
     printed = capsys.readouterr().out
     assert "pass@1" in printed
     assert "g2rl: eval.json is not written: [Errno 21] Is a directory" in printed
+
+
+def test_an_evaluation_whose_reader_leaves_is_kept(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("eval.json"))
+    few = ("task.held_out=1", "eval.samples=1", "eval.ks=[1]", "rollout.max_new_tokens=2")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stdout)
+        assert main(["eval", str(folder), *few]) == 0
+    assert "eval/pass@1" in json.loads((folder / "eval.json").read_text())["metrics"]
 
 
 def test_a_run_to_resume_is_not_named_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
