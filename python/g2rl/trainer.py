@@ -135,7 +135,7 @@ class Trainer:
             self._tells_first_pass = False
             progress.message(_first_pass_cost(times.seconds, self.method.needs_features))
         self.rollouts.wait(times)
-        warning = gap_warning(metrics, config.rollout)
+        warning = gap_warning(metrics, config.rollout, config.model.lora)
         if warning and not self._gap_told:
             self._gap_told = True
             progress.message(warning)
