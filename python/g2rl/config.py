@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -466,15 +466,33 @@ def merged(first: DictConfig | dict[str, Any], *layers: DictConfig | dict[str, A
 
     Raises:
         ConfigError: a layer has a list where those below have keys and values, or the reverse, or one value in place
-            of a section.
+            of a section or list, or keys and values of an item that a list does not have.
     """
     whole = OmegaConf.create(first)
     for layer in layers:
-        above = layer if isinstance(layer, dict) else plain(layer)
+        above = _with_lists(plain(whole), layer if isinstance(layer, dict) else plain(layer))
         _check_sections(whole, above)
-        _check_kinds(OmegaConf.to_container(whole), above)
-        whole = cast(DictConfig, OmegaConf.merge(whole, layer))
+        _check_kinds(plain(whole), above)
+        whole = cast(DictConfig, OmegaConf.merge(whole, above))
     return whole
+
+
+def _with_lists(below: Any, above: Any, key: str = "") -> Any:
+    """`above` with whole lists where it has items by index, ``{"1": ...}``, as ``rewards[1].weight=2`` is read."""
+    if not isinstance(above, dict):
+        return above
+    if isinstance(below, dict):
+        return {k: _with_lists(below.get(k), value, f"{key}.{k}".removeprefix(".")) for k, value in above.items()}
+    if not isinstance(below, list | tuple) or not above or not all(str(index).isdecimal() for index in above):
+        return above
+    items = list(below)
+    for index, value in above.items():
+        if int(index) >= len(items):
+            raise ConfigError(f"{key}[{index}]: expected an index below {len(items)}, the list's length")
+        item = items[int(index)]
+        both = isinstance(item, dict) and isinstance(value, dict)
+        items[int(index)] = plain(merged(item, value)) if both else value
+    return items
 
 
 def _stacked(layers: Sequence[DictConfig]) -> DictConfig:
@@ -512,6 +530,9 @@ def _check_sections(below: DictConfig, above: dict[str, Any], key: str = "") -> 
                 _check_sections(section, value, f"{key}{name}.")
             elif value is not None and not _is_reference(value):
                 raise ConfigError(f"{key}{name}: expected keys and values, found {value!r}")
+        elif isinstance(section, Container) and not isinstance(section, DictConfig):
+            if not isinstance(value, list | tuple) and not _is_reference(value):
+                raise ConfigError(f"{key}{name}: expected a list, found {value!r}")
 
 
 def _is_reference(value: Any) -> bool:
