@@ -278,6 +278,13 @@ class TestJsonl:
         with pytest.raises(ConfigError, match="set.jsonl:2"):
             task("jsonl", path=str(tmp_path / "set.jsonl"))
 
+    @pytest.mark.parametrize("key", ["path", "eval_path"])
+    def test_files_are_named_jsonl(self, tmp_path: Path, key: str) -> None:
+        path = write(tmp_path / "own.json", ROWS)
+        expected = f"^task.options.{key}: expected a file named .jsonl, with one JSON object a line, found .*own.json'$"
+        with pytest.raises(ConfigError, match=expected):
+            task("jsonl", **{"path": write(tmp_path / "set.jsonl", ROWS), key: path})
+
     def test_answer_after_must_be_there(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="set.jsonl:1: expected '####' in 'answer', found none"):
             task("jsonl", path=write(tmp_path / "set.jsonl", ROWS), answer_after="####")
