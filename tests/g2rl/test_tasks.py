@@ -238,6 +238,11 @@ class TestJsonl:
         problem = made.train_problem(0)
         assert (problem.prompt, problem.answer) == ("How many?", "7")
 
+    def test_a_reward_sees_all_columns(self, tmp_path: Path) -> None:
+        row = {"problem": "How many?", "answer": 7, "tests": ["a", {"b": None}], "difficulty": 0.5}
+        made = task("jsonl", held_out=0, path=write(tmp_path / "set.jsonl", [row]))
+        assert made.train_problem(0).data == {"row": row}
+
     def test_a_folder_is_loaded_as_a_hub_data_set_with_its_splits(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -104,4 +104,4 @@ def _problem(options: JsonlOptions, place: str, row: Any) -> Problem:
     if not answer.strip():
         raise ConfigError(f"{place}: expected an answer in {options.answer_key!r}, found none")
     prompt = f"{question}\n{options.instruction}" if options.instruction else question
-    return Problem(id=place, prompt=prompt, answer=answer.strip())
+    return Problem(id=place, prompt=prompt, answer=answer.strip(), data={"row": row})
