@@ -22,7 +22,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from g2rl.adapters import has_adapter, load_adapter
+from g2rl.adapters import base_of, has_adapter, load_adapter
 from g2rl.config import Config, ConfigError, load_config
 from g2rl.files import StorageError, sync, write_durably
 from g2rl.manifest import MANIFEST, damage, renew_digest, write_manifest
@@ -161,6 +161,9 @@ def _load(folder: Path, model: Any, parts: dict[str, Any], ranks: Ranks) -> dict
     state = load_state(folder, ranks)
     if state.get("final"):
         raise ConfigError(f"resume: expected a checkpoint with the optimizer's state, found none in {str(folder)!r}")
+    if not has_adapter(model) and base_of(str(folder)) is not None:
+        way_out = f"a new run may begin with model.path={folder}"
+        raise ConfigError(f"model.lora.rank: expected the run's, which trains an adapter, found 0; {way_out}")
     if "optimizer" in parts and not has_adapter(model):
         was, found = (dtype_of(states) for states in (state.get("optimizer", ()), parts["optimizer"].state_dict()))
         if was != found:

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "key=value after them overrides the configuration",
     )  # fmt: skip
     evaluation.add_argument("--suite", help="data sets, such as math500,amc23,aime24,aime25, or a YAML file")
-    evaluation.add_argument("--out", type=Path, default=Path("evals"), help="folder of samples and results; evals")
+    evaluation.add_argument("--out", type=Path, help="folder of samples and results; evals")
     for flag, kind, text in _SUITE_FLAGS:
         evaluation.add_argument(f"--{flag}", type=kind, help=text)
     geometry = commands.add_parser(
@@ -243,7 +243,7 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     from g2rl.tasks import require_held_out
 
     way_out = "task.held_out=0 goes on without, and a new run from the model of its checkpoint takes any task"
-    require_held_out(load_config(settings).task, config.task, config.seed, way_out)
+    require_held_out(folder, load_config(settings).task, config.task, config.seed, way_out)
     if paths:
         print(f"g2rl: resume takes the run's own configuration, {settings}; {', '.join(paths)} is not read")
     return replace(config, name=place["name"], runs_dir=place["runs_dir"])
@@ -271,14 +271,14 @@ def _geometry(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     checkpoints, overrides = _told_apart(options.checkpoints)
     flags = {name: getattr(options, name) for name in (flag.replace("-", "_") for flag, _, _ in _SUITE_FLAGS)}
-    given = [name for name, value in flags.items() if value is not None]
+    given = [name for name, value in {**flags, "out": options.out}.items() if value is not None]
     if options.suite is None and (len(checkpoints) > 1 or given):
-        found = f"--{given[0].replace('_', '-')}" if given else f"{len(checkpoints)} checkpoints"
+        found = f"{len(checkpoints)} checkpoints" if len(checkpoints) > 1 else f"--{given[0].replace('_', '-')}"
         raise ConfigError(f"suite: expected --suite with data sets, found {found} without it")
     if options.suite is not None:
         from g2rl.evaluation.command import evaluate_suite
 
-        evaluate_suite(checkpoints, options.suite, options.out, flags, overrides)
+        evaluate_suite(checkpoints, options.suite, options.out or Path("evals"), flags, overrides)
         return 0
     return _evaluate_held_out(checkpoints[0], overrides)
 
@@ -286,7 +286,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
     """Evaluate one checkpoint on the problems that its own task holds out."""
     from g2rl.checkpoint import checkpoint_config, run_of
-    from g2rl.evaluate import evaluate
+    from g2rl.evaluate import evaluate, evaluation_seed
     from g2rl.evaluation.command import model_config
     from g2rl.model import load_model
     from g2rl.rollout import make_sampler
@@ -295,9 +295,10 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
     config = model_config(checkpoint, overrides)
     folder = Path(config.model.path)
     trained = checkpoint_config(folder).task
-    if run_of(folder) is not None and trained.name == config.task.name:  # another task's problems are others
+    run_dir = run_of(folder)
+    if run_dir is not None and trained.name == config.task.name:  # another task's problems are others
         way_out = f"a model that `g2rl export {checkpoint} FOLDER` writes is evaluated on any"
-        require_held_out(trained, config.task, config.seed, way_out)
+        require_held_out(run_dir, trained, config.task, config.seed, way_out)
     with make_task(config.task, config.seed) as task:
         problems = task.held_out()
         if not problems:
@@ -305,16 +306,27 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
         model, tokenizer = load_model(config.model)
         with closing(make_sampler(model, tokenizer, config.rollout, config.task.system_prompt)) as sampler:
             sampler.sync()
-            result = evaluate(sampler, task, problems, config.eval, config.seed)
-    print(f"{folder}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each")
-    for key, value in result.metrics.items():
-        print(f"  {key.removeprefix('eval/'):18s} {value:.4f}")
+            result = evaluate(sampler, task, problems, config.eval, evaluation_seed(config.seed))
+    lines = [f"{folder}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each"]
+    lines += [f"  {key.removeprefix('eval/'):18s} {value:.4f}" for key, value in result.metrics.items()]
     if folder.is_dir():
+        settings = {key: value for key, value in asdict(config).items() if key in ("seed", "task", "rollout", "eval")}
+        contents = {"settings": settings, "problems": [problem.id for problem in problems], "metrics": result.metrics}
         try:
-            (folder / "eval.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
+            (folder / "eval.json").write_text(json.dumps(contents, indent=2) + "\n")
         except OSError as error:  # a model that others have put there; all of it is printed
-            print(f"g2rl: eval.json is not written: {error}")
+            lines.append(f"g2rl: eval.json is not written: {error}")
+    _print_to_whoever_reads("\n".join(lines))
     return 0
+
+
+def _print_to_whoever_reads(text: str) -> None:
+    """Print, and go on where the reader has seen enough, as `head` has."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes again at its end, and would tell of the same error there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _export(checkpoint: Path, folder: Path) -> int:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -452,13 +452,13 @@ def _check_parallel(config: Config) -> None:
 
 
 @contextmanager
-def named_errors(otherwise: str) -> Iterator[None]:
-    """OmegaConf's errors as `ConfigError`, with `otherwise` where they know no key."""
+def named_errors(otherwise: str, section: str = "") -> Iterator[None]:
+    """OmegaConf's errors as `ConfigError`, with `otherwise` where they know no key, else `section` before it."""
     try:
         yield
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or otherwise
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{section + key if key else otherwise}: {str(error).splitlines()[0]}") from error
 
 
 def merged(first: DictConfig | dict[str, Any], *layers: DictConfig | dict[str, Any]) -> DictConfig:
@@ -466,15 +466,33 @@ def merged(first: DictConfig | dict[str, Any], *layers: DictConfig | dict[str, A
 
     Raises:
         ConfigError: a layer has a list where those below have keys and values, or the reverse, or one value in place
-            of a section.
+            of a section or list, or keys and values of an item that a list does not have.
     """
     whole = OmegaConf.create(first)
     for layer in layers:
-        above = layer if isinstance(layer, dict) else plain(layer)
+        above = _with_lists(plain(whole), layer if isinstance(layer, dict) else plain(layer))
         _check_sections(whole, above)
-        _check_kinds(OmegaConf.to_container(whole), above)
-        whole = cast(DictConfig, OmegaConf.merge(whole, layer))
+        _check_kinds(plain(whole), above)
+        whole = cast(DictConfig, OmegaConf.merge(whole, above))
     return whole
+
+
+def _with_lists(below: Any, above: Any, key: str = "") -> Any:
+    """`above` with whole lists where it has items by index, ``{"1": ...}``, as ``rewards[1].weight=2`` is read."""
+    if not isinstance(above, dict):
+        return above
+    if isinstance(below, dict):
+        return {k: _with_lists(below.get(k), value, f"{key}.{k}".removeprefix(".")) for k, value in above.items()}
+    if not isinstance(below, list | tuple) or not _items(above):
+        return above
+    items = list(below)
+    for index, value in above.items():
+        if int(index) >= len(items):
+            raise ConfigError(f"{key}[{index}]: expected an index below {len(items)}, the list's length")
+        item = items[int(index)]
+        both = isinstance(item, dict) and isinstance(value, dict)
+        items[int(index)] = plain(merged(item, value)) if both else value
+    return items
 
 
 def _stacked(layers: Sequence[DictConfig]) -> DictConfig:
@@ -512,6 +530,9 @@ def _check_sections(below: DictConfig, above: dict[str, Any], key: str = "") -> 
                 _check_sections(section, value, f"{key}{name}.")
             elif value is not None and not _is_reference(value):
                 raise ConfigError(f"{key}{name}: expected keys and values, found {value!r}")
+        elif isinstance(section, Container) and not isinstance(section, DictConfig):
+            if not isinstance(value, list | tuple) and not _is_reference(value):
+                raise ConfigError(f"{key}{name}: expected a list, found {value!r}")
 
 
 def _is_reference(value: Any) -> bool:
@@ -548,6 +569,7 @@ def load_config(
         # Joined before they meet the defaults, whose every merge copies all keys with their types.
         chosen = _stacked([_renamed(layer) for layer in layers])
         _check_ks(_value(chosen, "eval.ks"))
+        _check_rewards(_value(chosen, "rewards"))
         asked = merged(defaults(), chosen)
         below = _below(asked)
         config = OmegaConf.to_object(merged(defaults(), *below, chosen) if below else asked)
@@ -578,9 +600,27 @@ def load_resumed(path: Path, overrides: Sequence[str]) -> Config:
 
 def _check_ks(ks: Any) -> None:
     """Raise `ConfigError` for what OmegaConf refuses without saying where: elements of tuples."""
-    for k in ks if isinstance(ks, list) else []:
+    for k in _items(ks).values():
         if not isinstance(k, int) and not _is_reference(k) and not (isinstance(k, str) and k.isdecimal()):
             raise ConfigError(f"eval.ks: expected whole numbers, found {k!r}")
+
+
+def _check_rewards(rewards: Any) -> None:
+    """As `_check_ks`: keys and values in a list."""
+    for index, reward in _items(rewards).items():
+        key = f"rewards[{index}]"
+        if isinstance(reward, dict):
+            with named_errors(key, f"{key}."):
+                OmegaConf.merge(OmegaConf.structured(RewardConfig), reward)
+        elif not _is_reference(reward):
+            raise ConfigError(f"{key}: expected keys and values, such as {{name: correct}}, found {reward!r}")
+
+
+def _items(values: Any) -> dict[Any, Any]:
+    """Items of a list, whole or as `_with_lists` takes them, by their index; none of anything else."""
+    if isinstance(values, dict):
+        return values if all(str(index).isdecimal() for index in values) else {}
+    return dict(enumerate(values)) if isinstance(values, list) else {}
 
 
 def _below(asked: DictConfig) -> list[dict[str, Any]]:

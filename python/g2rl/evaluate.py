@@ -71,6 +71,15 @@ def _vote(answers: Sequence[str | None], right: set[str]) -> float:
     return sum(answer in right for answer in leaders) / len(leaders)
 
 
+def evaluation_seed(seed: int) -> int:
+    """The seed of an evaluation's draws, in training and of its checkpoints; no training step draws with it.
+
+    Args:
+        seed: of the run.
+    """
+    return seed * 2_000_006 + 1
+
+
 def evaluate(
     sampler: Sampler, task: Task, problems: Sequence[Problem], config: EvalConfig, seed: int, ranks: Ranks = ALONE
 ) -> Evaluation:

@@ -22,7 +22,7 @@ from g2rl.adapters import add_adapter
 from g2rl.ahead import Rollouts
 from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from g2rl.config import Config, ConfigError, ModelConfig, save_config
-from g2rl.evaluate import evaluate
+from g2rl.evaluate import evaluate, evaluation_seed
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog, TrainingProgress
 from g2rl.methods import make_method
 from g2rl.model import load_model, resolve_device
@@ -33,7 +33,7 @@ from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.policy import Policy, Reference
 from g2rl.rewards import resolve_rewards
 from g2rl.rollout import gap_warning, make_sampler
-from g2rl.tasks import found_anywhere, make_task
+from g2rl.tasks import found_anywhere, keep_held_out, make_task
 from g2rl.times import StageTimes
 from g2rl.trackers import make_trackers
 from g2rl.types import Episode, Verdict
@@ -104,6 +104,7 @@ class Trainer:
         options = asdict(self.method.options)
         methods = config.methods | ({self.method.name: options} if options else {})
         kept = replace(config, resume=None, methods=methods)
+        self.ranks.on_first(keep_held_out, run_dir, config.task, self.task)
         self.ranks.on_first(save_config, kept, run_dir / "config.yaml")
         facts = environment(self.device) | self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
         log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})
@@ -125,16 +126,16 @@ class Trainer:
         config, times = self.config, self._times()
         start = time.perf_counter()
         step = self.step + 1
-        groups = self.rollouts.take(self.position, self._seed(step, "rollout"), times)
+        groups = self.rollouts.take(self.position, self._seed(step), times)
         episodes, verdicts = groups.episodes, groups.verdicts
         with times.stage("update"):
-            self.rollouts.begin(step, self.position + groups.asked, self._seed(step + 1, "rollout"), times)
+            self.rollouts.begin(step, self.position + groups.asked, self._seed(step + 1), times)
             metrics, results = self.updater.run(step, episodes, verdicts, times)
         if self._tells_first_pass and "time/first_pass" in times.seconds:
             self._tells_first_pass = False
             progress.message(_first_pass_cost(times.seconds, self.method.needs_features))
         self.rollouts.wait(times)
-        warning = gap_warning(metrics, config.rollout)
+        warning = gap_warning(metrics, config.rollout, config.model.lora)
         if warning and not self._gap_told:
             self._gap_told = True
             progress.message(warning)
@@ -172,7 +173,7 @@ class Trainer:
             return {}, ()
         with times.stage("eval"):
             self.sampler.sync()
-            seed = self._seed(0, "eval")
+            seed = evaluation_seed(self.config.seed)
             result = evaluate(self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks)
         return {**result.metrics, "time/eval": times.seconds["time/eval"]}, result.results
 
@@ -218,9 +219,9 @@ class Trainer:
     def _times(self) -> StageTimes:
         return StageTimes(self.device, self.config.profile)
 
-    def _seed(self, step: int, purpose: str) -> int:
-        """Draws depend on the seed and the step alone, so that a resumed run repeats them."""
-        return (self.config.seed * 1_000_003 + step) * 2 + (purpose == "eval")
+    def _seed(self, step: int) -> int:
+        """Draws depend on the seed and the step alone, so that a resumed run repeats them; no evaluation has these."""
+        return (self.config.seed * 1_000_003 + step) * 2
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and step % every == 0

@@ -16,7 +16,8 @@ class Problem:
         id: unique inside its task; what logs and evaluation tables show.
         prompt: the user's message, before the chat template.
         answer: the expected final answer as text.
-        data: whatever else the task's verifier needs (for reasoning-gym: the entry).
+        data: whatever else the task's verifier or a reward of one's own may need: `entry` of reasoning-gym, the whole
+            `row` of task jsonl, `options` of a choice.
     """
 
     id: str

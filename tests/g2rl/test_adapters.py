@@ -123,6 +123,8 @@ def test_checkpoints_resume_and_export(trained: Trainer, tmp_path: Path, capsys:
     assert lines(half) == expected
     assert main(["train", f"resume={half}", "steps=5", "model.lora.rank=2"]) == 2
     assert "model.lora: expected the rank and targets of the checkpoint" in capsys.readouterr().err
+    assert main(["train", f"resume={half}", "steps=5", "model.lora.rank=0"]) == 2
+    assert "model.lora.rank: expected the run's, which trains an adapter, found 0; a new" in capsys.readouterr().err
 
 
 def test_a_relative_base_is_found_from_elsewhere(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from g2rl.config import Config, ConfigError, TaskConfig, load_config, load_resumed, save_config
+from g2rl.config import Config, ConfigError, RewardConfig, TaskConfig, load_config, load_resumed, save_config
 from g2rl.tasks import make_task
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +33,21 @@ def test_overrides_have_yaml_types() -> None:
     assert config.optim.lr == 1e-5
     assert config.eval.ks == (1, 2)
     assert [(r.name, r.weight) for r in config.rewards] == [("boxed", 0.2)]
+
+
+@pytest.mark.parametrize("source", ["file", "run", "default"])
+def test_an_item_of_a_list_by_its_index(tmp_path: Path, source: str) -> None:
+    path = tmp_path / "config.yaml"
+    overrides = ["rewards[0].weight=${optim.beta1}", "rewards[0].varies=allow", "eval.ks[1]=3"]
+    if source == "default":
+        config = load_config(None, overrides)
+        assert config.rewards == [RewardConfig(weight=0.9, varies="allow")]
+    else:
+        path.write_text("rewards: [{name: 'own:reward', limit_s: 2}, {name: correct}]\neval: {ks: [1, 2]}")
+        config = load_config(path, overrides) if source == "file" else load_resumed(path, overrides)
+        own = RewardConfig("own:reward", weight=0.9, limit_s=2, varies="allow")
+        assert config.rewards == [own, RewardConfig("correct")]
+    assert config.eval.ks == (1, 3)
 
 
 def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
@@ -196,9 +211,17 @@ def test_settings_of_older_versions(tmp_path: Path) -> None:
         ("rollout=vllm", "^rollout: expected keys and values, found 'vllm'"),
         ("rollout=[1]", r"^rollout: expected keys and values, found \[1\]"),
         ("rewards=[]", "rewards: expected at least one"),
+        ("rewards[1].weight=2", r"^rewards\[1\]: expected an index below 1, the list's length"),
+        ("rewards={}", "^rewards: expected a list, found {}"),
         ("rewards={name: correct}", "rewards: expected a list, found {'name': 'correct'}"),
         ("task.options=[1]", r"task.options: expected keys and values, found \[1\]"),
-        ("rewards=[{nam: correct}]", "Key 'nam' not in 'RewardConfig'"),
+        ("rewards=own:reward", "^rewards: expected a list, found 'own:reward'"),
+        ("rewards=[correct]", r"^rewards\[0\]: expected keys and values, such as {name: correct}, found 'correct'"),
+        ("rewards=[{nam: correct}]", r"^rewards\[0\].nam: Key 'nam' not in 'RewardConfig'"),
+        ("rewards=[{}, {weight: two}]", r"^rewards\[1\].weight: Value 'two' of type 'str' could not be converted"),
+        ("rewards[0].varies=never", r"^rewards\[0\].varies: Invalid value 'never', expected one of"),
+        ("eval.ks=4", "^eval.ks: expected a list, found 4"),
+        ("eval.ks[1]=two", "^eval.ks: expected whole numbers, found 'two'"),
         ("name=a/b", "name: expected a plain folder name, found 'a/b'"),
         ("objective.clip_low=1", r"objective.clip_low: expected a value in \[0, 1\)"),
         ("objective.aggregation=mean", "objective.aggregation: Invalid value 'mean'"),

@@ -95,6 +95,7 @@ def test_one_local_file_is_divided(tmp_path: Path, file: str) -> None:
         with task("gsm8k", held_out=10, data=str(data)) as made:
             held_out = {p.prompt for p in made.held_out()}
             assert len(held_out) == 10
+            assert all(prompt.endswith(f"?\n{made.instruction}") for prompt in held_out)
             assert len({made.train_problem(i).prompt for i in range(20)} | held_out) == 30
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from g2rl.cli import main
-from g2rl.config import ConfigError, ModelConfig, RolloutConfig, load_config
+from g2rl.config import ConfigError, LoraConfig, ModelConfig, RolloutConfig, load_config
 from g2rl.model import load_model
 from g2rl.rollout import RolloutError, Sampling, gap_metrics, gap_warning, make_sampler
 from g2rl.rollout.base import check_version
@@ -67,12 +67,17 @@ def test_gap_by_hand() -> None:
     found = gap_metrics([*pairs, (torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.2]))])
     assert found == pytest.approx({"train/rollout_gap": 0.3, "train/rollout_gap_max": 0.5})
     assert gap_metrics(pairs[1:]) == {}
-    assert gap_warning(found, RolloutConfig(max_logp_gap=0.31)) is None
-    assert gap_warning({}, RolloutConfig()) is None
-    warning = gap_warning(found, RolloutConfig(top_p=0.9, temperature=0.7))
+    assert gap_warning(found, RolloutConfig(max_logp_gap=0.31), LoraConfig()) is None
+    assert gap_warning({}, RolloutConfig(), LoraConfig()) is None
+    warning = gap_warning(found, RolloutConfig(top_p=0.9, temperature=0.7), LoraConfig(dropout=0.1))
     assert warning is not None
     assert all(text in warning for text in ("0.3 nats", "top-p", "0.9", "divide by 0.7", "weights", "importance_cap=2"))
-    assert "top-p" not in str(gap_warning(found, RolloutConfig()))
+    assert "top-p" not in str(gap_warning(found, RolloutConfig(), LoraConfig()))
+    assert "dropout" not in warning
+    warning = str(gap_warning(found, RolloutConfig(), LoraConfig(rank=4, dropout=0.1)))
+    assert "The usual reasons: model.lora.dropout = 0.1: the policy has it, the engine does not; temp" in warning
+    assert "model.lora.dropout=0 ends" in warning
+    assert "importance_cap" not in warning
 
 
 class Fake(BaseHTTPRequestHandler):

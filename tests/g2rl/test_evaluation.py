@@ -455,6 +455,7 @@ def test_several_models_side_by_side(tiny_model: Path, data: Path, capsys: pytes
         (["MODEL", "--suite", "mmlu_pro", "--data", "DATA", "--max-tokens", "256"], "model's context of 256 tokens"),
         (["MODEL", "MODEL", "--suite", "mmlu_pro", "--data", "DATA"], "checkpoint: expected different models"),
         (["MODEL", "--samples", "3"], "suite: expected --suite with data sets, found --samples without it"),
+        (["MODEL"], "suite: expected --suite with data sets, found --out without it"),
         (["MODEL", "smollm2"], "suite: expected --suite with data sets, found 2 checkpoints without it"),
         (["eval.samples=3"], "checkpoint: expected a checkpoint, a run's folder or a model, found none"),
     ],

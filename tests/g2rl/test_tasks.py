@@ -238,6 +238,11 @@ class TestJsonl:
         problem = made.train_problem(0)
         assert (problem.prompt, problem.answer) == ("How many?", "7")
 
+    def test_a_reward_sees_all_columns(self, tmp_path: Path) -> None:
+        row = {"problem": "How many?", "answer": 7, "tests": ["a", {"b": None}], "difficulty": 0.5}
+        made = task("jsonl", held_out=0, path=write(tmp_path / "set.jsonl", [row]))
+        assert made.train_problem(0).data == {"row": row}
+
     def test_a_folder_is_loaded_as_a_hub_data_set_with_its_splits(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -277,6 +282,13 @@ class TestJsonl:
         (tmp_path / "set.jsonl").write_bytes(b'{"problem": "a", "answer": "1"}\n{"problem": "\xff"}\n')
         with pytest.raises(ConfigError, match="set.jsonl:2"):
             task("jsonl", path=str(tmp_path / "set.jsonl"))
+
+    @pytest.mark.parametrize("key", ["path", "eval_path"])
+    def test_files_are_named_jsonl(self, tmp_path: Path, key: str) -> None:
+        path = write(tmp_path / "own.json", ROWS)
+        expected = f"^task.options.{key}: expected a file named .jsonl, with one JSON object a line, found .*own.json'$"
+        with pytest.raises(ConfigError, match=expected):
+            task("jsonl", **{"path": write(tmp_path / "set.jsonl", ROWS), key: path})
 
     def test_answer_after_must_be_there(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="set.jsonl:1: expected '####' in 'answer', found none"):
@@ -328,6 +340,7 @@ class TestReasoningGym:
         for problem in held_out + train[:20]:
             question = problem.data["entry"]["question"]
             assert problem.prompt == question + "\nPut your final answer within \\boxed{}."
+            assert problem.prompt == f"{question}\n{chain_sum.instruction}"
             expression = question.partition(":")[2].removesuffix("=").strip()
             assert problem.answer == str(eval(expression))  # the library's text, digits and operators only
 

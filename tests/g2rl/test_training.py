@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,8 @@ from g2rl.checkpoint import checkpoints
 from g2rl.cli import main
 from g2rl.config import Config, ConfigError, load_config
 from g2rl.report import write_report
+from g2rl.tasks import make_task, require_held_out
+from g2rl.tasks.base import sample_indices
 from g2rl.trainer import Trainer, _held_out_numbers
 from g2rl.update import TrainingError
 
@@ -409,6 +411,65 @@ def test_what_was_trained_on_is_not_held_out(
     assert (finished / "config.yaml").read_bytes() == before
 
 
+def test_an_evaluation_repeats_the_one_in_training(tiny_model: Path, tmp_path: Path) -> None:
+    run = config(tiny_model, tmp_path, "steps=1", "seed=3", "eval.samples=4")
+    Trainer(run).run()
+    assert main(["eval", str(run.run_dir)]) == 0
+    kept = json.loads((run.run_dir / "checkpoints" / "step-000001" / "eval.json").read_text())
+    assert kept["settings"]["eval"] == {**asdict(run.eval), "ks": [1, 2]}
+    assert (kept["settings"]["seed"], kept["settings"]["task"]) == (3, asdict(run.task))
+    assert kept["problems"] == [problem.id for problem in make_task(run.task, 0).held_out()]
+    assert kept["metrics"] == {key: value for key, value in lines(run.run_dir)[-1].items() if key.startswith("eval/")}
+
+
+@pytest.fixture(scope="module")
+def of_a_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step on 20 rows of a file beside it."""
+    folder = tmp_path_factory.mktemp("file")
+    write_rows(folder / "own.jsonl", range(20))
+    task = f"task={{name: jsonl, options: {{path: {folder / 'own.jsonl'}}}}}"
+    options = [f"model.path={tiny_model}", f"runs_dir={folder}", *SMALL[:3], *SMALL[4:], task]
+    run = load_config(None, [*options, "steps=1", "eval.every=0", "eval.samples=1", "eval.ks=[1]"])
+    Trainer(run).run()
+    return run.run_dir
+
+
+def write_rows(path: Path, numbers: Iterable[int], more: int = 1) -> None:
+    path.write_text("\n".join(json.dumps({"problem": f"{i} + 1", "answer": i + more}) for i in numbers))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "more", "found"),
+    [
+        (range(10), 1, len({*sample_indices(10, 6)} - {*sample_indices(20, 6)})),
+        (range(20), 2, 6),
+        (range(20), 1, None),
+    ],
+)
+def test_data_changed_in_place_is_not_held_out(
+    of_a_file: Path, capsys: pytest.CaptureFixture[str], numbers: range, more: int, found: int | None
+) -> None:
+    """Other problems or answers than the run held out are refused, another wording of the same ones is not."""
+    write_rows(of_a_file.parent / "own.jsonl", numbers, more)
+    assert main(["eval", str(of_a_file), "task.options.instruction=Be quick."]) == (2 if found else 0)
+    assert found != 0
+    if found:
+        assert f"held out before, found {found} of 6 others, such as '" in (said := capsys.readouterr().err)
+        assert "which it may have been trained on, or whose answer was another; a model that" in said
+        assert main(["train", f"resume={of_a_file}", "steps=2"]) == 2
+        assert f"found {found} of 6 others" in capsys.readouterr().err
+
+
+def test_a_run_that_kept_no_digests_takes_other_wordings(of_a_file: Path, tmp_path: Path) -> None:
+    """As those of earlier versions: what it held out is read from its data as they are now."""
+    write_rows(of_a_file.parent / "own.jsonl", range(20))
+    before = load_config(of_a_file / "config.yaml").task
+    for change, refused in (({"instruction": ""}, False), ({"answer_key": "problem"}, True)):
+        after = replace(before, options=before.options | change, system_prompt="Add.")
+        with pytest.raises(ConfigError, match="found 6 of 6 others") if refused else nullcontext():
+            require_held_out(tmp_path, before, after, 0, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -462,6 +523,20 @@ def test_an_evaluation_that_cannot_be_kept_is_printed(
     printed = capsys.readouterr().out
     assert "pass@1" in printed
     assert "g2rl: eval.json is not written: [Errno 21] Is a directory" in printed
+
+
+def test_an_evaluation_whose_reader_leaves_is_kept(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("eval.json"))
+    few = ("task.held_out=1", "eval.samples=1", "eval.ks=[1]", "rollout.max_new_tokens=2")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stdout)
+        assert main(["eval", str(folder), *few]) == 0
+    assert "eval/pass@1" in json.loads((folder / "eval.json").read_text())["metrics"]
 
 
 def test_a_run_to_resume_is_not_named_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

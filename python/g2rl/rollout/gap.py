@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from g2rl.config import RolloutConfig
+from g2rl.config import LoraConfig, RolloutConfig
 
 
 def gap_metrics(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> dict[str, float]:
@@ -22,8 +22,14 @@ def gap_metrics(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> di
     return {"train/rollout_gap": float(gap.mean()), "train/rollout_gap_max": float(gap.max())}
 
 
-def gap_warning(metrics: Mapping[str, float], config: RolloutConfig) -> str | None:
-    """What to tell of a gap beyond `rollout.max_logp_gap`; None within it."""
+def gap_warning(metrics: Mapping[str, float], config: RolloutConfig, lora: LoraConfig) -> str | None:
+    """What to tell of a gap beyond `rollout.max_logp_gap`; None within it.
+
+    Args:
+        metrics: `gap_metrics`.
+        config: of the engine.
+        lora: the policy's adapter.
+    """
     gap = metrics.get("train/rollout_gap", 0.0)
     if gap <= config.max_logp_gap:
         return None
@@ -34,8 +40,11 @@ def gap_warning(metrics: Mapping[str, float], config: RolloutConfig) -> str | No
         f"types: the engine computes in {config.dtype}",
     ]
     usual = "; ".join(reasons if config.top_p < 1 else reasons[1:])
+    way_out = "objective.importance_cap=2 weighs tokens by the ratio."
+    if lora.rank and lora.dropout:  # a ratio of such noise corrects nothing
+        usual = f"model.lora.dropout = {lora.dropout:g}: the policy has it, the engine does not; {usual}"
+        way_out = "model.lora.dropout=0 ends the first; with it, a larger rollout.max_logp_gap is in place."
     return (
         f"log p by the {config.engine} engine and by the policy are {gap:.2g} nats apart on average, more than "
-        f"rollout.max_logp_gap = {config.max_logp_gap:g}. The usual reasons: {usual}. objective.importance_cap=2 "
-        "weighs tokens by the ratio."
+        f"rollout.max_logp_gap = {config.max_logp_gap:g}. The usual reasons: {usual}. {way_out}"
     )

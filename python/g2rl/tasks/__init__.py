@@ -6,17 +6,23 @@ for torch.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from g2rl.files import write_durably
+
 if TYPE_CHECKING:
     from g2rl.config import TaskConfig
     from g2rl.tasks.base import Task
+    from g2rl.types import Problem
 
 
 _PATHS = ("path", "eval_path", "data")
 """Options that may be files or folders."""
+_HELD_OUT = "held_out.txt"
+"""File of a run's folder with the digests of the problems that it holds out, one a line."""
 
 
 def found_anywhere(config: TaskConfig) -> TaskConfig:
@@ -57,27 +63,65 @@ def make_task(config: TaskConfig, seed: int) -> Task:
     return ReasoningGymTask(config.name, config.options, config.held_out, seed)
 
 
-def require_held_out(before: TaskConfig, after: TaskConfig, seed: int, way_out: str) -> None:
-    """Raise `ConfigError` where a run's changed task would be evaluated on what the run may have been trained on.
+def keep_held_out(run_dir: Path, config: TaskConfig, task: Task) -> None:
+    """Write down, for `require_held_out`, what a run holds out of data that may change under the same name.
 
     Args:
+        run_dir: the run's folder.
+        config, task: of the run.
+    """
+    if _reads_data(config):
+        write_durably(run_dir / _HELD_OUT, [f"{digest}\n" for digest in _by_digest(task)])
+
+
+def require_held_out(run_dir: Path, before: TaskConfig, after: TaskConfig, seed: int, way_out: str) -> None:
+    """Raise `ConfigError` where a run's changed task would be evaluated on what the run may have been trained on.
+
+    So would the same task whose data was changed in place, unless the run is of a version that did not keep what it
+    held out: `keep_held_out`.
+
+    Args:
+        run_dir: the run's folder.
         before: the task that the run was trained on.
         after: the one that is asked for; it may hold out fewer of the same problems, and word prompts otherwise.
         seed: of the run.
         way_out: what to do instead, for the message.
     """
     from g2rl.config import ConfigError
-    from g2rl.tasks.base import content
 
     before, after = found_anywhere(before), found_anywhere(replace(after, system_prompt=before.system_prompt))
-    if before == after:
+    file = run_dir / _HELD_OUT
+    is_kept = _reads_data(before) and file.is_file()
+    if before == after and not is_kept:
         return
-    with make_task(before, seed) as trained, make_task(after, seed) as asked:
-        kept = {content(problem.prompt) for problem in trained.held_out()}
-        problems = asked.held_out()
-    others = [problem.id for problem in problems if content(problem.prompt) not in kept]
+    with make_task(after, seed) as asked:
+        problems = _by_digest(asked)
+    if is_kept:
+        kept = set(file.read_text(encoding="utf-8", errors="replace").split())
+    else:
+        with make_task(before, seed) as trained:
+            kept = set(_by_digest(trained))
+    others = [problem.id for digest, problem in problems.items() if digest not in kept]
     if others:
+        changed = ", or whose answer was another" if is_kept else ""
         raise ConfigError(
             f"task.held_out: expected problems that the run held out before, found {len(others)} of {len(problems)} "
-            f"others, such as {others[0]!r}, which it may have been trained on; {way_out}"
+            f"others, such as {others[0]!r}, which it may have been trained on{changed}; {way_out}"
         )
+
+
+def _reads_data(config: TaskConfig) -> bool:
+    """Whether a task's problems are not determined by its options, as those of generators are."""
+    return any(config.options.get(key) for key in _PATHS)
+
+
+def _by_digest(task: Task) -> dict[str, Problem]:
+    """Held-out problems by what makes each the same in whatever words it is asked: its question and its answer."""
+    from g2rl.tasks.base import content
+
+    return {
+        hashlib.sha256(
+            f"{content(problem.prompt.removesuffix(task.instruction))}\0{problem.answer}".encode()
+        ).hexdigest(): problem
+        for problem in task.held_out()
+    }

@@ -27,9 +27,11 @@ class Task(ABC):
 
     Attributes:
         name: the task's name in the configuration.
+        instruction: what the options add to each question, on a line of its own.
     """
 
     name: str
+    instruction: str = ""
 
     @abstractmethod
     def train_problem(self, index: int) -> Problem:

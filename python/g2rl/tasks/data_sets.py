@@ -109,6 +109,7 @@ class DataSetTask(JudgedTask):
         chosen = sample(source, held_out)
         judge = JUDGES[spec.judge](**({"allow_number": True} if read.allow_number else {}))
         super().__init__(name, apart(train, chosen, "task.held_out", own), [*chosen.values()], seed, judge)
+        self.instruction = _instruction(spec, read.instruction)
 
 
 def load_problems(name: str, split: str, data: str | None = None, instruction: str | None = None) -> dict[str, Problem]:
@@ -123,8 +124,7 @@ def load_problems(name: str, split: str, data: str | None = None, instruction: s
         ConfigError: no such file, no access to the hub, a row without the columns or with a value they cannot hold.
     """
     spec = DATA_SETS[name]
-    if instruction is None:
-        instruction = INSTRUCTION if spec.judge == "math" else CHOICE_INSTRUCTION
+    instruction = _instruction(spec, instruction)
     read = {
         place: _problem(spec, f"{name}/{split}:{number}", place, row, instruction)
         for number, (place, row) in enumerate(_rows(name, split, data), 1)
@@ -135,6 +135,12 @@ def load_problems(name: str, split: str, data: str | None = None, instruction: s
         where = f", the first without at {missing[0]}" if missing else ""
         raise ConfigError(f"{name}: expected rows with an answer, found {total - len(missing)} of {total}{where}")
     return problems
+
+
+def _instruction(spec: DataSet, given: str | None) -> str:
+    if given is not None:
+        return given
+    return INSTRUCTION if spec.judge == "math" else CHOICE_INSTRUCTION
 
 
 def _rows(name: str, split: str, data: str | None) -> Iterable[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from g2rl.config import ConfigError
@@ -68,6 +69,7 @@ class JsonlTask(JudgedTask):
             chosen = sample(problems, held_out)
             train = apart(problems, chosen, "task.held_out", own=False)
         super().__init__("jsonl", train, list(chosen.values()), seed, MathJudge(read.allow_number))
+        self.instruction = read.instruction
 
 
 def sample(problems: Mapping[str, Problem], count: int) -> dict[str, Problem]:
@@ -80,7 +82,10 @@ def _load(options: JsonlOptions, key: str, path: str, split: str) -> dict[str, P
     """Read all problems of one source by their content, the first of equal ones."""
     named = f"task.options.{key}"
     expected = f"{named}: expected a .jsonl file or a data set that `datasets` can load"
-    rows = file_rows(path, named) if path.endswith(".jsonl") else hub_rows(path, options.subset, split, expected)
+    is_file = path.endswith(".jsonl")
+    if not is_file and Path(path).is_file():  # of which `datasets` would say that there is none
+        raise ConfigError(f"{named}: expected a file named .jsonl, with one JSON object a line, found {path!r}")
+    rows = file_rows(path, named) if is_file else hub_rows(path, options.subset, split, expected)
     problems = distinct((_problem(options, place, row) for place, row in rows), named)
     if not problems:
         raise ConfigError(f"task.options.{key}: expected problems, found none in {path!r}")
@@ -99,4 +104,4 @@ def _problem(options: JsonlOptions, place: str, row: Any) -> Problem:
     if not answer.strip():
         raise ConfigError(f"{place}: expected an answer in {options.answer_key!r}, found none")
     prompt = f"{question}\n{options.instruction}" if options.instruction else question
-    return Problem(id=place, prompt=prompt, answer=answer.strip())
+    return Problem(id=place, prompt=prompt, answer=answer.strip(), data={"row": row})

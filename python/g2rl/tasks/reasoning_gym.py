@@ -63,9 +63,9 @@ class ReasoningGymTask(Task):
         self.name = name
         self._classes = _find(name)
         options = dict(options)
-        self._instruction = options.pop("instruction", INSTRUCTION)
-        if not isinstance(self._instruction, str):
-            raise ConfigError(f"task.options.instruction: expected text, found {self._instruction!r}")
+        self.instruction = options.pop("instruction", INSTRUCTION)
+        if not isinstance(self.instruction, str):
+            raise ConfigError(f"task.options.instruction: expected text, found {self.instruction!r}")
         self._last_number = options.pop("last_number", False)
         if not isinstance(self._last_number, bool):
             raise ConfigError(f"task.options.last_number: expected true or false, found {self._last_number!r}")
@@ -138,7 +138,7 @@ class ReasoningGymTask(Task):
     def _problem(self, seed: int) -> Problem:
         chunk, position = divmod(seed, _CHUNK)
         entry = self._chunk(chunk * _CHUNK)[position]
-        prompt = entry["question"] + (f"\n{self._instruction}" if self._instruction else "")
+        prompt = entry["question"] + (f"\n{self.instruction}" if self.instruction else "")
         # Data sets with many right answers give none: their score decides alone.
         return Problem(id=f"{self.name}:{seed}", prompt=prompt, answer=entry["answer"] or "", data={"entry": entry})
 
