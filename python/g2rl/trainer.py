@@ -104,8 +104,9 @@ class Trainer:
         options = asdict(self.method.options)
         methods = config.methods | ({self.method.name: options} if options else {})
         kept = replace(config, resume=None, methods=methods)
-        self.ranks.on_first(keep_held_out, run_dir, config.task, self.task)
         self.ranks.on_first(save_config, kept, run_dir / "config.yaml")
+        # Afterwards: a run that was stopped in between holds out no more by its configuration than it kept.
+        self.ranks.on_first(keep_held_out, run_dir, config.task, self.task)
         facts = environment(self.device) | self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
         log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})
         with ExitStack() as at_end:
