@@ -7,6 +7,8 @@ A run's folder holds one JSON object a line in each of
 - ``groups.jsonl``: ``{"step": 3, "problem": ..., "similarity": [[...]], ...}``, the fields of `GroupGeometry`;
 - ``evaluations.jsonl``: ``{"step": 3, "problem": ..., "samples": 4, "correct": 1, "tokens": ..., "maj@4": ...}``, the
   fields of `ProblemResult`, one line a held-out problem and evaluation;
+- ``settings.jsonl``: ``{"step": 3, "config": "..."}``, the text of the configuration from that step on, where it is
+  another than before (`g2rl.history`);
 
 and besides them ``environment.json`` (one object of strings) and ``tensorboard/``. Values that are not finite are
 written as null, because JSON has no NaN. A checkpoint of step s must be saved after everything of step s is logged:
@@ -252,6 +254,9 @@ def printable(text: str, limit: int) -> str:
     return line if len(line) <= limit else f"{line[:half]} … {line[len(line) - half :]}"  # the end has the answer
 
 
+SETTINGS = "settings.jsonl"
+
+
 class RunLog:
     """The log files of one run. Every line is on disk when the call that writes it returns.
 
@@ -268,7 +273,8 @@ class RunLog:
     Methods raise `StorageError` where a file cannot be written.
     """
 
-    FILES = ("metrics.jsonl", "completions.jsonl", "groups.jsonl", "evaluations.jsonl")
+    # Settings are cut after metrics: a kill in between leaves settings without steps, and no steps without settings.
+    FILES = ("metrics.jsonl", "completions.jsonl", "groups.jsonl", "evaluations.jsonl", SETTINGS)
     GROUPS_PER_STEP = 4
     RESPONSES_PER_GROUP = 16
     TRACKER_LIMIT_S = 45
@@ -400,6 +406,20 @@ class RunLog:
             votes = record.pop("maj")
             records.append(record | {f"maj@{k}": value for k, value in votes.items()})
         self._append("evaluations.jsonl", records)
+
+    def settings(self, step: int, text: str) -> None:
+        """Write by which configuration the run goes on, if it is another than before; before ``config.yaml`` has it.
+
+        Args:
+            step: the first one that it is for; 0 for a new run.
+            text: of the configuration, as in ``config.yaml``.
+        """
+        known = list(read_records(self._dir / SETTINGS))
+        if not known and step > 0:  # of a version without this file
+            known.append({"step": 0, "config": (self._dir / "config.yaml").read_text(encoding="utf-8")})
+            self._append(SETTINGS, known)
+        if not known or known[-1]["config"] != text:
+            self._append(SETTINGS, [{"step": step, "config": text}])
 
     def environment(self, facts: Mapping[str, str]) -> None:
         """Write ``environment.json``: what ran the training (``device``, versions, ...), by name."""

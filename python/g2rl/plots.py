@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from g2rl.config import plain, read_own
+from g2rl.history import History, read_history
 from g2rl.log import METRICS, STAGES, duration, metric, printable, read_records
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; series differ by marker or line style as well.
@@ -69,7 +69,7 @@ class Run:
         scored: (exploration score, shaped reward, correct) of every completion with a score.
         shaped: whether the shaped reward of some completion is not its base reward.
         groups: records of ``groups.jsonl``.
-        config: contents of ``config.yaml``; empty without one.
+        history: by which configurations its steps were done; empty where none is known.
         environment: contents of ``environment.json``; empty without one.
     """
 
@@ -79,7 +79,7 @@ class Run:
     scored: list[tuple[float, float, bool]]
     shaped: bool
     groups: list[dict[str, Any]]
-    config: dict[str, Any]
+    history: History
     environment: dict[str, str]
 
     def keys(self, prefix: str) -> list[str]:
@@ -103,6 +103,15 @@ class Run:
         return math.fsum(self.series(key)[1])
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the last logged step, empty where it is not known."""
+        return self.history[-1][1] if self.history else {}
+
+    def at(self, step: int) -> Run:
+        """The run with the configurations up to a step."""
+        return replace(self, history=[(first, config) for first, config in self.history if first <= step])
+
+    @property
     def last_step(self) -> int:
         return int(self.metrics[-1]["step"])
 
@@ -112,7 +121,7 @@ def load_run(run_dir: Path) -> Run:
 
     Raises:
         FileNotFoundError: there is no ``metrics.jsonl``, or it has no full line.
-        ValueError: a log file is damaged before its last line, or the configuration is no YAML.
+        ValueError: a log file is damaged before its last line, or a configuration is no YAML.
     """
     path = run_dir / "metrics.jsonl"
     metrics = list(read_records(path)) if path.is_file() else []
@@ -133,7 +142,7 @@ def load_run(run_dir: Path) -> Run:
         shaped |= row["shaped"] != row["reward"]
         if row["score"] is not None and row["shaped"] is not None:
             scored.append((row["score"], row["shaped"], row["correct"]))
-    config, environment = run_dir / "config.yaml", run_dir / "environment.json"
+    environment = run_dir / "environment.json"
     return Run(
         dir=run_dir,
         metrics=metrics,
@@ -141,7 +150,7 @@ def load_run(run_dir: Path) -> Run:
         scored=scored,
         shaped=shaped,
         groups=list(read_records(groups)) if groups.is_file() else [],
-        config=plain(read_own(config)) if config.is_file() else {},
+        history=read_history(run_dir, metrics[-1]["step"]),
         environment=json.loads(environment.read_text()) if environment.is_file() else {},
     )
 

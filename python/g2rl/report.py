@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from omegaconf import OmegaConf
 
-from g2rl.config import METHODS, RewardConfig, defaults, plain
+from g2rl.history import changes, configured_values, default_values
 from g2rl.log import METRICS, duration, metric, printable
-from g2rl.methods import default_options
 from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, valid_part
 
 SAMPLE_CHARACTERS = 1200
@@ -72,7 +72,7 @@ def _headline(run: Run) -> str:
     seconds = sum(run.total(key) for key in ("time/step", "time/eval", "time/checkpoint"))
     device = run.environment.get("device") or f"{model.get('device', 'unknown')} (as configured)"
     facts = [
-        ("method", config.get("method", "unknown")),
+        ("method", method_of(run)),
         ("model", model.get("path", "unknown")),
         ("task", task.get("name", "unknown")),
         ("steps", f"{run.last_step}{state}"),
@@ -168,52 +168,46 @@ def _samples(run: Run) -> str:
     return "\n\n".join(parts) or "No completions are logged."
 
 
-def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every value of nested dictionaries by its dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        value = list(value) if isinstance(value, tuple) else value  # YAML knows lists only
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
-
-
-def configured_values(run: Run) -> dict[str, Any]:
-    """A run's configuration by dotted key, with the defaults of keys it lacks, without other methods' options."""
-    values = _default_values(run) | leaves(run.config)
-    values["rewards"] = [asdict(RewardConfig()) | reward for reward in values["rewards"]]
-
-    def is_of_another_method(key: str) -> bool:
-        section, _, option = key.removeprefix("methods.").partition(".")
-        other = section != values["method"] and (METHODS / f"{section}.py").is_file()
-        return bool(key.startswith("methods.") and option and other)
-
-    return {key: value for key, value in values.items() if not is_of_another_method(key)}
-
-
-def _default_values(run: Run) -> dict[str, Any]:
-    """Every default of `Config`, and of the options of the run's method, by dotted key."""
-    values = leaves(plain(defaults()))
-    method = run.config.get("method", values["method"])
-    return values | leaves(default_options(method), f"methods.{method}.")
-
-
 def changed_values(run: Run) -> dict[str, Any]:
     """What a run's configuration sets to something else than the default, by dotted key."""
-    default = _default_values(run)
-    return {k: v for k, v in configured_values(run).items() if k not in default or default[k] != v}
+    default = default_values(run.config)
+    return {k: v for k, v in configured_values(run.config).items() if k not in default or default[k] != v}
+
+
+def method_of(run: Run) -> str:
+    """The name of a run's method, with those that it went on by, if there are others."""
+    methods = [(step, str(config.get("method", "unknown"))) for step, config in run.history]
+    later = [f", from step {step} on {name}" for (_, was), (step, name) in pairwise(methods) if name != was]
+    return methods[0][1] + "".join(later) if methods else "unknown"
+
+
+def changes_table(run: Run, shown: Callable[[Any], Any] = lambda value: value) -> str:
+    """By which other settings a run went on, and from which steps on; empty where it did not.
+
+    Args:
+        shown: what to show of a value.
+    """
+    rows = [
+        (str(step), code(key), *("-" if value is None else code(shown(value)) for value in values))
+        for step, changed in changes(run.history)
+        for key, values in changed.items()
+    ]
+    return markdown_table(("from step", "key", "before", "then"), rows) if rows else ""
 
 
 def _configuration(run: Run) -> str:
     if not run.config:
         return "No `config.yaml` in the run's folder."
-    default = _default_values(run)
+    default = default_values(run.config)
     changed = [
         (code(key), code(value), code(default[key]) if key in default else "-")
         for key, value in changed_values(run).items()
     ]
     table = markdown_table(("key", "value", "default"), changed) if changed else "All values are the defaults."
-    full = _fenced((run.dir / "config.yaml").read_text(encoding="utf-8").strip(), "yaml")
-    return f"{table}\n\n<details><summary>All values</summary>\n\n{full}\n\n</details>"
+    full = _fenced(OmegaConf.to_yaml(OmegaConf.create(run.config)).strip(), "yaml")
+    later = changes_table(run)
+    said = f"The run went on by other settings; the values below are the last ones.\n\n{later}" if later else ""
+    return "\n\n".join(filter(None, (said, table, f"<details><summary>All values</summary>\n\n{full}\n\n</details>")))
 
 
 def _metrics(run: Run) -> str:

@@ -21,7 +21,7 @@ import torch
 from g2rl.adapters import add_adapter
 from g2rl.ahead import Rollouts
 from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from g2rl.config import Config, ConfigError, ModelConfig, save_config
+from g2rl.config import Config, ConfigError, ModelConfig, config_yaml, save_config
 from g2rl.evaluate import evaluate
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog, TrainingProgress
 from g2rl.methods import make_method
@@ -97,19 +97,16 @@ class Trainer:
             StorageError: the run's folder cannot be written.
         """
         config = self.config
-        run_dir = config.run_dir
-        resume_step = self._restore() if config.resume else None
-        log = self.ranks.on_first(RunLog, run_dir, resume_step, trackers=self.trackers)
-        # With the method's options spelt out, since their defaults may change.
-        options = asdict(self.method.options)
-        methods = config.methods | ({self.method.name: options} if options else {})
-        kept = replace(config, resume=None, methods=methods)
-        self.ranks.on_first(save_config, kept, run_dir / "config.yaml")
-        facts = environment(self.device) | self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
-        log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})
         with ExitStack() as at_end:
-            for part in (self.rollouts, self.task, log):
+            for part in (self.rollouts, self.task):
                 at_end.callback(part.close)
+            resume_step = self._restore() if config.resume else None
+            if resume_step == config.steps:  # settings that no step is taken by are not the run's
+                if self.ranks.first:
+                    print(f"g2rl: nothing to do: {resume_step} of {config.steps} steps are taken", flush=True)
+                return
+            log = self._log(resume_step)
+            at_end.callback(log.close)
             with self.ranks.on_first(TrainingProgress, config.steps, self.step) as progress:
                 if resume_step in (None, NOTHING_SAVED) and config.eval.every:
                     metrics, results = self._evaluate(self._times())
@@ -120,6 +117,20 @@ class Trainer:
                     self._one_step(log, progress)
             if config.profile:
                 log.stages()
+
+    def _log(self, resume_step: int | None) -> RunLog:
+        """The run's log, begun or to be continued, with what the run is done by."""
+        config, run_dir = self.config, self.config.run_dir
+        log = self.ranks.on_first(RunLog, run_dir, resume_step, trackers=self.trackers)
+        # With the method's options spelt out, since their defaults may change.
+        options = asdict(self.method.options)
+        methods = config.methods | ({self.method.name: options} if options else {})
+        kept = replace(config, resume=None, methods=methods)
+        log.settings((NOTHING_SAVED if resume_step is None else resume_step) + 1, config_yaml(kept))
+        self.ranks.on_first(save_config, kept, run_dir / "config.yaml")
+        facts = environment(self.device) | self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
+        log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})
+        return log
 
     def _one_step(self, log: RunLog, progress: TrainingProgress) -> None:
         config, times = self.config, self._times()

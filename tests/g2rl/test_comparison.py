@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
-from written_runs import write_run
+from written_runs import change_settings, write_run
 
 from g2rl.cli import main
 from g2rl.comparison.bands import Comparison, compare
@@ -114,13 +114,18 @@ def test_runs_that_do_not_fit_are_named(tmp_path: Path) -> None:
         write_run(tmp_path / "b-again", records(0.2, 0.3), "seed=1"),
         write_run(tmp_path / "other-evaluation", records(0.9), "eval.samples=8", "rollout.max_new_tokens=99"),
         write_run(tmp_path / "unknown", records(0.9), configured=False),
+        write_run(tmp_path / "other-settings", records(0.2, 0.3), "seed=2"),
+        write_run(tmp_path / "longer", records(0.2, 0.3), "seed=3"),
     ]
+    change_settings(runs[-2], 6, "method=grpo", "optim.lr=1e-5")
+    change_settings(runs[-1], 6, "log.geometry=false")
     comparison = comparison_of(*runs)
-    assert [[run.dir.name for run in band.runs] for band in comparison.bands] == [["a", "b-again"]]
+    assert [[run.dir.name for run in band.runs] for band in comparison.bands] == [["a", "b-again", "longer"]]
     assert {run.dir.name: reason for run, reason in comparison.left_out} == {
         "unknown": "It has no `config.yaml`, so that its task is not known.",
         "other-task": "`task.options.digits` is `[1, 1]`, not `None`.",
         "other-evaluation": "`eval.samples` is `8`, not `4`; `rollout.max_new_tokens` is `99`, not `24`.",
+        "other-settings": "It went on by other settings from step 6 on: `method`, `optim.lr` and 5 more.",
         "b": "It repeats `b-again`: same configuration, same seed.",
     }
 
@@ -213,9 +218,13 @@ def test_labels_are_no_mathematics(tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = [write_run(tmp_path / name, records(0.1), configured=False) for name in ("a", "b")]
+    changed = [write_run(tmp_path / name, records(0.1, 0.2)) for name in ("c", "d")]
+    for run in changed:
+        change_settings(run, 2, "optim.lr=1")
     for arguments, said in (
         ([*bare], "report: expected runs with a config.yaml, found none"),
-        ([bare[0], tmp_path / "c"], f"report: {tmp_path / 'c' / 'metrics.jsonl'}: expected the metrics of a run"),
+        ([*changed], "report: expected runs by the same settings from end to end, found none; It went on by other "),
+        ([bare[0], tmp_path / "e"], f"report: {tmp_path / 'e' / 'metrics.jsonl'}: expected the metrics of a run"),
     ):
         assert main(["report", *map(str, arguments)]) == 2
         assert said in capsys.readouterr().err

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from g2rl.config import ConfigError
 from g2rl.files import StorageError
+from g2rl.history import read_history
 from g2rl.log import (
     METRICS,
     Completion,
@@ -137,6 +138,32 @@ def test_resuming_refuses_a_repeated_step_and_a_file_damaged_inside(tmp_path: Pa
         path.write_text(f"{line}\n{whole}")
         with pytest.raises(ConfigError, match=r"^resume: .*metrics.jsonl, line 1: expected a JSON object with a step"):
             RunLog(tmp_path, resume_step=2, console=QUIET)
+
+
+def test_settings_are_kept_with_the_first_step_that_was_done_by_them(tmp_path: Path) -> None:
+    """Of a run that is killed before its first step by others, goes on by the first ones, and changes at last."""
+    path = tmp_path / "settings.jsonl"
+    for resume_step, text, known in (
+        (None, "method: grpo", [(0, "method: grpo")]),
+        (2, "method: g2rl", [(0, "method: grpo"), (3, "method: g2rl")]),
+        (2, "method: grpo", [(0, "method: grpo")]),
+        (3, "method: entropy", [(0, "method: grpo"), (4, "method: entropy")]),
+    ):
+        log = RunLog(tmp_path, resume_step, console=QUIET)
+        log.settings((resume_step or -1) + 1, text)
+        assert [(record["step"], record["config"]) for record in read_records(path)] == known
+        if resume_step is None:
+            for step in (1, 2, 3):
+                log_step(log, step)
+        log.close()
+    assert read_history(tmp_path, 3) == [(0, {"method": "grpo"})]
+    assert read_history(tmp_path, 4)[1:] == [(4, {"method": "entropy"})]
+    path.unlink()  # as of an older version, whose settings so far are in its configuration
+    (tmp_path / "config.yaml").write_text("method: grpo")
+    log = RunLog(tmp_path, 3, console=QUIET)
+    log.settings(4, "method: g2rl")
+    log.close()
+    assert read_history(tmp_path, 4) == [(0, {"method": "grpo"}), (4, {"method": "g2rl"})]
 
 
 def test_a_new_run_does_not_touch_the_log_of_another(tmp_path: Path) -> None:

@@ -438,10 +438,24 @@ def test_a_run_has_the_steps_that_it_has_taken(finished: Path, capsys: pytest.Ca
     longer = finished.with_name("longer")
     shutil.copytree(finished, longer)
     assert main(["train", f"resume={longer}", "steps=2"]) == 0
-    before = (longer / "config.yaml").read_bytes()
+    files = [longer / name for name in ("config.yaml", "settings.jsonl")]
+    before = [path.read_bytes() for path in files]
     assert main(["train", f"resume={longer}", "steps=1"]) == 2
     assert "steps: expected 2 or more, which the run has taken, found 1" in capsys.readouterr().err
-    assert (longer / "config.yaml").read_bytes() == before
+    assert main(["train", f"resume={longer}", "method=entropy"]) == 0
+    assert "g2rl: nothing to do: 2 of 2 steps are taken\n" in capsys.readouterr().out
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_a_run_that_goes_on_by_other_settings_tells_both(finished: Path) -> None:
+    other = finished.with_name("other")
+    shutil.copytree(finished, other)
+    assert main(["train", f"resume={other}", "steps=2", "method=entropy", "optim.lr=1e-5"]) == 0
+    report = (other / "report" / "report.md").read_text()
+    assert "| method | grpo, from step 2 on entropy |" in report
+    for change in ("`method` | `grpo` | `entropy`", "`optim.lr` | `0.001` | `1e-05`"):
+        assert f"\n| 2 | {change} |\n" in report
+    assert "\n| 2 | `steps` |" not in report
 
 
 def test_a_run_is_no_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

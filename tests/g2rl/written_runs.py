@@ -6,7 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from g2rl.config import load_config, save_config
+from g2rl.config import config_yaml, load_config, save_config
+
+
+def change_settings(run_dir: Path, step: int, *overrides: str) -> None:
+    """Have a written run go on by other settings from a step on."""
+    was = (run_dir / "config.yaml").read_text()
+    records = [(0, was), (step, config_yaml(load_config(run_dir / "config.yaml", overrides)))]
+    lines = [json.dumps({"step": first, "config": text}) + "\n" for first, text in records]
+    (run_dir / "settings.jsonl").write_text("".join(lines))
 
 
 def write_run(

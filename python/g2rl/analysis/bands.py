@@ -14,6 +14,7 @@ from g2rl.analysis.measures import MEASURES, Pairs, length_edges, limits_of, sum
 from g2rl.analysis.statistics import difference, ratio
 from g2rl.bootstrap import Estimate
 from g2rl.comparison.bands import compare
+from g2rl.history import changes
 from g2rl.plots import load_run
 
 BINS = np.linspace(-1, 1, 41)
@@ -102,7 +103,8 @@ def bands_of(models: Sequence[Model]) -> list[Band]:
     found: list[Band] = []
     if len(dirs) > 1 and len(set(dirs)) == len(dirs):
         by_dir = {model.run: model for model in models}
-        compared = compare([load_run(folder) for folder in dirs]).bands
+        runs = [run for run in map(load_run, dirs) if not changes(run.history)]
+        compared = compare(runs).bands if runs else []
         found = [Band(band.label, [by_dir[run.dir] for run in band.runs]) for band in compared]
     taken = [model for band in found for model in band.models]
     names = [band.label for band in found]

@@ -8,18 +8,16 @@ from pathlib import Path
 from matplotlib import rc_context
 
 from g2rl.comparison.bands import (
-    ACTS_AHEAD,
     CELL,
-    IGNORED,
     Band,
     Comparison,
     Curve,
     compare,
-    differing,
     run_names,
     seed_of,
 )
 from g2rl.comparison.plots import PLOTS, plot_bands
+from g2rl.history import ACTS_AHEAD, IGNORED, differing
 from g2rl.log import metric
 from g2rl.plots import SMOOTHED, STYLE, load_run
 from g2rl.report import code, markdown_table, write_sections
