@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from g2rl.history import History, read_history
+from g2rl.history import History, changes, evaluation_changes, read_history
 from g2rl.log import METRICS, STAGES, duration, metric, printable, read_records
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; series differ by marker or line style as well.
@@ -184,12 +184,16 @@ def _line(axes: Axes, run: Run, key: str, label: str, color: str, style: str = "
 
 
 def _held_out(axes: Axes, run: Run, prefix: str, marker: str, style: str) -> None:
+    """Held-out metrics over steps; no line joins results of different ways of evaluating."""
+    gaps = [(step - 0.5, math.nan) for step, _ in evaluation_changes(run.history)]
     for color, key in zip(CYCLE[1:] * 9, run.keys(prefix), strict=False):
         if key == "eval/maj@1":
             continue  # the same as pass@1, which it would cover
         steps, values = run.series(key)
         size = 6 if len(steps) <= 15 else 3
-        axes.plot(steps, values, style, color=color, marker=marker, markersize=size, label=f"held-out {key[5:]}")
+        points = sorted([*zip(steps, values, strict=True), *gaps])
+        x, y = [step for step, _ in points], [value for _, value in points]
+        axes.plot(x, y, style, color=color, marker=marker, markersize=size, label=f"held-out {key[5:]}")
 
 
 def _finish(axes: Axes, ylabel: str, xlabel: str = "training step") -> None:
@@ -209,6 +213,8 @@ def plot_learning(run: Run) -> Figure | None:
     _held_out(accuracy, run, "eval/maj@", "s", "--")
     accuracy.set_ylim(-0.03, 1.03)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for i, (step, _) in enumerate(changes(run.history)):
+        accuracy.axvline(step - 0.5, color="black", linestyle=":", label=None if i else "other settings")
     _finish(accuracy, "correct responses")
     _line(reward, run, "train/reward", "base reward", BLUE)
     _line(reward, run, "train/shaped_reward", "shaped reward", RED, "--")

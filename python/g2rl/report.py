@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib import rc_context
 from omegaconf import OmegaConf
 
-from g2rl.history import changes, configured_values, default_values
+from g2rl.history import changes, configured_values, default_values, evaluation_changes
 from g2rl.log import METRICS, duration, metric, printable
 from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, valid_part
 
@@ -64,7 +64,8 @@ def _headline(run: Run) -> str:
         result = f"{name}: {metric_value(lead, values[0])} at step {steps[0]}."
     else:
         first, last = metric_value(lead, values[0]), metric_value(lead, values[-1])
-        result = f"{name}: {first} at step {steps[0]}, {last} at step {steps[-1]}."
+        otherwise = _evaluated_otherwise(run, steps) if lead.startswith("eval/") else ""
+        result = f"{name}: {first} at step {steps[0]}, {last} at step {steps[-1]}{otherwise}."
     config = run.config
     model, task = config.get("model", {}), config.get("task", {})
     planned = config.get("steps")
@@ -81,6 +82,16 @@ def _headline(run: Run) -> str:
         *((key, text) for key, text in run.environment.items() if key != "device"),
     ]
     return f"**{result}**\n\n" + markdown_table(("", ""), [(key, str(value)) for key, value in facts])
+
+
+def _evaluated_otherwise(run: Run, steps: Sequence[int]) -> str:
+    """From which of the evaluated steps on results do not compare to those before, as the end of a sentence."""
+    listed = [
+        f"{step} ({', '.join(code(key) for key in keys)})"
+        for step, keys in evaluation_changes(run.history)
+        if steps[0] < step <= steps[-1]
+    ]
+    return f"; evaluated otherwise from step {', and from step '.join(listed)}" if listed else ""
 
 
 def _missing(run: Run) -> list[str]:
@@ -131,7 +142,9 @@ def _evaluation(run: Run) -> str:
     ]
     head = ["evaluation", "step"]
     head += [key[5:] if "@" in key else f"{metric(key).title.removeprefix('Held-out ')}" for key in keys]
-    return markdown_table(head, rows)
+    otherwise = _evaluated_otherwise(run, [record["step"] for record in records]).removeprefix("; ")
+    note = f"\n\n{otherwise[0].upper()}{otherwise[1:]}: these rows do not compare." if otherwise else ""
+    return markdown_table(head, rows) + note
 
 
 def _geometry(run: Run) -> str:

@@ -6,17 +6,18 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from rich.console import Console
-from written_runs import write_run
+from written_runs import change_settings, write_run
 
 from g2rl.cli import main
 from g2rl.config import load_config, save_config
 from g2rl.log import METRICS, Completion, GroupGeometry, RunLog
-from g2rl.plots import figure_legend, load_run, plot_time
+from g2rl.plots import figure_legend, load_run, plot_learning, plot_time
 from g2rl.report import write_report
 
 SAME = [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
@@ -106,6 +107,26 @@ def test_full_run(tmp_path: Path) -> None:
     assert "| `train/loss` | - | - |" in metrics
     for item in METRICS:
         assert f"`{item.key}" in metrics.replace("@4", "@k")
+
+
+def test_evaluations_of_different_kinds_are_not_joined(tmp_path: Path) -> None:
+    """The first change is of training alone, and no evaluation is made by the last one."""
+    passes = {0: 0.25, 5: 0.25, 10: 0.75}
+    records = [{"step": step, "eval/pass@1": value} for step, value in passes.items()]
+    run = write_run(tmp_path / "run", [*records, {"step": 12, "train/accuracy": 0.5}])
+    for step, setting in ((3, "optim.lr=1"), (6, "eval.temperature=0"), (11, "eval.top_p=0.5")):
+        change_settings(run, step, setting)
+    text = write_report(run).read_text(encoding="utf-8")
+    otherwise = "valuated otherwise from step 6 (`eval.temperature`)"
+    assert f"**Held-out pass@1: 25.0 % at step 0, 75.0 % at step 10; e{otherwise}.**" in text
+    assert f"\n\nE{otherwise}: these rows do not compare.\n" in text
+    figure = plot_learning(load_run(run))
+    assert figure is not None
+    marks = [float(np.mean(line.get_xdata())) for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert marks == [2.5, 5.5, 10.5]
+    (curve,) = (line for line in figure.axes[0].lines if line.get_label() == "held-out pass@1")
+    assert curve.get_xdata().tolist() == [0, 5, 5.5, 10, 10.5]
+    assert np.isnan(curve.get_ydata()).tolist() == [False, False, True, False, True]
 
 
 def test_geometry_early_and_late(tmp_path: Path) -> None:
