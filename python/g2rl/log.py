@@ -24,7 +24,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -103,6 +103,7 @@ METRICS = (
     Metric("geometry/zero_features", "Zero features", "responses without a feature: unshaped, no peers", "responses"),
     Metric("eval/pass@k", "pass@k", "held out: chance that one of k samples is correct, unbiased", "share"),
     Metric("eval/maj@k", "maj@k", "held out: accuracy of the most frequent answer among k samples", "share"),
+    Metric("eval/reward", "Held-out reward", "mean reward of a held-out response, no overlong penalty", "reward"),
     Metric("eval/response_length", "Held-out response length", "mean tokens of a held-out response", "tokens"),
     Metric("eval/finished_share", "Held-out finished", "share of held-out responses that ended by themselves", "share"),
     Metric("time/step", "Step", "the step's rollouts, rewards and update; no evaluation, no checkpoint", "s"),
@@ -139,20 +140,26 @@ _BY_KEY = {metric.key: metric for metric in METRICS}
 def metric(key: str) -> Metric:
     """The definition of a logged key, e.g. of ``eval/pass@4``.
 
-    A method's own, ``method/NAME``, and one that another version has logged go by their names.
+    A method's own, ``method/NAME``, a reward function's, ``reward/NAME``, and one that another version has logged go by
+    their names.
     """
     if _pattern(key) in _BY_KEY:
         return _BY_KEY[_pattern(key)]
+    if key.startswith("reward/"):
+        name = key.removeprefix("reward/")
+        return Metric(key, name, f"mean of {name} over the step's responses, before its weight", "reward")
     if key.startswith("method/"):
         return Metric(key, key.removeprefix("method/"), "the method's own", "")
     return Metric(key, key, "not of this version", "")
 
 
 def require_metric(key: str) -> None:
-    """Raise `ValueError` for a key that a run may not log: none of `METRICS`, and no method's own."""
+    """Raise `ValueError` for a key that a run may not log: none of `METRICS`, and no method's or reward's own."""
     defined = _pattern(key) in _BY_KEY and not key.endswith("@k")
-    if not defined and not re.fullmatch(r"method/[\w.-]+", key):
-        raise ValueError(f"metric {key!r}: expected a key of g2rl.log.METRICS or method/NAME, found another")
+    if not defined and not re.fullmatch(r"method/[\w.-]+|reward/\S+", key):
+        raise ValueError(
+            f"metric {key!r}: expected a key of g2rl.log.METRICS, method/NAME or reward/NAME, found another"
+        )
 
 
 def _pattern(key: str) -> str:
@@ -171,6 +178,7 @@ class Completion:
         score: exploration score nu in [0, 1]; None where it was not computed.
         shaped: shaped reward r~; equal to `reward` without shaping.
         advantage: what the objective weighs the response with.
+        parts: of a reward that is a sum, each reward function's value before its weight, by name.
     """
 
     problem: str
@@ -181,6 +189,7 @@ class Completion:
     score: float | None
     shaped: float
     advantage: float
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

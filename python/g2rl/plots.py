@@ -218,6 +218,7 @@ def plot_learning(run: Run) -> Figure | None:
     _finish(accuracy, "correct responses")
     _line(reward, run, "train/reward", "base reward", BLUE)
     _line(reward, run, "train/shaped_reward", "shaped reward", RED, "--")
+    _held_out(reward, run, "eval/reward", "o", "-")
     _finish(reward, "mean reward")
     accuracy.label_outer()
     return figure

@@ -183,13 +183,18 @@ class Trainer:
             return {}, ()
         with times.stage("eval"):
             self.sampler.sync()
-            seed = self._seed(0, "eval")
-            result = evaluate(self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks)
+            seed, rewards = self._seed(0, "eval"), self.config.rewards
+            measured = rewards if any(reward.name != "correct" for reward in rewards) else ()  # which pass@1 tells
+            result = evaluate(self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks, measured)
         return {**result.metrics, "time/eval": times.seconds["time/eval"]}, result.results
 
     def _rollout_metrics(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> dict[str, float]:
         n = len(episodes)
+        parts = verdicts[0].parts
         return {
+            **(
+                {f"reward/{name}": sum(v.parts[name] for v in verdicts) / n for name in parts} if len(parts) > 1 else {}
+            ),
             "train/reward": sum(v.reward for v in verdicts) / n,
             "train/accuracy": sum(v.correct for v in verdicts) / n,
             "train/response_length": sum(len(e.response_ids) for e in episodes) / n,
@@ -273,6 +278,7 @@ def completion_rows(
             score=None if math.isnan(score) else score,
             shaped=shaped,
             advantage=advantage,
+            parts=verdict.parts if len(verdict.parts) > 1 else {},
         )
         for episode, verdict, (score, shaped, advantage) in zip(episodes, verdicts, columns, strict=True)
     ]

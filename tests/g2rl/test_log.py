@@ -54,7 +54,19 @@ def test_metric_ignores_the_number_of_samples_only() -> None:
     assert metric("train/kl").unit == "nats"
     assert metric("method/own-1.x").key == "method/own-1.x"
     assert (metric("method/valid_share").unit, metric("train/rewards").unit) == ("share", "")
-    for unknown in ("train/rewards", "eval/pass@k", "eval/pass@", "train/reward@4", "method/", "method/a@2", ""):
+    assert metric("reward/my.module:f").title == "my.module:f"
+    require_metric("reward/my.module:f")
+    for unknown in (
+        "reward/",
+        "reward/a b",
+        "train/rewards",
+        "eval/pass@k",
+        "eval/pass@",
+        "train/reward@4",
+        "method/",
+        "method/a@2",
+        "",
+    ):
         with pytest.raises(ValueError, match="expected a key of"):
             require_metric(unknown)
 
@@ -192,6 +204,7 @@ def test_completions_keep_the_text_and_show_it_literally(tmp_path: Path) -> None
         "score": 0.5,
         "shaped": 1.5,
         "advantage": 0.25,
+        "parts": {},
     }
     assert (second["score"], second["correct"], second["shaped"]) == (None, False, -1.5)
     shown.seek(0)

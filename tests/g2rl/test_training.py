@@ -126,6 +126,32 @@ def test_methods_and_presets_train(tiny_model: Path, tmp_path: Path, settings: l
         assert 0 < records[0]["groups/extra"] <= 2
 
 
+@pytest.mark.parametrize(
+    ("rewards", "parts", "held_out"),
+    [
+        ("[{name: tests_reward:digits, weight: 2}, {name: finished}]", ["tests_reward:digits", "finished"], True),
+        ("[{name: tests_reward:digits}]", [], True),
+        ("[{name: correct}]", [], False),
+    ],
+)
+def test_the_parts_of_a_reward_are_logged(
+    tiny_model: Path, tmp_path: Path, rewards: str, parts: list[str], held_out: bool
+) -> None:
+    """Each once; and the sum of held-out responses, but where pass@1 tells it."""
+    run = config(tiny_model, tmp_path, "steps=1", f"rewards={rewards}", "eval.temperature=1")
+    Trainer(run).run()
+    before, first = lines(run.run_dir)
+    assert [key for key in first if key.startswith("reward/")] == [f"reward/{name}" for name in parts]
+    assert ("eval/reward" in before, "eval/reward" in first) == (held_out, held_out)
+    rows = [json.loads(line) for line in (run.run_dir / "completions.jsonl").read_text().splitlines()]
+    assert all(list(row["parts"]) == parts for row in rows)
+    for name in parts:
+        assert first[f"reward/{name}"] == pytest.approx(sum(row["parts"][name] for row in rows) / len(rows))
+    if parts:
+        digits, finished = (first[f"reward/{name}"] for name in parts)
+        assert first["train/reward"] == pytest.approx(2 * digits + finished)
+
+
 OUTSIDE = """
 from dataclasses import dataclass
 from g2rl.methods import Method, describe
