@@ -62,11 +62,14 @@ def evaluation_changes(history: History) -> list[tuple[int, list[str]]]:
 
 
 def learned_by(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration's values by dotted key, without `IGNORED`."""
+    """A configuration's values by dotted key, without `IGNORED`, and without an adapter's where there is none."""
     values = configured_values(config)
     dropped = chosen(values, IGNORED)
     if values["rollout.ahead"]:
         del dropped[ACTS_AHEAD]
+    if not values["model.lora.rank"]:
+        dropped |= chosen(values, ("model.lora.",))
+        del dropped["model.lora.rank"]
     return {key: value for key, value in values.items() if key not in dropped}
 
 

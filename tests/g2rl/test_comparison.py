@@ -40,6 +40,7 @@ def members(*run_dirs: Path) -> dict[str, list[str]]:
         (["method=g2rl", "seed=0"], ["grpo", "g2rl"]),
         (["optim.lr=1e-4", "optim.beta1=0.8", "steps=5"],
          ["grpo, beta1=0.9, lr=2e-05, ...", "grpo, beta1=0.8, lr=0.0001, ..."]),
+        (["seed=1", "model.lora.alpha=64", "model.lora.dropout=0.5"], ["grpo"]),  # of an adapter that is none
         (["rewards=[{name: boxed}, {name: correct}]"], ["grpo, rewards=…': 'corre", "grpo, rewards=…': 'boxed"]),
         (["optim.lr=0.30000000000000004"], ["grpo, lr=2e-05", "grpo, lr=0.3"]),
     ],
@@ -50,6 +51,21 @@ def test_bands_are_runs_that_differ_in_their_seed(tmp_path: Path, overrides: lis
     found = members(first, second)
     assert [label[: len(expected)] for label, expected in zip(found, labels, strict=True)] == labels
     assert sum(found.values(), []) == ["first", "second"]
+
+
+def test_labels_have_the_keys_that_tell_bands_apart(tmp_path: Path) -> None:
+    """And not how long runs are, though that alone would do."""
+    runs = [
+        write_run(tmp_path / name, records(0.1), "method=grpo", *overrides)
+        for name, overrides in {
+            "a": ["steps=1"],
+            "b": ["steps=2", "optim.beta1=0.8", "optim.beta2=0.8", "seed=1"],
+            "c": ["steps=3", "optim.beta1=0.8", "optim.beta2=0.8", "optim.lr=1"],
+        }.items()
+    ]
+    assert list(members(*runs)) == [
+        "grpo, beta1=0.9, lr=2e-05, ...", "grpo, beta1=0.8, lr=2e-05, ...", "grpo, beta1=0.8, lr=1, ..."
+    ]  # fmt: skip
 
 
 def test_labels_show_where_long_values_differ(tmp_path: Path) -> None:
@@ -148,7 +164,7 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"g2rl: the report is in {folder / 'report.md'}\n"
     assert main(["report", *map(str, sorted(tmp_path.iterdir()))]) == 0  # as by runs/*, with the report of before
     text = (folder / "report.md").read_text()
-    assert text.startswith("# Comparison of 4 runs\n")
+    assert text.startswith("# Comparison of 3 runs\n")
     final = "40.0 ± 10.0 % (30.0 to 50.0)"
     assert f"**Held-out pass@1: g2rl {final} at step 10; grpo 25.0 % at step 20.**" in text
     assert section(text, "Bands").splitlines()[2:4] == [

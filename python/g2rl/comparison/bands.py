@@ -176,7 +176,7 @@ def _labels(settings: Sequence[dict[str, Any]]) -> list[str]:
     labels = []
     for values in settings:
         alike = [other for other in settings if other["method"] == values["method"]]
-        keys = differing(alike)
+        keys = _telling(alike)
         parts = [
             f"{key.split('.')[-1]}={_shortened(_text(values, key), [_text(other, key) for other in alike])}"
             for key in keys[:LABEL_KEYS]
@@ -184,6 +184,23 @@ def _labels(settings: Sequence[dict[str, Any]]) -> list[str]:
         labels.append(", ".join([str(values["method"]), *parts, *(["..."] if len(keys) > LABEL_KEYS else [])]))
     numbers = [labels[:i].count(label) + 1 for i, label in enumerate(labels)]
     return [f"{label} ({n})" if labels.count(label) > 1 else label for label, n in zip(labels, numbers, strict=True)]
+
+
+def _telling(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys that differ, in an order in which the first ones tell the settings apart, by their length at last."""
+    left, ordered = differing(settings), list[str]()
+
+    def told_apart(keys: Sequence[str]) -> int:
+        return len({tuple(_text(values, key) for key in keys) for values in settings})
+
+    def worth(key: str) -> tuple[bool, bool, int, bool]:
+        count = told_apart([*ordered, key])
+        return count > told_apart(ordered), key != "steps", count, all(key in values for values in settings)
+
+    while left:
+        ordered.append(max(left, key=worth))
+        left.remove(ordered[-1])
+    return ordered
 
 
 def _text(values: dict[str, Any], key: str) -> str:

@@ -56,7 +56,7 @@ def write_comparison(run_dirs: Sequence[Path], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     notes += _notes(comparison, names)
     sections = [
-        f"# Comparison of {len(runs)} runs",
+        f"# Comparison of {sum(len(band.runs) for band in bands)} runs",
         _headline(bands),
         f"## Bands\n\n{_bands(bands, names)}",
         "## What does not fit\n\n" + "\n".join(f"- {note}" for note in notes) if notes else "",
