@@ -117,7 +117,7 @@ METRICS = (
     Metric("time/head", "Head", "part of the update: log-probabilities, features, shaping and loss", "s"),
     Metric("time/backward", "Backward", "part of the update: the backward pass", "s"),
     Metric("time/optimizer", "Optimizer", "part of the update: clipping the gradient and the optimiser's step", "s"),
-    Metric("time/tokens_per_second", "Throughput", "response tokens of the step over time/step", "tokens/s"),
+    Metric("time/tokens_per_second", "Throughput", "response tokens sampled for the step over time/step", "tokens/s"),
 )
 """Every number that may be logged, once."""
 

@@ -399,6 +399,6 @@ PLOTS = (
     ("groups", "Groups", plot_groups, "Cosines of the responses' gradient features; responses sorted by reward."),
     ("cosines", "Pairwise cosines", plot_cosines, "Lower and negative cosines: responses pull the model apart."),
     ("scores", "Exploration score and shaped reward", plot_scores, "Shaping uses ν relative to its group."),
-    ("time", "Time per stage", plot_time, "Summed over the logged steps."),
+    ("time", "Time per stage", plot_time, "Summed over the logged steps; the last checkpoint is saved after them."),
 )
 """File stem, heading, drawing function and caption of every plot, in the report's order."""

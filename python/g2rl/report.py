@@ -77,7 +77,10 @@ def _headline(run: Run) -> str:
         ("model", model.get("path", "unknown")),
         ("task", task.get("name", "unknown")),
         ("steps", f"{run.last_step}{state}"),
-        ("duration", f"{duration(seconds)} (steps, evaluations and checkpoints)" if seconds else "not logged"),
+        (
+            "duration",
+            f"{duration(seconds)} (steps, evaluations, checkpoints but the last)" if seconds else "not logged",
+        ),
         ("device", device),
         *((key, text) for key, text in run.environment.items() if key != "device"),
     ]

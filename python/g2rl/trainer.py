@@ -157,7 +157,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         metrics |= {**times.seconds, **self._saving.seconds, "time/step": seconds}
         self._saving = self._times()
-        metrics["time/tokens_per_second"] = sum(len(e.response_ids) for e in episodes) / seconds
+        metrics["time/tokens_per_second"] = groups.tokens / seconds
         last = step == config.steps
         evaluates = config.eval.every > 0 and (last or self._due(step, config.eval.every))
         held_out: Sequence[ProblemResult] = ()

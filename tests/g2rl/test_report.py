@@ -85,7 +85,7 @@ def test_full_run(tmp_path: Path) -> None:
     assert "| model | smollm2 |" in text
     assert "| device | a test machine |" in text
     assert "| steps | 30 of 30 |" in text
-    assert "| duration | 15:10 (steps, evaluations and checkpoints) |" in text  # 30 * 30 s + 10 s
+    assert "| duration | 15:10 (steps, evaluations, checkpoints but the last) |" in text  # 30 * 30 s + 10 s
     assert section(text, "What is missing").strip() == "- `train/loss` was NaN or infinite at 1 step(s): 7."
     assert section(text, "Evaluation").strip().splitlines()[2:] == [
         "| first | 0 | 12.5 % | 25.0 % | 20.0 % |",

@@ -124,6 +124,9 @@ def test_methods_and_presets_train(tiny_model: Path, tmp_path: Path, settings: l
         assert records[-1]["train/grad_norm"] > 0
     if files and files[0].endswith("dapo.yaml"):
         assert 0 < records[0]["groups/extra"] <= 2
+        first = json.loads((run.run_dir / "metrics.jsonl").read_text().splitlines()[0])
+        tokens = first["time/tokens_per_second"] * first["time/step"]
+        assert tokens > 12 * first["train/response_length"] + 1  # those of the three groups of four, and more
 
 
 @pytest.mark.parametrize(
