@@ -273,10 +273,16 @@ def plot_groups(run: Run) -> Figure | None:
         axes.set_xticks(range(len(order)), scores, fontsize=size, rotation=90 if len(order) > 8 else 0)
         axes.set(ylabel="reward of the response", xlabel="its exploration score ν")
         axes.grid(False)
-        axes.set_title(f"step {group['step']}, problem {printable(str(group['problem']), 24)}")
+        axes.set_title(f"step {group['step']}, problem {printable(problem_name(group['problem']), 24)}")
     figure.colorbar(image, ax=panels, label="cosine of the responses' features", shrink=0.7)
     figure.set_layout_engine("compressed")  # square panels would leave gaps otherwise
     return figure
+
+
+def problem_name(identity: object) -> str:
+    """A problem's id, without the folder of the file that it is from."""
+    text = str(identity)
+    return text.rpartition("/")[2] if text.startswith("/") else text
 
 
 def number_of(value: float | None) -> float:

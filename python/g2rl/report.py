@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from g2rl.history import changes, configured_values, default_values, evaluation_changes
 from g2rl.log import METRICS, duration, metric, printable
-from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, valid_part
+from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, problem_name, valid_part
 
 SAMPLE_CHARACTERS = 1200
 
@@ -179,7 +179,7 @@ def _samples(run: Run) -> str:
             names = (("reward", "reward"), ("score", "ν"), ("shaped", "shaped reward"), ("advantage", "advantage"))
             numbers = ", ".join(f"{name} {row[key]:.3g}" for key, name in names if row[key] is not None)
             judged = "correct" if correct else "wrong"
-            parts.append(f"### Step {step}, {judged}\n\nProblem {code(row['problem'])}; {numbers}.")
+            parts.append(f"### Step {step}, {judged}\n\nProblem {code(problem_name(row['problem']))}; {numbers}.")
             parts.append(f"{_fenced(_excerpt(row['prompt']))}\n\n{_fenced(_excerpt(row['response']))}")
     return "\n\n".join(parts) or "No completions are logged."
 
@@ -227,11 +227,15 @@ def _configuration(run: Run) -> str:
 
 
 def _metrics(run: Run) -> str:
+    def at_end(keys: Sequence[str], end: int) -> str:
+        series = [(key, run.series(key)[1]) for key in keys]
+        return ", ".join(metric_value(key, values[end] if values else None) for key, values in series)
+
     rows = []
-    for key in run.keys(""):
-        values = run.series(key)[1]
-        ends = [metric_value(key, value) for value in (values[0], values[-1])] if values else ["-", "-"]
-        rows.append((f"`{key}`", *ends, metric(key).unit if metric(key).unit != "share" else "", metric(key).meaning))
+    for item, group in groupby(run.keys(""), key=metric):  # pass@k has one row for all k
+        keys, unit = list(group), item.unit if item.unit != "share" else ""
+        names = ", ".join(f"`{key}`" for key in keys)
+        rows.append((names, at_end(keys, 0), at_end(keys, -1), unit, item.meaning))
     absent = [f"`{item.key}`" for item in METRICS if item.key not in {metric(key).key for key in run.keys("")}]
     table = markdown_table(("metric", "first", "last", "unit", "meaning"), rows)
     return table + (f"\n\nDefined but not logged by this run: {', '.join(absent)}." if absent else "")

@@ -17,7 +17,7 @@ from written_runs import change_settings, write_run
 from g2rl.cli import main
 from g2rl.config import load_config, save_config
 from g2rl.log import METRICS, Completion, GroupGeometry, RunLog
-from g2rl.plots import figure_legend, load_run, plot_learning, plot_time
+from g2rl.plots import figure_legend, load_run, plot_groups, plot_learning, plot_time
 from g2rl.report import write_report
 
 SAME = [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
@@ -104,6 +104,7 @@ def test_full_run(tmp_path: Path) -> None:
     metrics = section(text, "Metrics")
     assert "| `train/reward` | 0.02 | 0.6 | reward | mean base reward r of the step's responses |" in metrics
     assert "| `eval/maj@4` | 20.0 % | 20.0 % |" in metrics
+    assert "| `eval/pass@1`, `eval/pass@4` | 12.5 %, 25.0 % | 50.0 %, 87.5 % |" in metrics
     assert "| `train/loss` | - | - |" in metrics
     for item in METRICS:
         assert f"`{item.key}" in metrics.replace("@4", "@k")
@@ -203,7 +204,7 @@ def test_a_methods_own_defaults_are_no_changes(tmp_path: Path) -> None:
 
 def test_grpo_without_evaluation(tmp_path: Path) -> None:
     log = start(tmp_path / "run", "method=grpo", "eval.every=0")
-    log.completions(1, [Completion("p", "Q?", "x" * 5000 + "\ud800", -1.0, False, None, -1.0, 0.0)])
+    log.completions(1, [Completion("/my data/own.jsonl:7", "Q?", "x" * 5000 + "\ud800", -1.0, False, None, -1.0, 0.0)])
     log.metrics(1, {"train/entropy": 1.0, "time/step": 2.0})
     log.close()
     report = write_report(tmp_path / "run")
@@ -216,7 +217,19 @@ def test_grpo_without_evaluation(tmp_path: Path) -> None:
     assert "it is turned off (`eval.every` is 0)." in missing
     assert "no exploration scores" in missing
     assert "[... 3801 characters left out ...]" in text
-    assert "Problem `p`; reward -1, shaped reward -1" in text
+    assert "Problem `own.jsonl:7`; reward -1, shaped reward -1" in text
+
+
+def test_problems_are_named_without_folders_in_plots(tmp_path: Path) -> None:
+    log = start(tmp_path / "run")
+    names = ["/somewhere/far/away/and/deep/own.jsonl:712", "8/2"]
+    log.groups(1, [GroupGeometry(name, [-1.0, 1.0, -1.0], [0.2, 0.9, 0.0], SAME) for name in names])
+    log.metrics(1, {"train/accuracy": 0.5})
+    log.close()
+    figure = plot_groups(load_run(tmp_path / "run"))
+    assert figure is not None
+    titles = [axes.get_title() for axes in figure.axes[:2]]
+    assert titles == ["step 1, problem own.jsonl:712", "step 1, problem 8/2"]
 
 
 def test_shaping_between_the_first_and_the_last_step_is_shaping(tmp_path: Path) -> None:

@@ -82,6 +82,10 @@ class Measured:
         """Each of `MEASURES` of a band."""
         return {name: ratio(*both, limits_of(name)) for name, both in band.sums(self.edges).items()}
 
+    def count(self, band: Band, name: str) -> int:
+        """Of how many pairs, responses or problems one of `MEASURES` of a band is."""
+        return int(band.sums(self.edges)[name][1].sum())
+
     def differences(self, band: Band) -> dict[str, Estimate | None]:
         """What a band has more than the first one, on the same problems."""
         own, first = band.sums(self.edges), self.bands[0].sums(self.edges)
