@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 import g2rl_kernels
 from g2rl.plots import Run
-from g2rl.report import changed_values, code, markdown_table, metric_value
+from g2rl.report import changed_values, changes_table, code, markdown_table, method_of, metric_value
 
 EMBEDDED_MODELS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 PAPER = "https://arxiv.org/abs/2512.15687"
@@ -40,12 +40,13 @@ def model_card(run: Run, step: int, repo: str, plots: Sequence[tuple[str, str, s
         plots: stem, heading and caption of the files in ``plots/``.
         is_adapter: the weights are a LoRA adapter's alone.
     """
+    run = run.at(step)
     config = run.config
-    method, task = config.get("method", "unknown"), config.get("task", {}).get("name", "unknown")
+    task = config.get("task", {}).get("name", "unknown")
     base, is_public = base_model(config.get("model", {}).get("path", "unknown"))
     evaluated, results = _results(run, step)
     named = f"[{base}](https://huggingface.co/{base})" if is_public else f"`{base}`"
-    what = f"{named}, trained with `{method}` on the task `{task}` for {step} steps"
+    what = f"{named}, trained with `{method_of(run)}` on the task `{task}` for {step} steps"
     sections = [
         f"# {repo.partition('/')[2]}\n\n{what} by g2rl-kernels {_version(run)}, the trainer for [G2RL]({PAPER}).",
         f"## Results\n\n{_result_table(run, evaluated, results)}",
@@ -58,11 +59,16 @@ def model_card(run: Run, step: int, repo: str, plots: Sequence[tuple[str, str, s
         base_model=base if is_public else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["reinforcement-learning", "g2rl-kernels", method.rpartition(":")[2]],
+        tags=["reinforcement-learning", "g2rl-kernels", *_methods(run)],
         model_name=repo.partition("/")[2],
         eval_results=[_eval_result(key, results[key], task, evaluated) for key in results if "@" in key] or None,
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _methods(run: Run) -> list[str]:
+    names = [str(settings.get("method", "unknown")).rpartition(":")[2] for _, settings in run.history]
+    return list(dict.fromkeys(names)) or ["unknown"]
 
 
 def base_model(path: str) -> tuple[str, bool]:
@@ -93,7 +99,8 @@ def _result_table(run: Run, evaluated: int | None, results: dict[str, float]) ->
     if evaluated is None:
         return "The run has evaluated nothing up to this checkpoint."
     rows = [(key.removeprefix("eval/"), metric_value(key, value)) for key, value in results.items()]
-    settings, held_out = run.config.get("eval", {}), run.config.get("task", {}).get("held_out", "unknown")
+    config = run.at(evaluated).config
+    settings, held_out = config.get("eval", {}), config.get("task", {}).get("held_out", "unknown")
     sampled = (
         f"{settings.get('samples', 'unknown')} responses each, temperature {settings.get('temperature', 'unknown')}"
     )
@@ -141,7 +148,9 @@ def _training(run: Run) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in run.environment.items() if key != "threads")
     table = markdown_table(("key", "value"), rows) if rows else "All values are the defaults."
     where = f"Configuration, where it is not the default of g2rl-kernels {_version(run)}:"
-    return "\n\n".join(filter(None, (where, table, versions)))
+    later = changes_table(run, _without_folders)
+    said = f"The run went on by other settings; those above are the last ones.\n\n{later}" if later else ""
+    return "\n\n".join(filter(None, (where, table, said, versions)))
 
 
 def _version(run: Run) -> str:

@@ -23,11 +23,13 @@ class Collected:
     Attributes:
         episodes, verdicts: of `rollout.prompts` groups.
         asked: problems that responses were sampled to, in order from `position`.
+        tokens: of the responses to all problems asked, also of groups that are left out.
     """
 
     episodes: list[Episode]
     verdicts: list[Verdict]
     asked: int
+    tokens: int
 
 
 def collect(
@@ -62,7 +64,8 @@ def collect(
     others = [i for i in range(len(groups)) if i not in varied]
     chosen = sorted((varied + others)[:wanted])
     pairs = [_punished(pair, config) for i in chosen for pair in groups[i]]
-    return Collected([episode for episode, _ in pairs], [verdict for _, verdict in pairs], len(groups))
+    tokens = sum(len(episode.response_ids) for group in groups for episode, _ in group)
+    return Collected([episode for episode, _ in pairs], [verdict for _, verdict in pairs], len(groups), tokens)
 
 
 def _sample(

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from g2rl.config import EvalConfig
+from g2rl.config import EvalConfig, RewardConfig
 from g2rl.log import ProblemResult
 from g2rl.parallel.ranks import ALONE, Ranks
+from g2rl.rewards import judge_episodes
 from g2rl.rollout import Sampler, response_seeds
 from g2rl.tasks.base import Task
 from g2rl.types import Episode, Problem
@@ -81,7 +82,13 @@ def evaluation_seed(seed: int) -> int:
 
 
 def evaluate(
-    sampler: Sampler, task: Task, problems: Sequence[Problem], config: EvalConfig, seed: int, ranks: Ranks = ALONE
+    sampler: Sampler,
+    task: Task,
+    problems: Sequence[Problem],
+    config: EvalConfig,
+    seed: int,
+    ranks: Ranks = ALONE,
+    rewards: Sequence[RewardConfig] = (),
 ) -> Evaluation:
     """Sample `config.samples` responses to each problem and score them.
 
@@ -89,13 +96,14 @@ def evaluate(
         problems: held-out problems, at least one.
         seed: of the draws.
         ranks: share the problems; each gets the results of all.
+        rewards: functions and weights of the reward, whose mean is measured too; none of it without.
     """
     n, own = config.samples, ranks.share(len(problems))
     chosen = [problems[i] for i in own]
     seeds = response_seeds(seed, n * len(own), n * own.start)
     drawn = sampler.sample(chosen, n, config.temperature, config.top_p, seeds) if chosen else []
-    judged = task.judge([e.problem for e in drawn], [e.text for e in drawn])
-    extracted = [task.extract(e.text, e.problem) for e in drawn]
+    verdicts = judge_episodes(drawn, task, rewards)
+    judged, extracted = [v.correct for v in verdicts], [v.answer for v in verdicts]
     parts = [slice(i, i + n) for i in range(0, len(drawn), n)]
     votes = task.votes([extracted[part] for part in parts], [judged[part] for part in parts])
     answers = ranks.gathered([vote for group in votes for vote in group])
@@ -115,6 +123,8 @@ def evaluate(
     for k in config.ks:
         metrics[f"eval/pass@{k}"] = _mean(pass_at_k(n, result.correct, k) for result in results)
         metrics[f"eval/maj@{k}"] = _mean(result.maj[k] for result in results)
+    if rewards:
+        metrics["eval/reward"] = _mean(ranks.gathered([v.reward for v in verdicts]))
     metrics["eval/response_length"] = _mean(len(e.response_ids) for e in episodes)
     metrics["eval/finished_share"] = _mean(e.finished for e in episodes)
     return Evaluation(metrics, results, episodes, correct)

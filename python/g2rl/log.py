@@ -7,6 +7,8 @@ A run's folder holds one JSON object a line in each of
 - ``groups.jsonl``: ``{"step": 3, "problem": ..., "similarity": [[...]], ...}``, the fields of `GroupGeometry`;
 - ``evaluations.jsonl``: ``{"step": 3, "problem": ..., "samples": 4, "correct": 1, "tokens": ..., "maj@4": ...}``, the
   fields of `ProblemResult`, one line a held-out problem and evaluation;
+- ``settings.jsonl``: ``{"step": 3, "config": "..."}``, the text of the configuration from that step on, where it is
+  another than before (`g2rl.history`);
 
 and besides them ``environment.json`` (one object of strings) and ``tensorboard/``. Values that are not finite are
 written as null, because JSON has no NaN. A checkpoint of step s must be saved after everything of step s is logged:
@@ -22,7 +24,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -101,6 +103,7 @@ METRICS = (
     Metric("geometry/zero_features", "Zero features", "responses without a feature: unshaped, no peers", "responses"),
     Metric("eval/pass@k", "pass@k", "held out: chance that one of k samples is correct, unbiased", "share"),
     Metric("eval/maj@k", "maj@k", "held out: accuracy of the most frequent answer among k samples", "share"),
+    Metric("eval/reward", "Held-out reward", "mean reward of a held-out response, no overlong penalty", "reward"),
     Metric("eval/response_length", "Held-out response length", "mean tokens of a held-out response", "tokens"),
     Metric("eval/finished_share", "Held-out finished", "share of held-out responses that ended by themselves", "share"),
     Metric("time/step", "Step", "the step's rollouts, rewards and update; no evaluation, no checkpoint", "s"),
@@ -114,7 +117,7 @@ METRICS = (
     Metric("time/head", "Head", "part of the update: log-probabilities, features, shaping and loss", "s"),
     Metric("time/backward", "Backward", "part of the update: the backward pass", "s"),
     Metric("time/optimizer", "Optimizer", "part of the update: clipping the gradient and the optimiser's step", "s"),
-    Metric("time/tokens_per_second", "Throughput", "response tokens of the step over time/step", "tokens/s"),
+    Metric("time/tokens_per_second", "Throughput", "response tokens sampled for the step over time/step", "tokens/s"),
 )
 """Every number that may be logged, once."""
 
@@ -137,20 +140,26 @@ _BY_KEY = {metric.key: metric for metric in METRICS}
 def metric(key: str) -> Metric:
     """The definition of a logged key, e.g. of ``eval/pass@4``.
 
-    A method's own, ``method/NAME``, and one that another version has logged go by their names.
+    A method's own, ``method/NAME``, a reward function's, ``reward/NAME``, and one that another version has logged go by
+    their names.
     """
     if _pattern(key) in _BY_KEY:
         return _BY_KEY[_pattern(key)]
+    if key.startswith("reward/"):
+        name = key.removeprefix("reward/")
+        return Metric(key, name, f"mean of {name} over the step's responses, before its weight", "reward")
     if key.startswith("method/"):
         return Metric(key, key.removeprefix("method/"), "the method's own", "")
     return Metric(key, key, "not of this version", "")
 
 
 def require_metric(key: str) -> None:
-    """Raise `ValueError` for a key that a run may not log: none of `METRICS`, and no method's own."""
+    """Raise `ValueError` for a key that a run may not log: none of `METRICS`, and no method's or reward's own."""
     defined = _pattern(key) in _BY_KEY and not key.endswith("@k")
-    if not defined and not re.fullmatch(r"method/[\w.-]+", key):
-        raise ValueError(f"metric {key!r}: expected a key of g2rl.log.METRICS or method/NAME, found another")
+    if not defined and not re.fullmatch(r"method/[\w.-]+|reward/\S+", key):
+        raise ValueError(
+            f"metric {key!r}: expected a key of g2rl.log.METRICS, method/NAME or reward/NAME, found another"
+        )
 
 
 def _pattern(key: str) -> str:
@@ -169,6 +178,7 @@ class Completion:
         score: exploration score nu in [0, 1]; None where it was not computed.
         shaped: shaped reward r~; equal to `reward` without shaping.
         advantage: what the objective weighs the response with.
+        parts: of a reward that is a sum, each reward function's value before its weight, by name.
     """
 
     problem: str
@@ -179,6 +189,7 @@ class Completion:
     score: float | None
     shaped: float
     advantage: float
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -252,6 +263,9 @@ def printable(text: str, limit: int) -> str:
     return line if len(line) <= limit else f"{line[:half]} … {line[len(line) - half :]}"  # the end has the answer
 
 
+SETTINGS = "settings.jsonl"
+
+
 class RunLog:
     """The log files of one run. Every line is on disk when the call that writes it returns.
 
@@ -268,7 +282,8 @@ class RunLog:
     Methods raise `StorageError` where a file cannot be written.
     """
 
-    FILES = ("metrics.jsonl", "completions.jsonl", "groups.jsonl", "evaluations.jsonl")
+    # Settings are cut after metrics: a kill in between leaves settings without steps, and no steps without settings.
+    FILES = ("metrics.jsonl", "completions.jsonl", "groups.jsonl", "evaluations.jsonl", SETTINGS)
     GROUPS_PER_STEP = 4
     RESPONSES_PER_GROUP = 16
     TRACKER_LIMIT_S = 45
@@ -400,6 +415,20 @@ class RunLog:
             votes = record.pop("maj")
             records.append(record | {f"maj@{k}": value for k, value in votes.items()})
         self._append("evaluations.jsonl", records)
+
+    def settings(self, step: int, text: str) -> None:
+        """Write by which configuration the run goes on, if it is another than before; before ``config.yaml`` has it.
+
+        Args:
+            step: the first one that it is for; 0 for a new run.
+            text: of the configuration, as in ``config.yaml``.
+        """
+        known = list(read_records(self._dir / SETTINGS))
+        if not known and step > 0:  # of a version without this file
+            known.append({"step": 0, "config": (self._dir / "config.yaml").read_text(encoding="utf-8")})
+            self._append(SETTINGS, known)
+        if not known or known[-1]["config"] != text:
+            self._append(SETTINGS, [{"step": step, "config": text}])
 
     def environment(self, facts: Mapping[str, str]) -> None:
         """Write ``environment.json``: what ran the training (``device``, versions, ...), by name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from g2rl.config import plain, read_own
+from g2rl.history import History, changes, evaluation_changes, read_history
 from g2rl.log import METRICS, STAGES, duration, metric, printable, read_records
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; series differ by marker or line style as well.
@@ -69,7 +69,7 @@ class Run:
         scored: (exploration score, shaped reward, correct) of every completion with a score.
         shaped: whether the shaped reward of some completion is not its base reward.
         groups: records of ``groups.jsonl``.
-        config: contents of ``config.yaml``; empty without one.
+        history: by which configurations its steps were done; empty where none is known.
         environment: contents of ``environment.json``; empty without one.
     """
 
@@ -79,7 +79,7 @@ class Run:
     scored: list[tuple[float, float, bool]]
     shaped: bool
     groups: list[dict[str, Any]]
-    config: dict[str, Any]
+    history: History
     environment: dict[str, str]
 
     def keys(self, prefix: str) -> list[str]:
@@ -103,6 +103,15 @@ class Run:
         return math.fsum(self.series(key)[1])
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the last logged step, empty where it is not known."""
+        return self.history[-1][1] if self.history else {}
+
+    def at(self, step: int) -> Run:
+        """The run with the configurations up to a step."""
+        return replace(self, history=[(first, config) for first, config in self.history if first <= step])
+
+    @property
     def last_step(self) -> int:
         return int(self.metrics[-1]["step"])
 
@@ -112,7 +121,7 @@ def load_run(run_dir: Path) -> Run:
 
     Raises:
         FileNotFoundError: there is no ``metrics.jsonl``, or it has no full line.
-        ValueError: a log file is damaged before its last line, or the configuration is no YAML.
+        ValueError: a log file is damaged before its last line, or a configuration is no YAML.
     """
     path = run_dir / "metrics.jsonl"
     metrics = list(read_records(path)) if path.is_file() else []
@@ -133,7 +142,7 @@ def load_run(run_dir: Path) -> Run:
         shaped |= row["shaped"] != row["reward"]
         if row["score"] is not None and row["shaped"] is not None:
             scored.append((row["score"], row["shaped"], row["correct"]))
-    config, environment = run_dir / "config.yaml", run_dir / "environment.json"
+    environment = run_dir / "environment.json"
     return Run(
         dir=run_dir,
         metrics=metrics,
@@ -141,7 +150,7 @@ def load_run(run_dir: Path) -> Run:
         scored=scored,
         shaped=shaped,
         groups=list(read_records(groups)) if groups.is_file() else [],
-        config=plain(read_own(config)) if config.is_file() else {},
+        history=read_history(run_dir, metrics[-1]["step"]),
         environment=json.loads(environment.read_text()) if environment.is_file() else {},
     )
 
@@ -175,12 +184,16 @@ def _line(axes: Axes, run: Run, key: str, label: str, color: str, style: str = "
 
 
 def _held_out(axes: Axes, run: Run, prefix: str, marker: str, style: str) -> None:
+    """Held-out metrics over steps; no line joins results of different ways of evaluating."""
+    gaps = [(step - 0.5, math.nan) for step, _ in evaluation_changes(run.history)]
     for color, key in zip(CYCLE[1:] * 9, run.keys(prefix), strict=False):
         if key == "eval/maj@1":
             continue  # the same as pass@1, which it would cover
         steps, values = run.series(key)
         size = 6 if len(steps) <= 15 else 3
-        axes.plot(steps, values, style, color=color, marker=marker, markersize=size, label=f"held-out {key[5:]}")
+        points = sorted([*zip(steps, values, strict=True), *gaps])
+        x, y = [step for step, _ in points], [value for _, value in points]
+        axes.plot(x, y, style, color=color, marker=marker, markersize=size, label=f"held-out {key[5:]}")
 
 
 def _finish(axes: Axes, ylabel: str, xlabel: str = "training step") -> None:
@@ -200,9 +213,12 @@ def plot_learning(run: Run) -> Figure | None:
     _held_out(accuracy, run, "eval/maj@", "s", "--")
     accuracy.set_ylim(-0.03, 1.03)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for i, (step, _) in enumerate(changes(run.history)):
+        accuracy.axvline(step - 0.5, color="black", linestyle=":", label=None if i else "other settings")
     _finish(accuracy, "correct responses")
     _line(reward, run, "train/reward", "base reward", BLUE)
     _line(reward, run, "train/shaped_reward", "shaped reward", RED, "--")
+    _held_out(reward, run, "eval/reward", "o", "-")
     _finish(reward, "mean reward")
     accuracy.label_outer()
     return figure
@@ -257,10 +273,16 @@ def plot_groups(run: Run) -> Figure | None:
         axes.set_xticks(range(len(order)), scores, fontsize=size, rotation=90 if len(order) > 8 else 0)
         axes.set(ylabel="reward of the response", xlabel="its exploration score ν")
         axes.grid(False)
-        axes.set_title(f"step {group['step']}, problem {printable(str(group['problem']), 24)}")
+        axes.set_title(f"step {group['step']}, problem {printable(problem_name(group['problem']), 24)}")
     figure.colorbar(image, ax=panels, label="cosine of the responses' features", shrink=0.7)
     figure.set_layout_engine("compressed")  # square panels would leave gaps otherwise
     return figure
+
+
+def problem_name(identity: object) -> str:
+    """A problem's id, without the folder of the file that it is from."""
+    text = str(identity)
+    return text.rpartition("/")[2] if text.startswith("/") else text
 
 
 def number_of(value: float | None) -> float:
@@ -383,6 +405,6 @@ PLOTS = (
     ("groups", "Groups", plot_groups, "Cosines of the responses' gradient features; responses sorted by reward."),
     ("cosines", "Pairwise cosines", plot_cosines, "Lower and negative cosines: responses pull the model apart."),
     ("scores", "Exploration score and shaped reward", plot_scores, "Shaping uses ν relative to its group."),
-    ("time", "Time per stage", plot_time, "Summed over the logged steps."),
+    ("time", "Time per stage", plot_time, "Summed over the logged steps; the last checkpoint is saved after them."),
 )
 """File stem, heading, drawing function and caption of every plot, in the report's order."""

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from omegaconf import OmegaConf
 
-from g2rl.config import METHODS, RewardConfig, defaults, plain
+from g2rl.history import changes, configured_values, default_values, evaluation_changes
 from g2rl.log import METRICS, duration, metric, printable
-from g2rl.methods import default_options
-from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, valid_part
+from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, problem_name, valid_part
 
 SAMPLE_CHARACTERS = 1200
 
@@ -64,7 +64,8 @@ def _headline(run: Run) -> str:
         result = f"{name}: {metric_value(lead, values[0])} at step {steps[0]}."
     else:
         first, last = metric_value(lead, values[0]), metric_value(lead, values[-1])
-        result = f"{name}: {first} at step {steps[0]}, {last} at step {steps[-1]}."
+        otherwise = _evaluated_otherwise(run, steps) if lead.startswith("eval/") else ""
+        result = f"{name}: {first} at step {steps[0]}, {last} at step {steps[-1]}{otherwise}."
     config = run.config
     model, task = config.get("model", {}), config.get("task", {})
     planned = config.get("steps")
@@ -72,15 +73,28 @@ def _headline(run: Run) -> str:
     seconds = sum(run.total(key) for key in ("time/step", "time/eval", "time/checkpoint"))
     device = run.environment.get("device") or f"{model.get('device', 'unknown')} (as configured)"
     facts = [
-        ("method", config.get("method", "unknown")),
+        ("method", method_of(run)),
         ("model", model.get("path", "unknown")),
         ("task", task.get("name", "unknown")),
         ("steps", f"{run.last_step}{state}"),
-        ("duration", f"{duration(seconds)} (steps, evaluations and checkpoints)" if seconds else "not logged"),
+        (
+            "duration",
+            f"{duration(seconds)} (steps, evaluations, checkpoints but the last)" if seconds else "not logged",
+        ),
         ("device", device),
         *((key, text) for key, text in run.environment.items() if key != "device"),
     ]
     return f"**{result}**\n\n" + markdown_table(("", ""), [(key, str(value)) for key, value in facts])
+
+
+def _evaluated_otherwise(run: Run, steps: Sequence[int]) -> str:
+    """From which of the evaluated steps on results do not compare to those before, as the end of a sentence."""
+    listed = [
+        f"{step} ({', '.join(code(key) for key in keys)})"
+        for step, keys in evaluation_changes(run.history)
+        if steps[0] < step <= steps[-1]
+    ]
+    return f"; evaluated otherwise from step {', and from step '.join(listed)}" if listed else ""
 
 
 def _missing(run: Run) -> list[str]:
@@ -131,7 +145,9 @@ def _evaluation(run: Run) -> str:
     ]
     head = ["evaluation", "step"]
     head += [key[5:] if "@" in key else f"{metric(key).title.removeprefix('Held-out ')}" for key in keys]
-    return markdown_table(head, rows)
+    otherwise = _evaluated_otherwise(run, [record["step"] for record in records]).removeprefix("; ")
+    note = f"\n\n{otherwise[0].upper()}{otherwise[1:]}: these rows do not compare." if otherwise else ""
+    return markdown_table(head, rows) + note
 
 
 def _geometry(run: Run) -> str:
@@ -163,65 +179,63 @@ def _samples(run: Run) -> str:
             names = (("reward", "reward"), ("score", "ν"), ("shaped", "shaped reward"), ("advantage", "advantage"))
             numbers = ", ".join(f"{name} {row[key]:.3g}" for key, name in names if row[key] is not None)
             judged = "correct" if correct else "wrong"
-            parts.append(f"### Step {step}, {judged}\n\nProblem {code(row['problem'])}; {numbers}.")
+            parts.append(f"### Step {step}, {judged}\n\nProblem {code(problem_name(row['problem']))}; {numbers}.")
             parts.append(f"{_fenced(_excerpt(row['prompt']))}\n\n{_fenced(_excerpt(row['response']))}")
     return "\n\n".join(parts) or "No completions are logged."
 
 
-def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every value of nested dictionaries by its dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        value = list(value) if isinstance(value, tuple) else value  # YAML knows lists only
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
-
-
-def configured_values(run: Run) -> dict[str, Any]:
-    """A run's configuration by dotted key, with the defaults of keys it lacks, without other methods' options."""
-    values = _default_values(run) | leaves(run.config)
-    values["rewards"] = [asdict(RewardConfig()) | reward for reward in values["rewards"]]
-
-    def is_of_another_method(key: str) -> bool:
-        section, _, option = key.removeprefix("methods.").partition(".")
-        other = section != values["method"] and (METHODS / f"{section}.py").is_file()
-        return bool(key.startswith("methods.") and option and other)
-
-    return {key: value for key, value in values.items() if not is_of_another_method(key)}
-
-
-def _default_values(run: Run) -> dict[str, Any]:
-    """Every default of `Config`, and of the options of the run's method, by dotted key."""
-    values = leaves(plain(defaults()))
-    method = run.config.get("method", values["method"])
-    return values | leaves(default_options(method), f"methods.{method}.")
-
-
 def changed_values(run: Run) -> dict[str, Any]:
     """What a run's configuration sets to something else than the default, by dotted key."""
-    default = _default_values(run)
-    return {k: v for k, v in configured_values(run).items() if k not in default or default[k] != v}
+    default = default_values(run.config)
+    return {k: v for k, v in configured_values(run.config).items() if k not in default or default[k] != v}
+
+
+def method_of(run: Run) -> str:
+    """The name of a run's method, with those that it went on by, if there are others."""
+    methods = [(step, str(config.get("method", "unknown"))) for step, config in run.history]
+    later = [f", from step {step} on {name}" for (_, was), (step, name) in pairwise(methods) if name != was]
+    return methods[0][1] + "".join(later) if methods else "unknown"
+
+
+def changes_table(run: Run, shown: Callable[[Any], Any] = lambda value: value) -> str:
+    """By which other settings a run went on, and from which steps on; empty where it did not.
+
+    Args:
+        shown: what to show of a value.
+    """
+    rows = [
+        (str(step), code(key), *("-" if value is None else code(shown(value)) for value in values))
+        for step, changed in changes(run.history)
+        for key, values in changed.items()
+    ]
+    return markdown_table(("from step", "key", "before", "then"), rows) if rows else ""
 
 
 def _configuration(run: Run) -> str:
     if not run.config:
         return "No `config.yaml` in the run's folder."
-    default = _default_values(run)
+    default = default_values(run.config)
     changed = [
         (code(key), code(value), code(default[key]) if key in default else "-")
         for key, value in changed_values(run).items()
     ]
     table = markdown_table(("key", "value", "default"), changed) if changed else "All values are the defaults."
-    full = _fenced((run.dir / "config.yaml").read_text(encoding="utf-8").strip(), "yaml")
-    return f"{table}\n\n<details><summary>All values</summary>\n\n{full}\n\n</details>"
+    full = _fenced(OmegaConf.to_yaml(OmegaConf.create(run.config)).strip(), "yaml")
+    later = changes_table(run)
+    said = f"The run went on by other settings; the values below are the last ones.\n\n{later}" if later else ""
+    return "\n\n".join(filter(None, (said, table, f"<details><summary>All values</summary>\n\n{full}\n\n</details>")))
 
 
 def _metrics(run: Run) -> str:
+    def at_end(keys: Sequence[str], end: int) -> str:
+        series = [(key, run.series(key)[1]) for key in keys]
+        return ", ".join(metric_value(key, values[end] if values else None) for key, values in series)
+
     rows = []
-    for key in run.keys(""):
-        values = run.series(key)[1]
-        ends = [metric_value(key, value) for value in (values[0], values[-1])] if values else ["-", "-"]
-        rows.append((f"`{key}`", *ends, metric(key).unit if metric(key).unit != "share" else "", metric(key).meaning))
+    for item, group in groupby(run.keys(""), key=metric):  # pass@k has one row for all k
+        keys, unit = list(group), item.unit if item.unit != "share" else ""
+        names = ", ".join(f"`{key}`" for key in keys)
+        rows.append((names, at_end(keys, 0), at_end(keys, -1), unit, item.meaning))
     absent = [f"`{item.key}`" for item in METRICS if item.key not in {metric(key).key for key in run.keys("")}]
     table = markdown_table(("metric", "first", "last", "unit", "meaning"), rows)
     return table + (f"\n\nDefined but not logged by this run: {', '.join(absent)}." if absent else "")

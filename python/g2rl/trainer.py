@@ -21,7 +21,7 @@ import torch
 from g2rl.adapters import add_adapter
 from g2rl.ahead import Rollouts
 from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from g2rl.config import Config, ConfigError, ModelConfig, save_config
+from g2rl.config import Config, ConfigError, ModelConfig, config_yaml, save_config
 from g2rl.evaluate import evaluate, evaluation_seed
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog, TrainingProgress
 from g2rl.methods import make_method
@@ -97,21 +97,16 @@ class Trainer:
             StorageError: the run's folder cannot be written.
         """
         config = self.config
-        run_dir = config.run_dir
-        resume_step = self._restore() if config.resume else None
-        log = self.ranks.on_first(RunLog, run_dir, resume_step, trackers=self.trackers)
-        # With the method's options spelt out, since their defaults may change.
-        options = asdict(self.method.options)
-        methods = config.methods | ({self.method.name: options} if options else {})
-        kept = replace(config, resume=None, methods=methods)
-        self.ranks.on_first(save_config, kept, run_dir / "config.yaml")
-        # Afterwards: a run that was stopped in between holds out no more by its configuration than it kept.
-        self.ranks.on_first(keep_held_out, run_dir, config.task, self.task)
-        facts = environment(self.device) | self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
-        log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})
         with ExitStack() as at_end:
-            for part in (self.rollouts, self.task, log):
+            for part in (self.rollouts, self.task):
                 at_end.callback(part.close)
+            resume_step = self._restore() if config.resume else None
+            if resume_step == config.steps:  # settings that no step is taken by are not the run's
+                if self.ranks.first:
+                    print(f"g2rl: nothing to do: {resume_step} of {config.steps} steps are taken", flush=True)
+                return
+            log = self._log(resume_step)
+            at_end.callback(log.close)
             with self.ranks.on_first(TrainingProgress, config.steps, self.step) as progress:
                 if resume_step in (None, NOTHING_SAVED) and config.eval.every:
                     metrics, results = self._evaluate(self._times())
@@ -122,6 +117,22 @@ class Trainer:
                     self._one_step(log, progress)
             if config.profile:
                 log.stages()
+
+    def _log(self, resume_step: int | None) -> RunLog:
+        """The run's log, begun or to be continued, with what the run is done by."""
+        config, run_dir = self.config, self.config.run_dir
+        log = self.ranks.on_first(RunLog, run_dir, resume_step, trackers=self.trackers)
+        # With the method's options spelt out, since their defaults may change.
+        options = asdict(self.method.options)
+        methods = config.methods | ({self.method.name: options} if options else {})
+        kept = replace(config, resume=None, methods=methods)
+        log.settings((NOTHING_SAVED if resume_step is None else resume_step) + 1, config_yaml(kept))
+        self.ranks.on_first(save_config, kept, run_dir / "config.yaml")
+        # Afterwards: a run that was stopped in between holds out no more by its configuration than it kept.
+        self.ranks.on_first(keep_held_out, run_dir, config.task, self.task)
+        facts = environment(self.device) | self.updater.policy.forward_pass.facts | {"optimizer": in_words(config)}
+        log.environment(facts if self.ranks is ALONE else facts | {"ranks": str(self.ranks)})
+        return log
 
     def _one_step(self, log: RunLog, progress: TrainingProgress) -> None:
         config, times = self.config, self._times()
@@ -148,7 +159,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         metrics |= {**times.seconds, **self._saving.seconds, "time/step": seconds}
         self._saving = self._times()
-        metrics["time/tokens_per_second"] = sum(len(e.response_ids) for e in episodes) / seconds
+        metrics["time/tokens_per_second"] = groups.tokens / seconds
         last = step == config.steps
         evaluates = config.eval.every > 0 and (last or self._due(step, config.eval.every))
         held_out: Sequence[ProblemResult] = ()
@@ -174,13 +185,18 @@ class Trainer:
             return {}, ()
         with times.stage("eval"):
             self.sampler.sync()
-            seed = evaluation_seed(self.config.seed)
-            result = evaluate(self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks)
+            seed, rewards = evaluation_seed(self.config.seed), self.config.rewards
+            measured = rewards if any(reward.name != "correct" for reward in rewards) else ()  # which pass@1 tells
+            result = evaluate(self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks, measured)
         return {**result.metrics, "time/eval": times.seconds["time/eval"]}, result.results
 
     def _rollout_metrics(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> dict[str, float]:
         n = len(episodes)
+        parts = verdicts[0].parts
         return {
+            **(
+                {f"reward/{name}": sum(v.parts[name] for v in verdicts) / n for name in parts} if len(parts) > 1 else {}
+            ),
             "train/reward": sum(v.reward for v in verdicts) / n,
             "train/accuracy": sum(v.correct for v in verdicts) / n,
             "train/response_length": sum(len(e.response_ids) for e in episodes) / n,
@@ -264,6 +280,7 @@ def completion_rows(
             score=None if math.isnan(score) else score,
             shaped=shaped,
             advantage=advantage,
+            parts=verdict.parts if len(verdict.parts) > 1 else {},
         )
         for episode, verdict, (score, shaped, advantage) in zip(episodes, verdicts, columns, strict=True)
     ]

@@ -66,6 +66,7 @@ def test_dynamic_sampling(extra: int, counts: list[int], calls: list[list[str]],
     assert len(set(seeds)) == len(seeds) == 3 * found.asked
     assert [episode.problem.id for episode in found.episodes] == [str(i) for i in kept for _ in range(3)]
     assert found.asked == sum(map(len, calls))
+    assert found.tokens == found.asked * (5 + 6 + 7)
 
 
 def test_overlong_penalty_is_part_of_the_reward() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
-from written_runs import write_run
+from written_runs import change_settings, write_run
 
 from g2rl.cli import main
 from g2rl.comparison.bands import Comparison, compare
@@ -40,6 +40,7 @@ def members(*run_dirs: Path) -> dict[str, list[str]]:
         (["method=g2rl", "seed=0"], ["grpo", "g2rl"]),
         (["optim.lr=1e-4", "optim.beta1=0.8", "steps=5"],
          ["grpo, beta1=0.9, lr=2e-05, ...", "grpo, beta1=0.8, lr=0.0001, ..."]),
+        (["seed=1", "model.lora.alpha=64", "model.lora.dropout=0.5"], ["grpo"]),  # of an adapter that is none
         (["rewards=[{name: boxed}, {name: correct}]"], ["grpo, rewards=…': 'corre", "grpo, rewards=…': 'boxed"]),
         (["optim.lr=0.30000000000000004"], ["grpo, lr=2e-05", "grpo, lr=0.3"]),
     ],
@@ -50,6 +51,21 @@ def test_bands_are_runs_that_differ_in_their_seed(tmp_path: Path, overrides: lis
     found = members(first, second)
     assert [label[: len(expected)] for label, expected in zip(found, labels, strict=True)] == labels
     assert sum(found.values(), []) == ["first", "second"]
+
+
+def test_labels_have_the_keys_that_tell_bands_apart(tmp_path: Path) -> None:
+    """And not how long runs are, though that alone would do."""
+    runs = [
+        write_run(tmp_path / name, records(0.1), "method=grpo", *overrides)
+        for name, overrides in {
+            "a": ["steps=1"],
+            "b": ["steps=2", "optim.beta1=0.8", "optim.beta2=0.8", "seed=1"],
+            "c": ["steps=3", "optim.beta1=0.8", "optim.beta2=0.8", "optim.lr=1"],
+        }.items()
+    ]
+    assert list(members(*runs)) == [
+        "grpo, beta1=0.9, lr=2e-05, ...", "grpo, beta1=0.8, lr=2e-05, ...", "grpo, beta1=0.8, lr=1, ..."
+    ]  # fmt: skip
 
 
 def test_labels_show_where_long_values_differ(tmp_path: Path) -> None:
@@ -114,13 +130,18 @@ def test_runs_that_do_not_fit_are_named(tmp_path: Path) -> None:
         write_run(tmp_path / "b-again", records(0.2, 0.3), "seed=1"),
         write_run(tmp_path / "other-evaluation", records(0.9), "eval.samples=8", "rollout.max_new_tokens=99"),
         write_run(tmp_path / "unknown", records(0.9), configured=False),
+        write_run(tmp_path / "other-settings", records(0.2, 0.3), "seed=2"),
+        write_run(tmp_path / "longer", records(0.2, 0.3), "seed=3"),
     ]
+    change_settings(runs[-2], 6, "method=grpo", "optim.lr=1e-5")
+    change_settings(runs[-1], 6, "log.geometry=false", "backend=torch", "objective.micro_batch_groups=2")
     comparison = comparison_of(*runs)
-    assert [[run.dir.name for run in band.runs] for band in comparison.bands] == [["a", "b-again"]]
+    assert [[run.dir.name for run in band.runs] for band in comparison.bands] == [["a", "b-again", "longer"]]
     assert {run.dir.name: reason for run, reason in comparison.left_out} == {
         "unknown": "It has no `config.yaml`, so that its task is not known.",
         "other-task": "`task.options.digits` is `[1, 1]`, not `None`.",
         "other-evaluation": "`eval.samples` is `8`, not `4`; `rollout.max_new_tokens` is `99`, not `24`.",
+        "other-settings": "It went on by other settings from step 6 on: `method`, `optim.lr` and 5 more.",
         "b": "It repeats `b-again`: same configuration, same seed.",
     }
 
@@ -143,7 +164,7 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"g2rl: the report is in {folder / 'report.md'}\n"
     assert main(["report", *map(str, sorted(tmp_path.iterdir()))]) == 0  # as by runs/*, with the report of before
     text = (folder / "report.md").read_text()
-    assert text.startswith("# Comparison of 4 runs\n")
+    assert text.startswith("# Comparison of 3 runs\n")
     final = "40.0 ± 10.0 % (30.0 to 50.0)"
     assert f"**Held-out pass@1: g2rl {final} at step 10; grpo 25.0 % at step 20.**" in text
     assert section(text, "Bands").splitlines()[2:4] == [
@@ -213,9 +234,13 @@ def test_labels_are_no_mathematics(tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = [write_run(tmp_path / name, records(0.1), configured=False) for name in ("a", "b")]
+    changed = [write_run(tmp_path / name, records(0.1, 0.2)) for name in ("c", "d")]
+    for run in changed:
+        change_settings(run, 2, "optim.lr=1")
     for arguments, said in (
         ([*bare], "report: expected runs with a config.yaml, found none"),
-        ([bare[0], tmp_path / "c"], f"report: {tmp_path / 'c' / 'metrics.jsonl'}: expected the metrics of a run"),
+        ([*changed], "report: expected runs by the same settings from end to end, found none; It went on by other "),
+        ([bare[0], tmp_path / "e"], f"report: {tmp_path / 'e' / 'metrics.jsonl'}: expected the metrics of a run"),
     ):
         assert main(["report", *map(str, arguments)]) == 2
         assert said in capsys.readouterr().err

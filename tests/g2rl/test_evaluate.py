@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2rl.config import EvalConfig
+from g2rl.config import EvalConfig, RewardConfig
 from g2rl.evaluate import evaluate, maj_at_k, pass_at_k
 from g2rl.tasks.grading import ChoiceJudge, JudgedTask
 from g2rl.types import Episode, Problem
@@ -57,9 +57,11 @@ def test_a_response_that_claims_two_options_has_no_vote() -> None:
     """maj@1 is pass@1: whoever gives one answer has the right one or not."""
     problem = Problem("1", "", "B", {"options": ["Paris", "London"]})
     with JudgedTask("mmlu_pro", [problem], [problem], 0, ChoiceJudge()) as task:
-        found = evaluate(Claims(), task, [problem], EvalConfig(samples=4, ks=(1, 4)), 0).metrics
+        rewards = [RewardConfig("correct"), RewardConfig("boxed", 0.5)]
+        found = evaluate(Claims(), task, [problem], EvalConfig(samples=4, ks=(1, 4)), 0, rewards=rewards).metrics
     assert (found["eval/pass@1"], found["eval/maj@1"]) == (0.5, 0.5)
     assert found["eval/maj@4"] == 1.0
+    assert found["eval/reward"] == 0.5  # right and wrong ones even out, and all have a box
 
 
 @pytest.mark.parametrize("k", [0, 4])

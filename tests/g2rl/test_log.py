@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from g2rl.config import ConfigError
 from g2rl.files import StorageError
+from g2rl.history import read_history
 from g2rl.log import (
     METRICS,
     Completion,
@@ -53,7 +54,19 @@ def test_metric_ignores_the_number_of_samples_only() -> None:
     assert metric("train/kl").unit == "nats"
     assert metric("method/own-1.x").key == "method/own-1.x"
     assert (metric("method/valid_share").unit, metric("train/rewards").unit) == ("share", "")
-    for unknown in ("train/rewards", "eval/pass@k", "eval/pass@", "train/reward@4", "method/", "method/a@2", ""):
+    assert metric("reward/my.module:f").title == "my.module:f"
+    require_metric("reward/my.module:f")
+    for unknown in (
+        "reward/",
+        "reward/a b",
+        "train/rewards",
+        "eval/pass@k",
+        "eval/pass@",
+        "train/reward@4",
+        "method/",
+        "method/a@2",
+        "",
+    ):
         with pytest.raises(ValueError, match="expected a key of"):
             require_metric(unknown)
 
@@ -139,6 +152,32 @@ def test_resuming_refuses_a_repeated_step_and_a_file_damaged_inside(tmp_path: Pa
             RunLog(tmp_path, resume_step=2, console=QUIET)
 
 
+def test_settings_are_kept_with_the_first_step_that_was_done_by_them(tmp_path: Path) -> None:
+    """Of a run that is killed before its first step by others, goes on by the first ones, and changes at last."""
+    path = tmp_path / "settings.jsonl"
+    for resume_step, text, known in (
+        (None, "method: grpo", [(0, "method: grpo")]),
+        (2, "method: g2rl", [(0, "method: grpo"), (3, "method: g2rl")]),
+        (2, "method: grpo", [(0, "method: grpo")]),
+        (3, "method: entropy", [(0, "method: grpo"), (4, "method: entropy")]),
+    ):
+        log = RunLog(tmp_path, resume_step, console=QUIET)
+        log.settings((resume_step or -1) + 1, text)
+        assert [(record["step"], record["config"]) for record in read_records(path)] == known
+        if resume_step is None:
+            for step in (1, 2, 3):
+                log_step(log, step)
+        log.close()
+    assert read_history(tmp_path, 3) == [(0, {"method": "grpo"})]
+    assert read_history(tmp_path, 4)[1:] == [(4, {"method": "entropy"})]
+    path.unlink()  # as of an older version, whose settings so far are in its configuration
+    (tmp_path / "config.yaml").write_text("method: grpo")
+    log = RunLog(tmp_path, 3, console=QUIET)
+    log.settings(4, "method: g2rl")
+    log.close()
+    assert read_history(tmp_path, 4) == [(0, {"method": "grpo"}), (4, {"method": "g2rl"})]
+
+
 def test_a_new_run_does_not_touch_the_log_of_another(tmp_path: Path) -> None:
     log = RunLog(tmp_path, console=QUIET)
     log_step(log, 1)
@@ -165,6 +204,7 @@ def test_completions_keep_the_text_and_show_it_literally(tmp_path: Path) -> None
         "score": 0.5,
         "shaped": 1.5,
         "advantage": 0.25,
+        "parts": {},
     }
     assert (second["score"], second["correct"], second["shaped"]) == (None, False, -1.5)
     shown.seek(0)

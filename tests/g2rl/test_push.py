@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-from written_runs import write_run
+from written_runs import change_settings, write_run
 
 from g2rl import push as module
 from g2rl.card import model_card
@@ -119,6 +119,20 @@ def test_the_base_model_is_named_without_its_folder(tmp_path: Path, hub: Hub, pa
 def test_the_model_is_used_as_it_was_evaluated(tmp_path: Path, overrides: list[str], sampling: str) -> None:
     run = load_run(finished_run(tmp_path / "run", *overrides))
     assert f"generate(**inputs, max_new_tokens=24, {sampling})\n" in model_card(run, 10, "somebody/adder", [])
+
+
+def test_the_card_tells_of_other_settings(tmp_path: Path) -> None:
+    """Up to the checkpoint, and of the results those by which they were sampled."""
+    path = finished_run(tmp_path / "run", "method=grpo")
+    change_settings(path, 12, "method=entropy", "eval.temperature=0.5")
+    run = load_run(path)
+    early, late = (model_card(run, step, "somebody/adder", []) for step in (10, 12))
+    assert "trained with `grpo` on the task `arithmetic` for 10 steps" in early
+    assert "from step" not in early
+    assert "trained with `grpo, from step 12 on entropy` on the task `arithmetic` for 12 steps" in late
+    assert "| 12 | `method` | `grpo` | `entropy` |" in late
+    for card in (early, late):
+        assert "4 responses each, temperature 0.8." in card  # the last evaluation is of step 10
 
 
 def test_an_adapter_names_its_base_as_the_hub_does(tmp_path: Path, hub: Hub) -> None:

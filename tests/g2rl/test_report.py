@@ -6,17 +6,18 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from rich.console import Console
-from written_runs import write_run
+from written_runs import change_settings, write_run
 
 from g2rl.cli import main
 from g2rl.config import load_config, save_config
 from g2rl.log import METRICS, Completion, GroupGeometry, RunLog
-from g2rl.plots import figure_legend, load_run, plot_time
+from g2rl.plots import figure_legend, load_run, plot_groups, plot_learning, plot_time
 from g2rl.report import write_report
 
 SAME = [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
@@ -84,7 +85,7 @@ def test_full_run(tmp_path: Path) -> None:
     assert "| model | smollm2 |" in text
     assert "| device | a test machine |" in text
     assert "| steps | 30 of 30 |" in text
-    assert "| duration | 15:10 (steps, evaluations and checkpoints) |" in text  # 30 * 30 s + 10 s
+    assert "| duration | 15:10 (steps, evaluations, checkpoints but the last) |" in text  # 30 * 30 s + 10 s
     assert section(text, "What is missing").strip() == "- `train/loss` was NaN or infinite at 1 step(s): 7."
     assert section(text, "Evaluation").strip().splitlines()[2:] == [
         "| first | 0 | 12.5 % | 25.0 % | 20.0 % |",
@@ -103,9 +104,30 @@ def test_full_run(tmp_path: Path) -> None:
     metrics = section(text, "Metrics")
     assert "| `train/reward` | 0.02 | 0.6 | reward | mean base reward r of the step's responses |" in metrics
     assert "| `eval/maj@4` | 20.0 % | 20.0 % |" in metrics
+    assert "| `eval/pass@1`, `eval/pass@4` | 12.5 %, 25.0 % | 50.0 %, 87.5 % |" in metrics
     assert "| `train/loss` | - | - |" in metrics
     for item in METRICS:
         assert f"`{item.key}" in metrics.replace("@4", "@k")
+
+
+def test_evaluations_of_different_kinds_are_not_joined(tmp_path: Path) -> None:
+    """The first change is of training alone, and no evaluation is made by the last one."""
+    passes = {0: 0.25, 5: 0.25, 10: 0.75}
+    records = [{"step": step, "eval/pass@1": value} for step, value in passes.items()]
+    run = write_run(tmp_path / "run", [*records, {"step": 12, "train/accuracy": 0.5}])
+    for step, setting in ((3, "optim.lr=1"), (6, "eval.temperature=0"), (11, "eval.top_p=0.5")):
+        change_settings(run, step, setting)
+    text = write_report(run).read_text(encoding="utf-8")
+    otherwise = "valuated otherwise from step 6 (`eval.temperature`)"
+    assert f"**Held-out pass@1: 25.0 % at step 0, 75.0 % at step 10; e{otherwise}.**" in text
+    assert f"\n\nE{otherwise}: these rows do not compare.\n" in text
+    figure = plot_learning(load_run(run))
+    assert figure is not None
+    marks = [float(np.mean(line.get_xdata())) for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert marks == [2.5, 5.5, 10.5]
+    (curve,) = (line for line in figure.axes[0].lines if line.get_label() == "held-out pass@1")
+    assert curve.get_xdata().tolist() == [0, 5, 5.5, 10, 10.5]
+    assert np.isnan(curve.get_ydata()).tolist() == [False, False, True, False, True]
 
 
 def test_geometry_early_and_late(tmp_path: Path) -> None:
@@ -182,7 +204,7 @@ def test_a_methods_own_defaults_are_no_changes(tmp_path: Path) -> None:
 
 def test_grpo_without_evaluation(tmp_path: Path) -> None:
     log = start(tmp_path / "run", "method=grpo", "eval.every=0")
-    log.completions(1, [Completion("p", "Q?", "x" * 5000 + "\ud800", -1.0, False, None, -1.0, 0.0)])
+    log.completions(1, [Completion("/my data/own.jsonl:7", "Q?", "x" * 5000 + "\ud800", -1.0, False, None, -1.0, 0.0)])
     log.metrics(1, {"train/entropy": 1.0, "time/step": 2.0})
     log.close()
     report = write_report(tmp_path / "run")
@@ -195,7 +217,19 @@ def test_grpo_without_evaluation(tmp_path: Path) -> None:
     assert "it is turned off (`eval.every` is 0)." in missing
     assert "no exploration scores" in missing
     assert "[... 3801 characters left out ...]" in text
-    assert "Problem `p`; reward -1, shaped reward -1" in text
+    assert "Problem `own.jsonl:7`; reward -1, shaped reward -1" in text
+
+
+def test_problems_are_named_without_folders_in_plots(tmp_path: Path) -> None:
+    log = start(tmp_path / "run")
+    names = ["/somewhere/far/away/and/deep/own.jsonl:712", "8/2"]
+    log.groups(1, [GroupGeometry(name, [-1.0, 1.0, -1.0], [0.2, 0.9, 0.0], SAME) for name in names])
+    log.metrics(1, {"train/accuracy": 0.5})
+    log.close()
+    figure = plot_groups(load_run(tmp_path / "run"))
+    assert figure is not None
+    titles = [axes.get_title() for axes in figure.axes[:2]]
+    assert titles == ["step 1, problem own.jsonl:712", "step 1, problem 8/2"]
 
 
 def test_shaping_between_the_first_and_the_last_step_is_shaping(tmp_path: Path) -> None:

@@ -126,6 +126,35 @@ def test_methods_and_presets_train(tiny_model: Path, tmp_path: Path, settings: l
         assert records[-1]["train/grad_norm"] > 0
     if files and files[0].endswith("dapo.yaml"):
         assert 0 < records[0]["groups/extra"] <= 2
+        first = json.loads((run.run_dir / "metrics.jsonl").read_text().splitlines()[0])
+        tokens = first["time/tokens_per_second"] * first["time/step"]
+        assert tokens > 12 * first["train/response_length"] + 1  # those of the three groups of four, and more
+
+
+@pytest.mark.parametrize(
+    ("rewards", "parts", "held_out"),
+    [
+        ("[{name: tests_reward:digits, weight: 2}, {name: finished}]", ["tests_reward:digits", "finished"], True),
+        ("[{name: tests_reward:digits}]", [], True),
+        ("[{name: correct}]", [], False),
+    ],
+)
+def test_the_parts_of_a_reward_are_logged(
+    tiny_model: Path, tmp_path: Path, rewards: str, parts: list[str], held_out: bool
+) -> None:
+    """Each once; and the sum of held-out responses, but where pass@1 tells it."""
+    run = config(tiny_model, tmp_path, "steps=1", f"rewards={rewards}", "eval.temperature=1")
+    Trainer(run).run()
+    before, first = lines(run.run_dir)
+    assert [key for key in first if key.startswith("reward/")] == [f"reward/{name}" for name in parts]
+    assert ("eval/reward" in before, "eval/reward" in first) == (held_out, held_out)
+    rows = [json.loads(line) for line in (run.run_dir / "completions.jsonl").read_text().splitlines()]
+    assert all(list(row["parts"]) == parts for row in rows)
+    for name in parts:
+        assert first[f"reward/{name}"] == pytest.approx(sum(row["parts"][name] for row in rows) / len(rows))
+    if parts:
+        digits, finished = (first[f"reward/{name}"] for name in parts)
+        assert first["train/reward"] == pytest.approx(2 * digits + finished)
 
 
 OUTSIDE = """
@@ -499,10 +528,24 @@ def test_a_run_has_the_steps_that_it_has_taken(finished: Path, capsys: pytest.Ca
     longer = finished.with_name("longer")
     shutil.copytree(finished, longer)
     assert main(["train", f"resume={longer}", "steps=2"]) == 0
-    before = (longer / "config.yaml").read_bytes()
+    files = [longer / name for name in ("config.yaml", "settings.jsonl")]
+    before = [path.read_bytes() for path in files]
     assert main(["train", f"resume={longer}", "steps=1"]) == 2
     assert "steps: expected 2 or more, which the run has taken, found 1" in capsys.readouterr().err
-    assert (longer / "config.yaml").read_bytes() == before
+    assert main(["train", f"resume={longer}", "method=entropy"]) == 0
+    assert "g2rl: nothing to do: 2 of 2 steps are taken\n" in capsys.readouterr().out
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_a_run_that_goes_on_by_other_settings_tells_both(finished: Path) -> None:
+    other = finished.with_name("other")
+    shutil.copytree(finished, other)
+    assert main(["train", f"resume={other}", "steps=2", "method=entropy", "optim.lr=1e-5"]) == 0
+    report = (other / "report" / "report.md").read_text()
+    assert "| method | grpo, from step 2 on entropy |" in report
+    for change in ("`method` | `grpo` | `entropy`", "`optim.lr` | `0.001` | `1e-05`"):
+        assert f"\n| 2 | {change} |\n" in report
+    assert "\n| 2 | `steps` |" not in report
 
 
 def test_a_run_is_no_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

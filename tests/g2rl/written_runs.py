@@ -6,7 +6,20 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from g2rl.config import load_config, save_config
+from omegaconf import OmegaConf
+
+from g2rl.config import config_yaml, load_config, plain, save_config
+
+
+def change_settings(run_dir: Path, step: int, *overrides: str) -> None:
+    """Have a written run go on by other settings from a step on."""
+    path = run_dir / "settings.jsonl"
+    if not path.exists():
+        path.write_text(json.dumps({"step": 0, "config": (run_dir / "config.yaml").read_text()}) + "\n")
+    last = json.loads(path.read_text().splitlines()[-1])
+    config = load_config([plain(OmegaConf.create(last["config"]))], overrides)
+    with path.open("a") as file:
+        file.write(json.dumps({"step": step, "config": config_yaml(config)}) + "\n")
 
 
 def write_run(

@@ -14,6 +14,7 @@ from g2rl.analysis.measures import MEASURES, Pairs, length_edges, limits_of, sum
 from g2rl.analysis.statistics import difference, ratio
 from g2rl.bootstrap import Estimate
 from g2rl.comparison.bands import compare
+from g2rl.history import changes
 from g2rl.plots import load_run
 
 BINS = np.linspace(-1, 1, 41)
@@ -81,6 +82,10 @@ class Measured:
         """Each of `MEASURES` of a band."""
         return {name: ratio(*both, limits_of(name)) for name, both in band.sums(self.edges).items()}
 
+    def count(self, band: Band, name: str) -> int:
+        """Of how many pairs, responses or problems one of `MEASURES` of a band is."""
+        return int(band.sums(self.edges)[name][1].sum())
+
     def differences(self, band: Band) -> dict[str, Estimate | None]:
         """What a band has more than the first one, on the same problems."""
         own, first = band.sums(self.edges), self.bands[0].sums(self.edges)
@@ -102,7 +107,8 @@ def bands_of(models: Sequence[Model]) -> list[Band]:
     found: list[Band] = []
     if len(dirs) > 1 and len(set(dirs)) == len(dirs):
         by_dir = {model.run: model for model in models}
-        compared = compare([load_run(folder) for folder in dirs]).bands
+        runs = [run for run in map(load_run, dirs) if not changes(run.history)]
+        compared = compare(runs).bands if runs else []
         found = [Band(band.label, [by_dir[run.dir] for run in band.runs]) for band in compared]
     taken = [model for band in found for model in band.models]
     names = [band.label for band in found]

@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 
 from g2rl.analysis.bands import Measured, entropy_bits
 from g2rl.analysis.gradient_report import GradientStudy, gradient_section, gradient_table, rich_table, study_gradients
-from g2rl.analysis.measures import MEASURES, SHARES
+from g2rl.analysis.measures import KINDS, MEASURES, SHARES
 from g2rl.analysis.plots import plot_cosines, plot_kinds
 from g2rl.bootstrap import Estimate
 from g2rl.plots import STYLE
@@ -87,6 +87,8 @@ def _rows(measured: Measured, found: Found) -> list[tuple[str, ...]]:
             values = [value for value in seeds[label][name] if value is not None]
             cells.append(cell(estimates[name], name in SHARES, values))
         rows.append((text, *cells))
+    for text, name in (("pairs", "cosine"), *((f"pairs, {kind}", f"{kind} cosine") for kind in KINDS)):
+        rows.append((text, *(str(measured.count(band, name)) for band in measured.bands)))
     entropies = [f"{entropy_bits(band.distribution()):.2f}" for band in measured.bands]
     return [*rows, ("entropy of the distribution of cosines, bits", *entropies)]
 

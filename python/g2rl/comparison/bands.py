@@ -9,17 +9,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from g2rl.history import EVALUATION, changes, chosen, differing, learned_by
 from g2rl.log import printable
 from g2rl.plots import SMOOTHED, Run, moving_average
-from g2rl.report import code, configured_values
+from g2rl.report import code
 
-EVALUATION = ("task.", "eval.samples", "eval.temperature", "eval.top_p", "rollout.max_new_tokens")
-"""Keys, or beginnings of keys, on which held-out results depend besides the model: they have to be equal."""
-IGNORED = ("name", "runs_dir", "resume", "profile", "log.", "checkpoint.", "eval.every", "eval.ks")
-"""Keys, or beginnings of keys, that change what is kept of a run and not what it learns, but for `ACTS_AHEAD`."""
-ACTS_AHEAD = "checkpoint.every"
-"""With `rollout.ahead` it says which steps' responses are of the policy that they update."""
 LABEL_KEYS = 2
+OTHER_KEYS = 2
+"""Keys of settings that a run went on by which its note names."""
 LABEL_VALUE = 24
 """Characters of a value in a label, and how many of them are before the place where values differ."""
 LABEL_SHARED = 4
@@ -69,7 +66,7 @@ class Band:
     Attributes:
         label: method, and what else sets the band apart from others of that method.
         runs: by seed, each with another one.
-        settings: their configuration by dotted key, without the seed and `IGNORED`.
+        settings: their configuration by dotted key, without the seed and `history.IGNORED`.
     """
 
     label: str
@@ -99,17 +96,21 @@ def compare(runs: Sequence[Run]) -> Comparison:
     """Sort runs into bands.
 
     Compared are the runs that share the task and the way of evaluating of most runs, of the first one's if several are
-    equally common. The others are left out, and so are repetitions of a seed.
+    equally common. The others are left out, and so are repetitions of a seed, and runs that went on by other settings.
 
     Raises:
-        ValueError: no run has a configuration.
+        ValueError: no run has a configuration, one for all of its steps.
     """
     settings = {run.dir: _settings(run) for run in runs if run.config}
     left_out = [(run, "It has no `config.yaml`, so that its task is not known.") for run in runs if not run.config]
     known = [run for run in runs if run.config]
     if not known:
         raise ValueError("expected runs with a config.yaml, found none")
-    by_evaluation = _grouped(known, lambda run: _chosen(settings[run.dir], EVALUATION))
+    left_out += [(run, _other_settings(run)) for run in known if changes(run.history)]
+    known = [run for run in known if not changes(run.history)]
+    if not known:
+        raise ValueError(f"expected runs by the same settings from end to end, found none; {left_out[-1][1]}")
+    by_evaluation = _grouped(known, lambda run: chosen(settings[run.dir], EVALUATION))
     fitting = max(by_evaluation, key=len)
     for run in known:
         if run not in fitting:
@@ -124,12 +125,6 @@ def seed_of(run: Run) -> int:
     return int(run.config.get("seed", 0))
 
 
-def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """The keys whose values are not the same everywhere, in alphabetical order."""
-    keys = sorted({key for values in settings for key in values})
-    return [key for key in keys if any(values.get(key) != settings[0].get(key) for values in settings)]
-
-
 def run_names(runs: Sequence[Run]) -> dict[Path, str]:
     """What to call each run: its folder's name, or the whole path where two runs have the same one."""
     names = [run.dir.name for run in runs]
@@ -137,18 +132,8 @@ def run_names(runs: Sequence[Run]) -> dict[Path, str]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """A run's configuration, without seed and `IGNORED`."""
-    values = configured_values(run)
-    dropped = _chosen(values, ("seed", *IGNORED))
-    if values["rollout.ahead"]:
-        del dropped[ACTS_AHEAD]
-    return {key: value for key, value in values.items() if key not in dropped}
-
-
-def _chosen(values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    whole = {key for key in keys if not key.endswith(".")}
-    beginnings = tuple(key for key in keys if key.endswith("."))
-    return {key: value for key, value in values.items() if key in whole or key.startswith(beginnings)}
+    """What a run learned by, without its seed."""
+    return {key: value for key, value in learned_by(run.config).items() if key != "seed"}
 
 
 def _grouped(runs: Sequence[Run], key: Any) -> list[list[Run]]:
@@ -163,8 +148,15 @@ def _grouped(runs: Sequence[Run], key: Any) -> list[list[Run]]:
     return [group for _, group in groups]
 
 
+def _other_settings(run: Run) -> str:
+    step, changed = changes(run.history)[0]
+    keys = [f"`{key}`" for key in changed]
+    more = f" and {len(keys) - OTHER_KEYS} more" if len(keys) > OTHER_KEYS else ""
+    return f"It went on by other settings from step {step} on: {', '.join(keys[:OTHER_KEYS])}{more}."
+
+
 def _misfit(values: dict[str, Any], expected: dict[str, Any]) -> str:
-    keys = differing([_chosen(values, EVALUATION), _chosen(expected, EVALUATION)])
+    keys = differing([chosen(values, EVALUATION), chosen(expected, EVALUATION)])
     said = [f"`{key}` is {code(values.get(key), CELL)}, not {code(expected.get(key), CELL)}" for key in keys]
     return f"{'; '.join(said)}."
 
@@ -184,7 +176,7 @@ def _labels(settings: Sequence[dict[str, Any]]) -> list[str]:
     labels = []
     for values in settings:
         alike = [other for other in settings if other["method"] == values["method"]]
-        keys = differing(alike)
+        keys = _telling(alike)
         parts = [
             f"{key.split('.')[-1]}={_shortened(_text(values, key), [_text(other, key) for other in alike])}"
             for key in keys[:LABEL_KEYS]
@@ -192,6 +184,23 @@ def _labels(settings: Sequence[dict[str, Any]]) -> list[str]:
         labels.append(", ".join([str(values["method"]), *parts, *(["..."] if len(keys) > LABEL_KEYS else [])]))
     numbers = [labels[:i].count(label) + 1 for i, label in enumerate(labels)]
     return [f"{label} ({n})" if labels.count(label) > 1 else label for label, n in zip(labels, numbers, strict=True)]
+
+
+def _telling(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys that differ, in an order in which the first ones tell the settings apart, by their length at last."""
+    left, ordered = differing(settings), list[str]()
+
+    def told_apart(keys: Sequence[str]) -> int:
+        return len({tuple(_text(values, key) for key in keys) for values in settings})
+
+    def worth(key: str) -> tuple[bool, bool, int, bool]:
+        count = told_apart([*ordered, key])
+        return count > told_apart(ordered), key != "steps", count, all(key in values for values in settings)
+
+    while left:
+        ordered.append(max(left, key=worth))
+        left.remove(ordered[-1])
+    return ordered
 
 
 def _text(values: dict[str, Any], key: str) -> str:

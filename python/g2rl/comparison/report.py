@@ -8,18 +8,16 @@ from pathlib import Path
 from matplotlib import rc_context
 
 from g2rl.comparison.bands import (
-    ACTS_AHEAD,
     CELL,
-    IGNORED,
     Band,
     Comparison,
     Curve,
     compare,
-    differing,
     run_names,
     seed_of,
 )
 from g2rl.comparison.plots import PLOTS, plot_bands
+from g2rl.history import ACTS_AHEAD, IGNORED, differing
 from g2rl.log import metric
 from g2rl.plots import SMOOTHED, STYLE, load_run
 from g2rl.report import code, markdown_table, write_sections
@@ -58,7 +56,7 @@ def write_comparison(run_dirs: Sequence[Path], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     notes += _notes(comparison, names)
     sections = [
-        f"# Comparison of {len(runs)} runs",
+        f"# Comparison of {sum(len(band.runs) for band in bands)} runs",
         _headline(bands),
         f"## Bands\n\n{_bands(bands, names)}",
         "## What does not fit\n\n" + "\n".join(f"- {note}" for note in notes) if notes else "",
