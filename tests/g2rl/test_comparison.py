@@ -13,6 +13,7 @@ from g2rl.cli import main
 from g2rl.comparison.bands import Comparison, compare
 from g2rl.comparison.plots import plot_bands
 from g2rl.comparison.report import write_comparison
+from g2rl.history import changes
 from g2rl.plots import load_run
 
 
@@ -122,6 +123,14 @@ def test_long_training_curves_are_moving_averages(tmp_path: Path) -> None:
     assert curve.final_error is None
 
 
+def test_where_steps_are_computed_is_no_other_setting(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", records(0.1, 0.2))
+    change_settings(run, 2, "backend=torch", "model.device=cpu", "parallel.strategy=fsdp2", "rollout.batch_size=7")
+    assert len(load_run(run).history) == 2 and not changes(load_run(run).history)
+    change_settings(run, 2, "rollout.dtype=float32")
+    assert changes(load_run(run).history) == [(2, {"rollout.dtype": ("bfloat16", "float32")})]
+
+
 def test_runs_that_do_not_fit_are_named(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / "other-task", records(0.9), "task.options={digits: [1, 1]}"),
@@ -134,7 +143,7 @@ def test_runs_that_do_not_fit_are_named(tmp_path: Path) -> None:
         write_run(tmp_path / "longer", records(0.2, 0.3), "seed=3"),
     ]
     change_settings(runs[-2], 6, "method=grpo", "optim.lr=1e-5")
-    change_settings(runs[-1], 6, "log.geometry=false", "backend=torch", "objective.micro_batch_groups=2")
+    change_settings(runs[-1], 6, "log.geometry=false")
     comparison = comparison_of(*runs)
     assert [[run.dir.name for run in band.runs] for band in comparison.bands] == [["a", "b-again", "longer"]]
     assert {run.dir.name: reason for run, reason in comparison.left_out} == {
