@@ -149,7 +149,8 @@ class StatsWork {
       // Logits near 1e9 lie further than the headroom above their own rounded maximum.
       if (ref == before) ref = std::nextafter(before, std::numeric_limits<float>::infinity());
       const f32x16 up = splat(ref - before);
-      const f32x16 f = exp(-up);
+      // `exp` is never 0, and above masked words `up` is 1e30: their product would count a little for each of them.
+      const f32x16 f = ref - before > -kExpMin ? splat(0.0f) : exp(-up);
       x0_ = (x0_ - up * s0_) * f;
       s0_ *= f;
       start_sums();
