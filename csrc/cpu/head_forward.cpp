@@ -187,7 +187,7 @@ void two_passes(const HeadProblem& p, const RowPanels& rows, const Responses& al
   }
 }
 
-// a_t / sum of a over the response, and 0 where the response is empty or its weights cancel.
+// a_t / sum of a over the response, and 0 where the response is empty or has no weight.
 std::vector<double> normalised_weights(const int64_t* cu, int64_t B, int64_t N, const float* weights) {
   std::vector<double> out(N, 0.0);
   for (int64_t b = 0; b < B; ++b) {
