@@ -5,7 +5,8 @@ installs and works on its other backends. G2RL_SKIP_NATIVE=1 does not try; G2RL_
 
 The CUDA kernels, `g2rl_kernels._cuda`, are built where nvcc is found and torch has CUDA (G2RL_WITH_CUDA=auto), always
 (on) or never (off), whatever is said of the CPU kernels. G2RL_CUDA_ARCHITECTURES names the GPUs. Unless set, they are
-those that are here, or where there are none, all: "80;90a;100" (100 from nvcc 12.8 on). Each takes minutes.
+those that are here, or all where there are none or one of another generation: "80;90a;100" (100 from nvcc 12.8 on).
+Each takes minutes.
 """
 
 import os

@@ -1,5 +1,4 @@
-// Python bindings of the CPU kernels. The only file here that knows of Python; arguments were checked by the public
-// functions.
+// Python bindings of the CPU kernels; arguments were checked by the public functions.
 #include <torch/extension.h>
 
 #include "../cpu/groups.h"

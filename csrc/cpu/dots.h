@@ -1,4 +1,4 @@
-// Dot products of rows, summed in fp64. One table of functions per instruction set; `dots()` returns this machine's.
+// Dot products of rows, summed in fp64: a part of `rowwise()`.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,5 @@ struct DotKernels {
   int64_t rows;
   std::tuple<DotBlock<float>, DotBlock<double>> blocks;
 };
-
-const DotKernels& dots();
 
 }  // namespace g2rl

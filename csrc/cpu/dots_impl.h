@@ -1,13 +1,12 @@
-// Bodies of the functions in dots.h. Included once per instruction set, by a file that defines G2RL_ISA and is compiled
-// for it.
+// Bodies of the functions in dots.h. Included by rowwise_impl.h.
 #include <algorithm>
 #include <cstring>
 
 #include "dots.h"
 
 namespace g2rl {
-namespace G2RL_ISA {
 namespace {
+namespace fp64 {
 
 // Lanes of one register, and as many rows on either side as leave their products in registers.
 #if defined(__AVX512F__)
@@ -79,12 +78,8 @@ void block(const T* X, int64_t m, int64_t d, int64_t i, int64_t j, double* out, 
   }
 }
 
+constexpr DotKernels kDots{kBlock, {block<float>, block<double>}};
+
+}  // namespace fp64
 }  // namespace
-
-const DotKernels& dot_kernels() {
-  static const DotKernels kernels{kBlock, {block<float>, block<double>}};
-  return kernels;
-}
-
-}  // namespace G2RL_ISA
 }  // namespace g2rl

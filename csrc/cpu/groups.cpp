@@ -1,7 +1,7 @@
 // Products of features in fp64, in blocks; then, group by group, a few passes over [m, m].
 #include "groups.h"
 
-#include "dots.h"
+#include "rowwise.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -35,8 +35,8 @@ constexpr int64_t kWorthThread = 1 << 18;
 // blocks of products, so that one large group keeps all of them busy.
 template <typename T>
 void products(const T* features, const int64_t* cu, int64_t G, int64_t d, double* S, int64_t m_max) {
-  const int64_t rows = dots().rows;
-  const auto dot_block = std::get<DotBlock<T>>(dots().blocks);
+  const int64_t rows = rowwise().dots.rows;
+  const auto dot_block = std::get<DotBlock<T>>(rowwise().dots.blocks);
   std::vector<int64_t> first(G + 1);  // number of each group's first block
   int64_t work = 0;
   for (int64_t g = 0; g < G; ++g) {

@@ -43,15 +43,13 @@ inline int64_t responses_at_once(const HeadProblem& p, int64_t workspace_bytes) 
   return std::clamp(held / kRowStep * kRowStep, kRowStep, kResponses);
 }
 
-// Calls f(group) for up to `size` consecutive responses at a time, those without tokens left out; stops, and returns
-// false, when f does.
+// Calls f(group) for up to `size` consecutive responses at a time, those without tokens left out.
 template <typename F>
-bool for_groups(const int64_t* cu, int64_t B, const double* weight, int64_t size, const F& f) {
+void for_groups(const int64_t* cu, int64_t B, const double* weight, int64_t size, const F& f) {
   for (int64_t b = 0; b < B; b += size) {
     const Responses group{cu, weight, b, std::min(b + size, B)};
-    if (group.token_end() > group.token_begin() && !f(group)) return false;
+    if (group.token_end() > group.token_begin()) f(group);
   }
-  return true;
 }
 
 // Where in a tile of R [response][width] each of the tokens t_begin..t_end adds up.

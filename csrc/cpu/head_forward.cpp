@@ -187,7 +187,7 @@ void two_passes(const HeadProblem& p, const RowPanels& rows, const Responses& al
   }
 }
 
-// a_t / sum of a over the response, and 0 where the response is empty or its weights cancel.
+// a_t / sum of a over the response, and 0 where the response is empty or has no weight.
 std::vector<double> normalised_weights(const int64_t* cu, int64_t B, int64_t N, const float* weights) {
   std::vector<double> out(N, 0.0);
   for (int64_t b = 0; b < B; ++b) {
@@ -252,10 +252,7 @@ void features_of(const HeadProblem& p, const int64_t* cu, int64_t B, const doubl
   const auto each_group = [&](auto&& f) { return for_groups(cu, B, weight, at_once, f); };
   if (lse) {
     std::vector<char> far(p.N);
-    each_group([&](const Responses& r) {
-      believing_features(p, rows, r, lse, stats, tokens, out, far);
-      return true;
-    });
+    each_group([&](const Responses& r) { believing_features(p, rows, r, lse, stats, tokens, out, far); });
     if (std::count(far.begin(), far.end(), 1)) two_passes(p, rows, {cu, weight, 0, B}, far, stats, at_once, out);
     return;
   }
@@ -263,7 +260,7 @@ void features_of(const HeadProblem& p, const int64_t* cu, int64_t B, const doubl
   if (p.cap <= 0) scales.emplace(p.cut.tiles, p.N);
   const TileScales* rounding = scales ? &*scales : nullptr;
   whole_statistics(p, rows, stats, tokens.data(), rounding);
-  each_group([&](const Responses& r) { return exact_features(p, rows, r, tokens, rounding, out), true; });
+  each_group([&](const Responses& r) { exact_features(p, rows, r, tokens, rounding, out); });
 }
 
 }  // namespace
@@ -328,9 +325,8 @@ std::tuple<at::Tensor, TokenStats> part_features(const at::Tensor& hidden, const
   const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
   Segments segments(cu, B, p.d, features.mutable_data_ptr<float>());
   const int64_t at_once = responses_at_once(p, workspace_bytes);
-  for_groups(segments.cu(), segments.count(), weight.data(), at_once, [&](const Responses& r) {
-    return exact_features(p, rows, r, tokens, nullptr, segments.features()), true;
-  });
+  for_groups(segments.cu(), segments.count(), weight.data(), at_once,
+             [&](const Responses& r) { exact_features(p, rows, r, tokens, nullptr, segments.features()); });
   segments.join();
   return {features, stats};
 }

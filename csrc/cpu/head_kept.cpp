@@ -48,10 +48,8 @@ KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t w
     const int64_t most = (limit - fixed - of_R) / per_token / kRowStep * kRowStep;
     if (most <= 0 || of_R + slab_features_bytes(p, responses) > limit) break;
     int64_t streams = 0;
-    for_groups(cu, B, nullptr, group, [&](const Responses& r) {
-      streams += (r.token_end() - r.token_begin() + most - 1) / most + 1;
-      return true;
-    });
+    for_groups(cu, B, nullptr, group,
+               [&](const Responses& r) { streams += (r.token_end() - r.token_begin() + most - 1) / most + 1; });
     if (streams < fewest) best = {most, group}, fewest = streams;
   }
   return best;
@@ -196,7 +194,6 @@ void kept_features(const HeadProblem& p, const int64_t* cu, int64_t B, const dou
     for (int64_t t = r.token_begin(); t < r.token_end(); t += block)
       pass.statistics({t, std::min(t + block, r.token_end())}, stats);
     finish_features(p, r, tokens, pass.product(), features);
-    return true;
   });
 }
 

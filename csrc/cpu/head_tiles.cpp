@@ -35,23 +35,17 @@ HeadProblem::HeadProblem(const at::Tensor& hidden_, const Head& head, const at::
       scale(head.logit_scale),
       temperature(head.temperature),
       cap(head.softcap) {
-  map.alpha = static_cast<float>(cap > 0 ? scale / cap : scale / temperature);
-  map.cap_over_t = static_cast<float>(cap > 0 ? cap / temperature : 0.0);
-  map.bias = nullptr;
+  const double factor = scale / (cap > 0 ? cap : temperature);
+  map = {static_cast<float>(factor), nullptr, static_cast<float>(cap > 0 ? cap / temperature : 0.0)};
   alpha = map.alpha;
   if (head.bias || cap > 0 || map.alpha <= 0) {
     alpha = 1.0f;
     bias.assign(cut.padded(), 0.0f);
-    raw_bias.assign(V, 0.0);
-    if (head.bias) {
-      const at::Tensor b = head.bias->to(at::kDouble).contiguous();
-      const double* values = b.const_data_ptr<double>();
-      const double factor = cap > 0 ? scale / cap : scale / temperature;
-      for (int64_t v = 0; v < V; ++v) {
-        raw_bias[v] = values[v];
-        bias[v] = static_cast<float>(values[v] * factor);
-      }
-    }
+  }
+  if (head.bias) {
+    const at::Tensor b = head.bias->to(at::kDouble).contiguous();
+    raw_bias.assign(b.const_data_ptr<double>(), b.const_data_ptr<double>() + V);
+    for (int64_t v = 0; v < V; ++v) bias[v] = static_cast<float>(raw_bias[v] * factor);
   }
 }
 

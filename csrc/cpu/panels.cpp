@@ -107,7 +107,6 @@ RowPanels::RowPanels(const MatrixView& m, const Format& format, const Depth& dep
 
 ColumnPanels::ColumnPanels(const Format& format, const Depth& depth, int64_t width)
     : format_(format),
-      depth_(depth),
       width_(width),
       row_units_(depth.units),
       bytes_(format.parts * (width / format.per_unit()) * row_stride(row_units_ * format.per_unit()) *

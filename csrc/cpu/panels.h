@@ -106,7 +106,6 @@ class ColumnPanels {
 
  private:
   Format format_;
-  Depth depth_;
   int64_t width_, row_units_, bytes_;
   Buffer first_, second_, stage_;
   uint32_t *transposed_ = nullptr, *straight_ = nullptr;

@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "dots.h"
+
 namespace g2rl {
 
 constexpr int kLanes = 16;
@@ -151,6 +153,8 @@ struct RowKernels {
   float (*lane_sum)(const float* lanes);
   // dst[2 i + j] = (j ? b : a)[i]: two rows interleaved, as the second operand of a bf16 product wants them.
   void (*interleave)(const uint16_t* a, const uint16_t* b, int64_t n, uint16_t* dst);
+
+  DotKernels dots;
 };
 
 const RowKernels& rowwise();

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "dots_impl.h"
 #include "rowwise.h"
 #include "simd.h"
 
@@ -32,7 +33,6 @@ void logits(const Tile& t, const LogitMap& map, float* dcap) {
       store(row + c, unless_nan(copysign((1.0f - q) * inv, x) * map.cap_over_t, x));
       if (dcap) store(dcap + r * t.ld + c, 4.0f * q * inv * inv);
     }
-    for (int c = t.cols; c < t.width; ++c) row[c] = -std::numeric_limits<float>::infinity();
   }
 }
 
@@ -86,7 +86,7 @@ template <bool kKeep>
 class StatsWork {
  public:
   explicit StatsWork(const StatsJob& job)
-      : job_(job), half_alpha_(0.5f * job.alpha), at_(job.tile.rows + (kKeep && job.tile.rows > 0), job.tile.width) {}
+      : job_(job), half_alpha_(0.5f * job.alpha), at_(job.tile.rows + kKeep, job.tile.width) {}
   int64_t left() const { return at_.left(); }
 
   void step() {
@@ -149,7 +149,8 @@ class StatsWork {
       // Logits near 1e9 lie further than the headroom above their own rounded maximum.
       if (ref == before) ref = std::nextafter(before, std::numeric_limits<float>::infinity());
       const f32x16 up = splat(ref - before);
-      const f32x16 f = exp(-up);
+      // `exp` is never 0, and above masked words `up` is 1e30: their product would count a little for each of them.
+      const f32x16 f = ref - before > -kExpMin ? splat(0.0f) : exp(-up);
       x0_ = (x0_ - up * s0_) * f;
       s0_ *= f;
       start_sums();
@@ -388,41 +389,33 @@ inline float widen_half(uint16_t h) {
   return from_bits((exponent == 0 ? to_bits(subnormal) : rebased) | sign);
 }
 
+// Constant counts and one array per part let the compiler vectorise the loop.
+template <int kParts, typename Number>
+void split_numbers(const Number& number, int64_t n, uint16_t* const* dst) {
+  uint16_t* __restrict a = dst[0];
+  uint16_t* __restrict b = kParts > 1 ? dst[1] : nullptr;
+  uint16_t* __restrict c = kParts > 2 ? dst[2] : nullptr;
+  for (int64_t i = 0; i < n; ++i) {
+    float x = number(i);
+    a[i] = round_bf16(x);
+    if constexpr (kParts > 1) b[i] = round_bf16(x -= widen_bf16(a[i]));
+    if constexpr (kParts > 2) c[i] = round_bf16(x - widen_bf16(b[i]));
+  }
+}
+
 void split(const void* src, Dtype dtype, int64_t n, int parts, uint16_t* const* dst) {
+  const auto half = [s = static_cast<const uint16_t*>(src)](int64_t i) { return widen_half(s[i]); };
+  const auto full = [s = static_cast<const float*>(src)](int64_t i) { return s[i]; };
   if (dtype == Dtype::kBFloat16) {
     std::memcpy(dst[0], src, n * sizeof(uint16_t));
-    return;
-  }
-  // Constant counts and one array per part let the compiler vectorise the loop.
-  uint16_t* __restrict a = dst[0];
-  uint16_t* __restrict b = parts > 1 ? dst[1] : nullptr;
-  uint16_t* __restrict c = parts > 2 ? dst[2] : nullptr;
-  if (dtype == Dtype::kHalf) {
-    const uint16_t* s = static_cast<const uint16_t*>(src);
-    for (int64_t i = 0; i < n; ++i) {
-      const float x = widen_half(s[i]);
-      a[i] = round_bf16(x);
-      b[i] = round_bf16(x - widen_bf16(a[i]));
-    }
-    return;
-  }
-  const float* s = static_cast<const float*>(src);
-  if (parts == 1) {
-    for (int64_t i = 0; i < n; ++i) a[i] = round_bf16(s[i]);
+  } else if (dtype == Dtype::kHalf) {
+    split_numbers<2>(half, n, dst);
+  } else if (parts == 1) {
+    split_numbers<1>(full, n, dst);
   } else if (parts == 2) {
-    for (int64_t i = 0; i < n; ++i) {
-      const float x = s[i];
-      a[i] = round_bf16(x);
-      b[i] = round_bf16(x - widen_bf16(a[i]));
-    }
+    split_numbers<2>(full, n, dst);
   } else {
-    for (int64_t i = 0; i < n; ++i) {
-      const float x = s[i];
-      a[i] = round_bf16(x);
-      const float y = x - widen_bf16(a[i]);
-      b[i] = round_bf16(y);
-      c[i] = round_bf16(y - widen_bf16(b[i]));
-    }
+    split_numbers<3>(full, n, dst);
   }
 }
 
@@ -512,9 +505,9 @@ const RowKernels& table() {
 #else
 #define G2RL_BF16_PARTS {0, 0, 0}
 #endif
-  static const RowKernels kernels{G2RL_BF16_PARTS, enter,       leave,       multiply,    stats, residual,
-                                  gradient,        logits,      kept_scales, column_sums, split, widen,
-                                  narrow,          transpose16, lane_sum,    interleave};
+  static const RowKernels kernels{G2RL_BF16_PARTS, enter,       leave,       multiply,    stats,      residual,
+                                  gradient,        logits,      kept_scales, column_sums, split,      widen,
+                                  narrow,          transpose16, lane_sum,    interleave,  fp64::kDots};
   return kernels;
 }
 

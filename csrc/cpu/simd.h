@@ -206,8 +206,8 @@ inline bool any_above(f32x16 v, float limit) {
 }
 
 // exp(x) for x <= 88, relative error below 1.3e-7 + 3e-9 |x|. Arguments under -87.3 (the mask, -inf, included)
-// give 1.2e-38, which no sum here can see: a result of zero would need a further instruction, a subnormal one a slow
-// path of the processor.
+// give 1.2e-38, which no sum of exponentials here can see: a result of zero would need a further instruction, a
+// subnormal one a slow path of the processor. What is multiplied by one must not be as large as the distance to a mask.
 constexpr float kExpMin = -87.3f;
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits

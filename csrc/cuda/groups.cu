@@ -319,7 +319,7 @@ int shared_bytes(int m) { return kScratch * int(sizeof(double)) + m * Members::k
 }  // namespace
 
 // By the 99 KiB that a block has on the smallest of chips since sm_80.
-int most_members(int) { return ((99 << 10) - shared_bytes(0)) / Members::kBytes; }
+int most_members() { return ((99 << 10) - shared_bytes(0)) / Members::kBytes; }
 
 int g2rl_advantages(const Groups& groups, const Shaping& shaping, const Advantages& to, Stream stream) {
   return launch({groups.G, kThreads, shared_bytes(groups.m_max)}, stream, group_kernel, groups, shaping, to);

@@ -32,7 +32,7 @@ struct Advantages {
 };
 
 // Largest group that one block's shared memory holds.
-int most_members(int d);
+int most_members();
 // 0 or CUDA's error code.
 int g2rl_advantages(const Groups&, const Shaping&, const Advantages&, Stream);
 

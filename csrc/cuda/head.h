@@ -85,7 +85,7 @@ HOST_DEVICE int64_t bytes_of_roots(int V, int roots_of) { return ceil_div(V, roo
 
 // Gradients of raw logits for columns v_start to v_end, [N, stride] each in the head's dtype.
 struct Strip {
-  void* G;       // rows scaled by row 5 of `rows_in` where `even` is not null
+  void* G;       // rows scaled by row 5 of `rows_in` where `G_even` is not null
   void* G_even;  // all scaled by *even_scale; null but for fp16
   const float* even_scale;
   int64_t stride;
@@ -115,7 +115,7 @@ int64_t packing_bytes(int N, int B);
   int residual_splits(int V);                                                                                          \
   int residuals_and_statistics(const Head&, const Tokens&, const Responses&, const float* lse, const float* a,         \
                                int* packing, float* R, const Partials&, Stream);                                       \
-  /* rows_in [6, rows_stride]: lse, H, g, g', the target's gradient, row scale; see grad_logits.py for the formula. */ \
+  /* rows_in [6, rows_stride]: lse, H, g, g', the target's gradient, row scale; grad_row.h has G's formula of them. */ \
   int grad_logits(const Head&, const Tokens&, const float* rows_in, int64_t rows_stride, const Strip&, Stream);        \
   /* features [B, d] = logit_scale * (R * inverse) W. `memory`: of projection_bytes(head, B). */                       \
   int64_t projection_bytes(const Head&, int B);                                                                        \

@@ -49,13 +49,8 @@ DEVICE float capped(float z, const Options& options, float& slope) {
   return z;
 }
 
-// t = u / ln 2 from a raw logit. NaN stays NaN.
-template <bool SOFTCAP>
-DEVICE float exponent(float z, const Options& options, float& slope) {
-  return capped<SOFTCAP>(z, options, slope) * options.scale;
-}
-
-// t - shift, rounded once: t alone, up to 173 for the logits that bounds are given for, would be off by 7e-6.
+// t - shift, of t = u / ln 2 from a raw logit, rounded once: t alone, up to 173 for the logits that bounds are given
+// for, would be off by 7e-6.
 template <bool SOFTCAP>
 DEVICE float exponent_above(float shift, float z, const Options& options, float& slope) {
   return fmaf(capped<SOFTCAP>(z, options, slope), options.scale, -shift);

@@ -1,5 +1,5 @@
-// Packs the tokens of a batch into groups: see packing.h. One block, for there is little to do: an eighth of a number
-// a token.
+// Packs the tokens of a batch into groups: see packing.h. One block, for there is little to do: four numbers for 8 or
+// 16 tokens.
 #include "packing.h"
 
 namespace g2rl::cuda {

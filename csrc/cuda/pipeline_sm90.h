@@ -22,7 +22,7 @@ constexpr int kColumnsOfTile = 192;  // rows of B
 constexpr int kStages = 5;
 // Of a chain, in stages. What the tensor cores do while an epilogue computes is the first of the next tile, the longer
 // the more.
-constexpr int kChain = 3, kFirstChain = 3;
+constexpr int kChain = 3;
 constexpr int kConsumers = 2;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kBytesA = kRows * kRowBytes, kBytesB = kColumnsOfTile * kRowBytes;
@@ -192,7 +192,7 @@ DEVICE void consume(Ring ring, const Tile* queue, int steps, Epilogue& epilogue)
       if (queue[tiles % kTiles].none) break;
       ++tiles;
     }
-    const int longest = first ? kFirstChain : kChain, stages = steps - k < longest ? steps - k : longest;
+    const int stages = steps - k < kChain ? steps - k : kChain;
     turn.take();
     Held held = issue_chain<T, A_BY_COLUMNS>(ring, stages, first, chain);
     turn.pass();

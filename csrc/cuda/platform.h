@@ -139,7 +139,7 @@ DEVICE uint32_t round_pair(float low, float high) {
   }
   return pair;
 #else
-  return uint32_t(round_to<T>(low).bits) | uint32_t(round_to<T>(high).bits) << 16;
+  return low_halves(round_to<T>(low).bits, round_to<T>(high).bits);
 #endif
 }
 template <class T>

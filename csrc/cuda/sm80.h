@@ -98,8 +98,6 @@ void with_lanes(const T& mine, F f) {
   __syncwarp();
 }
 
-inline uint32_t pair(uint16_t low, uint16_t high) { return low | uint32_t(high) << 16; }
-
 struct Operands {
   uint32_t a[4], b[2];
 };
@@ -118,7 +116,7 @@ inline void load_matrices_transposed(const uint8_t* row, uint32_t (&x)[4]) {
     for (int i = 0; i < 4; ++i) {
       uint16_t numbers[2];
       for (int e = 0; e < 2; ++e) std::memcpy(&numbers[e], of(8 * i + lane % 4 * 2 + e) + lane / 4 * 2, 2);
-      x[i] = emulated::pair(numbers[0], numbers[1]);
+      x[i] = low_halves(numbers[0], numbers[1]);
     }
   });
 }

@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp) merge_kernel(const __grid_
   z_y = across_warps(z_y, [](float x, float y) { return x + y; });
   if (p.lse == nullptr) {
     float slope;
-    const float t_y = exponent<SOFTCAP>(z_y, Options(p.head), slope);
+    const Options options(p.head);
+    const float t_y = capped<SOFTCAP>(z_y, options, slope) * options.scale;
     m = fmaxf(across_warps(m, fmaxf), t_y);
     likeliest = m == t_y;
   } else if (n < p.N) {

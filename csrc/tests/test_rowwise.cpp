@@ -54,6 +54,12 @@ int main() try {
   expect(ref == 100.0f && std::abs(k.lane_sum(sum.data()) - g2rl::kUnit) < 1e-5, "moved reference",
          k.lane_sum(sum.data()));
 
+  // As it does above words that a bias masks: of so many as there may be, each is to count for nothing.
+  stats(-1e30f, true);
+  stats(2.0f, false);
+  expect(k.lane_sum(sum.data()) == g2rl::kUnit && k.lane_sum(sum_x.data()) == 0, "tile after one of masked words",
+         k.lane_sum(sum_x.data()));
+
   std::vector<uint32_t> in(16 * 32), out(32 * 16);
   const uint32_t* rows[16];
   for (int i = 0; i < 16 * 32; ++i) in[i] = i;

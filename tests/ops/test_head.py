@@ -331,6 +331,17 @@ def test_a_target_that_the_bias_rules_out(backend: str | None, device: str, dtyp
 
 
 @every_forward
+def test_a_bias_that_rules_out_all_words_but_two(backend: str | None, device: str, dtype: torch.dtype) -> None:
+    """Tiles of masked words alone come before either: no word of those may count for something in the entropy."""
+    s = sample(Shape((3, 2), 16, 100_000, "CPU kernels sum a thirty-second at a time"), dtype, device)
+    words = torch.tensor([49_999, 99_999], device=device)
+    bias = torch.full((100_000,), -1e30, device=device)
+    bias[words] = 0
+    s = replace(s, head=replace(s.head, bias=bias), targets=words[torch.arange(5, device=device) % 2])
+    testing.assert_bounds(features(s, backend), testing.oracle(s), s.cu_seqlens)
+
+
+@every_forward
 @pytest.mark.parametrize("kind", ["random", "peaked"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(backend: str | None, device: str, dtype: torch.dtype, kind: str, options: Options) -> None:

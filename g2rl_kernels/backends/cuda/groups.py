@@ -12,7 +12,7 @@ from g2rl_kernels.records import RULES, GroupAdvantages, Shaping
 
 def most_members(features: Tensor) -> int:
     """How many responses of a group the kernel holds."""
-    return library.module_for(features).most_members(features.shape[1])
+    return library.module_for(features).most_members()
 
 
 def g2rl_advantages(

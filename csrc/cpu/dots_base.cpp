@@ -1,2 +1,0 @@
-#define G2RL_ISA base
-#include "dots_impl.h"
