@@ -53,10 +53,11 @@ def write_comparison(run_dirs: Sequence[Path], folder: Path) -> Path:
     names = run_names(runs)
     comparison = compare(runs)
     bands = comparison.bands
+    compared = sum(len(band.runs) for band in bands)
     folder.mkdir(parents=True, exist_ok=True)
     notes += _notes(comparison, names)
     sections = [
-        f"# Comparison of {sum(len(band.runs) for band in bands)} runs",
+        f"# Comparison of {compared} run{'s' if compared > 1 else ''}",
         _headline(bands),
         f"## Bands\n\n{_bands(bands, names)}",
         "## What does not fit\n\n" + "\n".join(f"- {note}" for note in notes) if notes else "",
