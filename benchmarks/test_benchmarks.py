@@ -6,6 +6,7 @@ No time is asserted; results are, against float64. Every test uses the `benchmar
 from __future__ import annotations
 
 import json
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def test_oracle_agrees_with_token_by_token(benchmark, kind: str) -> None:
         torch.testing.assert_close(found[name], want, rtol=1e-10, atol=1e-12)
 
 
+def test_bounds_have_the_rounding_of_the_product(benchmark) -> None:
+    sample = head_workload(TINY, "peaked", torch.float32, CPU)
+    rounding = benchmark.pedantic(expected_head, (sample,), rounds=1).rounding
+    assert rounding == pytest.approx(float(testing.accumulation_error(sample).max()), rel=1e-9)
+    found = {"logp_absolute": 1e-5 + rounding, "phi_relative": 1e-5 + rounding}
+    assert broken_bounds(found, rounding) == broken_bounds({"phi_relative": found["phi_relative"]}) != []
+
+
 def test_gradient_oracle_agrees_with_autograd(benchmark) -> None:
     sample = head_workload(TINY, "peaked", torch.float32, CPU)
     upstream = (torch.randn(TINY.N), torch.randn(TINY.N))
@@ -103,7 +112,13 @@ def test_wrong_result_has_no_time(benchmark, monkeypatch: pytest.MonkeyPatch) ->
     import g2rl_kernels.backends.eager as eager
 
     right = eager.token_logprobs
-    monkeypatch.setattr(eager, "token_logprobs", lambda *a: (right(*a)[0] - 1e-3, *right(*a)[1:]))
+
+    @wraps(right)  # which is known by its module
+    def wrong(*arguments):
+        logps, *others = right(*arguments)
+        return logps - 1e-3, *others
+
+    monkeypatch.setattr(eager, "token_logprobs", wrong)
     plan = run.Plan((OPS["token_logprobs"],), (TINY,), ("random",))
     settings = Settings(rounds=2, limit_s=1.0, backends=["torch"])
     report = benchmark.pedantic(run.measure_all, (plan, settings, None), rounds=1)

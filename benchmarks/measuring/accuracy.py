@@ -42,6 +42,7 @@ BOUNDS = {
     "scores_absolute": 1e-5,
     "similarity_absolute": 1e-5,
 }
+_ROUNDED = ("logp_absolute", "logp_relative", "entropy_absolute")
 # A peer whose log p is off by more than a careless fp32 sum, or its logits' rounding to the model's dtype, explains, is
 # wrong and not rounded.
 _CARELESS = 1e-3
@@ -57,11 +58,13 @@ class Expected:
     Attributes:
         row_bounds: for a gradient, the error allowed for the norm of each row.
         largest: the largest |z| and |log p|, for what rounded logits may cost.
+        rounding: of the largest logit by a product in fp32, which the contract has beside the bounds of log p and H.
     """
 
     results: dict[str, Tensor]
     row_bounds: dict[str, Tensor] = field(default_factory=dict)
     largest: float = 0.0
+    rounding: float = 0.0
 
 
 def expected_head(sample: HeadSample, upstream: tuple[Tensor, Tensor | None] | None = None) -> Expected:
@@ -76,9 +79,11 @@ def expected_head(sample: HeadSample, upstream: tuple[Tensor, Tensor | None] | N
     tokens = {name: a.new_empty(N) for name in ("logps", "entropy", "lse")}
     R = a.new_zeros(B, weight.shape[0])
     gradients = None if upstream is None else _Gradients(sample, upstream)
-    largest = 0.0
+    largest = largest_product = 0.0
     for rows in _blocks(sample):
-        u = logits_from_raw(_product(sample.hidden[rows].double(), weight), sample.head)
+        raw = _product(sample.hidden[rows].double(), weight)
+        largest_product = max(largest_product, float(raw.abs().max()))
+        u = logits_from_raw(raw, sample.head)
         largest = max(largest, float(u.abs().max()))
         y = sample.targets[rows, None]
         lse = u.logsumexp(1)
@@ -95,11 +100,13 @@ def expected_head(sample: HeadSample, upstream: tuple[Tensor, Tensor | None] | N
     totals = a.new_zeros(B).index_add_(0, responses, a)
     tokens["features"] = torch.where(totals > 0, 1 / totals, 0)[:, None] * _product_rows(R, weight)
     largest = max(largest, float(tokens["logps"].abs().max())) if N else 0.0
+    # As `testing.accumulation_error` has it for each token.
+    scale = abs(sample.head.logit_scale) / sample.head.temperature
+    rounding = ROUNDOFF[torch.float32] * sample.hidden.shape[1] ** 0.5 * largest_product * scale
     if gradients is None:
-        return Expected(tokens, largest=largest)
-    return Expected(
-        {**tokens, "hidden": gradients.hidden, "weight": gradients.weight}, gradients.bounds(), largest=largest
-    )
+        return Expected(tokens, largest=largest, rounding=rounding)
+    tokens |= {"hidden": gradients.hidden, "weight": gradients.weight}
+    return Expected(tokens, gradients.bounds(), largest, rounding)
 
 
 def expected_groups(features: Tensor, rewards: Tensor, groups: int) -> Expected:
@@ -200,11 +207,16 @@ def _worst(values: Tensor) -> float:
     return float(values.max()) if values.numel() else 0.0
 
 
-def broken_bounds(found: Mapping[str, float]) -> list[str]:
-    """Measures beyond the contract, as text; NaN is beyond."""
+def broken_bounds(found: Mapping[str, float], rounding: float = 0.0) -> list[str]:
+    """Measures beyond the contract, as text; NaN is beyond.
+
+    Args:
+        rounding: `Expected.rounding`.
+    """
+    bounds = {measure: bound + rounding * (measure in _ROUNDED) for measure, bound in BOUNDS.items()}
     return [
         f"{measure} {found[measure]:.2g} > {bound:.2g}"
-        for measure, bound in BOUNDS.items()
+        for measure, bound in bounds.items()
         if measure in found and not found[measure] <= bound
     ]
 

@@ -107,7 +107,7 @@ def _first_call(candidate: Candidate, case: Case, expected: Expected, settings: 
     if isinstance(case.sample, HeadSample) and extra is not None:
         logits = case.head.hidden.shape[0] * case.head.head.weight.shape[0] * torch.float32.itemsize
         row["percent_of_logits"] = 100 * extra / logits
-    broken = broken_bounds(found)
+    broken = broken_bounds(found, expected.rounding)
     wrong = broken if candidate.role == "ours" else implausible(found, expected, settings.torch_dtype)
     if wrong:
         row |= {"status": "failed", "reason": "; ".join(wrong)}
