@@ -470,9 +470,10 @@ def merged(first: DictConfig | dict[str, Any], *layers: DictConfig | dict[str, A
     """
     whole = OmegaConf.create(first)
     for layer in layers:
-        above = _with_lists(plain(whole), layer if isinstance(layer, dict) else plain(layer))
+        below = plain(whole)
+        above = _with_lists(below, layer if isinstance(layer, dict) else plain(layer))
         _check_sections(whole, above)
-        _check_kinds(plain(whole), above)
+        _check_kinds(below, above)
         whole = cast(DictConfig, OmegaConf.merge(whole, above))
     return whole
 

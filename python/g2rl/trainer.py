@@ -192,11 +192,8 @@ class Trainer:
 
     def _rollout_metrics(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> dict[str, float]:
         n = len(episodes)
-        parts = verdicts[0].parts
         return {
-            **(
-                {f"reward/{name}": sum(v.parts[name] for v in verdicts) / n for name in parts} if len(parts) > 1 else {}
-            ),
+            **{f"reward/{name}": sum(v.parts[name] for v in verdicts) / n for name in verdicts[0].summands},
             "train/reward": sum(v.reward for v in verdicts) / n,
             "train/accuracy": sum(v.correct for v in verdicts) / n,
             "train/response_length": sum(len(e.response_ids) for e in episodes) / n,
@@ -280,7 +277,7 @@ def completion_rows(
             score=None if math.isnan(score) else score,
             shaped=shaped,
             advantage=advantage,
-            parts=verdict.parts if len(verdict.parts) > 1 else {},
+            parts=verdict.summands,
         )
         for episode, verdict, (score, shaped, advantage) in zip(episodes, verdicts, columns, strict=True)
     ]

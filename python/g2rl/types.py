@@ -63,6 +63,11 @@ class Verdict:
     parts: dict[str, float]
     answer: str | None
 
+    @property
+    def summands(self) -> dict[str, float]:
+        """`parts` where there are several; a single one says no more than the reward does."""
+        return self.parts if len(self.parts) > 1 else {}
+
 
 @dataclass(frozen=True)
 class Batch:

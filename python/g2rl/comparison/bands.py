@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
@@ -106,8 +106,9 @@ def compare(runs: Sequence[Run]) -> Comparison:
     known = [run for run in runs if run.config]
     if not known:
         raise ValueError("expected runs with a config.yaml, found none")
-    left_out += [(run, _other_settings(run)) for run in known if changes(run.history)]
-    known = [run for run in known if not changes(run.history)]
+    changed = {run.dir: changes(run.history) for run in known}
+    left_out += [(run, _other_settings(*changed[run.dir][0])) for run in known if changed[run.dir]]
+    known = [run for run in known if not changed[run.dir]]
     if not known:
         raise ValueError(f"expected runs by the same settings from end to end, found none; {left_out[-1][1]}")
     by_evaluation = _grouped(known, lambda run: chosen(settings[run.dir], EVALUATION))
@@ -148,8 +149,7 @@ def _grouped(runs: Sequence[Run], key: Any) -> list[list[Run]]:
     return [group for _, group in groups]
 
 
-def _other_settings(run: Run) -> str:
-    step, changed = changes(run.history)[0]
+def _other_settings(step: int, changed: Iterable[str]) -> str:
     keys = [f"`{key}`" for key in changed]
     more = f" and {len(keys) - OTHER_KEYS} more" if len(keys) > OTHER_KEYS else ""
     return f"It went on by other settings from step {step} on: {', '.join(keys[:OTHER_KEYS])}{more}."
