@@ -7,9 +7,13 @@ The CUDA kernels, `g2rl_kernels._cuda`, are built where nvcc is found and torch 
 (on) or never (off), whatever is said of the CPU kernels. G2RL_CUDA_ARCHITECTURES names the GPUs. Unless set, they are
 those that are here, or all where there are none or one of another generation: "80;90a;100" (100 from nvcc 12.8 on).
 Each takes minutes.
+
+MAX_JOBS or CMAKE_BUILD_PARALLEL_LEVEL says how many sources are compiled at once, each of up to 1.6 GB; CMAKE_ARGS is
+handed to CMake.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -80,6 +84,12 @@ def architectures() -> str:
     return ";".join(known[major] for major in sorted(here)) if here <= known.keys() else ""
 
 
+def jobs() -> str:
+    """How many sources are compiled at once."""
+    said = os.environ.get("MAX_JOBS") or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL")
+    return said or str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 def remove_moved(build: Path) -> None:
     """Remove a build folder that came with a moved or copied checkout: CMake refuses one made for another folder."""
     cache = build / "CMakeCache.txt"
@@ -118,7 +128,8 @@ class CMakeBuild(build_ext):
         configure += [f"-DG2RL_BUILD_NATIVE={'OFF' if cuda else 'ON'}", f"-DG2RL_WITH_CUDA={'on' if cuda else 'off'}"]
         if cuda:  # -U: not those of an earlier build
             configure += [f"-DG2RL_CUDA_ARCHITECTURES={of}" if (of := architectures()) else "-UG2RL_CUDA_ARCHITECTURES"]
-        compile_all = ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        compile_all = ["cmake", "--build", str(build), "--parallel", jobs()]
         try:
             for command in (configure, compile_all):
                 subprocess.run(command, check=True, env={**os.environ, "PATH": PATH})

@@ -116,7 +116,9 @@ def short(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--shape", default="qwen3-1.7b-8192", help="name in cases/registry.py, or NxBxdxV")
     parser.add_argument("--backend", default="cuda", choices=BACKEND_NAMES)
     parser.add_argument("--kind", default="peaked", choices=("peaked", "random"))

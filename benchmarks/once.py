@@ -17,7 +17,7 @@ from g2rl_kernels.plans import backward
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.once", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backend", required=True)
     parser.add_argument("--no-cublas", action="store_true", help="products of the backward pass by other kernels")
     arguments = parser.parse_args()

@@ -5,6 +5,7 @@ python -m benchmarks.plots
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import textwrap
 from collections.abc import Callable
@@ -114,6 +115,7 @@ def _title(figure: Figure, text: str, report: Report) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.plots", description=(__doc__ or "").split("\n")[0]).parse_args()
     for report in load():
         if "step" in report.content:
             figure: Figure | None = draw_step(report)

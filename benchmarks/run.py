@@ -44,6 +44,8 @@ from benchmarks.reporting.tables import case_table
 
 # Beyond this share of a core in use by others, readings on a CPU say more about the others.
 _BUSY_CORES = 0.2
+# Of the console: more than any table has, which would cut its numbers otherwise.
+_WIDTH = 240
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Plan:
 
 def measure_all(plan: Plan, settings: Settings, json_file: Path | None) -> dict[str, Any]:
     """Measure every case, print its table when it is done, and write what there is so far."""
-    console, facts = begin(settings.torch_device, width=170)
+    console, facts = begin(settings.torch_device, width=_WIDTH)
     if settings.device == "cpu" and (facts["busy_cores"] or 0) > _BUSY_CORES:
         console.print(f"[bold yellow]other processes keep {facts['busy_cores']} cores busy: times below mislead[/]")
     best = best_rate(settings.torch_dtype, settings.torch_device)
@@ -116,8 +118,11 @@ def head_cases(
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
     quick = arguments.quick
+    if arguments.sweep and (arguments.shape or quick):
+        parser.error("--sweep: expected no --shape and no --quick beside it, since it has shapes of its own")
     settings = Settings(
         arguments.device,
         arguments.dtype,

@@ -7,6 +7,7 @@ table; the exit status is 1 if one fails.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import torch
@@ -35,6 +36,8 @@ if __name__ == "__main__":
     if parser.parse_args().check:
         sys.exit(check())
     try:
-        print(explain())
+        print(explain(), flush=True)
+    except BrokenPipeError:  # its reader has seen enough, as `head` has; Python flushes again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:  # of what an environment variable holds
         sys.exit(str(error))

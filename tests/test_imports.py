@@ -220,6 +220,26 @@ print(sorted(g2rl_kernels.__all__) != [], [name for name in {HEAVY!r} if name in
     assert run.stdout.splitlines() == ["True []"], run.stdout
 
 
+@pytest.mark.parametrize(
+    ("missing", "program", "said"),
+    [
+        (
+            "omegaconf",
+            "runpy.run_module('g2rl', run_name='__main__')",
+            "g2rl: expected what the trainer needs, found no ",
+        ),
+        ("trl", "import g2rl.integrations.trl", "g2rl.integrations.trl: expected trl, found "),
+    ],
+)
+def test_where_the_ops_alone_are_installed(missing: str, program: str, said: str) -> None:
+    """Without its extra, what needs one names it; accelerate and transformers are missing too."""
+    absent = dict.fromkeys((missing, "accelerate", "transformers"))
+    program = f"import runpy, sys; sys.modules.update({absent!r}); sys.argv[1:] = ['train']; {program}"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 1
+    assert said in run.stderr.splitlines()[-1]
+
+
 def test_a_torch_without_distributed() -> None:
     """As built with USE_DISTRIBUTED=0: it imports, and a group is refused in words."""
     program = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -15,6 +16,8 @@ import torch
 pytest.importorskip("rich", reason="tables")
 plots = pytest.importorskip("benchmarks.plots", reason="needs matplotlib and the trainer")
 
+from rich.console import Console  # noqa: E402
+
 from benchmarks import bias, e2e, kernels, once, prefix_sharing, readme, rollout, run, trl_step, tune  # noqa: E402
 from benchmarks.candidates import lineup  # noqa: E402
 from benchmarks.candidates.lineup import Candidate, Case  # noqa: E402
@@ -24,7 +27,7 @@ from benchmarks.measuring import timing  # noqa: E402
 from benchmarks.measuring.measure import Settings  # noqa: E402
 from benchmarks.reporting import reports  # noqa: E402
 from benchmarks.reporting.reports import FOLDER, Report, load  # noqa: E402
-from benchmarks.reporting.tables import case_cells  # noqa: E402
+from benchmarks.reporting.tables import case_cells, case_table  # noqa: E402
 from tests.g2rl.conftest import build_model  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -137,6 +140,8 @@ def test_a_folder_that_is_missing_is_refused_at_once(
         (run, ("--limit", "nan"), "argument --limit: expected a number above 0, found 'nan'"),
         (trl_step, ("--tokens", "24", "-1"), "argument --tokens: expected a whole number of 1 or more, found '-1'"),
         (trl_step, ("--steps", "1"), "argument --steps: expected a whole number of 2 or more, found '1'"),
+        (run, ("--sweep", "N", "--shape", "smollm2"), "--sweep: expected no --shape and no --quick beside it"),
+        (run, ("--sweep", "N", "--quick"), "--sweep: expected no --shape and no --quick beside it"),
         (once, ("--backend", "triton"), "error: expected a GPU that torch sees, found none"),
         *(
             (program, ("--rounds", found), f"argument --rounds: expected a whole number of 1 or more, found '{found}'")
@@ -211,6 +216,15 @@ def reading(candidate: str, role: str, seconds: float, **more: Any) -> dict[str,
     case = {"op": "token_logprobs", "sizes": TINY._asdict() | {"N": 1024}, "kind": "peaked", "dtype": "float32"}
     times = {"median_s": seconds, "times_floor": seconds / 0.002, "spread_s": None, "status": "ok", "note": "H W^T"}
     return case | times | {"candidate": candidate, "role": role, "errors": {}} | more
+
+
+def test_no_number_of_a_table_is_cut() -> None:
+    cases = [rows for report in load() for rows in report.cases()]
+    assert cases
+    for rows in cases:
+        console = Console(width=run._WIDTH, record=True, file=io.StringIO())
+        console.print(case_table(OPS[rows[0]["op"]], "", "", rows))
+        assert "…" not in console.export_text()
 
 
 def test_both_floors_stand_beside_a_time() -> None:

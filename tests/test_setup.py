@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,16 @@ import setuptools
 from setuptools.dist import Distribution
 
 SETUP = Path(__file__).parents[1] / "setup.py"
-VARIABLES = ("G2RL_SKIP_NATIVE", "G2RL_REQUIRE_NATIVE", "G2RL_WITH_CUDA", "G2RL_CUDA_ARCHITECTURES", "CXX", "CUDACXX")
+VARIABLES = (
+    "G2RL_SKIP_NATIVE",
+    "G2RL_REQUIRE_NATIVE",
+    "G2RL_WITH_CUDA",
+    "G2RL_CUDA_ARCHITECTURES",
+    "CXX",
+    "CUDACXX",
+    "MAX_JOBS",
+    "CMAKE_BUILD_PARALLEL_LEVEL",
+)
 
 Load = Callable[..., ModuleType]
 
@@ -61,6 +71,13 @@ def test_what_is_built(load: Load, variables: dict[str, str], cpu: str | None, c
     setup = load(**variables)
     assert setup.why_not(cuda=False) == cpu
     assert re.match(str(cuda), str(setup.why_not(cuda=True)))
+
+
+def test_how_many_sources_are_compiled_at_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    assert load().jobs() == "3"
+    assert load(CMAKE_BUILD_PARALLEL_LEVEL="2").jobs() == "2"
+    assert load(CMAKE_BUILD_PARALLEL_LEVEL="2", MAX_JOBS="1").jobs() == "1"
 
 
 @pytest.mark.parametrize(("value", "required"), [("", False), ("0", False), ("1", True)])

@@ -1,8 +1,21 @@
-"""``python -m g2rl``, and ``torchrun ... -m g2rl``: the command line."""
+"""``g2rl``, ``python -m g2rl``, and ``torchrun ... -m g2rl``: the command line."""
 
 import sys
 
-from g2rl.cli import main
+
+def main() -> int | str:
+    """The exit status, or what is missing where the ops alone are installed."""
+    try:
+        from g2rl.cli import main as run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("g2rl", "g2rl_kernels"):
+            raise
+        return (
+            f"g2rl: expected what the trainer needs, found no {error.name}; install the package with its extra "
+            '`train`, in a checkout by pip install --no-build-isolation -e ".[train]"'
+        )
+    return run()
+
 
 if __name__ == "__main__":
     sys.exit(main())

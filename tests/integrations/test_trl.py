@@ -489,7 +489,10 @@ def test_what_helps_little_is_warned_of(
             G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path,
             num_generations=2, gradient_accumulation_steps=2, reward_funcs=zero_one,
         )  # fmt: skip
-    run.train()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        run.train()
+    assert not any("found only 0 and 1" in str(each.message) for each in warned)  # the log says it
     said = [record.message for record in caplog.records if "G2RL:" in record.message]
     assert len([m for m in said if "set reward_range" in m]) == 1
     assert len([m for m in said if "one is added" in m]) == 1

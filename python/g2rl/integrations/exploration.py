@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,10 @@ def shape_in_range(
     low, high = reward_range
     scale, middle = (high - low) / 2, (high + low) / 2
     inner = (rewards - middle) / scale
-    result = g2rl_advantages(features, inner, groups, shaping, valid)
+    with warnings.catch_warnings():
+        # Integrations say it in words of their own options.
+        warnings.filterwarnings("ignore", message="rewards: found only 0 and 1")
+        result = g2rl_advantages(features, inner, groups, shaping, valid)
     metrics = exploration_metrics(features, result, groups, shaping.min_range, valid)
     if shaping.strength == 0:
         return rewards, metrics

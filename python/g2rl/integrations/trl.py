@@ -24,6 +24,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+try:
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+except ImportError as error:
+    raise ImportError(f"g2rl.integrations.trl: expected trl, found {error}; pip install 'trl>=1.12'") from error
+
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, gather
 from torch.nn.utils.rnn import pad_sequence
@@ -41,11 +47,6 @@ from g2rl.integrations.exploration import (
 )
 from g2rl.integrations.head_pass import HeadOutputs, HeadPass, add_head_pass, join, run_alongside, run_head_pass
 from g2rl_kernels import Shaping
-
-try:
-    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-except ImportError as error:
-    raise ImportError(f"g2rl.integrations.trl: expected trl, found {error}; pip install 'trl>=1.12'") from error
 
 # Any GRPO-like trainer; for type checkers, the one whose attributes all others share.
 _Trainer: Any = object
