@@ -162,8 +162,8 @@ def section(text: str, heading: str) -> str:
 def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = {"train/accuracy": 0.5, "train/entropy": 1.0, "geometry/mean_cosine": 0.1}
     runs = [
-        write_run(tmp_path / "g-0", records(0.1, 0.3, **more), "seed=0", "steps=20"),
-        write_run(tmp_path / "g-1", records(0.1, 0.5, 0.5, **more), "seed=1", "steps=20"),
+        write_run(tmp_path / "g-0", records(0.1, 0.3, **more, **{"eval/reward": 0.25}), "seed=0", "steps=20"),
+        write_run(tmp_path / "g-1", records(0.1, 0.5, 0.5, **more, **{"eval/reward": -0.5}), "seed=1", "steps=20"),
         write_run(tmp_path / "plain", records(0.1, 0.2, 0.25, **more), "method=grpo", "steps=20"),
         write_run(tmp_path / "other", records(0.9), "eval.temperature=0.1"),
     ]
@@ -186,10 +186,10 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "- The last evaluations are of different steps (g2rl: 10, grpo: 20).",
     ]
     assert section(text, "Held-out results at the end").splitlines()[:4] == [
-        "| band | seeds | step | pass@1 | pass@4 |",
-        "| --- | --- | --- | --- | --- |",
-        f"| g2rl | 2 | 10 | {final} | 80.0 ± 20.0 % (60.0 to 100.0) |",
-        "| grpo | 1 | 20 | 25.0 % | 50.0 % |",
+        "| band | seeds | step | pass@1 | pass@4 | reward |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| g2rl | 2 | 10 | {final} | 80.0 ± 20.0 % (60.0 to 100.0) | -0.125 ± 0.375 (-0.500 to 0.250) |",
+        "| grpo | 1 | 20 | 25.0 % | 50.0 % | - |",
     ]
     configuration = section(text, "Configuration")
     assert "| key | g2rl | grpo |" in configuration

@@ -24,11 +24,12 @@ from written_runs import write_run
 from written_studies import TRAINER, write_finished, write_study
 
 from g2rl.cli import main
+from g2rl.comparison.plots import plot_bands
 from g2rl.config import ConfigError, load_config, save_config
 from g2rl.methods import make_method
 from g2rl.plots import CYCLE
 from g2rl.study.definition import Study, read_study
-from g2rl.study.plots import _save, draw, plot_differences
+from g2rl.study.plots import KEYS, _save, bands, draw, plot_differences
 from g2rl.study.progress import Clock, StudyProgress
 from g2rl.study.record import record
 from g2rl.study.report import _reading
@@ -442,10 +443,7 @@ def test_the_report(written: Study, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "| grpo | 25.0 [0.0, 50.0] |  |" in text
     assert "p = 0.5 |" in text
     assert "With 2 seeds no p below 0.5 can come out" in text
-    assert (
-        "| grpo | not reached (0 of 2 seeds) | 11.2 | 6.0 | 5.0 | 1.50 (1.00 to 2.00) | - | - | 1.5 | 1.0 | 2.00 |"
-        in text
-    )
+    assert "| grpo | not reached (0 of 2 seeds) | 11.2 | 6.0 | 5.0 | 1.50 (1.00 to 2.00) | 1.5 | 1.0 | 2.00 |" in text
     assert "g2rl compare study.yaml\n" in text
     assert "What is missing" not in text and str(tmp_path) not in text
     assert "together" not in text  # with one task
@@ -467,6 +465,20 @@ def test_the_report(written: Study, tmp_path: Path, capsys: pytest.CaptureFixtur
     (written.runs[3].folder / "done.json").unlink()
     assert main(arguments) == 0
     assert "- sums, lambda=0.3, seed 1: not begun" in (folder / "report.md").read_text()
+
+
+def test_the_held_out_reward(tmp_path: Path) -> None:
+    """Of runs with a reward of their own, which may move where pass@k does not."""
+    study = read_study(write_study(tmp_path, seeds=[0]))
+    for run in study.runs:
+        write_finished(run, [0, 0], [0.0, 0.0, 0.0], reward=-0.25 if run.method == "grpo" else 0.125)
+    assert main(["compare", str(tmp_path / "study.yaml"), "report=true"]) == 0
+    table = (study.folder / "report.md").read_text().partition("| held-out reward |")[2]
+    assert "| grpo | - | 0.0 | -0.250 |" in table and "| lambda=0.3 | - | 0.0 | 0.125 |" in table
+    rows = [line.split(",") for line in (study.folder / "results.csv").read_text().splitlines()]
+    assert [row[rows[0].index("eval/reward")] for row in rows] == ["eval/reward", *["-0.25", "0.125"] * 2]
+    figure = plot_bands(bands(Results(study), "sums"), ("eval/pass@1", *KEYS))
+    assert figure is not None and figure.axes[1].get_ylabel() == "held-out reward"
 
 
 def test_every_plot_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

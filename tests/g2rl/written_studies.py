@@ -60,15 +60,19 @@ def write_study(folder: Path, base: dict[str, Any] | None = None, /, **changes: 
     return path
 
 
-def write_finished(run: PlannedRun, correct: Sequence[int], curve: Sequence[float], entropy: float = 1.0) -> None:
+def write_finished(
+    run: PlannedRun, correct: Sequence[int], curve: Sequence[float], entropy: float = 1.0, reward: float | None = None
+) -> None:
     """Write a finished run by hand.
 
     Args:
         correct: how many of the two responses to each problem are right at the end; maj@k is half of it.
         curve: pass@1 at steps 0, 2 and 4.
+        reward: held-out, of each evaluation; None is of a run that has none.
     """
+    held_out = {} if reward is None else {"eval/reward": reward}
     metrics: list[dict[str, float | None]] = [
-        {"step": step, "eval/pass@1": curve[step // 2], "eval/response_length": 5.0}
+        {"step": step, "eval/pass@1": curve[step // 2], "eval/response_length": 5.0, **held_out}
         if step % 2 == 0
         else {"step": step}
         for step in range(5)

@@ -22,7 +22,7 @@ MARKS = 8
 """Markers on a long line."""
 
 PLOTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("learning", "Accuracy and reward", ("train/accuracy", "train/reward")),
+    ("learning", "Accuracy and reward", ("eval/reward", "train/accuracy", "train/reward")),
     ("behaviour", "Entropy, length, gradient", ("train/entropy", "train/response_length", "train/grad_norm")),
     ("geometry", "Geometry", ("geometry/mean_cosine", "geometry/negative_share", "groups/zero_variance_share")),
 )

@@ -69,20 +69,21 @@ def write_comparison(run_dirs: Sequence[Path], folder: Path) -> Path:
 
 
 def _held_out_keys(bands: Sequence[Band]) -> list[str]:
-    """pass@k, then maj@k, in the order of k; maj@1 is the same as pass@1."""
+    """pass@k, then maj@k, in the order of k; maj@1 is the same as pass@1. Last `eval/reward`, where a run has it."""
     runs = [run for band in bands for run in band.runs]
     keys = {key for run in runs for key in (*run.keys("eval/pass@"), *run.keys("eval/maj@"))} - {"eval/maj@1"}
-    return sorted(keys, key=lambda key: (key.startswith("eval/maj"), int(key.partition("@")[2])))
+    ordered = sorted(keys, key=lambda key: (key.startswith("eval/maj"), int(key.partition("@")[2])))
+    return [*ordered, *(["eval/reward"] if any(run.series("eval/reward")[0] for run in runs) else [])]
 
 
 def _final(key: str, curve: Curve) -> str:
     """Mean, standard error and range at the last step."""
-    factor, unit = (100, " %") if metric(key).unit == "share" else (1, "")
+    factor, unit, form = (100, " %", ".1f") if metric(key).unit == "share" else (1, "", ".3f")
     mean, error = curve.mean[-1] * factor, curve.final_error
     if error is None:
-        return f"{mean:.1f}{unit}"
+        return f"{mean:{form}}{unit}"
     least, greatest = curve.least[-1] * factor, curve.greatest[-1] * factor
-    return f"{mean:.1f} ± {error * factor:.1f}{unit} ({least:.1f} to {greatest:.1f})"
+    return f"{mean:{form}} ± {error * factor:{form}}{unit} ({least:{form}} to {greatest:{form}})"
 
 
 def _headline(bands: Sequence[Band]) -> str:

@@ -17,8 +17,8 @@ from g2rl.comparison.plots import draw_curve, label_axes, plot_bands
 from g2rl.plots import CYCLE, STYLE, figure_legend
 from g2rl.study.results import Results
 
-KEYS = ("train/response_length", "train/entropy", "geometry/mean_cosine")
-"""What a task's own plot shows below its held-out results."""
+KEYS = ("eval/reward", "train/response_length", "train/entropy", "geometry/mean_cosine")
+"""What a task's own plot shows below held-out pass@k."""
 
 
 def bands(results: Results, task: str) -> list[Band]:

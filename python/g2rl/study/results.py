@@ -31,6 +31,8 @@ END = 5
 """Training metrics are means over the last fifth of the steps."""
 TRAINING = ("train/response_length", "train/entropy", "geometry/mean_cosine", "geometry/negative_share")
 """Training metrics that are compared."""
+HELD_OUT = ("eval/response_length", "eval/reward")
+"""Held-out metrics beside pass@k and maj@k; `eval/reward` is of runs with rewards of their own."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ class Finished:
     def numbers(self) -> dict[str, float | None]:
         """What the run ended with, by name."""
         final = {name: float(values.mean()) for name, values in self.scores.items()}
-        steps, lengths = self.log.series("eval/response_length")
+        held_out = {key: self.log.series(key)[1] for key in HELD_OUT}
         return {
             **final,
             "pass@1 over training": area(*self.curve()),
-            "eval/response_length": lengths[-1] if steps else None,
+            **{key: values[-1] for key, values in held_out.items() if values},
             **{key: self.at_end(key) for key in TRAINING},
             "cpu_s": self.done["cpu_s"],
             "wall_s": self.done["wall_s"],

@@ -10,6 +10,7 @@ from g2rl.report import markdown_table
 
 NUMBERS: tuple[tuple[str, str, float, str], ...] = (
     ("pass@1 over training", "mean pass@1 over training, %", 100, ".1f"),
+    ("eval/reward", "held-out reward", 1, ".3f"),
     ("train/response_length", "tokens of a response", 1, ".1f"),
     ("eval/response_length", "held out", 1, ".1f"),
     ("train/entropy", "entropy, nats", 1, ".2f"),
@@ -19,7 +20,7 @@ NUMBERS: tuple[tuple[str, str, float, str], ...] = (
     ("wall_s", "time, min", 1 / 60, ".1f"),
     ("peak_bytes", "peak memory, GB", 1e-9, ".2f"),
 )
-"""Numbers of a run: key, heading, factor and format."""
+"""Numbers of a run: key, heading, factor and format. Shown are those that some method has."""
 
 
 def score(estimate: dict[str, Any] | None) -> str:
@@ -79,13 +80,14 @@ def differences(task: dict[str, Any], baseline: str) -> str:
 
 def numbers(task: dict[str, Any]) -> str:
     """How each method got there: speed of learning, length, entropy, geometry, time and memory."""
+    shown = [number for number in NUMBERS if any(number[0] in of["numbers"] for of in task["methods"].values())]
     rows = []
     for method, of in task["methods"].items():
-        cells = [_spread(of["numbers"].get(key), factor, form) for key, _, factor, form in NUMBERS]
+        cells = [_spread(of["numbers"].get(key), factor, form) for key, _, factor, form in shown]
         mark = "*" if of["interrupted"] else ""
         rows.append((method + mark, _half_way(of["steps_to_half_way"]), *cells))
     level = "" if task["half_way"] is None else f" ({100 * task['half_way']:.1f} %)"
-    return markdown_table(("mean (least to greatest)", f"step half way{level}", *(n[1] for n in NUMBERS)), rows)
+    return markdown_table(("mean (least to greatest)", f"step half way{level}", *(n[1] for n in shown)), rows)
 
 
 def _spread(spread: dict[str, float] | None, factor: float, form: str) -> str:
