@@ -245,6 +245,40 @@ def test_finished_runs_are_kept_and_others_tried_again(
     assert "optim.lr: expected 2e-05, with which sums, grpo, seed 0 was begun in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "g2rll"}, "method b: method: expected "),
+        ({"method": "g2rl", "methods": {"g2rl": {"strenght": 1}}}, "method b: methods.g2rl.strenght: Key 'strenght'"),
+        ({"rewards": [{"name": "away:f"}]}, "method b: rewards[0].name: expected a module that can be imported"),
+        (
+            {"method": "evol_rl", "objective": {"overlong": "filter"}, "rewards": [{"name": "boxed"}]},
+            "method b: rewards",
+        ),
+        ({"task": {"name": "sum"}}, "method a: task.name: expected one of arithmetic"),
+        ({"task": {"options": {"digit": 1}}}, "method a: task.options.digit: expected one of "),
+    ],
+)
+def test_what_cannot_be_made_is_said_before_the_first_run(
+    tmp_path: Path, pretended: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    of_all, own = (changes, {}) if "task" in changes else ({}, changes)
+    methods = {"a": {"method": "grpo"}, "b": {"method": "grpo", **own}}
+    path = write_study(tmp_path, tasks={"sums": of_all}, methods=methods, baseline="a")
+    assert main(["compare", str(path)]) == 2
+    assert f"g2rl: task sums, {said}" in capsys.readouterr().err
+    assert called(pretended) == []
+
+
+def test_a_finished_study_needs_no_plugins(tmp_path: Path, pretended: Path) -> None:
+    study = read_study(write_study(tmp_path, settings={"rewards": [{"name": "away:f"}]}, tasks={"sums": {}}))
+    for run in study.runs:
+        write_finished(run, [1, 2], [0.1, 0.2, 0.3])
+    for last in ([], ["report=true"]):
+        assert main(["compare", str(tmp_path / "study.yaml"), *last]) == 0
+    assert called(pretended) == []
+
+
 def test_a_stopped_study_goes_on(tmp_path: Path, pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM ends the children; a run that has a checkpoint is resumed, one without is begun again."""
     path = write_study(tmp_path, tasks={"sums": {}}, seeds=[0])
