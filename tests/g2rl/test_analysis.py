@@ -106,8 +106,8 @@ class TestMeasures:
 
     def test_limits(self) -> None:
         expected = {"both wrong negative": (0, 1), "long cosine": (-1, 1), "semantic": (-1, 1), "correct": (0, 1)}
-        expected |= {"participation": (1, np.inf), "tokens": (0, np.inf)}
-        assert {name: limits_of(name) for name in expected} == expected
+        expected |= {"participation": (1, 16), "entropy dimension": (1, 16), "tokens": (0, np.inf)}
+        assert {name: limits_of(name, 16) for name in expected} == expected
 
     def test_sums_by_hand(self) -> None:
         """Four responses: two right ones with the same tokens, two wrong ones."""

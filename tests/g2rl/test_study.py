@@ -33,7 +33,7 @@ from g2rl.study.progress import Clock, StudyProgress
 from g2rl.study.record import record
 from g2rl.study.report import _reading
 from g2rl.study.results import Results
-from g2rl.study.runner import _locked, run_study
+from g2rl.study.runner import _environment, _locked, run_study
 from g2rl.study.runs import Usage, begin, code_version, finish, record_end, record_start
 from g2rl.tasks.pool import cores
 from g2rl.trainer import Trainer
@@ -194,7 +194,17 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setattr("g2rl.study.runner._POLL_S", 0.02)
     monkeypatch.setattr("g2rl.study.runner.cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return tmp_path / "calls"
+
+
+@pytest.mark.parametrize(
+    ("asked", "threads"), [("1", "1"), ("8", "3"), ("2,1", "2"), ("", "3"), ("0", "3"), ("x", "3")]
+)
+def test_no_more_threads_than_were_asked_for(monkeypatch: pytest.MonkeyPatch, asked: str, threads: str) -> None:
+    monkeypatch.setattr("g2rl.study.runner.cores", lambda: 6)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert _environment(2)["OMP_NUM_THREADS"] == threads
 
 
 def called(calls: Path) -> list[str]:

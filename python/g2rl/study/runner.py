@@ -204,8 +204,12 @@ def last_lines(path: Path) -> list[str]:
 
 
 def _environment(processes: int) -> dict[str, str]:
+    threads = max(1, cores() // processes)
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2" has one for each level of nesting
+    if asked.isdecimal() and int(asked):
+        threads = min(threads, int(asked))
     # Held-out problems of some tasks hang on the order of sets: the same ones for all methods of a seed.
-    fixed = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, cores() // processes))}
+    fixed = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)}
     return os.environ | fixed
 
 
