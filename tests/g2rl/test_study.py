@@ -116,6 +116,8 @@ def test_sizes_and_choices(
         ({"methods": {"grpo": {}, "b": {"eval": {"samples": 3}}}}, [],
          "task sums, method b: eval.samples: expected 2 as for grpo, since their held-out results are compared, found"),
         ({"methods": {"grpo": {}, "b": {"steps": 3}}}, [], "task sums, method b: steps: expected 4 as for grpo, since"),
+        ({"methods": {"grpo": {}, "b": {"task": {"options": {"digits": [2, 2]}}}}}, [],
+         "task sums, method b: task.options.digits: expected [1, 1] as for grpo, since"),
         ({"base": "none.yaml"}, [], "configuration file: expected a YAML file, found nothing"),
         ({"processes": 0}, [], "processes: expected 1 or more, found 0"),
         ({}, ["tasks=[sums,products]"], "tasks: expected one of sums, gcds, found 'products'"),
@@ -277,6 +279,27 @@ def test_what_cannot_be_made_is_said_before_the_first_run(
     path = write_study(tmp_path, tasks={"sums": of_all}, methods=methods, baseline="a")
     assert main(["compare", str(path)]) == 2
     assert f"g2rl: task sums, {said}" in capsys.readouterr().err
+    assert called(pretended) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("settings.methods.g2rl.clip=2", "methods.g2rl.clip: expected 3.0, with which sums, lambda=0.3, seed 0"),
+        ("settings.task.options.digits=[2,2]", "task.options.digits: expected [1, 1], with which sums, grpo, seed 0"),
+        # Options of a method that no run has, and defaults that are written out.
+        ("settings.methods.evol_rl.labels=majority", ""),
+        ("settings.methods.g2rl.clip=3", ""),
+    ],
+)
+def test_other_options_are_another_configuration(
+    tmp_path: Path, pretended: Path, capsys: pytest.CaptureFixture[str], override: str, said: str
+) -> None:
+    path = write_study(tmp_path, tasks={"sums": {}})
+    for run in read_study(path).runs:
+        write_finished(run, [1, 2], [0.1, 0.2, 0.3])
+    assert main(["compare", str(path), override]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
     assert called(pretended) == []
 
 
