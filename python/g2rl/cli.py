@@ -289,10 +289,18 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
     from g2rl.evaluate import evaluate, evaluation_seed
     from g2rl.evaluation.command import model_config
     from g2rl.model import load_model
+    from g2rl.rewards import resolve_rewards
     from g2rl.rollout import make_sampler
     from g2rl.tasks import make_task, require_held_out
 
-    config = model_config(checkpoint, overrides)
+    config, left_out = model_config(checkpoint, overrides), []
+    try:
+        resolve_rewards(config.rewards)
+    except ConfigError as error:  # the run's own function may be elsewhere by now; what is correct needs none
+        if any(text.startswith("rewards") for text in overrides):
+            raise
+        left_out.append(f"g2rl: the reward is left out: {error}")
+        config = replace(config, rewards=[])
     folder = Path(config.model.path)
     trained = checkpoint_config(folder).task
     run_dir = run_of(folder)
@@ -306,11 +314,14 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
         model, tokenizer = load_model(config.model)
         with closing(make_sampler(model, tokenizer, config.rollout, config.task.system_prompt)) as sampler:
             sampler.sync()
-            result = evaluate(sampler, task, problems, config.eval, evaluation_seed(config.seed))
+            seed = evaluation_seed(config.seed)
+            result = evaluate(sampler, task, problems, config.eval, seed, rewards=config.rewards)
     lines = [f"{folder}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each"]
     lines += [f"  {key.removeprefix('eval/'):18s} {value:.4f}" for key, value in result.metrics.items()]
+    lines += left_out
     if folder.is_dir():
-        settings = {key: value for key, value in asdict(config).items() if key in ("seed", "task", "rollout", "eval")}
+        kept = ("seed", "task", "rewards", "rollout", "eval")
+        settings = {key: value for key, value in asdict(config).items() if key in kept}
         contents = {"settings": settings, "problems": [problem.id for problem in problems], "metrics": result.metrics}
         try:
             (folder / "eval.json").write_text(json.dumps(contents, indent=2) + "\n")

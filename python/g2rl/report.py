@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from g2rl.history import changes, configured_values, default_values, evaluation_changes
 from g2rl.log import METRICS, duration, metric, printable
+from g2rl.methods import may_shape
 from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, problem_name, valid_part
 
 SAMPLE_CHARACTERS = 1200
@@ -113,8 +114,7 @@ def _missing(run: Run) -> list[str]:
         off = run.config.get("log", {}).get("geometry") is False
         said.append("No feature geometry is logged" + (": it is turned off (`log.geometry` is false)." if off else "."))
     if run.samples and not run.shaped:
-        described = "; geometry and scores only describe them" if run.keys("geometry/") else ""
-        said.append(f"No shaping: method {run.config.get('method', 'unknown')} trains on the base rewards{described}.")
+        said.append(_unshaped(run))
     if not run.groups:
         said.append("No groups are logged: no heat maps and no distribution of cosines.")
     if not run.samples:
@@ -127,6 +127,16 @@ def _missing(run: Run) -> list[str]:
             listed = ", ".join(steps[:5]) + (", ..." if len(steps) > 5 else "")
             said.append(f"`{key}` was NaN or infinite at {len(steps)} step(s): {listed}.")
     return said
+
+
+def _unshaped(run: Run) -> str:
+    """Why no reward was shaped, as far as it is known."""
+    if run.history and not any(may_shape(config.get("method", "")) for _, config in run.history):
+        described = "; geometry and scores only describe them" if run.keys("geometry/") else ""
+        return f"No shaping: method {method_of(run)} trains on the base rewards{described}."
+    equal = run.series("groups/zero_variance_share")[1]
+    alike = ": all groups had equal rewards" if equal and min(equal) == 1 else ""
+    return f"No reward was changed by shaping{alike}."
 
 
 def _evaluation(run: Run) -> str:

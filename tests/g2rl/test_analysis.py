@@ -21,7 +21,7 @@ from g2rl.analysis.representations import bags, cosines, representations, rounde
 from g2rl.analysis.responses import Sampled, Subject
 from g2rl.analysis.statistics import average_ranks, correlation, difference, ratio
 from g2rl.cli import main
-from g2rl.config import load_config
+from g2rl.config import load_config, save_config
 from g2rl.rewards import judge_episodes
 from g2rl.types import Episode, Problem
 from g2rl_kernels import LMHead, sequence_features
@@ -106,8 +106,8 @@ class TestMeasures:
 
     def test_limits(self) -> None:
         expected = {"both wrong negative": (0, 1), "long cosine": (-1, 1), "semantic": (-1, 1), "correct": (0, 1)}
-        expected |= {"participation": (1, np.inf), "tokens": (0, np.inf)}
-        assert {name: limits_of(name) for name in expected} == expected
+        expected |= {"participation": (1, 16), "entropy dimension": (1, 16), "tokens": (0, np.inf)}
+        assert {name: limits_of(name, 16) for name in expected} == expected
 
     def test_sums_by_hand(self) -> None:
         """Four responses: two right ones with the same tokens, two wrong ones."""
@@ -370,10 +370,34 @@ class TestCommand:
         assert held.read(0, "p") is None
 
     @pytest.mark.parametrize(
+        "keys, found",
+        [
+            (["held_out=32"], "task.held_out = 64 in {} and task.held_out = 32 in {}; task.held_out=... chooses"),
+            (
+                ["options.digits=[1,1]", "system_prompt=Add."],
+                "task.options.digits = None, task.system_prompt = None in {} and task.options.digits = [1, 1], "
+                "task.system_prompt = 'Add.' in {}; task.options.digits=... task.system_prompt=... chooses",
+            ),
+        ],
+    )
+    def test_runs_of_different_tasks(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture, keys: list[str], found: str
+    ) -> None:
+        folders = [tmp_path / name / "checkpoints" / "step-000001" for name in "ab"]
+        for folder, settings in zip(folders, ([], [f"task.{key}" for key in keys]), strict=True):
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text("{}")
+            save_config(load_config(overrides=settings), folder.parents[1] / "config.yaml")
+        assert main(["geometry", *map(str, folders)]) == 2
+        said = f"g2rl: task: expected runs of one task, found {found.format(*folders)} for all\n"
+        assert capsys.readouterr().err == said
+
+    @pytest.mark.parametrize(
         "arguments, message",
         [
             (["--problems", "65"], "problems: expected 1 to the 64 that arithmetic holds out"),
             (["--samples", "1"], "samples: expected 2 or more, found 1"),
+            (["rewards=[{name: away:f}]", "model.device=cuda"], "rewards[0].name: expected a module that can be"),
             (["no/such/folder"], "model.path: expected a causal language model"),
         ],
     )

@@ -128,7 +128,7 @@ def test_checkpoints_of_different_tasks_are_refused(tmp_path: Path, capsys: pyte
         runs.append(str(run))
     assert main(["geometry", *runs, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "task: expected runs of one task, found arithmetic with {'digits': [1, 1]} in" in said
-    assert "and arithmetic with {'digits': [2, 2]} in" in said
-    assert "task.name=... and task.options=... choose one for all" in said
+    assert "task: expected runs of one task, found task.options.digits = [1, 1] in" in said
+    assert "and task.options.digits = [2, 2] in" in said
+    assert "task.options.digits=... chooses for all" in said
     assert not (tmp_path / "out").exists()

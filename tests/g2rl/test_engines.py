@@ -208,7 +208,8 @@ def test_commands_leave_no_weights_behind(
     name, *flags = command.split()
     flags += ["--data", "."] if "--suite" in command else ["--encoder", "none"] if name == "geometry" else []
     settings = ["rollout.engine=vllm", f"rollout.server={url}", "rollout.server_folder=weights"]
-    settings += ["rollout.dtype=float32", "rollout.batch_size=2", "task.held_out=2"]
+    settings += ["rollout.dtype=float32"]
+    settings += [] if "--suite" in command else ["rollout.batch_size=2", "task.held_out=2"]
     assert main([name, str(tiny_model), *settings, *flags]) == (0 if loads else 1)
     assert ("g2rl: rollout.server: expected the policy's weights at the server" in capsys.readouterr().err) != loads
     assert list(Path("weights").iterdir()) == []

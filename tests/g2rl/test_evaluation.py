@@ -454,12 +454,20 @@ def test_several_models_side_by_side(tiny_model: Path, data: Path, capsys: pytes
         (["MODEL", "--suite", "aime24", "--data", "DATA"], "expected aime24.jsonl or aime24_train.jsonl in"),
         (["MODEL", "--suite", "mmlu_pro", "--data", "DATA", "--max-tokens", "256"], "model's context of 256 tokens"),
         (["MODEL", "MODEL", "--suite", "mmlu_pro", "--data", "DATA"], "checkpoint: expected different models"),
+        (["MODEL", "--suite", "math500", "rollout.max_new_tokens=64"],
+         "rollout.max_new_tokens: expected --max-tokens beside --suite, found an override, which would not count"),
+        (["MODEL", "--suite", "math500", "rollout.dtype=float32", "rollout={vllm: {max_model_len: 9}, top_p: 0.1}"],
+         "rollout.top_p: expected the key top_p in the suite's file beside --suite, found an override"),
+        (["MODEL", "--suite", "math500", "task.options.instruction=foo"],
+         "task.options.instruction: expected the key instruction in the suite's file beside --suite"),
+        (["MODEL", "--suite", "math500", "methods.g2rl.clip=2"],
+         "methods.g2rl.clip: expected overrides of model.attention, model.device, rollout.dtype, rollout.engine, "),
         (["MODEL", "--samples", "3"], "suite: expected --suite with data sets, found --samples without it"),
         (["MODEL"], "suite: expected --suite with data sets, found --out without it"),
         (["MODEL", "smollm2"], "suite: expected --suite with data sets, found 2 checkpoints without it"),
         (["eval.samples=3"], "checkpoint: expected a checkpoint, a run's folder or a model, found none"),
     ],
-)
+)  # fmt: skip
 def test_bad_commands(
     arguments: list[str], message: str, tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

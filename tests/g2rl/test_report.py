@@ -241,6 +241,24 @@ def test_shaping_between_the_first_and_the_last_step_is_shaping(tmp_path: Path) 
     assert "No shaping" not in write_report(tmp_path / "run").read_text()
 
 
+@pytest.mark.parametrize(
+    ("method", "shares", "said"),
+    [
+        ("g2rl", [1.0, 1.0], "- No reward was changed by shaping: all groups had equal rewards."),
+        ("g2rl", [1.0, 0.5], "- No reward was changed by shaping."),
+        ("module:mine", [], "- No reward was changed by shaping."),
+        ("entropy", [1.0, 1.0], "- No shaping: method entropy trains on the base rewards."),
+    ],
+)
+def test_rewards_that_no_shaping_changed(tmp_path: Path, method: str, shares: list[float], said: str) -> None:
+    log = start(tmp_path / "run", f"method={method}")
+    log.completions(1, [Completion("p", "Q?", "x", -1.0, False, 0.5, -1.0, 0.0)])
+    for step, share in enumerate(shares or [None], 1):
+        log.metrics(step, {"train/entropy": 1.0} | ({} if share is None else {"groups/zero_variance_share": share}))
+    log.close()
+    assert said in section(write_report(tmp_path / "run").read_text(), "What is missing").splitlines()
+
+
 def test_the_time_of_a_first_pass_is_shown(tmp_path: Path) -> None:
     log = start(tmp_path / "run")
     times = {"time/step": 4.0, "time/rollout": 1.0, "time/update": 3.0, "time/first_pass": 2.0, "time/eval": 4.0}

@@ -34,7 +34,7 @@ from g2rl.study.progress import Clock, StudyProgress
 from g2rl.study.record import record
 from g2rl.study.report import _reading
 from g2rl.study.results import Results
-from g2rl.study.runner import _locked, run_study
+from g2rl.study.runner import _environment, _locked, run_study
 from g2rl.study.runs import Usage, begin, code_version, finish, record_end, record_start
 from g2rl.tasks.pool import cores
 from g2rl.trainer import Trainer
@@ -117,6 +117,8 @@ def test_sizes_and_choices(
         ({"methods": {"grpo": {}, "b": {"eval": {"samples": 3}}}}, [],
          "task sums, method b: eval.samples: expected 2 as for grpo, since their held-out results are compared, found"),
         ({"methods": {"grpo": {}, "b": {"steps": 3}}}, [], "task sums, method b: steps: expected 4 as for grpo, since"),
+        ({"methods": {"grpo": {}, "b": {"task": {"options": {"digits": [2, 2]}}}}}, [],
+         "task sums, method b: task.options.digits: expected [1, 1] as for grpo, since"),
         ({"base": "none.yaml"}, [], "configuration file: expected a YAML file, found nothing"),
         ({"processes": 0}, [], "processes: expected 1 or more, found 0"),
         ({}, ["tasks=[sums,products]"], "tasks: expected one of sums, gcds, found 'products'"),
@@ -195,7 +197,17 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setattr("g2rl.study.runner._POLL_S", 0.02)
     monkeypatch.setattr("g2rl.study.runner.cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return tmp_path / "calls"
+
+
+@pytest.mark.parametrize(
+    ("asked", "threads"), [("1", "1"), ("8", "3"), ("2,1", "2"), ("", "3"), ("0", "3"), ("x", "3")]
+)
+def test_no_more_threads_than_were_asked_for(monkeypatch: pytest.MonkeyPatch, asked: str, threads: str) -> None:
+    monkeypatch.setattr("g2rl.study.runner.cores", lambda: 6)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert _environment(2)["OMP_NUM_THREADS"] == threads
 
 
 def called(calls: Path) -> list[str]:
@@ -244,6 +256,61 @@ def test_finished_runs_are_kept_and_others_tried_again(
     assert called(pretended) == []
     assert main(["compare", *study, "settings.optim.lr=1e-4"]) == 2
     assert "optim.lr: expected 2e-05, with which sums, grpo, seed 0 was begun in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "g2rll"}, "method b: method: expected "),
+        ({"method": "g2rl", "methods": {"g2rl": {"strenght": 1}}}, "method b: methods.g2rl.strenght: Key 'strenght'"),
+        ({"rewards": [{"name": "away:f"}]}, "method b: rewards[0].name: expected a module that can be imported"),
+        (
+            {"method": "evol_rl", "objective": {"overlong": "filter"}, "rewards": [{"name": "boxed"}]},
+            "method b: rewards",
+        ),
+        ({"task": {"name": "sum"}}, "method a: task.name: expected one of arithmetic"),
+        ({"task": {"options": {"digit": 1}}}, "method a: task.options.digit: expected one of "),
+    ],
+)
+def test_what_cannot_be_made_is_said_before_the_first_run(
+    tmp_path: Path, pretended: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    of_all, own = (changes, {}) if "task" in changes else ({}, changes)
+    methods = {"a": {"method": "grpo"}, "b": {"method": "grpo", **own}}
+    path = write_study(tmp_path, tasks={"sums": of_all}, methods=methods, baseline="a")
+    assert main(["compare", str(path)]) == 2
+    assert f"g2rl: task sums, {said}" in capsys.readouterr().err
+    assert called(pretended) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("settings.methods.g2rl.clip=2", "methods.g2rl.clip: expected 3.0, with which sums, lambda=0.3, seed 0"),
+        ("settings.task.options.digits=[2,2]", "task.options.digits: expected [1, 1], with which sums, grpo, seed 0"),
+        # Options of a method that no run has, and defaults that are written out.
+        ("settings.methods.evol_rl.labels=majority", ""),
+        ("settings.methods.g2rl.clip=3", ""),
+    ],
+)
+def test_other_options_are_another_configuration(
+    tmp_path: Path, pretended: Path, capsys: pytest.CaptureFixture[str], override: str, said: str
+) -> None:
+    path = write_study(tmp_path, tasks={"sums": {}})
+    for run in read_study(path).runs:
+        write_finished(run, [1, 2], [0.1, 0.2, 0.3])
+    assert main(["compare", str(path), override]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
+    assert called(pretended) == []
+
+
+def test_a_finished_study_needs_no_plugins(tmp_path: Path, pretended: Path) -> None:
+    study = read_study(write_study(tmp_path, settings={"rewards": [{"name": "away:f"}]}, tasks={"sums": {}}))
+    for run in study.runs:
+        write_finished(run, [1, 2], [0.1, 0.2, 0.3])
+    for last in ([], ["report=true"]):
+        assert main(["compare", str(tmp_path / "study.yaml"), *last]) == 0
+    assert called(pretended) == []
 
 
 def test_a_stopped_study_goes_on(tmp_path: Path, pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -449,8 +449,24 @@ def test_an_evaluation_repeats_the_one_in_training(tiny_model: Path, tmp_path: P
     assert (kept["settings"]["seed"], kept["settings"]["task"]) == (3, asdict(run.task))
     assert kept["problems"] == [problem.id for problem in make_task(run.task, 0).held_out()]
     logged = {key: value for key, value in lines(run.run_dir)[-1].items() if key.startswith("eval/")}
-    assert logged.pop("eval/reward") < 0  # of a function that need not be there any more
-    assert kept["metrics"] == logged
+    assert kept["metrics"] == logged and logged["eval/reward"] < 0
+
+
+def test_an_evaluation_goes_without_a_reward_that_is_gone(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["eval.samples=1", "eval.ks=[1]"]
+    assert main(["eval", str(finished), *few, "rewards=[{name: finishd}]"]) == 2
+    assert "rewards[0].name: expected" in capsys.readouterr().err  # who names one now wants it
+    run = shutil.copytree(finished, tmp_path / "run")
+    for file in run.rglob("config.yaml"):
+        file.write_text(file.read_text().replace("name: finished", "name: gone_by_now:f"))
+    assert main(["eval", str(run), *few]) == 0
+    printed = capsys.readouterr().out
+    assert "g2rl: the reward is left out: rewards[0].name: expected a module that can be imported" in printed
+    assert "finished_share" in printed and "  reward " not in printed
+    assert main(["eval", str(finished), *few]) == 0
+    assert "  reward " in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import numpy as np
 from g2rl.analysis.agreement import GradientGroup
 from g2rl.analysis.measures import MEASURES, Pairs, length_edges, limits_of, sums
 from g2rl.analysis.statistics import difference, ratio
-from g2rl.bootstrap import Estimate
+from g2rl.bootstrap import Estimate, Limits
 from g2rl.comparison.bands import compare
 from g2rl.history import changes
 from g2rl.plots import load_run
@@ -80,7 +80,7 @@ class Measured:
 
     def estimates(self, band: Band) -> dict[str, Estimate | None]:
         """Each of `MEASURES` of a band."""
-        return {name: ratio(*both, limits_of(name)) for name, both in band.sums(self.edges).items()}
+        return {name: ratio(*both, self._limits(name)) for name, both in band.sums(self.edges).items()}
 
     def count(self, band: Band, name: str) -> int:
         """Of how many pairs, responses or problems one of `MEASURES` of a band is."""
@@ -89,7 +89,10 @@ class Measured:
     def differences(self, band: Band) -> dict[str, Estimate | None]:
         """What a band has more than the first one, on the same problems."""
         own, first = band.sums(self.edges), self.bands[0].sums(self.edges)
-        return {name: difference(own[name], first[name], limits_of(name)) for name in MEASURES}
+        return {name: difference(own[name], first[name], self._limits(name)) for name in MEASURES}
+
+    def _limits(self, name: str) -> Limits:
+        return limits_of(name, max(len(pairs.correct) for model in self.models for pairs in model.pairs))
 
     def seeds(self, band: Band) -> dict[str, list[float | None]]:
         """Each of `MEASURES` of each model of a band."""

@@ -22,6 +22,8 @@ from g2rl.config import Config, ConfigError
 from g2rl.encoder import SentenceEncoder
 from g2rl.evaluation.command import digest, labels, model_config, progress_bar
 from g2rl.files import writing
+from g2rl.history import differing, leaves
+from g2rl.rewards import resolve_rewards
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task
 from g2rl.types import Problem
@@ -60,12 +62,13 @@ def geometry(checkpoints: Sequence[str], request: Request, overrides: Sequence[s
         overrides: ``key=value`` of the configuration, for all models.
 
     Raises:
-        ConfigError: runs of different tasks, more problems than are held out, no such encoder.
+        ConfigError: runs of different tasks, more problems than are held out, no such encoder or reward function.
         StorageError: the folder cannot be written.
     """
     _check(request)
     configs = common_configs([model_config(checkpoint, overrides) for checkpoint in checkpoints], overrides)
     names = labels([config.model.path for config in configs])
+    resolve_rewards(configs[0].rewards)
     if configs[0].backend != "auto":
         use_backend(configs[0].backend)
     encoder = None
@@ -104,14 +107,21 @@ def common_configs(configs: Sequence[Config], overrides: Sequence[str]) -> list[
     leading = (runs or list(configs))[0]
     for config in runs:
         if config.task != leading.task and not any(text.startswith("task.") for text in overrides):
-            raise ConfigError(
-                f"task: expected runs of one task, found {leading.task.name} with {leading.task.options} in "
-                f"{leading.model.path} and {config.task.name} with {config.task.options} in {config.model.path}; "
-                "task.name=... and task.options=... choose one for all"
-            )
+            raise ConfigError(_different_tasks(leading, config))
     keys = ("task", "rollout", "rewards", "seed", "backend")
     shared = {key: getattr(leading, key) for key in keys}
     return [replace(config, **shared) for config in configs]
+
+
+def _different_tasks(first: Config, other: Config) -> str:
+    both = [leaves(asdict(config.task), "task.") for config in (first, other)]
+    keys = differing(both)
+    found = (
+        f"{', '.join(f'{key} = {values.get(key)!r}' for key in keys)} in {config.model.path}"
+        for config, values in zip((first, other), both, strict=True)
+    )
+    ways_out = " ".join(f"{key}=..." for key in keys)
+    return f"task: expected runs of one task, found {' and '.join(found)}; {ways_out} chooses for all"
 
 
 def _measured(

@@ -34,12 +34,14 @@ MEASURES: dict[str, str] = {
 """What is measured, and in words. Pairs are those of one problem's different responses unless it says otherwise."""
 SHARES = ("negative", "identical", "correct", *(f"{kind} negative" for kind in KINDS))
 """Measures that are shares."""
-_LEAST = {"participation": 1.0, "entropy dimension": 1.0, "tokens": 0.0}
 
 
-def limits_of(name: str) -> Limits:
-    """What one of `MEASURES` can be: a share, a cosine, or a number without a greatest one."""
-    return SHARE if name in SHARES else (_LEAST[name], math.inf) if name in _LEAST else CORRELATION
+def limits_of(name: str, samples: int) -> Limits:
+    """What one of `MEASURES` can be, of so many responses to a problem: a share, a cosine, a dimension, or a length."""
+    others: dict[str, Limits] = {
+        "participation": (1.0, samples), "entropy dimension": (1.0, samples), "tokens": (0.0, math.inf)
+    }  # fmt: skip
+    return SHARE if name in SHARES else others.get(name, CORRELATION)
 
 
 @dataclass(frozen=True)

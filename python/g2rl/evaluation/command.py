@@ -17,16 +17,39 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from g2rl.checkpoint import checkpoint_config, find_checkpoint
-from g2rl.config import Config, ConfigError
+from g2rl.config import Config, ConfigError, plain, read_overrides
 from g2rl.evaluation.results import read_results, write_results
 from g2rl.evaluation.samples import problems_digest, provenance, sample_all
 from g2rl.evaluation.scores import Scores, score
 from g2rl.evaluation.suite import Settings, read_suite, suite_problems
+from g2rl.history import chosen, leaves
 from g2rl.model import load_model
 from g2rl.rollout import make_sampler
 from g2rl.tasks.data_sets import DATA_SETS
 from g2rl.tasks.grading import JUDGES, Judge
 from g2rl.types import Problem
+
+_COUNTS = (
+    "model.attention", "model.device", "rollout.dtype", "rollout.engine", "rollout.server", "rollout.server_folder",
+    "rollout.vllm", "rollout.vllm.",
+)  # fmt: skip
+"""Keys, or beginnings of keys, of the configuration by which a suite is evaluated."""
+_IN_A_SUITE = {
+    "model.path": "a checkpoint or model by itself",
+    "model.dtype": "rollout.dtype",
+    "task.name": "the names of data sets",
+    "task.options.data": "--data",
+    "task.options.instruction": "the key instruction in the suite's file",
+    "task.system_prompt": "the key system_prompt in the suite's file",
+    "task.held_out": "--limit",
+    "rollout.max_new_tokens": "--max-tokens",
+    "rollout.batch_size": "--batch-size",
+    "eval.samples": "--samples",
+    **{f"{section}.temperature": "--temperature" for section in ("eval", "rollout")},
+    **{f"{section}.top_p": "the key top_p in the suite's file" for section in ("eval", "rollout")},
+    "seed": "--seed",
+}
+"""What a suite has in place of other keys of the configuration."""
 
 
 def model_config(checkpoint: str, overrides: Sequence[str]) -> Config:
@@ -54,11 +77,13 @@ def evaluate_suite(
     Args:
         checkpoints: see `model_config`.
         suite, flags: see `read_suite`.
-        overrides: ``key=value`` of the configuration, such as ``rollout.dtype=float32``.
+        overrides: ``key=value`` of the configuration, such as ``rollout.dtype=float32``: of how a model is run, not of
+            what it is asked.
 
     Raises:
         ConfigError: everything that can be known is checked before a model is loaded: names, data, columns.
     """
+    _check_overrides(overrides)
     sets = read_suite(suite, flags)
     problems = [suite_problems(settings) for settings in sets]
     sets = [replace(one, problems=problems_digest(whole)) for one, whole in zip(sets, problems, strict=True)]
@@ -75,6 +100,17 @@ def evaluate_suite(
     for table in write_results(out, scores, sets, earlier):
         get_console().print(table)
     print(f"g2rl: samples, results.json and pass_at_k.png are in {out}")
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Raise `ConfigError` for keys that would change nothing."""
+    given = leaves(plain(read_overrides(overrides)))
+    counts = chosen(given, _COUNTS)
+    for key in given:
+        if key not in counts:
+            listed = ", ".join(name for name in _COUNTS if not name.endswith("."))
+            expected = _IN_A_SUITE.get(key, f"overrides of {listed} alone")
+            raise ConfigError(f"{key}: expected {expected} beside --suite, found an override, which would not count")
 
 
 def _evaluate_model(

@@ -30,6 +30,7 @@ __all__ = [
     "default_options",
     "describe",
     "make_method",
+    "may_shape",
     "method_names",
 ]
 
@@ -47,6 +48,11 @@ def method_names() -> list[str]:
 def default_options(name: str) -> dict[str, Any]:
     """Options of a method of this folder, with their defaults; none of others, whose code is not run for this."""
     return asdict(_find(name).Options()) if name in _HERE else {}
+
+
+def may_shape(name: str) -> bool:
+    """Whether a method may change rewards; of those elsewhere, whose code is not run for this, it is taken for so."""
+    return name not in _HERE or _find(name).shapes
 
 
 def make_method(config: Config) -> Method:

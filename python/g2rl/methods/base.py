@@ -58,6 +58,8 @@ class Method(ABC):
     name: str
     Options: ClassVar[type] = NoOptions
     needs_features: ClassVar[bool] = False
+    shapes: ClassVar[bool] = True
+    """Whether it may change rewards; a report says so of one that never does."""
 
     def __init__(self, options: Any, config: Config) -> None:
         self.options = options

@@ -8,6 +8,7 @@ from g2rl_kernels import GroupAdvantages, group_advantages
 
 class GRPO(Method):
     name = "grpo"
+    shapes = False
 
     def advantages(self, step: Step) -> GroupAdvantages:
         advantages = group_advantages(step.rewards, step.group_size, self.config.objective.normalize)

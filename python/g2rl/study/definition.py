@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from g2rl.config import Config, ConfigError, leaves, load_config, merged, named_errors, plain, read_overrides, read_yaml
-from g2rl.history import EVALUATION
+from g2rl.config import Config, ConfigError, load_config, merged, named_errors, plain, read_overrides, read_yaml
+from g2rl.history import EVALUATION, chosen, differing, leaves
 
 SIZES = ("small", "smoke")
 """Blocks of a study that make it smaller, each chosen by a flag of that name."""
@@ -235,7 +235,7 @@ def _check_evaluations(runs: Sequence[PlannedRun]) -> None:
     """Held-out results are what a study compares: there have to be some, and the methods of a task got them alike."""
     firsts: dict[str, PlannedRun] = {}
     for run in runs:
-        values, where = leaves(run.config), f"task {run.task}, method {run.method}"
+        values, where = leaves(asdict(run.config)), f"task {run.task}, method {run.method}"
         for key in ("eval.every", "task.held_out"):
             if values[key] < 1:
                 raise ConfigError(f"{where}: {key}: expected 1 or more, found {values[key]}")
@@ -243,12 +243,13 @@ def _check_evaluations(runs: Sequence[PlannedRun]) -> None:
             found = list(run.config.eval.ks)
             raise ConfigError(f"{where}: eval.ks: expected 1 among them, for curves of pass@1, found {found}")
         first = firsts.setdefault(run.task, run)
-        for key, value in leaves(first.config).items():
-            if key.startswith(("steps", *EVALUATION, "eval.")) and values[key] != value:
-                raise ConfigError(
-                    f"{where}: {key}: expected {value!r} as for {first.method}, since their held-out results are "
-                    f"compared, found {values[key]!r}"
-                )
+        both = [chosen(one, ("steps", *EVALUATION, "eval.")) for one in (leaves(asdict(first.config)), values)]
+        for key in differing(both):
+            expected, other = (repr(one.get(key)) for one in both)
+            raise ConfigError(
+                f"{where}: {key}: expected {expected} as for {first.method}, since their held-out results are "
+                f"compared, found {other}"
+            )
 
 
 def _name(of_task: dict[str, Any]) -> dict[str, Any]:

@@ -10,17 +10,21 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from g2rl.checkpoint import checkpoints
 from g2rl.config import ConfigError
+from g2rl.methods import make_method
+from g2rl.rewards import resolve_rewards
 from g2rl.study.definition import PlannedRun, Study
 from g2rl.study.progress import StudyProgress
 from g2rl.study.runs import PLAN, Usage, begin, code_version, finish, record_end, record_start, state_of, tidy
+from g2rl.tasks import make_task
+from g2rl.tasks.base import Task
 from g2rl.tasks.pool import cores
 
 _POLL_S = 1.0
@@ -55,7 +59,8 @@ def run_study(study: Study, progress: StudyProgress) -> list[PlannedRun]:
         progress: told about each run.
 
     Raises:
-        ConfigError: a folder holds a run of another configuration, or another process works on this study.
+        ConfigError: a folder holds a run of another configuration, another process works on this study, or a run that
+            is not finished names a method, reward or task that cannot be made.
         StudyStopped: by SIGINT or SIGTERM, after all its processes have ended.
     """
     code_version()  # of the code that begins, should a file change meanwhile
@@ -68,6 +73,7 @@ def run_study(study: Study, progress: StudyProgress) -> list[PlannedRun]:
             progress.kept(run)
         _tell_of_lost_models(done, study, progress)
         waiting = deque(run for run in study.runs if states[run] != "done")
+        _check_parts(waiting)
         return _Runner(study, lock, progress).work(waiting)
 
 
@@ -79,6 +85,26 @@ def _tell_of_lost_models(done: list[PlannedRun], study: Study, progress: StudyPr
             f"models: finished before, and no model was kept: {'; '.join(map(str, lost))}; a run begins again where "
             f"its folder is removed, such as {lost[0].folder}"
         )
+
+
+def _check_parts(runs: Sequence[PlannedRun]) -> None:
+    """Raise `ConfigError` for what a run would find out only when it begins, maybe the last one."""
+    firsts: dict[tuple[str, str], PlannedRun] = {}
+    for run in runs:
+        firsts.setdefault((run.task, run.method), run)
+    tasks: dict[str, Task] = {}
+    with ExitStack() as at_end:
+        for (label, method), run in firsts.items():
+            # The runs' device, which this process is to keep free, is nothing to what a method can work with.
+            config = replace(run.config, model=replace(run.config.model, device="cpu"))
+            try:
+                resolve_rewards(config.rewards)
+                made = make_method(config)
+                if label not in tasks:  # its methods have it in common, as their held-out results are compared
+                    tasks[label] = at_end.enter_context(make_task(config.task, config.seed))
+                made.check(tasks[label])
+            except ConfigError as error:
+                raise ConfigError(f"task {label}, method {method}: {error}") from error
 
 
 class _Runner:
@@ -178,8 +204,12 @@ def last_lines(path: Path) -> list[str]:
 
 
 def _environment(processes: int) -> dict[str, str]:
+    threads = max(1, cores() // processes)
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2" has one for each level of nesting
+    if asked.isdecimal() and int(asked):
+        threads = min(threads, int(asked))
     # Held-out problems of some tasks hang on the order of sets: the same ones for all methods of a seed.
-    fixed = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, cores() // processes))}
+    fixed = {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)}
     return os.environ | fixed
 
 

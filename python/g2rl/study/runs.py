@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from g2rl.checkpoint import checkpoints, drop_training_state
-from g2rl.config import ConfigError, config_yaml, leaves, load_config
+from g2rl.config import ConfigError, config_yaml, load_config
 from g2rl.files import write_durably
+from g2rl.history import configured_values, differing
 from g2rl.parallel.agree import code
 from g2rl.study.definition import PlannedRun
 from g2rl_kernels import __version__
@@ -64,13 +65,14 @@ def state_of(run: PlannedRun) -> State:
 
 
 def _check_same(run: PlannedRun, plan: Path) -> None:
-    was, wanted = leaves(load_config(plan)), leaves(run.config)
-    for key, value in wanted.items():
-        if key not in _PLACE and was[key] != value:
-            raise ConfigError(
-                f"{key}: expected {was[key]!r}, with which {run} was begun in {run.folder}, found {value!r}; "
-                "another folder= keeps both, and without that folder the run begins again"
-            )
+    was, wanted = (configured_values(asdict(config)) for config in (load_config(plan), run.config))
+    keys = [key for key in differing([was, wanted]) if key not in _PLACE]
+    if keys:
+        expected, found = (repr(values.get(keys[0])) for values in (was, wanted))
+        raise ConfigError(
+            f"{keys[0]}: expected {expected}, with which {run} was begun in {run.folder}, found {found}; "
+            "another folder= keeps both, and without that folder the run begins again"
+        )
 
 
 def begin(run: PlannedRun) -> None:
