@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from g2rl.model import load_model
 from g2rl.rollout import RolloutError, Sampling, gap_metrics, gap_warning, make_sampler
 from g2rl.rollout.base import check_version
 from g2rl.rollout.vllm_server import ServerSampler
+from g2rl.types import Problem
 
 
 def test_defaults_with_vllm() -> None:
@@ -139,7 +141,7 @@ NAMES = [
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     answers = {
         "/version": {"version": "0.32.0"},
-        "/v1/models": {"data": [{"id": "m"}]},
+        "/v1/models": {"data": [{"id": "m", "max_model_len": 128}]},
         "/server_info?config_format=json": {"vllm_config": {"model_config": SERVED}},
         "loads": True,
         "names": NAMES,
@@ -180,6 +182,22 @@ def test_server(url: str, tiny_model: Path, tmp_path: Path) -> None:
         sampler.sync()
     sampler.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_responses_fit_the_servers_context(url: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Of 128 tokens: vLLM says nothing where it cuts a response."""
+    sampler = sampler_at(url, tiny_model, tmp_path)
+    problem = Problem("a", "1 + 1 =", "2")
+    prompt = len(sampler.prompt_ids(problem))
+    sampler.config = replace(sampler.config, max_new_tokens=128 - prompt)
+    assert len(sampler.sample([problem], 2, 1.0, 1.0, 0)) == 2
+    sampler.config = replace(sampler.config, max_new_tokens=129 - prompt)
+    with pytest.raises(
+        ConfigError,
+        match=rf"rollout\.max_new_tokens: .* context of 128 tokens, found a prompt of {prompt} tokens and {129 - prompt}; "
+        "the server's --max-model-len sets the context",
+    ):
+        sampler.sample([problem], 2, 1.0, 1.0, 0)
 
 
 def test_a_missing_folder_is_named(url: str, tiny_model: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from g2rl.adapters import plain_weights
 from g2rl.background import in_background
 from g2rl.config import ConfigError, RolloutConfig
-from g2rl.rollout.base import Response, RolloutError, Sampler, Sampling, check_version, is_checked
+from g2rl.rollout.base import Context, Response, RolloutError, Sampler, Sampling, check_version, is_checked
 
 START = (
     "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL "
@@ -63,7 +63,8 @@ class ServerSampler(Sampler):
         self._start = START.format(dtype=config.dtype)
         check_version("rollout.server", str(self._asked("/version").get("version")))
         self._check(self._asked("/server_info?config_format=json")["vllm_config"]["model_config"])
-        self.model_name = self._asked("/v1/models")["data"][0]["id"]
+        model = self._asked("/v1/models")["data"][0]
+        self.model_name, self._context = model["id"], Context("the server's --max-model-len", model["max_model_len"])
         self._check_weights(self._asked("/weight_checker", {"action": "checksum"})["checksums"])
         self._folder = _make_folder(config.server_folder)
 
