@@ -178,10 +178,22 @@ def test_server(url: str, tiny_model: Path, tmp_path: Path) -> None:
         sampler.policy.get_input_embeddings().weight[-1] += 1
     Fake.answers["loads"] = False
     # The last row is the second worker's.
-    with pytest.raises(RolloutError, match=r"found others in 1 of 12, model\.embed_tokens\.weight among them"):
+    with pytest.raises(RolloutError, match=r"others in 1 of 12, model\.embed_tokens\.weight among them; another run"):
         sampler.sync()
     sampler.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_run_at_the_server(url: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Its weights differ in a product alone, which the hand-over does not compare."""
+    first, second = (sampler_at(url, tiny_model, tmp_path) for _ in range(2))
+    with torch.no_grad():
+        second.policy.get_parameter("model.layers.0.mlp.up_proj.weight").add_(1)
+    first.sync()
+    first.respond([(3,)], Sampling(1.0, 1.0), [7])
+    second.sync()
+    with pytest.raises(RolloutError, match=r"weights of the last hand-over at http.*another run may use this server"):
+        first.respond([(3,)], Sampling(1.0, 1.0), [7])
 
 
 def test_responses_fit_the_servers_context(url: str, tiny_model: Path, tmp_path: Path) -> None:

@@ -118,6 +118,8 @@ def test_sizes_and_choices(
         ({"methods": {"grpo": {}, "b": {"steps": 3}}}, [], "task sums, method b: steps: expected 4 as for grpo, since"),
         ({"base": "none.yaml"}, [], "configuration file: expected a YAML file, found nothing"),
         ({"processes": 0}, [], "processes: expected 1 or more, found 0"),
+        ({"settings": {"rollout": {"engine": "vllm", "server": "http://localhost:1"}}}, ["processes=2"],
+         "processes: expected 1 with rollout.server, for one run at a time, found 2"),
         ({}, ["tasks=[sums,products]"], "tasks: expected one of sums, gcds, found 'products'"),
         ({}, ["smoke=true", "tasks=[products]"], "tasks: expected one of sums, gcds, found 'products'"),
         ({}, ["methods=[lambda=0.3]"], "baseline: expected one of lambda=0.3, found 'grpo'"),
