@@ -147,7 +147,7 @@ class Trainer:
             self._tells_first_pass = False
             progress.message(_first_pass_cost(times.seconds, self.method.needs_features))
         self.rollouts.wait(times)
-        warning = gap_warning(metrics, config.rollout, config.model.lora)
+        warning = gap_warning(metrics, config.rollout, config.model.lora, config.objective.importance_cap)
         if warning and not self._gap_told:
             self._gap_told = True
             progress.message(warning)

@@ -7,8 +7,10 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ from g2rl.config import ConfigError, LoraConfig, ModelConfig, RolloutConfig, loa
 from g2rl.model import load_model
 from g2rl.rollout import RolloutError, Sampling, gap_metrics, gap_warning, make_sampler
 from g2rl.rollout.base import check_version
+from g2rl.rollout.vllm_engine import import_vllm
 from g2rl.rollout.vllm_server import ServerSampler
+from g2rl.types import Problem
 
 
 def test_defaults_with_vllm() -> None:
@@ -61,20 +65,39 @@ def test_missing_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> No
         make_sampler(*load_model(ModelConfig(path=str(tiny_model))), RolloutConfig(engine="vllm"))
 
 
+def test_an_engine_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages that vLLM for CPUs brings may be of another torch; `import vllm` alone loads none of them."""
+
+    def missing(name: str) -> Any:
+        raise RuntimeError("operator torchvision::nms does not exist") if name == "LLM" else AttributeError(name)
+
+    found: Any = ModuleType("vllm")
+    found.__version__, found.__getattr__ = "0.32.0+cpu", missing
+    monkeypatch.setitem(sys.modules, "vllm", found)
+    with pytest.raises(
+        ConfigError,
+        match=r"rollout\.engine: expected a vLLM that loads, found 0\.32\.0\+cpu and RuntimeError: operator torchvision"
+        r".*; pip uninstall torchvision",
+    ):
+        import_vllm()
+
+
 def test_gap_by_hand() -> None:
     """Gaps of 0.5, 0.5, 0 and 0.2; a micro-batch whose engine says nothing does not count."""
     pairs = [(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.5])), (torch.tensor([-3.0]), None)]
     found = gap_metrics([*pairs, (torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.2]))])
     assert found == pytest.approx({"train/rollout_gap": 0.3, "train/rollout_gap_max": 0.5})
     assert gap_metrics(pairs[1:]) == {}
-    assert gap_warning(found, RolloutConfig(max_logp_gap=0.31), LoraConfig()) is None
-    assert gap_warning({}, RolloutConfig(), LoraConfig()) is None
-    warning = gap_warning(found, RolloutConfig(top_p=0.9, temperature=0.7), LoraConfig(dropout=0.1))
+    assert gap_warning(found, RolloutConfig(max_logp_gap=0.31), LoraConfig(), 0) is None
+    assert gap_warning({}, RolloutConfig(), LoraConfig(), 0) is None
+    warning = gap_warning(found, RolloutConfig(top_p=0.9, temperature=0.7), LoraConfig(dropout=0.1), 0)
     assert warning is not None
     assert all(text in warning for text in ("0.3 nats", "top-p", "0.9", "divide by 0.7", "weights", "importance_cap=2"))
-    assert "top-p" not in str(gap_warning(found, RolloutConfig(), LoraConfig()))
+    assert "top-p" not in str(gap_warning(found, RolloutConfig(), LoraConfig(), 0))
     assert "dropout" not in warning
-    warning = str(gap_warning(found, RolloutConfig(), LoraConfig(rank=4, dropout=0.1)))
+    weighed = str(gap_warning(found, RolloutConfig(), LoraConfig(), 3))
+    assert weighed.endswith(". Tokens are weighed by the ratio, at most objective.importance_cap = 3.")
+    warning = str(gap_warning(found, RolloutConfig(), LoraConfig(rank=4, dropout=0.1), 0))
     assert "The usual reasons: model.lora.dropout = 0.1: the policy has it, the engine does not; temp" in warning
     assert "model.lora.dropout=0 ends" in warning
     assert "importance_cap" not in warning
@@ -139,7 +162,7 @@ NAMES = [
 def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     answers = {
         "/version": {"version": "0.32.0"},
-        "/v1/models": {"data": [{"id": "m"}]},
+        "/v1/models": {"data": [{"id": "m", "max_model_len": 128}]},
         "/server_info?config_format=json": {"vllm_config": {"model_config": SERVED}},
         "loads": True,
         "names": NAMES,
@@ -176,10 +199,38 @@ def test_server(url: str, tiny_model: Path, tmp_path: Path) -> None:
         sampler.policy.get_input_embeddings().weight[-1] += 1
     Fake.answers["loads"] = False
     # The last row is the second worker's.
-    with pytest.raises(RolloutError, match=r"found others in 1 of 12, model\.embed_tokens\.weight among them"):
+    with pytest.raises(RolloutError, match=r"others in 1 of 12, model\.embed_tokens\.weight among them; another run"):
         sampler.sync()
     sampler.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_run_at_the_server(url: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Its weights differ in a product alone, which the hand-over does not compare."""
+    first, second = (sampler_at(url, tiny_model, tmp_path) for _ in range(2))
+    with torch.no_grad():
+        second.policy.get_parameter("model.layers.0.mlp.up_proj.weight").add_(1)
+    first.sync()
+    first.respond([(3,)], Sampling(1.0, 1.0), [7])
+    second.sync()
+    with pytest.raises(RolloutError, match=r"weights of the last hand-over at http.*another run may use this server"):
+        first.respond([(3,)], Sampling(1.0, 1.0), [7])
+
+
+def test_responses_fit_the_servers_context(url: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Of 128 tokens: vLLM says nothing where it cuts a response."""
+    sampler = sampler_at(url, tiny_model, tmp_path)
+    problem = Problem("a", "1 + 1 =", "2")
+    prompt = len(sampler.prompt_ids(problem))
+    sampler.config = replace(sampler.config, max_new_tokens=128 - prompt)
+    assert len(sampler.sample([problem], 2, 1.0, 1.0, 0)) == 2
+    sampler.config = replace(sampler.config, max_new_tokens=129 - prompt)
+    with pytest.raises(
+        ConfigError,
+        match=rf"rollout\.max_new_tokens: .* of 128 tokens, found a prompt of {prompt} tokens and {129 - prompt}"
+        "; the server's --max-model-len sets the context",
+    ):
+        sampler.sample([problem], 2, 1.0, 1.0, 0)
 
 
 def test_a_missing_folder_is_named(url: str, tiny_model: Path, tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ from g2rl.study.report import _reading
 from g2rl.study.results import Results
 from g2rl.study.runner import _environment, _locked, run_study
 from g2rl.study.runs import Usage, begin, code_version, finish, record_end, record_start
-from g2rl.tasks.pool import cores
 from g2rl.trainer import Trainer
 from g2rl_kernels import Shaping
 
@@ -121,6 +120,8 @@ def test_sizes_and_choices(
          "task sums, method b: task.options.digits: expected [1, 1] as for grpo, since"),
         ({"base": "none.yaml"}, [], "configuration file: expected a YAML file, found nothing"),
         ({"processes": 0}, [], "processes: expected 1 or more, found 0"),
+        ({"settings": {"rollout": {"engine": "vllm", "server": "http://localhost:1"}}}, ["processes=2"],
+         "processes: expected 1 with rollout.server, for one run at a time, found 2"),
         ({}, ["tasks=[sums,products]"], "tasks: expected one of sums, gcds, found 'products'"),
         ({}, ["smoke=true", "tasks=[products]"], "tasks: expected one of sums, gcds, found 'products'"),
         ({}, ["methods=[lambda=0.3]"], "baseline: expected one of lambda=0.3, found 'grpo'"),
@@ -637,7 +638,7 @@ def test_a_killed_study_ends_with_the_same_table(tiny_model: Path, tmp_path: Pat
 
     # Without a kill, in this process, which then has to use as many threads as the study gives its own.
     threads = torch.get_num_threads()
-    torch.set_num_threads(cores())
+    torch.set_num_threads(int(_environment(1)["OMP_NUM_THREADS"]))
     whole = read_study(path, ["folder=whole"])
     for run in whole.runs:
         begin(run)

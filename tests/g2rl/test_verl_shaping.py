@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def test_options(section: dict | None, expected: Options) -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
+        (1, r"g2rl: expected keys and values such as \+g2rl\.strength=1\.0, found 1"),
         ({"lambda": 1.0}, r"g2rl\.lambda: expected one of strength, .*, reward_range; found an unknown key"),
         ({"strength": "strong"}, r"g2rl\.strength: expected a number, found 'strong'"),
         ({"strength": True}, r"g2rl\.strength: expected a number, found True"),
@@ -50,7 +52,7 @@ def test_options(section: dict | None, expected: Options) -> None:
         ({"reward_range": [math.nan, 1]}, r"g2rl\.reward_range: expected two finite numbers, .* found \[nan, 1\]"),
     ],
 )
-def test_options_that_are_wrong(section: dict, message: str) -> None:
+def test_options_that_are_wrong(section: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_options(section)
 

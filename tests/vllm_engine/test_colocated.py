@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,21 @@ def test_refused(model_folder: Path, monkeypatch: pytest.MonkeyPatch, sampler: e
         ConfigError, match=r"rollout\.engine: expected vLLM 0\.32 or newer, below 0\.34, found 0\.31\.2"
     ):
         engine.import_vllm()
+
+
+def test_the_context_is_long_enough(sampler: engine.VLLMSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A response that ends where the context does is whole; of one token more, vLLM would cut the last."""
+    sampler.sync()
+    prompt = len(sampler.prompt_ids(PROBLEMS[0]))
+    monkeypatch.setattr(sampler, "config", replace(sampler.config, max_new_tokens=128 - prompt))
+    found = sampler.sample(PROBLEMS[:1], 32, 1.0, 1.0, 0)
+    assert max(len(episode.response_ids) for episode in found) == 128 - prompt
+    monkeypatch.setattr(sampler, "config", replace(sampler.config, max_new_tokens=129 - prompt))
+    with pytest.raises(
+        ConfigError,
+        match=rf"128 tokens, found a prompt of {prompt} tokens and {129 - prompt}; rollout\.vllm\.max_model_len",
+    ):
+        sampler.sample(PROBLEMS[:1], 1, 1.0, 1.0, 0)
 
 
 def test_a_model_it_cannot_serve(sampler: engine.VLLMSampler) -> None:

@@ -62,6 +62,13 @@ class Sampling(NamedTuple):
     top_p: float
 
 
+class Context(NamedTuple):
+    """How long a prompt and its response may be together in an engine, and the setting of it that says so."""
+
+    setting: str
+    tokens: int
+
+
 class Sampler(ABC):
     """Problems in, episodes out: responses by the policy's weights as of the last `sync`.
 
@@ -91,6 +98,7 @@ class Sampler(ABC):
             )
         self.stop_ids = frozenset(stop if isinstance(stop, list) else [stop])
         self._positions = _learned_positions(model)
+        self._context: Context | None = None
         if system_prompt is not None:
             self._check_system_prompt()
 
@@ -142,7 +150,7 @@ class Sampler(ABC):
                 equal responses.
 
         Raises:
-            ConfigError: a prompt and its response may be longer than the model has positions.
+            ConfigError: a prompt and its response may be longer than the model has positions, or the engine's context.
             RolloutError: the model computes NaN or infinity.
         """
         rendered = {problem.id: self.prompt_ids(problem) for problem in problems}
@@ -159,7 +167,12 @@ class Sampler(ABC):
         ]
 
     def _check_length(self, prompt: int) -> None:
-        limit, tokens = self._positions, self.config.max_new_tokens
+        limit, tokens, context = self._positions, self.config.max_new_tokens, self._context
+        if context is not None and prompt + tokens > context.tokens:  # vLLM would cut the response, and not say so
+            raise ConfigError(
+                f"rollout.max_new_tokens: expected prompt and response to fit vLLM's context of {context.tokens} "
+                f"tokens, found a prompt of {prompt} tokens and {tokens}; {context.setting} sets the context"
+            )
         if limit is not None and prompt + tokens - 1 > limit:  # nothing follows the last one
             raise ConfigError(
                 f"rollout.max_new_tokens: expected prompt and response to fit the {limit} positions that the model has "

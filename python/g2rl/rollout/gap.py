@@ -22,13 +22,14 @@ def gap_metrics(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> di
     return {"train/rollout_gap": float(gap.mean()), "train/rollout_gap_max": float(gap.max())}
 
 
-def gap_warning(metrics: Mapping[str, float], config: RolloutConfig, lora: LoraConfig) -> str | None:
+def gap_warning(metrics: Mapping[str, float], config: RolloutConfig, lora: LoraConfig, cap: float) -> str | None:
     """What to tell of a gap beyond `rollout.max_logp_gap`; None within it.
 
     Args:
         metrics: `gap_metrics`.
         config: of the engine.
         lora: the policy's adapter.
+        cap: `objective.importance_cap`.
     """
     gap = metrics.get("train/rollout_gap", 0.0)
     if gap <= config.max_logp_gap:
@@ -41,6 +42,8 @@ def gap_warning(metrics: Mapping[str, float], config: RolloutConfig, lora: LoraC
     ]
     usual = "; ".join(reasons if config.top_p < 1 else reasons[1:])
     way_out = "objective.importance_cap=2 weighs tokens by the ratio."
+    if cap:
+        way_out = f"Tokens are weighed by the ratio, at most objective.importance_cap = {cap:g}."
     if lora.rank and lora.dropout:  # a ratio of such noise corrects nothing
         usual = f"model.lora.dropout = {lora.dropout:g}: the policy has it, the engine does not; {usual}"
         way_out = "model.lora.dropout=0 ends the first; with it, a larger rollout.max_logp_gap is in place."

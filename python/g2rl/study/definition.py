@@ -217,6 +217,10 @@ def _study(read: dict[str, Any], base: Path, folder: Path) -> Study:
                     raise ConfigError(f"task {task}, method {method}: {error}") from error
                 runs.append(PlannedRun(task, method, seed, config))
     _check_evaluations(runs)
+    if read["processes"] > 1 and any(run.config.rollout.server for run in runs):
+        raise ConfigError(
+            f"processes: expected 1 with rollout.server, for one run at a time, found {read['processes']}"
+        )
     return Study(
         name=read["name"],
         folder=folder,

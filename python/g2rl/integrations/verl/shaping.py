@@ -36,6 +36,8 @@ def read_options(section: Mapping[str, Any] | None) -> Options:
     Raises:
         ConfigError: an unknown key, or a value of the wrong type or out of range.
     """
+    if not isinstance(section, Mapping | None):
+        raise ConfigError(f"g2rl: expected keys and values such as +g2rl.strength=1.0, found {section!r}")
     values = dict(section or {})
     reward_range = values.pop("reward_range", Options.reward_range)
     defaults = {f.name: f.default for f in fields(Shaping)}
