@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -140,8 +141,8 @@ def test_models_of_the_hub_are_fetched_unless_forbidden(tmp_path: Path, offline:
 @pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0")])
 def test_vllm_is_told_to_report_nothing(monkeypatch: pytest.MonkeyPatch, before: str | None, after: str) -> None:
     """Unless somebody wants it."""
-    vllm = ModuleType("vllm")
-    vllm.__version__ = "0.32.0"
+    vllm: Any = ModuleType("vllm")
+    vllm.__version__, vllm.LLM = "0.32.0", object
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setattr(os, "environ", {} if before is None else {"VLLM_NO_USAGE_STATS": before})
     assert import_vllm() is vllm
