@@ -10,6 +10,7 @@
 // speed.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -46,9 +47,9 @@ constexpr size_t kStack = 128 << 10;
 constexpr size_t kSharedMemory = 232448;  // as a block has at most on sm_90
 
 struct Thread {
-  ucontext_t context;
   std::function<bool()> ready;  // empty: can go on
-  bool done = false;
+  jmp_buf place;                // where it gave way
+  bool started = false, done = false;
   uint64_t slot = 0;                          // what it shows to other lanes
   unsigned barriers[17] = {};                 // how often it came to each named barrier; 16: its warp's
   std::vector<std::function<void()>> issued;  // asynchronous products of the group that is being issued,
@@ -61,7 +62,7 @@ struct State {
   std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<uint8_t> storage = std::vector<uint8_t>(kSharedMemory + 1024);
   std::deque<std::function<void()>> pending;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::function<void()> body;
   unsigned now = 0, block = 0, grid = 0;
 
@@ -71,26 +72,47 @@ struct State {
   }
 };
 
-inline State& state() {
-  static State s;
-  return s;
-}
+inline State the_state;
+inline State& state() { return the_state; }
 inline Thread& self() { return state().threads[state().now]; }
 inline unsigned thread_index() { return state().now; }
 inline uint8_t* shared() { return state().shared(); }
+
+inline void entry() {
+  state().body();
+  self().done = true;
+  _longjmp(state().scheduler, 1);
+}
+
+// Fibres change places by jumps: swapcontext asks the kernel for signal masks each time, which takes longer than what
+// most threads do in between.
+inline void resume(Thread& t) {
+  if (_setjmp(state().scheduler)) return;
+  if (std::exchange(t.started, true)) _longjmp(t.place, 1);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = state().stacks[state().now].get();
+  context.uc_stack.ss_size = kStack;
+  makecontext(&context, entry, 0);
+  setcontext(&context);
+}
+
+inline void give_way_to_scheduler() {
+  if (!_setjmp(self().place)) _longjmp(state().scheduler, 1);
+}
 
 // Gives way until `ready` holds.
 inline void wait_until(std::function<bool()> ready) {
   if (ready()) return;
   self().ready = std::move(ready);
-  swapcontext(&self().context, &state().scheduler);
+  give_way_to_scheduler();
 }
 
 // Lets every other thread that can go on do so once.
 inline void give_way() {
   bool first = true;
   self().ready = [first]() mutable { return !std::exchange(first, false); };
-  swapcontext(&self().context, &state().scheduler);
+  give_way_to_scheduler();
 }
 
 inline void later(std::function<void()> action) { state().pending.push_back(std::move(action)); }
@@ -99,14 +121,16 @@ inline void later(std::function<void()> action) { state().pending.push_back(std:
 // those that have ended count as well.
 inline void barrier(int id, unsigned first, unsigned last, unsigned count) {
   const unsigned mine = ++self().barriers[id];
+  const bool all = count == last - first;
   wait_until([=] {
-    unsigned here = 0, gone = 0;
+    unsigned here = 0;
     for (unsigned i = first; i < last; ++i) {
       const Thread& t = state().threads[i];
-      here += t.barriers[id] >= mine;
-      gone += t.done && t.barriers[id] < mine;
+      const bool counts = t.barriers[id] >= mine || (all && t.done);
+      if (all && !counts) return false;
+      here += counts;
     }
-    return here + (count == last - first ? gone : 0) >= count;
+    return here >= count;
   });
 }
 
@@ -118,22 +142,21 @@ inline void warp_barrier() {
   barrier(16, first, last, last - first);
 }
 
-// The value that `lane` of this warp shows.
-template <class T>
-T exchange(T value, unsigned lane) {
+// Calls f with a function that has, by lane, what each lane of this warp shows.
+template <class T, class F>
+void with_lanes(T mine, F f) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  std::memcpy(&self().slot, &value, sizeof value);
+  std::memcpy(&self().slot, &mine, sizeof mine);
   warp_barrier();
-  const unsigned from = state().now / kWarp * kWarp + lane;
-  if (from < state().threads.size()) std::memcpy(&value, &state().threads[from].slot, sizeof value);
+  const unsigned first = state().now / kWarp * kWarp;
+  f([first, mine](unsigned lane) {
+    T value = mine;
+    if (first + lane < state().threads.size()) {
+      std::memcpy(&value, &state().threads[first + lane].slot, sizeof value);
+    }
+    return value;
+  });
   warp_barrier();
-  return value;
-}
-
-inline void entry() {
-  state().body();
-  self().done = true;
-  swapcontext(&self().context, &state().scheduler);
 }
 
 inline void start(unsigned block, unsigned block_size) {
@@ -142,14 +165,6 @@ inline void start(unsigned block, unsigned block_size) {
   s.threads = std::vector<Thread>(block_size);
   std::memset(s.shared(), 0xff, kSharedMemory);  // NaN in every floating-point format
   while (s.stacks.size() < s.threads.size()) s.stacks.emplace_back(new char[kStack]);
-  for (unsigned i = 0; i < s.threads.size(); ++i) {
-    Thread& t = s.threads[i];
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = s.stacks[i].get();
-    t.context.uc_stack.ss_size = kStack;
-    t.context.uc_link = nullptr;
-    makecontext(&t.context, entry, 0);
-  }
 }
 
 inline void run_block() {
@@ -162,7 +177,7 @@ inline void run_block() {
       if (t.done || (t.ready && !t.ready())) continue;
       t.ready = nullptr;
       moved = true;
-      swapcontext(&s.scheduler, &t.context);
+      resume(t);
       left -= t.done;
     }
     idle = moved ? 0 : idle + 1;
@@ -216,13 +231,14 @@ inline void __syncthreads() { on_cpu::block_barrier(0, blockDim.x); }
 inline void __syncwarp(unsigned = ~0u) { on_cpu::warp_barrier(); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  return on_cpu::exchange(value, (on_cpu::thread_index() % on_cpu::kWarp) ^ unsigned(mask));
+  on_cpu::with_lanes(value, [&](auto of) { value = of(on_cpu::thread_index() % on_cpu::kWarp ^ unsigned(mask)); });
+  return value;
 }
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   unsigned bits = 0;
-  for (unsigned lane = 0; lane < on_cpu::kWarp; ++lane) {
-    bits |= unsigned(on_cpu::exchange<unsigned>(predicate, lane)) << lane;
-  }
+  on_cpu::with_lanes(predicate, [&](auto of) {
+    for (unsigned lane = 0; lane < on_cpu::kWarp; ++lane) bits |= unsigned(of(lane)) << lane;
+  });
   return bits;
 }
 inline bool __any_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) != 0; }

@@ -83,21 +83,6 @@ void copy_wait() {
 
 namespace emulated {
 
-// Calls f with what each lane of the warp shows, by lane.
-template <class T, class F>
-void with_lanes(const T& mine, F f) {
-  const T* at = &mine;
-  std::memcpy(&on_cpu::self().slot, &at, sizeof at);
-  __syncwarp();
-  const unsigned first = on_cpu::state().now / kWarp * kWarp;
-  f([first](int lane) -> const T& {
-    const T* at;
-    std::memcpy(&at, &on_cpu::state().threads[first + lane].slot, sizeof at);
-    return *at;
-  });
-  __syncwarp();
-}
-
 struct Operands {
   uint32_t a[4], b[2];
 };
@@ -106,13 +91,13 @@ struct Operands {
 
 inline void load_matrices(const uint8_t* row, uint32_t (&x)[4]) {
   const int lane = threadIdx.x % kWarp;
-  emulated::with_lanes(row, [&](auto of) {
+  on_cpu::with_lanes(row, [&](auto of) {
     for (int i = 0; i < 4; ++i) std::memcpy(&x[i], of(8 * i + lane / 4) + lane % 4 * 4, 4);
   });
 }
 inline void load_matrices_transposed(const uint8_t* row, uint32_t (&x)[4]) {
   const int lane = threadIdx.x % kWarp;
-  emulated::with_lanes(row, [&](auto of) {
+  on_cpu::with_lanes(row, [&](auto of) {
     for (int i = 0; i < 4; ++i) {
       uint16_t numbers[2];
       for (int e = 0; e < 2; ++e) std::memcpy(&numbers[e], of(8 * i + lane % 4 * 2 + e) + lane / 4 * 2, 2);
@@ -125,13 +110,13 @@ template <class T>
 void multiply(T, float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const int lane = threadIdx.x % kWarp;
   const emulated::Operands mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
-  emulated::with_lanes(mine, [&](auto of) {
+  on_cpu::with_lanes(&mine, [&](auto of) {
     for (int q = 0; q < 2; ++q) {
       for (int e = 0; e < 2; ++e) {
         float sum = 0;
         for (int k = 0; k < 16; ++k) {
-          const auto& of_row = of(lane / 4 * 4 + k % 8 / 2);
-          const auto& of_column = of((lane % 4 * 2 + e) * 4 + k % 8 / 2);
+          const auto& of_row = *of(lane / 4 * 4 + k % 8 / 2);
+          const auto& of_column = *of((lane % 4 * 2 + e) * 4 + k % 8 / 2);
           sum += number_of_pair<T>(of_row.a[q + k / 8 * 2], k % 2) * number_of_pair<T>(of_column.b[k / 8], k % 2);
         }
         d[2 * q + e] += sum;
