@@ -233,7 +233,7 @@ class Updater:
         cuts = cut_by_length(episodes, budget) if budget else [list(range(len(episodes)))]
         # Only a single group is cut: to the model each piece is a group, with one prompt.
         step = self._step(episodes, verdicts)
-        return _Groups(step, [self._part(episodes, verdicts, rows, min(m, len(rows))) for rows in cuts])
+        return _Groups(step, [self._part(episodes, rows, min(m, len(rows))) for rows in cuts])
 
     def _step(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> Step:
         device = self.policy.model.device
@@ -245,11 +245,9 @@ class Updater:
             texts=[episode.text for episode in episodes],
         )
 
-    def _part(
-        self, episodes: Sequence[Episode], verdicts: Sequence[Verdict], rows: list[int], group_size: int
-    ) -> _Part:
+    def _part(self, episodes: Sequence[Episode], rows: list[int], group_size: int) -> _Part:
         chosen, device = [episodes[i] for i in rows], self.policy.model.device
-        batch = make_batch(chosen, [verdicts[i].reward for i in rows], group_size, self.pad_id, device)
+        batch = make_batch(chosen, group_size, self.pad_id, device)
         filters = self.config.objective.overlong == "filter"
         kept = torch.tensor([episode.finished or not filters for episode in chosen], device=device)
         return _Part(batch, torch.tensor(rows, device=device), kept, self._rollout_logps(chosen))
@@ -381,7 +379,7 @@ def idle_batch(device: torch.device) -> Batch:
     """The least that a model can be called with: a prompt of one token, and a response of one."""
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     answered = torch.tensor([[False, True]], device=device)
-    return Batch(ids, torch.ones_like(ids), answered, torch.zeros(1, device=device), 1)
+    return Batch(ids, torch.ones_like(ids), answered, 1)
 
 
 def padded_tokens(episodes: Sequence[Episode]) -> int:
