@@ -315,14 +315,14 @@ def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
         with closing(make_sampler(model, tokenizer, config.rollout, config.task.system_prompt)) as sampler:
             sampler.sync()
             seed = evaluation_seed(config.seed)
-            result = evaluate(sampler, task, problems, config.eval, seed, rewards=config.rewards)
+            metrics, _ = evaluate(sampler, task, problems, config.eval, seed, rewards=config.rewards)
     lines = [f"{folder}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each"]
-    lines += [f"  {key.removeprefix('eval/'):18s} {value:.4f}" for key, value in result.metrics.items()]
+    lines += [f"  {key.removeprefix('eval/'):18s} {value:.4f}" for key, value in metrics.items()]
     lines += left_out
     if folder.is_dir():
         kept = ("seed", "task", "rewards", "rollout", "eval")
         settings = {key: value for key, value in asdict(config).items() if key in kept}
-        contents = {"settings": settings, "problems": [problem.id for problem in problems], "metrics": result.metrics}
+        contents = {"settings": settings, "problems": [problem.id for problem in problems], "metrics": metrics}
         try:
             (folder / "eval.json").write_text(json.dumps(contents, indent=2) + "\n")
         except OSError as error:  # a model that others have put there; all of it is printed
