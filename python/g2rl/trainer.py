@@ -28,8 +28,8 @@ from g2rl.methods import make_method
 from g2rl.model import load_model, resolve_device
 from g2rl.optimizer import in_words
 from g2rl.parallel.agree import versions
-from g2rl.parallel.place import place, where_to_load
 from g2rl.parallel.ranks import ALONE, Ranks
+from g2rl.parallel.sharding import place, where_to_load
 from g2rl.policy import Policy, Reference
 from g2rl.rewards import resolve_rewards
 from g2rl.rollout import gap_warning, make_sampler
