@@ -134,9 +134,6 @@ class VLLMSampler(Sampler):
             self._engine.sleep(level=2)
             self._asleep = True
 
-    def close(self) -> None:
-        """Nothing: the engine ends with the process."""
-
     def respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
         asked = [self._vllm.SamplingParams(**self.request(sampling, seed)) for seed in seeds]
         outputs = self._engine.generate(

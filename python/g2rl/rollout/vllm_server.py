@@ -146,9 +146,6 @@ class ServerSampler(Sampler):
         held: dict[str, str] = self._tell("/weight_checker", {"action": "checksum"})["checksums"]
         return held
 
-    def sleep(self) -> None:
-        """Nothing: the server's devices are its own."""
-
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
