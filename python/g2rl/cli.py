@@ -258,13 +258,14 @@ def _told_apart(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _geometry(options: argparse.Namespace) -> int:
-    from g2rl.analysis.command import geometry, request_of
+    from g2rl.analysis.command import Request, geometry
 
     checkpoints, overrides = _told_apart(options.checkpoints)
     rollout = {"rollout.temperature": options.temperature, "rollout.max_new_tokens": options.max_tokens}
     overrides += [f"{key}={value}" for key, value in rollout.items() if value is not None]
-    names = (*(flag for flag, _, _ in _GEOMETRY_FLAGS), "gradients")
-    geometry(checkpoints, request_of({name: getattr(options, name) for name in names}), overrides)
+    flags = {name: getattr(options, name) for name in (*(flag for flag, _, _ in _GEOMETRY_FLAGS), "gradients")}
+    request = Request(**{name: value for name, value in flags.items() if value is not None})
+    geometry(checkpoints, request, overrides)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,8 +170,3 @@ def _settings(config: Config, request: Request) -> dict[str, Any]:
         "features in": config.model.dtype,
         "encoder": request.encoder,
     }
-
-
-def request_of(values: Mapping[str, Any]) -> Request:
-    """A request with the values that are not None."""
-    return Request(**{key: value for key, value in values.items() if value is not None})
