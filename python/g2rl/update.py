@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -86,36 +86,6 @@ class _Groups:
         return torch.cat(columns)[torch.cat([part.rows for part in self.parts]).argsort()]
 
 
-@dataclass
-class _Sums:
-    """Sums over micro-batches, from which a step's metrics are made."""
-
-    loss: float = 0.0
-    entropy: float = 0.0
-    tokens: int = 0
-    kept_tokens: int = 0
-    terms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def add(self, loss: torch.Tensor, entropy: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
-        self.loss += float(loss.detach())
-        self.entropy += float(entropy.detach().sum())
-        self.tokens += entropy.shape[0]
-        for key, value in terms.items():
-            self.terms[key] += float(value)
-
-    @classmethod
-    def total(cls, parts: Sequence[_Sums]) -> _Sums:
-        """Of all ranks, which count the same `kept_tokens`."""
-        whole = cls(kept_tokens=parts[0].kept_tokens)
-        for part in parts:
-            whole.loss += part.loss
-            whole.entropy += part.entropy
-            whole.tokens += part.tokens
-            for key, value in part.terms.items():
-                whole.terms[key] += value
-        return whole
-
-
 class Updater:
     """Changes a policy's weights by a step's responses.
 
@@ -183,7 +153,7 @@ class Updater:
         shown: dict[str, float] = {}
         updates = count((number - 1) * objective.updates * objective.mini_batches)
         for _ in range(objective.updates):
-            sums = _Sums()
+            sums: dict[str, float] = defaultdict(float)
             for mini_batch in mini_batches:
                 self._accumulate(number, mini_batch, sums, times)
                 with times.stage("optimizer", fine=True):
@@ -263,12 +233,14 @@ class Updater:
             )
         return None
 
-    def _accumulate(self, number: int, mini_batch: Sequence[_Groups], sums: _Sums, times: StageTimes) -> None:
-        """Add the gradient of one optimiser update up."""
+    def _accumulate(
+        self, number: int, mini_batch: Sequence[_Groups], sums: dict[str, float], times: StageTimes
+    ) -> None:
+        """Add the gradient of one optimiser update up, and `sums` of this rank, from which metrics are made."""
         parts = [(groups, part) for groups in mini_batch for part in groups.parts]
-        own = map(sum, zip(*(part.totals for _, part in parts), strict=True))
+        own = [sum(column) for column in zip(*(part.totals for _, part in parts), strict=True)]
         totals = Totals(*self.ranks.summed(*own))
-        sums.kept_tokens += totals.tokens
+        sums["kept_tokens"] += own[1]
         for groups, part in parts:
             # On-policy, the gradient pass of whole groups itself yields the features: nothing is computed twice.
             first = part.old_logps is None
@@ -292,7 +264,10 @@ class Updater:
             self._require_finite(number, "loss", loss)
             with times.stage("backward", fine=True):
                 loss.backward()
-            sums.add(loss, out.entropy, terms)
+            terms |= {"loss": loss.detach(), "entropy": out.entropy.detach().sum()}
+            for key, value in terms.items():
+                sums[key] += float(value)
+            sums["tokens"] += len(out.entropy)
         self._keep_pace(len(parts), self._idle, times)
 
     def _keep_pace(self, passes: int, forward: Callable[[Batch, StageTimes], torch.Tensor], times: StageTimes) -> None:
@@ -331,14 +306,15 @@ class Updater:
         return {"train/grad_norm": grad_norm, "train/lr": rate}
 
     def _metrics(
-        self, step: Step, mini_batches: Sequence[Sequence[_Groups]], sums: _Sums
+        self, step: Step, mini_batches: Sequence[Sequence[_Groups]], own_sums: dict[str, float]
     ) -> tuple[dict[str, float], GroupAdvantages]:
         """Of the whole step, on every rank."""
         result = GroupAdvantages(*self._rows([[groups.result for groups in part] for part in mini_batches]))
         if mini_batches[0][0].step.features is not None:
             (features,) = self._rows([[(groups.step.features,) for groups in part] for part in mini_batches])
             step = replace(step, features=features)
-        sums = _Sums.total(self.ranks.gathered([sums]))
+        of_ranks = self.ranks.gathered([own_sums])
+        sums = {key: sum(of_rank[key] for of_rank in of_ranks) for key in own_sums}
         metrics = geometry_metrics(step.features, step.rewards, result, step.group_size)
         own_metrics = self.method.metrics(step, result)
         check_metrics(self.method, own_metrics)
@@ -348,12 +324,13 @@ class Updater:
         own = [(a.cpu(), b.cpu()) for a, b in known if a is not None and b is not None]
         metrics |= gap_metrics(self.ranks.gathered(own))
         metrics |= {
-            "train/loss": sums.loss / self.config.objective.mini_batches,
-            "train/entropy": sums.entropy / max(sums.tokens, 1),
+            "train/loss": sums.pop("loss") / self.config.objective.mini_batches,
+            "train/entropy": sums.pop("entropy") / max(sums.pop("tokens"), 1),
             "train/shaped_reward": float(result.shaped_rewards.mean()),
             "train/advantage_abs": float(result.advantages.abs().mean()),
         }
-        metrics |= {f"train/{key}": value / max(sums.kept_tokens, 1) for key, value in sums.terms.items()}
+        kept_tokens = max(sums.pop("kept_tokens"), 1)
+        metrics |= {f"train/{key}": value / kept_tokens for key, value in sums.items()}
         return metrics, result
 
     def _rows(self, parts: Sequence[Sequence[Any]]) -> list[torch.Tensor]:
