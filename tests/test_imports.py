@@ -34,7 +34,7 @@ LAYERS = {
     ),
     "g2rl": (
         ("files", "background", "bootstrap", "probes"),
-        ("__init__", "types", "config", "heads", "times", "time_limit"),
+        ("__init__", "types", "config", "heads", "times", "time_limit", "metrics", "progress"),
         ("trackers", "shared_prompts", "adapters", "optimizer"),
         ("parallel",),
         ("log", "manifest"),

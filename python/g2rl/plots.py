@@ -16,7 +16,9 @@ from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from g2rl.history import History, changes, evaluation_changes, read_history
-from g2rl.log import METRICS, STAGES, duration, metric, printable, read_records
+from g2rl.log import read_records
+from g2rl.metrics import METRICS, STAGES, metric
+from g2rl.progress import duration, printable
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; series differ by marker or line style as well.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"

@@ -130,7 +130,7 @@ class Updater:
             episodes, verdicts: whole groups, of all ranks.
 
         Returns:
-            metrics by a key of `g2rl.log.METRICS`, of the last pass over the rollouts; what the method made of them.
+            metrics by their keys in the log, of the last pass over the rollouts; what the method made of them.
 
         Raises:
             TrainingError: a loss, gradient or feature is not finite; the message names the step.

@@ -16,7 +16,8 @@ from written_runs import change_settings, write_run
 
 from g2rl.cli import main
 from g2rl.config import load_config, save_config
-from g2rl.log import METRICS, Completion, GroupGeometry, RunLog
+from g2rl.log import Completion, GroupGeometry, RunLog
+from g2rl.metrics import METRICS
 from g2rl.plots import figure_legend, load_run, plot_groups, plot_learning, plot_time
 from g2rl.report import write_report
 

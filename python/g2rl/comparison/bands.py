@@ -10,8 +10,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from g2rl.history import EVALUATION, changes, chosen, differing, learned_by
-from g2rl.log import printable
 from g2rl.plots import SMOOTHED, Run, moving_average
+from g2rl.progress import printable
 from g2rl.report import code
 
 LABEL_KEYS = 2
