@@ -42,6 +42,7 @@ LAYERS = {
         ("rewards", "rollout", "objective", "geometry", "policy", "forecast"),
         ("methods",),
         ("history", "evaluate", "collect"),
+        ("run",),
         ("plots",),
         ("report",),
         ("update", "ahead", "evaluation", "comparison", "card"),

@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from g2rl.history import changes, configured_values, default_values, evaluation_changes
 from g2rl.methods import may_shape
 from g2rl.metrics import METRICS, metric
-from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, problem_name, valid_part
+from g2rl.plots import PLOTS, STYLE
 from g2rl.progress import duration, printable
+from g2rl.run import Run, load_run, number_of, pairs_of, periods, problem_name, valid_part
 
 SAMPLE_CHARACTERS = 1200
 

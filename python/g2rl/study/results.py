@@ -14,7 +14,7 @@ import numpy as np
 from g2rl.bootstrap import Estimate, interval, resampled_means
 from g2rl.evaluate import pass_at_k
 from g2rl.log import read_records
-from g2rl.plots import Run, load_run
+from g2rl.run import Run, load_run
 from g2rl.study.definition import PlannedRun, Study
 from g2rl.study.runs import State, state_of
 from g2rl.study.statistics import (
