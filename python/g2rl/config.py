@@ -10,8 +10,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -336,25 +337,22 @@ _UNBOUNDED = ("rollout.max_logp_gap", "objective.clip_high", "objective.importan
 """Bounds that may be infinite, which is none."""
 
 
-def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf of a configuration by its dotted key."""
-    found = {}
-    for item in fields(value):
-        child = getattr(value, item.name)
-        if is_dataclass(child):
-            found.update(leaves(child, f"{prefix}{item.name}."))
-        else:
-            found[prefix + item.name] = child
+def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value of nested dictionaries by its dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        value = list(value) if isinstance(value, tuple) else value  # YAML knows lists only
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
 def validate(config: Config) -> Config:
     """Return `config`, or raise `ConfigError` naming the first key whose value is out of range."""
-    values = leaves(config)
     for key, (expected, holds) in _RANGES.items():
-        if not holds(values[key]):
-            raise ConfigError(f"{key}: expected a value {expected}, found {values[key]!r}")
-        if values[key] == math.inf and key not in _UNBOUNDED:
+        value = attrgetter(key)(config)
+        if not holds(value):
+            raise ConfigError(f"{key}: expected a value {expected}, found {value!r}")
+        if value == math.inf and key not in _UNBOUNDED:
             raise ConfigError(f"{key}: expected a finite value, found inf")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name: expected a plain folder name, found {config.name!r}")

@@ -18,11 +18,11 @@ from g2rl.analysis.measures import Pairs, measure_pairs
 from g2rl.analysis.report import write_results
 from g2rl.analysis.responses import Subject, held_out, sample_groups
 from g2rl.checkpoint import run_of
-from g2rl.config import Config, ConfigError
+from g2rl.config import Config, ConfigError, leaves
 from g2rl.encoder import SentenceEncoder
 from g2rl.evaluation.command import digest, labels, model_config, progress_bar
 from g2rl.files import writing
-from g2rl.history import differing, leaves
+from g2rl.history import differing
 from g2rl.rewards import resolve_rewards
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task
