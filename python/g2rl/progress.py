@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
-from rich import get_console
+from rich import box, get_console
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
-from rich.table import Column
+from rich.table import Column, Table
 
 
 def printable(text: str, limit: int) -> str:
@@ -24,6 +24,16 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def rich_table(title: str | None, header: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for the terminal, whose first column names the rows."""
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for k, name in enumerate(header):
+        table.add_column(name, justify="left" if k == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 class Display:

@@ -5,9 +5,10 @@ Everything but ``metrics.jsonl`` may be missing, and the run may still be going 
 
 from __future__ import annotations
 
+import csv
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,11 @@ def _metrics(run: Run) -> str:
     absent = [f"`{item.key}`" for item in METRICS if item.key not in {metric(key).key for key in run.keys("")}]
     table = markdown_table(("metric", "first", "last", "unit", "meaning"), rows)
     return table + (f"\n\nDefined but not logged by this run: {', '.join(absent)}." if absent else "")
+
+
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def draw_plots(run: Run, folder: Path, without: Sequence[str] = ()) -> list[tuple[str, str, str]]:
