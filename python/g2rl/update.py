@@ -11,7 +11,6 @@ use of features.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +37,10 @@ from g2rl_kernels import GroupAdvantages, SequenceFeatures
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint stands."""
+
+
+class _NotFinite(Exception):
+    """What has NaN or infinity, by name."""
 
 
 @dataclass(eq=False)
@@ -135,8 +138,24 @@ class Updater:
         Raises:
             TrainingError: a loss, gradient or feature is not finite; the message names the step.
         """
-        objective = self.config.objective
         mini_batches = self._mini_batches(episodes, verdicts)
+        try:
+            self._prepare(mini_batches, times)
+            sums, shown = self._update(number, mini_batches, times)
+        except _NotFinite as error:
+            run_dir = self.config.run_dir
+            found = checkpoints(run_dir)
+            stands = f"{found[-1][1].name} stands" if found else "there is no checkpoint yet"
+            raise TrainingError(
+                f"step {number}: NaN or infinity in the {error}; training stopped, and in {run_dir} {stands}; a lower "
+                "optim.lr or optim.max_grad_norm may help"
+            ) from error
+        metrics, result = self._metrics(self._step(episodes, verdicts), mini_batches, sums)
+        return metrics | shown, result
+
+    def _prepare(self, mini_batches: Sequence[Sequence[_Groups]], times: StageTimes) -> None:
+        """The passes before the first update: of the reference, and of a policy that is about to change."""
+        objective = self.config.objective
         everything = [groups for mini_batch in mini_batches for groups in mini_batch]
         parts = [part for groups in everything for part in groups.parts]
         if self.reference is not None:
@@ -146,28 +165,32 @@ class Updater:
             self._keep_pace(len(parts), self.reference.logps, times)
         cut = [groups for groups in everything if len(groups.parts) > 1]
         if objective.updates * objective.mini_batches > 1:
-            self._first_pass(number, everything, times)
+            self._first_pass(everything, times)
         elif self.ranks.any(cut) and self.config.log.geometry:
             with times.stage("first_pass"):
-                self._first_pass(number, cut, times)
-        shown: dict[str, float] = {}
+                self._first_pass(cut, times)
+
+    def _update(
+        self, number: int, mini_batches: Sequence[Sequence[_Groups]], times: StageTimes
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The optimiser updates; returns sums over the last pass's micro-batches, and what is shown of the last one."""
+        objective, shown = self.config.objective, dict[str, float]()
         updates = count((number - 1) * objective.updates * objective.mini_batches)
         for _ in range(objective.updates):
             sums: dict[str, float] = defaultdict(float)
             for mini_batch in mini_batches:
-                self._accumulate(number, mini_batch, sums, times)
+                self._accumulate(mini_batch, sums, times)
                 with times.stage("optimizer", fine=True):
-                    shown = self._optimize(number, self.config.optim.lr * lr_factor(self.config, next(updates)))
-        metrics, result = self._metrics(self._step(episodes, verdicts), mini_batches, sums)
-        return metrics | shown, result
+                    shown = self._optimize(self.config.optim.lr * lr_factor(self.config, next(updates)))
+        return sums, shown
 
-    def _first_pass(self, number: int, chosen: Sequence[_Groups], times: StageTimes) -> None:
+    def _first_pass(self, chosen: Sequence[_Groups], times: StageTimes) -> None:
         """Features and log-probabilities of before the first update, without gradient."""
         for groups in chosen:
             for part in groups.parts:
                 with torch.no_grad():
                     out, _ = self.policy.forward(part.batch, times, self.config.log.geometry)
-                self._keep(number, part, out)
+                self._keep(part, out)
             self._judge(groups)
         self._keep_pace(sum(len(groups.parts) for groups in chosen), self._idle, times)
 
@@ -233,9 +256,7 @@ class Updater:
             )
         return None
 
-    def _accumulate(
-        self, number: int, mini_batch: Sequence[_Groups], sums: dict[str, float], times: StageTimes
-    ) -> None:
+    def _accumulate(self, mini_batch: Sequence[_Groups], sums: dict[str, float], times: StageTimes) -> None:
         """Add the gradient of one optimiser update up, and `sums` of this rank, from which metrics are made."""
         parts = [(groups, part) for groups in mini_batch for part in groups.parts]
         own = [sum(column) for column in zip(*(part.totals for _, part in parts), strict=True)]
@@ -246,7 +267,7 @@ class Updater:
             first = part.old_logps is None
             out, cu_seqlens = self.policy.forward(part.batch, times, first and self.config.log.geometry)
             if first:
-                self._keep(number, part, out)
+                self._keep(part, out)
             if groups.result is None:
                 self._judge(groups)
             assert groups.result is not None and part.old_logps is not None
@@ -261,7 +282,7 @@ class Updater:
                 part.rollout_logps,
             )
             loss, terms = policy_loss(tokens, totals, self.config.objective)
-            self._require_finite(number, "loss", loss)
+            _require_finite("loss", loss)
             with times.stage("backward", fine=True):
                 loss.backward()
             terms |= {"loss": loss.detach(), "entropy": out.entropy.detach().sum()}
@@ -280,9 +301,9 @@ class Updater:
     def _idle(self, batch: Batch, times: StageTimes) -> torch.Tensor:
         return self.policy.forward(batch, times, with_features=False)[0].logps
 
-    def _keep(self, number: int, part: _Part, out: SequenceFeatures) -> None:
+    def _keep(self, part: _Part, out: SequenceFeatures) -> None:
         """What later passes need of the one before the first update."""
-        self._require_finite(number, "features", out.features)
+        _require_finite("features", out.features)
         part.old_logps = out.logps.detach()
         part.features = out.features if self.config.log.geometry else None
 
@@ -292,18 +313,16 @@ class Updater:
         groups.result = self.method.advantages(groups.step)
         check_result(self.method, groups.step, groups.result)
 
-    def _optimize(self, number: int, rate: float) -> dict[str, float]:
+    def _optimize(self, rate: float) -> dict[str, float]:
         """One optimiser update by the gradient that stands, which is then gone."""
         self.ranks.add_gradients(self.policy.model.parameters())
-        norm = clip_grad_norm_(self.policy.model.parameters(), self.config.optim.max_grad_norm)
-        grad_norm = float(whole(norm))
-        if not math.isfinite(grad_norm):
-            raise self._not_finite(number, "gradient")
+        norm = whole(clip_grad_norm_(self.policy.model.parameters(), self.config.optim.max_grad_norm))
+        _require_finite("gradient", norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"train/grad_norm": grad_norm, "train/lr": rate}
+        return {"train/grad_norm": float(norm), "train/lr": rate}
 
     def _metrics(
         self, step: Step, mini_batches: Sequence[Sequence[_Groups]], own_sums: dict[str, float]
@@ -338,18 +357,10 @@ class Updater:
         own = [[torch.cat(column) for column in zip(*part, strict=True)] for part in parts]
         return [torch.cat([self.ranks.rows(rows) for rows in column]) for column in zip(*own, strict=True)]
 
-    def _require_finite(self, number: int, name: str, tensor: torch.Tensor) -> None:
-        if not bool(torch.isfinite(tensor).all()):
-            raise self._not_finite(number, name)
 
-    def _not_finite(self, number: int, name: str) -> TrainingError:
-        run_dir = self.config.run_dir
-        found = checkpoints(run_dir)
-        stands = f"{found[-1][1].name} stands" if found else "there is no checkpoint yet"
-        return TrainingError(
-            f"step {number}: NaN or infinity in the {name}; training stopped, and in {run_dir} {stands}; a lower "
-            "optim.lr or optim.max_grad_norm may help"
-        )
+def _require_finite(name: str, tensor: torch.Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise _NotFinite(name)
 
 
 def idle_batch(device: torch.device) -> Batch:

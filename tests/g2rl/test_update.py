@@ -70,7 +70,7 @@ def gradients(trainer: Trainer, micro_batch_groups: int) -> tuple[float, torch.T
         if updater.reference is not None:
             part.reference_logps = updater.reference.logps(part.batch, trainer._times())
     sums = defaultdict(float)
-    updater._accumulate(1, mini_batch, sums, trainer._times())
+    updater._accumulate(mini_batch, sums, trainer._times())
     gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
     updater.optimizer.zero_grad()
     return sums["loss"], gradient
