@@ -358,6 +358,7 @@ def validate(config: Config) -> Config:
         raise ConfigError(f"name: expected a plain folder name, found {config.name!r}")
     _check_model(config.model)
     _check_objective(config)
+    _check_rollout(config)
     _check_parallel(config)
     if not config.rewards:
         raise ConfigError("rewards: expected at least one reward function, found none")
@@ -404,7 +405,17 @@ def _check_objective(config: Config) -> None:
             "objective.tokens_per_micro_batch: expected room for a prompt and rollout.max_new_tokens = "
             f"{rollout.max_new_tokens} tokens, or 0, found {objective.tokens_per_micro_batch}"
         )
-    if rollout.ahead and objective.importance_cap == 0:
+    if rollout.prompts % objective.mini_batches:
+        raise ConfigError(
+            f"objective.mini_batches: expected a divisor of rollout.prompts = {rollout.prompts}, whole groups each, "
+            f"found {objective.mini_batches}"
+        )
+
+
+def _check_rollout(config: Config) -> None:
+    """As `_check_objective`."""
+    rollout = config.rollout
+    if rollout.ahead and config.objective.importance_cap == 0:
         raise ConfigError(
             "objective.importance_cap: expected a value above 0 with rollout.ahead=1, whose responses are of an older "
             "policy, found 0"
@@ -415,11 +426,6 @@ def _check_objective(config: Config) -> None:
     if rollout.server_folder and not rollout.server:
         raise ConfigError(
             f"rollout.server_folder: expected none without rollout.server, found {rollout.server_folder!r}"
-        )
-    if rollout.prompts % objective.mini_batches:
-        raise ConfigError(
-            f"objective.mini_batches: expected a divisor of rollout.prompts = {rollout.prompts}, whole groups each, "
-            f"found {objective.mini_batches}"
         )
 
 
