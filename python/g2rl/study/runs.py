@@ -12,7 +12,6 @@ import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -83,17 +82,8 @@ def begin(run: PlannedRun) -> None:
     write_durably(run.folder / PLAN, [config_yaml(run.config)])
 
 
-def record_start(run: PlannedRun) -> None:
-    """Note that a process begins or goes on to train a run."""
-    _append(run, {"started": datetime.now(UTC).isoformat(timespec="seconds")})
-
-
-def record_end(run: PlannedRun, usage: Usage) -> None:
-    """Note what a process took; of one that ends with a study that is killed nothing is known but its start."""
-    _append(run, asdict(usage))
-
-
-def _append(run: PlannedRun, entry: dict[str, Any]) -> None:
+def note(run: PlannedRun, entry: dict[str, Any]) -> None:
+    """Note when a process began to train a run, or at its end, unless the study is killed before, what it took."""
     entries = [*_attempts(run), entry]
     write_durably(run.folder / "attempts.jsonl", (json.dumps(each) + "\n" for each in entries))
 
