@@ -27,7 +27,7 @@ from g2rl.heads import whole
 from g2rl.methods import Method, Step, check_metrics, check_result
 from g2rl.objective import Tokens, Totals, policy_loss
 from g2rl.optimizer import group_settings, make_optimizer
-from g2rl.parallel.ranks import ALONE, Ranks
+from g2rl.parallel.ranks import Ranks
 from g2rl.policy import Policy, Reference
 from g2rl.rollout import gap_metrics, make_batch
 from g2rl.times import StageTimes
@@ -89,6 +89,7 @@ class _Groups:
         return torch.cat(columns)[torch.cat([part.rows for part in self.parts]).argsort()]
 
 
+@dataclass(eq=False)
 class Updater:
     """Changes a policy's weights by a step's responses.
 
@@ -101,22 +102,15 @@ class Updater:
         ranks: share each update's groups; their gradients are summed.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        reference: Reference | None,
-        method: Method,
-        config: Config,
-        pad_id: int | None,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.policy = policy
-        self.reference = reference
-        self.method = method
-        self.config = config
-        self.pad_id = pad_id
-        self.ranks = ranks
-        self.optimizer = make_optimizer(policy.model.parameters(), config)
+    policy: Policy
+    reference: Reference | None
+    method: Method
+    config: Config
+    pad_id: int | None
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        self.optimizer = make_optimizer(self.policy.model.parameters(), self.config)
 
     def restore_settings(self) -> None:
         """Have the optimiser go on by this configuration, whatever that of the states was which it has loaded."""

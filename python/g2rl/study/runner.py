@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -109,14 +109,14 @@ def _check_parts(runs: Sequence[PlannedRun]) -> None:
                 raise ConfigError(f"task {label}, method {method}: {error}") from error
 
 
+@dataclass
 class _Runner:
-    def __init__(self, study: Study, lock: IO[str], progress: StudyProgress) -> None:
-        self.study = study
-        self.lock = lock
-        self.progress = progress
-        self.children: list[_Child] = []
-        self.failed: list[PlannedRun] = []
-        self.stopping = False
+    study: Study
+    lock: IO[str]
+    progress: StudyProgress
+    children: list[_Child] = field(default_factory=list)
+    failed: list[PlannedRun] = field(default_factory=list)
+    stopping: bool = False
 
     def work(self, waiting: deque[PlannedRun]) -> list[PlannedRun]:
         try:
