@@ -334,8 +334,8 @@ class Updater:
         metrics |= own_metrics
         parts = [part for mini_batch in mini_batches for groups in mini_batch for part in groups.parts]
         known = [(part.old_logps, part.rollout_logps) for part in parts]
-        own = [(a.cpu(), b.cpu()) for a, b in known if a is not None and b is not None]
-        metrics |= gap_metrics(self.ranks.gathered(own))
+        gaps = [(old - drawn).abs().cpu() for old, drawn in known if old is not None and drawn is not None]
+        metrics |= gap_metrics(self.ranks.gathered(gaps))
         metrics |= {
             "train/loss": sums.pop("loss") / self.config.objective.mini_batches,
             "train/entropy": sums.pop("entropy") / max(sums.pop("tokens"), 1),
