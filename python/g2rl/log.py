@@ -37,7 +37,7 @@ from g2rl.background import in_background
 from g2rl.config import ConfigError
 from g2rl.files import hold, sync, write_durably, writing
 from g2rl.metrics import STAGES, require_metric
-from g2rl.progress import printable
+from g2rl.progress import printable, rich_table
 from g2rl.trackers import Tracker
 
 
@@ -229,18 +229,16 @@ class RunLog:
         steps = self._steps[1:] or self._steps
         if not steps:
             return
-        table = Table(title=f"Stages, median of {len(steps)} steps", title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("stage")
-        for name in ("s", "share of step", "tokens/s"):
-            table.add_column(name, justify="right")
+        rows = []
         step_seconds = median(times["time/step"] for times in steps)
         tokens = median(times["time/step"] * times["time/tokens_per_second"] for times in steps)
         for key, indent in STAGES.items():
             if all(key in times for times in steps):
                 seconds = median(times[key] for times in steps)
                 rate = f"{tokens / seconds:.0f}" if seconds > 0 else "-"
-                table.add_row(indent + key[5:], f"{seconds:.3f}", f"{seconds / step_seconds:.1%}", rate)
-        self._console.print(table)
+                rows.append((indent + key[5:], f"{seconds:.3f}", f"{seconds / step_seconds:.1%}", rate))
+        title, header = f"Stages, median of {len(steps)} steps", ("stage", "s", "share of step", "tokens/s")
+        self._console.print(rich_table(title, header, rows))
 
     def completions(self, step: int, rows: Sequence[Completion], shown: int = 3) -> None:
         """Write responses of one step, and print the first `shown` of them as a table."""

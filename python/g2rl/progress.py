@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
 
 def rich_table(title: str | None, header: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table for the terminal, whose first column names the rows."""
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for k, name in enumerate(header):
         table.add_column(name, justify="left" if k == 0 else "right")
     for row in rows:

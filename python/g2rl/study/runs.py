@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from g2rl.checkpoint import checkpoints, drop_training_state
-from g2rl.config import ConfigError, config_yaml, load_config
+from g2rl.config import ConfigError, load_config, save_config
 from g2rl.files import write_durably
 from g2rl.history import configured_values, differing
 from g2rl.parallel.agree import code
@@ -79,7 +79,7 @@ def begin(run: PlannedRun) -> None:
     if run.folder.exists():
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True)
-    write_durably(run.folder / PLAN, [config_yaml(run.config)])
+    save_config(run.config, run.folder / PLAN)
 
 
 def note(run: PlannedRun, entry: dict[str, Any]) -> None:
