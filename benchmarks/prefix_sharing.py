@@ -124,7 +124,7 @@ def _batch(sizes: Sizes, model: Any, generator: torch.Generator) -> Batch:
     responses = _lengths(sizes.response, sizes.m, sizes.shortest)
     problem = Problem("", "", "")
     episodes = [Episode(problem, prompt, tokens(n), "", True) for prompt in prompts for n in responses]
-    return make_batch(episodes, [0.0] * len(episodes), sizes.m, 0, model.device)
+    return make_batch(episodes, sizes.m, 0, model.device)
 
 
 def _lengths(longest: int, n: int, shortest: float) -> list[int]:

@@ -34,14 +34,16 @@ LAYERS = {
     ),
     "g2rl": (
         ("files", "background", "bootstrap", "probes"),
-        ("__init__", "types", "config", "heads", "times", "time_limit"),
+        ("__init__", "types", "config", "heads", "times", "time_limit", "metrics", "progress"),
+        ("plugins",),
         ("trackers", "shared_prompts", "adapters", "optimizer"),
         ("parallel",),
         ("log", "manifest"),
-        ("tasks", "checkpoint", "model", "encoder", "plugins", "forward"),
+        ("tasks", "checkpoint", "model", "encoder", "forward"),
         ("rewards", "rollout", "objective", "geometry", "policy", "forecast"),
         ("methods",),
         ("history", "evaluate", "collect"),
+        ("run",),
         ("plots",),
         ("report",),
         ("update", "ahead", "evaluation", "comparison", "card"),
@@ -309,5 +311,5 @@ def test_messages_name_the_packages_that_extras_ask_for() -> None:
     for file in SOURCES["g2rl"].rglob("*.py"):
         text = file.read_text()
         assert "g2rl-kernels[" not in text, file
-        named.update(re.findall(r"'([a-z][a-z0-9-]*(?:\[[a-z-]+\])?>=[^']+)'", text))
+        named.update(re.findall(r"""['"]([a-z][a-z0-9-]*(?:\[[a-z-]+\])?>=[^'"]+)['"]""", text))
     assert len(named) >= 8 and named <= asked

@@ -81,7 +81,7 @@ def _sample(responses: int, tokens: int) -> dict[str, Tensor]:
     hidden, targets = [], []
     for start in range(0, responses, 16):
         chunk = long[start : start + 16]
-        batch = make_batch(chunk, [0.0] * len(chunk), 1, tokenizer.pad_token_id, model.device)
+        batch = make_batch(chunk, 1, tokenizer.pad_token_id, model.device)
         positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
         states = model.base_model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions)
         # The state before a token predicts it; responses are aligned at their ends.

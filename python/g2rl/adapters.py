@@ -19,6 +19,7 @@ import transformers
 
 from g2rl.config import ConfigError, LoraConfig
 from g2rl.heads import whole
+from g2rl.plugins import import_package
 
 _SETTINGS = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -26,6 +27,7 @@ FILES = (_SETTINGS, _WEIGHTS)
 """Of an adapter, in the folder of a checkpoint."""
 _BASE = "base_model_name_or_path"
 _NAME = "default"
+_PEFT = "peft>=0.18"
 
 
 def add_adapter(model: Any, config: LoraConfig) -> None:
@@ -35,10 +37,7 @@ def add_adapter(model: Any, config: LoraConfig) -> None:
         ConfigError: peft is not installed or does not suit transformers, a target names no module, or it is the head,
             whose weight features are made of; the message lists the modules found.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError(f"model.lora.rank: LoRA needs peft: pip install 'peft>=0.18' ({error})") from error
+    peft = import_package(_PEFT, "model.lora.rank: LoRA")
     _check_targets(model, config.targets)
     lora = peft.LoraConfig(
         r=config.rank,
@@ -149,13 +148,8 @@ def merged(model: Any, folder: str) -> Any:
         raise ConfigError(
             f"model.path: expected {_WEIGHTS} beside the adapter's configuration, found none in {folder!r}"
         )
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ConfigError(
-            f"model.path: the adapter in {folder!r} needs peft: pip install 'peft>=0.18' ({error})"
-        ) from error
-    model = PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)  # peft froze them
+    peft = import_package(_PEFT, f"model.path: the adapter in {folder!r}")
+    model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)  # peft froze them
     model.name_or_path = folder
     return model
 

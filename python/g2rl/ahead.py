@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from g2rl.collect import Collected, collect
 from g2rl.config import Config
-from g2rl.parallel.ranks import ALONE, Ranks
+from g2rl.parallel.ranks import Ranks
 from g2rl.rollout import Sampler
 from g2rl.tasks.base import Task
 from g2rl.times import StageTimes
@@ -25,7 +25,7 @@ class Rollouts:
         ranks: share the problems.
     """
 
-    def __init__(self, sampler: Sampler, task: Task, config: Config, ranks: Ranks = ALONE) -> None:
+    def __init__(self, sampler: Sampler, task: Task, config: Config, ranks: Ranks) -> None:
         self.sampler = sampler
         self.task = task
         self.config = config

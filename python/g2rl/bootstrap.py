@@ -101,20 +101,13 @@ def resampled_ratios(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def interval(value: float, draws: np.ndarray, limits: Limits) -> Estimate:
     """`value` with the 2.5th and 97.5th percentile of its draws, cut to what it can be; NaN is left out.
 
-    Rescaled seeds can pass that: of two with shares 0 and 1, one has a weight of 1.2 and the other of -0.2.
+    Rescaled seeds can pass that: of two with shares 0 and 1, one has a weight of 1.2 and the other of -0.2. Where all
+    resamples agree, as where all seeds and problems do, or where there is but one, that says nothing of others: NaN.
     """
     known = draws[np.isfinite(draws)]
     low, high = np.clip(np.percentile(known, [2.5, 97.5]), *limits) if len(known) else (np.nan, np.nan)
-    return Estimate(float(value), float(low), float(high))
-
-
-def unless_agreed(found: Estimate) -> Estimate:
-    """`found`, without an interval (NaN) where that has no width.
-
-    All resamples agree where all seeds and problems do, or where there is but one: that says nothing of others.
-    """
-    wide = found.high - found.low > 1e-12 * max(1.0, abs(found.value))  # beyond rounding
-    return found if wide else Estimate(found.value, np.nan, np.nan)
+    wide = high - low > 1e-12 * max(1.0, abs(value))  # beyond rounding
+    return Estimate(float(value), float(low), float(high)) if wide else Estimate(float(value), np.nan, np.nan)
 
 
 def between(limits: Limits) -> Limits:

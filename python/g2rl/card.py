@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 import g2rl_kernels
-from g2rl.plots import Run
 from g2rl.report import changed_values, changes_table, code, markdown_table, method_of, metric_value
+from g2rl.run import Run
 
 EMBEDDED_MODELS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 PAPER = "https://arxiv.org/abs/2512.15687"

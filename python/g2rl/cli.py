@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,57 +46,7 @@ _ROLLOUT_FLAGS: tuple[tuple[str, type, str], ...] = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for a run that failed, 2 for a bad command or configuration."""
-    parser = argparse.ArgumentParser(prog="g2rl", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a model")
-    train.add_argument(
-        "settings",
-        nargs="*",
-        metavar="CONFIG | key=value",
-        help="YAML files, each on top of those before, then values such as optim.lr=1e-5; or resume=RUN",
-    )
-    evaluation = commands.add_parser("eval", help="evaluate a checkpoint, a run's newest checkpoint, or any model")
-    evaluation.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT",
-        help="checkpoint or run folder, or a model path for the default configuration; several with --suite; "
-        "key=value after them overrides the configuration",
-    )  # fmt: skip
-    evaluation.add_argument("--suite", help="data sets, such as math500,amc23,aime24,aime25, or a YAML file")
-    evaluation.add_argument("--out", type=Path, help="folder of samples and results; evals")
-    for flag, kind, text in _SUITE_FLAGS:
-        evaluation.add_argument(f"--{flag}", type=kind, help=text)
-    geometry = commands.add_parser(
-        "geometry", help="how checkpoints' responses to the same problems lie to each other: cosines, dimensions"
-    )
-    geometry.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT",
-        help="as in eval; runs that differ in their seed alone count as one; key=value after them overrides all",
-    )  # fmt: skip
-    for flag, kind, text in (*_GEOMETRY_FLAGS, *_ROLLOUT_FLAGS):
-        geometry.add_argument(f"--{flag}", type=kind, help=text)
-    geometry.add_argument(
-        "--gradients", action="store_true", default=None,
-        help="compare with gradients through the whole model: memory for as many of them as a problem has samples",
-    )  # fmt: skip
-    export = commands.add_parser("export", help="write a checkpoint as a plain model, a LoRA adapter merged into it")
-    export.add_argument("checkpoint", help="checkpoint, or a run's folder for its newest one")
-    export.add_argument("folder", type=Path, help="where the model goes; must not exist yet")
-    report = commands.add_parser("report", help="write report.md with plots for a run, or one that compares several")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
-    report.add_argument("--out", type=Path, help="folder of the report; RUN/report, of several comparison/ beside them")
-    compare = commands.add_parser("compare", help="run a study, methods x seeds x tasks, and compare them in a report")
-    compare.add_argument("study", type=Path, metavar="STUDY", help="YAML file, see configs/studies")
-    compare.add_argument(
-        "settings", nargs="*", metavar="key=value",
-        help="small=true or smoke=true for less; report=true for the report alone; seeds=[0,1], tasks=[...] and "
-        "methods=[...] of the study's own, processes=2, folder=..., settings.optim.lr=1e-5",
-    )  # fmt: skip
-    push = commands.add_parser(
-        "push", help="upload a run's newest checkpoint with a model card to the Hugging Face hub"
-    )
-    push.add_argument("run", type=Path, help="the run's folder")
-    push.add_argument("repo", metavar="REPO", help="OWNER/NAME of the model; created where there is none")
-    push.add_argument("--dry-run", action="store_true", help="write the folder that would be uploaded, and stop")
+    parser = _parser()
     options, behind = parser.parse_known_args(arguments)
     if behind and ("checkpoints" not in options or any(text.startswith("-") for text in behind)):
         parser.error(f"unrecognized arguments: {' '.join(behind)}")
@@ -110,27 +58,75 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before huggingface_hub is loaded: libraries may fetch what a configuration names, and report nothing of the run.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        if options.command == "train":
-            return _train(options.settings)
-        if options.command == "eval":
-            return _evaluate(options)
-        if options.command == "geometry":
-            return _geometry(options)
-        if options.command == "export":
-            return _export(Path(options.checkpoint), options.folder)
-        if options.command == "compare":
-            from g2rl.study.command import compare as run_study
-
-            return run_study(options.study, options.settings)
-        if options.command == "push":
-            return _push(options.run, options.repo, options.dry_run)
-        return _report(options.runs, options.out)
+        status: int = options.run(options)
+        return status
     except ConfigError as error:
         print(f"g2rl: {error}", file=sys.stderr)
         return 2
     except _foreseen() as error:
         print(f"g2rl: {error}", file=sys.stderr)
         return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Of all commands; `run` of what it reads is what a command does with it."""
+    parser = argparse.ArgumentParser(prog="g2rl", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text)
+        added.set_defaults(run=run)
+        return added
+
+    train = command("train", lambda options: _train(options.settings), "train a model")
+    train.add_argument(
+        "settings", nargs="*", metavar="CONFIG | key=value",
+        help="YAML files, each on top of those before, then values such as optim.lr=1e-5; or resume=RUN",
+    )  # fmt: skip
+    evaluation = command("eval", _evaluate, "evaluate a checkpoint, a run's newest checkpoint, or any model")
+    evaluation.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT",
+        help="checkpoint or run folder, or a model path for the default configuration; several with --suite; "
+        "key=value after them overrides the configuration",
+    )  # fmt: skip
+    evaluation.add_argument("--suite", help="data sets, such as math500,amc23,aime24,aime25, or a YAML file")
+    evaluation.add_argument("--out", type=Path, help="folder of samples and results; evals")
+    for flag, kind, text in _SUITE_FLAGS:
+        evaluation.add_argument(f"--{flag}", type=kind, help=text)
+    geometry = command(
+        "geometry", _geometry, "how checkpoints' responses to the same problems lie to each other: cosines, dimensions"
+    )
+    geometry.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT",
+        help="as in eval; runs that differ in their seed alone count as one; key=value after them overrides all",
+    )  # fmt: skip
+    for flag, kind, text in (*_GEOMETRY_FLAGS, *_ROLLOUT_FLAGS):
+        geometry.add_argument(f"--{flag}", type=kind, help=text)
+    geometry.add_argument(
+        "--gradients", action="store_true", default=None,
+        help="compare with gradients through the whole model: memory for as many of them as a problem has samples",
+    )  # fmt: skip
+    export = command("export", _export, "write a checkpoint as a plain model, a LoRA adapter merged into it")
+    export.add_argument("checkpoint", type=Path, help="checkpoint, or a run's folder for its newest one")
+    export.add_argument("folder", type=Path, help="where the model goes; must not exist yet")
+    report = command(
+        "report", lambda options: _report(options.runs, options.out),
+        "write report.md with plots for a run, or one that compares several",
+    )  # fmt: skip
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    report.add_argument("--out", type=Path, help="folder of the report; RUN/report, of several comparison/ beside them")
+    compare = command("compare", _compare, "run a study, methods x seeds x tasks, and compare them in a report")
+    compare.add_argument("study", type=Path, metavar="STUDY", help="YAML file, see configs/studies")
+    compare.add_argument(
+        "settings", nargs="*", metavar="key=value",
+        help="small=true or smoke=true for less; report=true for the report alone; seeds=[0,1], tasks=[...] and "
+        "methods=[...] of the study's own, processes=2, folder=..., settings.optim.lr=1e-5",
+    )  # fmt: skip
+    push = command("push", _push, "upload a run's newest checkpoint with a model card to the Hugging Face hub")
+    push.add_argument("run_dir", type=Path, metavar="run", help="the run's folder")
+    push.add_argument("repo", metavar="REPO", help="OWNER/NAME of the model; created where there is none")
+    push.add_argument("--dry-run", action="store_true", help="write the folder that would be uploaded, and stop")
+    return parser
 
 
 def _train(settings: list[str]) -> int:
@@ -145,7 +141,10 @@ def _train(settings: list[str]) -> int:
     config = read()
     # The trainer loads torch and transformers: only after the configuration has been found good.
     if config.dry_run:
-        return _dry_run(config)
+        from g2rl.dry_run import dry_run
+
+        dry_run(config)
+        return 0
     from g2rl.trainer import Trainer
 
     _announce(config)
@@ -187,13 +186,6 @@ def _foreseen() -> tuple[type[Exception], ...]:
 def _announce(config: Config, how: str = "") -> None:
     what = f"{config.method} on {config.task.name} with {config.model.path}"
     print(f"g2rl: {what}, {config.steps} steps{how}, in {config.run_dir}", flush=True)
-
-
-def _dry_run(config: Config) -> int:
-    from g2rl.dry_run import dry_run
-
-    dry_run(config)
-    return 0
 
 
 def _fresh(paths: list[str], overrides: list[str]) -> Config:
@@ -258,13 +250,14 @@ def _told_apart(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _geometry(options: argparse.Namespace) -> int:
-    from g2rl.analysis.command import geometry, request_of
+    from g2rl.analysis.command import Request, geometry
 
     checkpoints, overrides = _told_apart(options.checkpoints)
     rollout = {"rollout.temperature": options.temperature, "rollout.max_new_tokens": options.max_tokens}
     overrides += [f"{key}={value}" for key, value in rollout.items() if value is not None]
-    names = (*(flag for flag, _, _ in _GEOMETRY_FLAGS), "gradients")
-    geometry(checkpoints, request_of({name: getattr(options, name) for name in names}), overrides)
+    flags = {name: getattr(options, name) for name in (*(flag for flag, _, _ in _GEOMETRY_FLAGS), "gradients")}
+    request = Request(**{name: value for name, value in flags.items() if value is not None})
+    geometry(checkpoints, request, overrides)
     return 0
 
 
@@ -279,76 +272,23 @@ def _evaluate(options: argparse.Namespace) -> int:
         from g2rl.evaluation.command import evaluate_suite
 
         evaluate_suite(checkpoints, options.suite, options.out or Path("evals"), flags, overrides)
-        return 0
-    return _evaluate_held_out(checkpoints[0], overrides)
+    else:
+        from g2rl.evaluation.held_out import evaluate_held_out
 
-
-def _evaluate_held_out(checkpoint: str, overrides: list[str]) -> int:
-    """Evaluate one checkpoint on the problems that its own task holds out."""
-    from g2rl.checkpoint import checkpoint_config, run_of
-    from g2rl.evaluate import evaluate, evaluation_seed
-    from g2rl.evaluation.command import model_config
-    from g2rl.model import load_model
-    from g2rl.rewards import resolve_rewards
-    from g2rl.rollout import make_sampler
-    from g2rl.tasks import make_task, require_held_out
-
-    config, left_out = model_config(checkpoint, overrides), []
-    try:
-        resolve_rewards(config.rewards)
-    except ConfigError as error:  # the run's own function may be elsewhere by now; what is correct needs none
-        if any(text.startswith("rewards") for text in overrides):
-            raise
-        left_out.append(f"g2rl: the reward is left out: {error}")
-        config = replace(config, rewards=[])
-    folder = Path(config.model.path)
-    trained = checkpoint_config(folder).task
-    run_dir = run_of(folder)
-    if run_dir is not None and trained.name == config.task.name:  # another task's problems are others
-        way_out = f"a model that `g2rl export {checkpoint} FOLDER` writes is evaluated on any"
-        require_held_out(run_dir, trained, config.task, config.seed, way_out)
-    with make_task(config.task, config.seed) as task:
-        problems = task.held_out()
-        if not problems:
-            raise ConfigError("task.held_out: expected a number > 0 to evaluate on, found 0")
-        model, tokenizer = load_model(config.model)
-        with closing(make_sampler(model, tokenizer, config.rollout, config.task.system_prompt)) as sampler:
-            sampler.sync()
-            seed = evaluation_seed(config.seed)
-            result = evaluate(sampler, task, problems, config.eval, seed, rewards=config.rewards)
-    lines = [f"{folder}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each"]
-    lines += [f"  {key.removeprefix('eval/'):18s} {value:.4f}" for key, value in result.metrics.items()]
-    lines += left_out
-    if folder.is_dir():
-        kept = ("seed", "task", "rewards", "rollout", "eval")
-        settings = {key: value for key, value in asdict(config).items() if key in kept}
-        contents = {"settings": settings, "problems": [problem.id for problem in problems], "metrics": result.metrics}
-        try:
-            (folder / "eval.json").write_text(json.dumps(contents, indent=2) + "\n")
-        except OSError as error:  # a model that others have put there; all of it is printed
-            lines.append(f"g2rl: eval.json is not written: {error}")
-    _print_to_whoever_reads("\n".join(lines))
+        evaluate_held_out(checkpoints[0], overrides)
     return 0
 
 
-def _print_to_whoever_reads(text: str) -> None:
-    """Print, and go on where the reader has seen enough, as `head` has."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python flushes again at its end, and would tell of the same error there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _export(checkpoint: Path, folder: Path) -> int:
+def _export(options: argparse.Namespace) -> int:
     from safetensors import SafetensorError
 
     from g2rl.checkpoint import checkpoint_config, find_checkpoint
     from g2rl.model import load_model
 
+    folder: Path = options.folder
     if os.path.lexists(folder):
         raise ConfigError(f"folder: expected a new one, found {str(folder)!r}")
-    checkpoint = find_checkpoint(checkpoint)
+    checkpoint = find_checkpoint(options.checkpoint)
     # The run's device, and what needs one, is nothing to its weights, and need not be here.
     dtype = checkpoint_config(checkpoint).model.dtype
     model, tokenizer = load_model(ModelConfig(path=str(checkpoint), dtype=dtype, device="cpu"))
@@ -382,9 +322,15 @@ def _report(run_dirs: list[Path], out: Path | None = None) -> int:
     return 0
 
 
-def _push(run_dir: Path, repo: str, dry_run: bool) -> int:
+def _compare(options: argparse.Namespace) -> int:
+    from g2rl.study.command import compare
+
+    return compare(options.study, options.settings)
+
+
+def _push(options: argparse.Namespace) -> int:
     from g2rl.push import push
 
-    said = push(run_dir, repo, dry_run)
-    print(f"g2rl: {'this would be uploaded' if dry_run else 'uploaded'}: {said}")
+    said = push(options.run_dir, options.repo, options.dry_run)
+    print(f"g2rl: {'this would be uploaded' if options.dry_run else 'uploaded'}: {said}")
     return 0

@@ -10,8 +10,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -336,30 +337,28 @@ _UNBOUNDED = ("rollout.max_logp_gap", "objective.clip_high", "objective.importan
 """Bounds that may be infinite, which is none."""
 
 
-def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf of a configuration by its dotted key."""
-    found = {}
-    for item in fields(value):
-        child = getattr(value, item.name)
-        if is_dataclass(child):
-            found.update(leaves(child, f"{prefix}{item.name}."))
-        else:
-            found[prefix + item.name] = child
+def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value of nested dictionaries by its dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        value = list(value) if isinstance(value, tuple) else value  # YAML knows lists only
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
 def validate(config: Config) -> Config:
     """Return `config`, or raise `ConfigError` naming the first key whose value is out of range."""
-    values = leaves(config)
     for key, (expected, holds) in _RANGES.items():
-        if not holds(values[key]):
-            raise ConfigError(f"{key}: expected a value {expected}, found {values[key]!r}")
-        if values[key] == math.inf and key not in _UNBOUNDED:
+        value = attrgetter(key)(config)
+        if not holds(value):
+            raise ConfigError(f"{key}: expected a value {expected}, found {value!r}")
+        if value == math.inf and key not in _UNBOUNDED:
             raise ConfigError(f"{key}: expected a finite value, found inf")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name: expected a plain folder name, found {config.name!r}")
     _check_model(config.model)
     _check_objective(config)
+    _check_rollout(config)
     _check_parallel(config)
     if not config.rewards:
         raise ConfigError("rewards: expected at least one reward function, found none")
@@ -406,7 +405,17 @@ def _check_objective(config: Config) -> None:
             "objective.tokens_per_micro_batch: expected room for a prompt and rollout.max_new_tokens = "
             f"{rollout.max_new_tokens} tokens, or 0, found {objective.tokens_per_micro_batch}"
         )
-    if rollout.ahead and objective.importance_cap == 0:
+    if rollout.prompts % objective.mini_batches:
+        raise ConfigError(
+            f"objective.mini_batches: expected a divisor of rollout.prompts = {rollout.prompts}, whole groups each, "
+            f"found {objective.mini_batches}"
+        )
+
+
+def _check_rollout(config: Config) -> None:
+    """As `_check_objective`."""
+    rollout = config.rollout
+    if rollout.ahead and config.objective.importance_cap == 0:
         raise ConfigError(
             "objective.importance_cap: expected a value above 0 with rollout.ahead=1, whose responses are of an older "
             "policy, found 0"
@@ -417,11 +426,6 @@ def _check_objective(config: Config) -> None:
     if rollout.server_folder and not rollout.server:
         raise ConfigError(
             f"rollout.server_folder: expected none without rollout.server, found {rollout.server_folder!r}"
-        )
-    if rollout.prompts % objective.mini_batches:
-        raise ConfigError(
-            f"objective.mini_batches: expected a divisor of rollout.prompts = {rollout.prompts}, whole groups each, "
-            f"found {objective.mini_batches}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from g2rl.config import ConfigError
+from g2rl.plugins import import_package
 
 EMBEDDED = "minilm"
 """all-MiniLM-L6-v2, whose weights come as a package."""
@@ -30,12 +30,7 @@ class SentenceEncoder:
 
     def __init__(self, name: str, device: torch.device, key: str) -> None:
         path = _embedded_folder(key) if name == EMBEDDED else name
-        try:
-            library = importlib.import_module("sentence_transformers")
-        except ImportError as error:
-            raise ConfigError(
-                f"{key}: {name!r} needs sentence-transformers: pip install 'sentence-transformers>=5.2' ({error})"
-            ) from error
+        library = import_package("sentence-transformers>=5.2", f"{key}: {name!r}")
         try:
             safely = {"use_safetensors": True}
             self._model = library.SentenceTransformer(str(path), device=str(device), model_kwargs=safely)

@@ -7,7 +7,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from statistics import fmean
 
 from g2rl.config import EvalConfig, RewardConfig
 from g2rl.log import ProblemResult
@@ -15,20 +15,10 @@ from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.rewards import judge_episodes
 from g2rl.rollout import Sampler, response_seeds
 from g2rl.tasks.base import Task
-from g2rl.types import Episode, Problem
+from g2rl.types import Episode, Problem, Verdict
 
 # maj@k averages over all subsets of k responses up to this number, and over as many random ones beyond.
 _MAX_SUBSETS = 1000
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation's metrics by key, its results by problem, and every sampled response with its judgement."""
-
-    metrics: dict[str, float]
-    results: list[ProblemResult]
-    episodes: list[Episode]
-    correct: list[bool]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -89,7 +79,7 @@ def evaluate(
     seed: int,
     ranks: Ranks = ALONE,
     rewards: Sequence[RewardConfig] = (),
-) -> Evaluation:
+) -> tuple[dict[str, float], list[ProblemResult]]:
     """Sample `config.samples` responses to each problem and score them.
 
     Args:
@@ -97,39 +87,42 @@ def evaluate(
         seed: of the draws.
         ranks: share the problems; each gets the results of all.
         rewards: functions and weights of the reward, whose mean is measured too; none of it without.
+
+    Returns:
+        metrics by key, and the results by problem.
     """
     n, own = config.samples, ranks.share(len(problems))
     chosen = [problems[i] for i in own]
     seeds = response_seeds(seed, n * len(own), n * own.start)
     drawn = sampler.sample(chosen, n, config.temperature, config.top_p, seeds) if chosen else []
     verdicts = judge_episodes(drawn, task, rewards)
-    judged, extracted = [v.correct for v in verdicts], [v.answer for v in verdicts]
-    parts = [slice(i, i + n) for i in range(0, len(drawn), n)]
-    votes = task.votes([extracted[part] for part in parts], [judged[part] for part in parts])
-    answers = ranks.gathered([vote for group in votes for vote in group])
-    episodes, correct = ranks.gathered(drawn), ranks.gathered(judged)
-    groups = [slice(i, i + n) for i in range(0, len(episodes), n)]
-    results = [
-        ProblemResult(
-            problem=problem.id,
-            samples=n,
-            correct=sum(correct[g]),
-            tokens=_mean(len(e.response_ids) for e in episodes[g]),
-            maj={k: maj_at_k(answers[g], correct[g], k) for k in config.ks},
-        )
-        for problem, g in zip(problems, groups, strict=True)
-    ]
+    results = ranks.gathered(_results(drawn, verdicts, task, config))
     metrics: dict[str, float] = {}
     for k in config.ks:
-        metrics[f"eval/pass@{k}"] = _mean(pass_at_k(n, result.correct, k) for result in results)
-        metrics[f"eval/maj@{k}"] = _mean(result.maj[k] for result in results)
+        metrics[f"eval/pass@{k}"] = fmean(pass_at_k(n, result.correct, k) for result in results)
+        metrics[f"eval/maj@{k}"] = fmean(result.maj[k] for result in results)
     if rewards:
-        metrics["eval/reward"] = _mean(ranks.gathered([v.reward for v in verdicts]))
-    metrics["eval/response_length"] = _mean(len(e.response_ids) for e in episodes)
-    metrics["eval/finished_share"] = _mean(e.finished for e in episodes)
-    return Evaluation(metrics, results, episodes, correct)
+        metrics["eval/reward"] = fmean(ranks.gathered([v.reward for v in verdicts]))
+    metrics["eval/response_length"] = fmean(ranks.gathered([len(e.response_ids) for e in drawn]))
+    metrics["eval/finished_share"] = fmean(ranks.gathered([e.finished for e in drawn]))
+    return metrics, results
 
 
-def _mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+def _results(
+    episodes: Sequence[Episode], verdicts: Sequence[Verdict], task: Task, config: EvalConfig
+) -> list[ProblemResult]:
+    """What episodes, `config.samples` to each problem, say of the problems."""
+    n = config.samples
+    groups = [slice(i, i + n) for i in range(0, len(episodes), n)]
+    correct = [[v.correct for v in verdicts[group]] for group in groups]
+    votes = task.votes([[v.answer for v in verdicts[group]] for group in groups], correct)
+    return [
+        ProblemResult(
+            problem=episodes[group.start].problem.id,
+            samples=n,
+            correct=sum(right),
+            tokens=fmean(len(e.response_ids) for e in episodes[group]),
+            maj={k: maj_at_k(vote, right, k) for k in config.ks},
+        )
+        for group, vote, right in zip(groups, votes, correct, strict=True)
+    ]

@@ -228,13 +228,10 @@ def micro_batch_rows(config: Config, length: int) -> int:
     return min(update, config.objective.micro_batch_groups * config.rollout.group_size)
 
 
-def _cache_width(shape: Any) -> int:
-    """Numbers in the keys and values of one token."""
-    return 2 * attention_width(shape.get_text_config(), "num_key_value_heads")
-
-
-def _cache_bytes(config: Config, shape: Any, length: int) -> float:
-    return _batch(config) * length * _cache_width(shape) * getattr(torch, config.rollout.dtype).itemsize
+def _cache_bytes(config: Config, shape: Any, length: float) -> float:
+    """Keys and values of a batch of responses, so many tokens each with their prompts."""
+    width = 2 * attention_width(shape.get_text_config(), "num_key_value_heads")
+    return _batch(config) * length * width * getattr(torch, config.rollout.dtype).itemsize
 
 
 def has_first_pass(config: Config, length: int) -> bool:
@@ -265,8 +262,7 @@ def _seconds_by_stage(config: Config, model: Any, shape: Any, prompt_tokens: int
     if objective.kl_coef > 0:
         passes["reference"] = forward
     weights = (body + head) * getattr(torch, rollout.dtype).itemsize
-    cache = _batch(config) * (prompt_tokens + rollout.max_new_tokens / 2) * _cache_width(shape)
-    cache *= getattr(torch, rollout.dtype).itemsize
+    cache = _cache_bytes(config, shape, prompt_tokens + rollout.max_new_tokens / 2)
     rounds = -(-responses // _batch(config))
     reading = rounds * rollout.max_new_tokens * (weights + cache) / rates.bandwidth
     seconds = {"rollout": max(reading, forward / rates.flops)}

@@ -261,7 +261,7 @@ def _random_batch(vocabulary: int, device: torch.device) -> Batch:
             attended[row, start:] = 1
             answered[row, start + prompt :] = True
             row += 1
-    return Batch(ids.to(device), attended.to(device), answered.to(device), torch.zeros(row, device=device), 3)
+    return Batch(ids.to(device), attended.to(device), answered.to(device), 3)
 
 
 class _Probe:

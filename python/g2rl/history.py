@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from g2rl.config import METHODS, RewardConfig, defaults, plain, read_own
+from g2rl.config import METHODS, RewardConfig, defaults, leaves, plain, read_own
 from g2rl.log import SETTINGS, read_records
 from g2rl.methods import default_options
 
@@ -105,15 +105,6 @@ def default_values(config: dict[str, Any]) -> dict[str, Any]:
     values = leaves(plain(defaults()))
     method = config.get("method", values["method"])
     return values | leaves(default_options(method), f"methods.{method}.")
-
-
-def leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every value of nested dictionaries by its dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        value = list(value) if isinstance(value, tuple) else value  # YAML knows lists only
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def chosen(values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from g2rl.config import ConfigError
 from g2rl.files import sha256, write_durably
-from g2rl.parallel.ranks import ALONE, Ranks
+from g2rl.parallel.ranks import Ranks
 
 MANIFEST = "manifest.json"
 VERSION = 1
 
 
-def write_manifest(folder: Path, ranks: Ranks = ALONE) -> None:
+def write_manifest(folder: Path, ranks: Ranks) -> None:
     """Write ``manifest.json`` of all files that are there. Every rank has to call this."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     own = [names[i] for i in ranks.share(len(names))]

@@ -9,7 +9,8 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from g2rl.config import Config, ConfigError, OptimConfig
+from g2rl.config import Config, OptimConfig
+from g2rl.plugins import import_package
 
 
 def make_optimizer(parameters: Iterable[Parameter], config: Config) -> Optimizer:
@@ -53,14 +54,7 @@ def _kind(name: str) -> tuple[type[Optimizer], dict[str, Any]]:
     """The class, and what it is told besides the numbers of the configuration."""
     if name == "adamw":
         return torch.optim.AdamW, {"fused": True}
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ConfigError(
-            f"optim.name: adamw_8bit needs the package bitsandbytes, which is not installed ({error}): "
-            "pip install bitsandbytes, or optim.name=adamw"
-        ) from error
-    return bitsandbytes.optim.AdamW8bit, {}
+    return import_package("bitsandbytes", "optim.name: adamw_8bit").optim.AdamW8bit, {}
 
 
 MASTERS = "masters"

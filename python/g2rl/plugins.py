@@ -1,4 +1,4 @@
-"""What users bring themselves, named in the configuration as ``module:name``."""
+"""What users bring themselves: packages of extras, and names in the configuration, ``module:name``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ import sys
 from typing import Any
 
 from g2rl.config import ConfigError
+
+
+def import_package(requirement: str, needed_by: str) -> Any:
+    """Import an optional package.
+
+    Args:
+        requirement: as pip takes it, such as ``peft>=0.18``.
+        needed_by: what needs it, behind the configuration's key, for errors.
+
+    Raises:
+        ConfigError: it is not installed, or cannot be imported.
+    """
+    package = requirement.partition(">")[0]
+    try:
+        return importlib.import_module(package.replace("-", "_"))
+    except ImportError as error:
+        raise ConfigError(f"{needed_by} needs {package}: pip install {requirement!r} ({error})") from error
 
 
 def import_named(name: str, key: str, expected: str) -> Any:

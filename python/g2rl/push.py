@@ -21,8 +21,8 @@ from g2rl.files import writing
 from g2rl.manifest import MANIFEST
 from g2rl.model import load_model
 from g2rl.parallel.shards import SHARDS, load_model_of_shards
-from g2rl.plots import load_run
 from g2rl.report import draw_plots
+from g2rl.run import load_run
 
 NOT_PUSHED = ("trainer.pt", "README.md", "eval.json", MANIFEST, SHARDS)
 LOCAL_PLOTS = ("groups",)

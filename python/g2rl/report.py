@@ -5,9 +5,10 @@ Everything but ``metrics.jsonl`` may be missing, and the run may still be going 
 
 from __future__ import annotations
 
+import csv
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from matplotlib import rc_context
 from omegaconf import OmegaConf
 
 from g2rl.history import changes, configured_values, default_values, evaluation_changes
-from g2rl.log import METRICS, duration, metric, printable
 from g2rl.methods import may_shape
-from g2rl.plots import PLOTS, STYLE, Run, load_run, number_of, pairs_of, periods, problem_name, valid_part
+from g2rl.metrics import METRICS, metric
+from g2rl.plots import PLOTS, STYLE
+from g2rl.progress import duration, printable
+from g2rl.run import Run, load_run, number_of, pairs_of, periods, problem_name, valid_part
 
 SAMPLE_CHARACTERS = 1200
 
@@ -249,6 +252,11 @@ def _metrics(run: Run) -> str:
     absent = [f"`{item.key}`" for item in METRICS if item.key not in {metric(key).key for key in run.keys("")}]
     table = markdown_table(("metric", "first", "last", "unit", "meaning"), rows)
     return table + (f"\n\nDefined but not logged by this run: {', '.join(absent)}." if absent else "")
+
+
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def draw_plots(run: Run, folder: Path, without: Sequence[str] = ()) -> list[tuple[str, str, str]]:

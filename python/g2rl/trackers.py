@@ -9,30 +9,27 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from g2rl.config import Config, ConfigError
 
 
+@dataclass
 class Tracker:
     """One service's record of a run; its library is loaded when the run starts. Any method may raise anything."""
 
-    def __init__(self, name: str, config: Config) -> None:
-        self.name = name
-        self._config = config
-        self._run: Any = None
+    name: str
+    config: Config
 
-    def start(self, run_dir: Path, resume_step: int | None = None) -> None:
+    def start(self, run_dir: Path, resume_step: int | None) -> None:
         """Open a new record, named as the run; a run that goes on gets another one, since services keep every step."""
-        config = self._config
-        library: Any = importlib.import_module(self.name)
+        config, library = self.config, importlib.import_module(self.name)
         name = config.name if resume_step is None else f"{config.name} from step {resume_step}"
         folder = {"dir": str(run_dir)} if self.name == "wandb" else {}
-        self._run = library.init(
-            project=config.log.project, name=name, group=config.name, config=asdict(config), **folder
-        )
+        project, settings = config.log.project, asdict(config)
+        self._run: Any = library.init(project=project, name=name, group=config.name, config=settings, **folder)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send one step's metrics."""

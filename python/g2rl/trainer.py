@@ -23,14 +23,15 @@ from g2rl.ahead import Rollouts
 from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from g2rl.config import Config, ConfigError, ModelConfig, config_yaml, save_config
 from g2rl.evaluate import evaluate, evaluation_seed
-from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog, TrainingProgress
+from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog
 from g2rl.methods import make_method
 from g2rl.model import load_model, resolve_device
 from g2rl.optimizer import in_words
 from g2rl.parallel.agree import versions
-from g2rl.parallel.place import place, where_to_load
 from g2rl.parallel.ranks import ALONE, Ranks
+from g2rl.parallel.sharding import place, where_to_load
 from g2rl.policy import Policy, Reference
+from g2rl.progress import TrainingProgress
 from g2rl.rewards import resolve_rewards
 from g2rl.rollout import gap_warning, make_sampler
 from g2rl.tasks import found_anywhere, keep_held_out, make_task
@@ -187,8 +188,8 @@ class Trainer:
             self.sampler.sync()
             seed, rewards = evaluation_seed(self.config.seed), self.config.rewards
             measured = rewards if any(reward.name != "correct" for reward in rewards) else ()  # which pass@1 tells
-            result = evaluate(self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks, measured)
-        return {**result.metrics, "time/eval": times.seconds["time/eval"]}, result.results
+            found = evaluate(self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks, measured)
+        return {**found[0], "time/eval": times.seconds["time/eval"]}, found[1]
 
     def _rollout_metrics(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> dict[str, float]:
         n = len(episodes)

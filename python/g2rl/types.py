@@ -79,12 +79,10 @@ class Batch:
         input_ids: [B, L] int64; prompts and responses left-padded together, so that every response ends at L.
         attention_mask: [B, L] int64; 0 on padding.
         response_mask: [B, L] bool; True on response tokens.
-        rewards: [B] float32.
         group_size: m; episode i belongs to group i // m.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     response_mask: torch.Tensor
-    rewards: torch.Tensor
     group_size: int

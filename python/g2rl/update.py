@@ -11,10 +11,9 @@ use of features.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -28,7 +27,7 @@ from g2rl.heads import whole
 from g2rl.methods import Method, Step, check_metrics, check_result
 from g2rl.objective import Tokens, Totals, policy_loss
 from g2rl.optimizer import group_settings, make_optimizer
-from g2rl.parallel.ranks import ALONE, Ranks
+from g2rl.parallel.ranks import Ranks
 from g2rl.policy import Policy, Reference
 from g2rl.rollout import gap_metrics, make_batch
 from g2rl.times import StageTimes
@@ -38,6 +37,10 @@ from g2rl_kernels import GroupAdvantages, SequenceFeatures
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint stands."""
+
+
+class _NotFinite(Exception):
+    """What has NaN or infinity, by name."""
 
 
 @dataclass(eq=False)
@@ -86,36 +89,7 @@ class _Groups:
         return torch.cat(columns)[torch.cat([part.rows for part in self.parts]).argsort()]
 
 
-@dataclass
-class _Sums:
-    """Sums over micro-batches, from which a step's metrics are made."""
-
-    loss: float = 0.0
-    entropy: float = 0.0
-    tokens: int = 0
-    kept_tokens: int = 0
-    terms: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def add(self, loss: torch.Tensor, entropy: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
-        self.loss += float(loss.detach())
-        self.entropy += float(entropy.detach().sum())
-        self.tokens += entropy.shape[0]
-        for key, value in terms.items():
-            self.terms[key] += float(value)
-
-    @classmethod
-    def total(cls, parts: Sequence[_Sums]) -> _Sums:
-        """Of all ranks, which count the same `kept_tokens`."""
-        whole = cls(kept_tokens=parts[0].kept_tokens)
-        for part in parts:
-            whole.loss += part.loss
-            whole.entropy += part.entropy
-            whole.tokens += part.tokens
-            for key, value in part.terms.items():
-                whole.terms[key] += value
-        return whole
-
-
+@dataclass(eq=False)
 class Updater:
     """Changes a policy's weights by a step's responses.
 
@@ -128,22 +102,15 @@ class Updater:
         ranks: share each update's groups; their gradients are summed.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        reference: Reference | None,
-        method: Method,
-        config: Config,
-        pad_id: int | None,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.policy = policy
-        self.reference = reference
-        self.method = method
-        self.config = config
-        self.pad_id = pad_id
-        self.ranks = ranks
-        self.optimizer = make_optimizer(policy.model.parameters(), config)
+    policy: Policy
+    reference: Reference | None
+    method: Method
+    config: Config
+    pad_id: int | None
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        self.optimizer = make_optimizer(self.policy.model.parameters(), self.config)
 
     def restore_settings(self) -> None:
         """Have the optimiser go on by this configuration, whatever that of the states was which it has loaded."""
@@ -160,13 +127,29 @@ class Updater:
             episodes, verdicts: whole groups, of all ranks.
 
         Returns:
-            metrics by a key of `g2rl.log.METRICS`, of the last pass over the rollouts; what the method made of them.
+            metrics by their keys in the log, of the last pass over the rollouts; what the method made of them.
 
         Raises:
             TrainingError: a loss, gradient or feature is not finite; the message names the step.
         """
-        objective = self.config.objective
         mini_batches = self._mini_batches(episodes, verdicts)
+        try:
+            self._prepare(mini_batches, times)
+            sums, shown = self._update(number, mini_batches, times)
+        except _NotFinite as error:
+            run_dir = self.config.run_dir
+            found = checkpoints(run_dir)
+            stands = f"{found[-1][1].name} stands" if found else "there is no checkpoint yet"
+            raise TrainingError(
+                f"step {number}: NaN or infinity in the {error}; training stopped, and in {run_dir} {stands}; a lower "
+                "optim.lr or optim.max_grad_norm may help"
+            ) from error
+        metrics, result = self._metrics(self._step(episodes, verdicts), mini_batches, sums)
+        return metrics | shown, result
+
+    def _prepare(self, mini_batches: Sequence[Sequence[_Groups]], times: StageTimes) -> None:
+        """The passes before the first update: of the reference, and of a policy that is about to change."""
+        objective = self.config.objective
         everything = [groups for mini_batch in mini_batches for groups in mini_batch]
         parts = [part for groups in everything for part in groups.parts]
         if self.reference is not None:
@@ -176,28 +159,32 @@ class Updater:
             self._keep_pace(len(parts), self.reference.logps, times)
         cut = [groups for groups in everything if len(groups.parts) > 1]
         if objective.updates * objective.mini_batches > 1:
-            self._first_pass(number, everything, times)
+            self._first_pass(everything, times)
         elif self.ranks.any(cut) and self.config.log.geometry:
             with times.stage("first_pass"):
-                self._first_pass(number, cut, times)
-        shown: dict[str, float] = {}
+                self._first_pass(cut, times)
+
+    def _update(
+        self, number: int, mini_batches: Sequence[Sequence[_Groups]], times: StageTimes
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The optimiser updates; returns sums over the last pass's micro-batches, and what is shown of the last one."""
+        objective, shown = self.config.objective, dict[str, float]()
         updates = count((number - 1) * objective.updates * objective.mini_batches)
         for _ in range(objective.updates):
-            sums = _Sums()
+            sums: dict[str, float] = defaultdict(float)
             for mini_batch in mini_batches:
-                self._accumulate(number, mini_batch, sums, times)
+                self._accumulate(mini_batch, sums, times)
                 with times.stage("optimizer", fine=True):
-                    shown = self._optimize(number, self.config.optim.lr * lr_factor(self.config, next(updates)))
-        metrics, result = self._metrics(self._step(episodes, verdicts), mini_batches, sums)
-        return metrics | shown, result
+                    shown = self._optimize(self.config.optim.lr * lr_factor(self.config, next(updates)))
+        return sums, shown
 
-    def _first_pass(self, number: int, chosen: Sequence[_Groups], times: StageTimes) -> None:
+    def _first_pass(self, chosen: Sequence[_Groups], times: StageTimes) -> None:
         """Features and log-probabilities of before the first update, without gradient."""
         for groups in chosen:
             for part in groups.parts:
                 with torch.no_grad():
                     out, _ = self.policy.forward(part.batch, times, self.config.log.geometry)
-                self._keep(number, part, out)
+                self._keep(part, out)
             self._judge(groups)
         self._keep_pace(sum(len(groups.parts) for groups in chosen), self._idle, times)
 
@@ -233,7 +220,7 @@ class Updater:
         cuts = cut_by_length(episodes, budget) if budget else [list(range(len(episodes)))]
         # Only a single group is cut: to the model each piece is a group, with one prompt.
         step = self._step(episodes, verdicts)
-        return _Groups(step, [self._part(episodes, verdicts, rows, min(m, len(rows))) for rows in cuts])
+        return _Groups(step, [self._part(episodes, rows, min(m, len(rows))) for rows in cuts])
 
     def _step(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> Step:
         device = self.policy.model.device
@@ -245,11 +232,9 @@ class Updater:
             texts=[episode.text for episode in episodes],
         )
 
-    def _part(
-        self, episodes: Sequence[Episode], verdicts: Sequence[Verdict], rows: list[int], group_size: int
-    ) -> _Part:
+    def _part(self, episodes: Sequence[Episode], rows: list[int], group_size: int) -> _Part:
         chosen, device = [episodes[i] for i in rows], self.policy.model.device
-        batch = make_batch(chosen, [verdicts[i].reward for i in rows], group_size, self.pad_id, device)
+        batch = make_batch(chosen, group_size, self.pad_id, device)
         filters = self.config.objective.overlong == "filter"
         kept = torch.tensor([episode.finished or not filters for episode in chosen], device=device)
         return _Part(batch, torch.tensor(rows, device=device), kept, self._rollout_logps(chosen))
@@ -265,18 +250,18 @@ class Updater:
             )
         return None
 
-    def _accumulate(self, number: int, mini_batch: Sequence[_Groups], sums: _Sums, times: StageTimes) -> None:
-        """Add the gradient of one optimiser update up."""
+    def _accumulate(self, mini_batch: Sequence[_Groups], sums: dict[str, float], times: StageTimes) -> None:
+        """Add the gradient of one optimiser update up, and `sums` of this rank, from which metrics are made."""
         parts = [(groups, part) for groups in mini_batch for part in groups.parts]
-        own = map(sum, zip(*(part.totals for _, part in parts), strict=True))
+        own = [sum(column) for column in zip(*(part.totals for _, part in parts), strict=True)]
         totals = Totals(*self.ranks.summed(*own))
-        sums.kept_tokens += totals.tokens
+        sums["kept_tokens"] += own[1]
         for groups, part in parts:
             # On-policy, the gradient pass of whole groups itself yields the features: nothing is computed twice.
             first = part.old_logps is None
             out, cu_seqlens = self.policy.forward(part.batch, times, first and self.config.log.geometry)
             if first:
-                self._keep(number, part, out)
+                self._keep(part, out)
             if groups.result is None:
                 self._judge(groups)
             assert groups.result is not None and part.old_logps is not None
@@ -291,10 +276,13 @@ class Updater:
                 part.rollout_logps,
             )
             loss, terms = policy_loss(tokens, totals, self.config.objective)
-            self._require_finite(number, "loss", loss)
+            _require_finite("loss", loss)
             with times.stage("backward", fine=True):
                 loss.backward()
-            sums.add(loss, out.entropy, terms)
+            terms |= {"loss": loss.detach(), "entropy": out.entropy.detach().sum()}
+            for key, value in terms.items():
+                sums[key] += float(value)
+            sums["tokens"] += len(out.entropy)
         self._keep_pace(len(parts), self._idle, times)
 
     def _keep_pace(self, passes: int, forward: Callable[[Batch, StageTimes], torch.Tensor], times: StageTimes) -> None:
@@ -307,9 +295,9 @@ class Updater:
     def _idle(self, batch: Batch, times: StageTimes) -> torch.Tensor:
         return self.policy.forward(batch, times, with_features=False)[0].logps
 
-    def _keep(self, number: int, part: _Part, out: SequenceFeatures) -> None:
+    def _keep(self, part: _Part, out: SequenceFeatures) -> None:
         """What later passes need of the one before the first update."""
-        self._require_finite(number, "features", out.features)
+        _require_finite("features", out.features)
         part.old_logps = out.logps.detach()
         part.features = out.features if self.config.log.geometry else None
 
@@ -319,43 +307,43 @@ class Updater:
         groups.result = self.method.advantages(groups.step)
         check_result(self.method, groups.step, groups.result)
 
-    def _optimize(self, number: int, rate: float) -> dict[str, float]:
+    def _optimize(self, rate: float) -> dict[str, float]:
         """One optimiser update by the gradient that stands, which is then gone."""
         self.ranks.add_gradients(self.policy.model.parameters())
-        norm = clip_grad_norm_(self.policy.model.parameters(), self.config.optim.max_grad_norm)
-        grad_norm = float(whole(norm))
-        if not math.isfinite(grad_norm):
-            raise self._not_finite(number, "gradient")
+        norm = whole(clip_grad_norm_(self.policy.model.parameters(), self.config.optim.max_grad_norm))
+        _require_finite("gradient", norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"train/grad_norm": grad_norm, "train/lr": rate}
+        return {"train/grad_norm": float(norm), "train/lr": rate}
 
     def _metrics(
-        self, step: Step, mini_batches: Sequence[Sequence[_Groups]], sums: _Sums
+        self, step: Step, mini_batches: Sequence[Sequence[_Groups]], own_sums: dict[str, float]
     ) -> tuple[dict[str, float], GroupAdvantages]:
         """Of the whole step, on every rank."""
         result = GroupAdvantages(*self._rows([[groups.result for groups in part] for part in mini_batches]))
         if mini_batches[0][0].step.features is not None:
             (features,) = self._rows([[(groups.step.features,) for groups in part] for part in mini_batches])
             step = replace(step, features=features)
-        sums = _Sums.total(self.ranks.gathered([sums]))
+        of_ranks = self.ranks.gathered([own_sums])
+        sums = {key: sum(of_rank[key] for of_rank in of_ranks) for key in own_sums}
         metrics = geometry_metrics(step.features, step.rewards, result, step.group_size)
         own_metrics = self.method.metrics(step, result)
         check_metrics(self.method, own_metrics)
         metrics |= own_metrics
         parts = [part for mini_batch in mini_batches for groups in mini_batch for part in groups.parts]
         known = [(part.old_logps, part.rollout_logps) for part in parts]
-        own = [(a.cpu(), b.cpu()) for a, b in known if a is not None and b is not None]
-        metrics |= gap_metrics(self.ranks.gathered(own))
+        gaps = [(old - drawn).abs().cpu() for old, drawn in known if old is not None and drawn is not None]
+        metrics |= gap_metrics(self.ranks.gathered(gaps))
         metrics |= {
-            "train/loss": sums.loss / self.config.objective.mini_batches,
-            "train/entropy": sums.entropy / max(sums.tokens, 1),
+            "train/loss": sums.pop("loss") / self.config.objective.mini_batches,
+            "train/entropy": sums.pop("entropy") / max(sums.pop("tokens"), 1),
             "train/shaped_reward": float(result.shaped_rewards.mean()),
             "train/advantage_abs": float(result.advantages.abs().mean()),
         }
-        metrics |= {f"train/{key}": value / max(sums.kept_tokens, 1) for key, value in sums.terms.items()}
+        kept_tokens = max(sums.pop("kept_tokens"), 1)
+        metrics |= {f"train/{key}": value / kept_tokens for key, value in sums.items()}
         return metrics, result
 
     def _rows(self, parts: Sequence[Sequence[Any]]) -> list[torch.Tensor]:
@@ -363,25 +351,17 @@ class Updater:
         own = [[torch.cat(column) for column in zip(*part, strict=True)] for part in parts]
         return [torch.cat([self.ranks.rows(rows) for rows in column]) for column in zip(*own, strict=True)]
 
-    def _require_finite(self, number: int, name: str, tensor: torch.Tensor) -> None:
-        if not bool(torch.isfinite(tensor).all()):
-            raise self._not_finite(number, name)
 
-    def _not_finite(self, number: int, name: str) -> TrainingError:
-        run_dir = self.config.run_dir
-        found = checkpoints(run_dir)
-        stands = f"{found[-1][1].name} stands" if found else "there is no checkpoint yet"
-        return TrainingError(
-            f"step {number}: NaN or infinity in the {name}; training stopped, and in {run_dir} {stands}; a lower "
-            "optim.lr or optim.max_grad_norm may help"
-        )
+def _require_finite(name: str, tensor: torch.Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise _NotFinite(name)
 
 
 def idle_batch(device: torch.device) -> Batch:
     """The least that a model can be called with: a prompt of one token, and a response of one."""
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     answered = torch.tensor([[False, True]], device=device)
-    return Batch(ids, torch.ones_like(ids), answered, torch.zeros(1, device=device), 1)
+    return Batch(ids, torch.ones_like(ids), answered, 1)
 
 
 def padded_tokens(episodes: Sequence[Episode]) -> int:

@@ -14,7 +14,7 @@ from g2rl.comparison.bands import Comparison, compare
 from g2rl.comparison.plots import plot_bands
 from g2rl.comparison.report import write_comparison
 from g2rl.history import changes
-from g2rl.plots import load_run
+from g2rl.run import load_run
 
 
 def records(*passes: float, **more: float) -> list[dict[str, float]]:

@@ -78,7 +78,7 @@ def batch(groups: tuple[tuple[int, tuple[int, ...]], ...], vocabulary: int = 61,
     for prompt, responses in groups:
         ids = tokens(prompt)
         episodes += [Episode(problem, ids, tokens(n), "", True) for n in responses]
-    return make_batch(episodes, [0.0] * len(episodes), len(groups[0][1]), 0, torch.device("cpu"))
+    return make_batch(episodes, len(groups[0][1]), 0, torch.device("cpu"))
 
 
 def build(config: PretrainedConfig, attention: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -148,7 +148,7 @@ def test_layout_by_hand() -> None:
     problem = Problem("", "", "")
     rows = (((4, 5, 6), (7, 8)), ((4, 5, 6), ()), ((9, 10), (11,)), ((9, 10), (12, 13, 14)))
     episodes = [Episode(problem, prompt, response, "", True) for prompt, response in rows]
-    packed = pack_groups(make_batch(episodes, [0.0] * 4, 2, 0, torch.device("cpu")))
+    packed = pack_groups(make_batch(episodes, 2, 0, torch.device("cpu")))
     assert packed.input_ids.tolist() == [[4, 5, 6, 9, 10, 7, 12, 13]]
     assert packed.positions.tolist() == [[0, 1, 2, 0, 1, 3, 2, 3]]
     assert packed.targets.tolist() == [7, 8, 11, 12, 13, 14]

@@ -16,18 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from g2rl.config import ConfigError
 from g2rl.files import StorageError
 from g2rl.history import read_history
-from g2rl.log import (
-    METRICS,
-    Completion,
-    GroupGeometry,
-    ProblemResult,
-    RunLog,
-    TrainingProgress,
-    duration,
-    metric,
-    read_records,
-    require_metric,
-)
+from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog, read_records
+from g2rl.metrics import METRICS, metric, require_metric
+from g2rl.progress import TrainingProgress, duration
 
 QUIET = Console(quiet=True)
 

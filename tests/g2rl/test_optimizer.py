@@ -130,9 +130,7 @@ def test_in_words() -> None:
 
 def test_what_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(
-        ConfigError, match="optim.name: adamw_8bit needs the package bitsandbytes, which is not installed"
-    ):
+    with pytest.raises(ConfigError, match="optim.name: adamw_8bit needs bitsandbytes: pip install 'bitsandbytes'"):
         make_optimizer(weights(), settings("optim.name=adamw_8bit"))
     with pytest.raises(ConfigError, match="model.offload_activations: expected false on a CPU"):
         load_model(load_config(None, ["model.offload_activations=true", "model.device=cpu"]).model)

@@ -16,7 +16,7 @@ from written_runs import change_settings, write_run
 from g2rl import push as module
 from g2rl.card import model_card
 from g2rl.cli import main
-from g2rl.plots import load_run
+from g2rl.run import load_run
 
 HELD_OUT = (
     {"eval/pass@1": 0.125, "eval/maj@1": 0.125},

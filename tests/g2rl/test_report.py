@@ -16,9 +16,11 @@ from written_runs import change_settings, write_run
 
 from g2rl.cli import main
 from g2rl.config import load_config, save_config
-from g2rl.log import METRICS, Completion, GroupGeometry, RunLog
-from g2rl.plots import figure_legend, load_run, plot_groups, plot_learning, plot_time
+from g2rl.log import Completion, GroupGeometry, RunLog
+from g2rl.metrics import METRICS
+from g2rl.plots import figure_legend, plot_groups, plot_learning, plot_time
 from g2rl.report import write_report
+from g2rl.run import load_run
 
 SAME = [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
 APART = [[1.0, -0.5, 0.0], [-0.5, 1.0, 0.0], [0.0, 0.0, 0.0]]  # the third response has no feature

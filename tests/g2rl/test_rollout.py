@@ -232,7 +232,7 @@ def test_tokenizers_that_lack_something(tiny_model: Path) -> None:
     episodes = sampler.sample(PROBLEMS, 2, 1.0, 1.0, 0)
     sampler._has_slots = False
     assert [e.response_ids for e in sampler.sample(PROBLEMS, 2, 1.0, 1.0, 0)] == [e.response_ids for e in episodes]
-    batch = make_batch(episodes, [0.0] * 4, 2, tokenizer.pad_token_id, torch.device("cpu"))
+    batch = make_batch(episodes, 2, tokenizer.pad_token_id, torch.device("cpu"))
     assert not batch.input_ids[batch.attention_mask == 0].any() and not batch.attention_mask.all()
     tokenizer.eos_token = model.generation_config.eos_token_id = None
     with pytest.raises(ConfigError, match="model.path: expected a token that ends responses, named by .* found none"):
@@ -284,8 +284,7 @@ def test_padding_is_on_the_left_and_masks_agree() -> None:
     assert input_ids.tolist() == [[4, 5, 6], [0, 0, 7]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     episodes = [Episode(PROBLEMS[0], (4, 5), (6,), "", True), Episode(PROBLEMS[1], (7,), (8, 9, 3), "", False)]
-    batch = make_batch(episodes, [1.0, -1.0], 2, 0, torch.device("cpu"))
+    batch = make_batch(episodes, 2, 0, torch.device("cpu"))
     assert batch.input_ids.tolist() == [[0, 4, 5, 6], [7, 8, 9, 3]]
     assert batch.attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
     assert batch.response_mask.tolist() == [[False, False, False, True], [False, True, True, True]]
-    assert batch.rewards.tolist() == [1.0, -1.0]

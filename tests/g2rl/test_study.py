@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from g2rl.study.record import record
 from g2rl.study.report import _reading
 from g2rl.study.results import Results
 from g2rl.study.runner import _environment, _locked, run_study
-from g2rl.study.runs import Usage, begin, code_version, finish, record_end, record_start
+from g2rl.study.runs import Usage, begin, code_version, finish, note
 from g2rl.trainer import Trainer
 from g2rl_kernels import Shaping
 
@@ -341,12 +341,12 @@ def test_a_stopped_study_goes_on(tmp_path: Path, pretended: Path, monkeypatch: p
 def test_a_torn_note_of_an_attempt_is_left_out(tmp_path: Path, torn: bytes) -> None:
     run = read_study(write_study(tmp_path)).runs[0]
     begin(run)
-    record_start(run)
-    record_end(run, Usage(5.0, 1.0, 1))
+    note(run, {"started": "2026-01-01T00:00:00+00:00"})
+    note(run, asdict(Usage(5.0, 1.0, 1)))
     path = run.folder / "attempts.jsonl"
     path.write_bytes(path.read_bytes() + torn)
-    record_start(run)
-    record_end(run, Usage(7.0, 2.0, 2))
+    note(run, {"started": "2026-01-01T00:00:00+00:00"})
+    note(run, asdict(Usage(7.0, 2.0, 2)))
     finish(run, keep_model=False)
     done = json.loads((run.folder / "done.json").read_text())
     assert (done["wall_s"], done["cpu_s"], done["peak_bytes"], done["attempts"]) == (12.0, 3.0, 2, 2)
@@ -643,7 +643,7 @@ def test_a_killed_study_ends_with_the_same_table(tiny_model: Path, tmp_path: Pat
     for run in whole.runs:
         begin(run)
         Trainer(run.config).run()
-        record_end(run, Usage(1.0, 1.0, 1))
+        note(run, asdict(Usage(1.0, 1.0, 1)))
         finish(run, keep_model=False)
     torch.set_num_threads(threads)
     assert main(["compare", str(path), "folder=whole", "report=true"]) == 0

@@ -675,7 +675,7 @@ def test_features_come_from_the_policy_forward(tiny_model: Path, tmp_path: Path)
     trainer = Trainer(run)
     problems = [trainer.task.train_problem(i) for i in range(2)]
     episodes = trainer.sampler.sample(problems, 2, 1.0, 1.0, seed=3)
-    batch = make_batch(episodes, [0.0] * 4, 2, trainer.tokenizer.pad_token_id, trainer.device)
+    batch = make_batch(episodes, 2, trainer.tokenizer.pad_token_id, trainer.device)
     out, cu_seqlens = trainer.updater.policy.forward(batch, trainer._times())
     for b, episode in enumerate(episodes):
         ids = torch.tensor([episode.prompt_ids + episode.response_ids])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from g2rl.forward import ForwardPass
 from g2rl.rewards import judge_episodes
 from g2rl.trainer import Trainer
 from g2rl.types import Episode, Verdict
-from g2rl.update import _Sums, lr_factor
+from g2rl.update import lr_factor
 from tests.live_memory import LiveMemory
 
 SMALL = (
@@ -68,11 +69,11 @@ def gradients(trainer: Trainer, micro_batch_groups: int) -> tuple[float, torch.T
         (part,) = groups.parts
         if updater.reference is not None:
             part.reference_logps = updater.reference.logps(part.batch, trainer._times())
-    sums = _Sums()
-    updater._accumulate(1, mini_batch, sums, trainer._times())
+    sums = defaultdict(float)
+    updater._accumulate(mini_batch, sums, trainer._times())
     gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
     updater.optimizer.zero_grad()
-    return sums.loss, gradient
+    return sums["loss"], gradient
 
 
 @pytest.mark.parametrize("method", ["grpo", "g2rl"])

@@ -15,7 +15,7 @@ from g2rl.analysis.statistics import difference, ratio
 from g2rl.bootstrap import Estimate, Limits
 from g2rl.comparison.bands import compare
 from g2rl.history import changes
-from g2rl.plots import load_run
+from g2rl.run import load_run
 
 BINS = np.linspace(-1, 1, 41)
 """Edges of the distribution of cosines."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from g2rl.analysis.measures import Pairs, measure_pairs
 from g2rl.analysis.report import write_results
 from g2rl.analysis.responses import Subject, held_out, sample_groups
 from g2rl.checkpoint import run_of
-from g2rl.config import Config, ConfigError
+from g2rl.config import Config, ConfigError, leaves
 from g2rl.encoder import SentenceEncoder
 from g2rl.evaluation.command import digest, labels, model_config, progress_bar
 from g2rl.files import writing
-from g2rl.history import differing, leaves
+from g2rl.history import differing
 from g2rl.rewards import resolve_rewards
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task
@@ -170,8 +170,3 @@ def _settings(config: Config, request: Request) -> dict[str, Any]:
         "features in": config.model.dtype,
         "encoder": request.encoder,
     }
-
-
-def request_of(values: Mapping[str, Any]) -> Request:
-    """A request with the values that are not None."""
-    return Request(**{key: value for key, value in values.items() if value is not None})

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
-from rich import box
 from rich.table import Table as RichTable
 
 from g2rl.analysis.agreement import (
     MAIN,
     WAYS,
-    Table,
     agreement,
     norm_shares,
     pair_table,
@@ -28,7 +25,8 @@ from g2rl.analysis.gradients import ALL
 from g2rl.analysis.plots import plot_layers, plot_pairs, plot_predictors
 from g2rl.bootstrap import Estimate
 from g2rl.plots import STYLE
-from g2rl.report import markdown_table
+from g2rl.progress import rich_table
+from g2rl.report import markdown_table, write_csv
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ def study_gradients(folder: Path, model: Model) -> GradientStudy:
     """Correlate a model's gradients with all predictors; writes ``LABEL-pairs.csv``, ``-responses.csv`` and plots."""
     pairs, responses = pair_table(model.gradients), response_table(model.gradients)
     for name, table in (("pairs", pairs), ("responses", responses)):
-        _write_table(folder / f"{model.label}-{name}.csv", table)
+        rows = ([f"{value:.4g}" for value in row] for row in zip(*table.values(), strict=True))
+        write_csv(folder / f"{model.label}-{name}.csv", table, rows)
     found, shares = agreement(pairs, responses), norm_shares(model.gradients)
     drawn = []
     with rc_context(STYLE):
@@ -69,14 +68,6 @@ def study_gradients(folder: Path, model: Model) -> GradientStudy:
         "pairs": len(pairs["problem"]),
     }
     return GradientStudy(model.label, {**counts, **found, "line": slope(pairs), "norm shares": shares}, drawn)
-
-
-def _write_table(path: Path, table: Table) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(table)
-        for row in zip(*table.values(), strict=True):
-            writer.writerow(f"{value:.4g}" for value in row)
 
 
 def cell(found: Estimate | None) -> str:
@@ -100,16 +91,6 @@ def gradient_table(found: GradientStudy) -> RichTable:
     """The predictors of one model's gradients, for the terminal."""
     title = f"{found.label}: correlation with the cosine of true gradients"
     return rich_table(title, _HEADER, _predictor_rows(found.record))
-
-
-def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
-    """For the terminal: the first column names the rows."""
-    table = RichTable(title=title, box=box.SIMPLE_HEAD)
-    for k, name in enumerate(header):
-        table.add_column(name, justify="left" if k == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def gradient_section(found: GradientStudy) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,13 @@ from matplotlib import rc_context
 from rich.table import Table as RichTable
 
 from g2rl.analysis.bands import Measured, entropy_bits
-from g2rl.analysis.gradient_report import GradientStudy, gradient_section, gradient_table, rich_table, study_gradients
+from g2rl.analysis.gradient_report import GradientStudy, gradient_section, gradient_table, study_gradients
 from g2rl.analysis.measures import KINDS, MEASURES, SHARES
 from g2rl.analysis.plots import plot_cosines, plot_kinds
 from g2rl.bootstrap import Estimate
 from g2rl.plots import STYLE
-from g2rl.report import code, markdown_table, write_sections
+from g2rl.progress import rich_table
+from g2rl.report import code, markdown_table, write_csv, write_sections
 
 INTERVAL = "95 %, hierarchical bootstrap: a band's seeds, and problems, each with all of its pairs"
 Found = Mapping[str, Mapping[str, Estimate | None]]
@@ -107,16 +107,15 @@ def cell(found: Estimate | None, share: bool = False, seeds: Sequence[float] = (
 
 
 def _write_problems(path: Path, measured: Measured) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("model", "problem", *MEASURES, "pairs"))
-        for band in measured.bands:
-            found = band.sums(measured.edges)
-            for i, model in enumerate(band.models):
-                for p, problem in enumerate(measured.problems):
-                    both = [(totals[i, p], counts[i, p]) for totals, counts in found.values()]
-                    numbers = [f"{total / count:.4g}" if count else "" for total, count in both]
-                    writer.writerow((model.label, problem, *numbers, int(found["cosine"][1][i, p])))
+    rows = []
+    for band in measured.bands:
+        found = band.sums(measured.edges)
+        for i, model in enumerate(band.models):
+            for p, problem in enumerate(measured.problems):
+                both = [(totals[i, p], counts[i, p]) for totals, counts in found.values()]
+                numbers = [f"{total / count:.4g}" if count else "" for total, count in both]
+                rows.append((model.label, problem, *numbers, int(found["cosine"][1][i, p])))
+    write_csv(path, ("model", "problem", *MEASURES, "pairs"), rows)
 
 
 def _write_report(path: Path, measured: Measured, summary: list[str], gradients: Sequence[GradientStudy]) -> None:

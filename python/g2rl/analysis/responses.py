@@ -77,8 +77,7 @@ class Subject:
     def states(self, episodes: Sequence[Episode]) -> ResponseStates:
         """What the head gets of a problem's responses, one after the other."""
         device, pad = self.model.device, self.tokenizer.pad_token_id
-        batch = make_batch(episodes, [0.0] * len(episodes), len(episodes), pad, device)
-        return self.forward_pass(self.model, batch)
+        return self.forward_pass(self.model, make_batch(episodes, len(episodes), pad, device))
 
     def head(self, hidden: torch.Tensor) -> LMHead:
         """The model's head at the rollouts' temperature, of hidden's dtype."""

@@ -20,7 +20,6 @@ from g2rl.bootstrap import (
     interval,
     problem_weights,
     resampled_ratios,
-    unless_agreed,
 )
 
 Sums = tuple[np.ndarray, np.ndarray]
@@ -34,7 +33,7 @@ def ratio(totals: np.ndarray, counts: np.ndarray, limits: Limits = ANY) -> Estim
     """
     if not counts.sum():
         return None
-    return unless_agreed(interval(totals.sum() / counts.sum(), resampled_ratios(totals, counts), limits))
+    return interval(totals.sum() / counts.sum(), resampled_ratios(totals, counts), limits)
 
 
 def difference(a: Sums, b: Sums, limits: Limits = ANY) -> Estimate | None:
@@ -42,7 +41,7 @@ def difference(a: Sums, b: Sums, limits: Limits = ANY) -> Estimate | None:
     if not a[1].sum() or not b[1].sum():
         return None
     value = a[0].sum() / a[1].sum() - b[0].sum() / b[1].sum()
-    return unless_agreed(interval(value, resampled_ratios(*a) - resampled_ratios(*b), between(limits)))
+    return interval(value, resampled_ratios(*a) - resampled_ratios(*b), between(limits))
 
 
 def correlation(
@@ -67,7 +66,7 @@ def correlation(
     value = _pearson(sums.sum(0, keepdims=True))[0]
     if not np.isfinite(value):
         return None
-    return unless_agreed(interval(value, _pearson(problem_weights(len(members)) @ sums), CORRELATION))
+    return interval(value, _pearson(problem_weights(len(members)) @ sums), CORRELATION)
 
 
 def _by_part(values: np.ndarray, parts: list[np.ndarray], change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -10,9 +10,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from g2rl.history import EVALUATION, changes, chosen, differing, learned_by
-from g2rl.log import printable
-from g2rl.plots import SMOOTHED, Run, moving_average
+from g2rl.progress import printable
 from g2rl.report import code
+from g2rl.run import SMOOTHED, Run, moving_average
 
 LABEL_KEYS = 2
 OTHER_KEYS = 2

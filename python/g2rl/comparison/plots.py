@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from g2rl.comparison.bands import Band, Curve
-from g2rl.log import metric
+from g2rl.metrics import metric
 from g2rl.plots import CYCLE, figure_legend
 
 # Line styles and markers beside colours, for print and for colour-blind readers; the lengths have no common divisor, so

@@ -18,9 +18,10 @@ from g2rl.comparison.bands import (
 )
 from g2rl.comparison.plots import PLOTS, plot_bands
 from g2rl.history import ACTS_AHEAD, IGNORED, differing
-from g2rl.log import metric
-from g2rl.plots import SMOOTHED, STYLE, load_run
+from g2rl.metrics import metric
+from g2rl.plots import STYLE
 from g2rl.report import code, markdown_table, write_sections
+from g2rl.run import SMOOTHED, load_run
 
 CAPTION = (
     "Line: mean over the band's seeds; shaded: from the least to the greatest of them. Drawn are the steps that all "

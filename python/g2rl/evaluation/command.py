@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from g2rl.checkpoint import checkpoint_config, find_checkpoint
-from g2rl.config import Config, ConfigError, plain, read_overrides
+from g2rl.config import Config, ConfigError, leaves, plain, read_overrides
 from g2rl.evaluation.results import read_results, write_results
 from g2rl.evaluation.samples import problems_digest, provenance, sample_all
 from g2rl.evaluation.scores import Scores, score
 from g2rl.evaluation.suite import Settings, read_suite, suite_problems
-from g2rl.history import chosen, leaves
+from g2rl.history import chosen
 from g2rl.model import load_model
 from g2rl.rollout import make_sampler
 from g2rl.tasks.data_sets import DATA_SETS

@@ -24,6 +24,7 @@ from g2rl.evaluation.scores import MODES, Scores
 from g2rl.evaluation.suite import Settings
 from g2rl.files import write_durably
 from g2rl.plots import CYCLE, MARKERS, STYLE, figure_legend
+from g2rl.progress import rich_table
 
 # In one table.
 _COMPARED = ("temperature", "top_p", "max_tokens", "system_prompt", "instruction", "limit", "seed", "problems")
@@ -113,19 +114,17 @@ def _unique(values: Sequence[str]) -> list[str]:
 
 def summary(scores: Sequence[Scores]) -> Table:
     """A row a model, a column a data set: pass@1 / maj@n / pass@n in percent, as papers print them."""
-    table = Table(title=f"pass@1 / maj@n / pass@n in percent, {MODES[0]} judge", box=box.SIMPLE_HEAD)
-    table.add_column("model")
     names = _unique([entry.name for entry in scores])
-    for name in names:
-        sizes = _unique([str(entry.samples) for entry in scores if entry.name == name])
-        table.add_column(f"{name} (n = {' or '.join(sizes)})", justify="right")
+    sizes = {name: _unique([str(entry.samples) for entry in scores if entry.name == name]) for name in names}
+    rows = []
     for model in _unique([entry.model for entry in scores]):
         cells = dict.fromkeys(names, "-")
         for entry in (e for e in scores if e.model == model):
             keys = ("pass@1", f"maj@{entry.samples}", f"pass@{entry.samples}")
             cells[entry.name] = " / ".join(_percent(entry.metrics[MODES[0]][key]) for key in keys)
-        table.add_row(model, *cells.values())
-    return table
+        rows.append((model, *cells.values()))
+    header = ("model", *(f"{name} (n = {' or '.join(found)})" for name, found in sizes.items()))
+    return rich_table(f"pass@1 / maj@n / pass@n in percent, {MODES[0]} judge", header, rows)
 
 
 def details(scores: Sequence[Scores]) -> Table:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from g2rl.bootstrap import Estimate, unless_agreed
+from g2rl.bootstrap import ANY, Estimate, interval
 from g2rl.evaluate import maj_at_k, pass_at_k
 from g2rl.evaluation.samples import Sample
 from g2rl.tasks.grading import Judge
@@ -82,6 +82,4 @@ def bootstrap(values: np.ndarray) -> list[Estimate]:
     """
     rng = np.random.default_rng(0)
     means = np.stack([values[rng.integers(len(values), size=len(values))].mean(0) for _ in range(_DRAWS)])
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
-    rows = zip(values.mean(0), low, high, strict=True)
-    return [unless_agreed(Estimate(float(v), float(a), float(b))) for v, a, b in rows]
+    return [interval(value, draws, ANY) for value, draws in zip(values.mean(0), means.T, strict=True)]

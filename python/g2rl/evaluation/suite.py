@@ -27,7 +27,7 @@ class SetConfig:
 
 
 @dataclass(frozen=True)
-class SuiteConfig:
+class SamplingConfig:
     samples: int = 16
     """Responses sampled for each problem: n; pass@k is given for k up to n, and maj@n."""
     temperature: float = 0.8
@@ -48,29 +48,24 @@ class SuiteConfig:
     """Of the draws; each response has a seed of its own."""
     batch_size: int = 16
     """Responses generated at once."""
+
+
+@dataclass(frozen=True)
+class SuiteConfig(SamplingConfig):
     sets: dict[str, SetConfig] = field(default_factory=dict)
     """Data sets by name, each with what differs from the suite's values."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How responses to one data set are sampled: the fields of `SuiteConfig`, resolved for the set `name`.
+class Settings(SamplingConfig):
+    """How responses to one data set are sampled.
 
     Attributes:
+        name: of the data set.
         problems: `problems_digest` of the whole set, once it is read.
     """
 
-    name: str
-    samples: int
-    temperature: float
-    top_p: float
-    max_tokens: int
-    limit: int | None
-    instruction: str | None
-    data: str | None
-    system_prompt: str | None
-    seed: int
-    batch_size: int
+    name: str = field(kw_only=True)
     problems: str | None = None
 
 
@@ -120,9 +115,9 @@ def _settings(config: SuiteConfig, name: str, flags: Mapping[str, Any]) -> Setti
         close = difflib.get_close_matches("".join(filter(str.isalnum, name.lower())), plain, n=2, cutoff=0.5)
         hint = f"; did you mean {' or '.join(plain[key] for key in close)}?" if close else ""
         raise ConfigError(f"suite: expected names from {', '.join(DATA_SETS)}, found {name!r}{hint}")
-    values = {item.name: getattr(config, item.name) for item in fields(SuiteConfig) if item.name != "sets"}
-    own = vars(config.sets[name])
-    settings = Settings(name, **values | {key: value for key, value in own.items() if value is not None} | dict(flags))
+    values = {item.name: getattr(config, item.name) for item in fields(SamplingConfig)}
+    own = {key: value for key, value in vars(config.sets[name]).items() if value is not None}
+    settings = Settings(name=name, **values | own | dict(flags))
     for key, (expected, holds) in _RANGES.items():
         if not holds(getattr(settings, key)):
             raise ConfigError(f"{key} of {name}: expected {expected}, found {getattr(settings, key)!r}")

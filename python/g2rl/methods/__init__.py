@@ -22,21 +22,7 @@ from g2rl.config import Config, ConfigError, escaped
 from g2rl.methods.base import FunctionMethod, Method, Step, check_metrics, check_result, describe
 from g2rl.plugins import import_named
 
-__all__ = [
-    "Method",
-    "Step",
-    "check_metrics",
-    "check_result",
-    "default_options",
-    "describe",
-    "make_method",
-    "may_shape",
-    "method_names",
-]
-
 ENTRY_POINTS = "g2rl.methods"
-
-
 _HERE = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"]
 
 

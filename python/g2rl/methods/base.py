@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from g2rl.config import Config, ConfigError
-from g2rl.log import require_metric
+from g2rl.metrics import require_metric
 from g2rl.tasks.base import Task
 from g2rl_kernels import GroupAdvantages, exploration_scores, group_similarity
 
@@ -73,7 +73,7 @@ class Method(ABC):
         """Advantages, shaped rewards, scores and similarity of a step's responses, group by group."""
 
     def metrics(self, step: Step, result: GroupAdvantages) -> dict[str, float]:
-        """Numbers of its own for the log, by a key of `g2rl.log.METRICS`, or ``method/NAME``.
+        """Numbers of its own for the log, by a key of `g2rl.metrics.METRICS`, or ``method/NAME``.
 
         NAME has letters, digits, ``_``, ``.`` and ``-``.
         """
@@ -116,7 +116,7 @@ def check_metrics(method: Method, metrics: Mapping[str, float]) -> None:
             require_metric(key)
         except ValueError as error:
             raise ConfigError(
-                f"method: expected metrics of {method.name} by keys of g2rl.log.METRICS or method/NAME, NAME of "
+                f"method: expected metrics of {method.name} by keys of g2rl.metrics.METRICS or method/NAME, NAME of "
                 f"letters, digits, _, . and -, found {key!r}"
             ) from error
 

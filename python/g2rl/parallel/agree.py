@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -33,16 +33,16 @@ def agree(read: Config | ConfigError) -> Config:
     for rank, (config, _) in enumerate(found):
         if isinstance(config, ConfigError):
             raise config if rank == 0 else ConfigError(f"rank {rank}: {config}")
-    facts = [{**versions, **leaves(replace(config, name=""))} for config, versions in found]
+    facts = [versions | leaves(asdict(replace(config, name=""))) for config, versions in found]
     for rank, theirs in enumerate(facts):
-        for key, value in facts[0].items():
-            if theirs[key] != value:
+        for key in facts[0] | theirs:
+            first, other = facts[0].get(key), theirs.get(key)
+            if first != other:
                 raise ConfigError(
-                    f"{key}: expected the same on every rank, found {value!r} on rank 0 and {theirs[key]!r} on "
-                    f"rank {rank}"
+                    f"{key}: expected the same on every rank, found {first!r} on rank 0 and {other!r} on rank {rank}"
                 )
-    first: Config = found[0][0]
-    return first
+    agreed: Config = found[0][0]
+    return agreed
 
 
 def versions() -> dict[str, str]:

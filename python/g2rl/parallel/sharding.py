@@ -1,4 +1,4 @@
-"""Weights that are split over ranks by PyTorch's FSDP2, and put together where they are needed.
+"""Where models are: repeated on every rank, or split over ranks by PyTorch's FSDP2 and put together where needed.
 
 Each layer's weights are gathered for its forward pass, and again for its backward pass. Embeddings and head, which may
 share a weight, are gathered once for both and then freed. The ops of `g2rl_kernels` run inside the model's forward
@@ -8,6 +8,7 @@ pass (`within`), where the head's weight is whole, and is the only copy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +17,42 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from g2rl.config import ModelConfig
+from g2rl.adapters import plain_copy
+from g2rl.config import ConfigError, ModelConfig
+from g2rl.parallel.ranks import Ranks
 
 T = TypeVar("T")
+
+
+def where_to_load(config: ModelConfig, ranks: Ranks) -> ModelConfig:
+    """The same model, on a CPU where its weights are going to be split: they may be too large for one device."""
+    return replace(config, device="cpu") if ranks.sharded else config
+
+
+def place(model: Any, reference: Any, sampler: Any, config: ModelConfig, device: torch.device, ranks: Ranks) -> None:
+    """Bring models that are loaded to where they work. With split weights, the sampler has a copy that is whole.
+
+    Args:
+        reference: of the KL term, None without one.
+        device: where they work.
+
+    Raises:
+        ConfigError: ranks have loaded different weights.
+    """
+    if ranks.size > 1:
+        found = ranks.gathered([_checksum(model)])
+        wrong = [rank for rank, value in enumerate(found) if value != found[0]]
+        if wrong:
+            raise ConfigError(
+                f"model.path: expected the same weights on every rank, found others on rank {wrong[0]} than on rank 0"
+            )
+    if not ranks.first:  # dropout of other inputs has other draws
+        torch.manual_seed((torch.initial_seed() + ranks.rank) % 2**64)
+    if ranks.sharded:
+        if isinstance(getattr(sampler, "model", None), torch.nn.Module):  # of the engine in this process
+            sampler.model = (plain_copy(model) if sampler.model is model else sampler.model).to(device)
+        for part in (model,) if reference is None else (model, reference.model):
+            shard(part, config, device, ranks.size)
 
 
 def shard(model: Any, config: ModelConfig, device: torch.device, ranks: int) -> None:
@@ -87,7 +121,7 @@ def _layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def checksum(model: Any) -> int:
+def _checksum(model: Any) -> int:
     """The same for the same bits of all weights; in any order, since integers are added."""
     total = 0
     for parameter in model.parameters():

@@ -115,12 +115,10 @@ class Sampler(ABC):
     def sync(self) -> None:
         """Take the policy's present weights."""
 
-    @abstractmethod
-    def sleep(self) -> None:
+    def sleep(self) -> None:  # noqa: B027  # some engines can, and only some leave something
         """Give memory back until the next `sync`, where the engine can."""
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """The last call: remove what was left outside of this process."""
 
     @abstractmethod

@@ -28,19 +28,11 @@ def right_pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     return input_ids
 
 
-def make_batch(
-    episodes: Sequence[Episode], rewards: Sequence[float], group_size: int, pad_id: int | None, device: torch.device
-) -> Batch:
+def make_batch(episodes: Sequence[Episode], group_size: int, pad_id: int | None, device: torch.device) -> Batch:
     """Whole groups of episodes as the tensors of one forward pass; without a token for padding any is as good."""
     rows = [episode.prompt_ids + episode.response_ids for episode in episodes]
     input_ids, attention_mask = left_pad(rows, pad_id or 0)
     positions = torch.arange(input_ids.shape[1])
     lengths = torch.tensor([len(episode.response_ids) for episode in episodes])
     response_mask = positions >= input_ids.shape[1] - lengths[:, None]
-    return Batch(
-        input_ids.to(device),
-        attention_mask.to(device),
-        response_mask.to(device),
-        torch.tensor(rewards, dtype=torch.float32, device=device),
-        group_size,
-    )
+    return Batch(input_ids.to(device), attention_mask.to(device), response_mask.to(device), group_size)

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ _REFILL = 8
 _TRIED_PROMPTS, _TRIED_TOKENS = (5, 2), 3
 
 
+@dataclass(eq=False)
 class Decoding:
     """Responses to prompts, a slot each: a finished response leaves its slot to the next prompt.
 
@@ -33,34 +35,27 @@ class Decoding:
         model: whose cache can have slots (`fits_slots`), in evaluation mode.
         prompts, seeds: of each response.
         sampling: how tokens are drawn.
-        slots: responses at once.
+        count: responses at once.
         max_new_tokens: of a response.
         stop_ids: tokens that end one.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        prompts: Sequence[tuple[int, ...]],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        slots: int,
-        max_new_tokens: int,
-        stop_ids: frozenset[int],
-    ) -> None:
-        self.model = model
-        self.prompts = prompts
-        self.seeds = seeds
-        self.sampling = sampling
-        self.max_new_tokens = max_new_tokens
-        self.stop_ids = stop_ids
-        limit = max(map(len, prompts)) + max_new_tokens
-        self.slots = Slots(model.config, min(slots, len(prompts)), limit, model.device)
+    model: Any
+    prompts: Sequence[tuple[int, ...]]
+    seeds: Sequence[int]
+    sampling: Sampling
+    count: InitVar[int]
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+
+    def __post_init__(self, count: int) -> None:
+        limit = max(map(len, self.prompts)) + self.max_new_tokens
+        self.slots = Slots(self.model.config, min(count, len(self.prompts)), limit, self.model.device)
         self.started = 0
         self.active: list[int] = []
         """The response in each slot in use."""
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.logps: list[list[float]] = [[] for _ in prompts]
+        self.tokens: list[list[int]] = [[] for _ in self.prompts]
+        self.logps: list[list[float]] = [[] for _ in self.prompts]
         """Of the tokens; at a temperature of 0 their logits."""
         self.streams: dict[int, list[float]] = {}
 

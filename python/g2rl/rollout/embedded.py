@@ -38,12 +38,6 @@ class TransformersSampler(Sampler):
         if self.model is not self.policy:
             copy_weights(self.policy, self.model)
 
-    def sleep(self) -> None:
-        """Nothing: keys and values are gone when responses are there, and the copy is what evaluation needs."""
-
-    def close(self) -> None:
-        """Nothing: this process is all there is."""
-
     def respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
         with evaluating(self.model):
             return self._respond(prompts, sampling, seeds)

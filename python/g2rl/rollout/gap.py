@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
 from g2rl.config import LoraConfig, RolloutConfig
 
 
-def gap_metrics(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> dict[str, float]:
-    """Mean and largest difference of a step's tokens.
+def gap_metrics(gaps: list[torch.Tensor]) -> dict[str, float]:
+    """Mean and largest of a step's gaps.
 
     Args:
-        pairs: log-probabilities [N] by the policy at the step's start, and by the engine; None where it does not say.
+        gaps: [N] of each micro-batch, between log-probabilities by the policy at the step's start and by the engine,
+            where it says them.
     """
-    gaps = [(old - drawn).abs() for old, drawn in pairs if drawn is not None]
     if not gaps:
         return {}
     gap = torch.cat(gaps)

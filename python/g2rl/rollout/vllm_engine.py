@@ -134,27 +134,24 @@ class VLLMSampler(Sampler):
             self._engine.sleep(level=2)
             self._asleep = True
 
-    def close(self) -> None:
-        """Nothing: the engine ends with the process."""
-
     def respond(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling, seeds: Sequence[int]) -> list[Response]:
-        asked = [self._vllm.SamplingParams(**self.request(sampling, seed)) for seed in seeds]
+        asked = [self._vllm.SamplingParams(**request(self, sampling, seed), detokenize=False) for seed in seeds]
         outputs = self._engine.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts], asked, use_tqdm=False
         )
         return [_response(output.outputs[0], sampling) for output in outputs]
 
-    def request(self, sampling: Sampling, seed: int) -> dict[str, Any]:
-        """vLLM's parameters of one response."""
-        return {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": seed,
-            "max_tokens": self.config.max_new_tokens,
-            "stop_token_ids": sorted(self.stop_ids),
-            "logprobs": 0,
-            "detokenize": False,
-        }
+
+def request(sampler: Sampler, sampling: Sampling, seed: int) -> dict[str, Any]:
+    """What vLLM is told of one response, in this process and by its server."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": seed,
+        "max_tokens": sampler.config.max_new_tokens,
+        "stop_token_ids": sorted(sampler.stop_ids),
+        "logprobs": 0,
+    }
 
 
 def _response(output: Any, sampling: Sampling) -> Response:

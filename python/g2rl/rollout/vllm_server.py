@@ -32,6 +32,7 @@ from g2rl.adapters import plain_weights
 from g2rl.background import in_background
 from g2rl.config import ConfigError, RolloutConfig
 from g2rl.rollout.base import Context, Response, RolloutError, Sampler, Sampling, check_version, is_checked
+from g2rl.rollout.vllm_engine import request
 
 START = (
     "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL "
@@ -146,9 +147,6 @@ class ServerSampler(Sampler):
         held: dict[str, str] = self._tell("/weight_checker", {"action": "checksum"})["checksums"]
         return held
 
-    def sleep(self) -> None:
-        """Nothing: the server's devices are its own."""
-
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -190,12 +188,7 @@ class ServerSampler(Sampler):
         body = {
             "model": self.model_name,
             "prompt": list(prompt),
-            "max_tokens": self.config.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": seed,
-            "stop_token_ids": sorted(self.stop_ids),
-            "logprobs": 0,
+            **request(self, sampling, seed),
             "return_token_ids": True,
             # What the model's own defaults may set otherwise.
             "top_k": 0,

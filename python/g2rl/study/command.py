@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box, get_console
+from rich import get_console
 from rich.table import Table
 
 from g2rl.config import ConfigError
 from g2rl.files import writing
+from g2rl.progress import rich_table
 from g2rl.study.definition import Study, read_study
 from g2rl.study.progress import StudyProgress
 from g2rl.study.report import write_study_report
@@ -72,15 +73,12 @@ def _report(study: Study, command: str, nothing_is_an_error: bool) -> None:
 
 def _table(content: dict[str, Any]) -> Table:
     """Held-out pass@1 of each method and task, and what a method differs by from the baseline."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("method")
-    for task in content["tasks"]:
-        table.add_column(task, justify="right")
+    rows = []
     for method in next(iter(content["tasks"].values()))["methods"]:
         cells = []
         for task in content["tasks"].values():
             of = task["methods"][method]
             compared = of["differences"].get("pass@1")
             cells.append(score(of["scores"].get("pass@1")) + (f"\n{change(compared)}" if compared else ""))
-        table.add_row(method, *cells)
-    return table
+        rows.append((method, *cells))
+    return rich_table(None, ("method", *content["tasks"]), rows)

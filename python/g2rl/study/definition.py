@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from g2rl.config import Config, ConfigError, load_config, merged, named_errors, plain, read_overrides, read_yaml
-from g2rl.history import EVALUATION, chosen, differing, leaves
+from g2rl.config import Config, ConfigError, leaves, load_config, merged, named_errors, plain, read_overrides, read_yaml
+from g2rl.history import EVALUATION, chosen, differing
 
 SIZES = ("small", "smoke")
 """Blocks of a study that make it smaller, each chosen by a flag of that name."""

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 
-from g2rl.log import Display, duration, printable, read_records
+from g2rl.log import read_records
+from g2rl.progress import Display, duration, printable
 from g2rl.study.definition import PlannedRun, Study
 from g2rl.study.runs import Usage
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from omegaconf import OmegaConf
 
 from g2rl.bootstrap import Estimate
 from g2rl.comparison.bands import differing
+from g2rl.report import write_csv
 from g2rl.study.results import Compared, Finished, Results
 
 INTERVAL = "95 %, hierarchical bootstrap: seeds, and the held-out problems that all seeds share"
@@ -130,22 +130,15 @@ def write_record(folder: Path, results: Results) -> dict[str, Any]:
         (f.run.task, f.run.method, f.run.seed, f.run.config.steps, *(_cell(f.numbers.get(name)) for name in names))
         for f in results.finished
     ]
-    _write_csv(folder / "results.csv", header, rows)
+    write_csv(folder / "results.csv", header, rows)
     points = [
         (f.run.task, f.run.method, f.run.seed, int(step), _cell(value))
         for f in results.finished
         for step, value in zip(*f.curve(), strict=True)
     ]
-    _write_csv(folder / "curves.csv", ("task", "method", "seed", "step", "pass@1"), points)
+    write_csv(folder / "curves.csv", ("task", "method", "seed", "step", "pass@1"), points)
     return content
 
 
 def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.12g}" if float(value).is_integer() else f"{value:.6g}"
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)

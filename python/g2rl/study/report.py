@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from g2rl.bootstrap import coverage
-from g2rl.plots import SMOOTHED
 from g2rl.report import code, markdown_table, write_sections
+from g2rl.run import SMOOTHED
 from g2rl.study import tables
 from g2rl.study.plots import draw
 from g2rl.study.record import write_record

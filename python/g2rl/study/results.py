@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from g2rl.bootstrap import Estimate, interval, resampled_means, unless_agreed
+from g2rl.bootstrap import Estimate, interval, resampled_means
 from g2rl.evaluate import pass_at_k
 from g2rl.log import read_records
-from g2rl.plots import Run, load_run
+from g2rl.run import Run, load_run
 from g2rl.study.definition import PlannedRun, Study
 from g2rl.study.runs import State, state_of
 from g2rl.study.statistics import (
@@ -156,7 +156,7 @@ class Results:
         if not all(paired):
             return None
         means = [resampled_means(v, stream) for stream, v in enumerate(values, 1)]
-        estimate = unless_agreed(interval(fmean(v.mean() for v in values), np.mean(means, axis=0), DIFFERENCE))
+        estimate = interval(fmean(v.mean() for v in values), np.mean(means, axis=0), DIFFERENCE)
         terms = np.concatenate([v.mean(1) / (len(v) * len(tasks)) for v in values])
         return Compared(estimate, sign_flips(terms), tuple(s for s in self.study.seeds if any(s in p for p in paired)))
 

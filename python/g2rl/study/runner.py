@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +24,7 @@ from g2rl.methods import make_method
 from g2rl.rewards import resolve_rewards
 from g2rl.study.definition import PlannedRun, Study
 from g2rl.study.progress import StudyProgress
-from g2rl.study.runs import PLAN, Usage, begin, code_version, finish, record_end, record_start, state_of, tidy
+from g2rl.study.runs import PLAN, Usage, begin, code_version, finish, note, state_of, tidy
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task
 from g2rl.tasks.pool import cores
@@ -107,14 +109,14 @@ def _check_parts(runs: Sequence[PlannedRun]) -> None:
                 raise ConfigError(f"task {label}, method {method}: {error}") from error
 
 
+@dataclass
 class _Runner:
-    def __init__(self, study: Study, lock: IO[str], progress: StudyProgress) -> None:
-        self.study = study
-        self.lock = lock
-        self.progress = progress
-        self.children: list[_Child] = []
-        self.failed: list[PlannedRun] = []
-        self.stopping = False
+    study: Study
+    lock: IO[str]
+    progress: StudyProgress
+    children: list[_Child] = field(default_factory=list)
+    failed: list[PlannedRun] = field(default_factory=list)
+    stopping: bool = False
 
     def work(self, waiting: deque[PlannedRun]) -> list[PlannedRun]:
         try:
@@ -137,7 +139,7 @@ class _Runner:
         what = f"resume={run.folder}" if resumes else str(run.folder / PLAN)
         command = [sys.executable, "-m", "g2rl", "train", what]
         self.progress.begun(run, resumes)
-        record_start(run)
+        note(run, {"started": datetime.now(UTC).isoformat(timespec="seconds")})
         start = time.monotonic()
         with (run.folder / "train.log").open("ab") as log:
             process = subprocess.Popen(
@@ -169,7 +171,7 @@ class _Runner:
             cpu_s=round(used.ru_utime + used.ru_stime, 3),
             peak_bytes=used.ru_maxrss * scale,
         )
-        record_end(child.run, usage)
+        note(child.run, asdict(usage))
         if child.process.returncode == 0:
             finish(child.run, child.run.method in self.study.models)
             self.progress.finished(child.run, usage)
@@ -232,8 +234,6 @@ def _locked(folder: Path) -> Iterator[IO[str]]:
     Raises:
         ConfigError: another one holds it.
     """
-    import fcntl
-
     with (folder / ".lock").open("a") as lock:
         deadline = time.monotonic() + _LOCK_S
         while True:

@@ -12,13 +12,12 @@ import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from g2rl.checkpoint import checkpoints, drop_training_state
-from g2rl.config import ConfigError, config_yaml, load_config
+from g2rl.config import ConfigError, load_config, save_config
 from g2rl.files import write_durably
 from g2rl.history import configured_values, differing
 from g2rl.parallel.agree import code
@@ -80,20 +79,11 @@ def begin(run: PlannedRun) -> None:
     if run.folder.exists():
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True)
-    write_durably(run.folder / PLAN, [config_yaml(run.config)])
+    save_config(run.config, run.folder / PLAN)
 
 
-def record_start(run: PlannedRun) -> None:
-    """Note that a process begins or goes on to train a run."""
-    _append(run, {"started": datetime.now(UTC).isoformat(timespec="seconds")})
-
-
-def record_end(run: PlannedRun, usage: Usage) -> None:
-    """Note what a process took; of one that ends with a study that is killed nothing is known but its start."""
-    _append(run, asdict(usage))
-
-
-def _append(run: PlannedRun, entry: dict[str, Any]) -> None:
+def note(run: PlannedRun, entry: dict[str, Any]) -> None:
+    """Note when a process began to train a run, or at its end, unless the study is killed before, what it took."""
     entries = [*_attempts(run), entry]
     write_durably(run.folder / "attempts.jsonl", (json.dumps(each) + "\n" for each in entries))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from g2rl.bootstrap import SHARE, Estimate, between, interval, resampled_means, unless_agreed
+from g2rl.bootstrap import SHARE, Estimate, between, interval, resampled_means
 
 DIFFERENCE = between(SHARE)
 """What a difference of two shares can be."""
@@ -25,12 +25,12 @@ class PairedTest:
 
 def share(values: np.ndarray) -> Estimate:
     """Mean of shares [S, P] with its 95 % interval, if not all resamples agree."""
-    return unless_agreed(interval(values.mean(), resampled_means(values), SHARE))
+    return interval(values.mean(), resampled_means(values), SHARE)
 
 
 def difference(values: np.ndarray) -> Estimate:
     """Mean of paired differences [S, P] of shares with its 95 % interval, if not all resamples agree."""
-    return unless_agreed(interval(values.mean(), resampled_means(values), DIFFERENCE))
+    return interval(values.mean(), resampled_means(values), DIFFERENCE)
 
 
 def sign_flips(differences: np.ndarray) -> PairedTest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from g2rl.log import duration
+from g2rl.progress import duration
 from g2rl.report import markdown_table
 
 NUMBERS: tuple[tuple[str, str, float, str], ...] = (

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from g2rl.config import ConfigError
+from g2rl.tasks.pool import Closing
 from g2rl.tasks.spelling import canonical
 from g2rl.types import Problem
 
@@ -22,7 +23,7 @@ _SPELLING = re.compile(r"\$|\\[,;:! ]|\\left(?![a-z])|\\right(?![a-z])|[\u200b-\
 _ENUMERABLE = 2**60  # a longer range has no length in Python; draws below so large a number hardly ever repeat
 
 
-class Task(ABC):
+class Task(Closing, ABC):
     """Problems to train on, problems held out from training, and the judgement of answers to them.
 
     Attributes:
@@ -59,15 +60,6 @@ class Task(ABC):
             correct: their judgement.
         """
         return [[None if answer is None else canonical(answer) for answer in group] for group in answers]
-
-    def close(self) -> None:  # noqa: B027  # most tasks hold nothing that needs freeing
-        """Free what judging needed, such as worker processes. Safe to call twice."""
-
-    def __enter__(self) -> Task:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class FiniteTask(Task):

@@ -16,6 +16,7 @@ from g2rl.tasks.answers import extract_answer, extract_boxed
 from g2rl.tasks.base import FiniteTask
 from g2rl.tasks.choice import boxed_letter, claimed_letter
 from g2rl.tasks.lenient import lenient_answer
+from g2rl.tasks.pool import Closing
 from g2rl.tasks.spelling import SCALES, canonical
 from g2rl.tasks.verifier import MathVerifier
 from g2rl.types import Problem
@@ -25,7 +26,7 @@ _ASKED = re.compile(rf"\bhow many ({'|'.join(SCALES)})s?\b", re.IGNORECASE)
 _MAX_VOTED = 16  # spellings of a problem's wrong answers that are compared: 120 pairs
 
 
-class Judge(ABC):
+class Judge(Closing, ABC):
     """Finds final answers in responses and says which are right."""
 
     @abstractmethod
@@ -41,15 +42,6 @@ class Judge(ABC):
     ) -> list[list[str | None]]:
         """See `Task.votes`; here answers are the same where they are spelled alike."""
         return [list(group) for group in answers]
-
-    def close(self) -> None:  # noqa: B027  # only some judges hold processes
-        """Free what judging needed. Safe to call twice."""
-
-    def __enter__(self) -> Judge:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class MathJudge(Judge):
@@ -144,10 +136,9 @@ class JudgedTask(FiniteTask):
     ) -> None:
         super().__init__(name, train, held_out, seed)
         self._judge = judge
-        self._any = Problem("", "", "")
 
     def extract(self, response: str, problem: Problem | None = None) -> str | None:
-        return self._judge.answer(problem or self._any, response)
+        return self._judge.answer(problem or Problem("", "", ""), response)
 
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:
         answers = [self._judge.answer(p, response) for p, response in zip(problems, responses, strict=True)]

@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any
+from typing import IO, Any, Self
 
 LIMIT_S = 2.0
 """Default time limit of one judgement, seconds of computing."""
@@ -33,6 +33,19 @@ _MAX_REPLY = 1_000  # bytes; a worker that an answer has taken over may write fo
 
 class PoolError(RuntimeError):
     """The workers cannot be started, or the pool is closed."""
+
+
+class Closing:
+    """What a ``with`` block closes at its end."""
+
+    def close(self) -> None:
+        """Free what judging needed, such as worker processes. Safe to call twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class _Worker:
@@ -113,7 +126,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class JudgePool:
+class JudgePool(Closing):
     """Worker processes that score answers; started when first needed, usable from any thread.
 
     A worker that overruns the limit is killed and replaced, and so is one that dies; what it worked on has no score, in
@@ -175,16 +188,9 @@ class JudgePool:
         self._idle.put(self._take())
 
     def close(self) -> None:
-        """End the workers. Safe to call twice."""
         with self._lock:
             self._closed = True
         self._finalizer()
-
-    def __enter__(self) -> JudgePool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _score(self, request: tuple[Any, ...]) -> float | None:
         number = next(self._numbers)

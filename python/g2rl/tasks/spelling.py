@@ -1,6 +1,6 @@
 r"""One spelling for final answers in mathematics: what is judged, compared and voted by.
 
-`normalised` is the notation in which answers are judged, `number` the exact value of those that are plain numbers,
+`read` gives the notation in which answers are judged, `number` the exact value of those that are plain numbers,
 `canonical` a key that plainly equal answers share. Answers are model text: everything here takes time linear in their
 length and never raises.
 """
@@ -155,18 +155,6 @@ def unwrap_text(answer: str) -> str:
     return match[1] if match else answer
 
 
-def normalised(answer: str, units: bool = True) -> str:
-    r"""Return `answer` as it is judged: TeX in place of other notations, nothing around it, no unit behind a number.
-
-    Signs that Unicode has for TeX's become that; ``$``, ``**``, ``\mathbf{}`` and their kin around the whole go, and
-    so does ``=`` before it; ``\frac\pi2`` gets its braces; ``4.5e33`` becomes a power, ``3 1/2`` a mixed fraction.
-
-    Args:
-        units: take off what stands behind a plain number and does not change it: ``18 dollars``, ``10 km/h``.
-    """
-    return read(answer, units)[0]
-
-
 def unit_power(unit: str) -> int:
     """Return 2 for a square unit, 3 for a cubic one, 0 for any other."""
     power = _AREA_OR_VOLUME.search(unit)
@@ -174,7 +162,15 @@ def unit_power(unit: str) -> int:
 
 
 def read(answer: str, units: bool = True) -> tuple[str, str]:
-    """Return the answer `normalised`, and the unit that was taken off."""
+    r"""Return `answer` as it is judged, normalised, and the unit that was taken off; empty where none was.
+
+    TeX stands in place of other notations, and nothing around it: signs that Unicode has for TeX's become that; ``$``,
+    ``**``, ``\mathbf{}`` and their kin around the whole go, and so does ``=`` before it; ``\frac\pi2`` gets its braces;
+    ``4.5e33`` becomes a power, ``3 1/2`` a mixed fraction.
+
+    Args:
+        units: take off what stands behind a plain number and does not change it: ``18 dollars``, ``10 km/h``.
+    """
     text = _RAISED.sub(lambda raised: f"^{{{unicodedata.normalize('NFKC', raised.group())}}}", answer[:MAX_ANSWER])
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}" if root[1] or root[2] else r"\sqrt", text)
     text = _FRAC.sub(_braced, _ROW_END.sub(r"\\\\", _DASH.sub(r"\1\2-", text.translate(_SIGNS))))
@@ -213,9 +209,9 @@ def canonical(answer: str, units: bool = True) -> str:
     would be a number without its blanks keeps them: ``10, 100`` is neither ``10,100`` nor ``100, 10``.
 
     Args:
-        units: see `normalised`.
+        units: see `read`.
     """
-    return key_of(normalised(answer, units))
+    return key_of(read(answer, units)[0])
 
 
 def key_of(normal: str) -> str:

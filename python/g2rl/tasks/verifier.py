@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from g2rl.tasks.judges import math_judge
-from g2rl.tasks.pool import LIMIT_S, JudgePool
+from g2rl.tasks.pool import LIMIT_S, Closing, JudgePool
 from g2rl.tasks.spelling import Number, is_changed, key_of, number, read, unit_power
 
 MAX_CHARS = 2_000
@@ -24,13 +24,13 @@ _EQUALS = re.compile(r"((?<![\\<>!:])=|\\approx(?![A-Za-z])|\u2248)")
 _TOWER = re.compile(r"\^([0-9]+);*(?:\^([0-9]+))?")
 
 
-class MathVerifier:
+class MathVerifier(Closing):
     r"""Judges whether final answers are mathematically equal: ``\frac12`` and ``0.5``, ``(x+1)^2`` and ``x^2+2x+1``.
 
-    Both sides are judged as `normalised`. Equal text and plain numbers, which are compared exactly, are decided here;
-    everything else goes to worker processes, which are started when first needed, hold no torch, and are killed and
-    replaced when an answer takes too long. A prediction that cannot be judged within the limits is wrong, and judged
-    again when it comes again. Usable from any thread.
+    Both sides are normalised (`spelling.read`). Equal text and plain numbers, which are compared exactly, are decided
+    here; everything else goes to worker processes, which are started when first needed, hold no torch, and are killed
+    and replaced when an answer takes too long. A prediction that cannot be judged within the limits is wrong, and
+    judged again when it comes again. Usable from any thread.
 
     Args:
         limit_s: seconds for one pair.
@@ -77,14 +77,7 @@ class MathVerifier:
         return ours, theirs
 
     def close(self) -> None:
-        """End the worker processes. Safe to call twice."""
         self._pool.close()
-
-    def __enter__(self) -> MathVerifier:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _overlooked(gold: str, prediction: str) -> bool:
