@@ -112,7 +112,7 @@ ctest: $(READY)
 	$(BIN)/cmake --build $$build --parallel --target $(CPU_TESTS) cuda_tests && \
 	$(BIN)/ctest --test-dir $$build --output-on-failure --parallel $(WORKERS)
 
-TRL_VERSIONS ?= 1.12.0 1.13.0 1.14.2 1.15.0 1.16.0
+TRL_VERSIONS ?= 1.9.0 1.10.0 1.11.0 1.12.0 1.13.0 1.14.2 1.15.0 1.16.0
 
 # Where Triton is installed, TRL 1.15's own log-probabilities are its kernels on a CPU, too: the interpreter runs them.
 trl: $(READY)

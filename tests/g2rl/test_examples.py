@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import logging
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -128,3 +131,86 @@ def test_trl_takes_a_step(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "g2rl/mean_cosine" in run.stdout and "rewards/g2rl_bonus/mean" in run.stdout
+
+
+class SwiftTrainer:
+    """What examples.swift_g2rl builds on of ms-swift's trainer; advantages are sums of rewards."""
+
+    def __init__(self, model: Any, **others: Any) -> None:
+        self.model, self.accelerator = model, SimpleNamespace(unwrap_model=lambda model: model)
+        self.template = SimpleNamespace(padding_free=False, sequence_parallel_size=1)
+        self.enable_server_multi_turn, self.scale_rewards = False, "group"
+        self.temperature, self.num_generations = 0.7, 4
+        self.reward_func_names, self.reward_weights = ["task", "style"], torch.tensor([1.0, 0.5])
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}
+        vars(self).update(others)
+
+    def _get_per_token_logps_and_entropies(self, model: Any, model_inputs: Any, grpo_batch: Any) -> Any:
+        return model(**model_inputs).logits, None
+
+    def _prepare_batch_inputs(self, samples: list[Any]) -> list[Any]:
+        for inputs, batch in samples:
+            for kind in ("old_per_token_logps", "ref_per_token_logps"):
+                setattr(batch, kind, self._get_per_token_logps_and_entropies(self.model, inputs, batch)[0])
+        return samples
+
+    def _compute_advantages(self, samples: list[Any], rewards_per_func: torch.Tensor, batches: Any) -> torch.Tensor:
+        assert self.reward_func_names == ["task", "style", "g2rl_bonus"]
+        return (rewards_per_func * self.reward_weights).nansum(1)
+
+
+@pytest.fixture
+def swift_example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    mapping: dict[str, str] = {}
+    for name, members in {
+        "swift": {},
+        "swift.rlhf_trainers": {"GRPOTrainer": SwiftTrainer},
+        "swift.trainers": {"TrainerFactory": SimpleNamespace(TRAINER_MAPPING=mapping)},
+        "swift.utils": {"get_logger": lambda: logging.getLogger("swift")},
+    }.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))  # type: ignore[arg-type]
+    monkeypatch.delitem(sys.modules, "examples.swift_g2rl", raising=False)
+    module = importlib.import_module("examples.swift_g2rl")
+    assert mapping == {"grpo": "examples.swift_g2rl.G2RLTrainer"}
+    yield module
+    del sys.modules["examples.swift_g2rl"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_swift_shapes_by_the_pass_for_old_log_probabilities(
+    tiny_model: Path, swift_example: Any, lora: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    trainer = swift_example.G2RLTrainer((get_peft_model(policy, config) if lora else policy).train())
+    ids = torch.randint(3, 70, (8, 12), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(5) < torch.tensor([5, 4, 3, 5, 1, 2, 5, 0])[:, None]).long()  # of the last five tokens
+    batches = [
+        ({"input_ids": ids[rows]}, SimpleNamespace(completion_mask=mask[rows], old_per_token_logps=None))
+        for rows in (slice(3), slice(3, 8))
+    ]
+    rewards = torch.tensor([[1, 0], [0, 0], [1, 0], [0, 0], [0, 0], [1, 0], [0, torch.nan], [0, 0]])
+    rewards[5] = torch.nan  # no function scores it
+    found = trainer._compute_advantages([], rewards, trainer._prepare_batch_inputs(batches))
+
+    hidden = policy.model(ids).last_hidden_state.detach().requires_grad_()
+    logps = (policy.lm_head(hidden)[:, 6:11] / 0.7).log_softmax(-1).gather(-1, ids[:, 7:, None])[..., 0]
+    (gradient,) = torch.autograd.grad(((logps * mask).sum(1) / mask.sum(1).clamp(min=1)).sum(), hidden)
+    raw, scored = rewards[:, 0].nan_to_num(), ~rewards.isnan().all(1)
+    want = (g2rl_advantages(gradient.sum(1), 2 * raw - 1, 4, swift_example.SHAPING, scored).shaped_rewards + 1) / 2
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    assert (want - raw).abs().amax() > 0.1
+    assert trainer._metrics["train"]["g2rl/score"] and trainer.reward_func_names == ["task", "style"]
+    assert not caplog.records
+
+    trainer._compute_advantages([], rewards + 1, None)
+    assert "rewards leave reward_range" in caplog.text
+    trainer.model.eval()
+    trainer._prepare_batch_inputs(batches)
+    assert torch.equal(trainer._compute_advantages([], rewards, None), raw)
+
+
+@pytest.mark.parametrize("option", [{"enable_server_multi_turn": True}, {"scale_rewards": "gdpo"}])
+def test_swift_refuses(tiny_model: Path, swift_example: Any, option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="G2RL: expected no padding_free"):
+        swift_example.G2RLTrainer(AutoModelForCausalLM.from_pretrained(tiny_model), **option)

@@ -28,7 +28,7 @@ import torch
 try:
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 except ImportError as error:
-    raise ImportError(f"g2rl.integrations.trl: expected trl, found {error}; pip install 'trl>=1.12'") from error
+    raise ImportError(f"g2rl.integrations.trl: expected trl, found {error}; pip install 'trl>=1.9'") from error
 
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, gather
@@ -57,7 +57,7 @@ logger = get_logger(__name__)
 
 BONUS = "g2rl_bonus"
 ROWS = "g2rl_rows"
-# What the mixin overrides or relies on; every GRPO-like trainer of TRL from 1.12 on has it.
+# What the mixin overrides or relies on; every GRPO-like trainer of TRL from 1.9 on has it.
 _SEAMS = ("_generate", "_generate_and_score_completions", "_calculate_rewards", "_get_per_token_logps_and_entropies")
 
 
@@ -167,7 +167,7 @@ class G2RLMixin(_Trainer):
         if missing:
             raise TypeError(
                 f"{type(self).__name__}: expected a GRPO-like trainer of TRL that scores completions itself, found no "
-                f"{', '.join(missing)}; use GRPOTrainer or RLOOTrainer of trl 1.12 or newer"
+                f"{', '.join(missing)}; use GRPOTrainer or RLOOTrainer of trl 1.9 or newer"
             )
         self._check_arguments([*args, *kwargs.values()])
         super().__init__(*args, **kwargs)

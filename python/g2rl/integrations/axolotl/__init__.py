@@ -1,0 +1,45 @@
+"""G2RL in axolotl: two lines of YAML beside ``rl: grpo``, and a third for options that are not to be the defaults.
+
+    plugins: [g2rl.integrations.axolotl.G2RLPlugin]
+    trainer_cls: g2rl.integrations.axolotl.trainer.G2RLTrainer
+    g2rl: {reward_range: [0, 1]}
+
+axolotl goes on without a plugin that it cannot import, but not without the trainer that it is told to take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel
+
+
+class G2RLInput(BaseModel):
+    """What the plugin adds to a YAML file: fields of `g2rl.integrations.trl.G2RLOptions`, which checks them."""
+
+    g2rl: dict[str, Any] | None = None
+
+
+class G2RLPlugin(BasePlugin):  # type: ignore[misc]
+    """Brings those fields into axolotl's training arguments, where its trainer here looks for them."""
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.{G2RLInput.__name__}"
+
+    def get_training_args_mixin(self) -> str:
+        return "g2rl.integrations.trl.G2RLOptions"
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        """Options; raises ValueError where no `trainer_cls` would heed them, or where it would displace another."""
+        if not cfg.trainer_cls:
+            raise ValueError(f"trainer_cls: expected {__name__}.trainer.G2RLTrainer beside the plugin, found none")
+        trl = cfg.trl or {}
+        for name, value, plain in [
+            ("context_parallel_size", cfg.context_parallel_size or 1, 1),
+            ("trl.async_prefetch", bool(trl.get("async_prefetch")), False),
+            ("trl.use_data_producer", bool(trl.get("use_data_producer")), False),
+        ]:
+            if value != plain:
+                raise ValueError(f"{name}: expected {plain} with G2RL, found {value}")
+        return dict(cfg.g2rl or {})
