@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,16 +156,25 @@ def _value(reward: Reward, function: RewardFunction, episode: Episode) -> float:
     try:
         value = limited(call, limit_s, f"{reward.key}.name: {reward.name}") if limit_s else call()
     except OverTime as error:
+        where += _line(error, reward.name)
         raise ConfigError(f"{expected} within {reward.key}.limit_s = {limit_s:g} s, found none {where}") from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit or asyncio's CancelledError would end training without a word
+        where += _line(error, reward.name)
         raise ConfigError(f"{expected}, found {type(error).__name__}: {error} {where}") from error
     number = _number(value)
     if not abs(number) <= _LARGEST:
         beyond = f", beyond {_LARGEST:g}," if math.isfinite(number) else ""
         raise ConfigError(f"{expected}, found {_shown(value)}{beyond} {where}")
     return number
+
+
+def _line(error: BaseException, name: str) -> str:
+    """The line of the function's own file where a call of it raised, or was when its time was over."""
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" in {file}, line {lines[-1]}" if lines else ""
 
 
 def _number(value: Any) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -348,3 +350,17 @@ def test_no_majority_over_open_ended_answers(encoder: None) -> None:
     method.check(make_task(load_config().task, 0))
     with pytest.raises(ConfigError, match="methods.evol_rl.labels: expected verifier with task graph_color"):
         method.check(make_task(config.task, 0))
+
+
+def test_letters_as_answers_have_no_digit(encoder: None, tmp_path: Path) -> None:
+    """Every response would count as one without an answer."""
+    row = {"problem": "Which?", "answer": "B", "options": ["a cat", "a dog"]}
+    lines = [json.dumps(row | {"problem": f"Which of {i}?"}) for i in range(4)]
+    (tmp_path / "mmlu_pro.jsonl").write_text("\n".join(lines))
+    config = load_config(None, ["method=evol_rl", "task.name=mmlu_pro", f"task.options.data={tmp_path}"])
+    with make_task(replace(config.task, held_out=1), 0) as task:
+        with pytest.raises(
+            ConfigError, match="evol_rl.require_digit: expected false with task mmlu_pro, .* such as 'B'"
+        ):
+            make_method(config).check(task)
+        make_method(replace(config, methods={"evol_rl": {"require_digit": False}})).check(task)

@@ -219,6 +219,13 @@ def test_a_function_that_does_not_return_stops_training_by_name(faults: str, fun
     assert signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN)
 
 
+@pytest.mark.parametrize("function, code", [("raises", 'return {}["score"]'), ("sleeps", "time.sleep(60)")])
+def test_the_line_where_it_raised_or_hung_is_told(faults: str, function: str, code: str) -> None:
+    number = 1 + FAULTS.splitlines().index(f"    {code}")
+    with pytest.raises(ConfigError, match=rf"for problem '27\+5' in .*{faults}.py, line {number}$"):
+        judge([("32", True)], [RewardConfig(f"{faults}:{function}", limit_s=0.2)])
+
+
 @pytest.mark.parametrize("function, message", CASES)
 def test_it_counts_zero_where_training_goes_on(faults: str, function: str, message: str) -> None:
     rewards = [RewardConfig(f"{faults}:{function}", limit_s=0.2, on_error="zero"), RewardConfig("boxed")]

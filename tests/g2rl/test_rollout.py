@@ -279,6 +279,16 @@ def test_bf16_copy_follows_the_policy(tiny_model: Path) -> None:
         assert torch.equal(mine, theirs.bfloat16())
 
 
+def test_bf16_copy_turns_positions_as_the_policy_does(tiny_model: Path) -> None:
+    """At a hundred thousand tokens: the bits of the model that transformers loads in bf16."""
+    model, tokenizer = load_model(ModelConfig(path=str(tiny_model)))
+    copy = TransformersSampler(model, tokenizer, RolloutConfig(dtype="bfloat16")).model.eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
+    ids, positions = torch.tensor([[5, 9, 7]]), torch.tensor([[0, 99_000, 100_000]])
+    with torch.no_grad():
+        assert torch.equal(copy(ids, position_ids=positions).logits, loaded(ids, position_ids=positions).logits)
+
+
 def test_padding_is_on_the_left_and_masks_agree() -> None:
     input_ids, mask = left_pad([[4, 5, 6], [7]], value=0)
     assert input_ids.tolist() == [[4, 5, 6], [0, 0, 7]]

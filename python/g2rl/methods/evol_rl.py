@@ -34,6 +34,8 @@ from g2rl_kernels import GroupAdvantages, group_advantages
 
 _EQUAL = 1e-6
 """A class whose novelties span less has none that min-max could tell from the encoder's rounding."""
+_LOOKED_AT = 32
+"""Problems by whose answers a task is told from one of letters or words."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,12 @@ class EvolRL(Method):
             raise ConfigError(
                 f"methods.evol_rl.labels: expected verifier with task {task.name}, whose problems have many right "
                 f"answers, so that no majority can be counted, found majority"
+            )
+        answers = [task.train_problem(i).answer for i in range(_LOOKED_AT)]
+        if self.options.require_digit and any(answers) and not any(map(str.isdigit, "".join(answers))):
+            raise ConfigError(
+                f"methods.evol_rl.require_digit: expected false with task {task.name}, whose right answers, such as "
+                f"{next(filter(None, answers))!r}, have no digit and would not be valid, found true"
             )
 
     def advantages(self, step: Step) -> GroupAdvantages:

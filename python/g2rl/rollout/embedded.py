@@ -30,7 +30,7 @@ class TransformersSampler(Sampler):
         dtype = getattr(torch, config.dtype)
         # What is sampled ahead is of weights that an update is about to change.
         same = model.dtype == dtype and not has_adapter(model) and not config.ahead
-        self.model: Any = model if same else plain_copy(model).to(dtype)
+        self.model: Any = model if same else _in_dtype(plain_copy(model), dtype)
         keep_head_inputs_contiguous(self.model)
         self._has_slots = has_slots(model)  # asked of the policy, whose dtype may show more
 
@@ -51,3 +51,16 @@ class TransformersSampler(Sampler):
             chunk = slice(start, start + size)
             responses += generate(self.model, prompts[chunk], seeds[chunk], sampling, limit, self.stop_ids)
         return responses
+
+
+def _in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """`model` as transformers loads it in `dtype`: frequencies of rotary positions keep their own.
+
+    Rounded to bfloat16, they turn positions by other angles than the policy's, the more the further on.
+    """
+    frequencies = [(name, buffer) for name, buffer in model.named_buffers(remove_duplicate=False) if "inv_freq" in name]
+    model.to(dtype)
+    for name, buffer in frequencies:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
+    return model
