@@ -26,6 +26,7 @@ KNOWN = {
     "g2rl/card.py": "the text of a model card",
 }
 NEEDS_MORE = {
+    "axolotl": "the plug-in for axolotl",
     "tensordict": "the plug-in for verl",
     "transfer_queue": "the plug-in for verl",
     "trl": "the integration with TRL",
