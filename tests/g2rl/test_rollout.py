@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -266,6 +268,19 @@ def test_learned_positions_end(config: PretrainedConfig) -> None:
         ConfigError, match="rollout.max_new_tokens: expected .* 16 positions .* prompt of 9 tokens and 9"
     ):
         sampler.sample(PROBLEMS[:1], 1, 1.0, 1.0, 0)
+
+
+def test_more_tokens_than_a_rotary_model_is_made_for(sampler: TransformersSampler) -> None:
+    """256, of which nothing in the model is as long as that: told once, and sampled."""
+    sampler.config = replace(sampler.config, max_new_tokens=257 - len(sampler.prompt_ids(PROBLEMS[0])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler.sample(PROBLEMS[:1], 1, 1.0, 1.0, 0)
+    with pytest.warns(RuntimeWarning, match="a prompt of 26 tokens and .* = 242 are more than the 256 tokens"):
+        sampler.sample(PROBLEMS, 1, 1.0, 1.0, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler.sample(PROBLEMS, 1, 1.0, 1.0, 0)
 
 
 def test_bf16_copy_follows_the_policy(tiny_model: Path) -> None:

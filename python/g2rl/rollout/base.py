@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -98,6 +99,7 @@ class Sampler(ABC):
             )
         self.stop_ids = frozenset(stop if isinstance(stop, list) else [stop])
         self._positions = _learned_positions(model)
+        self._meant_for = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self._context: Context | None = None
         if system_prompt is not None:
             self._check_system_prompt()
@@ -176,6 +178,14 @@ class Sampler(ABC):
                 f"rollout.max_new_tokens: expected prompt and response to fit the {limit} positions that the model has "
                 f"learned, found a prompt of {prompt} tokens and {tokens}"
             )
+        if prompt + tokens - 1 > self._meant_for:  # rotary positions have no end, but the model knows none further on
+            warnings.warn(
+                f"g2rl: a prompt of {prompt} tokens and rollout.max_new_tokens = {tokens} are more than the "
+                f"{self._meant_for} tokens that the model is made for (max_position_embeddings of its configuration)",
+                RuntimeWarning,
+                3,
+            )
+            self._meant_for = math.inf  # told once
 
 
 def _learned_positions(model: Any) -> int | None:
