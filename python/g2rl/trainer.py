@@ -188,8 +188,10 @@ class Trainer:
             self.sampler.sync()
             seed, rewards = evaluation_seed(self.config.seed), self.config.rewards
             measured = rewards if any(reward.name != "correct" for reward in rewards) else ()  # which pass@1 tells
-            found = evaluate(self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks, measured)
-        return {**found[0], "time/eval": times.seconds["time/eval"]}, found[1]
+            metrics, results = evaluate(
+                self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks, measured
+            )
+        return metrics | {"time/eval": times.seconds["time/eval"]}, results
 
     def _rollout_metrics(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> dict[str, float]:
         n = len(episodes)

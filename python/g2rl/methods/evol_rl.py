@@ -75,12 +75,12 @@ class EvolRL(Method):
         self._encoder = SentenceEncoder(options.encoder, resolve_device(config.model.device), "methods.evol_rl.encoder")
 
     def check(self, task: Task) -> None:
-        if self.options.labels == "majority" and not task.train_problem(0).answer:
+        answers = [task.train_problem(i).answer for i in range(_LOOKED_AT)]
+        if self.options.labels == "majority" and not answers[0]:
             raise ConfigError(
                 f"methods.evol_rl.labels: expected verifier with task {task.name}, whose problems have many right "
                 f"answers, so that no majority can be counted, found majority"
             )
-        answers = [task.train_problem(i).answer for i in range(_LOOKED_AT)]
         if self.options.require_digit and any(answers) and not any(map(str.isdigit, "".join(answers))):
             raise ConfigError(
                 f"methods.evol_rl.require_digit: expected false with task {task.name}, whose right answers, such as "
