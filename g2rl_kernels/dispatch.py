@@ -2,7 +2,7 @@
 
 A backend is a module with one plain function for each op that it serves, named as the op is, and a function
 ``unavailable(device, dtype) -> str | None`` that says why it cannot serve here; where it does not hold groups of any
-size, also ``most_members(features) -> int``. `resolve` takes the first that can, in the order of `BACKENDS`;
+size, also ``most_members(device) -> int``. `resolve` takes the first that can, in the order of `BACKENDS`;
 a compiled GPU backend only once it is known to be right on the device: see `self_check`.
 """
 
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
@@ -37,18 +36,6 @@ OPS = (
     "group_advantages",
     "g2rl_advantages",
 )
-
-
-class Groups(NamedTuple):
-    """What a backend's room for a group may depend on.
-
-    Attributes:
-        features: [B, d].
-        m_max: responses of the largest.
-    """
-
-    features: torch.Tensor
-    m_max: int
 
 
 @dataclass(frozen=True)
@@ -112,29 +99,23 @@ def _load(backend: Backend) -> ModuleType:
     return importlib.import_module(backend.module)
 
 
-def _refusal(
-    backend: Backend, op: str, device: torch.device, dtype: torch.dtype, groups: Groups | None = None
-) -> str | None:
-    """Why `backend` cannot run `op` on tensors of this device and dtype, or groups as large; None when it can."""
+def _refusal(backend: Backend, op: str, device: torch.device, dtype: torch.dtype, m_max: int = 0) -> str | None:
+    """Why `backend` cannot run `op` on tensors of this device and dtype, or groups of `m_max`; None when it can."""
     module = _load(backend)
     reason = module.unavailable(device, dtype)
     if reason is None and not hasattr(module, op):
         reason = _LACKS_OP
-    if reason is None and groups is not None and hasattr(module, "most_members"):
-        most = module.most_members(groups.features)
-        if groups.m_max > most:
-            reason = f"groups: expected at most {most} responses in a group, found {groups.m_max}"
+    if reason is None and m_max and hasattr(module, "most_members") and m_max > (most := module.most_members(device)):
+        reason = f"groups: expected at most {most} responses in a group, found {m_max}"
     return reason
 
 
-def resolve(
-    op: str, device: torch.device, dtype: torch.dtype, head: Head | None = None, groups: Groups | None = None
-) -> Callable:
+def resolve(op: str, device: torch.device, dtype: torch.dtype, head: Head | None = None, m_max: int = 0) -> Callable:
     """The function that runs `op` on tensors of this device and dtype.
 
     Args:
         head: of a head op, where its options decide which kernels are to be checked; None for a plain one.
-        groups: of `g2rl_advantages`, as a backend may have no room for the largest; None asks for no room.
+        m_max: of `g2rl_advantages`, responses of the largest group, for which a backend may have no room.
 
     Raises:
         RuntimeError: a backend was asked for by name and cannot serve; the message says why. One that has not got the
@@ -142,13 +123,13 @@ def resolve(
     """
     forced = _asked_for()
     if forced:
-        reason = _refusal(forced, op, device, dtype, groups)
+        reason = _refusal(forced, op, device, dtype, m_max)
         if reason is None:
             return getattr(_load(forced), op)
         if reason != _LACKS_OP:
             raise RuntimeError(f"backend {forced.name!r} cannot run {op} on {device.type} {dtype}: {reason}")
     for backend in BACKENDS:
-        if not backend.is_automatic(device) or _refusal(backend, op, device, dtype, groups) is not None:
+        if not backend.is_automatic(device) or _refusal(backend, op, device, dtype, m_max) is not None:
             continue
         if backend.checked and self_check.refusal(Subject.of(backend.name, op, dtype, head), device) is not None:
             continue

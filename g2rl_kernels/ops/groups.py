@@ -34,7 +34,7 @@ from g2rl_kernels.checks import (
     values_readable,
     warn_caller,
 )
-from g2rl_kernels.dispatch import Groups, resolve
+from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.products import wide
 from g2rl_kernels.records import GroupAdvantages, Shaping
 
@@ -391,7 +391,7 @@ def _g2rl_advantages(
     shaping = _shaping(strength, clip, rule, min_range, uniform_groups)
     with checks:
         largest = _largest(cu_groups, m_max)
-        run = resolve("g2rl_advantages", features.device, features.dtype, groups=Groups(features, largest))
+        run = resolve("g2rl_advantages", features.device, features.dtype, m_max=largest)
         return tuple(run(features, rewards, cu_groups, largest, valid, shaping, normalize))
 
 

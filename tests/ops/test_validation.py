@@ -690,19 +690,20 @@ def test_a_backend_without_room_for_a_group_is_passed_over(
     small = SimpleNamespace(
         unavailable=lambda device, dtype: None,
         g2rl_advantages=advantages,
-        most_members=lambda features: features.shape[1],
+        most_members=lambda device: 2,
     )
     row, load = dispatch.Backend("small", "g2rl_kernels.backends.small"), dispatch._load
     monkeypatch.setattr(dispatch, "BACKENDS", (row, *dispatch.BACKENDS))
     monkeypatch.setattr(dispatch, "_load", lambda backend: small if backend is row else load(backend))
-    narrow = torch.randn(N, 2)
-    expected = g2rl_advantages(narrow, torch.arange(N), groups)
-    group_call(g2rl_advantages, features=torch.ones(N, 3), groups=groups)
-    assert served == [3] and expected.similarity.shape[1] == 3
+    group_call(g2rl_advantages, groups=groups)
+    assert served == []
     with use_backend("small"):
-        group_call(g2rl_advantages, features=torch.ones(N, 3), groups=groups)
         message = "'small' cannot run g2rl_advantages on cpu torch.float32: groups: expected at most 2 responses in a"
-        raises(lambda: group_call(g2rl_advantages, features=narrow, groups=groups), RuntimeError, message)
+        raises(lambda: group_call(g2rl_advantages, groups=groups), RuntimeError, message)
+        small.most_members = lambda device: 3
+        group_call(g2rl_advantages, groups=groups)
+    assert served == [3]
+    group_call(g2rl_advantages, groups=groups)
     assert served == [3, 3]
 
 

@@ -10,9 +10,9 @@ from g2rl_kernels.plans.inputs import on_device_of, unit_stride
 from g2rl_kernels.records import RULES, GroupAdvantages, Shaping
 
 
-def most_members(features: Tensor) -> int:
+def most_members(device: torch.device) -> int:
     """How many responses of a group the kernel holds."""
-    return library.module_for(features).most_members()
+    return library.module_for(device).most_members()
 
 
 def g2rl_advantages(
@@ -25,8 +25,8 @@ def g2rl_advantages(
     normalize: str,
 ) -> GroupAdvantages:
     """Of groups of `most_members` at most."""
-    module = library.module_for(features)
-    features, rewards = unit_stride(features.float()), rewards.float().contiguous()
+    module = library.module_for(features.device)
+    features, rewards = unit_stride(features), rewards.contiguous()
     cu_groups = cu_groups.to(torch.int32).contiguous()
     valid = None if valid is None else valid.contiguous()
     G, d = cu_groups.shape[0] - 1, features.shape[1]

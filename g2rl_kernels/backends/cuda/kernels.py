@@ -38,7 +38,7 @@ class CudaKernels:
     @classmethod
     def of(cls, hidden: Tensor, head: Head, targets: Tensor) -> CudaKernels:
         """The fastest that take these inputs."""
-        module = library.module_for(hidden)
+        module = library.module_for(hidden.device)
         c_head, c_tokens = _head(module, head), _tokens(module, hidden, targets)
         hopper = library.hopper_serves(hidden) and module.sm90.serves(c_head, c_tokens)
         return cls(module, module.sm90 if hopper else module.sm80)

@@ -76,15 +76,15 @@ def _capability(architecture: str) -> tuple[int, int]:
     return divmod(int(re.match(r"\d+", architecture)[0]), 10)  # type: ignore[index]
 
 
-def module_for(x: Tensor) -> ModuleType:
-    """The module whose kernels take this tensor.
+def module_for(device: torch.device) -> ModuleType:
+    """The module whose kernels run on this device.
 
     Raises:
         RuntimeError: there is none.
     """
-    module = _load()[0] if x.is_cuda else _on_cpu
+    module, reason = _load() if device.type == "cuda" else (_on_cpu, "needs an NVIDIA GPU")
     if module is None:
-        raise RuntimeError(f"the cuda backend is not available: {_load()[1] if x.is_cuda else 'needs an NVIDIA GPU'}")
+        raise RuntimeError(f"the cuda backend is not available: {reason}")
     return module
 
 

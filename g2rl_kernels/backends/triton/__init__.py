@@ -62,7 +62,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def most_members(features: torch.Tensor) -> int:
+def most_members(device: torch.device) -> int:
     """How many responses of a group the kernel holds."""
     return _MOST
 
