@@ -105,10 +105,10 @@ def work(kernel: str, sample: HeadSample) -> Work:
     from g2rl_kernels.backends.triton.statistics import room_for_kept, statistics
     from g2rl_kernels.plans.inputs import addressable
 
-    hidden, weight, targets = sample.hidden, sample.head.weight, sample.targets
-    cu_seqlens, a = sample.cu_seqlens, sample.token_weights
-    (N, d), V, B = hidden.shape, weight.shape[0], sample.cu_seqlens.shape[0] - 1
-    head = addressable(Head(weight, None, softcap=_SOFTCAP if kernel.endswith("-softcap") else 0.0))
+    head = Head(sample.head.weight, None, softcap=_SOFTCAP if kernel.endswith("-softcap") else 0.0)
+    hidden, head, targets = addressable(sample.hidden, head, sample.targets)
+    weight, cu_seqlens, a = head.weight, sample.cu_seqlens, sample.token_weights
+    (N, d), V, B = hidden.shape, head.V, cu_seqlens.shape[0] - 1
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)

@@ -1,7 +1,7 @@
 """Which kernels a GPU backend runs for the head's ops, on which tokens, responses and words, within the workspace.
 
 A backend hands its kernels in as `Kernels`; nothing here knows what they are written in. N tokens, d hidden, V vocab,
-B responses; hidden [N, d], targets [N], weights a [N], cu_seqlens [B + 1].
+B responses; hidden [N, d] and targets [N] as `inputs.addressable` makes them, weights a [N], cu_seqlens [B + 1].
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from g2rl_kernels.plans import Kernels
-from g2rl_kernels.plans.inputs import addressable, on_device_of, unit_stride
+from g2rl_kernels.plans.inputs import on_device_of
 from g2rl_kernels.products import exact_products, mm, mm_rounded
 from g2rl_kernels.records import Gradients, Head, Needs, TokenLogprobs
 from g2rl_kernels.workspace import workspace_or_default
@@ -42,7 +42,6 @@ def logprobs_backward(
     workspace_bytes: int,
 ) -> Gradients:
     """`upstream`: gradients of log p and of entropy [N]."""
-    head, hidden, targets = addressable(head), unit_stride(hidden), targets.contiguous()
     (N, d), V, dtype, device = hidden.shape, head.V, head.weight.dtype, hidden.device
     need_bias = needs.bias and head.bias is not None
     scaled = dtype == torch.float16

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from g2rl_kernels.checks import LateValues
 from g2rl_kernels.plans import Kernels
-from g2rl_kernels.plans.inputs import addressable, on_device_of, unit_stride
+from g2rl_kernels.plans.inputs import on_device_of
 from g2rl_kernels.records import Head, Responses, SequenceFeatures, TokenLogprobs
 from g2rl_kernels.sums import moved_to
 from g2rl_kernels.workspace import workspace_or_default
@@ -45,7 +45,7 @@ _ROWS = 128
 def token_logprobs(
     kernels: Kernels, hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int
 ) -> TokenLogprobs:
-    batch = _Batch.of(kernels, hidden, head, targets, workspace_bytes)
+    batch = _Batch(kernels, hidden, head, targets, workspace_bytes)
     with on_device_of(hidden):
         _merged_statistics(batch, None)
     return TokenLogprobs(*batch.separate_results())
@@ -54,7 +54,7 @@ def token_logprobs(
 def sequence_features(
     kernels: Kernels, hidden: Tensor, head: Head, targets: Tensor, responses: Responses, workspace_bytes: int
 ) -> SequenceFeatures:
-    batch, lse = _Batch.of(kernels, hidden, head, targets, workspace_bytes), responses.lse
+    batch, lse = _Batch(kernels, hidden, head, targets, workspace_bytes), responses.lse
 
     def plan(cu_seqlens: Tensor, a: Tensor) -> Plan:
         # Plans that cut tokens may read offsets on the host, which a graph under capture cannot.
@@ -89,15 +89,9 @@ class _Batch:
         self.kernels = kernels
         self.hidden, self.head, self.targets = hidden, head, targets
         # A quarter is for R. Logits that are kept make better use of the rest: more rows fill the chip.
-        self.workspace_bytes = workspace_bytes
-        self.limit = workspace_bytes - workspace_bytes // 4
+        self.workspace_bytes = workspace_or_default(workspace_bytes, hidden.device)
+        self.limit = self.workspace_bytes - self.workspace_bytes // 4
         self.results = self.empty(3, hidden.shape[0])
-
-    @classmethod
-    def of(cls, kernels: Kernels, hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> _Batch:
-        """From an op's arguments."""
-        workspace_bytes = workspace_or_default(workspace_bytes, hidden.device)
-        return cls(kernels, unit_stride(hidden), addressable(head), targets.contiguous(), workspace_bytes)
 
     def part(self, tokens: slice) -> _Batch:
         """Some of the tokens, whose results go where theirs are."""
@@ -272,7 +266,7 @@ def _from_kept_at_once(
 
 
 def token_sums(kernels: Kernels, hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> Tensor:
-    batch = _Batch.of(kernels, hidden, head, targets, workspace_bytes)
+    batch = _Batch(kernels, hidden, head, targets, workspace_bytes)
     sums = batch.empty(4, hidden.shape[0])
     with on_device_of(hidden):
         for first in range(0, hidden.shape[0], batch.statistics_rows):
@@ -298,7 +292,7 @@ def part_features(
     sums: Tensor,
     workspace_bytes: int,
 ) -> SequenceFeatures:
-    batch = _Batch.of(kernels, hidden, head, targets, workspace_bytes)
+    batch = _Batch(kernels, hidden, head, targets, workspace_bytes)
 
     def plan(cu_seqlens: Tensor, a: Tensor) -> Plan:
         return _from_terms(batch, cu_seqlens, a, kernels.merge(sums.contiguous(), batch.head, batch.results, a))

@@ -11,9 +11,10 @@ from torch import Tensor
 from g2rl_kernels.records import Head
 
 
-def addressable(head: Head) -> Head:
-    """The head with rows of weight, and a bias, of unit stride."""
-    return replace(head, weight=unit_stride(head.weight), bias=None if head.bias is None else head.bias.contiguous())
+def addressable(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Head, Tensor]:
+    """The same with rows of hidden and weight, a bias, and targets of unit stride: what plans and kernels take."""
+    bias = None if head.bias is None else head.bias.contiguous()
+    return unit_stride(hidden), replace(head, weight=unit_stride(head.weight), bias=bias), targets.contiguous()
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:

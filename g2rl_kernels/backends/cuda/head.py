@@ -7,7 +7,7 @@ from torch import Tensor
 from g2rl_kernels.backends.cuda.kernels import CudaKernels
 from g2rl_kernels.plans import backward
 from g2rl_kernels.plans import head as forward
-from g2rl_kernels.plans.inputs import addressable, unit_stride
+from g2rl_kernels.plans.inputs import addressable
 from g2rl_kernels.records import Gradients, Head, Needs, Responses, SequenceFeatures, TokenLogprobs
 
 
@@ -47,5 +47,5 @@ def logprobs_backward(
 
 
 def _with_kernels(hidden: Tensor, head: Head, targets: Tensor) -> tuple[CudaKernels, Tensor, Head, Tensor]:
-    hidden, head, targets = unit_stride(hidden), addressable(head), targets.contiguous()
-    return CudaKernels.of(hidden, head, targets), hidden, head, targets
+    inputs = addressable(hidden, head, targets)
+    return CudaKernels.of(*inputs), *inputs

@@ -7,27 +7,28 @@ from torch import Tensor
 from g2rl_kernels.backends.triton import kernels
 from g2rl_kernels.plans import backward
 from g2rl_kernels.plans import head as forward
+from g2rl_kernels.plans.inputs import addressable
 from g2rl_kernels.records import Gradients, Head, Needs, Responses, SequenceFeatures, TokenLogprobs
 
 
 def token_logprobs(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> TokenLogprobs:
-    return forward.token_logprobs(kernels, hidden, head, targets, workspace_bytes)
+    return forward.token_logprobs(kernels, *addressable(hidden, head, targets), workspace_bytes)
 
 
 def sequence_features(
     hidden: Tensor, head: Head, targets: Tensor, responses: Responses, workspace_bytes: int
 ) -> SequenceFeatures:
-    return forward.sequence_features(kernels, hidden, head, targets, responses, workspace_bytes)
+    return forward.sequence_features(kernels, *addressable(hidden, head, targets), responses, workspace_bytes)
 
 
 def token_sums(hidden: Tensor, head: Head, targets: Tensor, workspace_bytes: int) -> Tensor:
-    return forward.token_sums(kernels, hidden, head, targets, workspace_bytes)
+    return forward.token_sums(kernels, *addressable(hidden, head, targets), workspace_bytes)
 
 
 def part_features(
     hidden: Tensor, head: Head, targets: Tensor, responses: Responses, sums: Tensor, workspace_bytes: int
 ) -> SequenceFeatures:
-    return forward.part_features(kernels, hidden, head, targets, responses, sums, workspace_bytes)
+    return forward.part_features(kernels, *addressable(hidden, head, targets), responses, sums, workspace_bytes)
 
 
 def logprobs_backward(
@@ -40,5 +41,5 @@ def logprobs_backward(
     needs: Needs,
     workspace_bytes: int,
 ) -> Gradients:
-    upstream = (grad_logps, grad_entropy)
-    return backward.logprobs_backward(kernels, upstream, hidden, head, targets, saved, needs, workspace_bytes)
+    upstream, inputs = (grad_logps, grad_entropy), addressable(hidden, head, targets)
+    return backward.logprobs_backward(kernels, upstream, *inputs, saved, needs, workspace_bytes)
