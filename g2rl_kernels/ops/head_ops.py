@@ -16,8 +16,6 @@ from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
 # Of the largest weight of a response, as a power of two: fp32 holds sums of millions of these, and their inverse, and
 # float64 each power of two that leads there, also from its smallest numbers.
 _MODERATE_EXPONENT = 64
-
-
 # Of the bias of a word that is masked, and of its logit where the head's scale is large: fp32 holds both, and multiples
 # of them by any gradient that is of use.
 _MASKED_BIAS, _MASKED_LOGIT = 1e30, 1e37
@@ -47,14 +45,29 @@ def _fake_features(hidden: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tor
     return hidden.new_empty((B, hidden.shape[1]), dtype=_result_dtype(hidden))
 
 
-def _checked_weights(
-    checks: ValueChecks, token_weights: torch.Tensor | None, cu_seqlens: torch.Tensor
-) -> torch.Tensor | None:
-    """What kernels may use in the place of token_weights."""
-    if token_weights is None:
-        return None
-    checks.not_negative("token_weights", token_weights)
-    return _moderate(token_weights, cu_seqlens)
+def _checked_tokens(
+    hidden: torch.Tensor, targets: torch.Tensor, vocab_size: int, check_finite: bool
+) -> tuple[ValueChecks, torch.Tensor]:
+    """The checks of a forward op, and what kernels may use in the place of targets."""
+    checks = ValueChecks()
+    if check_finite:
+        checks.finite("hidden", hidden)
+    return checks, checks.targets(targets, vocab_size)
+
+
+def _checked_responses(
+    checks: ValueChecks,
+    hidden: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    token_weights: torch.Tensor | None,
+    lse: torch.Tensor | None = None,
+) -> Responses:
+    """What kernels may use in the place of cu_seqlens and token_weights."""
+    cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
+    if token_weights is not None:
+        checks.not_negative("token_weights", token_weights)
+        token_weights = _moderate(token_weights, cu_seqlens)
+    return Responses(cu_seqlens, token_weights, lse)
 
 
 def _moderate(token_weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -86,10 +99,7 @@ def token_logprobs(
     softcap: float,
     workspace_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    checks = ValueChecks()
-    if check_finite:
-        checks.finite("hidden", hidden)
-    targets = checks.targets(targets, weight.shape[0])
+    checks, targets = _checked_tokens(hidden, targets, weight.shape[0], check_finite)
     head = head_record(weight, bias, temperature, logit_scale, softcap)
     run = resolve("token_logprobs", hidden.device, hidden.dtype, head)
     with checks:
@@ -116,14 +126,9 @@ def sequence_features(
     softcap: float,
     workspace_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    checks = ValueChecks()
-    if check_finite:
-        checks.finite("hidden", hidden)
-    targets = checks.targets(targets, weight.shape[0])
-    cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
-    token_weights = _checked_weights(checks, token_weights, cu_seqlens)
+    checks, targets = _checked_tokens(hidden, targets, weight.shape[0], check_finite)
+    responses = _checked_responses(checks, hidden, cu_seqlens, token_weights, lse)
     head = head_record(weight, bias, temperature, logit_scale, softcap)
-    responses = Responses(cu_seqlens, token_weights, lse)
     run = resolve("sequence_features", hidden.device, hidden.dtype, head)
     with checks:
         return tuple(run(hidden, head, targets, responses, workspace_bytes))
@@ -149,10 +154,7 @@ def token_sums(
     workspace_bytes: int,
 ) -> torch.Tensor:
     """Sums [4, N] over the words vocab_start to vocab_start + V of vocab_size; only a backend's own can read them."""
-    checks = ValueChecks()
-    if check_finite:
-        checks.finite("hidden", hidden)
-    targets = checks.targets(targets, vocab_size)
+    checks, targets = _checked_tokens(hidden, targets, vocab_size, check_finite)
     head = head_record(weight, bias, temperature, logit_scale, softcap)
     run = resolve("token_sums", hidden.device, hidden.dtype, head)
     with checks:
@@ -186,12 +188,10 @@ def part_features(
     """
     checks = ValueChecks()
     if cu_seqlens is None:
-        cu_seqlens = targets.new_zeros(1)
+        responses = Responses(targets.new_zeros(1))
     else:
-        cu_seqlens = checks.offsets("cu_seqlens", cu_seqlens, hidden.shape[0], "N")
-    token_weights = _checked_weights(checks, token_weights, cu_seqlens)
+        responses = _checked_responses(checks, hidden, cu_seqlens, token_weights)
     head = head_record(weight, bias, temperature, logit_scale, softcap)
-    responses = Responses(cu_seqlens, token_weights)
     run = resolve("part_features", hidden.device, hidden.dtype, head)
     with checks:
         return tuple(run(hidden, head, targets, responses, sums, workspace_bytes))
