@@ -22,7 +22,7 @@ SOURCES = {"g2rl_kernels": ROOT / "g2rl_kernels", "g2rl": ROOT / "python" / "g2r
 LAYERS = {
     "g2rl_kernels": (
         ("version", "checks", "interpreter"),
-        ("products", "records", "workspace"),
+        ("group_layout", "products", "records", "workspace"),
         ("sums",),
         ("self_check", "plans", "distributed"),
         ("backends",),

@@ -35,6 +35,7 @@ from g2rl_kernels.checks import (
     warn_caller,
 )
 from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.group_layout import GroupLayout, largest_group
 from g2rl_kernels.products import wide
 from g2rl_kernels.records import GroupAdvantages, Shaping
 
@@ -251,17 +252,11 @@ def _checked(cu_groups: torch.Tensor, B: int) -> torch.Tensor:
     return cu_groups
 
 
-def _largest(cu_groups: torch.Tensor, m_max: int | None) -> int:
-    if m_max is not None:
-        return m_max
-    return int(cu_groups.diff().max()) if cu_groups.shape[0] > 1 else 0
-
-
 @torch.library.custom_op("g2rl::group_similarity", mutates_args=())
 def _group_similarity(features: torch.Tensor, cu_groups: torch.Tensor, m_max: int | None) -> torch.Tensor:
     cu_groups = _checked(cu_groups, features.shape[0])
     run = resolve("group_similarity", features.device, features.dtype)
-    return run(features, cu_groups, _largest(cu_groups, m_max))
+    return run(features, cu_groups, largest_group(cu_groups) if m_max is None else m_max)
 
 
 @_group_similarity.register_fake
@@ -280,17 +275,12 @@ def _similarity_gradient(grad: torch.Tensor, features: torch.Tensor, cu_groups: 
     if features.device.type == "cpu":  # another thread may have changed them since the forward pass
         cu_groups = _checked(cu_groups, features.shape[0])
     phi, grad = wide(features), wide(grad)
-    (G, m_max, _), (B, d) = grad.shape, phi.shape
-    sizes, position = cu_groups.diff(), torch.arange(B, device=phi.device)
-    group = torch.repeat_interleave(torch.arange(G, device=phi.device), sizes, output_size=B)
-    slot = group * m_max + position - cu_groups[:-1][group]
+    layout = GroupLayout(cu_groups, phi.shape[0], grad.shape[1])
     norm = phi.norm(dim=1, keepdim=True)
     inverse = torch.where(norm > 0, norm.reciprocal(), 0)
     u = phi * inverse
-    padded = u.new_zeros(G * m_max, d).index_copy(0, slot, u).view(G, m_max, d)
     # Whatever comes back for the zeros beyond a group's size, inf and NaN included, is nobody's.
-    member = torch.arange(m_max, device=phi.device) < sizes[:, None]
-    grad_u = (torch.where(member[:, None], grad + grad.mT, 0) @ padded).view(G * m_max, d)[slot]
+    grad_u = layout.gather(torch.where(layout.member[:, None], grad + grad.mT, 0) @ layout.spread(u))
     return ((grad_u - u * (u * grad_u).sum(1, keepdim=True)) * inverse).to(features.dtype)
 
 
@@ -316,8 +306,8 @@ def _exploration_scores(
     similarity: torch.Tensor, rewards: torch.Tensor, cu_groups: torch.Tensor, valid: torch.Tensor | None
 ) -> torch.Tensor:
     cu_groups = _checked(cu_groups, rewards.shape[0])
-    if values_readable(cu_groups) and _largest(cu_groups, None) > similarity.shape[1]:
-        found = f"{list(similarity.shape)} and a group of {_largest(cu_groups, None)}"
+    if values_readable(cu_groups) and (largest := largest_group(cu_groups)) > similarity.shape[1]:
+        found = f"{list(similarity.shape)} and a group of {largest}"
         raise ValueError(f"similarity: expected shape [G, m_max, m_max] with m_max of the largest group, found {found}")
     _check_finite(rewards)
     run = resolve("exploration_scores", similarity.device, similarity.dtype)
@@ -390,7 +380,7 @@ def _g2rl_advantages(
     checks.run(partial(_check_rewards, rewards, strength), rewards, lambda: _suspicious(rewards))
     shaping = _shaping(strength, clip, rule, min_range, uniform_groups)
     with checks:
-        largest = _largest(cu_groups, m_max)
+        largest = largest_group(cu_groups) if m_max is None else m_max
         run = resolve("g2rl_advantages", features.device, features.dtype, m_max=largest)
         return tuple(run(features, rewards, cu_groups, largest, valid, shaping, normalize))
 

@@ -24,12 +24,12 @@ checkpoint.sync = lambda path: None
         ["tests/faults/test_ops.py", "-k", "torch", "--tries-share=0.05"],
         """
 import torch
-from g2rl_kernels.backends.eager import groups
-make = groups._Layout.__init__
+from g2rl_kernels.group_layout import GroupLayout
+make = GroupLayout.__init__
 def one_more(self, cu_groups, B, m_max):
     make(self, cu_groups, B, m_max)
     self.member = torch.arange(m_max, device=cu_groups.device) <= cu_groups.diff()[:, None]
-groups._Layout.__init__ = one_more
+GroupLayout.__init__ = one_more
 """,
     ),
     "swallowed exception": (

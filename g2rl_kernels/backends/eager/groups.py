@@ -9,47 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from g2rl_kernels.group_layout import GroupLayout, largest_group
 from g2rl_kernels.products import wide
 from g2rl_kernels.records import GroupAdvantages, Shaping
 
 
-class _Layout:
-    """Where each response stands in [G, m_max], and back."""
-
-    def __init__(self, cu_groups: Tensor, B: int, m_max: int) -> None:
-        sizes = cu_groups.diff()
-        self.shape = (sizes.shape[0], m_max)
-        self.member = torch.arange(m_max, device=cu_groups.device) < sizes[:, None]
-        group = torch.repeat_interleave(torch.arange(sizes.shape[0], device=sizes.device), sizes, output_size=B)
-        self.slot = group * m_max + torch.arange(B, device=sizes.device) - cu_groups[:-1][group]
-
-    def spread(self, values: Tensor) -> Tensor:
-        """[B, ...] to [G, m_max, ...], 0 in empty slots."""
-        rows = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
-        return rows.index_copy(0, self.slot, values).view(*self.shape, *values.shape[1:])
-
-    def gather(self, padded: Tensor) -> Tensor:
-        """[G, m_max] to [B]."""
-        return padded.reshape(-1)[self.slot]
-
-
-def _largest_group(cu_groups: Tensor) -> int:
-    return int(cu_groups.diff().max()) if cu_groups.shape[0] > 1 else 0
-
-
 def group_similarity(features: Tensor, cu_groups: Tensor, m_max: int) -> Tensor:
-    layout = _Layout(cu_groups, features.shape[0], m_max)
+    layout = GroupLayout(cu_groups, features.shape[0], m_max)
     return _similarity(wide(features), layout).to(features.dtype)
 
 
-def _similarity(phi: Tensor, layout: _Layout) -> Tensor:
+def _similarity(phi: Tensor, layout: GroupLayout) -> Tensor:
     norm = phi.norm(dim=1, keepdim=True)
     directions = layout.spread(torch.where(norm > 0, phi / norm, 0))
     return directions @ directions.mT
 
 
 def exploration_scores(similarity: Tensor, rewards: Tensor, cu_groups: Tensor, valid: Tensor | None) -> Tensor:
-    layout = _Layout(cu_groups, rewards.shape[0], similarity.shape[1])
+    layout = GroupLayout(cu_groups, rewards.shape[0], similarity.shape[1])
     diagonal = similarity.diagonal(dim1=1, dim2=2) > 0
     usable = layout.member & (diagonal if valid is None else layout.spread(valid))
     return layout.gather(_scores(wide(similarity), layout.spread(wide(rewards)), usable)).to(rewards.dtype)
@@ -68,7 +45,7 @@ def _scores(S: Tensor, r: Tensor, usable: Tensor) -> Tensor:
 
 
 def shape_rewards(rewards: Tensor, scores: Tensor, cu_groups: Tensor, valid: Tensor | None, shaping: Shaping) -> Tensor:
-    layout = _Layout(cu_groups, rewards.shape[0], _largest_group(cu_groups))
+    layout = GroupLayout(cu_groups, rewards.shape[0], largest_group(cu_groups))
     usable = layout.member if valid is None else layout.spread(valid)
     r, nu = layout.spread(wide(rewards)), layout.spread(wide(scores))
     return layout.gather(_shape(r, nu, usable, shaping)).to(rewards.dtype)
@@ -103,7 +80,7 @@ def _range(values: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def group_advantages(rewards: Tensor, cu_groups: Tensor, normalize: str) -> Tensor:
-    layout = _Layout(cu_groups, rewards.shape[0], _largest_group(cu_groups))
+    layout = GroupLayout(cu_groups, rewards.shape[0], largest_group(cu_groups))
     return layout.gather(_advantages(layout.spread(wide(rewards)), layout.member, normalize)).to(rewards.dtype)
 
 
@@ -128,7 +105,7 @@ def g2rl_advantages(
     shaping: Shaping,
     normalize: str,
 ) -> GroupAdvantages:
-    layout = _Layout(cu_groups, rewards.shape[0], m_max)
+    layout = GroupLayout(cu_groups, rewards.shape[0], m_max)
     phi = wide(features)
     S = _similarity(phi, layout)
     nonzero = (features != 0).any(1)
