@@ -76,7 +76,8 @@ def sum_features(features: Tensor, weights: Tensor, group: str) -> Tensor:
 
 
 def check_group(name: str, group: Any, device: torch.device) -> None:
-    """
+    """Check that a group can send tensors of this device.
+
     Raises:
         TypeError: not a process group.
         ValueError: it has no backend for tensors of this device.

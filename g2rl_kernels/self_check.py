@@ -150,7 +150,7 @@ def measured(subject: Subject, device: torch.device) -> str | None:
 def revision(backend: str) -> str:
     """A number for the sources of a backend and of what it uses of the package, and for the kernels' compiler."""
     folders = (_PACKAGE / "backends" / backend, _PACKAGE / "plans")
-    used = (_PACKAGE / f"{name}.py" for name in ("products", "records", "sums", "workspace"))
+    used = (_PACKAGE / f"{name}.py" for name in ("checks", "products", "records", "sums", "workspace"))
     digest = _digest([*used, *(path for folder in folders for path in folder.rglob("*.py"))])
     compiled = importlib.import_module("g2rl_kernels._cuda").sources if backend == "cuda" else _version("triton")
     digest.update(compiled.encode())

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,16 +90,17 @@ def check_bounds(setting: Setting) -> None:
     """Of log p, entropy and features against float64."""
     for s, expected in zip(setting.samples, setting.expected, strict=True):
         testing.assert_bounds(token_logprobs(s.hidden, s.head, s.targets), expected)
-        for plan, arguments in plans(s, expected):
-            with _named(plan):
-                testing.assert_bounds(features(s, **arguments), expected, s.cu_seqlens)
+        _assert_bounds_of_plans(s, expected)
 
 
 def check_long(setting: Setting) -> None:
     """Bounds where a response has several segments, and lies in several chunks of tokens, alone and beside others."""
     (d, V), *_ = setting.sizes
     s = testing.head_sample(Shape(LONG, d, V, ""), setting.dtype, setting.device, kind="drawn", options=setting.options)
-    expected = testing.oracle(s)
+    _assert_bounds_of_plans(s, testing.oracle(s))
+
+
+def _assert_bounds_of_plans(s: HeadSample, expected: SequenceFeatures) -> None:
     for plan, arguments in plans(s, expected):
         with _named(plan):
             testing.assert_bounds(features(s, **arguments), expected, s.cu_seqlens)
@@ -150,7 +151,7 @@ def check_nan(setting: Setting) -> None:
         rest = torch.arange(hidden.shape[0], device=setting.device) != first
         for plan, arguments in plans(s, expected):
             clean = features(s, **arguments)
-            found = sequence_features(hidden, s.head, s.targets, s.cu_seqlens, s.token_weights, **arguments)  # type: ignore[arg-type]
+            found = features(replace(s, hidden=hidden), **arguments)
             with _named(plan):
                 assert found.logps[first].isnan() and found.features[3].isnan().any(), "a NaN of hidden does not show"
                 _same_bits(

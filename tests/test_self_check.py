@@ -280,7 +280,8 @@ def test_a_measured_run_stands_for_what_it_ran(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(self_check, "_PACKAGE", tmp_path)
     compiled = SimpleNamespace(sources="1")
     monkeypatch.setitem(sys.modules, "g2rl_kernels._cuda", compiled)
-    names = ("backends/triton/merge.py", "plans/head.py", "products.py", "records.py", "sums.py", "workspace.py")
+    modules = ("checks", "products", "records", "sums", "workspace")
+    names = ("backends/triton/merge.py", "plans/head.py", *(f"{name}.py" for name in modules))
     files = [tmp_path / name for name in names]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,12 @@ def exploration_scores(
         valid: [B] bool; None takes responses whose similarity to themselves is not 0.
 
     Returns:
-        nu [B] in [0, 1]; 0 for an invalid response and for one without a valid peer. Data, not differentiable.
+        nu [B] in [0, 1], of similarity's dtype; 0 for an invalid response and for one without a valid peer. Data, not
+        differentiable.
+
+    Raises:
+        NotImplementedError: torch.func takes the gradient in similarity or rewards.
+        TypeError, ValueError: an argument has another type, shape, device or range, or rewards are not finite.
     """
     check_tensor("rewards", rewards, ("B",))
     check_real("rewards", rewards)
@@ -117,6 +122,10 @@ def shape_rewards(
 
     Returns:
         r~ [B] of scores' dtype. Data, not differentiable.
+
+    Raises:
+        NotImplementedError: torch.func takes the gradient in rewards or scores.
+        TypeError, ValueError: an argument has another type, shape, device or range, or rewards are not finite.
     """
     check_tensor("scores", scores, ("B",), _REAL)
     check_tensor("rewards", rewards, (scores.shape[0],), None, scores.device)
@@ -140,6 +149,10 @@ def group_advantages(
 
     Returns:
         A [B], fp64 for fp64 rewards, else fp32; exactly 0 where a group's rewards are all equal. Not differentiable.
+
+    Raises:
+        NotImplementedError: torch.func takes the gradient in rewards.
+        TypeError, ValueError: an argument has another type, shape, device or range, or rewards are not finite.
     """
     check_tensor("rewards", rewards, ("B",))
     check_real("rewards", rewards)
@@ -175,8 +188,13 @@ def g2rl_advantages(
         rewards: [B] float, raw.
         groups, shaping, valid, normalize: as in the functions above.
 
+    Returns:
+        Data, not differentiable.
+
     Raises:
-        TypeError, ValueError: an argument has another type, shape, device or range.
+        NotImplementedError: torch.func takes the gradient in features or rewards.
+        RuntimeError: a backend that was chosen by name holds no group of this size.
+        TypeError, ValueError: an argument has another type, shape, device or range, or rewards are not finite.
     """
     check_tensor("features", features, ("B", "d"), _REAL)
     check_tensor("rewards", rewards, (features.shape[0],), None, features.device)
