@@ -92,10 +92,13 @@ def refuse_tangents(**tensors: torch.Tensor | None) -> None:
             raise NotImplementedError(f"{name}: expected no tangent, found one: ops have no forward-mode derivative")
 
 
-def refuse_function_transforms(**tensors: torch.Tensor | None) -> None:
+def refuse_function_transforms(way_out: str, **tensors: torch.Tensor | None) -> None:
     """Raise NotImplementedError if torch.func takes the gradient in an argument: it finds none of ops that we register.
 
     PyTorch's own message is about an `autograd.Function` that nobody here wrote. `torch.func.vmap` works.
+
+    Args:
+        way_out: what there is instead, for the message.
     """
     if torch.compiler.is_compiling():
         return
@@ -104,7 +107,7 @@ def refuse_function_transforms(**tensors: torch.Tensor | None) -> None:
         while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
             if functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad:
                 found = "of torch.func (grad, vjp, jacrev)"
-                raise NotImplementedError(f"{name}: expected no gradient {found}, found one: use torch.autograd.grad")
+                raise NotImplementedError(f"{name}: expected no gradient {found}, found one: {way_out}")
             tensor = functorch.get_unwrapped(tensor)
 
 

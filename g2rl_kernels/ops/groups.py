@@ -43,6 +43,7 @@ NORMALIZATIONS = ("std", "none")
 
 _REAL = (torch.float32, torch.float64)
 _OFFSETS = (torch.int32, torch.int64)
+_DATA = "results are data, without a gradient"
 _LARGEST_GROUP = 2**31 - 1  # every number divides a batch of none
 
 
@@ -66,7 +67,7 @@ def group_similarity(features: torch.Tensor, groups: int | torch.Tensor) -> torc
     """
     check_tensor("features", features, ("B", "d"), _REAL)
     refuse_tangents(features=features)
-    refuse_function_transforms(features=features)
+    refuse_function_transforms("use torch.autograd.grad", features=features)
     cu_groups, m_max = _offsets(groups, features.shape[0], features.device)
     return _group_similarity(features, cu_groups, m_max)
 
@@ -100,7 +101,7 @@ def exploration_scores(
     m_max = similarity.shape[1] if m_max is None else m_max
     check_tensor("similarity", similarity, (cu_groups.shape[0] - 1, m_max, m_max))
     _check_valid(valid, rewards)
-    refuse_function_transforms(similarity=similarity, rewards=rewards)
+    refuse_function_transforms(_DATA, similarity=similarity, rewards=rewards)
     return _exploration_scores(similarity, rewards.to(similarity.dtype), cu_groups, valid)
 
 
@@ -132,7 +133,7 @@ def shape_rewards(
     check_real("rewards", rewards)
     cu_groups, _ = _offsets(groups, scores.shape[0], scores.device)
     _check_valid(valid, scores)
-    refuse_function_transforms(rewards=rewards, scores=scores)
+    refuse_function_transforms(_DATA, rewards=rewards, scores=scores)
     return _shape_rewards(rewards.to(scores.dtype), scores, cu_groups, valid, *_flat(shaping))
 
 
@@ -156,7 +157,7 @@ def group_advantages(
     """
     check_tensor("rewards", rewards, ("B",))
     check_real("rewards", rewards)
-    refuse_function_transforms(rewards=rewards)
+    refuse_function_transforms(_DATA, rewards=rewards)
     _check_normalize(normalize)
     cu_groups, _ = _offsets(groups, rewards.shape[0], rewards.device)
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
@@ -201,7 +202,7 @@ def g2rl_advantages(
     check_real("rewards", rewards)
     _check_normalize(normalize)
     _check_valid(valid, rewards)
-    refuse_function_transforms(features=features, rewards=rewards)
+    refuse_function_transforms(_DATA, features=features, rewards=rewards)
     cu_groups, m_max = _offsets(groups, features.shape[0], features.device)
     rewards = rewards.to(features.dtype)
     return GroupAdvantages(*_g2rl_advantages(features, rewards, cu_groups, m_max, valid, *_flat(shaping), normalize))

@@ -325,4 +325,4 @@ def _check_tokens(
             raise ValueError(f"workspace_bytes: expected a number of bytes > 0, found {workspace_bytes}")
     inputs = {"hidden": hidden, "head.weight": weight, "head.bias": bias}
     refuse_tangents(**inputs)
-    refuse_function_transforms(**inputs)
+    refuse_function_transforms("use torch.autograd.grad", **inputs)
