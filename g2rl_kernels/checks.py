@@ -43,8 +43,8 @@ def check_tensor(
         expected = ", ".join(str(size) for size in shape)
         raise ValueError(f"{name}: expected shape [{expected}], found {list(tensor.shape)}")
     if dtypes is not None and tensor.dtype not in dtypes:
-        expected = " or ".join(_short(dtype) for dtype in dtypes)
-        raise TypeError(f"{name}: expected dtype {expected}, found {_short(tensor.dtype)}")
+        expected = " or ".join(short_name(dtype) for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {expected}, found {short_name(tensor.dtype)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name}: expected device {device}, found {tensor.device}")
 
@@ -56,14 +56,14 @@ def check_dense(name: str, tensor: torch.Tensor) -> None:
     if is_dtensor(tensor):
         raise TypeError(f"{name}: expected a plain tensor, found a DTensor: pass its to_local()")
     if tensor.layout != torch.strided or tensor.is_nested:
-        layout = "nested" if tensor.is_nested else _short(tensor.layout)
+        layout = "nested" if tensor.is_nested else short_name(tensor.layout)
         raise TypeError(f"{name}: expected a dense tensor, found one of layout {layout}")
 
 
 def check_real(name: str, tensor: torch.Tensor) -> None:
     """Raise TypeError unless its elements are floats, integers or bools."""
     if tensor.is_complex() or tensor.is_quantized:
-        raise TypeError(f"{name}: expected real numbers, found {_short(tensor.dtype)}")
+        raise TypeError(f"{name}: expected real numbers, found {short_name(tensor.dtype)}")
 
 
 def check_number(name: str, value: float, expected: str, fits: Callable[[float], bool]) -> None:
@@ -116,7 +116,8 @@ def is_dtensor(x: object) -> bool:
     return getattr(x, "device_mesh", None) is not None
 
 
-def _short(kind: torch.dtype | torch.layout) -> str:
+def short_name(kind: torch.dtype | torch.layout) -> str:
+    """As "float32", without "torch."."""
     return str(kind).removeprefix("torch.")
 
 

@@ -19,6 +19,7 @@ from types import ModuleType
 import torch
 
 from g2rl_kernels import self_check
+from g2rl_kernels.checks import short_name
 from g2rl_kernels.records import Head
 from g2rl_kernels.self_check import Subject, Verdict
 
@@ -71,6 +72,9 @@ BACKENDS = (
     Backend("torch", "g2rl_kernels.backends.eager"),
     Backend("reference", "g2rl_kernels.backends.reference", automatic=()),
 )
+
+# What GPU backends and the compiled one serve, and `explain` speaks of.
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Choices in force, of which the last one counts. Of the process and not of a context: autograd runs backward passes on
 # threads of its own, which must see the same choice.
@@ -191,7 +195,7 @@ def explain() -> str:
     """
     devices = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: {', '.join(map(str, devices))}"]
-    refusing = set()  # though they are chosen: for a variable that holds no word they know, their ops raise
+    refusing: set[str] = set()  # though they are chosen: for a variable that holds no word they know, their ops raise
     for backend in BACKENDS:
         module = _load(backend)
         if hasattr(module, "describe") and _refusal(backend, OPS[0], devices[0], torch.float32) is None:
@@ -204,30 +208,47 @@ def explain() -> str:
     if forced:
         lines.append(f"backend set by name: {forced.name}")
     for device in devices:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            lines.append(f"\n{device.type}, {str(dtype).removeprefix('torch.')}")
-            served: dict[str, list[str]] = {}
-            reasons: dict[str, list[str]] = {}
-            for op in OPS:
-                lacking = forced is not None and _refusal(forced, op, device, dtype) == _LACKS_OP
-                named = None if lacking else forced
-                for backend in BACKENDS:
-                    asked = backend == named
-                    # A failed self-check keeps nobody from asking for a backend by name.
-                    reason = (_refusal if asked else _known_refusal)(backend, op, device, dtype)
-                    if reason is None and (asked if named else backend.is_automatic(device)):
-                        served.setdefault(backend.name, []).append(op)
-                        break
-                    why = reason or ("only on request" if not named else f"{named.name} was asked for")
-                    reasons.setdefault(f"{backend.name}: {why}", []).append(op)
-            for name, ops in served.items():
-                lines.append(f"  {name:10s} {'refuses' if name in refusing else 'serves'} {', '.join(ops)}")
-                if _backend(name).checked and _backend(name) != forced:
-                    lines += [f"  {'':10s} {text}" for text in _checks(name, ops, device, dtype)]
-            for why, ops in reasons.items():
-                scope = "" if len(ops) == len(OPS) else f" ({', '.join(ops)})"
-                lines.append(f"  not {why}{scope}")
+        for dtype in _DTYPES:
+            lines += [f"\n{device.type}, {short_name(dtype)}", *_explained(device, dtype, forced, refusing)]
     return "\n".join(lines)
+
+
+def _explained(device: torch.device, dtype: torch.dtype, forced: Backend | None, refusing: set[str]) -> list[str]:
+    """Lines of one device and dtype."""
+    lines = []
+    served: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {}
+    for op in OPS:
+        for backend, why_not in _tried(op, device, dtype, forced):
+            if why_not is None:
+                served.setdefault(backend.name, []).append(op)
+            else:
+                reasons.setdefault(f"{backend.name}: {why_not}", []).append(op)
+    for name, ops in served.items():
+        lines.append(f"  {name:10s} {'refuses' if name in refusing else 'serves'} {', '.join(ops)}")
+        if _backend(name).checked and _backend(name) != forced:
+            lines += [f"  {'':10s} {text}" for text in _checks(name, ops, device, dtype)]
+    for why, ops in reasons.items():
+        scope = "" if len(ops) == len(OPS) else f" ({', '.join(ops)})"
+        lines.append(f"  not {why}{scope}")
+    return lines
+
+
+def _tried(
+    op: str, device: torch.device, dtype: torch.dtype, forced: Backend | None
+) -> Iterator[tuple[Backend, str | None]]:
+    """Backends in turn, each with why it does not serve the op, to the one that does."""
+    if forced and _refusal(forced, op, device, dtype) == _LACKS_OP:
+        forced = None
+    for backend in BACKENDS:
+        asked = backend == forced
+        # A failed self-check keeps nobody from asking for a backend by name.
+        why_not = (_refusal if asked else _known_refusal)(backend, op, device, dtype)
+        if why_not is None and not (asked if forced else backend.is_automatic(device)):
+            why_not = f"{forced.name} was asked for" if forced else "only on request"
+        yield backend, why_not
+        if why_not is None:
+            return
 
 
 def _known_refusal(backend: Backend, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -253,14 +274,15 @@ def _checks(backend: str, ops: list[str], device: torch.device, dtype: torch.dty
 def check_all(device: torch.device) -> Iterator[tuple[Subject, Verdict]]:
     """Run the self-check of each backend that serves a device unasked, by dtype and kind of head, whatever is known."""
     for backend in BACKENDS:
+        if not (backend.checked and backend.is_automatic(device)):
+            continue
         subjects = []
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            if backend.checked and backend.is_automatic(device):
-                if _refusal(backend, "sequence_features", device, dtype) is None:
-                    plain = Subject.of(backend.name, "sequence_features", dtype, None)
-                    kinds = ("", "+bias", "+softcap", "+bias+softcap")
-                    subjects += [replace(plain, work=plain.work + kind) for kind in kinds]
-                if _refusal(backend, "g2rl_advantages", device, dtype) is None:
-                    subjects.append(Subject.of(backend.name, "g2rl_advantages", dtype, None))
+        for dtype in _DTYPES:
+            if _refusal(backend, "sequence_features", device, dtype) is None:
+                plain = Subject.of(backend.name, "sequence_features", dtype, None)
+                kinds = ("", "+bias", "+softcap", "+bias+softcap")
+                subjects += [replace(plain, work=plain.work + kind) for kind in kinds]
+            if _refusal(backend, "g2rl_advantages", device, dtype) is None:
+                subjects.append(Subject.of(backend.name, "g2rl_advantages", dtype, None))
         for subject in dict.fromkeys(subjects):
             yield subject, self_check.run(subject, device)

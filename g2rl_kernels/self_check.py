@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 
+from g2rl_kernels.checks import short_name
 from g2rl_kernels.records import Head
 from g2rl_kernels.version import __version__
 
@@ -73,7 +74,7 @@ class Subject:
         work = "head"
         if head is not None:
             work += "+bias" * (head.bias is not None) + "+softcap" * (head.softcap > 0)
-        return cls(backend, str(dtype).removeprefix("torch."), work)
+        return cls(backend, short_name(dtype), work)
 
     def __str__(self) -> str:
         return f"{self.backend}, {self.dtype}, {self.work}"

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from g2rl_kernels.backends.triton.configs import chip_of, interpreted
+from g2rl_kernels.checks import short_name
 
 _MODULES = {
     "token_logprobs": "head",
@@ -42,7 +43,7 @@ def __getattr__(name: str) -> Callable:
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve tensors of this device and dtype; None when it can."""
     if dtype not in _DTYPES:
-        return f"expected bf16, fp16 or fp32, found {str(dtype).removeprefix('torch.')}"
+        return f"expected bf16, fp16 or fp32, found {short_name(dtype)}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if device.type == "cpu":
