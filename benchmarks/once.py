@@ -12,13 +12,14 @@ import argparse
 import torch
 
 from benchmarks.arguments import need_gpu
+from benchmarks.candidates.lineup import BACKEND_NAMES
 from g2rl_kernels import g2rl_advantages, sequence_features, testing, token_logprobs, use_backend
 from g2rl_kernels.plans import backward
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.once", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--backend", required=True)
+    parser.add_argument("--backend", required=True, choices=BACKEND_NAMES)
     parser.add_argument("--no-cublas", action="store_true", help="products of the backward pass by other kernels")
     arguments = parser.parse_args()
     need_gpu(parser)

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.arguments import above_zero
 from benchmarks.candidates.lineup import FLOOR
+from benchmarks.cases.kernel_work import work
 from benchmarks.cases.registry import Shape, parse_shape
 from benchmarks.cases.workloads import head_workload
 from benchmarks.measuring.accuracy import Expected, Results, broken_bounds, errors
@@ -47,15 +49,12 @@ from g2rl_kernels.backends.triton.compilation import (
     product_case,
 )
 from g2rl_kernels.backends.triton.configs import Chip, Tile
-from g2rl_kernels.records import Head
-from g2rl_kernels.testing import ROUNDOFF, HeadSample
-from g2rl_kernels.workspace import default_bytes
+from g2rl_kernels.testing import HeadSample
 
 Row = dict[str, Any]
 Where = tuple[torch.device, Chip]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_SOFTCAP = 30.0
 # Of which a kernel's time is made: products and waits for them, sums of tiles, epilogues, exponentials, copies.
 _COUNTED = ("HGMMA", "HMMA", "UTCHMMA", "WARPGROUP.DEPBAR", "LDTM", "FADD", "FFMA", "FMUL", "MUFU", "UTMALDG", "LDGSTS")
 _ROUNDS = 9
@@ -76,118 +75,6 @@ def overridden(kernel: str, tile: Tile) -> Iterator[None]:
         yield
     finally:
         configs.tile = chosen
-
-
-# ---- what is timed ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """One kernel at the size at which an op launches it, and what makes its output comparable.
-
-    Attributes:
-        run: launches it; its results do not depend on the tile but for rounding.
-        product: operands of the matrix product inside.
-        row_bounds: for results "hidden", the error allowed for the norm of each row.
-    """
-
-    run: Callable[[], Results]
-    product: tuple[Tensor, Tensor]
-    row_bounds: Callable[[Results], dict[str, Tensor]] = lambda results: {}
-
-
-def work(kernel: str, sample: HeadSample) -> Work:
-    """Random inputs suffice: no kernel's time depends on values."""
-    from g2rl_kernels.backends.triton.grad_logits import grad_logits
-    from g2rl_kernels.backends.triton.merge import merge
-    from g2rl_kernels.backends.triton.projection import project
-    from g2rl_kernels.backends.triton.residuals import residuals, residuals_and_statistics
-    from g2rl_kernels.backends.triton.statistics import room_for_kept, statistics
-    from g2rl_kernels.plans.inputs import addressable
-
-    head = Head(sample.head.weight, None, softcap=_SOFTCAP if kernel.endswith("-softcap") else 0.0)
-    hidden, head, targets = addressable(sample.hidden, head, sample.targets)
-    weight, cu_seqlens, a = head.weight, sample.cu_seqlens, sample.token_weights
-    (N, d), V, B = hidden.shape, head.V, cu_seqlens.shape[0] - 1
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=hidden.device)
-
-    def of_tokens(results: Tensor) -> Results:
-        return {"logps": results[0], "entropy": results[1]}
-
-    results = empty(3, N)
-    terms = merge(statistics(hidden, head, targets), head, results, a)
-    logps, entropy, lse = results
-
-    if kernel in ("statistics", "statistics-softcap"):
-
-        def run() -> Results:
-            found = empty(3, N)
-            merge(statistics(hidden, head, targets), head, found)
-            return of_tokens(found)
-
-        return Work(run, (hidden, weight.T))
-
-    if kernel == "statistics-kept":
-        # As many tokens as the plan that keeps logits takes at a time.
-        rows = min(N, max(1, default_bytes(hidden.device) // 4 * 3 // (4 * V) // 128 * 128))
-
-        def run() -> Results:
-            found = empty(3, rows)
-            kept = room_for_kept(hidden, head, rows)
-            merge(statistics(hidden[:rows], head, targets[:rows], kept), head, found)
-            return of_tokens(found) | {"features": kept[:rows, :V]}
-
-        return Work(run, (hidden[:rows], weight.T))
-
-    if kernel in ("residuals", "residuals-softcap"):
-
-        def run() -> Results:
-            R = empty(B, V)
-            residuals(hidden, head, targets, cu_seqlens, terms, R)
-            return {"features": R}
-
-        return Work(run, (hidden, weight.T))
-
-    if kernel == "residuals-statistics":
-
-        def run() -> Results:
-            R, found = empty(B, V), empty(3, N)
-            merge(residuals_and_statistics(hidden, head, targets, cu_seqlens, a, lse, R), head, found, a, lse)
-            return of_tokens(found) | {"features": R}
-
-        return Work(run, (hidden, weight.T))
-
-    if kernel.startswith("grad_logits"):
-        strip = range(min(V, max(1, default_bytes(hidden.device) // (N * weight.itemsize) // 128 * 128)))
-        rows_in = torch.stack((lse, entropy, a, torch.zeros_like(a), -a * torch.expm1(logps), torch.ones_like(a)))
-
-        def run() -> Results:
-            G = hidden.new_empty(N, len(strip))
-            even = (torch.empty_like(G), lse.new_ones(())) if kernel == "grad_logits-scaled" else ()
-            grad_logits(hidden, head, targets, rows_in, strip, G, *even)
-            return {"hidden": G}
-
-        def row_bounds(found: Results) -> dict[str, Tensor]:
-            # Entries next to each other in the model's dtype, beside what log p may be off by.
-            return {"hidden": (2 * ROUNDOFF[hidden.dtype] + 1e-5) * found["hidden"].float().norm(dim=1)}
-
-        return Work(run, (hidden, weight[: len(strip)].T), row_bounds)
-
-    if kernel == "projection":
-        R = empty(B, V)
-        residuals(hidden, head, targets, cu_seqlens, terms, R)
-        inverse = 1 / torch.ones_like(R[:, 0])
-
-        def run() -> Results:
-            features = empty(B, d)
-            project(R, inverse, head, features)
-            return {"features": features}
-
-        return Work(run, (R.to(weight.dtype), weight))
-
-    raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, found {kernel!r}")
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -409,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="repeatable; all by default")
     parser.add_argument("--shape", default="qwen3-1.7b-8192", help="name in cases/registry.py, or NxBxdxV")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--seconds", type=float, default=600, help="after which no other kernel is started")
+    parser.add_argument("--seconds", type=above_zero, default=600, help="after which no other kernel is started")
     parser.add_argument("--json", type=result_file, metavar="FILE", help="write every row here")
     parser.add_argument("--compile", metavar="CHIP", help="compile for sm_90, gfx942, ... instead of timing")
     return parser
