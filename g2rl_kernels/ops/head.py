@@ -92,6 +92,8 @@ class LMHead:
         check_number("head.logit_scale", self.logit_scale, either_sign, lambda x: _is_moderate(abs(x)))
         if self.softcap is not None:
             check_number("head.softcap", self.softcap, "None or a number from 1e-18 to 1e18", _is_moderate)
+        if not isinstance(self.vocab_start, Integral | None):
+            raise TypeError(f"head.vocab_start: expected None or an int, found {type(self.vocab_start).__name__}")
         object.__setattr__(self, "part", self._part(weight))
 
     def _part(self, weight: torch.Tensor) -> VocabularyPart | None:

@@ -139,6 +139,11 @@ HEADS = [
         ValueError,
         "head.vocab_start: expected None without a process_group, found 9",
     ),
+    (
+        lambda: LMHead(weight(), vocab_start=1.5),
+        TypeError,
+        "head.vocab_start: expected None or an int, found float",
+    ),
 ]
 
 HEAD_FUNCTIONS = [
@@ -615,6 +620,8 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "backend set by name: reference" in explain()
     with use_backend("torch"):
         assert resolved() == "g2rl_kernels.backends.eager.head"
+        with use_backend(None):
+            assert resolved() == "g2rl_kernels.backends.reference.head"
     monkeypatch.setenv("G2RL_KERNELS_BACKEND", "")
     assert "set by name" not in explain()
 
