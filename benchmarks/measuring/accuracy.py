@@ -48,6 +48,8 @@ _ROUNDED = ("logp_absolute", "logp_relative", "entropy_absolute")
 _CARELESS = 1e-3
 _ROUNDED_LOGITS = 4.0
 
+# Of the weight and of gradients, in float64 at one time.
+_ROWS = 8192
 _BLOCK_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}
 
 
@@ -131,7 +133,7 @@ class _Gradients:
         self.weight = weight.new_zeros(weight.shape, dtype=torch.float32)
         self.hidden_error, self.common = self.hidden.new_empty(hidden.shape[0]), self.hidden.new_empty(hidden.shape[0])
         self.weight_error = self.hidden.new_zeros(weight.shape[0])
-        self.weight_norms = torch.cat([rows.double().square().sum(1) for rows in weight.split(8192)])
+        self.weight_norms = torch.cat([rows.double().square().sum(1) for rows in weight.split(_ROWS)])
 
     def add(self, rows: slice, p: Tensor, log_p: Tensor, entropy: Tensor) -> None:
         weight, T = self.sample.head.weight, self.sample.head.temperature
@@ -143,8 +145,8 @@ class _Gradients:
         self.hidden[rows] = _product_rows(G, weight)
         G_y = G.gather(1, y)
         self.common[rows] = 1e-5 * (self.hidden[rows] - G_y * weight[y[:, 0]].double()).norm(dim=1)
-        for start in range(0, weight.shape[0], 8192):
-            self.weight[start : start + 8192] += G[:, start : start + 8192].T @ h
+        for start in range(0, weight.shape[0], _ROWS):
+            self.weight[start : start + _ROWS] += G[:, start : start + _ROWS].T @ h
         # An error of 1e-5 in H or log p changes G by p times it even where G itself is small.
         error = G.abs().mul_(ROUNDOFF[weight.dtype] + 1e-5)
         error += 2e-5 * p * g_entropy.abs() / T
@@ -157,7 +159,7 @@ class _Gradients:
 
     def bounds(self) -> dict[str, Tensor]:
         roundoff = ROUNDOFF[self.sample.head.weight.dtype]
-        weight_norms = torch.cat([rows.double().norm(dim=1) for rows in self.weight.split(8192)])
+        weight_norms = torch.cat([rows.double().norm(dim=1) for rows in self.weight.split(_ROWS)])
         # fp16 results below its range are rounded to multiples of 2^-24.
         floor = 2.0**-25 * self.weight.shape[1] ** 0.5 if self.sample.head.weight.dtype == torch.float16 else 0.0
         return {
@@ -194,8 +196,8 @@ def errors(results: Results, expected: Expected) -> dict[str, float]:
 
 def _row_errors(name: str, got: Tensor, want: Tensor, bound: Tensor) -> dict[str, float]:
     """Relative error of the whole gradient, and of its worst row as a share of what that row is allowed."""
-    off = torch.cat([(g.double() - w).norm(dim=1) for g, w in zip(got.split(8192), want.split(8192), strict=True)])
-    norm = torch.cat([w.double().norm(dim=1) for w in want.split(8192)]).norm()
+    off = torch.cat([(g.double() - w).norm(dim=1) for g, w in zip(got.split(_ROWS), want.split(_ROWS), strict=True)])
+    norm = torch.cat([w.double().norm(dim=1) for w in want.split(_ROWS)]).norm()
     return {
         f"{name}_relative": float(off.norm() / norm),
         f"{name}_of_bound": _worst(torch.where(off == 0, 0.0, off / bound)),
@@ -240,13 +242,13 @@ def _blocks(sample: HeadSample) -> Iterator[slice]:
 
 def _product(h: Tensor, weight: Tensor) -> Tensor:
     """h @ weight.T in float64, without a float64 copy of the whole weight."""
-    return torch.cat([h @ tile.double().T for tile in weight.split(8192)], 1)
+    return torch.cat([h @ tile.double().T for tile in weight.split(_ROWS)], 1)
 
 
 def _product_rows(G: Tensor, weight: Tensor) -> Tensor:
     """G @ weight in float64."""
     out = G.new_zeros(G.shape[0], weight.shape[1])
-    for start in range(0, weight.shape[0], 8192):
-        tile = weight[start : start + 8192].double()
-        out.addmm_(G[:, start : start + 8192], tile)
+    for start in range(0, weight.shape[0], _ROWS):
+        tile = weight[start : start + _ROWS].double()
+        out.addmm_(G[:, start : start + _ROWS], tile)
     return out

@@ -113,20 +113,18 @@ def _merge_kernel(
         tl.store(terms + 3 * N + n, S, mask=inside)
 
 
-def merge(
-    partials: Tensor, head: Head, results: Tensor, token_weights: Tensor | None = None, lse: Tensor | None = None
-) -> Tensor:
-    """Write log p, entropy and lse to results [3, N]; with `token_weights` [N], return terms [4, N], else [4, 0].
+def merge(partials: Tensor, head: Head, results: Tensor, a: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
+    """Write log p, entropy and lse to results [3, N]; with `a` [N], return terms [4, N], else [4, 0].
 
     `lse` is the shift that `partials` were made with, where one was given.
     """
     _, splits, N = partials.shape
-    features = token_weights is not None
+    features = a is not None
     terms = torch.empty(4, N if features else 0, dtype=torch.float32, device=partials.device)
     _merge_kernel[(triton.cdiv(N, _BLOCK_N),)](
         partials,
         partials if lse is None else lse,
-        partials if token_weights is None else token_weights,
+        partials if a is None else a,
         results,
         terms,
         N,

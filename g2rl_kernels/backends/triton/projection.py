@@ -124,9 +124,8 @@ def project(R: Tensor, inverse: Tensor, head: Head, features: Tensor) -> None:
         BLOCK_N=tile.BLOCK_N,
         BLOCK_V=tile.BLOCK_V,
         BLOCK_D=tile.BLOCK_D,
-        enable_fp_fusion=True,
-        num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **configs.warps(tile.num_warps),
     )
     _join_kernel[(triton.cdiv(B * D, _JOIN_BLOCK),)](
         partials, features, B * D, splits, head.logit_scale, BLOCK=_JOIN_BLOCK, **configs.warps(4)

@@ -132,12 +132,12 @@ def residuals(
 
 
 def residuals_and_statistics(
-    hidden: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor, token_weights: Tensor, lse: Tensor, R: Tensor
+    hidden: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor, a: Tensor, lse: Tensor, R: Tensor
 ) -> Tensor:
     """Write R [B, V] without targets, taking lse [N] for exact; returns partials [4, tiles, N], all set but m."""
     tiles = triton.cdiv(head.V, _tile(hidden, head, True).BLOCK_V)
     partials = torch.empty(4, tiles, hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    _launch(hidden, head, targets, cu_seqlens, lse, token_weights, token_weights, R, partials=partials)
+    _launch(hidden, head, targets, cu_seqlens, lse, a, a, R, partials=partials)
     return partials
 
 

@@ -76,27 +76,22 @@ def _flagged_kernel(flags, flagged, B, BLOCK_B: tl.constexpr):
     tl.store(flagged, count)
 
 
-def inverse_weights(cu_seqlens: Tensor, token_weights: Tensor) -> Tensor:
+def inverse_weights(cu_seqlens: Tensor, a: Tensor) -> Tensor:
     """1 / sum a [B] fp32, from a [N]."""
     B = cu_seqlens.shape[0] - 1
-    inverse = torch.empty(B, dtype=torch.float32, device=token_weights.device)
-    a = token_weights
+    inverse = torch.empty(B, dtype=torch.float32, device=a.device)
     if B:
         _responses_kernel[(B,)](cu_seqlens, a, a, a, inverse, a, GIVEN=False, BLOCK_N=_BLOCK_N, **configs.warps(4))
     return inverse
 
 
-def inverse_and_flags(
-    cu_seqlens: Tensor, token_weights: Tensor, S: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def inverse_and_flags(cu_seqlens: Tensor, a: Tensor, S: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """inverse [B] fp32, flags [B] int32 and flagged [1 + B] int32 (how many, then which) from a, S and lse [N]."""
     B = cu_seqlens.shape[0] - 1
     inverse = torch.empty(B, dtype=torch.float32, device=S.device)
     flags = torch.empty(B, dtype=torch.int32, device=S.device)
     flagged = torch.empty(1 + B, dtype=torch.int32, device=S.device)
     if B:
-        _responses_kernel[(B,)](
-            cu_seqlens, token_weights, S, lse, inverse, flags, GIVEN=True, BLOCK_N=_BLOCK_N, **configs.warps(4)
-        )
+        _responses_kernel[(B,)](cu_seqlens, a, S, lse, inverse, flags, GIVEN=True, BLOCK_N=_BLOCK_N, **configs.warps(4))
     _flagged_kernel[(1,)](flags, flagged, B, BLOCK_B=_BLOCK_B, **configs.warps(4))
     return inverse, flags, flagged
