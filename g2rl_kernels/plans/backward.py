@@ -64,24 +64,16 @@ def logprobs_backward(
             for n0 in range(0, N, rows):
                 at = slice(n0, min(n0 + rows, N))
                 h = hidden[at]
-                G = _strip(h, len(strip))
-                G_even = _strip(h, len(strip)) if scaled else None
-                of_rows, scale = rows_in[:, at], even_scale
-                if scaled and head.softcap:
-                    of_rows = of_rows.clone()
-                    of_rows[5] *= _PROVISIONAL
-                    kernels.grad_logits(h, head, targets[at], of_rows, strip, G, G_even, scale)
-                    of_rows[5] = _fitted(of_rows[5], G)
-                    scale = of_rows[5].amin()
-                kernels.grad_logits(h, head, targets[at], of_rows, strip, G, G_even, scale)
+                G, even, row_scales, scale = _grad_logits(
+                    kernels, h, head, targets[at], rows_in[:, at], even_scale, strip
+                )
                 if needs.hidden:
                     part = mm(G, head.weight[of_strip])
-                    part = part.div_(of_rows[5, :, None]) if scaled else part
+                    part = part.div_(row_scales[:, None]) if scaled else part
                     if grad_hidden is None:
                         grad_hidden = part
                     else:
                         grad_hidden[at] += part
-                even = G if G_even is None else G_even
                 if grad_weight is not None and whole and not scaled:
                     mm_rounded(even.T, h, grad_weight[of_strip])
                 elif grad_weight is not None:
@@ -90,7 +82,7 @@ def logprobs_backward(
                     grad_w = part if grad_w is None else grad_w.add_(part)
                 if grad_bias is not None:
                     grad_bias[of_strip] += even.sum(0, dtype=torch.float32) / scale
-                del G, G_even, even  # before there are others
+                del G, even  # before there are others
             if grad_weight is not None and grad_w is not None:
                 grad_weight[of_strip] = grad_w
     return Gradients(
@@ -98,6 +90,25 @@ def logprobs_backward(
         grad_weight,
         None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype),
     )
+
+
+def _grad_logits(
+    kernels: Kernels, hidden: Tensor, head: Head, targets: Tensor, rows_in: Tensor, even_scale: Tensor, strip: range
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """G [n, strip] for a product over words and for one over tokens, the first's scales of rows [n], the second's."""
+    G = _strip(hidden, len(strip))
+    if head.weight.dtype != torch.float16:
+        kernels.grad_logits(hidden, head, targets, rows_in, strip, G, None, even_scale)
+        return G, G, rows_in[5], even_scale
+    G_even = _strip(hidden, len(strip))
+    if head.softcap:
+        rows_in = rows_in.clone()
+        rows_in[5] *= _PROVISIONAL
+        kernels.grad_logits(hidden, head, targets, rows_in, strip, G, G_even, even_scale)
+        rows_in[5] = _fitted(rows_in[5], G)
+        even_scale = rows_in[5].amin()
+    kernels.grad_logits(hidden, head, targets, rows_in, strip, G, G_even, even_scale)
+    return G, G_even, rows_in[5], even_scale
 
 
 def _chunks(N: int, V: int, entries: int, most_columns: int) -> tuple[int, int]:
