@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.cases.registry import Shape, parse_shape
+
 _NO_GPU = "expected a GPU that torch sees, found none"
 
 
@@ -34,6 +36,14 @@ def above_zero(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
     return value
+
+
+def gpu_shape(text: str) -> Shape:
+    """The type of `--shape` for programs that need a GPU."""
+    try:
+        return parse_shape(text, "cuda")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def device_here(text: str) -> str:

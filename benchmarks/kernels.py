@@ -22,9 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.arguments import at_least, need_gpu
+from benchmarks.arguments import at_least, gpu_shape, need_gpu
 from benchmarks.candidates.lineup import BACKEND_NAMES, nothing_kept
-from benchmarks.cases.registry import parse_shape
 from benchmarks.cases.workloads import head_workload
 from g2rl_kernels import sequence_features, token_logprobs, use_backend
 from g2rl_kernels.testing import HeadSample
@@ -119,21 +118,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--shape", default="qwen3-1.7b-8192", help="name in cases/registry.py, or NxBxdxV")
+    parser.add_argument(
+        "--shape", type=gpu_shape, default="qwen3-1.7b-8192", help="name in cases/registry.py, or NxBxdxV"
+    )
     parser.add_argument("--backend", default="cuda", choices=BACKEND_NAMES)
     parser.add_argument("--kind", default="peaked", choices=("peaked", "random"))
     parser.add_argument("--rounds", type=at_least(1), default=_ROUNDS)
     arguments = parser.parse_args()
     need_gpu(parser)
-    shape = parse_shape(arguments.shape, "cuda")
-    sample = head_workload(shape, arguments.kind, torch.bfloat16, torch.device("cuda"))
+    sample = head_workload(arguments.shape, arguments.kind, torch.bfloat16, torch.device("cuda"))
     hidden, weight = sample.hidden.detach(), sample.head.weight.detach()
     console = Console(width=120)
     with use_backend(arguments.backend):
         for op, call in calls(sample):
             for _ in range(_WARM_UP):
                 call()
-            table = Table(title=f"{op}, {shape.label}, {arguments.backend}", title_justify="left")
+            table = Table(title=f"{op}, {arguments.shape.label}, {arguments.backend}", title_justify="left")
             for column in ("kernel", "launches", "ms", "x torch.mm"):
                 table.add_column(column, justify="left" if column == "kernel" else "right")
             for row in rows_of(launches(call, lambda: torch.mm(hidden, weight.T), arguments.rounds)):

@@ -27,10 +27,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.arguments import above_zero
+from benchmarks.arguments import above_zero, gpu_shape
 from benchmarks.candidates.lineup import FLOOR
 from benchmarks.cases.kernel_work import work
-from benchmarks.cases.registry import Shape, parse_shape
+from benchmarks.cases.registry import Shape
 from benchmarks.cases.workloads import head_workload
 from benchmarks.measuring.accuracy import Expected, Results, broken_bounds, errors
 from benchmarks.measuring.timing import Run, interleave
@@ -271,7 +271,6 @@ def main() -> int:
     deadline = time.perf_counter() + arguments.seconds
     kernels = arguments.kernel or KERNELS
     try:
-        shape = parse_shape(arguments.shape, "cuda")
         chip = parse_chip(arguments.compile) if arguments.compile else None
     except ValueError as error:
         sys.exit(str(error))
@@ -280,9 +279,9 @@ def main() -> int:
             sys.exit("no GPU here: --compile sm_90 (or another chip) shows what tiles take, without times")
         device = torch.device("cuda", torch.cuda.current_device())
         where = (device, configs.chip_of(device))
-        report = Report(device, arguments.json, shape=shape._asdict(), dtype=arguments.dtype)
+        report = Report(device, arguments.json, shape=arguments.shape._asdict(), dtype=arguments.dtype)
         rows = compile_all(kernels, arguments.dtype, where[1], report.console)
-        tune(rows, shape, arguments.dtype, where, deadline, report)
+        tune(rows, arguments.shape, arguments.dtype, where, deadline, report)
         return int(report.wrong)
     report = Report(torch.device("cpu"), arguments.json, chip=chip_name(chip), dtype=arguments.dtype)
     rows = compile_all(kernels, arguments.dtype, chip, report.console, counted=True)
@@ -294,7 +293,9 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="repeatable; all by default")
-    parser.add_argument("--shape", default="qwen3-1.7b-8192", help="name in cases/registry.py, or NxBxdxV")
+    parser.add_argument(
+        "--shape", type=gpu_shape, default="qwen3-1.7b-8192", help="name in cases/registry.py, or NxBxdxV"
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--seconds", type=above_zero, default=600, help="after which no other kernel is started")
     parser.add_argument("--json", type=result_file, metavar="FILE", help="write every row here")
