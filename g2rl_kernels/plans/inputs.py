@@ -1,4 +1,4 @@
-"""The head's inputs in the form that launchers pass to kernels."""
+"""The head's inputs as kernels can address them."""
 
 from __future__ import annotations
 

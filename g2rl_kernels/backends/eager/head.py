@@ -50,7 +50,7 @@ class _Blocks:
     @property
     def token_rows(self) -> int:
         """Tokens whose logits take half of the workspace: a power of two, or a multiple of `_PRODUCT_ROWS`."""
-        rows = max(1, self.workspace_bytes // 2 // (self.dtype.itemsize * self.head.weight.shape[0]))
+        rows = max(1, self.workspace_bytes // 2 // (self.dtype.itemsize * self.head.V))
         most = _PRODUCT_ROWS.get(self.head.weight.device.type, _PRODUCT_ROWS_DEFAULT)
         return rows // most * most if rows >= most else _power_of_two(rows)
 
@@ -61,14 +61,14 @@ class _Blocks:
     @property
     def response_rows(self) -> int:
         """Responses whose R takes a quarter of the workspace."""
-        return max(1, self.workspace_bytes // 4 // (self.dtype.itemsize * self.head.weight.shape[0]))
+        return max(1, self.workspace_bytes // 4 // (self.dtype.itemsize * self.head.V))
 
     def vocab_tiles(self) -> Iterator[slice]:
         """Vocabulary in tiles whose weight in fp32 takes an eighth of the workspace; on a CPU, no more than a slice."""
         limit = min(self.workspace_bytes // 8, _SLICE_BYTES.get(self.head.weight.device.type, self.workspace_bytes))
         rows = max(_SMALLEST_TILE, limit // (self.dtype.itemsize * self.head.weight.shape[1]))
-        for start in range(0, self.head.weight.shape[0], rows):
-            yield slice(start, min(start + rows, self.head.weight.shape[0]))
+        for start in range(0, self.head.V, rows):
+            yield slice(start, min(start + rows, self.head.V))
 
     def block(self, start: int, end: int) -> Tensor:
         """Indices of tokens `start` to `end`, the last one repeated up to a multiple of `product_rows`."""
@@ -77,13 +77,13 @@ class _Blocks:
 
     def slices(self, rows: int) -> Iterator[slice]:
         limit = _SLICE_BYTES.get(self.head.weight.device.type, _SLICE_BYTES_DEFAULT)
-        step = min(self.product_rows, _power_of_two(max(1, limit // (self.dtype.itemsize * self.head.weight.shape[0]))))
+        step = min(self.product_rows, _power_of_two(max(1, limit // (self.dtype.itemsize * self.head.V))))
         for start in range(0, rows, step):
             yield slice(start, start + step)
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """W h [n, V] without bias and options, n a multiple of `product_rows`."""
-        z = torch.empty(hidden.shape[0], self.head.weight.shape[0], dtype=self.dtype, device=hidden.device)
+        z = torch.empty(hidden.shape[0], self.head.V, dtype=self.dtype, device=hidden.device)
         for tile in self.vocab_tiles():
             z[:, tile] = mm_in_chains(hidden, self.head.weight[tile].T, self.product_rows)
         return z
