@@ -220,7 +220,7 @@ def details(reports: list[Report]) -> str:
     for report in reports:
         if not report.rows:
             continue
-        blocks.append(f"### {report.name}\n\n{report.machine}\n\n{_plot(report, '')}")
+        blocks.append(f"### {report.name}\n\n{report.machine}\n\n{_plot(report)}")
         for rows in report.cases():
             first = rows[0]
             blocks.append(
@@ -236,9 +236,9 @@ def _details_table(rows: list[Row]) -> str:
     return table + (f"\n\nNot timed: {reasons}." if reasons else "")
 
 
-def _plot(report: Report, prefix: str) -> str:
+def _plot(report: Report) -> str:
     """A link to the file's plot, if there is one."""
-    return f"![{report.name}]({prefix}{report.name}.png)" if (FOLDER / f"{report.name}.png").is_file() else ""
+    return f"![{report.name}]({report.name}.png)" if (FOLDER / f"{report.name}.png").is_file() else ""
 
 
 def gradients(table: bool) -> str:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.candidates.plain import eager_logprobs, per_token_features, top_k_features
+from benchmarks.candidates.plain import eager_logprobs, per_token_features, top_256_features
 from benchmarks.cases.workloads import GroupSample
 from benchmarks.measuring.timing import available_memory
 from g2rl_kernels.testing import HeadSample
@@ -173,7 +173,7 @@ PEERS = (
         note="torch_compile on CPUs; on GPUs skips small gradients",
     ),
     Peer("per token", features=per_token_features, bytes_per_logit=14, note="W[y] - p W, p rounded to the dtype"),
-    Peer("top 256", features=top_k_features, note="softmax cut to the 256 likeliest tokens"),
+    Peer("top 256", features=top_256_features, note="softmax cut to the 256 likeliest tokens"),
 )
 
 

@@ -38,12 +38,12 @@ def per_token_features(s: HeadSample) -> dict[str, Tensor]:
     }
 
 
-def top_k_features(s: HeadSample, k: int = 256) -> dict[str, Tensor]:
-    """The softmax cut to the k likeliest tokens."""
+def top_256_features(s: HeadSample) -> dict[str, Tensor]:
+    """The softmax cut to the 256 likeliest tokens."""
     weight = s.head.weight
     phi = []
     for rows in torch.arange(s.hidden.shape[0], device=s.hidden.device).split(64):
-        values, kept = F.linear(s.hidden[rows], weight).float().topk(min(k, weight.shape[0]), -1)
+        values, kept = F.linear(s.hidden[rows], weight).float().topk(min(256, weight.shape[0]), -1)
         mean = values.softmax(-1)[:, None] @ weight[kept].float()
         phi.append(weight[s.targets[rows]].float() - mean[:, 0])
     return {"features": segment_means(torch.cat(phi), s)}

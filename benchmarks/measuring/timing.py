@@ -27,6 +27,8 @@ _SHORTEST_SAMPLE_S = 2e-3
 _FLUSH_BYTES = 256 << 20
 # 5 ms, for a call that takes longer to return waits for the GPU itself.
 _MOST_FLUSHES = 50
+# For which other processes are watched.
+_WATCHED_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -301,7 +303,7 @@ def _total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def busy_cores(seconds: float = 0.5) -> float | None:
+def busy_cores() -> float | None:
     """Cores that other processes keep busy while this one waits; they make every reading on a CPU unreliable."""
 
     def jiffies() -> tuple[int, int]:
@@ -311,7 +313,7 @@ def busy_cores(seconds: float = 0.5) -> float | None:
     if not Path("/proc/stat").is_file():
         return None
     total, idle = jiffies()
-    time.sleep(seconds)
+    time.sleep(_WATCHED_S)
     total, idle = (after - before for after, before in zip(jiffies(), (total, idle), strict=True))
     return round((1 - idle / total) * (os.cpu_count() or 1), 2) if total else None
 

@@ -338,11 +338,6 @@ def _(similarity, rewards, *_):
     return torch.empty_like(rewards)
 
 
-def _shaping(strength: float, clip: float, rule: str, min_range: float, uniform_groups: str) -> Shaping:
-    """The record again, from what a schema can hold."""
-    return Shaping(strength, clip, rule, min_range, uniform_groups)  # type: ignore[arg-type]
-
-
 @torch.library.custom_op("g2rl::shape_rewards", mutates_args=())
 def _shape_rewards(
     rewards: torch.Tensor,
@@ -358,7 +353,8 @@ def _shape_rewards(
     cu_groups = _checked(cu_groups, rewards.shape[0])
     _check_rewards(rewards, strength)
     run = resolve("shape_rewards", rewards.device, rewards.dtype)
-    return run(rewards, scores, cu_groups, valid, _shaping(strength, clip, rule, min_range, uniform_groups))
+    shaping = Shaping(strength, clip, rule, min_range, uniform_groups)  # type: ignore[arg-type]
+    return run(rewards, scores, cu_groups, valid, shaping)
 
 
 @_shape_rewards.register_fake
@@ -397,7 +393,7 @@ def _g2rl_advantages(
     if m_max is None:  # else they are `_offsets`' own
         cu_groups = checks.offsets("groups", cu_groups, features.shape[0], "B")
     checks.run(partial(_check_rewards, rewards, strength), rewards, lambda: _suspicious(rewards))
-    shaping = _shaping(strength, clip, rule, min_range, uniform_groups)
+    shaping = Shaping(strength, clip, rule, min_range, uniform_groups)  # type: ignore[arg-type]
     with checks:
         largest = largest_group(cu_groups) if m_max is None else m_max
         run = resolve("g2rl_advantages", features.device, features.dtype, m_max=largest)
