@@ -237,12 +237,16 @@ def test_rewards_are_shaped_by_the_pass_for_old_log_probabilities(
 
 
 def test_rows_that_come_back_wrong_are_refused(tiny_model: Path, skyrl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without features, as of another worker; or with log-probabilities that are not the head's."""
+    """Without features, as of another worker; with rows that fill up a rank; with other log-probabilities."""
     model = Wrapper(AutoModelForCausalLM.from_pretrained(tiny_model), False)
     other, worker = Worker(), skyrl.G2RLPolicyWorker()
     other.init_model(model)
-    with pytest.raises(RuntimeError, match=r"expected log-probabilities and features of 8 responses, found \(8, 5\)"):
-        skyrl.G2RLTrainer(configuration(skyrl.G2RLTrainConfig), other).fwd_logprobs_values_reward(rollouts())
+    trainer = skyrl.G2RLTrainer(configuration(skyrl.G2RLTrainConfig), other)
+    with pytest.raises(RuntimeError, match="expected features behind log-probabilities, found none"):
+        trainer.fwd_logprobs_values_reward(rollouts())
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="expected rows of 8 responses, found 9"):
+        patch.setattr(other, "forward", lambda data: torch.zeros(9, 21))
+        trainer.fwd_logprobs_values_reward(rollouts())
     worker.init_model(model)
     monkeypatch.setattr(Wrapper, "forward", lambda self, *args, plain=Wrapper.forward: 2 * plain(self, *args))
     with pytest.raises(RuntimeError, match="log-probabilities differ from those of the head of LlamaForCausalLM"):

@@ -112,11 +112,15 @@ class G2RLTrainer(RayPPOTrainer):
         B, T = self._loss_mask.shape
         data_fwd_pass["loss_mask"] = self._loss_mask  # tells the worker to add features, and of which tokens
         rows = super()._execute_forward_pass(model, data_fwd_pass, *args, **kwargs)
-        if len(rows) != B or rows.shape[1] <= T:
+        if len(rows) != B:
             raise RuntimeError(
-                f"g2rl: expected log-probabilities and features of {B} responses, found {tuple(rows.shape)}: "
-                "trainer.policy_mini_batch_size * generator.n_samples_per_prompt has to be a multiple of the policy's "
-                "data-parallel ranks"
+                f"g2rl: expected rows of {B} responses, found {len(rows)}: trainer.policy_mini_batch_size * "
+                "generator.n_samples_per_prompt has to be a multiple of the policy's data-parallel ranks"
+            )
+        if rows.shape[1] <= T:
+            raise RuntimeError(
+                "g2rl: expected features behind log-probabilities, found none: the policy's worker is not "
+                f"{G2RLPolicyWorker.__name__}"
             )
         logps, self._features = rows[:, :T], rows[:, T:]
         return logps
