@@ -68,8 +68,11 @@ class Worker:
         return torch.cat(found)[torch.tensor(sum(parts, [])).argsort()]
 
     def _forward_micro_batch(self, micro_batch: Batch) -> Batch:
+        ids, mask = micro_batch["sequences"], micro_batch["attention_mask"]
+        for name, value in micro_batch.items():
+            micro_batch[name] = value.to("meta")  # as SkyRL's batch lies on a GPU from here on
         with torch.no_grad():
-            return Batch(output=self.model(micro_batch["sequences"], 5, micro_batch["attention_mask"]))
+            return Batch(output=self.model(ids, 5, mask))
 
 
 class Trainer:

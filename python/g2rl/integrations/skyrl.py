@@ -220,28 +220,27 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
     def _forward_micro_batch(self, micro_batch: Any) -> Any:
         if micro_batch.get("loss_mask") is None:
             return super()._forward_micro_batch(micro_batch)
-        self._pass = done = self._feature_pass(micro_batch)
+        mask = micro_batch["attention_mask"]  # which SkyRL moves to the GPU, and log-probabilities back
+        self._pass = done = self._feature_pass(micro_batch["sequences"], mask, micro_batch["loss_mask"] > 0)
         try:
             output = super()._forward_micro_batch(micro_batch)
         finally:
             self._pass = None
         logps = output["output"]
-        self._check_logps(done, self._local(_placed(logps, micro_batch), micro_batch))
+        self._check_logps(done, self._local(_placed(logps, mask), mask))
         output["output"] = torch.cat([logps.float(), done.features.cpu()], dim=1)
         return output
 
-    def _feature_pass(self, micro_batch: Any) -> _FeaturePass:
-        own = micro_batch["loss_mask"] > 0
+    def _feature_pass(self, ids: torch.Tensor, mask: torch.Tensor, own: torch.Tensor) -> _FeaturePass:
+        """Of sequences [B, L], their attention mask, and the policy's own tokens [B, T] at their ends."""
         B = len(own)
-        owner = torch.arange(1, B + 1, device=own.device)[:, None] * own
-        owner = self._local(_placed(owner, micro_batch), micro_batch)
-        targets = self._local(micro_batch["sequences"].roll(-1, dims=1), micro_batch)
-        return _FeaturePass(owner, targets, B)
+        owner = torch.arange(1, B + 1)[:, None] * own
+        return _FeaturePass(self._local(_placed(owner, mask), mask), self._local(ids.roll(-1, dims=1), mask), B)
 
-    def _local(self, values: torch.Tensor, micro_batch: Any) -> torch.Tensor:
+    def _local(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Of values [B, L] those at this rank's positions, in the order of the model's input; 0 is for padding."""
         if self.model.remove_microbatch_padding:
-            values = values[micro_batch["attention_mask"].bool()][None]
+            values = values[mask.bool()][None]
         return ulysses_pad_and_slice_inputs(values, sp_size=self.sequence_parallel_size)[0].flatten()
 
     def _on_hidden_states(self, hidden: torch.Tensor) -> None:
@@ -276,7 +275,6 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
             )
 
 
-def _placed(values: torch.Tensor, micro_batch: Any) -> torch.Tensor:
+def _placed(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Values [B, T] of responses' tokens at the positions [B, L] that predict them, which end before the last."""
-    L = micro_batch["sequences"].shape[1]
-    return F.pad(values, (L - values.shape[1] - 1, 1))
+    return F.pad(values, (mask.shape[1] - values.shape[1] - 1, 1))
