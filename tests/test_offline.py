@@ -27,6 +27,8 @@ KNOWN = {
 }
 NEEDS_MORE = {
     "axolotl": "the plug-in for axolotl",
+    "ray": "the integration with SkyRL",
+    "skyrl": "the integration with SkyRL",
     "tensordict": "the plug-in for verl",
     "transfer_queue": "the plug-in for verl",
     "trl": "the integration with TRL",

@@ -12,14 +12,8 @@ import torch
 
 from g2rl.config import ConfigError
 from g2rl.integrations.exploration import range_left, shape_in_range
-from g2rl.integrations.verl.shaping import (
-    Options,
-    add_to_last,
-    final_outputs,
-    predicted_response,
-    read_options,
-    shape_by_uid,
-)
+from g2rl.integrations.section import Options, read_options, shape_by_uid
+from g2rl.integrations.verl.shaping import add_to_last, final_outputs, predicted_response
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
 
 
@@ -38,7 +32,7 @@ def test_options(section: dict | None, expected: Options) -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        (1, r"g2rl: expected keys and values such as \+g2rl\.strength=1\.0, found 1"),
+        (1, r"g2rl: expected keys and values such as g2rl\.strength=1\.0, found 1"),
         ({"lambda": 1.0}, r"g2rl\.lambda: expected one of strength, .*, reward_range; found an unknown key"),
         ({"strength": "strong"}, r"g2rl\.strength: expected a number, found 'strong'"),
         ({"strength": True}, r"g2rl\.strength: expected a number, found True"),

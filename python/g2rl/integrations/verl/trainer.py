@@ -16,8 +16,9 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
 from g2rl.config import ConfigError
 from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, range_left
+from g2rl.integrations.section import Options, read_options, shape_by_uid
 from g2rl.integrations.verl.engine import FEATURES, REQUEST
-from g2rl.integrations.verl.shaping import Options, add_to_last, final_outputs, read_options, shape_by_uid
+from g2rl.integrations.verl.shaping import add_to_last, final_outputs
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))

@@ -1,0 +1,280 @@
+"""G2RL in SkyRL, by one option of its own command.
+
+    python -m skyrl.train.entrypoints.main_base ... trainer.override_entrypoint=g2rl.integrations.skyrl g2rl.strength=1
+
+The policy's worker adds each response's feature to the pass for old log-probabilities, and the trainer shapes rewards
+with them before SkyRL makes advantages. B responses, T tokens of the longest response, L of the longest sequence.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+import torch.nn.functional as F
+from skyrl.backends.skyrl_train.distributed.ulysses.utils import ulysses_pad_and_slice_inputs
+from skyrl.backends.skyrl_train.workers.fsdp.fsdp_worker import FSDPPolicyWorkerBase
+from skyrl.train.config import SkyRLTrainConfig
+from skyrl.train.entrypoints.main_base import BasePPOExp
+from skyrl.train.trainer import RayPPOTrainer
+from skyrl.train.utils import validate_cfg
+from skyrl.train.utils.utils import initialize_ray
+from transformers import PreTrainedModel
+
+from g2rl.config import ConfigError
+from g2rl.heads import adapts_head, lm_head, product_dtype
+from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, range_left
+from g2rl.integrations.section import Options, read_options, shape_by_uid
+from g2rl_kernels import sequence_features
+
+logger = logging.getLogger(__name__)
+
+# The mean difference of log-probabilities that rounding logits to 16 bits explains, absolute and relative.
+ROUNDING = 0.1
+
+ENTRYPOINT = "trainer.override_entrypoint="
+
+
+def main() -> None:
+    """What SkyRL's command runs in place of its own `main`."""
+    cfg = G2RLTrainConfig.from_cli_overrides([x for x in sys.argv[1:] if not x.startswith(ENTRYPOINT)])
+    validate_cfg(cfg)
+    check_config(cfg)
+    initialize_ray(cfg)
+    ray.get(_train.remote(cfg))
+
+
+@ray.remote(num_cpus=1)
+def _train(cfg: G2RLTrainConfig) -> None:
+    G2RLExp(cfg).run()
+
+
+@dataclass
+class G2RLTrainConfig(SkyRLTrainConfig):
+    """SkyRL's configuration with a section `g2rl`, as `read_options` takes it."""
+
+    g2rl: dict[str, Any] = field(default_factory=dict)
+
+
+class G2RLExp(BasePPOExp):
+    """`BasePPOExp` with G2RL's trainer; takes `G2RLTrainConfig`."""
+
+    def get_trainer(self, *args: Any, **kwargs: Any) -> G2RLTrainer:
+        return G2RLTrainer(*args, **kwargs)
+
+
+class G2RLTrainer(RayPPOTrainer):
+    """`RayPPOTrainer` that shapes rewards between old log-probabilities and advantages; takes ``cfg.g2rl``.
+
+    Whatever comes before, as filters and metrics of rewards, sees raw ones; SkyRL's penalty for KL in rewards and its
+    advantage estimators see shaped ones.
+
+    Raises:
+        ConfigError: an option or a setting of SkyRL that G2RL cannot work with.
+    """
+
+    def __init__(self, cfg: G2RLTrainConfig, *args: Any, **kwargs: Any) -> None:
+        self.options = check_config(cfg)
+        super().__init__(cfg, *args, **kwargs)
+        self._say = Once(logger)
+        (low, high), strength = self.options.reward_range, self.options.shaping.strength
+        logger.info("G2RL: shaping rewards of %g to %g with strength %g", low, high, strength)
+
+    def build_models(self, PolicyWorker: Any, CriticWorker: Any, RefWorker: Any) -> None:
+        super().build_models(ray.remote(num_gpus=1)(G2RLPolicyWorker), CriticWorker, RefWorker)
+
+    def fwd_logprobs_values_reward(self, training_input: Any) -> Any:
+        self._loss_mask: torch.Tensor = training_input["loss_mask"]
+        self._features: torch.Tensor | None = None
+        training_input = super().fwd_logprobs_values_reward(training_input)
+        if self._features is None:
+            raise RuntimeError("g2rl: expected the policy's pass for old log-probabilities, but SkyRL ran none")
+        uids = training_input.metadata["uids"]
+        training_input["rewards"] = self._shape(training_input["rewards"], self._features, uids)
+        return training_input
+
+    def _skip_policy_forward(self, training_input: Any) -> bool:
+        if super()._skip_policy_forward(training_input):
+            self._say(
+                "G2RL: with this policy_loss_type SkyRL runs no pass for old log-probabilities, from which features "
+                "come; one is added, in timing/fwd_logprobs_values_reward",
+                logging.INFO,
+            )
+        return False
+
+    def _execute_forward_pass(self, model: str, data_fwd_pass: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if model != "policy":
+            return super()._execute_forward_pass(model, data_fwd_pass, *args, **kwargs)
+        B, T = self._loss_mask.shape
+        data_fwd_pass["loss_mask"] = self._loss_mask  # tells the worker to add features, and of which tokens
+        rows = super()._execute_forward_pass(model, data_fwd_pass, *args, **kwargs)
+        if len(rows) != B:
+            raise RuntimeError(
+                f"g2rl: expected rows of {B} responses, found {len(rows)}: trainer.policy_mini_batch_size * "
+                "generator.n_samples_per_prompt has to be a multiple of the policy's data-parallel ranks"
+            )
+        if rows.shape[1] <= T:
+            raise RuntimeError(
+                "g2rl: expected features behind log-probabilities, found none: the policy's worker is not "
+                f"{G2RLPolicyWorker.__name__}"
+            )
+        logps, self._features = rows[:, :T], rows[:, T:]
+        return logps
+
+    def _shape(self, token_rewards: torch.Tensor, features: torch.Tensor, uids: list[str]) -> torch.Tensor:
+        """Rewards of tokens [B, T], with what each response gains or loses added to its last token's."""
+        raw = token_rewards.sum(dim=1)
+        self._warn_of_rewards(raw)
+        shaped, metrics = shape_by_uid(features, raw, uids, self.options)
+        self.all_metrics.update({f"g2rl/{name}": value for name, value in metrics.items()})
+        token_rewards = token_rewards.clone()
+        token_rewards[:, -1] += shaped - raw  # responses end in the last column
+        return token_rewards
+
+    def _warn_of_rewards(self, rewards: torch.Tensor) -> None:
+        if self.options.shaping.strength == 0:
+            return
+        if self.options.reward_range == Options.reward_range and has_unmoved_zeros(rewards):
+            self._say(f"{ZERO_REWARDS}; for rewards of 0 and 1 add g2rl.reward_range=[0,1]")
+        if left := range_left(rewards, self.options.reward_range):
+            self._say(f"{left}. Set g2rl.reward_range to the lowest and highest reward of your environments")
+
+
+def check_config(cfg: G2RLTrainConfig) -> Options:
+    """The options of ``cfg.g2rl``; raises ConfigError for what cannot work, and warns of what does nothing."""
+    options = read_options(getattr(cfg, "g2rl", None))  # which a configuration of one's own may lack
+    if cfg.trainer.strategy != "fsdp":
+        raise ConfigError(
+            f"trainer.strategy: expected 'fsdp', found {cfg.trainer.strategy!r}, of whose workers G2RL gets no features"
+        )
+    if cfg.generator.step_wise_trajectories:
+        raise ConfigError(
+            "generator.step_wise_trajectories: expected False, found True: one trajectory would be several responses; "
+            "without it all turns are one, whose feature is of the policy's own tokens"
+        )
+    if cfg.trainer.fully_async.enabled:
+        raise ConfigError("trainer.fully_async.enabled: expected False, found True, which takes a trainer of its own")
+    if cfg.trainer.algorithm.advantage_estimator == "maxrl":
+        raise ConfigError(
+            "trainer.algorithm.advantage_estimator: expected one such as 'grpo' or 'rloo', found 'maxrl', which "
+            "divides by a group's mean reward, and shaped ones may be of any sign"
+        )
+    if cfg.generator.n_samples_per_prompt < 3:
+        logger.warning(
+            "generator.n_samples_per_prompt: expected 3 or more, found %d: with one peer, scores of a group are equal "
+            "and G2RL changes nothing",
+            cfg.generator.n_samples_per_prompt,
+        )
+    return options
+
+
+@dataclass
+class _FeaturePass:
+    """One micro-batch's features, from what is asked to what came.
+
+    Attributes:
+        owner: [N] of this rank's positions, 1 + the response whose token a position predicts, 0 for none.
+        targets: [N], that token.
+        B: responses.
+        features: [B, d] fp32, once the head has had its hidden states.
+        logps: [n] of the predicted tokens.
+    """
+
+    owner: torch.Tensor
+    targets: torch.Tensor
+    B: int
+    features: Any = None
+    logps: Any = None
+
+
+class G2RLPolicyWorker(FSDPPolicyWorkerBase):
+    """`FSDPPolicyWorkerBase` that puts features [B, d] behind log-probabilities [B, T], where a batch has a loss mask.
+
+    SkyRL's own passes for old log-probabilities have none. As further columns features go wherever rows go, over
+    micro-batches by number or by tokens, mini-batches and ranks, and come back in order.
+
+    Raises:
+        ConfigError: an adapter on the head.
+        RuntimeError: SkyRL's log-probabilities are not those of the model's head.
+    """
+
+    _pass: _FeaturePass | None = None
+    _checked = False
+
+    def init_model(self, *args: Any, **kwargs: Any) -> None:
+        super().init_model(*args, **kwargs)
+        self._causal_lm = next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+        if adapts_head(self._causal_lm):
+            raise ConfigError(
+                "trainer.policy.model.lora.target_modules: expected no adapter on the head, whose weight the features "
+                "are made of, found one; list the modules of the layers alone, or exclude lm_head"
+            )
+        # Where the head is about to work, FSDP has its weight whole.
+        head = self._causal_lm.get_output_embeddings()
+        head.register_forward_pre_hook(lambda _, args: self._on_hidden_states(args[0]))
+
+    def _forward_micro_batch(self, micro_batch: Any) -> Any:
+        if micro_batch.get("loss_mask") is None:
+            return super()._forward_micro_batch(micro_batch)
+        mask = micro_batch["attention_mask"]  # which SkyRL moves to the GPU, and log-probabilities back
+        self._pass = done = self._feature_pass(micro_batch["sequences"], mask, micro_batch["loss_mask"] > 0)
+        try:
+            output = super()._forward_micro_batch(micro_batch)
+        finally:
+            self._pass = None
+        logps = output["output"]
+        self._check_logps(done, self._local(_placed(logps, mask), mask))
+        output["output"] = torch.cat([logps.float(), done.features.cpu()], dim=1)
+        return output
+
+    def _feature_pass(self, ids: torch.Tensor, mask: torch.Tensor, own: torch.Tensor) -> _FeaturePass:
+        """Of sequences [B, L], their attention mask, and the policy's own tokens [B, T] at their ends."""
+        B = len(own)
+        owner = torch.arange(1, B + 1)[:, None] * own
+        return _FeaturePass(self._local(_placed(owner, mask), mask), self._local(ids.roll(-1, dims=1), mask), B)
+
+    def _local(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Of values [B, L] those at this rank's positions, in the order of the model's input; 0 is for padding."""
+        if self.model.remove_microbatch_padding:
+            values = values[mask.bool()][None]
+        return ulysses_pad_and_slice_inputs(values, sp_size=self.sequence_parallel_size)[0].flatten()
+
+    def _on_hidden_states(self, hidden: torch.Tensor) -> None:
+        done = self._pass
+        if done is None:
+            return
+        owner = done.owner.to(hidden.device)
+        predicts = owner > 0
+        dtype = product_dtype(hidden)
+        lengths = torch.bincount(owner[predicts] - 1, minlength=done.B)
+        out = sequence_features(
+            hidden.flatten(0, -2)[predicts].to(dtype),
+            lm_head(self._causal_lm, self.cfg.algorithm.temperature, dtype),
+            done.targets.to(hidden.device)[predicts],
+            F.pad(lengths.cumsum(0), (1, 0)),
+            context_group=self.device_mesh["sp"].get_group() if self.sequence_parallel_size > 1 else None,
+        )
+        done.features, done.logps = out.features, out.logps
+
+    def _check_logps(self, done: _FeaturePass, logps: torch.Tensor) -> None:
+        """SkyRL's [N] and the head's, on the first pass: a head that is not understood would give other features."""
+        ours = done.logps
+        if self._checked or not len(ours):
+            return
+        self._checked = True
+        theirs = logps[done.owner > 0].to(ours)
+        gap = float((theirs - ours).abs().sum())
+        if gap > ROUNDING * (len(ours) + float(ours.abs().sum())):
+            raise RuntimeError(
+                f"g2rl: SkyRL's log-probabilities differ from those of the head of {type(self._causal_lm).__name__} by "
+                f"{gap / len(ours):.2g} a token: it is not one that G2RL knows"
+            )
+
+
+def _placed(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values [B, T] of responses' tokens at the positions [B, L] that predict them, which end before the last."""
+    return F.pad(values, (mask.shape[1] - values.shape[1] - 1, 1))
