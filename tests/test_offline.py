@@ -27,6 +27,7 @@ KNOWN = {
 }
 NEEDS_MORE = {
     "axolotl": "the plug-in for axolotl",
+    "openrlhf": "the actors for OpenRLHF",
     "tensordict": "the plug-in for verl",
     "transfer_queue": "the plug-in for verl",
     "trl": "the integration with TRL",

@@ -38,4 +38,5 @@ def main() -> None:
     runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from openrlhf.trainer.ppo_trainer import PPOTrainer
+from openrlhf.trainer.ppo_trainer import BasePPOTrainer, PPOTrainer
 from openrlhf.trainer.ppo_trainer_async import TrainingActor
 from openrlhf.trainer.ppo_utils import experience_maker
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
@@ -95,6 +95,8 @@ class G2RLPolicyActor(plain(PolicyModelActor)):  # type: ignore[misc]
             logps: torch.Tensor = super().forward(sequences, action_mask, attention_mask, **others)
         finally:
             handle.remove()
+        if not outputs:
+            raise RuntimeError(f"G2RL: {type(self._causal_lm).__name__} makes logits without a call of its head")
         (out,) = outputs
         self._check_logps(rows(logps, 0)[response >= 0], out.logps.cpu())
         self._features.append(out.features.cpu())
@@ -121,8 +123,8 @@ class G2RLPolicyActor(plain(PolicyModelActor)):  # type: ignore[misc]
         self._checked = len(ours) > 0
         if gap := logps_gap(logps, ours):
             raise RuntimeError(
-                f"G2RL: log-probabilities of {type(self._causal_lm).__name__} differ from those of its head on its last "
-                f"hidden states by {gap:.2g} a token: this head is not one that G2RL knows"
+                f"G2RL: log-probabilities of {type(self._causal_lm).__name__} differ by {gap:.2g} a token from those "
+                "of its head on its last hidden states: this head is not one that G2RL knows"
             )
 
     def take_features(self) -> list[torch.Tensor]:
@@ -188,8 +190,8 @@ class G2RLExperienceMaker(experience_maker.RemoteExperienceMaker):  # type: igno
             self._say(f"{left}. Set --g2rl.reward_range to the lowest and highest reward, penalties of length included")
 
 
-class _ShapesRewards:
-    """A trainer of OpenRLHF with `G2RLExperienceMaker` for its own maker, and its metrics in the log."""
+class _ShapesRewards(BasePPOTrainer):  # type: ignore[misc]
+    """Has `G2RLExperienceMaker` in the place of OpenRLHF's maker, and its metrics in the log."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -204,12 +206,13 @@ class _ShapesRewards:
         )
 
     def _compute_rollout_stats(self, experiences: list[Any]) -> dict[str, float]:
-        return super()._compute_rollout_stats(experiences) | self.experience_maker.metrics
+        stats: dict[str, float] = super()._compute_rollout_stats(experiences)
+        return stats | self.experience_maker.metrics
 
 
 class G2RLPPOTrainer(_ShapesRewards, plain(PPOTrainer)):  # type: ignore[misc]
-    """OpenRLHF's trainer."""
+    """Samples and trains in turns."""
 
 
 class G2RLTrainingActor(_ShapesRewards, plain(TrainingActor)):  # type: ignore[misc]
-    """Its part of the asynchronous trainer that trains."""
+    """Trains while others sample."""

@@ -60,10 +60,11 @@ def check_settings(args: Any) -> list[str]:
         ("--ds.deepcompile", args.ds.deepcompile, False),
     ]:
         if value != plain:
-            raise ValueError(f"{name}: expected {plain} with G2RL, whose features need the head's weight, found {value}")
-    if args.rollout.n_samples_per_prompt >= 3:
+            raise ValueError(f"{name}: expected {plain} with G2RL, found {value}")
+    samples = args.rollout.n_samples_per_prompt
+    if samples >= 3:
         return []
     return [
-        f"--rollout.n_samples_per_prompt: expected 3 or more, found {args.rollout.n_samples_per_prompt}: with one peer, "
-        "scores of a group are equal and G2RL changes nothing"
+        f"--rollout.n_samples_per_prompt: expected 3 or more, found {samples}: with one peer, scores of a group are "
+        "equal and G2RL changes nothing"
     ]
