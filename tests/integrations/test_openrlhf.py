@@ -100,7 +100,7 @@ def apply_length_penalties(experiences: list[Any], args: Any) -> None:
         experience.info["reward"] = experience.rewards.clone()
 
 
-class BasePPOTrainer:
+class PPOTrainer:
     def __init__(self, strategy: Any, policy: Any) -> None:
         self.strategy, self.actor_model_group = strategy, policy
         self.critic_model_group = self.reward_model_group = self.reference_model_group = None
@@ -110,27 +110,17 @@ class BasePPOTrainer:
         return {"rollout/reward_mean": float(torch.cat([x.info["reward"] for x in experiences]).mean())}
 
 
-class PPOTrainer(BasePPOTrainer):
-    pass
-
-
-class TrainingActor(BasePPOTrainer):
-    pass
-
-
 @pytest.fixture
 def openrlhf(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """OpenRLHF's modules, with the names that its script imports."""
     names = ("", ".utils", ".utils.logging_utils", ".trainer", ".trainer.ray", ".trainer.ray.ppo_actor")
-    names += (".trainer.ppo_trainer", ".trainer.ppo_trainer_async", ".trainer.ppo_utils")
-    names += (".trainer.ppo_utils.experience_maker",)
+    names += (".trainer.ppo_trainer", ".trainer.ppo_utils", ".trainer.ppo_utils.experience_maker")
     modules = {name: ModuleType(f"openrlhf{name}") for name in names}
     contents: dict[str, dict[str, Any]] = {
         ".utils": {"get_strategy": lambda args: SimpleNamespace(args=args, ring_attn_group=None)},
         ".utils.logging_utils": {"init_logger": logging.getLogger},
         ".trainer.ray.ppo_actor": {"PolicyModelActor": remote(PolicyModelActor)},
-        ".trainer.ppo_trainer": {"BasePPOTrainer": BasePPOTrainer, "PPOTrainer": remote(PPOTrainer)},
-        ".trainer.ppo_trainer_async": {"TrainingActor": remote(TrainingActor)},
+        ".trainer.ppo_trainer": {"PPOTrainer": remote(PPOTrainer)},
         ".trainer.ppo_utils.experience_maker": {
             "RemoteExperienceMaker": RemoteExperienceMaker,
             "apply_length_penalties": apply_length_penalties,
@@ -147,7 +137,6 @@ def openrlhf(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         utils=modules[".utils"],
         policy=modules[".trainer.ray.ppo_actor"],
         trainer=modules[".trainer.ppo_trainer"],
-        asynchronous=modules[".trainer.ppo_trainer_async"],
         maker=modules[".trainer.ppo_utils.experience_maker"],
     )
     for name in (f"{PACKAGE}.actors", f"{PACKAGE}.__main__"):
@@ -156,7 +145,8 @@ def openrlhf(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 def settings(**ds: Any) -> SimpleNamespace:
     plain = {"tensor_parallel_size": 1, "deepcompile": False, "ring_attn_size": 1}
-    return SimpleNamespace(ds=SimpleNamespace(**plain | ds), rollout=SimpleNamespace(n_samples_per_prompt=4))
+    train, rollout = SimpleNamespace(async_enable=False), SimpleNamespace(n_samples_per_prompt=4)
+    return SimpleNamespace(ds=SimpleNamespace(**plain | ds), train=train, rollout=rollout)
 
 
 def run_command(
@@ -175,7 +165,6 @@ def run_command(
     return results[0]
 
 
-@pytest.mark.parametrize("trainer", ["PPOTrainer", "TrainingActor"])
 @pytest.mark.parametrize("packed, lora", [(False, False), (True, False), (True, True)])
 def test_rewards_are_shaped_by_the_pass_for_old_log_probabilities(
     tiny_model: Path,
@@ -184,7 +173,6 @@ def test_rewards_are_shaped_by_the_pass_for_old_log_probabilities(
     caplog: pytest.LogCaptureFixture,
     packed: bool,
     lora: bool,
-    trainer: str,
 ) -> None:
     policy = AutoModelForCausalLM.from_pretrained(tiny_model)
     policy.config.use_cache = False  # as OpenRLHF does; transformers then tells packed sequences apart
@@ -198,8 +186,7 @@ def test_rewards_are_shaped_by_the_pass_for_old_log_probabilities(
             actor = torch.nn.Module()
             actor.model, actor.packing_samples, actor.temperature = model, packed, TEMPERATURE
             worker.init_model_from_pretrained(strategy, actor)
-        module = openrlhf.trainer if trainer == "PPOTrainer" else openrlhf.asynchronous
-        return inside(getattr(module, trainer))(strategy, Workers(workers))
+        return inside(openrlhf.trainer.PPOTrainer)(strategy, Workers(workers))
 
     arguments = ["--g2rl.strength", "2", "--g2rl.reward_range", "0", "1"]
     trained = run_command(openrlhf, monkeypatch, arguments, script)
@@ -317,3 +304,6 @@ def test_settings_that_are_refused(openrlhf: SimpleNamespace, monkeypatch: pytes
     assert check_settings(args) == []
     args.rollout.n_samples_per_prompt = 2
     assert "expected 3 or more, found 2" in check_settings(args)[0]
+    args.train.async_enable = True
+    with pytest.raises(ValueError, match="--train.async_enable: expected False with G2RL, found True"):
+        check_settings(args)

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from openrlhf.trainer.ppo_trainer import BasePPOTrainer, PPOTrainer
-from openrlhf.trainer.ppo_trainer_async import TrainingActor
+from openrlhf.trainer.ppo_trainer import PPOTrainer
 from openrlhf.trainer.ppo_utils import experience_maker
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from openrlhf.utils.logging_utils import init_logger
@@ -190,8 +189,8 @@ class G2RLExperienceMaker(experience_maker.RemoteExperienceMaker):  # type: igno
             self._say(f"{left}. Set --g2rl.reward_range to the lowest and highest reward, penalties of length included")
 
 
-class _ShapesRewards(BasePPOTrainer):  # type: ignore[misc]
-    """Has `G2RLExperienceMaker` in the place of OpenRLHF's maker, and its metrics in the log."""
+class G2RLPPOTrainer(plain(PPOTrainer)):  # type: ignore[misc]
+    """OpenRLHF's trainer with `G2RLExperienceMaker` in the place of its maker, and its metrics in the log."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -208,11 +207,3 @@ class _ShapesRewards(BasePPOTrainer):  # type: ignore[misc]
     def _compute_rollout_stats(self, experiences: list[Any]) -> dict[str, float]:
         stats: dict[str, float] = super()._compute_rollout_stats(experiences)
         return stats | self.experience_maker.metrics
-
-
-class G2RLPPOTrainer(_ShapesRewards, plain(PPOTrainer)):  # type: ignore[misc]
-    """Samples and trains in turns."""
-
-
-class G2RLTrainingActor(_ShapesRewards, plain(TrainingActor)):  # type: ignore[misc]
-    """Trains while others sample."""

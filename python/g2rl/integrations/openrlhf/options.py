@@ -58,6 +58,7 @@ def check_settings(args: Any) -> list[str]:
     for name, value, plain in [
         ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size, 1),
         ("--ds.deepcompile", args.ds.deepcompile, False),
+        ("--train.async_enable", args.train.async_enable, False),
     ]:
         if value != plain:
             raise ValueError(f"{name}: expected {plain} with G2RL, found {value}")
