@@ -27,7 +27,8 @@ KNOWN = {
 }
 NEEDS_MORE = {
     "axolotl": "the plug-in for axolotl",
-    "ray": "the integration with SkyRL",
+    "openrlhf": "the integration with OpenRLHF",
+    "ray": "the integrations with SkyRL and OpenRLHF",
     "skyrl": "the integration with SkyRL",
     "tensordict": "the plug-in for verl",
     "transfer_queue": "the plug-in for verl",

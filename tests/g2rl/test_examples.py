@@ -21,7 +21,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from examples.openrlhf_g2rl import policy_features, shape_experiences
 from examples.slime_g2rl import advantages
 from g2rl_kernels import g2rl_advantages
 
@@ -37,31 +36,6 @@ def test_drop_in() -> None:
     assert max(r / base for base, r in zip(rewards, shaped, strict=True)) == 2
     assert abs(sum(advantages[:4])) < 5e-3  # printed with three decimals
     assert float(lines["head gradient"]) > 0
-
-
-def test_openrlhf_shapes_groups_that_lie_apart() -> None:
-    generator = torch.Generator().manual_seed(0)
-    features, rewards = torch.randn(8, 5, generator=generator), torch.tensor([1.0, -1, 1, -1, 1, 1, -1, -1])
-    want = g2rl_advantages(features, rewards, 4).shaped_rewards
-    parts = [torch.tensor(part) for part in ([6, 0, 3], [1, 7, 2, 5, 4])]
-    experiences = [SimpleNamespace(index=p, rewards=rewards[p], info={"g2rl_features": features[p]}) for p in parts]
-    shape_experiences(experiences, 4)
-    for part, experience in zip(parts, experiences, strict=True):
-        assert torch.equal(experience.rewards, want[part])
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_openrlhf_features_are_of_the_actions(tiny_model: Path, lora: bool) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    ids = torch.arange(24).view(2, 12)
-    action_mask = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 0, 0, 0]])
-    actor = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)) if lora else model
-    found = policy_features(actor, ids, torch.ones_like(ids), action_mask, 0.7)
-    hidden = model.model(ids).last_hidden_state.detach().requires_grad_()
-    logps = (model.lm_head(hidden)[:, 6:11] / 0.7).log_softmax(-1).gather(-1, ids[:, 7:, None])[..., 0]
-    means = (logps * action_mask).sum(1) / action_mask.sum(1)
-    (gradient,) = torch.autograd.grad(means.sum(), hidden)
-    torch.testing.assert_close(found, 0.7 * gradient.sum(1), rtol=1e-5, atol=1e-6)
 
 
 class Ranks:

@@ -18,6 +18,9 @@ import torch
 from g2rl.heads import lm_head, product_dtype
 from g2rl_kernels import pad, sequence_features, token_logprobs, unpad
 
+# The mean difference of log-probabilities that rounding logits to 16 bits explains, absolute and relative.
+ROUNDING = 0.1
+
 
 class HeadOutputs(NamedTuple):
     """What a `HeadPass` gives, fp32; 0 at positions that were not asked for.
@@ -151,3 +154,9 @@ def run_alongside(model: Any, head_pass: HeadPass) -> Iterator[list[HeadOutputs]
         yield outputs
     finally:
         handle.remove()
+
+
+def logps_gap(logps: torch.Tensor, ours: torch.Tensor) -> float:
+    """Mean difference of a trainer's log-probabilities and the head's, both [n]; 0 where rounding explains it."""
+    gap, size = float((logps - ours).abs().sum()), float(ours.abs().sum())
+    return gap / len(ours) if gap > ROUNDING * (len(ours) + size) else 0.0

@@ -18,14 +18,12 @@ from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
 from g2rl.heads import adapts_head, lm_head
+from g2rl.integrations.head_pass import logps_gap
 from g2rl.integrations.verl.shaping import predicted_response
 from g2rl_kernels import pad, sequence_features
 
 # Asks for features, beside `calculate_entropy`; and the field that they come back in, [B, d] fp32.
 REQUEST, FEATURES = "g2rl_features", "g2rl_phi"
-
-# The mean difference of log-probabilities that rounding logits to 16 bits explains, absolute and relative.
-ROUNDING = 0.1
 
 
 @dataclass
@@ -136,12 +134,11 @@ class G2RLEngine(FSDPEngineWithLMHead):
             return
         ours = done.logps
         self._checked = len(ours) > 0
-        gap, size = float((logps.detach()[done.predicts] - ours).abs().sum()), float(ours.abs().sum())
-        if gap > ROUNDING * (len(ours) + size):
+        if gap := logps_gap(logps.detach()[done.predicts], ours):
             options = lm_head(self._model, done.temperature, ours.dtype)
             raise RuntimeError(
                 f"g2rl: verl's log-probabilities differ from those of the head of {type(self._model).__name__} by "
-                f"{gap / len(ours):.2g} a token. verl's fused kernels leave out a bias, logit scale "
+                f"{gap:.2g} a token. verl's fused kernels leave out a bias, logit scale "
                 f"({options.logit_scale:g}) and soft cap ({options.softcap}): set "
                 "actor_rollout_ref.model.use_fused_kernels=False. Without them, this head is not one that G2RL knows"
             )

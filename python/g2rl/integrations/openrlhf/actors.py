@@ -1,0 +1,209 @@
+"""OpenRLHF's Ray actors with features and shaped rewards.
+
+B responses of a micro-batch, L tokens with padding, A of them actions, d hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from openrlhf.trainer.ppo_trainer import PPOTrainer
+from openrlhf.trainer.ppo_utils import experience_maker
+from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
+from openrlhf.utils.logging_utils import init_logger
+from torch.distributed import ProcessGroup
+from transformers import PreTrainedModel
+
+from g2rl.heads import adapts_head, lm_head
+from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, range_left, shape_in_range
+from g2rl.integrations.head_pass import logps_gap
+from g2rl_kernels import SequenceFeatures, sequence_features
+
+logger = init_logger(__name__)
+
+
+def plain(actor_class: Any) -> Any:
+    """The class that `ray.remote` was given; what it returns has no subclasses."""
+    return actor_class.__ray_metadata__.modified_class.__ray_actor_class__
+
+
+@dataclass(frozen=True)
+class ActionRows:
+    """Where a forward pass of OpenRLHF predicts actions.
+
+    Attributes:
+        padding_mask: [B, L], of padded sequences.
+        packed: whether the model gets them in a row, without padding.
+        ring: ranks that have a part of that row each, or None.
+    """
+
+    padding_mask: torch.Tensor
+    packed: bool
+    ring: ProcessGroup | None
+
+    def __call__(self, values: torch.Tensor, fill: int) -> torch.Tensor:
+        """Values [B, A] of the last A tokens at the positions of this rank that predict them, and fill at others."""
+        L, A = self.padding_mask.shape[1], values.shape[1]
+        rows = F.pad(values, (L - 1 - A, 1), value=fill)
+        row = rows[self.padding_mask.bool()] if self.packed else rows.flatten()
+        if self.ring is None:
+            return row
+        size = self.ring.size()
+        return F.pad(row, (0, -len(row) % size), value=fill).chunk(size)[self.ring.rank()]
+
+
+class G2RLPolicyActor(plain(PolicyModelActor)):  # type: ignore[misc]
+    """The policy's worker, which keeps the features of its passes for old log-probabilities until they are taken.
+
+    Raises:
+        ValueError: an adapter on the head.
+        RuntimeError: log-probabilities are not those of the model's head.
+    """
+
+    def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        super().init_model_from_pretrained(*args, **kwargs)
+        self._causal_lm = next(module for module in self.actor.modules() if isinstance(module, PreTrainedModel))
+        if adapts_head(self._causal_lm):
+            raise ValueError(
+                "--ds.lora.target_modules: expected no adapter on the head, whose weight the features are made of, "
+                "found one; name the modules of the layers alone"
+            )
+        self._features: list[torch.Tensor] = []
+        self._checked = False
+
+    def forward(
+        self, sequences: torch.Tensor, action_mask: torch.Tensor, attention_mask: torch.Tensor, **others: Any
+    ) -> torch.Tensor:
+        """OpenRLHF's old log-probabilities [B, A]."""
+        rows = ActionRows(attention_mask, self.actor.packing_samples, self.strategy.ring_attn_group)
+        B, A = action_mask.shape
+        response = rows(torch.arange(B)[:, None].where(action_mask.bool(), -1), -1)
+        targets = rows(sequences[:, -A:], 0)
+        outputs: list[SequenceFeatures] = []
+
+        def on_hidden_states(head: torch.nn.Module, args: Any) -> None:
+            outputs.append(self._head_outputs(args[0].flatten(0, -2), response, targets, B))
+
+        # Right before its product the head's weight is whole with ZeRO-3, too.
+        handle = self._causal_lm.get_output_embeddings().register_forward_pre_hook(on_hidden_states)
+        try:
+            logps: torch.Tensor = super().forward(sequences, action_mask, attention_mask, **others)
+        finally:
+            handle.remove()
+        if not outputs:
+            raise RuntimeError(f"G2RL: {type(self._causal_lm).__name__} makes logits without a call of its head")
+        (out,) = outputs
+        self._check_logps(rows(logps, 0)[response >= 0], out.logps.cpu())
+        self._features.append(out.features.cpu())
+        return logps
+
+    def _head_outputs(
+        self, hidden: torch.Tensor, response: torch.Tensor, targets: torch.Tensor, B: int
+    ) -> SequenceFeatures:
+        predicts = response >= 0
+        cu_seqlens = F.pad(torch.bincount(response[predicts], minlength=B).cumsum(0), (1, 0))
+        dtype = self._causal_lm.get_output_embeddings().weight.dtype
+        return sequence_features(
+            hidden[predicts.to(hidden.device)].to(dtype),
+            lm_head(self._causal_lm, self.actor.temperature, dtype),
+            targets[predicts].to(hidden.device),
+            cu_seqlens.to(hidden.device),
+            context_group=self.strategy.ring_attn_group,
+        )
+
+    def _check_logps(self, logps: torch.Tensor, ours: torch.Tensor) -> None:
+        """OpenRLHF's and the head's, both [n], on the first pass: another head would give other features."""
+        if self._checked:
+            return
+        self._checked = len(ours) > 0
+        if gap := logps_gap(logps, ours):
+            raise RuntimeError(
+                f"G2RL: log-probabilities of {type(self._causal_lm).__name__} differ by {gap:.2g} a token from those "
+                "of its head on its last hidden states: this head is not one that G2RL knows"
+            )
+
+    def take_features(self) -> list[torch.Tensor]:
+        """[B, d] fp32 of each pass since the last time."""
+        taken, self._features = self._features, []
+        return taken
+
+
+class G2RLExperienceMaker(experience_maker.RemoteExperienceMaker):  # type: ignore[misc]
+    """Shapes rewards after OpenRLHF's length penalties and before its baselines; logged rewards stay raw.
+
+    Attributes:
+        metrics: of the last step, as in `exploration_metrics`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.metrics: dict[str, float] = {}
+        self._say = Once(logger)
+
+    def make_experience(self, samples_list: list[Any]) -> list[Any]:
+        experiences: list[Any] = super().make_experience(samples_list)
+        ds = self.args.ds
+        features = self.actor_model_group.async_run_method(method_name="take_features")
+        self._features = torch.cat(self._flatten_results(features, ds.ring_attn_size * ds.tensor_parallel_size))
+        return experiences
+
+    def compute_advantages_and_returns(self, experiences: list[Any]) -> list[Any]:
+        penalize = experience_maker.apply_length_penalties
+
+        def penalize_and_shape(experiences: list[Any], args: Any) -> None:
+            penalize(experiences, args)
+            self._shape(experiences)
+
+        experience_maker.apply_length_penalties = penalize_and_shape
+        try:
+            return super().compute_advantages_and_returns(experiences)
+        finally:
+            experience_maker.apply_length_penalties = penalize
+
+    def _shape(self, experiences: Sequence[Any]) -> None:
+        shaping, reward_range = self.args.g2rl.shaping, self.args.g2rl.reward_range
+        index = torch.tensor([i for experience in experiences for i in experience.index])
+        raw = torch.cat([experience.rewards for experience in experiences])
+        self._warn_of_rewards(raw)
+        # Responses to one prompt have consecutive indices, however they are dealt out.
+        order, samples = index.argsort(), self.args.rollout.n_samples_per_prompt
+        shaped = torch.empty_like(raw)
+        shaped[order], metrics = shape_in_range(self._features[order], raw[order], samples, shaping, reward_range)
+        self.metrics = {f"g2rl/{name}": value for name, value in metrics.items()}
+        sizes = [len(experience.rewards) for experience in experiences]
+        for experience, rewards in zip(experiences, shaped.split(sizes), strict=True):
+            experience.info["g2rl_bonus"] = rewards - experience.rewards
+            experience.rewards = rewards
+
+    def _warn_of_rewards(self, raw: torch.Tensor) -> None:
+        options = self.args.g2rl
+        if options.shaping.strength == 0:
+            return
+        if options.reward_range == type(options).reward_range and has_unmoved_zeros(raw):
+            self._say(f"{ZERO_REWARDS}; for rewards of 0 and 1 add --g2rl.reward_range 0 1")
+        if left := range_left(raw, options.reward_range):
+            self._say(f"{left}. Set --g2rl.reward_range to the lowest and highest reward, penalties of length included")
+
+
+class G2RLPPOTrainer(plain(PPOTrainer)):  # type: ignore[misc]
+    """OpenRLHF's trainer with `G2RLExperienceMaker` in the place of its maker, and its metrics in the log."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.experience_maker = G2RLExperienceMaker(
+            self.actor_model_group,
+            self.critic_model_group,
+            self.reward_model_group,
+            self.reference_model_group,
+            self.kl_ctl,
+            self.strategy,
+            self.tokenizer,
+        )
+
+    def _compute_rollout_stats(self, experiences: list[Any]) -> dict[str, float]:
+        stats: dict[str, float] = super()._compute_rollout_stats(experiences)
+        return stats | self.experience_maker.metrics

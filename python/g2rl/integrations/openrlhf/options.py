@@ -1,0 +1,71 @@
+"""G2RL's options on the command line of OpenRLHF, and what they do not go with."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from g2rl.integrations.exploration import read_range
+from g2rl_kernels import Shaping
+
+
+@dataclass(frozen=True)
+class Options:
+    """What OpenRLHF's arguments have as `g2rl`.
+
+    Attributes:
+        shaping: from the fields of `g2rl_kernels.Shaping`.
+        reward_range: lowest and highest reward, mapped to -1 and 1 for shaping; for rewards such as 0 and 1.
+    """
+
+    shaping: Shaping = field(default_factory=Shaping)
+    reward_range: tuple[float, float] = (-1.0, 1.0)
+
+
+def read_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """Options, and the arguments that are left for OpenRLHF, which knows what to say of a misspelt name.
+
+    Raises:
+        SystemExit: a value of the wrong type or out of range, which is printed.
+    """
+    parser = ArgumentParser("g2rl.integrations.openrlhf", add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("g2rl", "see g2rl_kernels.Shaping; reward_range: the lowest and highest reward")
+    for option in fields(Shaping):
+        group.add_argument(f"--g2rl.{option.name}", type=type(option.default), default=option.default)
+    group.add_argument("--g2rl.reward_range", type=float, nargs=2, default=Options.reward_range)
+    known, rest = parser.parse_known_args(arguments)
+    if {"-h", "--help"} & set(rest):
+        print(parser.format_help())
+    values = {name.removeprefix("g2rl."): value for name, value in vars(known).items()}
+    try:
+        reward_range = read_range("--g2rl.reward_range", values.pop("reward_range"))
+        return Options(Shaping(**values), reward_range), rest
+    except ValueError as error:
+        parser.error(str(error).replace("shaping.", "--g2rl.", 1))
+
+
+def check_settings(args: Any) -> list[str]:
+    """Warnings of settings of OpenRLHF with which G2RL does nothing.
+
+    Args:
+        args: OpenRLHF's, with their sections.
+
+    Raises:
+        ValueError: a setting that G2RL does not work with.
+    """
+    for name, value, plain in [
+        ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size, 1),
+        ("--ds.deepcompile", args.ds.deepcompile, False),
+        ("--train.async_enable", args.train.async_enable, False),
+    ]:
+        if value != plain:
+            raise ValueError(f"{name}: expected {plain} with G2RL, found {value}")
+    samples = args.rollout.n_samples_per_prompt
+    if samples >= 3:
+        return []
+    return [
+        f"--rollout.n_samples_per_prompt: expected 3 or more, found {samples}: with one peer, scores of a group are "
+        "equal and G2RL changes nothing"
+    ]
