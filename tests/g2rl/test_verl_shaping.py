@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from g2rl.config import ConfigError
-from g2rl.integrations.exploration import range_left, shape_in_range
-from g2rl.integrations.section import Options, read_options, shape_by_uid
+from g2rl.integrations.exploration import Options, range_left, shape_in_range
+from g2rl.integrations.section import read_options, shape_by_uid
 from g2rl.integrations.verl.shaping import add_to_last, final_outputs, predicted_response
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
 

@@ -17,7 +17,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from g2rl.integrations.openrlhf.options import Options, check_settings, read_options
+from g2rl.integrations.exploration import Options
+from g2rl.integrations.openrlhf.options import check_settings, read_options
 from g2rl_kernels import Shaping, g2rl_advantages
 
 PACKAGE = "g2rl.integrations.openrlhf"

@@ -790,6 +790,7 @@ def test_public_names() -> None:
         "checks",
         "dispatch",
         "distributed",
+        "group_layout",
         "interpreter",
         "ops",
         "plans",

@@ -27,7 +27,7 @@ from verl.trainer.ppo.v1 import get_trainer_cls
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from g2rl.config import ConfigError
-from g2rl.integrations.section import Options
+from g2rl.integrations.exploration import Options
 from g2rl.integrations.verl.engine import FEATURES, REQUEST
 from g2rl.integrations.verl.trainer import G2RLTrainer
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend

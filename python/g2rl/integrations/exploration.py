@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ from g2rl.geometry import pair_cosines, score_span
 from g2rl_kernels import GroupAdvantages, Shaping, g2rl_advantages, pad
 
 ZERO_REWARDS = "G2RL: rewards of 0 are not moved by scaling, so that wrong answers get no signal"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What another trainer's configuration has as `g2rl`.
+
+    Attributes:
+        shaping: from the fields of `g2rl_kernels.Shaping`.
+        reward_range: lowest and highest reward, mapped to -1 and 1 for shaping; for rewards such as 0 and 1.
+    """
+
+    shaping: Shaping = field(default_factory=Shaping)
+    reward_range: tuple[float, float] = (-1.0, 1.0)
 
 
 def read_range(name: str, value: Any) -> tuple[float, float]:
@@ -105,6 +119,23 @@ def range_left(rewards: torch.Tensor, reward_range: tuple[float, float]) -> str:
         f"{float(rewards.max()):g}), whose middle parts wrong answers from right ones, and shaped rewards stay within "
         "clip times half of it: far outside little is shaped"
     )
+
+
+def reward_warnings(rewards: torch.Tensor, options: Options, zero_to_one: str, bounds: str) -> list[str]:
+    """What raw rewards [B] say against `reward_range`, each with a way out.
+
+    Args:
+        zero_to_one: how a user sets `reward_range` for rewards of 0 and 1.
+        bounds: what `reward_range` is to be.
+    """
+    if options.shaping.strength == 0:
+        return []
+    found = []
+    if options.reward_range == Options.reward_range and has_unmoved_zeros(rewards):
+        found.append(f"{ZERO_REWARDS}; for rewards of 0 and 1 add {zero_to_one}")
+    if left := range_left(rewards, options.reward_range):
+        found.append(f"{left}. Set g2rl.reward_range to {bounds}")
+    return found
 
 
 class Once:

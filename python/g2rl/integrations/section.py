@@ -6,32 +6,19 @@ B responses, d hidden, as everywhere.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 
 from g2rl.config import ConfigError
-from g2rl.integrations.exploration import read_range, shape_in_range
+from g2rl.integrations.exploration import Options, read_range, shape_in_range
 from g2rl_kernels import Shaping
 
 
-@dataclass(frozen=True)
-class Options:
-    """The section `g2rl`.
-
-    Attributes:
-        shaping: from the fields of `g2rl_kernels.Shaping`.
-        reward_range: lowest and highest reward, mapped to -1 and 1 for shaping; for rewards such as 0 and 1.
-    """
-
-    shaping: Shaping = field(default_factory=Shaping)
-    reward_range: tuple[float, float] = (-1.0, 1.0)
-
-
 def read_options(section: Mapping[str, Any] | None) -> Options:
-    """Typed options from plain values; None takes the defaults.
+    """Typed options from the plain values of a section `g2rl`; None takes the defaults.
 
     Raises:
         ConfigError: an unknown key, or a value of the wrong type or out of range.

@@ -27,14 +27,12 @@ from transformers import PreTrainedModel
 
 from g2rl.config import ConfigError
 from g2rl.heads import adapts_head, lm_head, product_dtype
-from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, range_left
-from g2rl.integrations.section import Options, read_options, shape_by_uid
+from g2rl.integrations.exploration import Once, Options, reward_warnings
+from g2rl.integrations.head_pass import logps_gap
+from g2rl.integrations.section import read_options, shape_by_uid
 from g2rl_kernels import sequence_features
 
 logger = logging.getLogger(__name__)
-
-# The mean difference of log-probabilities that rounding logits to 16 bits explains, absolute and relative.
-ROUNDING = 0.1
 
 ENTRYPOINT = "trainer.override_entrypoint="
 
@@ -128,20 +126,15 @@ class G2RLTrainer(RayPPOTrainer):
     def _shape(self, token_rewards: torch.Tensor, features: torch.Tensor, uids: list[str]) -> torch.Tensor:
         """Rewards of tokens [B, T], with what each response gains or loses added to its last token's."""
         raw = token_rewards.sum(dim=1)
-        self._warn_of_rewards(raw)
+        for warning in reward_warnings(
+            raw, self.options, "g2rl.reward_range=[0,1]", "the lowest and highest reward of your environments"
+        ):
+            self._say(warning)
         shaped, metrics = shape_by_uid(features, raw, uids, self.options)
         self.all_metrics.update({f"g2rl/{name}": value for name, value in metrics.items()})
         token_rewards = token_rewards.clone()
         token_rewards[:, -1] += shaped - raw  # responses end in the last column
         return token_rewards
-
-    def _warn_of_rewards(self, rewards: torch.Tensor) -> None:
-        if self.options.shaping.strength == 0:
-            return
-        if self.options.reward_range == Options.reward_range and has_unmoved_zeros(rewards):
-            self._say(f"{ZERO_REWARDS}; for rewards of 0 and 1 add g2rl.reward_range=[0,1]")
-        if left := range_left(rewards, self.options.reward_range):
-            self._say(f"{left}. Set g2rl.reward_range to the lowest and highest reward of your environments")
 
 
 def check_config(cfg: G2RLTrainConfig) -> Options:
@@ -266,12 +259,10 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
         if self._checked or not len(ours):
             return
         self._checked = True
-        theirs = logps[done.owner > 0].to(ours)
-        gap = float((theirs - ours).abs().sum())
-        if gap > ROUNDING * (len(ours) + float(ours.abs().sum())):
+        if gap := logps_gap(logps[done.owner > 0].to(ours), ours):
             raise RuntimeError(
                 f"g2rl: SkyRL's log-probabilities differ from those of the head of {type(self._causal_lm).__name__} by "
-                f"{gap / len(ours):.2g} a token: it is not one that G2RL knows"
+                f"{gap:.2g} a token: it is not one that G2RL knows"
             )
 
 

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from g2rl.heads import adapts_head, lm_head
-from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, range_left, shape_in_range
+from g2rl.integrations.exploration import Once, reward_warnings, shape_in_range
 from g2rl.integrations.head_pass import logps_gap
 from g2rl_kernels import SequenceFeatures, sequence_features
 
@@ -168,7 +168,9 @@ class G2RLExperienceMaker(experience_maker.RemoteExperienceMaker):  # type: igno
         shaping, reward_range = self.args.g2rl.shaping, self.args.g2rl.reward_range
         index = torch.tensor([i for experience in experiences for i in experience.index])
         raw = torch.cat([experience.rewards for experience in experiences])
-        self._warn_of_rewards(raw)
+        bounds = "the lowest and highest reward, penalties of length included"
+        for warning in reward_warnings(raw, self.args.g2rl, "--g2rl.reward_range 0 1", bounds):
+            self._say(warning)
         # Responses to one prompt have consecutive indices, however they are dealt out.
         order, samples = index.argsort(), self.args.rollout.n_samples_per_prompt
         shaped = torch.empty_like(raw)
@@ -178,15 +180,6 @@ class G2RLExperienceMaker(experience_maker.RemoteExperienceMaker):  # type: igno
         for experience, rewards in zip(experiences, shaped.split(sizes), strict=True):
             experience.info["g2rl_bonus"] = rewards - experience.rewards
             experience.rewards = rewards
-
-    def _warn_of_rewards(self, raw: torch.Tensor) -> None:
-        options = self.args.g2rl
-        if options.shaping.strength == 0:
-            return
-        if options.reward_range == type(options).reward_range and has_unmoved_zeros(raw):
-            self._say(f"{ZERO_REWARDS}; for rewards of 0 and 1 add --g2rl.reward_range 0 1")
-        if left := range_left(raw, options.reward_range):
-            self._say(f"{left}. Set --g2rl.reward_range to the lowest and highest reward, penalties of length included")
 
 
 class G2RLPPOTrainer(plain(PPOTrainer)):  # type: ignore[misc]

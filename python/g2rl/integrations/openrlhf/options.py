@@ -4,24 +4,11 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
-from g2rl.integrations.exploration import read_range
+from g2rl.integrations.exploration import Options, read_range
 from g2rl_kernels import Shaping
-
-
-@dataclass(frozen=True)
-class Options:
-    """What OpenRLHF's arguments have as `g2rl`.
-
-    Attributes:
-        shaping: from the fields of `g2rl_kernels.Shaping`.
-        reward_range: lowest and highest reward, mapped to -1 and 1 for shaping; for rewards such as 0 and 1.
-    """
-
-    shaping: Shaping = field(default_factory=Shaping)
-    reward_range: tuple[float, float] = (-1.0, 1.0)
 
 
 def read_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:

@@ -15,8 +15,8 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
 from g2rl.config import ConfigError
-from g2rl.integrations.exploration import ZERO_REWARDS, Once, has_unmoved_zeros, range_left
-from g2rl.integrations.section import Options, read_options, shape_by_uid
+from g2rl.integrations.exploration import Once, Options, reward_warnings
+from g2rl.integrations.section import read_options, shape_by_uid
 from g2rl.integrations.verl.engine import FEATURES, REQUEST
 from g2rl.integrations.verl.shaping import add_to_last, final_outputs
 
@@ -25,6 +25,10 @@ logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 TRAINER_MODE = "g2rl_sync"
 ENGINES = ("fsdp", "fsdp2")
+SCORES = (
+    "the lowest and highest score of your data sources: [-1,1] for verl's math_dapo, math, math_dapo_reasoning and "
+    "aime*, [0,1] for its others"
+)
 
 
 @register_trainer(TRAINER_MODE)
@@ -96,7 +100,8 @@ class G2RLTrainer(PPOTrainerSync):
         final = final_outputs(batch.keys)
         padding = torch.tensor([tag.get("is_padding", False) for tag in batch.tags])
         rows = ((final == torch.arange(len(final))) & ~padding).nonzero()[:, 0]
-        self._warn_of_rewards(rewards[rows])
+        for warning in reward_warnings(rewards[rows], self.options, "+g2rl.reward_range=[0,1]", SCORES):
+            self._say(warning)
         uids = [batch.keys[row].rsplit("_", 2)[0] for row in rows.tolist()]
         bonus = torch.zeros_like(rewards)
         shaped, exploration = shape_by_uid(features[rows], rewards[rows], uids, self.options)
@@ -104,17 +109,6 @@ class G2RLTrainer(PPOTrainerSync):
         metrics.update({f"g2rl/{name}": value for name, value in exploration.items()})
         values = add_to_last(raw.values(), raw.offsets(), bonus[final])
         return raw, torch.nested.nested_tensor_from_jagged(values, raw.offsets())
-
-    def _warn_of_rewards(self, rewards: torch.Tensor) -> None:
-        if self.options.shaping.strength == 0:
-            return
-        if self.options.reward_range == Options.reward_range and has_unmoved_zeros(rewards):
-            self._say(f"{ZERO_REWARDS}; for rewards of 0 and 1 add +g2rl.reward_range=[0,1]")
-        if left := range_left(rewards, self.options.reward_range):
-            self._say(
-                f"{left}. Set g2rl.reward_range to the lowest and highest score of your data sources: [-1,1] for "
-                "verl's math_dapo, math, math_dapo_reasoning and aime*, [0,1] for its others"
-            )
 
 
 def check_config(config: DictConfig) -> None:
