@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from g2rl.config import ConfigError
-from g2rl.integrations.exploration import Options, range_left, shape_in_range
+from g2rl.integrations.exploration import Options, range_left, reward_warnings, shape_in_range
 from g2rl.integrations.section import read_options, shape_by_uid
 from g2rl.integrations.verl.shaping import add_to_last, final_outputs, predicted_response
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
@@ -113,6 +114,26 @@ def test_metrics_of_responses_that_take_part() -> None:
     }  # fmt: skip
     _, metrics = shape_in_range(features, rewards, 4, Shaping(), (-1.0, 1.0), torch.zeros(4, dtype=torch.bool))
     assert metrics == {"degenerate_share": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("reward_range", "rewards", "messages"),
+    [
+        ((-1.0, 1.0), [1.0, -1.0], []),
+        ((-1.0, 1.0), [1.0, 0.0], ["for rewards of 0 and 1 add g2rl=..."]),
+        ((-1.0, 1.0), [2.0, 0.0], ["for rewards of 0 and 1 add g2rl=...", "(-1 to 1; found 0 to 2)"]),
+        ((0.0, 1.0), [1.0, -1.0], ["(0 to 1; found -1 to 1)"]),
+        ((0.0, 1.0), [1.0, 0.0], []),
+    ],
+)
+def test_rewards_that_do_not_fit_are_warned_of(
+    reward_range: tuple[float, float], rewards: list[float], messages: list[str]
+) -> None:
+    options = Options(Shaping(), reward_range)
+    found = reward_warnings(torch.tensor(rewards), options, "g2rl=...", "what tasks give")
+    assert [message in text for message, text in zip(messages, found, strict=True)] == [True] * len(messages)
+    assert all(text.endswith(("g2rl=...", "Set g2rl.reward_range to what tasks give")) for text in found)
+    assert reward_warnings(torch.tensor(rewards), replace(options, shaping=Shaping(strength=0)), "", "") == []
 
 
 def test_without_strength_rewards_stay_the_same_bits() -> None:

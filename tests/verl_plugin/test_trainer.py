@@ -195,25 +195,13 @@ def test_missing_features_are_an_error(queue: None) -> None:
     tq.kv_clear(keys=list(KEYS), partition_id="train")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "rewards", "message"),
-    [
-        ([], [1.0, 0.0], "+g2rl.reward_range=[0,1]"),
-        (["+g2rl.reward_range=[0,1]"], [1.0, -1.0], "(0 to 1; found -1 to 1)"),
-        ([], [2.0, -1.0], "(-1 to 1; found -1 to 2)"),
-    ],
-)
-def test_rewards_that_do_not_fit_are_warned_of_once(
-    overrides: list[str], rewards: list[float], message: str, queue: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainer = G2RLTrainer(configuration(*overrides))
+def test_rewards_of_0_are_warned_of_once(queue: None, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = G2RLTrainer(configuration())
+    trainer.actor_rollout_wg = Actors(torch.randn(len(KEYS), D, generator=torch.Generator().manual_seed(0)))
     for _ in range(2):
-        trainer._warn_of_rewards(torch.tensor(rewards))
-    trainer._warn_of_rewards(torch.tensor([1.0, 0.5]))
-    assert [record.message.count(message) for record in caplog.records] == [1]
-    without = G2RLTrainer(configuration(*overrides, "+g2rl.strength=0"))
-    without._warn_of_rewards(torch.tensor(rewards))
-    assert len(caplog.records) == 1
+        trainer._compute_advantage(trainer._compute_old_log_prob(fill_queue(0.0), {}), {})
+    assert sum("+g2rl.reward_range=[0,1]" in message for message in caplog.messages) == 1
+    tq.kv_clear(keys=list(KEYS), partition_id="train")
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch.distributed import ProcessGroup
 
 from g2rl.heads import lm_head, product_dtype
-from g2rl_kernels import pad, sequence_features, token_logprobs, unpad
+from g2rl_kernels import SequenceFeatures, pad, sequence_features, token_logprobs, unpad
 
 # The mean difference of log-probabilities that rounding logits to 16 bits explains, absolute and relative.
 ROUNDING = 0.1
@@ -156,7 +158,43 @@ def run_alongside(model: Any, head_pass: HeadPass) -> Iterator[list[HeadOutputs]
         handle.remove()
 
 
+@dataclass
+class FeaturePass:
+    """Features of a forward pass that others run, of sequences packed or padded, whole or a rank's part of them.
+
+    Attributes:
+        response: [...] as the model's input, int64: the response whose token a position predicts, -1 for none. Those of
+            a response are in a row, and responses in order.
+        targets: [...], that token.
+        B: responses.
+        temperature: of the policy.
+        context_group: the ranks that have parts of the same sequences, or None.
+        outputs: of the head, once it has had its hidden states; logps are of the n positions that predict a token.
+    """
+
+    response: torch.Tensor
+    targets: torch.Tensor
+    B: int
+    temperature: float
+    context_group: ProcessGroup | None = None
+    outputs: SequenceFeatures | None = None
+
+    def run(self, model: Any, hidden: torch.Tensor) -> None:
+        """Set outputs, of `model`'s head on its last hidden states [..., d]."""
+        response = self.response.flatten().to(hidden.device)
+        predicts = response >= 0
+        dtype = product_dtype(hidden)
+        lengths = torch.bincount(response[predicts], minlength=self.B)
+        self.outputs = sequence_features(
+            hidden.flatten(0, -2)[predicts].to(dtype),
+            lm_head(model, self.temperature, dtype),
+            self.targets.flatten().to(hidden.device)[predicts],
+            F.pad(lengths.cumsum(0), (1, 0)),
+            context_group=self.context_group,
+        )
+
+
 def logps_gap(logps: torch.Tensor, ours: torch.Tensor) -> float:
     """Mean difference of a trainer's log-probabilities and the head's, both [n]; 0 where rounding explains it."""
-    gap, size = float((logps - ours).abs().sum()), float(ours.abs().sum())
+    gap, size = float((logps.to(ours) - ours).abs().sum()), float(ours.abs().sum())
     return gap / len(ours) if gap > ROUNDING * (len(ours) + size) else 0.0

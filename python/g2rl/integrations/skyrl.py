@@ -26,11 +26,11 @@ from skyrl.train.utils.utils import initialize_ray
 from transformers import PreTrainedModel
 
 from g2rl.config import ConfigError
-from g2rl.heads import adapts_head, lm_head, product_dtype
+from g2rl.heads import adapts_head
 from g2rl.integrations.exploration import Once, Options, reward_warnings
-from g2rl.integrations.head_pass import logps_gap
+from g2rl.integrations.head_pass import FeaturePass, logps_gap
 from g2rl.integrations.section import read_options, shape_by_uid
-from g2rl_kernels import sequence_features
+from g2rl_kernels import SequenceFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -165,25 +165,6 @@ def check_config(cfg: G2RLTrainConfig) -> Options:
     return options
 
 
-@dataclass
-class _FeaturePass:
-    """One micro-batch's features, from what is asked to what came.
-
-    Attributes:
-        owner: [N] of this rank's positions, 1 + the response whose token a position predicts, 0 for none.
-        targets: [N], that token.
-        B: responses.
-        features: [B, d] fp32, once the head has had its hidden states.
-        logps: [n] of the predicted tokens.
-    """
-
-    owner: torch.Tensor
-    targets: torch.Tensor
-    B: int
-    features: Any = None
-    logps: Any = None
-
-
 class G2RLPolicyWorker(FSDPPolicyWorkerBase):
     """`FSDPPolicyWorkerBase` that puts features [B, d] behind log-probabilities [B, T], where a batch has a loss mask.
 
@@ -195,7 +176,7 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
         RuntimeError: SkyRL's log-probabilities are not those of the model's head.
     """
 
-    _pass: _FeaturePass | None = None
+    _pass: FeaturePass | None = None
     _checked = False
 
     def init_model(self, *args: Any, **kwargs: Any) -> None:
@@ -220,15 +201,18 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
         finally:
             self._pass = None
         logps = output["output"]
-        self._check_logps(done, self._local(_placed(logps, mask), mask))
-        output["output"] = torch.cat([logps.float(), done.features.cpu()], dim=1)
+        out: SequenceFeatures = done.outputs  # type: ignore[assignment]
+        self._check_logps(self._local(_placed(logps, mask), mask)[done.response >= 0], out.logps)
+        output["output"] = torch.cat([logps.float(), out.features.cpu()], dim=1)
         return output
 
-    def _feature_pass(self, ids: torch.Tensor, mask: torch.Tensor, own: torch.Tensor) -> _FeaturePass:
+    def _feature_pass(self, ids: torch.Tensor, mask: torch.Tensor, own: torch.Tensor) -> FeaturePass:
         """Of sequences [B, L], their attention mask, and the policy's own tokens [B, T] at their ends."""
         B = len(own)
-        owner = torch.arange(1, B + 1)[:, None] * own
-        return _FeaturePass(self._local(_placed(owner, mask), mask), self._local(ids.roll(-1, dims=1), mask), B)
+        response = self._local(_placed(torch.arange(1, B + 1)[:, None] * own, mask), mask) - 1
+        targets = self._local(ids.roll(-1, dims=1), mask)
+        group = self.device_mesh["sp"].get_group() if self.sequence_parallel_size > 1 else None
+        return FeaturePass(response, targets, B, self.cfg.algorithm.temperature, group)
 
     def _local(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Of values [B, L] those at this rank's positions, in the order of the model's input; 0 is for padding."""
@@ -237,29 +221,15 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
         return ulysses_pad_and_slice_inputs(values, sp_size=self.sequence_parallel_size)[0].flatten()
 
     def _on_hidden_states(self, hidden: torch.Tensor) -> None:
-        done = self._pass
-        if done is None:
-            return
-        owner = done.owner.to(hidden.device)
-        predicts = owner > 0
-        dtype = product_dtype(hidden)
-        lengths = torch.bincount(owner[predicts] - 1, minlength=done.B)
-        out = sequence_features(
-            hidden.flatten(0, -2)[predicts].to(dtype),
-            lm_head(self._causal_lm, self.cfg.algorithm.temperature, dtype),
-            done.targets.to(hidden.device)[predicts],
-            F.pad(lengths.cumsum(0), (1, 0)),
-            context_group=self.device_mesh["sp"].get_group() if self.sequence_parallel_size > 1 else None,
-        )
-        done.features, done.logps = out.features, out.logps
+        if self._pass is not None:
+            self._pass.run(self._causal_lm, hidden)
 
-    def _check_logps(self, done: _FeaturePass, logps: torch.Tensor) -> None:
-        """SkyRL's [N] and the head's, on the first pass: a head that is not understood would give other features."""
-        ours = done.logps
-        if self._checked or not len(ours):
+    def _check_logps(self, logps: torch.Tensor, ours: torch.Tensor) -> None:
+        """SkyRL's and the head's, both [n], on the first pass: another head would give other features."""
+        if self._checked:
             return
-        self._checked = True
-        if gap := logps_gap(logps[done.owner > 0].to(ours), ours):
+        self._checked = len(ours) > 0
+        if gap := logps_gap(logps, ours):
             raise RuntimeError(
                 f"g2rl: SkyRL's log-probabilities differ from those of the head of {type(self._causal_lm).__name__} by "
                 f"{gap:.2g} a token: it is not one that G2RL knows"

@@ -18,10 +18,9 @@ from openrlhf.utils.logging_utils import init_logger
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
-from g2rl.heads import adapts_head, lm_head
+from g2rl.heads import adapts_head
 from g2rl.integrations.exploration import Once, reward_warnings, shape_in_range
-from g2rl.integrations.head_pass import logps_gap
-from g2rl_kernels import SequenceFeatures, sequence_features
+from g2rl.integrations.head_pass import FeaturePass, logps_gap
 
 logger = init_logger(__name__)
 
@@ -83,37 +82,19 @@ class G2RLPolicyActor(plain(PolicyModelActor)):  # type: ignore[misc]
         B, A = action_mask.shape
         response = rows(torch.arange(B)[:, None].where(action_mask.bool(), -1), -1)
         targets = rows(sequences[:, -A:], 0)
-        outputs: list[SequenceFeatures] = []
-
-        def on_hidden_states(head: torch.nn.Module, args: Any) -> None:
-            outputs.append(self._head_outputs(args[0].flatten(0, -2), response, targets, B))
-
+        done = FeaturePass(response, targets, B, self.actor.temperature, self.strategy.ring_attn_group)
         # Right before its product the head's weight is whole with ZeRO-3, too.
-        handle = self._causal_lm.get_output_embeddings().register_forward_pre_hook(on_hidden_states)
+        head = self._causal_lm.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, args: done.run(self._causal_lm, args[0]))
         try:
             logps: torch.Tensor = super().forward(sequences, action_mask, attention_mask, **others)
         finally:
             handle.remove()
-        if not outputs:
+        if done.outputs is None:
             raise RuntimeError(f"G2RL: {type(self._causal_lm).__name__} makes logits without a call of its head")
-        (out,) = outputs
-        self._check_logps(rows(logps, 0)[response >= 0], out.logps.cpu())
-        self._features.append(out.features.cpu())
+        self._check_logps(rows(logps, 0)[response >= 0], done.outputs.logps)
+        self._features.append(done.outputs.features.cpu())
         return logps
-
-    def _head_outputs(
-        self, hidden: torch.Tensor, response: torch.Tensor, targets: torch.Tensor, B: int
-    ) -> SequenceFeatures:
-        predicts = response >= 0
-        cu_seqlens = F.pad(torch.bincount(response[predicts], minlength=B).cumsum(0), (1, 0))
-        dtype = self._causal_lm.get_output_embeddings().weight.dtype
-        return sequence_features(
-            hidden[predicts.to(hidden.device)].to(dtype),
-            lm_head(self._causal_lm, self.actor.temperature, dtype),
-            targets[predicts].to(hidden.device),
-            cu_seqlens.to(hidden.device),
-            context_group=self.strategy.ring_attn_group,
-        )
 
     def _check_logps(self, logps: torch.Tensor, ours: torch.Tensor) -> None:
         """OpenRLHF's and the head's, both [n], on the first pass: another head would give other features."""

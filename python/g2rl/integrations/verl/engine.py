@@ -6,7 +6,6 @@ verl's fused kernels as without them. Every other pass is verl's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,34 +17,12 @@ from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
 from g2rl.heads import adapts_head, lm_head
-from g2rl.integrations.head_pass import logps_gap
+from g2rl.integrations.head_pass import FeaturePass, logps_gap
 from g2rl.integrations.verl.shaping import predicted_response
-from g2rl_kernels import pad, sequence_features
+from g2rl_kernels import pad
 
 # Asks for features, beside `calculate_entropy`; and the field that they come back in, [B, d] fp32.
 REQUEST, FEATURES = "g2rl_features", "g2rl_phi"
-
-
-@dataclass
-class _FeaturePass:
-    """One micro-batch's features, from what is asked to what came.
-
-    Attributes:
-        response: [..., L] as the input ids of this rank: the response whose token a position predicts, -1 for none.
-        targets: [..., L], that token.
-        predicts: [N], whether this rank's part of the packed sequences predicts one.
-        B: responses; temperature: of the policy.
-        features: [B, d], once the head has had its hidden states.
-        logps: [n] of the predicted tokens of this rank.
-    """
-
-    response: torch.Tensor
-    targets: torch.Tensor
-    predicts: torch.Tensor
-    B: int
-    temperature: float
-    features: Any = None
-    logps: Any = None
 
 
 # A key with a vendor goes before verl's own without one.
@@ -58,7 +35,7 @@ class G2RLEngine(FSDPEngineWithLMHead):
         RuntimeError: verl's log-probabilities are not those of the model's head.
     """
 
-    _pass: _FeaturePass | None = None
+    _pass: FeaturePass | None = None
     _model: Any = None
     _checked = False
 
@@ -76,20 +53,25 @@ class G2RLEngine(FSDPEngineWithLMHead):
         outputs = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         done, self._pass = self._pass, None
         if done is not None:
-            self._check_logps(done, self._local(outputs["log_probs"].values(), output_args, 0.0))
-            outputs[FEATURES] = done.features
+            logps = self._local(outputs["log_probs"].detach().values(), output_args, 0.0)
+            self._check_logps(done, logps[self._predicted(micro_batch, output_args) >= 0])
+            outputs[FEATURES] = done.outputs.features  # type: ignore[union-attr]
         return outputs
 
     def _feature_pass(
         self, micro_batch: TensorDict, model_inputs: dict[str, Any], output_args: dict[str, Any]
-    ) -> _FeaturePass:
-        mask = micro_batch["response_mask"]
-        response = predicted_response(micro_batch["input_ids"].offsets(), mask.values(), mask.offsets())
-        response, targets = self._local(response, output_args, -1), output_args["input_ids_rmpad_rolled"]
-        predicts, padding_mask = response >= 0, model_inputs["attention_mask"]
+    ) -> FeaturePass:
+        response, targets = self._predicted(micro_batch, output_args), output_args["input_ids_rmpad_rolled"]
+        padding_mask, temperature = model_inputs["attention_mask"], _temperature(micro_batch["temperature"])
         if padding_mask is not None:
             response, targets = pad(response, padding_mask, -1), pad(targets, padding_mask)
-        return _FeaturePass(response, targets, predicts, len(micro_batch), _temperature(micro_batch["temperature"]))
+        return FeaturePass(response, targets, len(micro_batch), temperature, self.ulysses_parallel_group)
+
+    def _predicted(self, micro_batch: TensorDict, output_args: dict[str, Any]) -> torch.Tensor:
+        """[n] of this rank's part of the packed sequences: the response whose token a position predicts, or -1."""
+        mask = micro_batch["response_mask"]
+        response = predicted_response(micro_batch["input_ids"].offsets(), mask.values(), mask.offsets())
+        return self._local(response, output_args, -1)
 
     def _local(self, packed: torch.Tensor, output_args: dict[str, Any], value: float) -> torch.Tensor:
         """This rank's part of values [N] of a packed batch, padded as verl pads it."""
@@ -117,24 +99,16 @@ class G2RLEngine(FSDPEngineWithLMHead):
         self._model = model
 
     def _on_hidden_states(self, hidden: torch.Tensor) -> None:
-        if self._pass is None:
-            return
-        response = self._pass.response.flatten()
-        predicts = response >= 0
-        hidden, targets = hidden.flatten(0, -2)[predicts], self._pass.targets.flatten()[predicts]
-        lengths = torch.bincount(response[predicts], minlength=self._pass.B)
-        head = lm_head(self._model, self._pass.temperature, self._model.get_output_embeddings().weight.dtype)
-        cu_seqlens, group = F.pad(lengths.cumsum(0), (1, 0)), self.ulysses_parallel_group
-        out = sequence_features(hidden.to(head.weight.dtype), head, targets, cu_seqlens, context_group=group)
-        self._pass.features, self._pass.logps = out.features, out.logps
+        if self._pass is not None:
+            self._pass.run(self._model, hidden)
 
-    def _check_logps(self, done: _FeaturePass, logps: torch.Tensor) -> None:
-        """verl's [N] and the head's, on the first pass: a head that is not understood would give other features."""
+    def _check_logps(self, done: FeaturePass, logps: torch.Tensor) -> None:
+        """verl's [n] and the head's, on the first pass: a head that is not understood would give other features."""
         if self._checked:
             return
-        ours = done.logps
+        ours = done.outputs.logps  # type: ignore[union-attr]
         self._checked = len(ours) > 0
-        if gap := logps_gap(logps.detach()[done.predicts], ours):
+        if gap := logps_gap(logps, ours):
             options = lm_head(self._model, done.temperature, ours.dtype)
             raise RuntimeError(
                 f"g2rl: verl's log-probabilities differ from those of the head of {type(self._model).__name__} by "
