@@ -29,6 +29,10 @@ class Options:
     shaping: Shaping = field(default_factory=Shaping)
     reward_range: tuple[float, float] = (-1.0, 1.0)
 
+    def __str__(self) -> str:
+        low, high = self.reward_range
+        return f"shaping rewards of {low:g} to {high:g} with strength {self.shaping.strength:g}"
+
 
 def read_range(name: str, value: Any) -> tuple[float, float]:
     """Lowest and highest reward, of an option of this name; raises ValueError for anything else."""
@@ -36,6 +40,20 @@ def read_range(name: str, value: Any) -> tuple[float, float]:
     if not (numbers and len(value) == 2 and -math.inf < value[0] < value[1] < math.inf):
         raise ValueError(f"{name}: expected two finite numbers, the lower one first, found {value!r}")
     return float(value[0]), float(value[1])
+
+
+def require_plain(settings: Sequence[tuple[str, Any, Any]]) -> None:
+    """Raise ValueError for the first of settings (name, value, what it has to be) that G2RL does not work with."""
+    for name, value, plain in settings:
+        if value != plain:
+            raise ValueError(f"{name}: expected {plain} with G2RL, found {value}")
+
+
+def few_responses(name: str, m: int) -> str:
+    """What is wrong where a trainer's option of this name makes groups of m responses; else empty."""
+    if m >= 3:
+        return ""
+    return f"{name}: expected 3 or more, found {m}: with one peer, scores of a group are equal and G2RL changes nothing"
 
 
 def shape_in_range(

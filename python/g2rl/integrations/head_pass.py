@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.distributed import ProcessGroup
+from transformers import PreTrainedModel
 
 from g2rl.heads import lm_head, product_dtype
 from g2rl_kernels import SequenceFeatures, pad, sequence_features, token_logprobs, unpad
@@ -194,7 +195,23 @@ class FeaturePass:
         )
 
 
-def logps_gap(logps: torch.Tensor, ours: torch.Tensor) -> float:
-    """Mean difference of a trainer's log-probabilities and the head's, both [n]; 0 where rounding explains it."""
-    gap, size = float((logps.to(ours) - ours).abs().sum()), float(ours.abs().sum())
-    return gap / len(ours) if gap > ROUNDING * (len(ours) + size) else 0.0
+def causal_lm_inside(module: torch.nn.Module) -> PreTrainedModel:
+    """The model of transformers in whatever wraps it: FSDP, DeepSpeed, PEFT, a trainer's own module."""
+    return next(part for part in module.modules() if isinstance(part, PreTrainedModel))
+
+
+class LogpsCheck:
+    """Compares the first log-probabilities of a trainer with the head's: another head would give other features.
+
+    Attributes:
+        done: whether there were any.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def gap(self, logps: torch.Tensor, ours: torch.Tensor) -> float:
+        """Mean difference of the trainer's and the head's, both [n]; 0 where rounding explains it."""
+        self.done = len(ours) > 0
+        gap, size = float((logps.to(ours) - ours).abs().sum()), float(ours.abs().sum())
+        return gap / len(ours) if gap > ROUNDING * (len(ours) + size) else 0.0

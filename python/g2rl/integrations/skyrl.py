@@ -23,12 +23,11 @@ from skyrl.train.entrypoints.main_base import BasePPOExp
 from skyrl.train.trainer import RayPPOTrainer
 from skyrl.train.utils import validate_cfg
 from skyrl.train.utils.utils import initialize_ray
-from transformers import PreTrainedModel
 
 from g2rl.config import ConfigError
 from g2rl.heads import adapts_head
-from g2rl.integrations.exploration import Once, Options, reward_warnings
-from g2rl.integrations.head_pass import FeaturePass, logps_gap
+from g2rl.integrations.exploration import Once, Options, few_responses, reward_warnings
+from g2rl.integrations.head_pass import FeaturePass, LogpsCheck, causal_lm_inside
 from g2rl.integrations.section import read_options, shape_by_uid
 from g2rl_kernels import SequenceFeatures
 
@@ -79,8 +78,7 @@ class G2RLTrainer(RayPPOTrainer):
         self.options = check_config(cfg)
         super().__init__(cfg, *args, **kwargs)
         self._say = Once(logger)
-        (low, high), strength = self.options.reward_range, self.options.shaping.strength
-        logger.info("G2RL: shaping rewards of %g to %g with strength %g", low, high, strength)
+        logger.info("G2RL: %s", self.options)
 
     def build_models(self, PolicyWorker: Any, CriticWorker: Any, RefWorker: Any) -> None:
         super().build_models(ray.remote(num_gpus=1)(G2RLPolicyWorker), CriticWorker, RefWorker)
@@ -156,12 +154,8 @@ def check_config(cfg: G2RLTrainConfig) -> Options:
             "trainer.algorithm.advantage_estimator: expected one such as 'grpo' or 'rloo', found 'maxrl', which "
             "divides by a group's mean reward, and shaped ones may be of any sign"
         )
-    if cfg.generator.n_samples_per_prompt < 3:
-        logger.warning(
-            "generator.n_samples_per_prompt: expected 3 or more, found %d: with one peer, scores of a group are equal "
-            "and G2RL changes nothing",
-            cfg.generator.n_samples_per_prompt,
-        )
+    if few := few_responses("generator.n_samples_per_prompt", cfg.generator.n_samples_per_prompt):
+        logger.warning(few)
     return options
 
 
@@ -177,16 +171,16 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
     """
 
     _pass: FeaturePass | None = None
-    _checked = False
 
     def init_model(self, *args: Any, **kwargs: Any) -> None:
         super().init_model(*args, **kwargs)
-        self._causal_lm = next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+        self._causal_lm = causal_lm_inside(self.model)
         if adapts_head(self._causal_lm):
             raise ConfigError(
                 "trainer.policy.model.lora.target_modules: expected no adapter on the head, whose weight the features "
                 "are made of, found one; list the modules of the layers alone, or exclude lm_head"
             )
+        self._logps_check = LogpsCheck()
         # Where the head is about to work, FSDP has its weight whole.
         head = self._causal_lm.get_output_embeddings()
         head.register_forward_pre_hook(lambda _, args: self._on_hidden_states(args[0]))
@@ -202,7 +196,8 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
             self._pass = None
         logps = output["output"]
         out: SequenceFeatures = done.outputs  # type: ignore[assignment]
-        self._check_logps(self._local(_placed(logps, mask), mask)[done.response >= 0], out.logps)
+        if not self._logps_check.done:
+            self._check_logps(self._local(_placed(logps, mask), mask)[done.response >= 0], out.logps)
         output["output"] = torch.cat([logps.float(), out.features.cpu()], dim=1)
         return output
 
@@ -225,11 +220,7 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
             self._pass.run(self._causal_lm, hidden)
 
     def _check_logps(self, logps: torch.Tensor, ours: torch.Tensor) -> None:
-        """SkyRL's and the head's, both [n], on the first pass: another head would give other features."""
-        if self._checked:
-            return
-        self._checked = len(ours) > 0
-        if gap := logps_gap(logps, ours):
+        if gap := self._logps_check.gap(logps, ours):
             raise RuntimeError(
                 f"g2rl: SkyRL's log-probabilities differ from those of the head of {type(self._causal_lm).__name__} by "
                 f"{gap:.2g} a token: it is not one that G2RL knows"

@@ -40,6 +40,7 @@ from g2rl.heads import adapts_head, head_difference, keep_head_inputs_contiguous
 from g2rl.integrations.exploration import (
     ZERO_REWARDS,
     Once,
+    few_responses,
     has_unmoved_zeros,
     range_left,
     read_range,
@@ -210,12 +211,8 @@ class G2RLMixin(_Trainer):
             )
         if is_deepspeed_zero3_enabled():
             raise ValueError("deepspeed: expected ZeRO stage 2 or FSDP2, found stage 3, which shards the head's weight")
-        if args.num_generations < 3:
-            warnings.warn(
-                f"num_generations: expected 3 or more, found {args.num_generations}: with one peer, scores of a group "
-                "are equal and G2RL changes nothing",
-                stacklevel=3,
-            )
+        if few := few_responses("num_generations", args.num_generations):
+            warnings.warn(few, stacklevel=3)
 
     def _check_model(self) -> None:
         """Raise for a model that cannot work, once TRL has made it."""

@@ -14,6 +14,8 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
+from g2rl.integrations.exploration import require_plain
+
 
 class G2RLInput(BaseModel):
     """What the plugin adds to a YAML file: fields of `g2rl.integrations.trl.G2RLOptions`, which checks them."""
@@ -35,11 +37,11 @@ class G2RLPlugin(BasePlugin):  # type: ignore[misc]
         if not cfg.trainer_cls:
             raise ValueError(f"trainer_cls: expected {__name__}.trainer.G2RLTrainer beside the plugin, found none")
         trl = cfg.trl or {}
-        for name, value, plain in [
-            ("context_parallel_size", cfg.context_parallel_size or 1, 1),
-            ("trl.async_prefetch", bool(trl.get("async_prefetch")), False),
-            ("trl.use_data_producer", bool(trl.get("use_data_producer")), False),
-        ]:
-            if value != plain:
-                raise ValueError(f"{name}: expected {plain} with G2RL, found {value}")
+        require_plain(
+            [
+                ("context_parallel_size", cfg.context_parallel_size or 1, 1),
+                ("trl.async_prefetch", bool(trl.get("async_prefetch")), False),
+                ("trl.use_data_producer", bool(trl.get("use_data_producer")), False),
+            ]
+        )
         return dict(cfg.g2rl or {})

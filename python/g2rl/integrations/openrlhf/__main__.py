@@ -25,8 +25,7 @@ def main() -> None:
     def get_strategy_with_options(args: Any) -> Any:
         for warning in check_settings(args):
             logger.warning(warning)
-        low, high = options.reward_range
-        logger.info(f"G2RL: shaping rewards of {low:g} to {high:g} with strength {options.shaping.strength:g}")
+        logger.info(f"G2RL: {options}")
         args.g2rl = options
         return get_strategy(args)
 

@@ -16,11 +16,10 @@ from openrlhf.trainer.ppo_utils import experience_maker
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from openrlhf.utils.logging_utils import init_logger
 from torch.distributed import ProcessGroup
-from transformers import PreTrainedModel
 
 from g2rl.heads import adapts_head
 from g2rl.integrations.exploration import Once, reward_warnings, shape_in_range
-from g2rl.integrations.head_pass import FeaturePass, logps_gap
+from g2rl.integrations.head_pass import FeaturePass, LogpsCheck, causal_lm_inside
 
 logger = init_logger(__name__)
 
@@ -65,14 +64,14 @@ class G2RLPolicyActor(plain(PolicyModelActor)):  # type: ignore[misc]
 
     def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
         super().init_model_from_pretrained(*args, **kwargs)
-        self._causal_lm = next(module for module in self.actor.modules() if isinstance(module, PreTrainedModel))
+        self._causal_lm = causal_lm_inside(self.actor)
         if adapts_head(self._causal_lm):
             raise ValueError(
                 "--ds.lora.target_modules: expected no adapter on the head, whose weight the features are made of, "
                 "found one; name the modules of the layers alone"
             )
         self._features: list[torch.Tensor] = []
-        self._checked = False
+        self._logps_check = LogpsCheck()
 
     def forward(
         self, sequences: torch.Tensor, action_mask: torch.Tensor, attention_mask: torch.Tensor, **others: Any
@@ -92,16 +91,13 @@ class G2RLPolicyActor(plain(PolicyModelActor)):  # type: ignore[misc]
             handle.remove()
         if done.outputs is None:
             raise RuntimeError(f"G2RL: {type(self._causal_lm).__name__} makes logits without a call of its head")
-        self._check_logps(rows(logps, 0)[response >= 0], done.outputs.logps)
+        if not self._logps_check.done:
+            self._check_logps(rows(logps, 0)[response >= 0], done.outputs.logps)
         self._features.append(done.outputs.features.cpu())
         return logps
 
     def _check_logps(self, logps: torch.Tensor, ours: torch.Tensor) -> None:
-        """OpenRLHF's and the head's, both [n], on the first pass: another head would give other features."""
-        if self._checked:
-            return
-        self._checked = len(ours) > 0
-        if gap := logps_gap(logps, ours):
+        if gap := self._logps_check.gap(logps, ours):
             raise RuntimeError(
                 f"G2RL: log-probabilities of {type(self._causal_lm).__name__} differ by {gap:.2g} a token from those "
                 "of its head on its last hidden states: this head is not one that G2RL knows"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from g2rl.integrations.exploration import Options, read_range
+from g2rl.integrations.exploration import Options, few_responses, read_range, require_plain
 from g2rl_kernels import Shaping
 
 
@@ -42,17 +42,12 @@ def check_settings(args: Any) -> list[str]:
     Raises:
         ValueError: a setting that G2RL does not work with.
     """
-    for name, value, plain in [
-        ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size, 1),
-        ("--ds.deepcompile", args.ds.deepcompile, False),
-        ("--train.async_enable", args.train.async_enable, False),
-    ]:
-        if value != plain:
-            raise ValueError(f"{name}: expected {plain} with G2RL, found {value}")
-    samples = args.rollout.n_samples_per_prompt
-    if samples >= 3:
-        return []
-    return [
-        f"--rollout.n_samples_per_prompt: expected 3 or more, found {samples}: with one peer, scores of a group are "
-        "equal and G2RL changes nothing"
-    ]
+    require_plain(
+        [
+            ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size, 1),
+            ("--ds.deepcompile", args.ds.deepcompile, False),
+            ("--train.async_enable", args.train.async_enable, False),
+        ]
+    )
+    few = few_responses("--rollout.n_samples_per_prompt", args.rollout.n_samples_per_prompt)
+    return [few] if few else []

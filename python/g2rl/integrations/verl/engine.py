@@ -11,13 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
-from transformers import PreTrainedModel
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
 from g2rl.heads import adapts_head, lm_head
-from g2rl.integrations.head_pass import FeaturePass, logps_gap
+from g2rl.integrations.head_pass import FeaturePass, LogpsCheck, causal_lm_inside
 from g2rl.integrations.verl.shaping import predicted_response
 from g2rl_kernels import pad
 
@@ -37,7 +36,6 @@ class G2RLEngine(FSDPEngineWithLMHead):
 
     _pass: FeaturePass | None = None
     _model: Any = None
-    _checked = False
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
@@ -53,8 +51,9 @@ class G2RLEngine(FSDPEngineWithLMHead):
         outputs = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         done, self._pass = self._pass, None
         if done is not None:
-            logps = self._local(outputs["log_probs"].detach().values(), output_args, 0.0)
-            self._check_logps(done, logps[self._predicted(micro_batch, output_args) >= 0])
+            if not self._logps_check.done:
+                logps = self._local(outputs["log_probs"].detach().values(), output_args, 0.0)
+                self._check_logps(done, logps[self._predicted(micro_batch, output_args) >= 0])
             outputs[FEATURES] = done.outputs.features  # type: ignore[union-attr]
         return outputs
 
@@ -84,7 +83,7 @@ class G2RLEngine(FSDPEngineWithLMHead):
         """Hook features into the model's forward pass; once, when they are first asked for."""
         if self._model is not None:
             return
-        model = next(module for module in self.module.modules() if isinstance(module, PreTrainedModel))
+        model = causal_lm_inside(self.module)
         head = model.get_output_embeddings()
         if adapts_head(model):
             raise NotImplementedError(
@@ -97,18 +96,15 @@ class G2RLEngine(FSDPEngineWithLMHead):
         else:
             head.register_forward_pre_hook(lambda _, args: self._on_hidden_states(args[0]))
         self._model = model
+        self._logps_check = LogpsCheck()
 
     def _on_hidden_states(self, hidden: torch.Tensor) -> None:
         if self._pass is not None:
             self._pass.run(self._model, hidden)
 
     def _check_logps(self, done: FeaturePass, logps: torch.Tensor) -> None:
-        """verl's [n] and the head's, on the first pass: a head that is not understood would give other features."""
-        if self._checked:
-            return
         ours = done.outputs.logps  # type: ignore[union-attr]
-        self._checked = len(ours) > 0
-        if gap := logps_gap(logps, ours):
+        if gap := self._logps_check.gap(logps, ours):
             options = lm_head(self._model, done.temperature, ours.dtype)
             raise RuntimeError(
                 f"g2rl: verl's log-probabilities differ from those of the head of {type(self._model).__name__} by "

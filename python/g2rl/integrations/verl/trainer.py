@@ -15,7 +15,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
 from g2rl.config import ConfigError
-from g2rl.integrations.exploration import Once, Options, reward_warnings
+from g2rl.integrations.exploration import Once, Options, few_responses, reward_warnings
 from g2rl.integrations.section import read_options, shape_by_uid
 from g2rl.integrations.verl.engine import FEATURES, REQUEST
 from g2rl.integrations.verl.shaping import add_to_last, final_outputs
@@ -50,8 +50,7 @@ class G2RLTrainer(PPOTrainerSync):
         super().__init__(config)
         config.trainer.v1.trainer_mode = TRAINER_MODE
         self._say = Once(logger)
-        shaping, (low, high) = self.options.shaping, self.options.reward_range
-        logger.info("G2RL: shaping rewards of %g to %g with strength %g", low, high, shaping.strength)
+        logger.info("G2RL: %s", self.options)
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch.extra_info[REQUEST] = True
@@ -119,12 +118,8 @@ def check_config(config: DictConfig) -> None:
             f"actor_rollout_ref.actor.strategy: expected {' or '.join(ENGINES)}, found {actor.actor.strategy!r}: "
             "features of G2RL come from these engines; set actor_rollout_ref.actor.strategy=fsdp2"
         )
-    if actor.rollout.n < 3:
-        logger.warning(
-            "actor_rollout_ref.rollout.n: expected 3 or more, found %d: with one peer, scores of a group are equal and "
-            "G2RL changes nothing",
-            actor.rollout.n,
-        )
+    if few := few_responses("actor_rollout_ref.rollout.n", actor.rollout.n):
+        logger.warning(few)
 
 
 def _put(batch: KVBatchMeta, **fields: torch.Tensor) -> None:
