@@ -7,6 +7,8 @@
 # make ctest     build and run the C++ kernels' own tests
 # make trl       the tests of the TRL integration with every version of TRL that it serves
 # make verl      the tests of the plug-in for verl, in an environment of their own
+# make axolotl   those of the integration in axolotl's own command, in an environment of their own
+# make swift     those of examples/swift_g2rl.py in ms-swift's own command, in an environment of their own
 # make vllm      those of sampling by vLLM, in an environment of their own
 # make lowest    the tests of each extra with the lowest versions that it allows, in environments of their own
 # make audit     look for known weaknesses in the versions of constraints.txt; fails where no advisories are served
@@ -32,8 +34,8 @@ WORKERS ?= 2
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard $(addprefix csrc/*/,*.cpp *.cu *.h CMakeLists.txt)) CMakeLists.txt
 
-.PHONY: setup train test ranks faults planted ctest trl verl vllm lowest audit sanitize sanitize-ops aarch64 cuda wheel bench \
-  bench-report gpu lint clean
+.PHONY: setup train test ranks faults planted ctest trl verl axolotl swift vllm lowest audit sanitize sanitize-ops aarch64 cuda \
+  wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -95,6 +97,22 @@ $(VERL)/.ready: tests/verl_plugin/requirements.txt pyproject.toml | $(READY)
 
 verl: $(VERL)/.ready
 	$(VERL)/bin/python -m pytest tests/verl_plugin $(ARGS)
+
+AXOLOTL := build/axolotl
+
+$(AXOLOTL)/.ready: tests/axolotl_run/requirements.txt pyproject.toml | $(READY)
+	$(environment)
+
+axolotl: $(AXOLOTL)/.ready
+	$(AXOLOTL)/bin/python -m pytest tests/axolotl_run $(ARGS)
+
+SWIFT := build/swift
+
+$(SWIFT)/.ready: tests/swift_run/requirements.txt pyproject.toml | $(READY)
+	$(environment)
+
+swift: $(SWIFT)/.ready
+	$(SWIFT)/bin/python -m pytest tests/swift_run $(ARGS)
 
 # So does vLLM. A training run with it: build/vllm/bin/g2rl train configs/quickstart.yaml rollout.engine=vllm
 VLLM := build/vllm

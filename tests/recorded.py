@@ -1,0 +1,60 @@
+"""What a run inside a framework recorded of its steps, against the same made by autograd and formulas written out."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.integrations.written_out import features, shaped_rewards
+
+# Features are sums in fp32, 1e-6 of their length from exact ones. Dividing by the range of a group's scores and by the
+# deviation of its rewards, 0.05 and more each, makes some 1e-5 of that at the most, of advantages of 1 to 3.
+TOLERANCE = 2e-5
+
+
+def read(folder: Path) -> list[list[dict[str, Any]]]:
+    """Steps in order, of each what its ranks recorded: step-STEP-RANK.pt."""
+    steps: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(folder.glob("step-*-*.pt")):
+        steps[path.stem.split("-")[1]].append(torch.load(path))
+    return list(steps.values())
+
+
+def check(ranks: list[dict[str, Any]], model: Path, group: int, temperature: float) -> float:
+    """The largest error of a step's advantages; rewards are 0 and 1, groups stand together over ranks."""
+    exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
+    exact.load_state_dict(ranks[0]["weights"])
+    rows = [(ids, mask) for rank in ranks for ids, mask in zip(rank["ids"], rank["scored"], strict=True)]
+    rewards = [r for rank in ranks for r in rank["rewards"].tolist()]
+    assert set(rewards) == {0.0, 1.0}  # right answers and wrong ones
+    prompts = [i // group for i in range(len(rewards))]
+    shaped = torch.tensor(
+        shaped_rewards(features(exact, rows, temperature), rewards, prompts, reward_range=(0, 1)), dtype=torch.float64
+    ).view(-1, group)
+    assert float((shaped.flatten() - torch.tensor(rewards, dtype=torch.float64)).abs().max()) > 0.1
+    expected = (shaped - shaped.mean(1, keepdim=True)) / (shaped.std(1, keepdim=True) + 1e-4)
+    found = torch.cat([rank["advantages"] for rank in ranks]).double()
+    return float((found - expected.flatten()).abs().max())
+
+
+def save(
+    folder: str, step: int, rank: int, model: Any, rows: list[tuple[Any, Any]], rewards: Any, advantages: Any
+) -> None:
+    """Record a rank's step: its rows, each ids and which are scored, and weights, adapters merged in float64."""
+    exact = copy.deepcopy(model).double()
+    exact = exact.merge_and_unload() if hasattr(exact, "merge_and_unload") else exact
+    torch.save(
+        {
+            "weights": exact.state_dict(),
+            "ids": [ids.cpu() for ids, _ in rows],
+            "scored": [scored.cpu() for _, scored in rows],
+            "rewards": rewards.cpu(),
+            "advantages": advantages.cpu(),
+        },
+        Path(folder) / f"step-{step}-{rank}.pt",
+    )

@@ -1,0 +1,38 @@
+"""A reward function, and a record of what ms-swift's trainer makes of it; loaded after examples/swift_g2rl.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+from swift.rewards import ORM, orms
+
+from tests.recorded import save
+
+G2RLTrainer = sys.modules["swift_g2rl"].G2RLTrainer
+
+
+class Vowels(ORM):
+    def __call__(self, completions: list[str], **_: Any) -> list[float]:
+        return [float(sum(c in "aeiou02468" for c in text) > 0.14 * len(text)) for text in completions]
+
+
+def recorded(self: Any, samples: list[Any], batches: list[dict[str, Any]]) -> None:
+    postprocess(self, samples, batches)
+    rows = []
+    for batch in batches:
+        ids, present, mask = batch["input_ids"], batch["attention_mask"].bool(), batch["grpo_batch"].completion_mask
+        scored = torch.zeros_like(present)
+        scored[:, -mask.shape[1] :] = mask.bool()
+        rows += [(i[p], s[p]) for i, p, s in zip(ids, present, scored, strict=True)]
+    rank = self.accelerator.process_index
+    rewards = self._rewards_per_func[rank * len(samples) : (rank + 1) * len(samples), 0]
+    advantages = torch.stack([sample.advantages for sample in samples])
+    model = self.accelerator.unwrap_model(self.model)
+    save(os.environ["RECORDS"], self.state.global_step, rank, model, rows, rewards, advantages)
+
+
+postprocess, G2RLTrainer._postprocess_batch = G2RLTrainer._postprocess_batch, recorded
+orms["vowels"] = Vowels
