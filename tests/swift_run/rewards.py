@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import sys
 from typing import Any
 
 import torch
 from swift.rewards import ORM, orms
+from swift.trainers import TrainerFactory
 
 from tests.recorded import save
 
-G2RLTrainer = sys.modules["swift_g2rl"].G2RLTrainer
+module, name = TrainerFactory.TRAINER_MAPPING["grpo"].rsplit(".", 1)  # as examples/swift_g2rl.py registered it
+G2RLTrainer = getattr(importlib.import_module(module), name)
 
 
 class Vowels(ORM):
