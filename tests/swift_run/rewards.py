@@ -25,7 +25,8 @@ def recorded(self: Any, samples: list[Any], batches: list[dict[str, Any]]) -> No
     postprocess(self, samples, batches)
     rows = []
     for batch in batches:
-        ids, present, mask = batch["input_ids"], batch["attention_mask"].bool(), batch["grpo_batch"].completion_mask
+        inputs, mask = batch["model_inputs"], batch["grpo_batch"].completion_mask
+        ids, present = inputs["input_ids"], inputs["attention_mask"].bool()
         scored = torch.zeros_like(present)
         scored[:, -mask.shape[1] :] = mask.bool()
         rows += [(i[p], s[p]) for i, p, s in zip(ids, present, scored, strict=True)]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # Arguments, and ranks; with one prompt a step, its group spans both.
 CASES = {
     "all-weights": (["--tuner_type", "full", "--per_device_train_batch_size", "8"], 1),
-    "lora": (["--tuner_type", "lora", "--lora_rank", "4", "--per_device_train_batch_size", "8"], 1),
+    "lora": (["--tuner_type", "lora", "--lora_rank", "4", "--lora_dropout", "0", "--per_device_train_batch_size", "8"], 1),
     "two-ranks": (["--tuner_type", "full", "--per_device_train_batch_size", "2"], 2),
 }
 
