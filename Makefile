@@ -7,6 +7,7 @@
 # make ctest     build and run the C++ kernels' own tests
 # make trl       the tests of the TRL integration with every version of TRL that it serves
 # make verl      the tests of the plug-in for verl, in an environment of their own
+# make openrlhf  training runs of OpenRLHF's own command with G2RL on a CPU, in an environment of their own
 # make vllm      those of sampling by vLLM, in an environment of their own
 # make lowest    the tests of each extra with the lowest versions that it allows, in environments of their own
 # make audit     look for known weaknesses in the versions of constraints.txt; fails where no advisories are served
@@ -32,7 +33,7 @@ WORKERS ?= 2
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard $(addprefix csrc/*/,*.cpp *.cu *.h CMakeLists.txt)) CMakeLists.txt
 
-.PHONY: setup train test ranks faults planted ctest trl verl vllm lowest audit sanitize sanitize-ops aarch64 cuda wheel bench \
+.PHONY: setup train test ranks faults planted ctest trl verl openrlhf vllm lowest audit sanitize sanitize-ops aarch64 cuda wheel bench \
   bench-report gpu lint clean
 
 setup: $(READY)
@@ -95,6 +96,15 @@ $(VERL)/.ready: tests/verl_plugin/requirements.txt pyproject.toml | $(READY)
 
 verl: $(VERL)/.ready
 	$(VERL)/bin/python -m pytest tests/verl_plugin $(ARGS)
+
+# So does OpenRLHF. DeepSpeed compiles its optimizer for the CPU the first time.
+OPENRLHF := build/openrlhf
+
+$(OPENRLHF)/.ready: tests/openrlhf_run/requirements.txt pyproject.toml | $(READY)
+	$(environment)
+
+openrlhf: $(OPENRLHF)/.ready
+	PATH="$(abspath $(OPENRLHF)/bin):$$PATH" $(OPENRLHF)/bin/python -m pytest tests/openrlhf_run $(ARGS)
 
 # So does vLLM. A training run with it: build/vllm/bin/g2rl train configs/quickstart.yaml rollout.engine=vllm
 VLLM := build/vllm
