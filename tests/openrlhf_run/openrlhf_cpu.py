@@ -10,6 +10,7 @@ import deepspeed
 import flash_attn
 import openrlhf.utils.utils
 import torch
+import transformers.modeling_utils
 from openrlhf.trainer.ray.launcher import RayActorGroup
 from torch import Tensor
 from transformers import AttentionInterface
@@ -51,7 +52,8 @@ def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling:
     return (weights @ v).transpose(1, 2), None
 
 
-# With packing OpenRLHF takes no attention but one with this in its name.
+# With packing OpenRLHF takes no attention but one with this in its name, which transformers then looks for elsewhere.
+transformers.modeling_utils.lazy_import_flash_attention = lambda *_, **__: None
 AttentionInterface.register("cpu_flash_attention", attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("cpu_flash_attention", lambda *_, **__: None)
 
