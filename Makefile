@@ -97,14 +97,14 @@ $(VERL)/.ready: tests/verl_plugin/requirements.txt pyproject.toml | $(READY)
 verl: $(VERL)/.ready
 	$(VERL)/bin/python -m pytest tests/verl_plugin $(ARGS)
 
-# So does OpenRLHF. DeepSpeed compiles its optimizer for the CPU the first time.
+# So does OpenRLHF.
 OPENRLHF := build/openrlhf
 
 $(OPENRLHF)/.ready: tests/openrlhf_run/requirements.txt pyproject.toml | $(READY)
 	$(environment)
 
 openrlhf: $(OPENRLHF)/.ready
-	PATH="$(abspath $(OPENRLHF)/bin):$$PATH" $(OPENRLHF)/bin/python -m pytest tests/openrlhf_run $(ARGS)
+	$(OPENRLHF)/bin/python -m pytest tests/openrlhf_run $(ARGS)
 
 # So does vLLM. A training run with it: build/vllm/bin/g2rl train configs/quickstart.yaml rollout.engine=vllm
 VLLM := build/vllm

@@ -20,12 +20,13 @@ from vllm import RECORDS
 
 
 def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of DeepSpeed's configuration; OpenRLHF offers half precision alone."""
+    """A function of DeepSpeed's configuration, where OpenRLHF asks for half precision and an Adam that is compiled."""
 
     def called(*args: Any, **kwargs: Any) -> Any:
         for config in (*args, *kwargs.values()):
             if isinstance(config, dict) and "bf16" in config:
                 config["bf16"]["enabled"] = False
+                config.get("optimizer", {}).get("params", {})["torch_adam"] = True
         return function(*args, **kwargs)
 
     return called
@@ -34,6 +35,8 @@ def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 openrlhf.utils.utils.convert_to_torch_dtype = lambda _: torch.float32
 deepspeed.initialize = in_float32(deepspeed.initialize)
 HfDeepSpeedConfig.__init__ = in_float32(HfDeepSpeedConfig.__init__)
+# Compiled too, for more ranks than one. A compilation that is stopped leaves a lock that the next run would wait for.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **kwargs: Any) -> Any:

@@ -66,7 +66,7 @@ class AsyncLLMEngine:
         self.output_processor = SimpleNamespace(get_num_unfinished_requests=lambda: 0)
         self.received: dict[str, Tensor] = {}
         self.steps = count(1)
-        torch.manual_seed(args.seed)
+        self.random: dict[tuple[int, ...], torch.Generator] = {}
         torch.save(self.model.state_dict(), RECORDS / "weights-0.pt")
 
     from_engine_args = classmethod(lambda cls, args: cls(args))
@@ -90,10 +90,13 @@ class AsyncLLMEngine:
 
     @torch.no_grad()
     async def generate(self, prompt: dict[str, list[int]], params: Any, request_id: str) -> AsyncIterator[Any]:
-        ids, new, finish_reason = torch.tensor([prompt["prompt_token_ids"]]), [], "length"
+        given = tuple(prompt["prompt_token_ids"])
+        # By prompt, since requests come in any order.
+        random = self.random.setdefault(given, torch.Generator().manual_seed(hash(given)))
+        ids, new, finish_reason = torch.tensor([given]), [], "length"
         while len(new) < params.max_tokens:
             logits = self.model(ids).logits[0, -1] / params.temperature
-            token = torch.multinomial(logits.softmax(-1), 1)
+            token = torch.multinomial(logits.softmax(-1), 1, generator=random)
             ids, new = torch.cat([ids, token[None]], dim=1), [*new, int(token)]
             if new[-1] == self.model.config.eos_token_id:
                 finish_reason = "stop"
