@@ -7,7 +7,8 @@
 # make ctest     build and run the C++ kernels' own tests
 # make trl       the tests of the TRL integration with every version of TRL that it serves
 # make verl      the tests of the plug-in for verl, in an environment of their own
-# make openrlhf  training runs of OpenRLHF's own command with G2RL on a CPU, in an environment of their own
+# make openrlhf  training runs by OpenRLHF's command with G2RL on a CPU, in an environment of their own
+# make unsloth   training runs by unsloth's trainer with G2RL on a CPU, in an environment of their own
 # make vllm      those of sampling by vLLM, in an environment of their own
 # make lowest    the tests of each extra with the lowest versions that it allows, in environments of their own
 # make audit     look for known weaknesses in the versions of constraints.txt; fails where no advisories are served
@@ -33,8 +34,11 @@ WORKERS ?= 2
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard $(addprefix csrc/*/,*.cpp *.cu *.h CMakeLists.txt)) CMakeLists.txt
 
-.PHONY: setup train test ranks faults planted ctest trl verl openrlhf vllm lowest audit sanitize sanitize-ops aarch64 cuda wheel bench \
-  bench-report gpu lint clean
+# Other people's trainers, which are run with G2RL in them: make NAME.
+TRAINERS := openrlhf unsloth
+
+.PHONY: setup train test ranks faults planted ctest trl verl $(TRAINERS) vllm lowest audit sanitize sanitize-ops aarch64 cuda \
+  wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -97,14 +101,12 @@ $(VERL)/.ready: tests/verl_plugin/requirements.txt pyproject.toml | $(READY)
 verl: $(VERL)/.ready
 	$(VERL)/bin/python -m pytest tests/verl_plugin $(ARGS)
 
-# So does OpenRLHF.
-OPENRLHF := build/openrlhf
-
-$(OPENRLHF)/.ready: tests/openrlhf_run/requirements.txt pyproject.toml | $(READY)
+$(TRAINERS:%=build/%/.ready): build/%/.ready: tests/%_run/requirements.txt pyproject.toml | $(READY)
 	$(environment)
 
-openrlhf: $(OPENRLHF)/.ready
-	$(OPENRLHF)/bin/python -m pytest tests/openrlhf_run $(ARGS)
+# Their commands are found, and what they compile finds its tools.
+$(TRAINERS): %: build/%/.ready
+	PATH="$(CURDIR)/build/$*/bin:$$PATH" build/$*/bin/python -m pytest tests/$*_run $(ARGS)
 
 # So does vLLM. A training run with it: build/vllm/bin/g2rl train configs/quickstart.yaml rollout.engine=vllm
 VLLM := build/vllm
