@@ -7,8 +7,9 @@
 # make ctest     build and run the C++ kernels' own tests
 # make trl       the tests of the TRL integration with every version of TRL that it serves
 # make verl      the tests of the plug-in for verl, in an environment of their own
-# make axolotl   those of the integration in axolotl's own command, in an environment of their own
-# make swift     those of examples/swift_g2rl.py in ms-swift's own command, in an environment of their own
+# make openrlhf  training runs by OpenRLHF's command with G2RL on a CPU, in an environment of their own
+# make swift     those by ms-swift's command with examples/swift_g2rl.py, likewise
+# make unsloth   training runs by unsloth's trainer with G2RL on a CPU, in an environment of their own
 # make vllm      those of sampling by vLLM, in an environment of their own
 # make lowest    the tests of each extra with the lowest versions that it allows, in environments of their own
 # make audit     look for known weaknesses in the versions of constraints.txt; fails where no advisories are served
@@ -34,7 +35,10 @@ WORKERS ?= 2
 CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard $(addprefix csrc/*/,*.cpp *.cu *.h CMakeLists.txt)) CMakeLists.txt
 
-.PHONY: setup train test ranks faults planted ctest trl verl axolotl swift vllm lowest audit sanitize sanitize-ops aarch64 cuda \
+# Other people's trainers, which are run with G2RL in them: make NAME.
+TRAINERS := openrlhf swift unsloth
+
+.PHONY: setup train test ranks faults planted ctest trl verl $(TRAINERS) vllm lowest audit sanitize sanitize-ops aarch64 cuda \
   wheel bench bench-report gpu lint clean
 
 setup: $(READY)
@@ -98,21 +102,12 @@ $(VERL)/.ready: tests/verl_plugin/requirements.txt pyproject.toml | $(READY)
 verl: $(VERL)/.ready
 	$(VERL)/bin/python -m pytest tests/verl_plugin $(ARGS)
 
-AXOLOTL := build/axolotl
-
-$(AXOLOTL)/.ready: tests/axolotl_run/requirements.txt pyproject.toml | $(READY)
+$(TRAINERS:%=build/%/.ready): build/%/.ready: tests/%_run/requirements.txt pyproject.toml | $(READY)
 	$(environment)
 
-axolotl: $(AXOLOTL)/.ready
-	$(AXOLOTL)/bin/python -m pytest tests/axolotl_run $(ARGS)
-
-SWIFT := build/swift
-
-$(SWIFT)/.ready: tests/swift_run/requirements.txt pyproject.toml | $(READY)
-	$(environment)
-
-swift: $(SWIFT)/.ready
-	$(SWIFT)/bin/python -m pytest tests/swift_run $(ARGS)
+# Their commands are found, and what they compile finds its tools.
+$(TRAINERS): %: build/%/.ready
+	PATH="$(CURDIR)/build/$*/bin:$$PATH" build/$*/bin/python -m pytest tests/$*_run $(ARGS)
 
 # So does vLLM. A training run with it: build/vllm/bin/g2rl train configs/quickstart.yaml rollout.engine=vllm
 VLLM := build/vllm

@@ -417,6 +417,68 @@ def test_tokens_of_tools_are_no_part_of_features(tiny_model: Path, prompts: Data
         assert_features(played, 1.0)
 
 
+class UnslothTrainer(GRPOTrainer):
+    """unsloth's: masks that its models leave out in training, log-probabilities of rows that it moves, a pass for the
+    update alone, which asks for none of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scorings = 0
+        body = self.model.base_model
+
+        def leave_out(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            drops = module.training and not torch.is_inference_mode_enabled() and kwargs.get("past_key_values") is None
+            return args, kwargs | ({"attention_mask": None} if drops else {})
+
+        body.register_forward_pre_hook(leave_out, with_kwargs=True)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_efficient: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor | None, ...]:
+        if compute_efficient:
+            return None, None
+        self.scorings += 1
+        return torch.zeros(len(input_ids), logits_to_keep), None, None
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.ones_like(ids)
+        assert self._get_per_token_logps_and_entropies(model, ids, mask, 5, None, False, True) == (None, None)
+        return (inputs["advantages"][:, None, None] * model(ids).logits).mean()
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_features_have_a_pass_of_their_own_beside_unsloths(
+    iterations: int, tiny_model: Path, prompts: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Old log-probabilities are its, where it keeps them."""
+    kind = type("RecordingUnsloth", (Recording, G2RLMixin, UnslothTrainer), {})
+    options = {"steps_per_generation": 1, "num_iterations": iterations}
+    run = trainer(kind, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path, **options)
+    run.train()
+    for played in run.rounds:
+        assert not played.output["prompt_mask"].all()
+        assert_features(played, run.temperature)
+        assert ("old_per_token_logps" in played.output) == (iterations > 1)
+    assert run.scorings == (len(run.rounds) if iterations > 1 else 0)
+    assert "G2RL: unsloth packs rows in ways of its own" in caplog.text
+    with pytest.raises(ValueError, match="G2RL: expected text alone with unsloth, found pixel_values"):
+        run._rollout.features = None
+        ids = torch.ones(2, 4, dtype=torch.long)
+        run._get_per_token_logps_and_entropies(run.model, ids, ids, 2, pixel_values=ids)
+
+
 def test_options_come_from_a_command_line(tmp_path: Path) -> None:
     line = f"--output_dir {tmp_path} --strength 0.5 --rule centered --reward_range 0 1 --fused_logprobs False --use_cpu"
     (args,) = HfArgumentParser(G2RLConfig).parse_args_into_dataclasses(line.split() + ["--bf16", "False"])

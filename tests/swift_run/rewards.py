@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from recorded import save
 from swift.rewards import ORM, orms
 from swift.trainers import TrainerFactory
-
-from tests.recorded import save
 
 module, name = TrainerFactory.TRAINER_MAPPING["grpo"].rsplit(".", 1)  # as examples/swift_g2rl.py registered it
 G2RLTrainer = getattr(importlib.import_module(module), name)
@@ -39,3 +40,5 @@ def recorded(self: Any, samples: list[Any], batches: list[dict[str, Any]]) -> No
 
 postprocess, G2RLTrainer._postprocess_batch = G2RLTrainer._postprocess_batch, recorded
 orms["vowels"] = Vowels
+# A process that ends before gloo's threads may abort.
+atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)

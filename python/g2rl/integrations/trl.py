@@ -14,13 +14,14 @@ loss and logs work on it like on any other, and rewards of the task stay visible
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -163,13 +164,16 @@ class G2RLMixin(_Trainer):
                 )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        trainer = super()
+        trainer: Any = super()
         missing = [name for name in _SEAMS if not hasattr(trainer, name)]
         if missing:
             raise TypeError(
                 f"{type(self).__name__}: expected a GRPO-like trainer of TRL that scores completions itself, found no "
                 f"{', '.join(missing)}; use GRPOTrainer or RLOOTrainer of trl 1.9 or newer"
             )
+        # unsloth's has an argument of its own. It packs rows in ways of its own, and its update has another pass.
+        parameters = inspect.signature(trainer._get_per_token_logps_and_entropies).parameters
+        self._is_unsloth = "compute_efficient" in parameters
         self._check_arguments([*args, *kwargs.values()])
         super().__init__(*args, **kwargs)
         self._check_model()
@@ -245,7 +249,9 @@ class G2RLMixin(_Trainer):
         self._rollout = rollout = _Rollout()
         with self._old_logps_pass(), self._bonus_column():
             output = super()._generate_and_score_completions(inputs)
-        if not self._keeps_old_logps and output.pop("old_per_token_logps", None) is not None:
+        if not self._keeps_old_logps:
+            output.pop("old_per_token_logps", None)
+        if self._is_unsloth or not self._keeps_old_logps:
             self._say_added_pass(rollout)
         if rollout.shared is not None:
             output[ROWS] = torch.arange(len(inputs))
@@ -302,7 +308,7 @@ class G2RLMixin(_Trainer):
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
         **multimodal: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """As TRL's: [B, logits_to_keep] twice. The first call of a round is the one for old log-probabilities."""
         shared = self._take_shared()
         if shared is not None:
@@ -310,6 +316,22 @@ class G2RLMixin(_Trainer):
         rollout = self._rollout if self._rollout is not None and self._rollout.features is None else None
         head_pass = self._head_pass(input_ids, attention_mask, logits_to_keep, rollout)
         start = time.perf_counter()
+        if self._is_unsloth:
+            if rollout is not None:
+                rollout.features = self._unsloth_features(model, head_pass, attention_mask, batch_size, multimodal)
+                rollout.seconds = time.perf_counter() - start
+            if rollout is not None and not self._keeps_old_logps:
+                return None, None, None
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,  # compute_efficient, in this place of unsloth's
+                **multimodal,
+            )
         if self.args.fused_logprobs and not compute_aux_loss and all(value is None for value in multimodal.values()):
             out = self._run(model, head_pass, attention_mask, batch_size or len(input_ids), rollout)
             logps, entropy, aux_loss = out.logps[:, -logits_to_keep:], out.entropy[:, -logits_to_keep:], None
@@ -331,6 +353,27 @@ class G2RLMixin(_Trainer):
         if rollout is not None:
             rollout.features, rollout.seconds = features, time.perf_counter() - start
         return logps, entropy, aux_loss
+
+    def _unsloth_features(
+        self,
+        model: Any,
+        head_pass: HeadPass,
+        attention_mask: torch.Tensor,
+        batch_size: int | None,
+        multimodal: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """Of a pass beside those of unsloth, whose models leave out the mask in training: padding goes behind."""
+        if found := [name for name, value in multimodal.items() if value is not None]:
+            raise ValueError(f"G2RL: expected text alone with unsloth, found {', '.join(found)}")
+        order = attention_mask.argsort(dim=1, descending=True, stable=True)
+        moved = replace(
+            head_pass,
+            input_ids=head_pass.input_ids.gather(1, order),
+            scored=head_pass.scored.gather(1, order),
+            token_weights=None if head_pass.token_weights is None else head_pass.token_weights.gather(1, order),
+        )
+        mask = attention_mask.gather(1, order)
+        return self._run(model, moved, mask, batch_size or len(mask), None).features
 
     def _head_pass(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, rollout: _Rollout | None
@@ -378,7 +421,7 @@ class G2RLMixin(_Trainer):
         routes = getattr(self, "aux_loss_enabled", False)  # and wants a loss that this pass does not give
         # Rows with images take another pass, and each rank knows of its own rows alone.
         may_differ = self.accelerator.num_processes > 1 and isinstance(self.processing_class, ProcessorMixin)
-        return self.args.num_iterations == 1 and not (sharded or routes or may_differ)
+        return self.args.num_iterations == 1 and not (sharded or routes or may_differ or self._is_unsloth)
 
     @contextmanager
     def _with_gradient(self) -> Iterator[None]:
@@ -440,10 +483,10 @@ class G2RLMixin(_Trainer):
             message = "G2RL: features come from the forward pass of the update, which runs when rewards are computed"
             self._say(message, logging.INFO)
             return
-        message = (
-            "G2RL: with these settings TRL runs no pass for old log-probabilities, from which features come; one is "
-            f"added ({rollout.seconds:.2g} s here)"
-        )
+        why = "with these settings TRL runs no pass for old log-probabilities, from which features come"
+        if self._is_unsloth:
+            why = "unsloth packs rows in ways of its own, so that features need a pass of theirs"
+        message = f"G2RL: {why}; one is added ({rollout.seconds:.2g} s here)"
         if self.args.steps_per_generation != 1 and self._may_share_forward():
             message += ". With steps_per_generation=1 the update shares it"
         self._say(message)
