@@ -58,12 +58,19 @@ class HeadPass:
 
     def rows(self, rows: slice) -> HeadPass:
         """The same for some of the sequences."""
+        return self._of_each(lambda tensor: tensor[rows])
+
+    def reordered(self, order: torch.Tensor) -> HeadPass:
+        """The same with the tokens of each sequence in this order, [B, L]."""
+        return self._of_each(lambda tensor: tensor.gather(1, order))
+
+    def _of_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> HeadPass:
         weights = self.token_weights
         return replace(
             self,
-            input_ids=self.input_ids[rows],
-            scored=self.scored[rows],
-            token_weights=None if weights is None else weights[rows],
+            input_ids=change(self.input_ids),
+            scored=change(self.scored),
+            token_weights=None if weights is None else change(weights),
         )
 
     def __call__(self, model: Any, hidden: torch.Tensor) -> HeadOutputs:

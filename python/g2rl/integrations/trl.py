@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -314,10 +314,10 @@ class G2RLMixin(_Trainer):
         if shared is not None:
             return shared.logps[:, -logits_to_keep:], shared.entropy[:, -logits_to_keep:], None
         rollout = self._rollout if self._rollout is not None and self._rollout.features is None else None
-        head_pass = self._head_pass(input_ids, attention_mask, logits_to_keep, rollout)
         start = time.perf_counter()
         if self._is_unsloth:
             if rollout is not None:
+                head_pass = self._head_pass(input_ids, attention_mask, logits_to_keep, rollout)
                 rollout.features = self._unsloth_features(model, head_pass, attention_mask, batch_size, multimodal)
                 rollout.seconds = time.perf_counter() - start
             if rollout is not None and not self._keeps_old_logps:
@@ -332,6 +332,7 @@ class G2RLMixin(_Trainer):
                 compute_aux_loss,  # compute_efficient, in this place of unsloth's
                 **multimodal,
             )
+        head_pass = self._head_pass(input_ids, attention_mask, logits_to_keep, rollout)
         if self.args.fused_logprobs and not compute_aux_loss and all(value is None for value in multimodal.values()):
             out = self._run(model, head_pass, attention_mask, batch_size or len(input_ids), rollout)
             logps, entropy, aux_loss = out.logps[:, -logits_to_keep:], out.entropy[:, -logits_to_keep:], None
@@ -366,14 +367,8 @@ class G2RLMixin(_Trainer):
         if found := [name for name, value in multimodal.items() if value is not None]:
             raise ValueError(f"G2RL: expected text alone with unsloth, found {', '.join(found)}")
         order = attention_mask.argsort(dim=1, descending=True, stable=True)
-        moved = replace(
-            head_pass,
-            input_ids=head_pass.input_ids.gather(1, order),
-            scored=head_pass.scored.gather(1, order),
-            token_weights=None if head_pass.token_weights is None else head_pass.token_weights.gather(1, order),
-        )
         mask = attention_mask.gather(1, order)
-        return self._run(model, moved, mask, batch_size or len(mask), None).features
+        return self._run(model, head_pass.reordered(order), mask, batch_size or len(mask), None).features
 
     def _head_pass(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, rollout: _Rollout | None
