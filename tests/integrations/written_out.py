@@ -48,6 +48,18 @@ def shaped_rewards(
     return [middle + half * max(-3.0, min(3.0, value)) for value in shaped]
 
 
+def advantages(rewards: Sequence[float], prompts: Sequence[Hashable], epsilon: float) -> list[float]:
+    """GRPO's: less the mean of responses of equal prompts, over their deviation."""
+    found = list(rewards)
+    for prompt in dict.fromkeys(prompts):
+        group = [i for i, other in enumerate(prompts) if other == prompt]
+        mean = sum(rewards[i] for i in group) / len(group)
+        variance = sum((rewards[i] - mean) ** 2 for i in group) / (len(group) - 1)
+        for i in group:
+            found[i] = (rewards[i] - mean) / (math.sqrt(variance) + epsilon)
+    return found
+
+
 def score(i: int, peers: list[int], S: list[list[float]], r: list[float]) -> float:
     """nu: how far response i lies from its rewarded peers."""
     total = sum(math.exp(r[j]) for j in peers)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from recorded import save
 from swift.rewards import ORM, orms
 from swift.trainers import TrainerFactory
+
+from tests.integrations.recorded import save
 
 module, name = TrainerFactory.TRAINER_MAPPING["grpo"].rsplit(".", 1)  # as examples/swift_g2rl.py registered it
 G2RLTrainer = getattr(importlib.import_module(module), name)

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from recorded import TOLERANCE, check, read
 
 from tests.g2rl.conftest import build_model
+from tests.integrations.recorded import TOLERANCE, check, read
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -14,7 +14,7 @@ from unsloth import FastLanguageModel
 
 from g2rl.integrations import trl as integration
 from tests.g2rl.conftest import tiny_model
-from tests.integrations.written_out import features, shaped_rewards
+from tests.integrations.written_out import advantages, features, shaped_rewards
 
 __all__ = ["tiny_model"]
 M = 4
@@ -72,12 +72,11 @@ class Trainer(integration.G2RLTrainer):
         assert float(error.max()) < ERROR
 
         prompts = [i // M for i in range(len(inputs))]
-        shaped = torch.tensor(shaped_rewards(Phi, self.rewards[:, 0].tolist(), prompts, min_range=MIN_RANGE))
-        groups = shaped.view(-1, M)
+        shaped = shaped_rewards(Phi, self.rewards[:, 0].tolist(), prompts, min_range=MIN_RANGE)
         # Scores are as far off as features, and are divided by their span in the group.
-        torch.testing.assert_close(self.rewards[:, :2].sum(1), shaped, rtol=0, atol=ERROR / MIN_RANGE)
-        advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
-        torch.testing.assert_close(output["advantages"], advantages.flatten(), rtol=0, atol=ERROR / MIN_RANGE)
+        assert self.rewards[:, :2].sum(1).tolist() == pytest.approx(shaped, rel=0, abs=ERROR / MIN_RANGE)
+        expected = advantages(shaped, prompts, epsilon=1e-4)
+        assert output["advantages"].tolist() == pytest.approx(expected, rel=0, abs=ERROR / MIN_RANGE)
         self.rounds, self.moved = self.rounds + 1, max(self.moved, float(self.rewards[:, 1].abs().max()))
         return output
 

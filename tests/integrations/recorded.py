@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.integrations.written_out import features, shaped_rewards
+from tests.integrations import written_out
 
 # Features are sums in fp32, of relative error 1e-6, and so are scores, which are near one. A shaped reward has a
 # difference of scores over their range, 1e-2 at least; an advantage has that reward over a deviation of 0.2 and more.
@@ -33,13 +33,12 @@ def check(ranks: list[dict[str, Any]], model: Path, group: int, temperature: flo
     rewards = [r for rank in ranks for r in rank["rewards"].tolist()]
     assert set(rewards) == {0.0, 1.0}  # right answers and wrong ones
     prompts = [i // group for i in range(len(rewards))]
-    shaped = torch.tensor(
-        shaped_rewards(features(exact, rows, temperature), rewards, prompts, reward_range=(0, 1)), dtype=torch.float64
-    ).view(-1, group)
-    assert float((shaped.flatten() - torch.tensor(rewards, dtype=torch.float64)).abs().max()) > 0.1
-    expected = (shaped - shaped.mean(1, keepdim=True)) / (shaped.std(1, keepdim=True) + 1e-4)
-    found = torch.cat([rank["advantages"] for rank in ranks]).double()
-    return float((found - expected.flatten()).abs().max())
+    Phi = written_out.features(exact, rows, temperature)
+    shaped = written_out.shaped_rewards(Phi, rewards, prompts, reward_range=(0, 1))
+    assert max(abs(new - old) for new, old in zip(shaped, rewards, strict=True)) > 0.1
+    found = torch.cat([rank["advantages"] for rank in ranks]).tolist()
+    expected = written_out.advantages(shaped, prompts, epsilon=1e-4)
+    return max(abs(one - other) for one, other in zip(found, expected, strict=True))
 
 
 def save(
