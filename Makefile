@@ -16,6 +16,7 @@
 # make sanitize  those of the CPU kernels under Clang's sanitizers of addresses, undefined behaviour and threads
 # make sanitize-ops  the campaigns of calls, see make faults, against CPU kernels under the sanitizer of addresses
 # make aarch64   cross-compile the CPU kernels for AArch64 and run their tests under qemu-user
+# make macos     cross-compile the CPU kernels and their tests for macOS on Apple silicon by zig, and run none of it
 # make wheel     a wheel in dist/ for the torch of constraints.txt
 # make cuda      build the CUDA kernels for all architectures and print what they take of a chip, with the python3 that
 #                is there: needs nvcc, torch and cuobjdump
@@ -38,8 +39,8 @@ SOURCES := $(wildcard $(addprefix csrc/*/,*.cpp *.cu *.h CMakeLists.txt)) CMakeL
 # Other people's trainers, which are run with G2RL in them: make NAME.
 TRAINERS := openrlhf swift unsloth
 
-.PHONY: setup train test ranks faults planted ctest trl verl $(TRAINERS) vllm lowest audit sanitize sanitize-ops aarch64 cuda \
-  wheel bench bench-report gpu lint clean
+.PHONY: setup train test ranks faults planted ctest trl verl $(TRAINERS) vllm lowest audit sanitize sanitize-ops aarch64 macos \
+  cuda wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -206,6 +207,21 @@ aarch64: $(ARM)/torch/.ready
 	  -DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed,--allow-shlib-undefined -DG2RL_TORCH_DIR="$(CURDIR)/$(ARM)/torch/torch"
 	$(BIN)/cmake --build $(ARM) --parallel --target $(CPU_TESTS)
 	$(BIN)/ctest --test-dir $(ARM) --output-on-failure --tests-regex "^(products|rowwise)_"
+
+MAC := build/macos
+
+$(MAC)/.ready: constraints.txt | $(READY)
+	$(BIN)/pip install --quiet --upgrade --target $(MAC)/torch --no-deps --only-binary :all: \
+	  --platform macosx_14_0_arm64 "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --upgrade --target $(MAC)/zig ziglang==0.17.1
+	touch $@
+
+macos: export ZIG_GLOBAL_CACHE_DIR = $(CURDIR)/$(MAC)/cache
+macos: $(MAC)/.ready
+	$(BIN)/cmake -S . -B $(MAC) -DCMAKE_SYSTEM_NAME=Darwin -DCMAKE_SYSTEM_PROCESSOR=arm64 \
+	  -DCMAKE_CXX_COMPILER="$(CURDIR)/$(MAC)/zig/ziglang/zig;c++;-target;aarch64-macos" \
+	  -DG2RL_TORCH_DIR="$(CURDIR)/$(MAC)/torch/torch"
+	$(BIN)/cmake --build $(MAC) --parallel --target $(CPU_TESTS)
 
 wheel: $(READY)
 	rm -rf build/lib*

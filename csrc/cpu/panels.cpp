@@ -15,7 +15,6 @@ namespace {
 
 constexpr int64_t kColumnBlockUnits = 64 * 1024;  // 256 KB of right operand
 constexpr int64_t kBlocksPerTask = 8;
-constexpr int64_t kMappedBytes = 4 << 20;
 constexpr int64_t kLine = 16;  // 32-bit units per cache line
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -52,6 +51,7 @@ Format choose_format(at::ScalarType dtype) {
 
 Buffer::Buffer(int64_t bytes) {
 #if defined(__unix__)
+  constexpr int64_t kMappedBytes = 4 << 20;
   if (bytes >= kMappedBytes) {
     void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
