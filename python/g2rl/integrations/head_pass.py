@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from g2rl.heads import lm_head, product_dtype
-from g2rl_kernels import SequenceFeatures, pad, sequence_features, token_logprobs, unpad
+from g2rl_kernels import LMHead, SequenceFeatures, pad, sequence_features, token_logprobs, unpad
 
 # The mean difference of log-probabilities that rounding logits to 16 bits explains, absolute and relative.
 ROUNDING = 0.1
@@ -189,13 +189,16 @@ class FeaturePass:
 
     def run(self, model: Any, hidden: torch.Tensor) -> None:
         """Set outputs, of `model`'s head on its last hidden states [..., d]."""
+        self.run_head(lm_head(model, self.temperature, product_dtype(hidden)), hidden)
+
+    def run_head(self, head: LMHead, hidden: torch.Tensor) -> None:
+        """Set outputs, of a head of the pass's temperature on hidden states [..., d]."""
         response = self.response.flatten().to(hidden.device)
         predicts = response >= 0
-        dtype = product_dtype(hidden)
         lengths = torch.bincount(response[predicts], minlength=self.B)
         self.outputs = sequence_features(
-            hidden.flatten(0, -2)[predicts].to(dtype),
-            lm_head(model, self.temperature, dtype),
+            hidden.flatten(0, -2)[predicts].to(head.weight.dtype),
+            head,
             self.targets.flatten().to(hidden.device)[predicts],
             F.pad(lengths.cumsum(0), (1, 0)),
             context_group=self.context_group,

@@ -61,7 +61,7 @@ class G2RLEngine(FSDPEngineWithLMHead):
         self, micro_batch: TensorDict, model_inputs: dict[str, Any], output_args: dict[str, Any]
     ) -> FeaturePass:
         response, targets = self._predicted(micro_batch, output_args), output_args["input_ids_rmpad_rolled"]
-        padding_mask, temperature = model_inputs["attention_mask"], _temperature(micro_batch["temperature"])
+        padding_mask, temperature = model_inputs["attention_mask"], uniform_temperature(micro_batch["temperature"])
         if padding_mask is not None:
             response, targets = pad(response, padding_mask, -1), pad(targets, padding_mask)
         return FeaturePass(response, targets, len(micro_batch), temperature, self.ulysses_parallel_group)
@@ -114,7 +114,8 @@ class G2RLEngine(FSDPEngineWithLMHead):
             )
 
 
-def _temperature(temperature: float | torch.Tensor) -> float:
+def uniform_temperature(temperature: float | torch.Tensor) -> float:
+    """Of a batch's responses; raises NotImplementedError where they differ."""
     if isinstance(temperature, torch.Tensor):
         values = temperature.unique()
         if values.numel() != 1:

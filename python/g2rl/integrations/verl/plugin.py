@@ -14,8 +14,16 @@ logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 try:
+    from verl.workers.engine import MegatronEngine
+
     from g2rl.integrations.verl.engine import G2RLEngine
     from g2rl.integrations.verl.trainer import TRAINER_MODE
+
+    engines = [G2RLEngine.__name__]
+    if MegatronEngine is not None:  # Megatron-core is there
+        from g2rl.integrations.verl.megatron import G2RLMegatronEngine
+
+        engines.append(G2RLMegatronEngine.__name__)
 except Exception as error:
     logger.error(
         "g2rl-kernels %s: its plug-in for verl failed, and there will be no trainer_mode=g2rl_sync. It needs verl with "
@@ -28,5 +36,8 @@ except Exception as error:
     raise
 
 logger.info(
-    "g2rl-kernels %s: available as trainer.v1.trainer_mode=%s, with %s", __version__, TRAINER_MODE, G2RLEngine.__name__
+    "g2rl-kernels %s: available as trainer.v1.trainer_mode=%s, with %s",
+    __version__,
+    TRAINER_MODE,
+    " and ".join(engines),
 )

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 TRAINER_MODE = "g2rl_sync"
-ENGINES = ("fsdp", "fsdp2")
+ENGINES = ("fsdp", "fsdp2", "megatron")
 SCORES = (
     "the lowest and highest score of your data sources: [-1,1] for verl's math_dapo, math, math_dapo_reasoning and "
     "aime*, [0,1] for its others"
@@ -115,9 +115,19 @@ def check_config(config: DictConfig) -> None:
     actor = config.actor_rollout_ref
     if actor.actor.strategy not in ENGINES:
         raise ConfigError(
-            f"actor_rollout_ref.actor.strategy: expected {' or '.join(ENGINES)}, found {actor.actor.strategy!r}: "
-            "features of G2RL come from these engines; set actor_rollout_ref.actor.strategy=fsdp2"
+            f"actor_rollout_ref.actor.strategy: expected {', '.join(ENGINES[:-1])} or {ENGINES[-1]}, found "
+            f"{actor.actor.strategy!r}: features of G2RL come from these engines; set "
+            "actor_rollout_ref.actor.strategy=fsdp2"
         )
+    if actor.actor.strategy == "megatron":
+        of_megatron = actor.actor.megatron
+        refused = {"actor_rollout_ref.model.use_fused_kernels": actor.model.use_fused_kernels} | {
+            f"actor_rollout_ref.actor.megatron.{name}": of_megatron.get(name)
+            for name in ("dynamic_context_parallel", "use_megatron_fsdp")
+        }
+        for name, found in refused.items():
+            if found:
+                raise ConfigError(f"{name}: expected False with G2RL's engine for Megatron, found {found}")
     if few := few_responses("actor_rollout_ref.rollout.n", actor.rollout.n):
         logger.warning(few)
 
