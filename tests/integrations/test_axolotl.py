@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
+
+from g2rl.integrations.trl import G2RLOptions
 
 NAME = "g2rl.integrations.axolotl"
 TRAINER = f"{NAME}.trainer.G2RLTrainer"
@@ -56,7 +58,7 @@ def test_options_of_the_file_reach_the_trainer(axolotl: Any, tiny_model: Path, t
     plugin = axolotl.G2RLPlugin()
     assert f"{NAME}.trainer" not in sys.modules  # axolotl's arguments would be made without the plugin's
     read = named(plugin.get_input_args())(g2rl={"min_range": 0.0, "reward_range": [0, 1]})
-    options = plugin.get_training_args(Config(g2rl=read.g2rl, trl={}, trainer_cls=TRAINER))
+    options = plugin.get_training_args(Config(read.model_dump(exclude_none=True), trl={}, trainer_cls=TRAINER))
     mixin = named(plugin.get_training_args_mixin())
 
     @dataclass
@@ -80,6 +82,18 @@ def test_options_of_the_file_reach_the_trainer(axolotl: Any, tiny_model: Path, t
     trainer = named(TRAINER)(str(tiny_model), odd, args=args, train_dataset=data)
     trainer.train()
     assert trainer.state.log_history[0]["rewards/g2rl_bonus/std"] > 0.1
+
+
+def test_options_are_those_of_trl_and_no_others(axolotl: Any) -> None:
+    assert list(axolotl.G2RLSection.model_fields) == [field.name for field in fields(G2RLOptions)]
+    for name in ("strenght", "num_generations"):  # misspelt; one of axolotl's, which it would have overwritten
+        with pytest.raises(ValueError, match=rf"g2rl\.{name}\n +Extra inputs are not permitted"):
+            axolotl.G2RLInput(g2rl={name: 8})
+
+
+def test_trainer_without_the_plugin_says_so(axolotl: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"plugins: expected {NAME}.G2RLPlugin beside trainer_cls"):
+        named(TRAINER)("model", odd, args=GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,22 @@ from pydantic import BaseModel
 from g2rl.integrations.exploration import require_plain
 
 
-class G2RLInput(BaseModel):
-    """What the plugin adds to a YAML file: fields of `g2rl.integrations.trl.G2RLOptions`, which checks them."""
+class G2RLSection(BaseModel, extra="forbid"):
+    """Fields of `g2rl.integrations.trl.G2RLOptions`, whose defaults hold; others, such as axolotl's, are refused."""
 
-    g2rl: dict[str, Any] | None = None
+    strength: float | None = None
+    clip: float | None = None
+    rule: str | None = None
+    min_range: float | None = None
+    uniform_groups: str | None = None
+    reward_range: list[float] | None = None
+    fused_logprobs: bool | None = None
+
+
+class G2RLInput(BaseModel):
+    """What the plugin adds to a YAML file."""
+
+    g2rl: G2RLSection | None = None
 
 
 class G2RLPlugin(BasePlugin):  # type: ignore[misc]

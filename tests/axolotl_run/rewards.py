@@ -1,0 +1,39 @@
+"""A reward function, and a plug-in of axolotl that records what its trainer makes of rewards."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from axolotl.integrations.base import BasePlugin
+
+from tests.integrations.recorded import save
+
+
+def vowels(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(c in "aeiou02468" for c in text) > 0.14 * len(text)) for text in completions]
+
+
+class Recorder(BasePlugin):
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        generate_and_score = trainer._generate_and_score_completions
+
+        def recorded(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+            output: dict[str, Any] = generate_and_score(inputs)
+            record(trainer, output)
+            return output
+
+        trainer._generate_and_score_completions = recorded
+
+
+def record(trainer: Any, output: dict[str, Any]) -> None:
+    masks = output["prompt_mask"], output["completion_mask"]
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    present = torch.cat(masks, dim=1).bool()
+    scored = torch.cat([torch.zeros_like(masks[0]), masks[1]], dim=1).bool()
+    rows = [(i[p], s[p]) for i, p, s in zip(ids, present, scored, strict=True)]
+    rank = trainer.accelerator.process_index
+    rewards = torch.tensor(trainer._logs["rewards"]["vowels"])[rank * len(rows) : (rank + 1) * len(rows)]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    save(os.environ["RECORDS"], trainer.state.global_step, rank, model, rows, rewards, output["advantages"])
