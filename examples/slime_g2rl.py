@@ -1,9 +1,9 @@
 """Where G2RL goes in slime: `--custom-advantage-function-path examples.slime_g2rl.advantages`.
 
 slime normalises rewards before the trainer sees them: `--disable-rewards-normalization` leaves that to this function.
-Features come from the pass for old log-probabilities: `sequence_features` on the hidden states before the head, partial
-sums of tensor-parallel ranks added up, kept as `rollout_data["g2rl_features"]`, alike on context-parallel ranks. slime
-deals samples out over data-parallel ranks one by one or by length: indices put groups together again. Written from the
+Features come from the pass for old log-probabilities, with `g2rl.integrations.megatron.run_alongside` around the
+model's call, and are kept as `rollout_data["g2rl_features"]`, alike on tensor- and context-parallel ranks. slime deals
+samples out over data-parallel ranks one by one or by length: indices put groups together again. Written from the
 sources of slime 0.3; not run inside it.
 """
 

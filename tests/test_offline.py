@@ -27,6 +27,7 @@ KNOWN = {
 }
 NEEDS_MORE = {
     "axolotl": "the plug-in for axolotl",
+    "megatron": "the plug-in for verl",
     "openrlhf": "the integration with OpenRLHF",
     "ray": "the integrations with SkyRL and OpenRLHF",
     "skyrl": "the integration with SkyRL",

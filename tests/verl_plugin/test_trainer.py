@@ -209,7 +209,15 @@ def test_rewards_of_0_are_warned_of_once(queue: None, caplog: pytest.LogCaptureF
     [
         (["+g2rl.strenght=1"], "g2rl.strenght: expected one of strength, clip, .* found an unknown key"),
         (["+g2rl.strength=-1"], "g2rl.strength: expected a number from 0 to 1e18, found -1"),
-        (["actor_rollout_ref.actor.strategy=megatron"], "strategy: expected fsdp or fsdp2, found 'megatron'"),
+        (["actor_rollout_ref.actor.strategy=veomni"], "strategy: expected fsdp, fsdp2 or megatron, found 'veomni'"),
+        (
+            ["model_engine=megatron", "actor_rollout_ref.model.use_fused_kernels=True"],
+            "model.use_fused_kernels: expected False with G2RL's engine for Megatron, found True",
+        ),
+        (
+            ["model_engine=megatron", "actor_rollout_ref.actor.megatron.use_megatron_fsdp=True"],
+            "actor.megatron.use_megatron_fsdp: expected False",
+        ),
     ],
 )
 def test_refusals(overrides: list[str], message: str) -> None:

@@ -5,8 +5,9 @@
         logits = model(ids, position_ids, attention_mask)  # of a micro-batch, as for old log-probabilities
     done.outputs.features  # [B, d], the same on the tensor- and context-parallel ranks of the last pipeline stage
 
-Ranks of tensor parallelism have a part of the output layer's vocabulary each, and with `sequence_parallel` a part of the
-positions; those of context parallelism have parts of each sequence. Needs Megatron-core 0.13, of which nothing is imported.
+Ranks of tensor parallelism have a part of the output layer's vocabulary each, and with `sequence_parallel` a part of
+the positions; those of context parallelism have parts of each sequence. Nothing of Megatron-core, 0.13 or later, is
+imported.
 """
 
 from __future__ import annotations
@@ -61,11 +62,13 @@ def run_alongside(model: Any, done: FeaturePass) -> Iterator[None]:
     finally:
         handle.remove()
     if not calls:
-        raise RuntimeError("g2rl: expected a forward pass through model.output_layer, found none: fused kernels go past it")
-    for hidden, weight in calls:
-        if layer.sequence_parallel:
-            hidden = _gathered(hidden, layer.tp_group)
-        done.run_head(_head(layer, weight, done.temperature, product_dtype(hidden)), hidden.transpose(0, 1))
+        raise RuntimeError(
+            "g2rl: expected a forward pass through model.output_layer, found none: fused kernels go past it"
+        )
+    ((hidden, weight),) = calls
+    if layer.sequence_parallel:
+        hidden = _gathered(hidden, layer.tp_group)
+    done.run_head(_head(layer, weight, done.temperature, product_dtype(hidden)), hidden.transpose(0, 1))
 
 
 def output_layer(model: Any) -> Any:
@@ -77,8 +80,8 @@ def output_layer(model: Any) -> Any:
     layer = next((part.output_layer for part in model.modules() if hasattr(part, "output_layer")), None)
     if layer is not None and not hasattr(layer, "tp_group"):
         raise NotImplementedError(
-            "model.output_layer: expected ColumnParallelLinear of Megatron-core 0.13 or later without an adapter, whose "
-            f"weight the features are made of, found {type(layer).__name__}"
+            "model.output_layer: expected ColumnParallelLinear of Megatron-core 0.13 or later, without an adapter, found "
+            f"{type(layer).__name__}: features are made of its weight"
         )
     return layer
 

@@ -63,7 +63,5 @@ class G2RLMegatronEngine(MegatronEngineWithLMHead):
             return preprocess_bshd_engine(values, need_roll=True, forced_max_seqlen=longest, **padding)[0]
         bucket = self.engine_config.pad_to_length_bucket if self.engine_config.pad_to_length else None
         layout = self._get_context_parallel_layout(model)
-        packed = preprocess_thd_engine(
-            values, need_roll=True, pad_to_length_bucket=bucket, cp_layout=layout, **padding
-        )
+        packed = preprocess_thd_engine(values, need_roll=True, pad_to_length_bucket=bucket, cp_layout=layout, **padding)
         return packed[0]

@@ -21,9 +21,12 @@ try:
 
     engines = [G2RLEngine.__name__]
     if MegatronEngine is not None:  # Megatron-core is there
-        from g2rl.integrations.verl.megatron import G2RLMegatronEngine
+        try:
+            from g2rl.integrations.verl.megatron import G2RLMegatronEngine
 
-        engines.append(G2RLMegatronEngine.__name__)
+            engines.append(G2RLMegatronEngine.__name__)
+        except ImportError as error:  # of another verl; its engine for FSDP may serve all the same
+            logger.warning("g2rl-kernels %s: no features from verl's engine for Megatron: %s", __version__, error)
 except Exception as error:
     logger.error(
         "g2rl-kernels %s: its plug-in for verl failed, and there will be no trainer_mode=g2rl_sync. It needs verl with "
