@@ -80,8 +80,8 @@ def output_layer(model: Any) -> Any:
     layer = next((part.output_layer for part in model.modules() if hasattr(part, "output_layer")), None)
     if layer is not None and not hasattr(layer, "tp_group"):
         raise NotImplementedError(
-            "model.output_layer: expected ColumnParallelLinear of Megatron-core 0.13 or later, without an adapter, found "
-            f"{type(layer).__name__}: features are made of its weight"
+            "model.output_layer: expected ColumnParallelLinear of Megatron-core 0.13 or later, without an adapter, "
+            f"found {type(layer).__name__}: features are made of its weight"
         )
     return layer
 
