@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import McoreEngineConfig
+from verl.workers.engine import EngineRegistry
 from verl.workers.engine.megatron import transformer_impl
 
 from g2rl.integrations.verl.engine import FEATURES, REQUEST
@@ -260,6 +261,11 @@ def one_of(rank: int, ranks: int, folder: Path) -> None:
         everything = {name: case for cases in CASES.values() for name, case in cases.items()}
         torch.save({name: by_autograd(case) for name, case in everything.items()}, folder / "expected")
     dist.destroy_process_group()
+
+
+def test_verl_takes_this_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")
+    assert EngineRegistry.get_engine_cls("language_model", "megatron") is G2RLMegatronEngine
 
 
 @pytest.mark.slow
