@@ -31,8 +31,9 @@ response_mask = mask & (position >= prompt)
 rewards = torch.tensor([1.0, -1, -1, 1, -1, -1, 1, -1])
 
 # One forward pass gives log-probabilities with gradient, entropy, and features: no logits, no extra pass.
-hidden, cu_seqlens = unpad(model.model(ids, mask.long()).last_hidden_state[:, :-1], response_mask[:, 1:])
-targets = ids[:, 1:][response_mask[:, 1:]]
+scored = response_mask[:, 1:]  # positions that predict a token of the response
+hidden, cu_seqlens = unpad(model.model(ids, mask.long()).last_hidden_state[:, :-1], scored)
+targets = ids[:, 1:][scored]
 head = lm_head(model, temperature=1.0, dtype=hidden.dtype)  # LMHead(weight, ...) with the scale or cap of its family
 out = sequence_features(hidden, head, targets, cu_seqlens)
 result = g2rl_advantages(out.features, rewards, groups=4)

@@ -26,6 +26,7 @@ from g2rl_kernels.checks import (
     is_dtensor,
     refuse_function_transforms,
     refuse_tangents,
+    short_name,
     values_readable,
 )
 from g2rl_kernels.dispatch import BACKENDS, backend_number, resolve
@@ -318,7 +319,11 @@ def _check_tokens(
     workspace_bytes: int | None,
 ) -> None:
     """The checks that need no values of tensors."""
-    check_tensor("hidden", hidden, ("N", weight.shape[1]), (weight.dtype,), weight.device)
+    check_tensor("hidden", hidden, ("N", weight.shape[1]), None, weight.device)
+    if hidden.dtype != weight.dtype:
+        expected, found = short_name(weight.dtype), short_name(hidden.dtype)
+        way_out = "; pass LMHead(weight.to(hidden.dtype))" if hidden.dtype in FLOAT_DTYPES else ""
+        raise TypeError(f"hidden: expected dtype {expected}, as head.weight, found {found}{way_out}")
     check_tensor("targets", targets, (hidden.shape[0],), (torch.int64,), hidden.device)
     if workspace_bytes is not None:
         if not isinstance(workspace_bytes, Integral | torch.SymInt):

@@ -373,6 +373,25 @@ def test_a_head_pass_is_refused_by_a_model_of_pefts(tiny_model: Path) -> None:
         add_head_pass(model)
 
 
+def test_a_model_without_a_head_pass_is_named(tiny_model: Path) -> None:
+    """Models of transformers pass over arguments that they do not know."""
+    ids = torch.arange(24).view(2, 12)
+    with pytest.raises(TypeError, match="expected one that add_head_pass has seen, found LlamaForCausalLM without it"):
+        run_head_pass(AutoModelForCausalLM.from_pretrained(tiny_model), HeadPass(ids, ids >= 0, None, 1.0))
+
+
+def test_a_head_pass_takes_a_mask_of_numbers(tiny_model: Path) -> None:
+    """As tokenizers make them."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    add_head_pass(model)
+    ids, scored = torch.arange(24).view(2, 12), (torch.arange(12) > 4).expand(2, 12)
+    expected, *found = (
+        run_head_pass(model, HeadPass(ids, mask, mask, 1.0)) for mask in (scored, scored.long(), scored.float())
+    )
+    for outputs in found:
+        assert all(torch.equal(x, y) for x, y in zip(outputs, expected, strict=True))
+
+
 def test_evaluation_knows_no_bonus(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
     options = {"num_generations_eval": 1, "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 1}
     run = trainer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from backend_cases import every_device
 
 from g2rl_kernels import pad, sequence_features, testing, unpad
@@ -89,6 +90,24 @@ def test_padded_batches_through_the_head() -> None:
     expected = sequence_features(s.hidden, s.head, s.targets, s.cu_seqlens)
     assert torch.equal(out.features, expected.features)
     assert pad(out.logps, mask)[mask.bool()].tolist() == expected.logps.tolist()
+
+
+def test_packed_rows_through_the_head() -> None:
+    """Sequences behind each other, prompts included, as docs/TRAINERS.md has them, with padding behind."""
+    s = testing.head_sample(testing.Shape((3, 1, 0, 4), 8, 17, ""))
+    prompts, padding = (2, 4, 1, 3), torch.zeros(5, dtype=torch.bool)
+    sequences = [torch.arange(p + r) >= p for p, r in zip(prompts, s.cu_seqlens.diff().tolist(), strict=True)]
+    scored = torch.cat((*sequences, padding))
+    cu_seqlens = F.pad(torch.tensor([len(sequence) for sequence in sequences]), (1, 0)).cumsum(0).int()
+    ids, states = torch.zeros(len(scored), dtype=torch.int64), torch.zeros(len(scored), 8)
+    ids[scored], states[scored.roll(-1)] = s.targets, s.hidden
+
+    predicts = scored[1:]
+    responses = F.pad(scored.cumsum(0), (1, 0))[cu_seqlens]
+    out = sequence_features(states[:-1][predicts], s.head, ids[1:][predicts], responses)
+    expected = sequence_features(s.hidden, s.head, s.targets, s.cu_seqlens)
+    assert torch.equal(out.features, expected.features)
+    assert torch.equal(out.logps, expected.logps)
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,35 @@ def test_compiled_groups_equal_eager(groups: int | Tensor) -> None:
     torch.testing.assert_close(compiled.grad, eager.grad, rtol=2.0**-23, atol=1e-14)
 
 
+def test_a_whole_step_is_one_graph() -> None:
+    """From padded hidden states to the loss, as the README has it, for batches of any size."""
+    weight = torch.randn(11, 5, generator=torch.Generator().manual_seed(0))
+
+    def step(states: Tensor, weight: Tensor, ids: Tensor, response_mask: Tensor, rewards: Tensor) -> Tensor:
+        scored = response_mask[:, 1:].bool()
+        hidden, cu_seqlens = unpad(states[:, :-1], scored)
+        out = sequence_features(hidden, LMHead(weight), ids[:, 1:][scored], cu_seqlens)
+        result = g2rl_advantages(out.features, rewards, groups=4)
+        return (out.logps * result.advantages.repeat_interleave(cu_seqlens.diff())).sum() / len(ids)
+
+    # Inductor, too, has to know that there are as many targets as hidden states.
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="inductor")
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        for B, L in ((4, 7), (8, 5)):
+            random = torch.Generator().manual_seed(B)
+            states, rewards = torch.randn(B, L, 5, generator=random), torch.randn(B, generator=random)
+            ids = torch.randint(11, (B, L), generator=random)
+            response_mask = torch.randint(2, (B, L), generator=random)
+            eager, found = leaf(weight), leaf(weight)
+            expected = step(states, eager, ids, response_mask, rewards)
+            expected.backward()
+            loss = compiled(states, found, ids, response_mask, rewards)
+            loss.backward()
+            # The ops are the same; what surrounds them is a sum of 32 terms below 4 at most, rounded in another order.
+            torch.testing.assert_close(loss, expected, rtol=0, atol=32 * 4 * 2**-23)
+            torch.testing.assert_close(found.grad, eager.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_compiled_packing_equals_eager() -> None:
     padded = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0]])

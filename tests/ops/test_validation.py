@@ -152,7 +152,16 @@ HEAD_FUNCTIONS = [
         ({"hidden": "h"}, TypeError, "hidden: expected a tensor, found str"),
         ({"hidden": torch.zeros(N, D + 1)}, ValueError, "hidden: expected shape [N, 4], found [6, 5]"),
         ({"hidden": torch.zeros(2, 3, D)}, ValueError, "hidden: expected shape [N, 4], found [2, 3, 4]"),
-        ({"hidden": torch.zeros(N, D).bfloat16()}, TypeError, "hidden: expected dtype float32, found bfloat16"),
+        (
+            {"hidden": torch.zeros(N, D).bfloat16()},
+            TypeError,
+            "hidden: expected dtype float32, as head.weight, found bfloat16; pass LMHead(weight.to(hidden.dtype))",
+        ),
+        (
+            {"hidden": torch.zeros(N, D).long()},
+            TypeError,
+            "hidden: expected dtype float32, as head.weight, found int64",
+        ),
         ({"head": [1, 2]}, TypeError, "head.weight: expected a tensor, found list"),
         ({"head": torch.nn.Linear(4, V)}, TypeError, "head: expected an LMHead or a weight, found Linear; LMHead("),
         ({"targets": None}, TypeError, "targets: expected a tensor, found NoneType"),

@@ -44,7 +44,7 @@ class HeadPass:
 
     Attributes:
         input_ids: [B, L] int64.
-        scored: [B, L] bool; tokens whose log-probability is wanted.
+        scored: [B, L], bools or numbers; non-zero marks a token whose log-probability is wanted.
         token_weights: [B, L] of each token in its sequence's feature, 0 for tokens of tools; None: no features.
         temperature: of the policy.
         dtype: of the head's product; None: autocast's, or the hidden states'.
@@ -75,7 +75,7 @@ class HeadPass:
 
     def __call__(self, model: Any, hidden: torch.Tensor) -> HeadOutputs:
         """Outputs of `model`'s head on its last hidden states."""
-        scored = self.scored[:, 1:]
+        scored = self.scored[:, 1:].bool()
         packed, cu_seqlens = unpad(hidden[:, :-1], scored)
         dtype = self.dtype or product_dtype(hidden)
         packed, head = packed.to(dtype), lm_head(model, self.temperature, dtype)
@@ -125,8 +125,14 @@ def run_head_pass(model: Any, head_pass: HeadPass, **inputs: Any) -> HeadOutputs
 
     Args:
         model: one that `add_head_pass` has seen, in whatever wraps it now.
+
+    Raises:
+        TypeError: the model has given logits, as one of transformers does that knows nothing of a head pass.
     """
-    return _changed(model(input_ids=head_pass.input_ids, head_pass=head_pass, **inputs), torch.real)
+    outputs = model(input_ids=head_pass.input_ids, head_pass=head_pass, **inputs)
+    if hasattr(outputs, "logits"):
+        raise TypeError(f"model: expected one that add_head_pass has seen, found {type(model).__name__} without it")
+    return _changed(outputs, torch.real)
 
 
 def _as_complex(tensor: torch.Tensor) -> torch.Tensor:
