@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from axolotl.integrations.base import BasePlugin
 
-from tests.integrations.recorded import save
+from tests.integrations.recorded import rows_of, save
 
 
 def vowels(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
@@ -28,11 +28,7 @@ class Recorder(BasePlugin):
 
 
 def record(trainer: Any, output: dict[str, Any]) -> None:
-    masks = output["prompt_mask"], output["completion_mask"]
-    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-    present = torch.cat(masks, dim=1).bool()
-    scored = torch.cat([torch.zeros_like(masks[0]), masks[1]], dim=1).bool()
-    rows = [(i[p], s[p]) for i, p, s in zip(ids, present, scored, strict=True)]
+    rows = rows_of(output)
     rank = trainer.accelerator.process_index
     rewards = torch.tensor(trainer._logs["rewards"]["vowels"])[rank * len(rows) : (rank + 1) * len(rows)]
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -41,6 +41,15 @@ def check(ranks: list[dict[str, Any]], model: Path, group: int, temperature: flo
     return max(abs(one - other) for one, other in zip(found, expected, strict=True))
 
 
+def rows_of(output: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of what TRL's trainer makes of generated rows: each without padding, its ids and which are scored."""
+    masks = output["prompt_mask"], output["completion_mask"]
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    present = torch.cat(masks, dim=1).bool()
+    scored = torch.cat([torch.zeros_like(masks[0]), masks[1]], dim=1).bool()
+    return [(i[p], s[p]) for i, p, s in zip(ids, present, scored, strict=True)]
+
+
 def save(
     folder: str, step: int, rank: int, model: Any, rows: list[tuple[Any, Any]], rewards: Any, advantages: Any
 ) -> None:

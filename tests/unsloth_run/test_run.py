@@ -14,6 +14,7 @@ from unsloth import FastLanguageModel
 
 from g2rl.integrations import trl as integration
 from tests.g2rl.conftest import tiny_model
+from tests.integrations.recorded import rows_of
 from tests.integrations.written_out import advantages, features, shaped_rewards
 
 __all__ = ["tiny_model"]
@@ -63,11 +64,7 @@ class Trainer(integration.G2RLTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
-        mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1).bool()
-        scored = torch.cat([torch.zeros_like(output["prompt_mask"]), output["completion_mask"]], 1)
-        responses = [(row[kept], own[kept]) for row, kept, own in zip(ids, mask, scored, strict=True)]
-        Phi = features(self.in_float64(), responses, TEMPERATURE)
+        Phi = features(self.in_float64(), rows_of(output), TEMPERATURE)
         error = (self._rollout.features - Phi).norm(dim=1) / Phi.norm(dim=1)
         assert float(error.max()) < ERROR
 

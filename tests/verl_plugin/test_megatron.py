@@ -27,7 +27,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from test_verl import SIZES, assert_equal, batch
+from test_verl import SIZES, assert_equal, batch, through_logits
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig
@@ -201,21 +201,11 @@ def run(engine: G2RLMegatronEngine, case: Case, **asked: Any) -> dict[str, Tenso
 def by_autograd(case: Case) -> Tensor:
     """T times the gradient of each response's mean log-probability, in float64 through the whole model's logits."""
     model = build(Case(tied=case.tied), torch.float64)
-    inputs: list[Tensor] = []
 
-    def keep(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        inputs.append(args[0].detach().requires_grad_())
-        return (inputs[-1],)
+    def logits_of(ids: Tensor) -> Tensor:
+        return model(ids, torch.arange(ids.shape[1])[None], None)
 
-    model.output_layer.register_forward_pre_hook(keep)
-    features, data = [], batch()
-    for ids, mask in zip(data["input_ids"].unbind(), data["response_mask"].unbind(), strict=True):
-        logits = model(ids[None], torch.arange(len(ids))[None], None)[0, :-1]
-        logps = (logits / case.temperature).log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        own = mask.bool()
-        (gradient,) = torch.autograd.grad(logps[-len(mask) :][own].sum(), inputs.pop())
-        features.append(case.temperature * gradient.sum((0, 1)) / max(int(own.sum()), 1))
-    return torch.stack(features)
+    return through_logits(logits_of, model.output_layer, batch(), case.temperature)
 
 
 class OnCPU(TorchFunctionMode):

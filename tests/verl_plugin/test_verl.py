@@ -7,7 +7,7 @@ import os
 # verl reads this when it is imported, and so do the processes that Ray starts.
 os.environ["VERL_USE_EXTERNAL_MODULES"] = "verl_cpu"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,20 +86,27 @@ def batch(seed: int = 0) -> TensorDict:
 def by_autograd(folder: Path, data: TensorDict, temperature: float) -> Tensor:
     """T times the gradient of each response's mean log-probability, in float64 through the model's own logits."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    return through_logits(lambda ids: model(ids).logits, model.get_output_embeddings(), data, temperature)
+
+
+def through_logits(
+    logits_of: Callable[[Tensor], Tensor], head: torch.nn.Module, data: TensorDict, temperature: float
+) -> Tensor:
+    """That of a model's logits [1, L, V] of ids [1, L], which come from its head."""
     heads: list[Tensor] = []
 
     def keep(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         heads.append(args[0].detach().requires_grad_())
         return (heads[-1],)
 
-    model.get_output_embeddings().register_forward_pre_hook(keep)
+    head.register_forward_pre_hook(keep)
     features = []
     for ids, mask in zip(data["input_ids"].unbind(), data["response_mask"].unbind(), strict=True):
-        logits = model(ids[None]).logits[0, :-1]
+        logits = logits_of(ids[None])[0, :-1]
         logps = (logits / temperature).log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         own = mask.bool()
         (gradient,) = torch.autograd.grad(logps[-len(mask) :][own].sum(), heads.pop())
-        features.append(temperature * gradient[0].sum(0) / max(int(own.sum()), 1))
+        features.append(temperature * gradient.sum((0, 1)) / max(int(own.sum()), 1))
     return torch.stack(features)
 
 

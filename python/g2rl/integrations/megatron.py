@@ -42,7 +42,7 @@ def run_alongside(model: Any, done: FeaturePass) -> Iterator[None]:
         NotImplementedError: an adapter on the output layer, or logits that are not its product.
         RuntimeError: the forward pass did not call it.
     """
-    layer = output_layer(model)
+    layer = _output_layer(model)
     if layer is None:
         yield
         return
@@ -71,7 +71,7 @@ def run_alongside(model: Any, done: FeaturePass) -> Iterator[None]:
     done.run_head(_head(layer, weight, done.temperature, product_dtype(hidden)), hidden.transpose(0, 1))
 
 
-def output_layer(model: Any) -> Any:
+def _output_layer(model: Any) -> Any:
     """The output layer in whatever wraps a model; None on stages of a pipeline that have none.
 
     Raises:

@@ -35,12 +35,13 @@ class G2RLMegatronEngine(MegatronEngineWithLMHead):
     """
 
     def forward_step(self, batch_iter: Iterator[TensorDict], model: Any, *args: Any, **kwargs: Any) -> Any:
-        batch = next(batch_iter)
+        batch, inner = next(batch_iter), unwrap_model(model)
         asked = tu.get_non_tensor_data(data=batch, key=REQUEST, default=False)
-        if not asked or not unwrap_model(model).post_process:
+        if not asked or not inner.post_process:
             return super().forward_step(iter([batch]), model, *args, **kwargs)
-        done = self._feature_pass(batch.to(get_device_id()), unwrap_model(model))
-        with run_alongside(model, done):
+        batch = batch.to(get_device_id())  # where verl would put it, and then finds it
+        done = self._feature_pass(batch, inner)
+        with run_alongside(inner, done):
             output, postprocess = super().forward_step(iter([batch]), model, *args, **kwargs)
         output[FEATURES] = done.outputs.features  # type: ignore[union-attr]
         return output, postprocess
@@ -48,20 +49,20 @@ class G2RLMegatronEngine(MegatronEngineWithLMHead):
     def _feature_pass(self, batch: TensorDict, model: Any) -> FeaturePass:
         """As verl lays the batch out: packed or padded, and dealt out over ranks of context parallelism."""
         ids, mask = batch["input_ids"], batch["response_mask"]
-        response = predicted_response(ids.offsets(), mask.values(), mask.offsets()).roll(1)  # of each token itself
         # verl fills up with 0, which is to be none.
-        labels = torch.nested.nested_tensor_from_jagged(response + 1, ids.offsets())
-        response, targets = self._next(labels, batch, model) - 1, self._next(ids, batch, model)
+        predicted = predicted_response(ids.offsets(), mask.values(), mask.offsets()) + 1
+        predicted = torch.nested.nested_tensor_from_jagged(predicted, ids.offsets())
+        response = self._local(predicted, batch, model, need_roll=False) - 1
+        targets = self._local(ids, batch, model, need_roll=True)
         group = mpu.get_context_parallel_group() if mpu.get_context_parallel_world_size() > 1 else None
         return FeaturePass(response, targets, len(ids), uniform_temperature(batch["temperature"]), group)
 
-    def _next(self, values: torch.Tensor, batch: TensorDict, model: Any) -> torch.Tensor:
-        """For each position of this rank the value of the token behind it, of ragged values [B, L]."""
-        padding = {"use_fp8_padding": model.config.fp8 in ("e4m3", "hybrid")}
+    def _local(self, values: torch.Tensor, batch: TensorDict, model: Any, need_roll: bool) -> torch.Tensor:
+        """Of ragged values [B, L] those at this rank's positions; with `need_roll` those of the tokens behind them."""
+        how = {"need_roll": need_roll, "use_fp8_padding": model.config.fp8 in ("e4m3", "hybrid")}
         if not self.engine_config.use_remove_padding:
             longest = tu.get_non_tensor_data(batch, key="forced_max_seqlen", default=None)
-            return preprocess_bshd_engine(values, need_roll=True, forced_max_seqlen=longest, **padding)[0]
+            return preprocess_bshd_engine(values, forced_max_seqlen=longest, **how)[0]
         bucket = self.engine_config.pad_to_length_bucket if self.engine_config.pad_to_length else None
         layout = self._get_context_parallel_layout(model)
-        packed = preprocess_thd_engine(values, need_roll=True, pad_to_length_bucket=bucket, cp_layout=layout, **padding)
-        return packed[0]
+        return preprocess_thd_engine(values, pad_to_length_bucket=bucket, cp_layout=layout, **how)[0]
