@@ -11,6 +11,8 @@ constexpr int64_t kSlabs = 32;
 // The rows of W for the next tile are fetched early if no more than this: L2 then holds them too.
 constexpr int64_t kFetchBytes = 512 * 1024;
 constexpr double kShareOfLogits = 0.044;  // with what else a pass allocates, 5 %
+// Of few tokens a share is too little to keep exponentials in, and they would pay a second product for it.
+constexpr int64_t kLeastBytes = 32 << 20;
 
 VocabCut cut_vocabulary(int64_t V, const Depth& depth, const Format& format) {
   const int64_t column_bytes = depth.units * format.parts * sizeof(uint32_t);
@@ -50,7 +52,8 @@ HeadProblem::HeadProblem(const at::Tensor& hidden_, const Head& head, const at::
 }
 
 int64_t HeadProblem::allowed_bytes(int64_t workspace_bytes) const {
-  return workspace_bytes > 0 ? workspace_bytes : static_cast<int64_t>(kShareOfLogits * N * V * sizeof(float));
+  if (workspace_bytes > 0) return workspace_bytes;
+  return std::max(kLeastBytes, static_cast<int64_t>(kShareOfLogits * N * V * sizeof(float)));
 }
 
 Soon HeadProblem::rows_soon(int64_t first, int64_t count) const {

@@ -36,7 +36,7 @@ struct HeadProblem {
   std::vector<double> raw_bias;
 
   int64_t padded_d() const { return depth.units * format.per_unit(); }
-  // What a plan may allocate: so much, or if that is 0, a share of fp32 logits.
+  // What a plan may allocate: so much, or if that is 0, a share of fp32 logits and no less than a fixed amount.
   int64_t allowed_bytes(int64_t workspace_bytes) const;
   // Rows of W from `first` on, at most `count`, for a product to fetch. None if they are too many for L2.
   Soon rows_soon(int64_t first, int64_t count) const;

@@ -93,6 +93,8 @@ void check(const Case& c) {
   const g2rl::Head head{weight, c.bias ? std::optional<at::Tensor>(bias) : std::nullopt, c.temperature, c.scale, c.cap};
   const auto [features, stats] = g2rl::sequence_features(hidden, head, targets, cu, weights, std::nullopt, 0);
   const auto [one_pass, again] = g2rl::sequence_features(hidden, head, targets, cu, weights, stats.lse, 0);
+  const auto [twice, twice_stats] = g2rl::sequence_features(hidden, head, targets, cu, weights, std::nullopt, 1);
+  expect(at::equal(features, twice) && at::equal(stats.lse, twice_stats.lse), "bits where nothing is kept", 1, 0);
   check_parts(head, hidden, targets, cu, weights, features, stats);
 
   const at::Tensor h = hidden.to(at::kDouble), w = weight.to(at::kDouble), b = bias.to(at::kDouble);
