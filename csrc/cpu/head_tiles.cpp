@@ -12,7 +12,7 @@ constexpr int64_t kSlabs = 32;
 constexpr int64_t kFetchBytes = 512 * 1024;
 constexpr double kShareOfLogits = 0.044;  // with what else a pass allocates, 5 %
 // Of few tokens a share is too little to keep exponentials in, and they would pay a second product for it.
-constexpr int64_t kLeastBytes = 32 << 20;
+constexpr int64_t kLeastBytes = 64 << 20;
 
 VocabCut cut_vocabulary(int64_t V, const Depth& depth, const Format& format) {
   const int64_t column_bytes = depth.units * format.parts * sizeof(uint32_t);

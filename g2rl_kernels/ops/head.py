@@ -165,7 +165,7 @@ def token_logprobs(
         targets: [N] int64 in [0, V), V the whole vocabulary.
         workspace_bytes: limit for temporary tensors of vocabulary size and for partial sums of features; more of it can
             save a second product with the weight. Default: 256 MiB; on a GPU a fortieth of its memory if that is more,
-            2 GiB at most; on a CPU with the compiled kernels 32 MiB, or 5 % of what fp32 logits would take if that is
+            2 GiB at most; on a CPU with the compiled kernels 64 MiB, or 5 % of what fp32 logits would take if that is
             more.
         check_finite: also raise for NaN or inf in hidden, which costs one read of it. Not while a CUDA graph is
             captured, as for all values.
