@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from io import TextIOWrapper
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     # Before huggingface_hub is loaded: libraries may fetch what a configuration names, and report nothing of the run.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if isinstance(sys.stdout, TextIOWrapper):  # tables have Greek letters, responses anything; not every terminal does
+        sys.stdout.reconfigure(errors="replace")
     try:
         status: int = options.run(options)
         return status
@@ -145,11 +148,14 @@ def _train(settings: list[str]) -> int:
 
         dry_run(config)
         return 0
+    from g2rl.rewards import RewardError
     from g2rl.trainer import Trainer
 
     _announce(config)
     try:
         Trainer(config).run()
+    except RewardError as error:
+        raise ConfigError(f"{error}; once that is mended, continue with: g2rl train resume={config.run_dir}") from error
     except ConfigError:
         let_go(config.run_dir)
         raise

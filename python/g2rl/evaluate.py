@@ -86,7 +86,8 @@ def evaluate(
         problems: held-out problems, at least one.
         seed: of the draws.
         ranks: share the problems; each gets the results of all.
-        rewards: functions and weights of the reward, whose mean is measured too; none of it without.
+        rewards: functions and weights of the reward, whose mean is measured too; not of `correct` alone, which pass@1
+            tells.
 
     Returns:
         metrics by key, and the results by problem.
@@ -101,7 +102,7 @@ def evaluate(
     for k in config.ks:
         metrics[f"eval/pass@{k}"] = fmean(pass_at_k(n, result.correct, k) for result in results)
         metrics[f"eval/maj@{k}"] = fmean(result.maj[k] for result in results)
-    if rewards:
+    if any(reward.name != "correct" for reward in rewards):
         metrics["eval/reward"] = fmean(ranks.gathered([v.reward for v in verdicts]))
     metrics["eval/response_length"] = fmean(ranks.gathered([len(e.response_ids) for e in drawn]))
     metrics["eval/finished_share"] = fmean(ranks.gathered([e.finished for e in drawn]))

@@ -25,6 +25,10 @@ _LARGEST = 1e15  # rewards become float32, which still holds its square summed o
 _ASKED: set[str] = set()  # functions that have been asked for the same value twice
 
 
+class RewardError(ConfigError):
+    """A reward function that failed while episodes were judged, which may be in the middle of a run."""
+
+
 @dataclass(frozen=True)
 class Reward:
     """A reward function that is ready to be called; `function` is None for `correct`, the task's own judgement."""
@@ -83,9 +87,10 @@ def judge_episodes(episodes: Sequence[Episode], task: Task, rewards: Sequence[Re
         rewards: functions and weights of the sum. Correctness is judged whether or not it is among them.
 
     Raises:
-        ConfigError: see `resolve_rewards`; or a user's function raised, took too long, returned something other than a
-            finite number, or gave the same response two values, where its configuration has training stop then. The
-            message names function and problem.
+        ConfigError: see `resolve_rewards`.
+        RewardError: a user's function raised, took too long, returned something other than a finite number, or gave
+            the same response two values, where its configuration has training stop then. The message names function
+            and problem.
     """
     resolved = resolve_rewards(rewards)
     correct = task.judge([episode.problem for episode in episodes], [episode.text for episode in episodes])
@@ -95,7 +100,7 @@ def judge_episodes(episodes: Sequence[Episode], task: Task, rewards: Sequence[Re
         parts = {reward.name: column[j] for reward, column in zip(resolved, values, strict=True)}
         total = sum(reward.config.weight * parts[reward.name] for reward in resolved)
         if not abs(total) <= _LARGEST:
-            raise ConfigError(f"rewards: expected a sum from {-_LARGEST:g} to {_LARGEST:g}, found {total} of {parts}")
+            raise RewardError(f"rewards: expected a sum from {-_LARGEST:g} to {_LARGEST:g}, found {total} of {parts}")
         verdicts.append(Verdict(total, right, parts, task.extract(episode.text, episode.problem)))
     return verdicts
 
@@ -105,11 +110,11 @@ def _values(reward: Reward, episodes: Sequence[Episode], correct: Sequence[bool]
     if reward.function is None:
         return [1.0 if right else -1.0 for right in correct]
     values: list[float] = []
-    failures: list[ConfigError] = []
+    failures: list[RewardError] = []
     for episode in episodes:
         try:
             values.append(_value(reward, reward.function, episode))
-        except ConfigError as error:
+        except RewardError as error:
             if reward.config.on_error == "stop":
                 raise
             failures.append(error)
@@ -129,7 +134,7 @@ def _ask_again(reward: Reward, function: RewardFunction, episode: Episode, value
     _ASKED.add(reward.name)
     try:
         again = _value(reward, function, episode)
-    except ConfigError as error:
+    except RewardError as error:
         if reward.config.on_error == "stop":
             raise
         warnings.warn(f"g2rl: asked for the same value again: {error}", RuntimeWarning, 4)
@@ -140,12 +145,12 @@ def _ask_again(reward: Reward, function: RewardFunction, episode: Episode, value
             f"{again} for problem {episode.problem.id!r}; {reward.key}.varies=allow if that is meant"
         )
         if reward.config.varies == "stop":
-            raise ConfigError(said)
+            raise RewardError(said)
         warnings.warn(f"g2rl: {said}", RuntimeWarning, 4)
 
 
 def _value(reward: Reward, function: RewardFunction, episode: Episode) -> float:
-    """One call of a user's function. Raises ConfigError for whatever it does instead of returning a finite number."""
+    """One call of a user's function. Raises RewardError for whatever it does instead of returning a finite number."""
     expected = f"{reward.key}.name: expected {reward.name} to return a finite number"
     where = f"for problem {episode.problem.id!r}"
     limit_s = 0.0 if reward.name in _BUILT_IN else reward.config.limit_s
@@ -157,16 +162,16 @@ def _value(reward: Reward, function: RewardFunction, episode: Episode) -> float:
         value = limited(call, limit_s, f"{reward.key}.name: {reward.name}") if limit_s else call()
     except OverTime as error:
         where += _line(error, reward.name)
-        raise ConfigError(f"{expected} within {reward.key}.limit_s = {limit_s:g} s, found none {where}") from error
+        raise RewardError(f"{expected} within {reward.key}.limit_s = {limit_s:g} s, found none {where}") from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit or asyncio's CancelledError would end training without a word
         where += _line(error, reward.name)
-        raise ConfigError(f"{expected}, found {type(error).__name__}: {error} {where}") from error
+        raise RewardError(f"{expected}, found {type(error).__name__}: {error} {where}") from error
     number = _number(value)
     if not abs(number) <= _LARGEST:
         beyond = f", beyond {_LARGEST:g}," if math.isfinite(number) else ""
-        raise ConfigError(f"{expected}, found {_shown(value)}{beyond} {where}")
+        raise RewardError(f"{expected}, found {_shown(value)}{beyond} {where}")
     return number
 
 

@@ -187,9 +187,8 @@ class Trainer:
         with times.stage("eval"):
             self.sampler.sync()
             seed, rewards = evaluation_seed(self.config.seed), self.config.rewards
-            measured = rewards if any(reward.name != "correct" for reward in rewards) else ()  # which pass@1 tells
             metrics, results = evaluate(
-                self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks, measured
+                self.sampler, self.task, self.held_out, self.config.eval, seed, self.ranks, rewards
             )
         return metrics | {"time/eval": times.seconds["time/eval"]}, results
 

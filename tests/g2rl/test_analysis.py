@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +315,15 @@ class TestCommand:
         assert f"| pairs | {counts[0]} | {counts[1]} |\n| pairs, both correct | " in report
         for name in ("cosines.png", "kinds.png", "other-pairs.png", "other-predictors.png", "other-layers.png"):
             assert (out / name).is_file() and f"({name})" in report
+
+    def test_a_terminal_without_greek_letters(
+        self, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        printed = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+        assert main(["geometry", str(tiny_model), *ARGUMENTS[:-1], "--out", str(tmp_path / "out")]) == 0
+        sys.stdout.flush()
+        assert b"mean cosine of ?" in printed.getvalue()
 
     def test_a_folder_that_cannot_be_written(
         self, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture

@@ -59,9 +59,11 @@ def test_a_response_that_claims_two_options_has_no_vote() -> None:
     with JudgedTask("mmlu_pro", [problem], [problem], 0, ChoiceJudge()) as task:
         rewards = [RewardConfig("correct"), RewardConfig("boxed", 0.5)]
         found = evaluate(Claims(), task, [problem], EvalConfig(samples=4, ks=(1, 4)), 0, rewards=rewards)[0]
+        alone = evaluate(Claims(), task, [problem], EvalConfig(samples=4, ks=(1, 4)), 0, rewards=rewards[:1])[0]
     assert (found["eval/pass@1"], found["eval/maj@1"]) == (0.5, 0.5)
     assert found["eval/maj@4"] == 1.0
     assert found["eval/reward"] == 0.5  # right and wrong ones even out, and all have a box
+    assert "eval/reward" not in alone
 
 
 @pytest.mark.parametrize("k", [0, 4])

@@ -96,6 +96,28 @@ def test_learns(tiny_model: Path, tmp_path: Path, method: str) -> None:
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.5
 
 
+def test_a_run_goes_on_once_its_reward_is_mended(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "mended_reward.py"
+    module.write_text(
+        "calls = []\n"
+        "def length(problem, response, finished):\n"
+        "    calls.append(len(response))\n"
+        "    return calls[-1] / (len(calls) <= 20)\n"  # fails in the second step
+    )
+    run = tmp_path / "run"
+    place = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", "name=run"]
+    (tmp_path / "run.yaml").write_text("{}")
+    settings = [*place, *SMALL, "steps=2", "eval.every=0", "rewards=[{name: mended_reward:length}]"]
+    assert main(["train", str(tmp_path / "run.yaml"), *settings]) == 2
+    said = capsys.readouterr().err
+    assert "ZeroDivisionError" in said and f"once that is mended, continue with: g2rl train resume={run}\n" in said
+    monkeypatch.setattr(sys.modules["mended_reward"], "calls", [])
+    assert main(["train", f"resume={run}"]) == 0
+    assert [record["step"] for record in lines(run)] == [1, 2]
+
+
 PRESETS = Path(__file__).parents[2] / "configs" / "methods"
 SHORT = ("steps=2", "eval.every=0", "rewards=[{name: correct}]")
 
