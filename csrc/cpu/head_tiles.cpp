@@ -7,7 +7,8 @@ namespace g2rl {
 namespace {
 
 constexpr int64_t kPanelBytes = 1024 * 1024;  // a packed panel of weights, to share L2 with the rows that meet it
-constexpr int64_t kSlabs = 96;  // tasks of a pass: few threads of 24, 32, 48 or 96 have none left to do
+// Tasks of a pass: 24, 32, 48 or 96 threads all have as many.
+constexpr int64_t kSlabs = 96;
 // The rows of W for the next tile are fetched early if no more than this: L2 then holds them too.
 constexpr int64_t kFetchBytes = 512 * 1024;
 constexpr double kShareOfLogits = 0.044;  // with what else a pass allocates, 5 %
