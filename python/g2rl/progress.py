@@ -105,6 +105,8 @@ class TrainingProgress(Display):
         left = f"{duration((self._total - step) * sum(self._recent) / len(self._recent))} left"
         parts = [form.format(metrics[key]) for key, form in self.SHOWN if key in metrics]
         parts += [f"held-out {key[5:]} {metrics[key]:.3f}" for key in metrics if key.startswith("eval/pass@")]
+        if "eval/reward" in metrics:
+            parts.append(f"held-out reward {metrics['eval/reward']:+.3f}")
         numbers = "  ".join(parts)
         if self._bar:
             self._bar.update(self._task, completed=step, left=left, numbers=numbers)

@@ -85,7 +85,8 @@ def load_run(run_dir: Path) -> Run:
     path = run_dir / "metrics.jsonl"
     metrics = list(read_records(path)) if path.is_file() else []
     if not metrics:
-        raise FileNotFoundError(f"{path}: expected the metrics of a run, found none")
+        inside = f", but runs below it: {run_dir}/*" if any(run_dir.glob("*/metrics.jsonl")) else ""
+        raise FileNotFoundError(f"{path}: expected the metrics of a run, found none{inside}")
     first: list[dict[str, Any]] = []
     last: list[dict[str, Any]] = []
     scored, shaped = [], False

@@ -259,7 +259,9 @@ def _first_pass_cost(seconds: dict[str, float], needed: bool) -> str:
 
 
 def _held_out_numbers(metrics: dict[str, float]) -> str:
-    keys = [key for key in metrics if "@" in key] or [key for key in metrics if key.startswith("eval/")]
+    keys = [key for key in metrics if key.startswith("eval/")]
+    if any("@" in key for key in keys):
+        keys = [key for key in keys if "@" in key or key == "eval/reward"]
     numbers = [f"{key.removeprefix('eval/').replace('_', ' ')} {metrics[key]:.3f}" for key in keys]
     return f"held-out {', '.join(numbers)}" if numbers else "no held-out problems"
 

@@ -258,6 +258,7 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([*bare], "report: expected runs with a config.yaml, found none"),
         ([*changed], "report: expected runs by the same settings from end to end, found none; It went on by other "),
         ([bare[0], tmp_path / "e"], f"report: {tmp_path / 'e' / 'metrics.jsonl'}: expected the metrics of a run"),
+        ([tmp_path], f"expected the metrics of a run, found none, but runs below it: {tmp_path}/*"),
     ):
         assert main(["report", *map(str, arguments)]) == 2
         assert said in capsys.readouterr().err

@@ -262,11 +262,12 @@ def test_progress_is_a_plain_line_a_step_without_a_terminal() -> None:
     with TrainingProgress(12, 9, Console(file=out, width=40, force_terminal=False)) as progress:
         progress.step(10, STEP, 30.0)
         progress.message("saved [/x] " + "y" * 60)
-        progress.step(11, STEP | {"eval/pass@1": 0.75}, 50.0)
+        progress.step(11, STEP | {"eval/pass@1": 0.75, "eval/reward": 0.5}, 50.0)
     assert out.getvalue().splitlines() == [
         "step 10/12  1:00 left  acc 0.500  reward -0.250  entropy 1.50  812 tok/s",
         "saved [/x] " + "y" * 60,
-        "step 11/12  0:40 left  acc 0.500  reward -0.250  entropy 1.50  812 tok/s  held-out pass@1 0.750",
+        "step 11/12  0:40 left  acc 0.500  reward -0.250  entropy 1.50  812 tok/s  held-out pass@1 0.750"
+        "  held-out reward +0.500",
     ]
 
 

@@ -682,6 +682,7 @@ def test_a_folder_in_which_another_process_trains(
     ("metrics", "said"),
     [
         ({"eval/pass@1": 0.5, "eval/response_length": 4.0, "time/eval": 1.0}, "held-out pass@1 0.500"),
+        ({"eval/pass@1": 0.5, "eval/reward": -0.25, "time/eval": 1.0}, "held-out pass@1 0.500, reward -0.250"),
         ({"eval/response_length": 4.0, "time/eval": 1.0}, "held-out response length 4.000"),
         ({}, "no held-out problems"),
     ],
