@@ -25,7 +25,8 @@ BASELINE = "eager"
 FLOOR = "torch.mm"
 FLOOR_OUT = "torch.mm, out="
 BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
-# Of fp32 logits: what the compiled kernels are also given to keep exponentials in, where by default they take 5 %.
+# Of fp32 logits: what the compiled kernels are also given to keep exponentials in, where by default they take 5 %,
+# or 64 MiB if that is more.
 ROOMY = 0.15
 
 
