@@ -4,7 +4,7 @@
 // other: at barriers, exchanges between the lanes of a warp, and whatever else calls `wait_until`. Shared memory is
 // poisoned before a block starts. What the chip does beside its threads (copies into shared memory) is put off with
 // `later` until no thread can go on: as late as a chip may, so that a missing wait shows. A launch in which nothing can
-// go on ends the process with "deadlock".
+// go on ends the process with "deadlock". A test may make one thread the last that ever goes on (`slow`).
 //
 // Not modelled: memory ordering and fences, divergence inside a warp (all live lanes take part in every exchange),
 // speed.
@@ -51,7 +51,7 @@ struct Thread {
   jmp_buf place;                // where it gave way
   bool started = false, done = false;
   uint64_t slot = 0;                          // what it shows to other lanes
-  unsigned barriers[17] = {};                 // how often it came to each named barrier; 16: its warp's
+  unsigned barriers[18] = {};                 // how often it came to each named barrier; its warp's, its warpgroup's
   std::vector<std::function<void()>> issued;  // asynchronous products of the group that is being issued,
   std::deque<std::function<void()>> late;     // and groups that this thread has not waited for
 };
@@ -65,6 +65,7 @@ struct State {
   jmp_buf scheduler;
   std::function<void()> body;
   unsigned now = 0, block = 0, grid = 0;
+  unsigned slow = ~0u;  // a thread that goes on only when nothing else can: a chip promises no more to any
 
   // Aligned to 1024 bytes, as dynamic shared memory is asked to be.
   uint8_t* shared() {
@@ -117,6 +118,8 @@ inline void give_way() {
 
 inline void later(std::function<void()> action) { state().pending.push_back(std::move(action)); }
 
+constexpr int kOfWarp = 16, kOfWarpgroup = 17;
+
 // Waits until `count` threads of [first, last) have come to this barrier as often as this one has. Where all are meant,
 // those that have ended count as well.
 inline void barrier(int id, unsigned first, unsigned last, unsigned count) {
@@ -139,7 +142,7 @@ inline void block_barrier(int id, unsigned count) { barrier(id, 0, unsigned(stat
 inline void warp_barrier() {
   const unsigned first = state().now / kWarp * kWarp;
   const unsigned last = std::min<unsigned>(first + kWarp, unsigned(state().threads.size()));
-  barrier(16, first, last, last - first);
+  barrier(kOfWarp, first, last, last - first);
 }
 
 // Calls f with a function that has, by lane, what each lane of this warp shows.
@@ -167,23 +170,33 @@ inline void start(unsigned block, unsigned block_size) {
   while (s.stacks.size() < s.threads.size()) s.stacks.emplace_back(new char[kStack]);
 }
 
+// Lets a thread go on if it can.
+inline bool step(Thread& t, size_t& left) {
+  if (t.done || (t.ready && !t.ready())) return false;
+  t.ready = nullptr;
+  resume(t);
+  left -= t.done;
+  return true;
+}
+
 inline void run_block() {
   State& s = state();
   int idle = 0;  // rounds in which nothing moved
   for (size_t left = s.threads.size(); left > 0;) {
     bool moved = false;
     for (s.now = 0; s.now < s.threads.size(); ++s.now) {
-      Thread& t = s.threads[s.now];
-      if (t.done || (t.ready && !t.ready())) continue;
-      t.ready = nullptr;
-      moved = true;
-      resume(t);
-      left -= t.done;
+      if (s.now != s.slow) moved |= step(s.threads[s.now], left);
     }
     idle = moved ? 0 : idle + 1;
     if (moved) continue;
     if (s.pending.empty()) {
       if (idle == 1) continue;  // threads that gave way go on now
+      s.now = s.slow;
+      const auto slow_moves = [&] { return s.now < s.threads.size() && step(s.threads[s.now], left); };
+      if (slow_moves() || slow_moves()) {  // where it gave way, the second time
+        idle = 0;
+        continue;
+      }
       std::fprintf(stderr, "deadlock: block %u, %zu threads wait for ever\n", s.block, left);
       std::abort();
     }

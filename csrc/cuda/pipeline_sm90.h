@@ -103,8 +103,8 @@ DEVICE void produce(Ring ring, Tile* queue, const A& a, const B& b, int steps, W
   int place = 0;
   for (; walk.next(tile); place = (place + 1) % kTiles) {
     UNROLL_1 for (int k = 0; k < steps; ++k, ring.advance()) {
-      __syncwarp();  // a lane that copies nothing must not fall behind by a round: it would wait for the next
       barrier_wait(ring.empty(), ring.parity ^ 1);
+      __syncwarp();  // or a lane that copies nothing might still wait when the stage is filled and released again
       if (threadIdx.x == 0) {
         if (k == 0) queue[place] = tile;
         barrier_expect(ring.full(), kBytesA + kBytesB);

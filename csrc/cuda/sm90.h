@@ -200,6 +200,9 @@ void wgmma_wait() {
   for (int i = 0; i < 4; ++i) on_cpu::give_way();
   auto& late = on_cpu::self().late;
   for (; late.size() > N; late.pop_front()) late.front()();
+  // Products are the warpgroup's: they have ended for no thread before they have for all.
+  const unsigned first = on_cpu::thread_index() / kWarpgroup * kWarpgroup;
+  on_cpu::barrier(on_cpu::kOfWarpgroup, first, first + kWarpgroup, kWarpgroup);
 }
 
 template <class T, bool A_BY_COLUMNS>

@@ -229,8 +229,17 @@ MUTATIONS = (
         "sm90",
         "pipeline_sm90.h",
         """barrier_wait(ring.empty(), ring.parity ^ 1);
-      if (threadIdx.x == 0) {""",
-        "if (threadIdx.x == 0) {",
+      __syncwarp();""",
+        "__syncwarp();",
+    ),
+    Mutation(
+        "sm90: a lane that copies nothing is left behind",
+        "sm90",
+        "pipeline_sm90.h",
+        """barrier_wait(ring.empty(), ring.parity ^ 1);
+      __syncwarp();""",
+        """__syncwarp();
+      barrier_wait(ring.empty(), ring.parity ^ 1);""",
     ),
     Mutation(
         "sm90: products do not wait for their stage",

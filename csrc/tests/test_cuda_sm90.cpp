@@ -217,6 +217,15 @@ void test_long_response() {
   check_long_response(p, sm90::residuals_and_statistics, sm90::residual_splits(p.c.V), packing.data());
 }
 
+// A chip may let any thread be the last: here one of the copying warp, of those beside it and of those that multiply.
+void test_slow_threads() {
+  for (const unsigned thread : {1u, 40u, 200u}) {
+    on_cpu::state().slow = thread;
+    test_case({{3, 129}, 584, 200}, "slow thread " + std::to_string(thread));
+  }
+  on_cpu::state().slow = ~0u;
+}
+
 }  // namespace
 
 int main() {
@@ -227,6 +236,7 @@ int main() {
   test_neighbours();
   test_place();
   test_long_response();
+  test_slow_threads();
   if (failures == 0) std::puts("ok");
   return failures != 0;
 }
