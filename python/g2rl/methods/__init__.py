@@ -78,21 +78,28 @@ def _find(name: str) -> Any:
         raise ConfigError(f"method: expected {expected}, found {name!r}{hint}")
     if name in _HERE:
         module = importlib.import_module(f"{__name__}.{name}")
-        return next(cls for cls in vars(module).values() if getattr(cls, "name", None) == name)
+        for found in vars(module).values():
+            if isinstance(found, type) and issubclass(found, Method) and getattr(found, "name", None) == name:
+                return _checked(found)
+        raise ConfigError(f"method: expected a class derived from Method with name = {name!r} in {module.__file__}")
     for entry in entry_points(group=ENTRY_POINTS, name=name):
         name = entry.value
     found = import_named(name, "method", expected)
     if not callable(found) or (isinstance(found, type) and not issubclass(found, Method)):
         raise ConfigError(f"method: expected a class derived from Method or a function of a Step, found {found!r}")
-    if isinstance(found, type):
-        lacks = [
-            *getattr(found, "__abstractmethods__", ()),
-            *([] if isinstance(getattr(found, "name", None), str) else ["name"]),
-        ]
-        if lacks:
-            raise ConfigError(
-                f"method: expected a class with a name and advantages, found {found!r} without {' and '.join(lacks)}"
-            )
+    return _checked(found) if isinstance(found, type) else found
+
+
+def _checked(found: type[Method]) -> type[Method]:
+    """A class that lacks nothing; raises `ConfigError`."""
+    lacks = [
+        *getattr(found, "__abstractmethods__", ()),
+        *([] if isinstance(getattr(found, "name", None), str) else ["name"]),
+    ]
+    if lacks:
+        raise ConfigError(
+            f"method: expected a class with a name and advantages, found {found!r} without {' and '.join(lacks)}"
+        )
     return found
 
 
