@@ -138,12 +138,12 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype, head: Head | None
         if backend.checked and self_check.refusal(Subject.of(backend.name, op, dtype, head), device) is not None:
             continue
         return getattr(_load(backend), op)
-    raise AssertionError("the torch backend serves every op on every device")
+    raise AssertionError(f"{op}: expected a function in g2rl_kernels.backends.eager, which has every op, found none")
 
 
 def backend_number(run: Callable) -> int:
     """The place in `BACKENDS` of the backend whose function this is."""
-    return next(i for i, backend in enumerate(BACKENDS) if run.__module__.startswith(backend.module))
+    return next(i for i, backend in enumerate(BACKENDS) if f"{run.__module__}.".startswith(f"{backend.module}."))
 
 
 class use_backend:

@@ -14,6 +14,7 @@ import pytest
 
 from g2rl.config import Config, ConfigError, RewardConfig, TaskConfig, load_config, load_resumed, save_config
 from g2rl.tasks import make_task
+from g2rl_kernels import dispatch
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -33,6 +34,11 @@ def test_overrides_have_yaml_types() -> None:
     assert config.optim.lr == 1e-5
     assert config.eval.ks == (1, 2)
     assert [(r.name, r.weight) for r in config.rewards] == [("boxed", 0.2)]
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS, ids=lambda backend: backend.name)
+def test_every_backend_may_be_chosen(backend: dispatch.Backend) -> None:
+    assert load_config(None, [f"backend={backend.name}"]).backend == backend.name
 
 
 @pytest.mark.parametrize("source", ["file", "run", "default"])

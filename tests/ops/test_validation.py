@@ -746,6 +746,26 @@ def test_backends_take_records(backend: dispatch.Backend) -> None:
             assert len(names) <= 8 and names == list(inspect.signature(getattr(reference, op)).parameters)
 
 
+def test_a_backend_is_told_from_one_whose_name_begins_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions of `native_sparse` are not those of `native`, for whose tests they would be left out."""
+
+    def sequence_features(*arguments: Any) -> None: ...
+
+    sequence_features.__module__ = "g2rl_kernels.backends.native_sparse"
+    row = dispatch.Backend("native_sparse", sequence_features.__module__)
+    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, row))
+    assert dispatch.backend_number(sequence_features) == len(dispatch.BACKENDS) - 1
+    names = [backend.name for backend in dispatch.BACKENDS]
+    assert dispatch.backend_number(eager.sequence_features) == names.index("torch")
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS, ids=lambda backend: backend.name)
+def test_tests_of_bounds_find_every_backend(backend: dispatch.Backend) -> None:
+    """They run where a backend has all of these; one with some of them would be tested by none."""
+    module, together = dispatch._load(backend), ("token_logprobs", "sequence_features", "logprobs_backward")
+    assert [op for op in together if hasattr(module, op)] in ([], list(together))
+
+
 @pytest.mark.parametrize(("memory", "expected"), [(8, 0.25), (24, 0.6), (80, 2.0), (192, 2.0)])
 def test_workspace_by_default(memory: int, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In GiB, of GPUs by what they have; a CPU has one size, and a caller's wish holds everywhere."""
