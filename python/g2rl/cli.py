@@ -198,6 +198,11 @@ def _fresh(paths: list[str], overrides: list[str]) -> Config:
     """The configuration of a new run, in a folder of its own, which this process holds from now on."""
     if not paths:
         raise ConfigError("config: expected a YAML file or resume=RUN, found neither")
+    if missing := [path for path in paths if not Path(path).is_file()]:
+        raise ConfigError(
+            f"config: expected a YAML file or key=value, found nothing at {missing[0]!r}; a value with blanks is quoted: "
+            "'task.options={path: my.jsonl}'"
+        )
     config = load_config(paths, overrides)
     if config.resume is not None:
         raise ConfigError(f"resume: expected resume=RUN on the command line, found {config.resume!r} in a YAML file")

@@ -10,14 +10,14 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from omegaconf import Container, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from g2rl.files import write_durably
@@ -462,7 +462,20 @@ def named_errors(otherwise: str, section: str = "") -> Iterator[None]:
         yield
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
-        raise ConfigError(f"{section + key if key else otherwise}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{section + key if key else otherwise}: {told(error)}") from error
+
+
+def told(error: OmegaConfBaseException) -> str:
+    """OmegaConf's words on one line; of an unknown key, what it may have been: the same elsewhere, or all that there are."""
+    said = str(error).splitlines()[0]
+    cls: Any = getattr(error, "object_type", None)
+    if not isinstance(error, ConfigKeyError) or not is_dataclass(cls) or "Did you mean" in said:
+        return said
+    elsewhere = [key for key in leaves(asdict(Config())) if key.endswith(f".{error.key}")] if cls is Config else []
+    if elsewhere:
+        return f"{said}; did you mean {' or '.join(elsewhere)}?"
+    names = ", ".join(item.name for item in fields(cls))
+    return f"{said}; expected {'one of ' + names if names else 'none'}"
 
 
 def merged(first: DictConfig | dict[str, Any], *layers: DictConfig | dict[str, Any]) -> DictConfig:
@@ -493,7 +506,10 @@ def _with_lists(below: Any, above: Any, key: str = "") -> Any:
     items = list(below)
     for index, value in above.items():
         if int(index) >= len(items):
-            raise ConfigError(f"{key}[{index}]: expected an index below {len(items)}, the list's length")
+            raise ConfigError(
+                f"{key}[{index}]: expected an index below {len(items)}, the list's length; a longer list is given whole: "
+                f"{key}=[..., ...]"
+            )
         item = items[int(index)]
         both = isinstance(item, dict) and isinstance(value, dict)
         items[int(index)] = plain(merged(item, value)) if both else value

@@ -46,6 +46,8 @@ def import_named(name: str, key: str, expected: str) -> Any:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a user's module may raise anything while it is imported
         hint = "; is it in the working folder or on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        if "/" in module_name or module_name.endswith(".py"):
+            hint = "; a module is named as Python imports it, without folder and .py"
         found = f"{module_name!r}: {type(error).__name__}: {error}{hint}"
         raise ConfigError(f"{key}: expected a module that can be imported, found {found}") from error
     if not hasattr(module, attribute):

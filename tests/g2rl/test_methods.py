@@ -296,7 +296,7 @@ def test_what_a_method_returns(
         (["method=grpo", "methods.g2rl.strenth=1"], "methods.g2rl.strenth: Key 'strenth' not in 'Shaping'"),
         (
             ["method=outside_method:shortest", "methods.shortest.strength=3"],
-            "methods.shortest.strength: Key 'strength' not in 'NoOptions'",
+            "methods.shortest.strength: Key 'strength' not in 'NoOptions'; expected none",
         ),
         (["methods.g2rl.rule=other"], "methods.g2rl.rule: Invalid value 'other'"),
         (["methods.g2rl.strength=-1"], "methods.g2rl.strength: expected a number from 0 to 1e18, found -1"),

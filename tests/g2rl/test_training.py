@@ -543,7 +543,7 @@ def test_a_run_that_kept_no_digests_takes_other_wordings(of_a_file: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "missing.yaml"], "expected a YAML file, found nothing at 'missing.yaml'"),
+        (["train", "missing.yaml"], "expected a YAML file or key=value, found nothing at 'missing.yaml'"),
         (["train"], "expected a YAML file or resume=RUN"),
         (["train", "resume=nowhere"], "expected the folder of a run"),
         (["train", "configs/quickstart.yaml", "optim.rate=1"], "Key 'rate' not in 'OptimConfig'"),

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from g2rl.config import Config, ConfigError, escaped
+from g2rl.config import Config, ConfigError, escaped, told
 from g2rl.methods.base import FunctionMethod, Method, Step, check_metrics, check_result, describe
 from g2rl.plugins import import_named
 
@@ -110,6 +110,6 @@ def _options(cls: type[Method] | Method, config: Config) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls.Options), values))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
-        raise ConfigError(f"methods.{cls.name}.{key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"methods.{cls.name}.{key}: {told(error)}") from error
     except ValueError as error:  # of the dataclass's own check, which begins with `field` or `section.field`
         raise ConfigError(f"methods.{cls.name}.{re.sub(r'^[a-z]+[.]', '', str(error))}") from error
