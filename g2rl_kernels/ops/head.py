@@ -79,6 +79,8 @@ class LMHead:
     part: VocabularyPart | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.weight, torch.nn.Module):
+            raise TypeError(_of_module("head.weight: expected a tensor", self.weight))
         weight = distributed.local_part(self.weight)
         check_tensor("head.weight", weight, ("V", "d"), FLOAT_DTYPES)
         sizes = list(self.weight.shape if self.gather_weight else weight.shape)
@@ -305,11 +307,12 @@ def _over_context(
 
 def _as_head(head: LMHead | torch.Tensor) -> LMHead:
     if isinstance(head, torch.nn.Module):
-        found = type(head).__name__
-        raise TypeError(
-            f"head: expected an LMHead or a weight, found {found}; LMHead(head.weight, head.bias) makes one"
-        )
+        raise TypeError(_of_module("head: expected an LMHead or a weight", head))
     return head if isinstance(head, LMHead) else LMHead(head)
+
+
+def _of_module(expected: str, found: torch.nn.Module) -> str:
+    return f"{expected}, found {type(found).__name__}; LMHead(head.weight, head.bias) makes one"
 
 
 def _check_tokens(

@@ -73,6 +73,11 @@ def offsets(*values: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
 
 HEADS = [
     (lambda: LMHead("weight"), TypeError, "head.weight: expected a tensor, found str"),
+    (
+        lambda: LMHead(torch.nn.Linear(D, V)),
+        TypeError,
+        "head.weight: expected a tensor, found Linear; LMHead(head.weight, head.bias) makes one",
+    ),
     (lambda: LMHead(torch.zeros(3)), ValueError, "head.weight: expected shape [V, d], found [3]"),
     (lambda: LMHead(weight(dtype=torch.int64)), TypeError, "or float64, found int64"),
     (lambda: LMHead(torch.zeros(0, 3)), ValueError, "head.weight: expected V > 0 and d > 0, found shape [0, 3]"),
