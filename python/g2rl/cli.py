@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     """Of all commands; `run` of what it reads is what a command does with it."""
-    parser = argparse.ArgumentParser(prog="g2rl", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="g2rl", description="GRPO and its kin, with rewards shaped by gradient directions (G2RL)."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -84,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", lambda options: _train(options.settings), "train a model")
     train.add_argument(
         "settings", nargs="*", metavar="CONFIG | key=value",
-        help="YAML files, each on top of those before, then values such as optim.lr=1e-5; or resume=RUN",
+        help="YAML files, each on top of those before, then values such as optim.lr=1e-5; or resume=RUN. "
+        "g2rl/config.py has all keys with their defaults",
     )  # fmt: skip
     evaluation = command("eval", _evaluate, "evaluate a checkpoint, a run's newest checkpoint, or any model")
     evaluation.add_argument(
@@ -121,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = command("compare", _compare, "run a study, methods x seeds x tasks, and compare them in a report")
     compare.add_argument("study", type=Path, metavar="STUDY", help="YAML file, see configs/studies")
     compare.add_argument(
-        "settings", nargs="*", metavar="key=value",
+        "settings", nargs="*", default=[], metavar="key=value",  # or argparse would call it required
         help="small=true or smoke=true for less; report=true for the report alone; seeds=[0,1], tasks=[...] and "
         "methods=[...] of the study's own, processes=2, folder=..., settings.optim.lr=1e-5",
     )  # fmt: skip
@@ -200,8 +203,8 @@ def _fresh(paths: list[str], overrides: list[str]) -> Config:
         raise ConfigError("config: expected a YAML file or resume=RUN, found neither")
     if missing := [path for path in paths if not Path(path).is_file()]:
         raise ConfigError(
-            f"config: expected a YAML file or key=value, found nothing at {missing[0]!r}; a value with blanks is quoted: "
-            "'task.options={path: my.jsonl}'"
+            f"config: expected a YAML file or key=value, found nothing at {missing[0]!r}; a value with blanks is "
+            "quoted: 'task.options={path: my.jsonl}'"
         )
     config = load_config(paths, overrides)
     if config.resume is not None:

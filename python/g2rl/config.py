@@ -466,7 +466,7 @@ def named_errors(otherwise: str, section: str = "") -> Iterator[None]:
 
 
 def told(error: OmegaConfBaseException) -> str:
-    """OmegaConf's words on one line; of an unknown key, what it may have been: the same elsewhere, or all that there are."""
+    """OmegaConf's words on one line, and of an unknown key where else there is one, or which there are."""
     said = str(error).splitlines()[0]
     cls: Any = getattr(error, "object_type", None)
     if not isinstance(error, ConfigKeyError) or not is_dataclass(cls) or "Did you mean" in said:
@@ -507,8 +507,8 @@ def _with_lists(below: Any, above: Any, key: str = "") -> Any:
     for index, value in above.items():
         if int(index) >= len(items):
             raise ConfigError(
-                f"{key}[{index}]: expected an index below {len(items)}, the list's length; a longer list is given whole: "
-                f"{key}=[..., ...]"
+                f"{key}[{index}]: expected an index below {len(items)}, the list's length; a longer list is given "
+                f"whole: {key}=[..., ...]"
             )
         item = items[int(index)]
         both = isinstance(item, dict) and isinstance(value, dict)

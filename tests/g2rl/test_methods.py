@@ -207,6 +207,7 @@ def shortest(step):
     lengths = [-float(len(text)) for text in step.texts]
     return describe(step, step.rewards.new_tensor(lengths), step.rewards)
 
+def of_two(step, options): pass
 number = 3
 class NoMethod: pass
 
@@ -286,6 +287,7 @@ def test_what_a_method_returns(
         (["method=nowhere:x"], "method: expected a module that can be imported, found 'nowhere': ModuleNotFoundError"),
         (["method=outside_method:gone"], "method: expected .*, found no 'gone' in outside_method"),
         (["method=outside_method:number"], "method: expected a class derived from Method or a function"),
+        (["method=outside_method:of_two"], "function of a Step, found outside_method:of_two: missing .* 'options'"),
         (["method=outside_method:NoMethod"], "method: expected a class derived from Method or a function"),
         (
             ["method=outside_method:NoName"],

@@ -556,6 +556,12 @@ def test_bad_commands(arguments: list[str], message: str, capsys: pytest.Capture
     assert message in capsys.readouterr().err
 
 
+def test_a_study_needs_no_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare"])
+    assert "the following arguments are required: STUDY\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("override", ["name=other", "runs_dir=other"])
 def test_a_resumed_run_stays_in_its_place(finished: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
     key, _, _ = override.partition("=")

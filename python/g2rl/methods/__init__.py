@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from typing import Any
@@ -87,7 +89,14 @@ def _find(name: str) -> Any:
     found = import_named(name, "method", expected)
     if not callable(found) or (isinstance(found, type) and not issubclass(found, Method)):
         raise ConfigError(f"method: expected a class derived from Method or a function of a Step, found {found!r}")
-    return _checked(found) if isinstance(found, type) else found
+    if isinstance(found, type):
+        return _checked(found)
+    try:
+        with suppress(ValueError):  # of callables of C without a signature, which are taken on trust
+            inspect.signature(found).bind(None)
+    except TypeError as error:
+        raise ConfigError(f"method: expected a function of a Step, found {name}: {error}") from error
+    return found
 
 
 def _checked(found: type[Method]) -> type[Method]:
