@@ -151,13 +151,13 @@ def _train(settings: list[str]) -> int:
 
         dry_run(config)
         return 0
-    from g2rl.rewards import RewardError
+    from g2rl.plugins import PluginError
     from g2rl.trainer import Trainer
 
     _announce(config)
     try:
         Trainer(config).run()
-    except RewardError as error:
+    except PluginError as error:
         raise ConfigError(f"{error}; once that is mended, continue with: g2rl train resume={config.run_dir}") from error
     except ConfigError:
         let_go(config.run_dir)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from g2rl.config import ConfigError, RewardConfig
-from g2rl.plugins import import_named
+from g2rl.plugins import PluginError, check_takes, guarded, import_named, shown
 from g2rl.tasks.answers import extract_boxed
 from g2rl.tasks.base import Task
-from g2rl.time_limit import OverTime, limited
 from g2rl.types import Episode, Problem, Verdict
 
 RewardFunction = Callable[[Problem, str, bool], float]
@@ -23,10 +19,6 @@ RewardFunction = Callable[[Problem, str, bool], float]
 
 _LARGEST = 1e15  # rewards become float32, which still holds its square summed over a group
 _ASKED: set[str] = set()  # functions that have been asked for the same value twice
-
-
-class RewardError(ConfigError):
-    """A reward function that failed while episodes were judged, which may be in the middle of a run."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,7 @@ def judge_episodes(episodes: Sequence[Episode], task: Task, rewards: Sequence[Re
 
     Raises:
         ConfigError: see `resolve_rewards`.
-        RewardError: a user's function raised, took too long, returned something other than a finite number, or gave
+        PluginError: a user's function raised, took too long, returned something other than a finite number, or gave
             the same response two values, where its configuration has training stop then. The message names function
             and problem.
     """
@@ -100,7 +92,7 @@ def judge_episodes(episodes: Sequence[Episode], task: Task, rewards: Sequence[Re
         parts = {reward.name: column[j] for reward, column in zip(resolved, values, strict=True)}
         total = sum(reward.config.weight * parts[reward.name] for reward in resolved)
         if not abs(total) <= _LARGEST:
-            raise RewardError(f"rewards: expected a sum from {-_LARGEST:g} to {_LARGEST:g}, found {total} of {parts}")
+            raise PluginError(f"rewards: expected a sum from {-_LARGEST:g} to {_LARGEST:g}, found {total} of {parts}")
         verdicts.append(Verdict(total, right, parts, task.extract(episode.text, episode.problem)))
     return verdicts
 
@@ -110,11 +102,11 @@ def _values(reward: Reward, episodes: Sequence[Episode], correct: Sequence[bool]
     if reward.function is None:
         return [1.0 if right else -1.0 for right in correct]
     values: list[float] = []
-    failures: list[RewardError] = []
+    failures: list[PluginError] = []
     for episode in episodes:
         try:
             values.append(_value(reward, reward.function, episode))
-        except RewardError as error:
+        except PluginError as error:
             if reward.config.on_error == "stop":
                 raise
             failures.append(error)
@@ -134,7 +126,7 @@ def _ask_again(reward: Reward, function: RewardFunction, episode: Episode, value
     _ASKED.add(reward.name)
     try:
         again = _value(reward, function, episode)
-    except RewardError as error:
+    except PluginError as error:
         if reward.config.on_error == "stop":
             raise
         warnings.warn(f"g2rl: asked for the same value again: {error}", RuntimeWarning, 4)
@@ -145,41 +137,24 @@ def _ask_again(reward: Reward, function: RewardFunction, episode: Episode, value
             f"{again} for problem {episode.problem.id!r}; {reward.key}.varies=allow if that is meant"
         )
         if reward.config.varies == "stop":
-            raise RewardError(said)
+            raise PluginError(said)
         warnings.warn(f"g2rl: {said}", RuntimeWarning, 4)
 
 
 def _value(reward: Reward, function: RewardFunction, episode: Episode) -> float:
-    """One call of a user's function. Raises RewardError for whatever it does instead of returning a finite number."""
-    expected = f"{reward.key}.name: expected {reward.name} to return a finite number"
-    where = f"for problem {episode.problem.id!r}"
+    """One call of a user's function. Raises PluginError for whatever it does instead of returning a finite number."""
+    key, expected, where = f"{reward.key}.name", "to return a finite number", f"for problem {episode.problem.id!r}"
     limit_s = 0.0 if reward.name in _BUILT_IN else reward.config.limit_s
 
     def call() -> Any:
         return function(episode.problem, episode.text, episode.finished)
 
-    try:
-        value = limited(call, limit_s, f"{reward.key}.name: {reward.name}") if limit_s else call()
-    except OverTime as error:
-        where += _line(error, reward.name)
-        raise RewardError(f"{expected} within {reward.key}.limit_s = {limit_s:g} s, found none {where}") from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit or asyncio's CancelledError would end training without a word
-        where += _line(error, reward.name)
-        raise RewardError(f"{expected}, found {type(error).__name__}: {error} {where}") from error
+    value = guarded(call, key, reward.name, expected, where, limit_s, f"{reward.key}.limit_s")
     number = _number(value)
     if not abs(number) <= _LARGEST:
         beyond = f", beyond {_LARGEST:g}," if math.isfinite(number) else ""
-        raise RewardError(f"{expected}, found {_shown(value)}{beyond} {where}")
+        raise PluginError(f"{key}: expected {reward.name} {expected}, found {shown(value)}{beyond} {where}")
     return number
-
-
-def _line(error: BaseException, name: str) -> str:
-    """The line of the function's own file where a call of it raised, or was when its time was over."""
-    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f" in {file}, line {lines[-1]}" if lines else ""
 
 
 def _number(value: Any) -> float:
@@ -190,23 +165,9 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _shown(value: Any) -> str:
-    try:
-        return repr(value)[:200]
-    except Exception:  # as above
-        return f"an object of {type(value).__name__}"
-
-
 def _import(name: str, key: str) -> RewardFunction:
     function = import_named(name, key, f"{', '.join(_BUILT_IN)} or module:function")
     if not callable(function):
         raise ConfigError(f"{key}: expected a function, found {function!r}")
-    try:
-        inspect.signature(function).bind(None, "", True)
-    except (TypeError, ValueError) as error:
-        # Some callables of C have no signature to look at; they are taken on trust.
-        if isinstance(error, TypeError):
-            raise ConfigError(
-                f"{key}: expected a function of (problem, response, finished), found {name}: {error}"
-            ) from error
+    check_takes(function, f"{key}: expected a function of (problem, response, finished), found {name}", None, "", True)
     return function  # type: ignore[no-any-return]  # whatever is callable with three arguments

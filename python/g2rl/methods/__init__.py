@@ -9,20 +9,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 import pkgutil
-import re
-from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import entry_points
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from g2rl.config import Config, ConfigError, escaped, told
+from g2rl.config import Config, ConfigError
 from g2rl.methods.base import FunctionMethod, Method, Step, check_metrics, check_result, describe
-from g2rl.plugins import import_named
+from g2rl.plugins import announced, check_takes, check_whole, find_named, read_options
 
 ENTRY_POINTS = "g2rl.methods"
 _HERE = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"]
@@ -30,7 +23,7 @@ _HERE = [module.name for module in pkgutil.iter_modules(__path__) if module.name
 
 def method_names() -> list[str]:
     """Names that `method` may have: the files of this folder, and what installed packages announce."""
-    return [*_HERE, *(name for name in entry_points(group=ENTRY_POINTS).names if name not in _HERE)]
+    return [*_HERE, *(name for name in announced(ENTRY_POINTS) if name not in _HERE)]
 
 
 def default_options(name: str) -> dict[str, Any]:
@@ -84,41 +77,21 @@ def _find(name: str) -> Any:
             if isinstance(found, type) and issubclass(found, Method) and getattr(found, "name", None) == name:
                 return _checked(found)
         raise ConfigError(f"method: expected a class derived from Method with name = {name!r} in {module.__file__}")
-    for entry in entry_points(group=ENTRY_POINTS, name=name):
-        name = entry.value
-    found = import_named(name, "method", expected)
+    found = find_named(name, ENTRY_POINTS, "method", expected)
     if not callable(found) or (isinstance(found, type) and not issubclass(found, Method)):
         raise ConfigError(f"method: expected a class derived from Method or a function of a Step, found {found!r}")
     if isinstance(found, type):
         return _checked(found)
-    try:
-        with suppress(ValueError):  # of callables of C without a signature, which are taken on trust
-            inspect.signature(found).bind(None)
-    except TypeError as error:
-        raise ConfigError(f"method: expected a function of a Step, found {name}: {error}") from error
+    check_takes(found, f"method: expected a function of a Step, found {name}", None)
     return found
 
 
 def _checked(found: type[Method]) -> type[Method]:
     """A class that lacks nothing; raises `ConfigError`."""
-    lacks = [
-        *getattr(found, "__abstractmethods__", ()),
-        *([] if isinstance(getattr(found, "name", None), str) else ["name"]),
-    ]
-    if lacks:
-        raise ConfigError(
-            f"method: expected a class with a name and advantages, found {found!r} without {' and '.join(lacks)}"
-        )
+    check_whole(found, "method", "a name and advantages", "name")
     return found
 
 
 def _options(cls: type[Method] | Method, config: Config) -> Any:
     """An instance of the method's `Options` with the values of its section."""
-    values = escaped(config.methods.get(cls.name, {}))  # references in them are resolved, what is left is text
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls.Options), values))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or ""
-        raise ConfigError(f"methods.{cls.name}.{key}: {told(error)}") from error
-    except ValueError as error:  # of the dataclass's own check, which begins with `field` or `section.field`
-        raise ConfigError(f"methods.{cls.name}.{re.sub(r'^[a-z]+[.]', '', str(error))}") from error
+    return read_options(cls.Options, config.methods.get(cls.name, {}), f"methods.{cls.name}")

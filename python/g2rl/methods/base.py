@@ -11,6 +11,7 @@ import torch
 
 from g2rl.config import Config, ConfigError
 from g2rl.metrics import require_metric
+from g2rl.plugins import NoOptions
 from g2rl.tasks.base import Task
 from g2rl_kernels import GroupAdvantages, exploration_scores, group_similarity
 
@@ -34,11 +35,6 @@ class Step:
     answers: Sequence[str | None]
     texts: Sequence[str]
     features: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """Of a method without options."""
 
 
 class Method(ABC):
