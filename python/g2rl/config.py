@@ -81,8 +81,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TaskConfig:
     name: str = "arithmetic"
-    """`arithmetic`, `jsonl`, a data set of `g2rl.tasks.data_sets` such as `math` or `gsm8k`, or the name of a
-    reasoning-gym task (needs the extra `reasoning-gym`)."""
+    """`arithmetic`, `jsonl`, a data set of `g2rl.tasks.data_sets` such as `math` or `gsm8k`, the name of a
+    reasoning-gym task (needs the extra `reasoning-gym`), or a task of your own as `module:Class`."""
     options: dict[str, Any] = field(default_factory=dict)
     """The task's own options; the task names the ones it does not know."""
     system_prompt: str | None = None

@@ -35,6 +35,7 @@ from g2rl.progress import TrainingProgress
 from g2rl.rewards import resolve_rewards
 from g2rl.rollout import gap_warning, make_sampler
 from g2rl.tasks import found_anywhere, keep_held_out, make_task
+from g2rl.tasks.custom import GuardedTask
 from g2rl.times import StageTimes
 from g2rl.trackers import make_trackers
 from g2rl.types import Episode, Verdict
@@ -71,6 +72,11 @@ class Trainer:
         self.task = make_task(config.task, config.seed)
         self.method.check(self.task)
         self.held_out = self.task.held_out()
+        if isinstance(self.task, GuardedTask) and len(set(ranks.gathered([self.task.digest()]))) > 1:
+            raise ConfigError(
+                f"task.name: expected the same problems of {config.task.name} on every rank, found others; what is "
+                "drawn needs a seed, and what is taken from a set an order"
+            )
         torch.manual_seed(config.seed)
         random.seed(config.seed)  # no part of this package draws from it; a user's reward may
         self.model, self.tokenizer = load_model(where_to_load(config.model, ranks))

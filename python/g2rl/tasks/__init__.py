@@ -58,9 +58,21 @@ def make_task(config: TaskConfig, seed: int) -> Task:
 
     if config.name in DATA_SETS:
         return DataSetTask(config.name, config.options, config.held_out, seed)
+    if is_custom(config.name):
+        from g2rl.tasks.custom import make_custom
+
+        return make_custom(config, seed)
     from g2rl.tasks.reasoning_gym import ReasoningGymTask
 
     return ReasoningGymTask(config.name, config.options, config.held_out, seed)
+
+
+def is_custom(name: str) -> bool:
+    """Whether a task's name is of a class from outside this package, unless the package has one of that name."""
+    from g2rl.plugins import announced
+    from g2rl.tasks.custom import ENTRY_POINTS
+
+    return ":" in name or name in announced(ENTRY_POINTS)
 
 
 def keep_held_out(run_dir: Path, config: TaskConfig, task: Task) -> None:
@@ -111,8 +123,8 @@ def require_held_out(run_dir: Path, before: TaskConfig, after: TaskConfig, seed:
 
 
 def _reads_data(config: TaskConfig) -> bool:
-    """Whether a task's problems are not determined by its options, as those of generators are."""
-    return any(config.options.get(key) for key in _PATHS)
+    """Whether a task's problems are not determined by its options, as those of the package's generators are."""
+    return any(config.options.get(key) for key in _PATHS) or is_custom(config.name)
 
 
 def _by_digest(task: Task) -> dict[str, Problem]:

@@ -177,6 +177,12 @@ def sample_indices(total: int, count: int) -> list[int]:
     return list(drawn)
 
 
+def sample(problems: Mapping[str, Problem], count: int) -> dict[str, Problem]:
+    """Return `count` of the problems, the same in every run; all of them, shuffled, where there are fewer."""
+    keys = list(problems)
+    return {keys[i]: problems[keys[i]] for i in sample_indices(len(keys), count)}
+
+
 def check_held_out(held_out: int, distinct: int) -> None:
     """Raise ConfigError unless holding out `held_out` of `distinct` problems leaves some to train on."""
     if held_out >= distinct:

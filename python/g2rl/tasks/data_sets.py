@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from g2rl.config import ConfigError
-from g2rl.tasks.base import apart, check_held_out, distinct, option, read_options, text_option
+from g2rl.tasks.base import apart, check_held_out, distinct, option, read_options, sample, text_option
 from g2rl.tasks.choice import LETTERS
 from g2rl.tasks.grading import JUDGES, JudgedTask
-from g2rl.tasks.jsonl import INSTRUCTION, sample
+from g2rl.tasks.jsonl import INSTRUCTION
 from g2rl.tasks.rows import column, file_rows, hub_rows, plain
 from g2rl.types import Problem
 

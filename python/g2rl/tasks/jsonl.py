@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from g2rl.config import ConfigError
-from g2rl.tasks.base import apart, check_held_out, distinct, option, read_options, sample_indices, text_option
+from g2rl.tasks.base import apart, check_held_out, distinct, option, read_options, sample, text_option
 from g2rl.tasks.grading import JudgedTask, MathJudge
 from g2rl.tasks.rows import column, file_rows, hub_rows, plain
 from g2rl.types import Problem
@@ -70,12 +70,6 @@ class JsonlTask(JudgedTask):
             train = apart(problems, chosen, "task.held_out", own=False)
         super().__init__("jsonl", train, list(chosen.values()), seed, MathJudge(read.allow_number))
         self.instruction = read.instruction
-
-
-def sample(problems: Mapping[str, Problem], count: int) -> dict[str, Problem]:
-    """Return `count` of the problems, the same in every run; all of them, shuffled, where there are fewer."""
-    keys = list(problems)
-    return {keys[i]: problems[keys[i]] for i in sample_indices(len(keys), count)}
 
 
 def _load(options: JsonlOptions, key: str, path: str, split: str) -> dict[str, Problem]:

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from g2rl.config import ConfigError
+from g2rl.plugins import announced
 from g2rl.tasks.answers import extract_boxed, extract_tagged, last_number, one_box
 from g2rl.tasks.base import Task, check_index, content
+from g2rl.tasks.custom import ENTRY_POINTS
 from g2rl.tasks.data_sets import DATA_SETS
 from g2rl.tasks.evaluating import evaluates
 from g2rl.tasks.judges import reasoning_gym_judge
@@ -151,8 +153,8 @@ def _ends_with_empty_box(response: str) -> bool:
 
 def _find(name: str) -> tuple[Any, Any]:
     """Return the data set's class and that of its configuration."""
-    ours = ["arithmetic", "jsonl", *DATA_SETS]
-    expected = f"task.name: expected one of {', '.join(ours)} or a reasoning-gym data set, found {name!r}"
+    ours = ["arithmetic", "jsonl", *DATA_SETS, *announced(ENTRY_POINTS)]
+    expected = f"task.name: expected one of {', '.join(ours)}, module:Class or a reasoning-gym data set, found {name!r}"
     try:
         known: dict[str, tuple[Any, Any]] = importlib.import_module("reasoning_gym.factory").DATASETS
     except ImportError as error:

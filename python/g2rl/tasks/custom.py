@@ -1,0 +1,226 @@
+"""Tasks from outside: ``task.name=module:Class``, or a name that a package announces as an entry point."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any, ClassVar, TypeVar
+
+from g2rl.config import ConfigError, TaskConfig
+from g2rl.plugins import NoOptions, PluginError, check_takes, check_whole, find_named, guarded, read_options, shown
+from g2rl.tasks.answers import extract_answer, same_spelling
+from g2rl.tasks.base import FiniteTask, apart, check_held_out, distinct, sample
+from g2rl.tasks.pool import Closing
+from g2rl.types import Problem
+
+T = TypeVar("T")
+
+ENTRY_POINTS = "g2rl.tasks"
+_KEY = "task.name"
+_EXPECTED = "module:Class, a class derived from g2rl.tasks.custom.CustomTask"
+_HOOKS = {"problems": (), "held_out_problems": (), "answer": ("problem", "response"), "right": ("problem", "answer")}
+_ANSWER = "to return text or None"
+_RIGHT = "to return True or False"
+_MAX_PROBLEMS = 1_000_000
+_LOOKED_AT = 8  # problems that are asked for twice
+_SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes one
+
+
+class CustomTask(Closing, ABC):
+    r"""A task of one's own. A subclass has to say which problems there are; all else has a default.
+
+    In order of need:
+
+    1. `problems`, which alone has to be there: right is then a response whose last ``\boxed{...}`` is spelled like the
+       problem's `answer`.
+    2. `Options`, a dataclass: ``task.options`` are read by its types into ``self.options``. Its ``__post_init__`` may
+       raise ``ValueError("key: expected ..., found ...")``.
+    3. `right`, for a judge of one's own.
+    4. `answer`, where answers do not stand in a box.
+    5. `held_out_problems`, where evaluation has problems of its own.
+    6. ``__init__(self, options)``, which calls that of the base, and `close`, for what judging needs.
+
+    `right` and `answer` run in the process that trains, for one response after the other; what the model wrote as code
+    belongs into a process of its own. One that raises, takes too long or returns another type stops training.
+
+    Attributes:
+        limit_s: seconds that one call of `right` or `answer` may take; 0 sets no limit.
+        instruction: what prompts end in that may change without their being other problems.
+
+    Args:
+        options: an `Options`.
+    """
+
+    Options: ClassVar[type] = NoOptions
+    limit_s: float = 60.0
+    instruction: str = ""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @abstractmethod
+    def problems(self) -> Iterable[Problem]:
+        """Return all problems: the same ones in the same order in every process, whatever the run's seed.
+
+        Each has an `id` and a `prompt` of its own; an `answer`, which is empty where `right` does without; and in
+        `data` whatever `right` or a reward function needs, if it can be pickled.
+        """
+
+    def held_out_problems(self) -> Iterable[Problem] | None:
+        """Return what held-out problems are drawn from; None takes them from `problems`."""
+        return None
+
+    def answer(self, problem: Problem, response: str) -> str | None:
+        """Return the final answer in a response, None if it has none. Equal answers vote together in maj@k."""
+        return extract_answer(response, allow_number=False)
+
+    def right(self, problem: Problem, answer: str) -> bool:
+        """Return whether a response's final answer is right: text of the model's, whatever it is."""
+        return same_spelling(problem.answer, answer)
+
+
+class GuardedTask(FiniteTask):
+    """A `CustomTask` as the package takes tasks: its code is asked within its limits, and what it returns is checked.
+
+    Args:
+        own: closed with this task.
+        name, held_out, seed: see `FiniteTask`; of `held_out_problems` there may be fewer.
+
+    Raises:
+        ConfigError: of its problems, or what judges them; the message names them.
+    """
+
+    def __init__(self, own: CustomTask, name: str, held_out: int, seed: int) -> None:
+        self._own = own
+        for hook, arguments in _HOOKS.items():
+            said = f"{_KEY}: expected {_named(type(own))}.{hook} to take ({', '.join(arguments)})"
+            check_takes(getattr(own, hook), said, *arguments)
+        self.instruction = own.instruction
+        train, source = self._distinct(own.problems), self._distinct(own.held_out_problems)
+        if train is None:
+            raise ConfigError(f"{_KEY}: expected {_named(own.problems)} to return problems, found None")
+        if source is None:
+            check_held_out(held_out, len(train))
+        chosen = sample(source or train, held_out)
+        super().__init__(name, apart(train, chosen, _KEY, source is not None), [*chosen.values()], seed)
+        self._try(self._train[0])
+
+    def extract(self, response: str, problem: Problem | None = None) -> str | None:
+        asked = problem or Problem("", "", "")
+        found = self._asked(self._own.answer, asked, response, _ANSWER)
+        if found is not None and not isinstance(found, str):
+            raise _another(self._own.answer, asked, _ANSWER, found)
+        return found
+
+    def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:
+        answers = [self.extract(response, problem) for problem, response in zip(problems, responses, strict=True)]
+        return [a is not None and self._is_right(p, a) for p, a in zip(problems, answers, strict=True)]
+
+    def close(self) -> None:
+        self._own.close()
+
+    def digest(self) -> str:
+        """A text that is another one for other problems, or another order of them."""
+        contents = [[problem.id, problem.prompt, problem.answer] for problem in (*self._train, *self._held_out)]
+        return hashlib.sha256(repr(contents).encode()).hexdigest()
+
+    def _distinct(self, hook: Callable[[], Iterable[Problem] | None]) -> dict[str, Problem] | None:
+        """The problems that a hook returns, by their content."""
+        found, again = _read(hook, _MAX_PROBLEMS + 1), _read(hook, _LOOKED_AT)
+        if found is None:
+            return None
+        said = f"{_KEY}: expected {_named(hook)} to return"
+        if not found:
+            raise ConfigError(f"{said} problems, found none")
+        if len(found) > _MAX_PROBLEMS:
+            raise ConfigError(f"{said} at most {_MAX_PROBLEMS} problems, found more; itertools.islice ends a generator")
+        _check(found, said)
+        if [problem.id for problem in found[:_LOOKED_AT]] != [getattr(problem, "id", None) for problem in again or ()]:
+            raise ConfigError(f"{said} the same problems each time, found others; what is drawn needs a seed")
+        return distinct(found, _named(hook))
+
+    def _try(self, problem: Problem) -> None:
+        """Before training, judge what takes no model: an empty response, and the problem's own answer."""
+        self.extract("", problem)
+        if problem.answer and not self._is_right(problem, problem.answer):
+            said = f"{_KEY}: {_named(self._own.right)} takes the answer of problem {problem.id!r} itself for wrong"
+            warnings.warn(f"g2rl: {said}", RuntimeWarning, 4)
+
+    def _is_right(self, problem: Problem, answer: str) -> bool:
+        found = self._asked(self._own.right, problem, answer, _RIGHT)
+        if not isinstance(found, bool):
+            raise _another(self._own.right, problem, _RIGHT, found)
+        return found
+
+    def _asked(self, hook: Callable[[Problem, str], T], problem: Problem, text: str, expected: str) -> T:
+        limit_s = 0.0 if hook.__module__ == __name__ else self._own.limit_s
+        where, limit = f"for problem {problem.id!r}", f"{type(self._own).__name__}.limit_s"
+        return guarded(lambda: hook(problem, text), _KEY, _named(hook), expected, where, limit_s, limit)
+
+
+def make_custom(config: TaskConfig, seed: int) -> GuardedTask:
+    """The task of a class from outside.
+
+    Raises:
+        ConfigError: it cannot be imported, is no such class, or lacks something; an option is unknown or of another
+            type; or its problems cannot be trained on.
+    """
+    found = find_named(config.name, ENTRY_POINTS, _KEY, _EXPECTED)
+    if not isinstance(found, type) or not issubclass(found, CustomTask):
+        raise ConfigError(f"{_KEY}: expected {_EXPECTED}, found {shown(found)}")
+    check_whole(found, _KEY, "problems")
+    options = read_options(found.Options, config.options, "task.options")
+    check_takes(found, f"{_KEY}: expected a class that is made of its options, found {config.name}", options)
+    try:
+        own = guarded(lambda: found(options), _KEY, _named(found), "to be made of its options")
+        try:
+            return GuardedTask(own, config.name, config.held_out, seed)
+        except BaseException:
+            own.close()
+            raise
+    except PluginError as error:  # there is no run yet that could go on
+        raise ConfigError(str(error)) from error
+
+
+def _named(code: Callable[..., Any]) -> str:
+    return f"{code.__module__}:{code.__qualname__}"
+
+
+def _another(hook: Callable[..., Any], problem: Problem, expected: str, found: Any) -> PluginError:
+    return PluginError(f"{_KEY}: expected {_named(hook)} {expected}, found {shown(found)} for problem {problem.id!r}")
+
+
+def _read(hook: Callable[[], Iterable[Problem] | None], most: int) -> list[Problem] | None:
+    """The first so many problems of a hook, unchecked."""
+
+    def call() -> list[Problem] | None:
+        found = hook()
+        return None if found is None else list(islice(found, most))
+
+    return guarded(call, _KEY, _named(hook), "to return problems")
+
+
+def _check(problems: Sequence[Any], said: str) -> None:
+    """Raise `ConfigError` unless these are problems that can be asked and judged."""
+    ids: set[str] = set()
+    for number, problem in enumerate(problems, 1):
+        if not isinstance(problem, Problem):
+            raise ConfigError(f"{said} g2rl.types.Problem, found {shown(problem)} as number {number}")
+        for name in ("id", "prompt", "answer"):
+            text = getattr(problem, name)
+            if not isinstance(text, str) or _SURROGATE.search(text) or not (text.strip() or name == "answer"):
+                raise ConfigError(f"{said} problems with text as {name}, found {shown(text)} in number {number}")
+        if problem.id in ids:
+            raise ConfigError(f"{said} problems with an id of their own, found {problem.id!r} again in number {number}")
+        ids.add(problem.id)
+        if not isinstance(problem.data, dict):
+            raise ConfigError(f"{said} problems with a dict as data, found {shown(problem.data)} in {problem.id!r}")
+        try:
+            pickle.dumps(problem.data)  # as ranks hand it to each other
+        except Exception as error:  # of an object of the user's
+            raise ConfigError(f"{said} problems with data to be pickled, found {error} in {problem.id!r}") from error
