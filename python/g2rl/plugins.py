@@ -128,6 +128,8 @@ def read_options(cls: Any, values: Mapping[str, Any], section: str) -> Any:
         raise ConfigError(f"{f'{section}.{key}'.rstrip('.')}: {told(error)}") from error
     except ValueError as error:  # of the dataclass's own check, which begins with `field` or `section.field`
         raise ConfigError(f"{section}.{re.sub(r'^[a-z]+[.]', '', str(error))}") from error
+    except Exception as error:  # of the class as well
+        raise ConfigError(f"{section}: expected what {cls!r} takes, found {type(error).__name__}: {error}") from error
 
 
 def guarded(

@@ -219,6 +219,10 @@ PROBLEMS = "task.name: expected own:Own.problems to return"
 @pytest.mark.parametrize(
     ("body", "message"),
     [
+        (
+            "@dataclass\nclass Options:\n    def __post_init__(self): 1 / 0",
+            "task.options: expected what <class 'own.Own.Options'> takes, found ZeroDivisionError: division by zero",
+        ),
         ("Options = 3", "task.options: expected a dataclass as Options, found 3"),
         (
             "def __init__(self): pass",
@@ -251,7 +255,7 @@ PROBLEMS = "task.name: expected own:Own.problems to return"
             f"{PROBLEMS} problems with an id of their own, found 'a' again in number 2",
         ),
         (
-            "def problems(self): yield from (Problem(str(random.random()), str(n), '') for n in range(9))",
+            "def problems(self): yield from (Problem(str(n), f'{n} {random.random()}', '') for n in range(9))",
             f"{PROBLEMS} the same problems each time, found others; what is drawn needs a seed",
         ),
         ("def held_out_problems(self): return []", "own:Own.held_out_problems to return problems, found none$"),

@@ -26,6 +26,8 @@ _ENUMERABLE = 2**60  # a longer range has no length in Python; draws below so la
 class Task(Closing, ABC):
     """Problems to train on, problems held out from training, and the judgement of answers to them.
 
+    One from outside this package derives from `g2rl.tasks.custom.CustomTask` instead.
+
     Attributes:
         name: the task's name in the configuration.
         instruction: what the options add to each question, on a line of its own.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ from g2rl.plugins import NoOptions, PluginError, check_takes, check_whole, find_
 from g2rl.tasks.answers import extract_answer, same_spelling
 from g2rl.tasks.base import FiniteTask, apart, check_held_out, distinct, sample
 from g2rl.tasks.pool import Closing
+from g2rl.tasks.rows import SURROGATE
 from g2rl.types import Problem
 
 T = TypeVar("T")
@@ -28,7 +28,6 @@ _ANSWER = "to return text or None"
 _RIGHT = "to return True or False"
 _MAX_PROBLEMS = 1_000_000
 _LOOKED_AT = 8  # problems that are asked for twice
-_SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes one
 
 
 class CustomTask(Closing, ABC):
@@ -39,7 +38,8 @@ class CustomTask(Closing, ABC):
     1. `problems`, which alone has to be there: right is then a response whose last ``\boxed{...}`` is spelled like the
        problem's `answer`.
     2. `Options`, a dataclass: ``task.options`` are read by its types into ``self.options``. Its ``__post_init__`` may
-       raise ``ValueError("key: expected ..., found ...")``.
+       raise ``ValueError("key: expected ..., found ...")``. Files and folders in `path`, `eval_path` and `data` are
+       found from other working directories, too.
     3. `right`, for a judge of one's own.
     4. `answer`, where answers do not stand in a box.
     5. `held_out_problems`, where evaluation has problems of its own.
@@ -66,6 +66,7 @@ class CustomTask(Closing, ABC):
     @abstractmethod
     def problems(self) -> Iterable[Problem]:
         """Return all problems: the same ones in the same order in every process, whatever the run's seed.
+        They are asked for twice, to see that.
 
         Each has an `id` and a `prompt` of its own; an `answer`, which is empty where `right` does without; and in
         `data` whatever `right` or a reward function needs, if it can be pickled.
@@ -126,8 +127,7 @@ class GuardedTask(FiniteTask):
 
     def digest(self) -> str:
         """A text that is another one for other problems, or another order of them."""
-        contents = [[problem.id, problem.prompt, problem.answer] for problem in (*self._train, *self._held_out)]
-        return hashlib.sha256(repr(contents).encode()).hexdigest()
+        return hashlib.sha256(repr(_contents([*self._train, *self._held_out])).encode()).hexdigest()
 
     def _distinct(self, hook: Callable[[], Iterable[Problem] | None]) -> dict[str, Problem] | None:
         """The problems that a hook returns, by their content."""
@@ -139,8 +139,9 @@ class GuardedTask(FiniteTask):
             raise ConfigError(f"{said} problems, found none")
         if len(found) > _MAX_PROBLEMS:
             raise ConfigError(f"{said} at most {_MAX_PROBLEMS} problems, found more; itertools.islice ends a generator")
-        _check(found, said)
-        if [problem.id for problem in found[:_LOOKED_AT]] != [getattr(problem, "id", None) for problem in again or ()]:
+        for problems in (found, again or ()):
+            _check(problems, said)
+        if _contents(found[:_LOOKED_AT]) != _contents(again or ()):
             raise ConfigError(f"{said} the same problems each time, found others; what is drawn needs a seed")
         return distinct(found, _named(hook))
 
@@ -205,6 +206,10 @@ def _read(hook: Callable[[], Iterable[Problem] | None], most: int) -> list[Probl
     return guarded(call, _KEY, _named(hook), "to return problems")
 
 
+def _contents(problems: Sequence[Problem]) -> list[tuple[str, str, str]]:
+    return [(problem.id, problem.prompt, problem.answer) for problem in problems]
+
+
 def _check(problems: Sequence[Any], said: str) -> None:
     """Raise `ConfigError` unless these are problems that can be asked and judged."""
     ids: set[str] = set()
@@ -213,7 +218,7 @@ def _check(problems: Sequence[Any], said: str) -> None:
             raise ConfigError(f"{said} g2rl.types.Problem, found {shown(problem)} as number {number}")
         for name in ("id", "prompt", "answer"):
             text = getattr(problem, name)
-            if not isinstance(text, str) or _SURROGATE.search(text) or not (text.strip() or name == "answer"):
+            if not isinstance(text, str) or SURROGATE.search(text) or not (text.strip() or name == "answer"):
                 raise ConfigError(f"{said} problems with text as {name}, found {shown(text)} in number {number}")
         if problem.id in ids:
             raise ConfigError(f"{said} problems with an id of their own, found {problem.id!r} again in number {number}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from g2rl.config import ConfigError
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one alone; no tokenizer takes it
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one alone; no tokenizer takes it
 
 MAX_LINE = 16 << 20
 """Bytes of a line; a longer one is no row of a data set."""
@@ -85,7 +85,7 @@ def column(row: Any, names: Sequence[str], place: str, key: str, kinds: tuple[ty
         raise ConfigError(f"{place}: expected {wanted} in {name!r}, found {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{place}: expected a finite number in {name!r}, found {value}")
-    if isinstance(value, str) and _SURROGATE.search(value):
+    if isinstance(value, str) and SURROGATE.search(value):
         raise ConfigError(f"{place}: expected text in {name!r}, found half of a surrogate pair in it")
     return value
 
