@@ -9,6 +9,7 @@
 # make verl      the tests of the plug-in for verl, in an environment of their own
 # make openrlhf  training runs by OpenRLHF's command with G2RL on a CPU, in an environment of their own
 # make skyrl     those by SkyRL's, likewise
+# make areal     those by AReaL's trainer, likewise
 # make swift     those by ms-swift's command with examples/swift_g2rl.py, likewise
 # make axolotl   those by axolotl's command, likewise
 # make unsloth   training runs by unsloth's trainer with G2RL on a CPU, in an environment of their own
@@ -39,7 +40,7 @@ CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard $(addprefix csrc/*/,*.cpp *.cu *.h CMakeLists.txt)) CMakeLists.txt
 
 # Other people's trainers, which are run with G2RL in them: make NAME.
-TRAINERS := openrlhf skyrl swift axolotl unsloth
+TRAINERS := areal openrlhf skyrl swift axolotl unsloth
 
 .PHONY: setup train test ranks faults planted ctest trl verl $(TRAINERS) vllm lowest audit sanitize sanitize-ops aarch64 macos \
   cuda wheel bench bench-report gpu lint clean

@@ -31,6 +31,7 @@ NEEDS_MORE = {
     "openrlhf": "the integration with OpenRLHF",
     "ray": "the integrations with SkyRL and OpenRLHF",
     "skyrl": "the integration with SkyRL",
+    "areal": "the integration with AReaL",
     "tensordict": "the plug-in for verl",
     "transfer_queue": "the plug-in for verl",
     "trl": "the integration with TRL",
