@@ -236,6 +236,12 @@ def test_log_probabilities_stay_what_they_are(areal: Any, model: Any) -> None:
     assert seen == [(4, 9), (4, 6)]
 
 
+def test_log_probabilities_of_another_pass_are_refused(areal: Any, model: Any) -> None:
+    groups = [group | {"prox_logp": torch.zeros(group["input_ids"].shape)} for group in two_groups()]
+    with pytest.raises(RuntimeError, match=r"features before log-probabilities, found none: .* G2RLPPOActor"):
+        actor_of(areal, model).compute_advantages(groups)
+
+
 def test_another_head_is_refused(areal: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     actor = actor_of(areal, model)
     forward = model.lm_head.forward

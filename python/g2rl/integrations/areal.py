@@ -88,7 +88,7 @@ class G2RLPPOActor(FSDPPPOActor):
 
     Raises:
         ConfigError: an option, or an adapter on the head.
-        RuntimeError: log-probabilities are not those of the model's head.
+        RuntimeError: log-probabilities are not those of the model's head, or come without features.
     """
 
     def __init__(self, config: G2RLActorConfig) -> None:
@@ -137,6 +137,12 @@ class G2RLPPOActor(FSDPPPOActor):
             rows = self.compute_logp(data)
         else:
             rows = [group["prox_logp"] for group in data]
+            for group, row in zip(data, rows, strict=True):
+                if row.shape[1] != self._d + group["input_ids"].shape[1]:
+                    raise RuntimeError(
+                        "g2rl: expected features before log-probabilities, found none: they are not of "
+                        f"{type(self).__name__}.compute_logp"
+                    )
             data = [{**group, "prox_logp": row[:, self._d :]} for group, row in zip(data, rows, strict=True)]
         raw = torch.cat([group["rewards"] for group in data]).float()
         features = torch.cat([row[:, : self._d] for row in rows]).to(raw.device)
