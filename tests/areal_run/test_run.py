@@ -81,7 +81,8 @@ def settings(folder: Path, model: Path, actor: dict[str, Any]) -> dict[str, Any]
 def train(folder: Path, model: Path, actor: dict[str, Any]) -> str:
     """What the script says."""
     (folder / "config.yaml").write_text(yaml.safe_dump(settings(folder, model, actor)))
-    environment = os.environ | {"PYTHONPATH": str(HERE), "RECORDS": str(folder), "OMP_NUM_THREADS": "1"}
+    path = f"{HERE}{os.pathsep}{HERE.parents[1]}"
+    environment = os.environ | {"PYTHONPATH": path, "RECORDS": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, HERE / "train.py", "--config", folder / "config.yaml"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=300)
     logs = "".join(path.read_text() for path in folder.glob("logs/**/actor.log"))

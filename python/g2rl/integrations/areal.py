@@ -202,14 +202,7 @@ class G2RLPPOActor(FSDPPPOActor):
             raise RuntimeError(f"g2rl: {type(self._causal_lm).__name__} makes logits without a call of its head")
         if not self._logps_check.done:
             whole = self._local(F.pad(logps, (0, ctx.pad_length))[None])
-            self._check_logps(whole[done.response >= 0], done.outputs.logps)
+            self._logps_check.require(whole[done.response >= 0], done.outputs.logps, "AReaL", self._causal_lm)
         of_sequences = logps.float().split(ctx.mb_input["cu_seqlens"].diff().tolist())
         rows = zip(done.outputs.features, of_sequences, strict=True)
         return torch.cat([part for row in rows for part in row])
-
-    def _check_logps(self, logps: torch.Tensor, ours: torch.Tensor) -> None:
-        if gap := self._logps_check.gap(logps, ours):
-            raise RuntimeError(
-                f"g2rl: AReaL's log-probabilities differ from those of the head of {type(self._causal_lm).__name__} by "
-                f"{gap:.2g} a token: it is not one that G2RL knows"
-            )

@@ -231,3 +231,11 @@ class LogpsCheck:
         self.done = len(ours) > 0
         gap, size = float((logps.to(ours) - ours).abs().sum()), float(ours.abs().sum())
         return gap / len(ours) if gap > ROUNDING * (len(ours) + size) else 0.0
+
+    def require(self, logps: torch.Tensor, ours: torch.Tensor, trainer: str, model: Any) -> None:
+        """Raise RuntimeError where rounding does not explain a difference, in the name of a trainer and its model."""
+        if gap := self.gap(logps, ours):
+            raise RuntimeError(
+                f"g2rl: {trainer}'s log-probabilities differ from those of the head of {type(model).__name__} by "
+                f"{gap:.2g} a token: it is not one that G2RL knows"
+            )

@@ -197,7 +197,8 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
         logps = output["output"]
         out: SequenceFeatures = done.outputs  # type: ignore[assignment]
         if not self._logps_check.done:
-            self._check_logps(self._local(_placed(logps, mask), mask)[done.response >= 0], out.logps)
+            local = self._local(_placed(logps, mask), mask)[done.response >= 0]
+            self._logps_check.require(local, out.logps, "SkyRL", self._causal_lm)
         output["output"] = torch.cat([logps.float(), out.features.cpu()], dim=1)
         return output
 
@@ -218,13 +219,6 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
     def _on_hidden_states(self, hidden: torch.Tensor) -> None:
         if self._pass is not None:
             self._pass.run(self._causal_lm, hidden)
-
-    def _check_logps(self, logps: torch.Tensor, ours: torch.Tensor) -> None:
-        if gap := self._logps_check.gap(logps, ours):
-            raise RuntimeError(
-                f"g2rl: SkyRL's log-probabilities differ from those of the head of {type(self._causal_lm).__name__} by "
-                f"{gap:.2g} a token: it is not one that G2RL knows"
-            )
 
 
 def _placed(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
