@@ -225,7 +225,7 @@ def test_a_result_holds_for_these_files_and_versions(runs: list[Subject], monkey
 
 def test_a_backend_that_fails_is_replaced_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next one serves; random state, grad mode and autocast are as before."""
-    failed = "print('check: bounds'); import os; os.abort()"
+    failed = "print('check: bounds', flush=True); import os; os.abort()"
     monkeypatch.setattr(self_check, "command", lambda subject, device: [sys.executable, "-c", failed])
     s = testing.head_sample(testing.SMALL)
     before = torch.get_rng_state()

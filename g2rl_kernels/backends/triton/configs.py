@@ -81,7 +81,7 @@ TILES: dict[tuple[str, bool, int], Tile] = {
     ("residuals-statistics", True, 100): Tile(64, 128, 64, 8, 4, USE_TMA=True),
     ("residuals-softcap", True, 80): Tile(64, 128, 32, 8, 4),
     ("residuals-softcap", True, 90): Tile(64, 128, 128, 8, 3, USE_TMA=True),
-    ("residuals-softcap", True, 100): Tile(64, 128, 64, 8, 4, USE_TMA=True),
+    ("residuals-softcap", True, 100): Tile(128, 64, 64, 8, 4, USE_TMA=True),
     ("grad_logits", True, 80): Tile(128, 128, 32, 8, 4),
     ("grad_logits", True, 90): Tile(128, 128, 128, 8, 3, USE_TMA=True),
     ("grad_logits", True, 100): Tile(128, 128, 64, 8, 4, USE_TMA=True),

@@ -55,7 +55,7 @@ def _responses_kernel(cu_seqlens, token_weights, S, lse, inverse, flags, GIVEN: 
             # The largest power of two that is not above |lse|.
             given = tl.load(lse + n, mask=n < end, other=0.0)
             binade = (given.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
-            near = deviation <= _TOLERANCE + binade * _HALF_UNIT
+            near = deviation <= binade * _HALF_UNIT + _TOLERANCE
             # A NaN is not near.
             flagged = tl.maximum(flagged, ((a > 0) & (near == 0)).to(tl.int32))
         flag = tl.where(tl.abs(mean) <= _FARTHEST, tl.max(flagged, 0), 1)
