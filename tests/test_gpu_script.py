@@ -28,7 +28,6 @@ REHEARSED = [name for name in PARTS if name not in NOT_REHEARSED]
 
 # A Python with every module but those of $ABSENT, whose parts do as $BEHAVIOUR says: "groups=3 large=sleep".
 PYTHON = """\
-#!{python} -S
 import os, signal, sys, time
 arguments = sys.argv[1:]
 if arguments[0] == "-":
@@ -38,7 +37,7 @@ if arguments[0] == "-c":
     print(*(name for name in arguments[2:] if name in os.environ.get("ABSENT", "").split()))
     sys.exit()
 files = [word for word in arguments if word.endswith(".json")]
-names = {{"--check": "check", "benchmarks.kernels": "kernels"}}
+names = {"--check": "check", "benchmarks.kernels": "kernels"}
 name = os.environ.get("TOOL") or next((names[word] for word in arguments if word in names), "tests")
 if files:
     name = os.path.basename(files[0])[:-5].removeprefix("a-chip-").removeprefix("rehearsal-")
@@ -57,6 +56,7 @@ if does == "sleep":
 sys.exit(int(does))
 """
 STAND_INS = {
+    "python3": 'exec "{python}" -S "{bin}/python.py" "$@"',
     "timeout": 'exec {timeout} "$1" --kill-after=1 2 "${{@:4}}"',
     "compute-sanitizer": 'export TOOL=$2; exec "${{@:7}}"',
     "cmake": 'echo building "$@"; [ "${{BUILD:-0}}" != hangs ] || exec sleep 60; exit "${{BUILD:-0}}"',
@@ -76,9 +76,10 @@ class Place:
         self.bin.mkdir()
         for name in TOOLS:
             (self.bin / name).symlink_to(shutil.which(name) or pytest.skip(f"needs {name}"))
-        self.stand_in("python3", PYTHON.format(python=sys.executable))
+        (self.bin / "python.py").write_text(PYTHON)
+        paths = {"python": sys.executable, "bin": self.bin, "timeout": shutil.which("timeout")}
         for name, text in STAND_INS.items():
-            self.stand_in(name, f"#!{self.bin}/bash\n{text.format(timeout=shutil.which('timeout'))}\n")
+            self.stand_in(name, f"#!{self.bin}/bash\n{text.format(**paths)}\n")
 
     def stand_in(self, name: str, text: str) -> None:
         (self.bin / name).write_text(text)
@@ -228,7 +229,7 @@ def test_a_signal_ends_parts_and_script(
 
 def test_another_chip_starts_anew(place: Place) -> None:
     assert place.run()[0] == 0
-    place.stand_in("python3", PYTHON.format(python=sys.executable).replace("a-chip", "another"))
+    (place.bin / "python.py").write_text(PYTHON.replace("a-chip", "another"))
     assert place.run()[0] == 0 and place.called == PARTS
 
 

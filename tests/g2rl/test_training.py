@@ -659,7 +659,7 @@ def test_a_start_that_is_refused_leaves_no_folder(tiny_model: Path, tmp_path: Pa
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Another process trains in a run's folder."""
-    holds = "import sys, pathlib, g2rl.files as f; print(f.hold(pathlib.Path(sys.argv[1])), flush=True); sys.stdin.read()"
+    holds = "import os, sys, g2rl.files as f; os.write(1, b'%d\\n' % f.hold(f.Path(sys.argv[1]))); sys.stdin.read()"
     command = [sys.executable, "-c", holds, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert int(process.stdout.readline()) > 0

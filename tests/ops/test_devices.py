@@ -5,10 +5,8 @@ What needs no GPU is tested on a CPU as well, so that a test is known to work be
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import head_cases
 import pytest
@@ -270,9 +268,10 @@ SMALLER = 1105
 
 
 @pytest.fixture
-def memory_of_its_own() -> Iterator[None]:
-    """One test at a time on a machine, for those that take gigabytes of a GPU; none of it stays reserved."""
-    with FileLock(Path(tempfile.gettempdir()) / "g2rl-kernels-tests-of-large-shapes.lock"):
+def memory_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One at a time of the tests that take gigabytes of a GPU; none of it stays reserved."""
+    # The parent is what the processes of one run share.
+    with FileLock(tmp_path_factory.getbasetemp().parent / "large-shapes.lock"):
         yield
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
