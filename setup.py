@@ -3,10 +3,10 @@
 The CPU kernels, `g2rl_kernels._native`, are built with CMake where a compiler is at hand. Without one the package still
 installs and works on its other backends. G2RL_SKIP_NATIVE=1 does not try; G2RL_REQUIRE_NATIVE=1 makes failure an error.
 
-The CUDA kernels, `g2rl_kernels._cuda`, are built where nvcc is found and torch has CUDA (G2RL_WITH_CUDA=auto), always
-(on) or never (off), whatever is said of the CPU kernels. G2RL_CUDA_ARCHITECTURES names the GPUs. Unless set, they are
-those that are here, or all where there are none or one of another generation: "80;90a;100" (100 from nvcc 12.8 on).
-Each takes minutes.
+The CUDA kernels, `g2rl_kernels._cuda`, are built where nvcc is found, and torch has CUDA or, for a build that does not
+see torch, there is a GPU (G2RL_WITH_CUDA=auto), always (on) or never (off), whatever is said of the CPU kernels.
+G2RL_CUDA_ARCHITECTURES names the GPUs. Unless set, they are those that are here, or all where there are none or one of
+another generation: "80;90a;100" (100 from nvcc 12.8 on). Each takes minutes.
 
 MAX_JOBS or CMAKE_BUILD_PARALLEL_LEVEL says how many sources are compiled at once, each of up to 1.6 GB; CMAKE_ARGS is
 handed to CMake.
@@ -50,10 +50,6 @@ def why_not(cuda: bool) -> str | None:
         return "CMake was not found"
     if not any(shutil.which(name) for name in (*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++")):
         return "no C++ compiler was found"
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        return "torch cannot be imported while building (install it first, and use --no-build-isolation)"
     return why_no_cuda() if cuda else None
 
 
@@ -61,26 +57,34 @@ def why_no_cuda() -> str | None:
     """What the CUDA kernels need besides; None when it is there, or when CMake has to say."""
     if WITH_CUDA == "on":
         return None
-    import torch
-
-    if torch.version.cuda is None:
-        return "this torch has no CUDA (G2RL_WITH_CUDA=on builds them nevertheless)"
+    try:
+        import torch
+    except ImportError:  # not seen from an isolated build
+        if not capabilities():
+            return "no NVIDIA GPU was found (G2RL_WITH_CUDA=on builds them nevertheless)"
+    else:
+        if torch.version.cuda is None:
+            return "this torch has no CUDA (G2RL_WITH_CUDA=on builds them nevertheless)"
     if not (os.environ.get("CUDACXX") or shutil.which("nvcc", path=PATH)):
         return "nvcc was not found (put it on PATH, or name it in CUDACXX)"
     return None
 
 
+def capabilities() -> set[int]:
+    """Major compute capabilities of the GPUs that are here."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+        return {int(line.partition(".")[0]) for line in lines}
+    except (OSError, subprocess.SubprocessError, ValueError):  # no driver, or one too old to know
+        return set()
+
+
 def architectures() -> str:
     """Of the GPUs to build for; empty for all."""
-    import torch
-
     if named := os.environ.get("G2RL_CUDA_ARCHITECTURES"):
         return named
-    try:
-        here = {torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())}
-    except RuntimeError:  # a driver that this torch cannot use
-        here = set()
-    known = {8: "80", 9: "90a", 10: "100"}
+    here, known = capabilities(), {8: "80", 9: "90a", 10: "100"}
     return ";".join(known[major] for major in sorted(here)) if here <= known.keys() else ""
 
 
@@ -104,7 +108,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         cuda = ext.name.endswith("._cuda")
         required = WITH_CUDA == "on" if cuda else REQUIRE_NATIVE
-        # A module of an earlier build is of other sources, or for another torch.
+        # A module of an earlier build is of other sources.
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         reason = why_not(cuda)
         if reason is None:

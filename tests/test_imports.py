@@ -192,9 +192,9 @@ def test_training_uses_public_names_of_the_kernels() -> None:
                 assert node.attr in g2rl_kernels.__all__, f"{path.relative_to(ROOT)}:{node.lineno}: {node.attr}"
 
 
-def test_cuda_sources_include_no_torch_header() -> None:
-    """So that they compile, and are checked, on machines without a CUDA build of PyTorch."""
-    for path in sorted((ROOT / "csrc" / "cuda").rglob("*")):
+def test_compiled_sources_include_no_torch_header() -> None:
+    """So that one build serves every PyTorch, and a build needs none."""
+    for path in sorted((ROOT / "csrc").rglob("*")):
         if path.is_file():
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 torch_header = line.startswith("#include") and any(x in line for x in ("torch/", "ATen/", "c10/"))

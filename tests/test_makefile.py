@@ -47,7 +47,7 @@ def commands(checkout: Path, *targets: str) -> list[str]:
                 "G2RL_FAULTS_SANITIZED": "build/address",
             },
         ),
-        ("aarch64", {"-DG2RL_TORCH_DIR": "build/aarch64/torch/torch"}),
+        ("macos", {"-DCMAKE_CXX_COMPILER": "build/macos/zig/ziglang/zig;c++;-target;aarch64-macos"}),
     ],
 )
 def test_paths_may_have_blanks(checkout: Path, target: str, paths: dict[str, str]) -> None:

@@ -155,28 +155,50 @@ def test_a_build_folder_of_a_moved_checkout_goes(
     assert ran == [kept, kept]  # to configure and to compile
 
 
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """Sets what nvidia-smi says of compute capabilities; None where there is none."""
+
+    def are(listed: str | None) -> None:
+        def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+            assert command[0] == "nvidia-smi"
+            if listed is None:
+                raise FileNotFoundError("nvidia-smi")
+            return subprocess.CompletedProcess(command, 0, stdout=listed)
+
+        monkeypatch.setattr(subprocess, "run", run)
+
+    return are
+
+
 @pytest.mark.parametrize(
-    ("variables", "here", "expected"),
+    ("variables", "listed", "expected"),
     [
-        ({}, [], ""),
-        ({}, [(9, 0), (9, 0)], "90a"),
-        ({}, [(9, 0), (8, 6)], "80;90a"),
-        ({}, [(9, 0), (12, 0)], ""),  # a chip that is not known may run code made of PTX
-        ({"G2RL_CUDA_ARCHITECTURES": "100"}, [(9, 0)], "100"),
+        ({}, None, ""),
+        ({}, "", ""),
+        ({}, "9.0\n9.0\n", "90a"),
+        ({}, "9.0\n8.6\n", "80;90a"),
+        ({}, "9.0\n12.0\n", ""),  # a chip that is not known may run code made of PTX
+        ({}, "Field \"compute_cap\" is not a valid field to query.\n", ""),
+        ({"G2RL_CUDA_ARCHITECTURES": "100"}, "9.0\n", "100"),
     ],
 )
 def test_gpus_built_for(
-    load: Load, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], here: list[tuple[int, int]], expected: str
+    load: Load, gpus: Callable[[str | None], None], variables: dict[str, str], listed: str | None, expected: str
 ) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: len(here))
-    monkeypatch.setattr("torch.cuda.get_device_capability", here.__getitem__)
+    gpus(listed)
     assert load(**variables).architectures() == expected
 
 
-def test_a_driver_that_torch_cannot_use_names_no_gpus(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_old(_: int) -> None:
-        raise RuntimeError("The NVIDIA driver on your system is too old")
-
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.get_device_capability", too_old)
-    assert load().architectures() == ""
+@pytest.mark.parametrize(
+    ("listed", "reason"), [(None, "no NVIDIA GPU was"), ("", "no NVIDIA GPU was"), ("9.0\n", "nvcc was not found")]
+)
+def test_an_isolated_build_looks_for_gpus_itself(
+    load: Load, gpus: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch, listed: str | None, reason: str
+) -> None:
+    """It does not see the torch that the kernels will serve; those for CPUs need none."""
+    gpus(listed)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    setup = load()
+    assert setup.why_not(cuda=False) is None
+    assert str(setup.why_not(cuda=True)).startswith(reason)

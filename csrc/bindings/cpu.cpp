@@ -1,129 +1,113 @@
-// Python bindings of the CPU kernels; arguments were checked by the public functions.
-#include <torch/extension.h>
+// Python bindings of the CPU kernels: the structs and functions of csrc/cpu/head.h and groups.h under their own names.
+// Pointers are integers, so that neither torch's headers nor its libraries are needed, and one build serves every
+// torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../cpu/groups.h"
 #include "../cpu/head.h"
 #include "../cpu/isa.h"
+#include "../cpu/parallel.h"
+
+namespace py = pybind11;
+using namespace g2rl;
 
 namespace {
 
-using at::Tensor;
-using g2rl::Head;
-using g2rl::TokenStats;
-using OptionalTensor = std::optional<Tensor>;
+using Address = uintptr_t;
 
-// Kernels read rows of adjacent elements, however far apart the rows.
-Tensor rows(const Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1 ? t : t.contiguous(); }
-
-OptionalTensor floats(const OptionalTensor& t) {
-  return t ? OptionalTensor(t->to(at::kFloat).contiguous()) : std::nullopt;
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
 }
 
-// Records of g2rl_kernels/records.py, read while Python's lock is held.
-
-Head head_of(const py::object& record) {
-  const auto number = [&](const char* name) { return record.attr(name).cast<double>(); };
-  return {rows(record.attr("weight").cast<Tensor>()), record.attr("bias").cast<OptionalTensor>(), number("temperature"),
-          number("logit_scale"), number("softcap")};
+// `kernel` without Python's lock, on as many threads as the last argument says.
+template <class... Arguments>
+auto on_its_threads(void (*kernel)(Arguments...)) {
+  return [kernel](Arguments... arguments, int threads) {
+    const py::gil_scoped_release release;
+    const Threads of_call(threads);
+    kernel(arguments...);
+  };
 }
 
-struct Responses {
-  Tensor cu_seqlens;
-  OptionalTensor token_weights, lse;
-};
+void bind_head(py::module_& m) {
+  py::enum_<Dtype>(m, "Dtype")
+      .value("float32", Dtype::kFloat)
+      .value("bfloat16", Dtype::kBFloat16)
+      .value("float16", Dtype::kHalf);
+  py::class_<Matrix>(m, "Matrix")
+      .def(py::init([](Address data, int64_t rows, int64_t cols, int64_t row_bytes, Dtype dtype) {
+        return Matrix{at<char>(data), rows, cols, row_bytes, dtype};
+      }));
+  py::class_<Head>(m, "Head").def(
+      py::init([](const Matrix& weight, Address bias, double temperature, double logit_scale, double softcap) {
+        return Head{weight, at<double>(bias), temperature, logit_scale, softcap};
+      }));
+  py::class_<Tokens>(m, "Tokens").def(py::init([](const Matrix& hidden, Address targets) {
+    return Tokens{hidden, at<int64_t>(targets)};
+  }));
+  py::class_<TokenStats>(m, "TokenStats").def(py::init([](Address logps, Address entropy, Address lse) {
+    return TokenStats{at<float>(logps), at<float>(entropy), at<float>(lse)};
+  }));
+  py::class_<Batch>(m, "Batch").def(py::init([](Address cu_seqlens, int64_t B, Address token_weights) {
+    return Batch{at<int64_t>(cu_seqlens), B, at<float>(token_weights)};
+  }));
+  py::class_<Gradients>(m, "Gradients").def(py::init([](Address hidden, Address weight, Address bias) {
+    return Gradients{at<void>(hidden), at<void>(weight), at<float>(bias)};
+  }));
 
-Responses responses_of(const py::object& record) {
-  return {record.attr("cu_seqlens").cast<Tensor>(), record.attr("token_weights").cast<OptionalTensor>(),
-          record.attr("lse").cast<OptionalTensor>()};
+  m.def("token_logprobs", on_its_threads(&token_logprobs));
+  m.def("sequence_features", [](const Tokens& tokens, const Head& head, const Batch& batch, Address lse,
+                                int64_t workspace_bytes, Address features, const TokenStats& stats, int threads) {
+    on_its_threads (&sequence_features)(tokens, head, batch, at<float>(lse), workspace_bytes, at<float>(features),
+                                        stats, threads);
+  });
+  m.def("token_sums", [](const Tokens& tokens, const Head& head, Address sums, int threads) {
+    on_its_threads (&token_sums)(tokens, head, at<float>(sums), threads);
+  });
+  m.def("part_features", [](const Tokens& tokens, const Head& head, const Batch& batch, Address sums, int64_t parts,
+                            int64_t workspace_bytes, Address features, const TokenStats& stats, int threads) {
+    on_its_threads (&part_features)(tokens, head, batch, at<float>(sums), parts, workspace_bytes, at<float>(features),
+                                    stats, threads);
+  });
+  m.def("logprobs_backward", [](Address grad_logps, Address grad_entropy, const Tokens& tokens, const Head& head,
+                                const TokenStats& stats, int64_t workspace_bytes, const Gradients& out, int threads) {
+    on_its_threads (&logprobs_backward)(at<float>(grad_logps), at<float>(grad_entropy), tokens, head, stats,
+                                        workspace_bytes, out, threads);
+  });
 }
 
-g2rl::Shaping shaping_of(const py::object& record, const std::string& normalize) {
-  const auto rule = record.attr("rule").cast<std::string>();
-  const g2rl::Rule which = rule == "scale"      ? g2rl::Rule::scale
-                           : rule == "centered" ? g2rl::Rule::centered
-                                                : g2rl::Rule::literal;
-  return {record.attr("strength").cast<double>(),
-          record.attr("clip").cast<double>(),
-          which,
-          record.attr("min_range").cast<double>(),
-          record.attr("uniform_groups").cast<std::string>() == "drop",
-          normalize == "std"};
-}
-
-auto token_logprobs(const Tensor& hidden, const py::object& head, const Tensor& targets) {
-  const Head of_kernels = head_of(head);
-  py::gil_scoped_release release;
-  const TokenStats s = g2rl::token_logprobs(rows(hidden), of_kernels, targets.contiguous());
-  return std::make_tuple(s.logps, s.entropy, s.lse);
-}
-
-auto sequence_features(const Tensor& hidden, const py::object& head, const Tensor& targets, const py::object& responses,
-                       int64_t workspace_bytes) {
-  const Head of_kernels = head_of(head);
-  const Responses r = responses_of(responses);
-  py::gil_scoped_release release;
-  const auto [features, s] =
-      g2rl::sequence_features(rows(hidden), of_kernels, targets.contiguous(), r.cu_seqlens.to(at::kLong).contiguous(),
-                              floats(r.token_weights), floats(r.lse), workspace_bytes);
-  return std::make_tuple(features, s.logps, s.entropy, s.lse);
-}
-
-Tensor token_sums(const Tensor& hidden, const py::object& head, const Tensor& targets) {
-  const Head of_kernels = head_of(head);
-  py::gil_scoped_release release;
-  return g2rl::token_sums(rows(hidden), of_kernels, targets.contiguous());
-}
-
-auto part_features(const Tensor& hidden, const py::object& head, const Tensor& targets, const py::object& responses,
-                   const Tensor& sums, int64_t workspace_bytes) {
-  const Head of_kernels = head_of(head);
-  const Responses r = responses_of(responses);
-  py::gil_scoped_release release;
-  const auto [features, s] =
-      g2rl::part_features(rows(hidden), of_kernels, targets.contiguous(), r.cu_seqlens.to(at::kLong).contiguous(),
-                          floats(r.token_weights), sums.contiguous(), workspace_bytes);
-  return std::make_tuple(features, s.logps, s.entropy, s.lse);
-}
-
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> logprobs_backward(
-    const Tensor& grad_logps, const Tensor& grad_entropy, const Tensor& hidden, const py::object& head,
-    const Tensor& targets, const std::tuple<Tensor, Tensor, Tensor>& saved, const std::tuple<bool, bool, bool>& needs,
-    int64_t workspace_bytes) {
-  const Head of_kernels = head_of(head);
-  py::gil_scoped_release release;
-  const auto f = [](const Tensor& t) { return t.to(at::kFloat).contiguous(); };
-  const auto& [logps, entropy, lse] = saved;
-  const auto& [need_hidden, need_weight, need_bias] = needs;
-  const auto [dh, dw, db] = g2rl::logprobs_backward(f(grad_logps), f(grad_entropy), rows(hidden), of_kernels,
-                                                    targets.contiguous(), TokenStats{f(logps), f(entropy), f(lse)},
-                                                    workspace_bytes, {need_hidden, need_weight, need_bias});
-  const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
-  return {optional(dh), optional(dw), optional(db)};
-}
-
-auto g2rl_advantages(const Tensor& features, const Tensor& rewards, const Tensor& cu_groups, int64_t m_max,
-                     const OptionalTensor& valid, const py::object& shaping, const std::string& normalize) {
-  const g2rl::Shaping how = shaping_of(shaping, normalize);
-  py::gil_scoped_release release;
-  const auto out = g2rl::g2rl_advantages(features, rewards, cu_groups.to(at::kLong).contiguous(), m_max,
-                                         valid ? OptionalTensor(valid->contiguous()) : std::nullopt, how);
-  return std::make_tuple(out.advantages, out.shaped_rewards, out.scores, out.similarity);
+// For one dtype of the features; its name ends the structs'.
+template <class T>
+void bind_groups(py::module_& m, const std::string& dtype) {
+  py::class_<Groups<T>>(m, ("Groups_" + dtype).c_str())
+      .def(py::init([](Address features, Address rewards, Address cu_groups, Address valid, int64_t G, int64_t d,
+                       int64_t m_max) {
+        return Groups<T>{at<T>(features), at<double>(rewards), at<int64_t>(cu_groups), at<bool>(valid), G, d, m_max};
+      }));
+  py::class_<GroupAdvantages<T>>(m, ("GroupAdvantages_" + dtype).c_str())
+      .def(py::init([](Address advantages, Address shaped_rewards, Address scores, Address similarity) {
+        return GroupAdvantages<T>{at<T>(advantages), at<T>(shaped_rewards), at<T>(scores), at<T>(similarity)};
+      }));
+  m.def("g2rl_advantages", on_its_threads(&g2rl_advantages<T>));
 }
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("token_logprobs", &token_logprobs);
-  m.def("sequence_features", &sequence_features);
-  m.def("token_sums", &token_sums);
-  m.def("part_features", &part_features);
-  m.def("logprobs_backward", &logprobs_backward);
-  m.def("g2rl_advantages", &g2rl_advantages);
-  m.def("instruction_set", [] { return std::string(g2rl::isa_name(g2rl::isa())); });
+PYBIND11_MODULE(_native, m) {
+  bind_head(m);
+  py::class_<Shaping>(m, "Shaping")
+      .def(
+          py::init([](double strength, double clip, int rule, double min_range, bool drop_uniform, bool divide_by_std) {
+            return Shaping{strength, clip, static_cast<Rule>(rule), min_range, drop_uniform, divide_by_std};
+          }));
+  bind_groups<float>(m, "float32");
+  bind_groups<double>(m, "float64");
+  m.def("instruction_set", [] { return std::string(isa_name(isa())); });
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
-    for (int i = static_cast<int>(g2rl::highest_isa()); i >= 0; --i)
-      names.push_back(g2rl::isa_name(static_cast<g2rl::Isa>(i)));
+    for (int i = static_cast<int>(highest_isa()); i >= 0; --i) names.push_back(isa_name(static_cast<Isa>(i)));
     return names;
   });
 }

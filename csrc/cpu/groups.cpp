@@ -1,15 +1,13 @@
 // Products of features in fp64, in blocks; then, group by group, a few passes over [m, m].
 #include "groups.h"
 
+#include "parallel.h"
 #include "rowwise.h"
-
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -44,7 +42,7 @@ void products(const T* features, const int64_t* cu, int64_t G, int64_t d, double
     first[g + 1] = first[g] + across * (across + 1) / 2;
     work += m * (m + 1) / 2 * d;
   }
-  at::parallel_for(0, first[G], 1 + first[G] * kWorthThread / (work + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(0, first[G], 1 + first[G] * kWorthThread / (work + 1), [&](int64_t begin, int64_t end) {
     for (int64_t g = 0; g < G; ++g) {
       if (first[g + 1] <= begin || first[g] >= end) continue;
       const int64_t m = cu[g + 1] - cu[g];
@@ -139,44 +137,41 @@ void center(const Group& g, bool divide_by_std) {
 
 }  // namespace
 
-GroupAdvantages g2rl_advantages(const at::Tensor& features, const at::Tensor& rewards, const at::Tensor& cu_groups,
-                                int64_t m_max, const std::optional<at::Tensor>& valid, const Shaping& shaping) {
-  const int64_t B = features.size(0), d = features.size(1), G = cu_groups.size(0) - 1, entries = m_max * m_max;
-  const int64_t* cu = cu_groups.const_data_ptr<int64_t>();
+template <typename T>
+void g2rl_advantages(const Groups<T>& groups, const Shaping& shaping, const GroupAdvantages<T>& out) {
+  const int64_t *cu = groups.cu_groups, G = groups.G, B = cu[G], m_max = groups.m_max, entries = m_max * m_max;
   std::vector<char> usable(B, 1);
-  if (valid) std::copy_n(valid->const_data_ptr<bool>(), B, usable.begin());
-
-  const at::Tensor phi = features.contiguous(), r = rewards.to(at::kDouble).contiguous();
-  const at::Tensor wide_S = at::empty({G, m_max, m_max}, r.options()), wide = at::empty({3, B}, r.options());
-  const double* raw = r.const_data_ptr<double>();
-  double *of_S = wide_S.data_ptr<double>(), *of_scores = wide.data_ptr<double>(), *of_shaped = of_scores + B;
-  const auto result = [&](at::IntArrayRef sizes) { return at::empty(sizes, phi.options()); };
-  const GroupAdvantages out{result({B}), result({B}), result({B}), result({G, m_max, m_max})};
-
-  AT_DISPATCH_FLOATING_TYPES(phi.scalar_type(), "g2rl_advantages", [&] {
-    products(phi.const_data_ptr<scalar_t>(), cu, G, d, of_S, m_max);
-    scalar_t *advantages = out.advantages.data_ptr<scalar_t>(), *shaped = out.shaped_rewards.data_ptr<scalar_t>();
-    scalar_t *scores = out.scores.data_ptr<scalar_t>(), *similarity = out.similarity.data_ptr<scalar_t>();
-    // An entry of S costs a dozen operations.
-    at::parallel_for(0, G, 1 + kWorthThread / (12 * entries + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = cu[i], m = cu[i + 1] - b;
-        const Group g{
-            m, of_S + i * entries, m_max, raw + b, usable.data() + b, of_scores + b, of_shaped + b, of_shaped + B + b};
-        normalize(g);
-        score(g);
-        shape(g, shaping);
-        center(g, shaping.divide_by_std);
-        std::copy_n(g.advantages, m, advantages + b);
-        std::copy_n(g.shaped, m, shaped + b);
-        std::copy_n(g.scores, m, scores + b);
-        scalar_t* S = similarity + i * entries;
-        std::fill_n(S, entries, scalar_t(0));
-        for (int64_t row = 0; row < m; ++row) std::copy_n(g.S + row * m_max, m, S + row * m_max);
-      }
-    });
+  if (groups.valid) std::copy_n(groups.valid, B, usable.begin());
+  const std::unique_ptr<double[]> wide(new double[G * entries + 3 * B]);
+  double *of_S = wide.get(), *of_scores = of_S + G * entries, *of_shaped = of_scores + B;
+  products(groups.features, cu, G, groups.d, of_S, m_max);
+  // An entry of S costs a dozen operations.
+  parallel_for(0, G, 1 + kWorthThread / (12 * entries + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = cu[i], m = cu[i + 1] - b;
+      const Group g{m,
+                    of_S + i * entries,
+                    m_max,
+                    groups.rewards + b,
+                    usable.data() + b,
+                    of_scores + b,
+                    of_shaped + b,
+                    of_shaped + B + b};
+      normalize(g);
+      score(g);
+      shape(g, shaping);
+      center(g, shaping.divide_by_std);
+      std::copy_n(g.advantages, m, out.advantages + b);
+      std::copy_n(g.shaped, m, out.shaped_rewards + b);
+      std::copy_n(g.scores, m, out.scores + b);
+      T* S = out.similarity + i * entries;
+      std::fill_n(S, entries, T(0));
+      for (int64_t row = 0; row < m; ++row) std::copy_n(g.S + row * m_max, m, S + row * m_max);
+    }
   });
-  return out;
 }
+
+template void g2rl_advantages(const Groups<float>&, const Shaping&, const GroupAdvantages<float>&);
+template void g2rl_advantages(const Groups<double>&, const Shaping&, const GroupAdvantages<double>&);
 
 }  // namespace g2rl

@@ -3,9 +3,7 @@
 // B responses, G groups, m_max the size of the largest, d hidden. MATH.md has the formulas.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
+#include <cstdint>
 
 namespace g2rl {
 
@@ -20,14 +18,24 @@ struct Shaping {
   bool divide_by_std;
 };
 
-struct GroupAdvantages {
-  at::Tensor advantages, shaped_rewards, scores;  // [B] of features' dtype
-  at::Tensor similarity;                          // [G, m_max, m_max] of features' dtype
+// float or double as T. All memory is the caller's.
+template <typename T>
+struct Groups {
+  const T* features;         // [B, d]
+  const double* rewards;     // [B]
+  const int64_t* cu_groups;  // [G + 1]
+  const bool* valid;         // [B]; null where all are
+  int64_t G, d, m_max;
 };
 
-// features [B, d] fp32 or fp64; rewards [B] of the same dtype; cu_groups [G + 1] int64; valid [B] bool. Computed in
-// fp64.
-GroupAdvantages g2rl_advantages(const at::Tensor& features, const at::Tensor& rewards, const at::Tensor& cu_groups,
-                                int64_t m_max, const std::optional<at::Tensor>& valid, const Shaping& shaping);
+template <typename T>
+struct GroupAdvantages {
+  T *advantages, *shaped_rewards, *scores;  // [B]
+  T* similarity;                            // [G, m_max, m_max]
+};
+
+// Computed in fp64.
+template <typename T>
+void g2rl_advantages(const Groups<T>& groups, const Shaping& shaping, const GroupAdvantages<T>& out);
 
 }  // namespace g2rl

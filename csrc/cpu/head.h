@@ -6,57 +6,62 @@
 // of which 16 responses' are the least; 0 for 5 % of fp32 logits, or 64 MiB if that is more; more of it saves time.
 // Every result is the same whatever it and the number of threads are, and a response's results do not depend on its
 // neighbours in the batch.
+//
+// All memory is the caller's, results included; only what may be null says so.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <array>
-#include <optional>
-#include <tuple>
+#include "matrix.h"
 
 namespace g2rl {
 
 struct Head {
-  at::Tensor weight;               // [V, d] bf16, fp16 or fp32
-  std::optional<at::Tensor> bias;  // [V]
+  Matrix weight;       // [V, d]
+  const double* bias;  // [V], or null
   double temperature;
   double logit_scale;
   double softcap;  // 0 = none
 };
 
-struct TokenStats {
-  at::Tensor logps, entropy, lse;  // [N] fp32
+struct Tokens {
+  Matrix hidden;           // [N, d] of the weight's dtype
+  const int64_t* targets;  // [N]
 };
 
-// hidden [N, d] of the weight's dtype, targets [N] int64.
-TokenStats token_logprobs(const at::Tensor& hidden, const Head& head, const at::Tensor& targets);
+struct TokenStats {
+  float *logps, *entropy, *lse;  // [N]
+};
 
-// cu_seqlens [B + 1] int64; token_weights [N] fp32; lse [N] fp32 of the same head, good to about 1e-4, saves one of two
-// passes. features [B, d] fp32.
-std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, const Head& head,
-                                                     const at::Tensor& targets, const at::Tensor& cu_seqlens,
-                                                     const std::optional<at::Tensor>& token_weights,
-                                                     const std::optional<at::Tensor>& lse, int64_t workspace_bytes);
+struct Batch {
+  const int64_t* cu_seqlens;  // [B + 1]
+  int64_t B;
+  const float* token_weights;  // [N]; null for ones
+};
+
+void token_logprobs(const Tokens& tokens, const Head& head, const TokenStats& stats);
+
+// features [B, d]. lse [N] of the same head, good to about 1e-4, saves one of two passes; null where it is not known.
+void sequence_features(const Tokens& tokens, const Head& head, const Batch& batch, const float* lse,
+                       int64_t workspace_bytes, float* features, const TokenStats& stats);
 
 // Where the head holds a part of the vocabulary, targets in other parts are -1.
 //
-// Sums over the part, [4, N] fp32: a reference m, sums of exp(u - m) and of exp(u - m) (u - m) without the target, and
-// the target's W h + b, 0 in other parts.
-at::Tensor token_sums(const at::Tensor& hidden, const Head& head, const at::Tensor& targets);
+// Sums over the part, [4, N]: a reference m, sums of exp(u - m) and of exp(u - m) (u - m) without the target, and the
+// target's W h + b, 0 in other parts.
+void token_sums(const Tokens& tokens, const Head& head, float* sums);
 
 // From the sums of all parts, [4, parts, N]: the tokens' results, and this part's share of the features.
-std::tuple<at::Tensor, TokenStats> part_features(const at::Tensor& hidden, const Head& head, const at::Tensor& targets,
-                                                 const at::Tensor& cu_seqlens,
-                                                 const std::optional<at::Tensor>& token_weights, const at::Tensor& sums,
-                                                 int64_t workspace_bytes);
+void part_features(const Tokens& tokens, const Head& head, const Batch& batch, const float* sums, int64_t parts,
+                   int64_t workspace_bytes, float* features, const TokenStats& stats);
 
-// Gradients of sum(grad_logps * logps + grad_entropy * entropy); a tensor that is not needed is undefined. With the
-// results of all parts, a part's own gradients, and its share of hidden's.
-struct Needs {
-  bool hidden, weight, bias;
+// Null for what is not needed.
+struct Gradients {
+  void *hidden, *weight;  // [N, d] and [V, d] of their dtype
+  float* bias;            // [V]
 };
-std::array<at::Tensor, 3> logprobs_backward(const at::Tensor& grad_logps, const at::Tensor& grad_entropy,
-                                            const at::Tensor& hidden, const Head& head, const at::Tensor& targets,
-                                            const TokenStats& stats, int64_t workspace_bytes, Needs needs);
+
+// Gradients of sum(grad_logps * logps + grad_entropy * entropy), both [N]. With the results of all parts, a part's own
+// gradients, and its share of hidden's.
+void logprobs_backward(const float* grad_logps, const float* grad_entropy, const Tokens& tokens, const Head& head,
+                       const TokenStats& stats, int64_t workspace_bytes, const Gradients& out);
 
 }  // namespace g2rl

@@ -8,8 +8,6 @@
 //
 // Where only dhidden is asked for, for many tokens, each block of them meets one tile after the other instead, and g W
 // is added while g is in cache: the same sums in the same order.
-#include <ATen/ops/empty.h>
-
 #include <cmath>
 #include <cstring>
 
@@ -22,15 +20,13 @@ namespace {
 struct TokenGradients {
   std::vector<float> lse, c0, c1, target;
 
-  TokenGradients(const HeadProblem& p, const at::Tensor& grad_logps, const at::Tensor& grad_entropy,
-                 const TokenStats& stats)
-      : lse(p.N), c0(p.N), c1(p.N), target(p.N) {
-    const float *a = grad_logps.const_data_ptr<float>(), *h = grad_entropy.const_data_ptr<float>();
-    const float *logp = stats.logps.const_data_ptr<float>(), *entropy = stats.entropy.const_data_ptr<float>();
+  // a and h [N] are the upstream gradients.
+  TokenGradients(const HeadProblem& p, const float* a, const float* h, const TokenStats& stats)
+      : lse(stats.lse, stats.lse + p.N), c0(p.N), c1(p.N), target(p.N) {
+    const float* entropy = stats.entropy;
     const double k = p.scale / p.temperature;
     for (int64_t t = 0; t < p.N; ++t) {
-      const double l = logp[t];
-      lse[t] = stats.lse.const_data_ptr<float>()[t];
+      const double l = stats.logps[t];
       c0[t] = static_cast<float>(-k * (a[t] + static_cast<double>(h[t]) * entropy[t]));
       c1[t] = static_cast<float>(-k * h[t]);
       target[t] = static_cast<float>(k * (-a[t] * std::expm1(l) - h[t] * std::exp(l) * (l + entropy[t])));
@@ -76,15 +72,9 @@ constexpr int64_t kTokens = 512;
 // Of a thread, from which on packing W for them alone costs less than leaving their g in memory.
 constexpr int64_t kTokensAlone = 128;
 
-// What is asked for; null: nobody needs it.
-struct Outputs {
-  char *dhidden, *dweight;  // [N, d] and [V, d]
-  float* dbias;             // [V]
-};
-
 class Backward {
  public:
-  Backward(const HeadProblem& p, const TokenGradients& grads, const Outputs& out, int64_t workspace_bytes)
+  Backward(const HeadProblem& p, const TokenGradients& grads, const Gradients& out, int64_t workspace_bytes)
       : p_(p),
         grads_(grads),
         out_(out),
@@ -92,15 +82,15 @@ class Backward {
         cols_(p.padded_d()),
         stride_(row_stride(cols_)),
         width_(p.cut.width) {
-    if (out.dweight) pack_hidden();
-    if (!out.dhidden) return;
+    if (out.weight) pack_hidden();
+    if (!out.hidden) return;
     const int64_t tokens = rows_.blocks() * kRows;
     dhidden_ = Buffer(tokens * stride_ * sizeof(float));
     if (by_tokens()) return;
     const int64_t unit = sizeof(uint32_t) * p.format.parts / p.format.per_unit();
     const int64_t tile_bytes = (tokens + stride_) * width_ * unit, most = p.allowed_bytes(workspace_bytes) / tile_bytes;
     // Fewer than there are threads would leave some without work.
-    const int64_t tiles = std::min(std::max<int64_t>(most, at::get_num_threads()), p.cut.tiles);
+    const int64_t tiles = std::min(std::max<int64_t>(most, num_threads()), p.cut.tiles);
     for (int64_t i = 0; i < tiles; ++i) {
       gradients_.emplace_back(p.format, tokens, width_);
       weights_.emplace_back(p.format, p.depth, width_);
@@ -113,18 +103,16 @@ class Backward {
                       [&](Alone& s, int64_t begin, int64_t end) { pass_words(s, begin, end); });
       return;
     }
-    const int64_t tiles = out_.dhidden ? static_cast<int64_t>(gradients_.size()) : p_.cut.tiles;
+    const int64_t tiles = out_.hidden ? static_cast<int64_t>(gradients_.size()) : p_.cut.tiles;
     for (int64_t first = 0; first < p_.cut.tiles; first += tiles) {
       const int64_t count = std::min(tiles, p_.cut.tiles - first);
       for_tasks(count, [&] { return State(p_); }, [&](State& s, int64_t i) { pass_tile(s, first + i, i); });
-      if (out_.dhidden) pass_tokens(first, count);
+      if (out_.hidden) pass_tokens(first, count);
     }
   }
 
  private:
-  bool by_tokens() const {
-    return out_.dhidden && !out_.dweight && !out_.dbias && p_.N >= kTokensAlone * at::get_num_threads();
-  }
+  bool by_tokens() const { return out_.hidden && !out_.weight && !out_.bias && p_.N >= kTokensAlone * num_threads(); }
 
   // A thread's.
   struct State {
@@ -151,26 +139,26 @@ class Backward {
   // One tile of the vocabulary, the strip's i-th.
   void pass_tile(State& s, int64_t tile, int64_t i) {
     s.logits.load(tile, /*straight=*/false);
-    if (out_.dhidden) weights_[i].pack(p_.weight, s.logits.first(), /*transposed=*/false, /*straight=*/true);
-    if (out_.dweight) std::memset(s.dweight.floats(), 0, width_ * stride_ * sizeof(float));
+    if (out_.hidden) weights_[i].pack(p_.weight, s.logits.first(), /*transposed=*/false, /*straight=*/true);
+    if (out_.weight) std::memset(s.dweight.floats(), 0, width_ * stride_ * sizeof(float));
     std::fill(s.dbias.begin(), s.dbias.end(), 0.0f);
     for (int64_t t = 0; t < p_.N; t += kTokens) {
       for_gradients(p_, rows_, grads_, s.logits, t / kRows, std::min((t + kTokens) / kRows, rows_.blocks()),
                     [&](const Tile& g, int64_t block) {
                       clear_outside(g);
-                      if (out_.dbias) rowwise().column_sums(g, s.dbias.data());
-                      if (out_.dhidden) keep(g, gradients_[i], block * kRows);
-                      if (out_.dweight) turn(s, g, block * kRows - t);
+                      if (out_.bias) rowwise().column_sums(g, s.dbias.data());
+                      if (out_.hidden) keep(g, gradients_[i], block * kRows);
+                      if (out_.weight) turn(s, g, block * kRows - t);
                     });
-      if (out_.dweight) {
+      if (out_.weight) {
         const int64_t tokens = std::min(kTokens, (p_.N - t + kRows - 1) / kRows * kRows);
         multiply_straight(p_.format, s.left, {0, s.logits.width()}, hidden_[t / kTokens].straight(),
                           kTokens / p_.format.per_unit(), tokens / p_.format.per_unit(), cols_, s.dweight.floats());
       }
     }
     const int64_t first = s.logits.first(), count = s.logits.cols();
-    if (out_.dbias) std::copy_n(s.dbias.data(), count, out_.dbias + first);
-    if (out_.dweight) narrow_rows(s.dweight.floats(), count, out_.dweight, first);
+    if (out_.bias) std::copy_n(s.dbias.data(), count, out_.bias + first);
+    if (out_.weight) narrow_rows(s.dweight.floats(), count, out_.weight, first);
   }
 
   // Gradients beyond the tile's tokens and words, which the products below sum over: 0.
@@ -235,7 +223,7 @@ class Backward {
   // Tasks of blocks `begin` to `end` of tokens: many share a packed tile of W, few keep every thread busy.
   template <typename Make, typename F>
   void for_token_tasks(const Make& make, const F& f) const {
-    const int64_t threads = at::get_num_threads(), most = kTokens / kRows;
+    const int64_t threads = num_threads(), most = kTokens / kRows;
     const int64_t blocks = std::clamp<int64_t>((rows_.blocks() + threads - 1) / threads, 1, most);
     for_tasks((rows_.blocks() + blocks - 1) / blocks, make, [&](auto& state, int64_t task) {
       f(state, task * blocks, std::min((task + 1) * blocks, rows_.blocks()));
@@ -248,19 +236,19 @@ class Backward {
   }
   void narrow_sums(int64_t begin, int64_t end) const {
     const int64_t token = begin * kRows;
-    narrow_rows(sums(begin), std::min(end * kRows, p_.N) - token, out_.dhidden, token);
+    narrow_rows(sums(begin), std::min(end * kRows, p_.N) - token, out_.hidden, token);
   }
 
   // Rows of fp32 sums to rows from `first` on of an output.
-  void narrow_rows(const float* sums, int64_t count, char* out, int64_t first) const {
+  void narrow_rows(const float* sums, int64_t count, void* out, int64_t first) const {
     const int64_t bytes = p_.d * p_.format.element_size();
     for (int64_t r = 0; r < count; ++r)
-      rowwise().narrow(sums + r * stride_, p_.format.dtype, p_.d, out + (first + r) * bytes);
+      rowwise().narrow(sums + r * stride_, p_.format.dtype, p_.d, static_cast<char*>(out) + (first + r) * bytes);
   }
 
   const HeadProblem& p_;
   const TokenGradients& grads_;
-  const Outputs out_;
+  const Gradients out_;
   const RowPanels rows_;
   const int64_t cols_, stride_, width_;
   std::vector<ColumnPanels> hidden_;
@@ -272,27 +260,16 @@ class Backward {
 
 }  // namespace
 
-std::array<at::Tensor, 3> logprobs_backward(const at::Tensor& grad_logps, const at::Tensor& grad_entropy,
-                                            const at::Tensor& hidden, const Head& head, const at::Tensor& targets,
-                                            const TokenStats& stats, int64_t workspace_bytes, Needs needs) {
-  const HeadProblem p(hidden, head, targets);
-  std::array<at::Tensor, 3> out;
-  if (needs.hidden) out[0] = at::empty({p.N, p.d}, hidden.options());
-  if (needs.weight) out[1] = at::empty({p.V, p.d}, hidden.options());
-  at::Tensor dbias;
-  if (needs.bias && head.bias) dbias = at::empty({p.V}, hidden.options().dtype(at::kFloat));
-  if (p.N == 0) {
-    if (needs.weight) out[1].zero_();
-    if (dbias.defined()) dbias.zero_();
-  } else {
-    const auto bytes = [](const at::Tensor& x) {
-      return x.defined() ? static_cast<char*>(x.mutable_data_ptr()) : nullptr;
-    };
+void logprobs_backward(const float* grad_logps, const float* grad_entropy, const Tokens& tokens, const Head& head,
+                       const TokenStats& stats, int64_t workspace_bytes, const Gradients& out) {
+  const HeadProblem p(tokens, head);
+  if (p.N > 0) {
     const TokenGradients grads(p, grad_logps, grad_entropy, stats);
-    Backward(p, grads, {bytes(out[0]), bytes(out[1]), reinterpret_cast<float*>(bytes(dbias))}, workspace_bytes).run();
+    Backward(p, grads, out, workspace_bytes).run();
+    return;
   }
-  if (dbias.defined()) out[2] = dbias.to(head.bias->scalar_type());
-  return out;
+  if (out.weight) std::memset(out.weight, 0, p.V * p.d * p.format.element_size());
+  if (out.bias) std::fill_n(out.bias, p.V, 0.0f);
 }
 
 }  // namespace g2rl

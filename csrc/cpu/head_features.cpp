@@ -44,7 +44,7 @@ float* SlabFeatures::clear(int64_t slab) const {
 
 void finish_features(const HeadProblem& p, const Responses& r, const std::vector<Token>& tokens,
                      const SlabFeatures& slabs, float* features) {
-  at::parallel_for(r.first, r.last, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(r.first, r.last, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> row(p.d);
     std::vector<double> total(p.d);
     for (int64_t b = begin; b < end; ++b) {

@@ -12,11 +12,10 @@
 //
 // With lse given the feature pass comes first and alone: its own sums say how far the given lse was off, and a response
 // for which that matters is done again with the right one.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
-
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <optional>
 
 #include "head_features.h"
 
@@ -169,13 +168,12 @@ void two_passes(const HeadProblem& p, const RowPanels& rows, const Responses& al
   std::optional<TileScales> scales;
   if (p.cap <= 0) scales.emplace(p.cut.tiles, p.N);
   const TileScales* rounding = scales ? &*scales : nullptr;
-  const TokenStats found = empty_stats(p.N);
+  std::vector<float> memory(3 * p.N);
+  const TokenStats found{memory.data(), memory.data() + p.N, memory.data() + 2 * p.N};
   std::vector<Token> tokens(p.N);
   whole_statistics(p, rows, found, tokens.data(), rounding);
-  for (const auto& [to, from] :
-       {std::pair(stats.logps, found.logps), std::pair(stats.entropy, found.entropy), std::pair(stats.lse, found.lse)})
-    for (int64_t t = 0; t < p.N; ++t)
-      if (far[t]) to.mutable_data_ptr<float>()[t] = from.const_data_ptr<float>()[t];
+  for (int64_t t = 0; t < p.N; ++t)
+    if (far[t]) stats.logps[t] = found.logps[t], stats.entropy[t] = found.entropy[t], stats.lse[t] = found.lse[t];
   const auto any_far = [&](int64_t b) {
     return std::any_of(far.begin() + all.cu[b], far.begin() + all.cu[b + 1], [](char is_far) { return is_far; });
   };
@@ -188,9 +186,11 @@ void two_passes(const HeadProblem& p, const RowPanels& rows, const Responses& al
 }
 
 // a_t / sum of a over the response, and 0 where the response is empty or has no weight.
-std::vector<double> normalised_weights(const int64_t* cu, int64_t B, int64_t N, const float* weights) {
+std::vector<double> normalised_weights(const Batch& batch, int64_t N) {
+  const int64_t* cu = batch.cu_seqlens;
+  const float* weights = batch.token_weights;
   std::vector<double> out(N, 0.0);
-  for (int64_t b = 0; b < B; ++b) {
+  for (int64_t b = 0; b < batch.B; ++b) {
     double sum = 0;
     for (int64_t t = cu[b]; t < cu[b + 1]; ++t) sum += weights ? weights[t] : 1.0;
     if (sum == 0) continue;
@@ -205,8 +205,9 @@ class Segments {
  public:
   static constexpr int64_t kSegment = 512;
 
-  // features [B, d] are those of responses cu [B + 1].
-  Segments(const int64_t* cu, int64_t B, int64_t d, float* features) : d_(d), features_(features) {
+  // features [B, d] are those of the batch.
+  Segments(const Batch& batch, int64_t d, float* features) : d_(d), features_(features) {
+    const int64_t *cu = batch.cu_seqlens, B = batch.B;
     for (int64_t b = 0; b < B; ++b) {
       firsts_.push_back(static_cast<int64_t>(cu_.size()));
       cu_.push_back(cu[b]);
@@ -265,70 +266,50 @@ void features_of(const HeadProblem& p, const int64_t* cu, int64_t B, const doubl
 
 }  // namespace
 
-TokenStats token_logprobs(const at::Tensor& hidden, const Head& head, const at::Tensor& targets) {
-  const HeadProblem p(hidden, head, targets);
-  const TokenStats stats = empty_stats(p.N);
-  if (p.N == 0) return stats;
+void token_logprobs(const Tokens& tokens, const Head& head, const TokenStats& stats) {
+  const HeadProblem p(tokens, head);
+  if (p.N == 0) return;
   const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
   whole_statistics(p, rows, stats, nullptr, nullptr);
-  return stats;
 }
 
-std::tuple<at::Tensor, TokenStats> sequence_features(const at::Tensor& hidden, const Head& head,
-                                                     const at::Tensor& targets, const at::Tensor& cu_seqlens,
-                                                     const std::optional<at::Tensor>& token_weights,
-                                                     const std::optional<at::Tensor>& lse, int64_t workspace_bytes) {
-  const HeadProblem p(hidden, head, targets);
-  const int64_t B = cu_seqlens.size(0) - 1;
-  const int64_t* cu = cu_seqlens.const_data_ptr<int64_t>();
-  const TokenStats stats = empty_stats(p.N);
-  const at::Tensor features = at::zeros({B, p.d}, at::kFloat);
-  if (p.N == 0) return {features, stats};
-  const std::vector<double> weight =
-      normalised_weights(cu, B, p.N, token_weights ? token_weights->const_data_ptr<float>() : nullptr);
-  Segments segments(cu, B, p.d, features.mutable_data_ptr<float>());
-  features_of(p, segments.cu(), segments.count(), weight.data(), lse ? lse->const_data_ptr<float>() : nullptr,
-              workspace_bytes, stats, segments.features());
+void sequence_features(const Tokens& tokens, const Head& head, const Batch& batch, const float* lse,
+                       int64_t workspace_bytes, float* features, const TokenStats& stats) {
+  const HeadProblem p(tokens, head);
+  std::fill_n(features, batch.B * p.d, 0.0f);
+  if (p.N == 0) return;
+  const std::vector<double> weight = normalised_weights(batch, p.N);
+  Segments segments(batch, p.d, features);
+  features_of(p, segments.cu(), segments.count(), weight.data(), lse, workspace_bytes, stats, segments.features());
   segments.join();
-  return {features, stats};
 }
 
-at::Tensor token_sums(const at::Tensor& hidden, const Head& head, const at::Tensor& targets) {
-  const HeadProblem p(hidden, head, targets, /*whole=*/false);
-  const at::Tensor out = at::empty({4, p.N}, at::kFloat);
-  if (p.N == 0) return out;
+void token_sums(const Tokens& tokens, const Head& head, float* sums) {
+  const HeadProblem p(tokens, head, /*whole=*/false);
+  if (p.N == 0) return;
   const Collected found = statistics_pass(p, RowPanels(p.hidden, p.format, p.depth, 0, p.N), nullptr);
-  float* of_tokens = out.mutable_data_ptr<float>();
   for (int64_t t = 0; t < p.N; ++t) {
-    const Sums sums = slab_sums(p, found.partials, t);
+    const Sums of_token = slab_sums(p, found.partials, t);
     const int64_t y = p.targets[t];
-    const double row[4] = {sums.m, sums.S, sums.X, y < 0 ? 0.0 : p.raw(found.target_acc[t], y)};
-    for (int64_t i = 0; i < 4; ++i) of_tokens[i * p.N + t] = static_cast<float>(row[i]);
+    const double row[4] = {of_token.m, of_token.S, of_token.X, y < 0 ? 0.0 : p.raw(found.target_acc[t], y)};
+    for (int64_t i = 0; i < 4; ++i) sums[i * p.N + t] = static_cast<float>(row[i]);
   }
-  return out;
 }
 
-std::tuple<at::Tensor, TokenStats> part_features(const at::Tensor& hidden, const Head& head, const at::Tensor& targets,
-                                                 const at::Tensor& cu_seqlens,
-                                                 const std::optional<at::Tensor>& token_weights, const at::Tensor& sums,
-                                                 int64_t workspace_bytes) {
-  const HeadProblem p(hidden, head, targets, /*whole=*/false);
-  const int64_t B = cu_seqlens.size(0) - 1;
-  const int64_t* cu = cu_seqlens.const_data_ptr<int64_t>();
-  const TokenStats stats = empty_stats(p.N);
-  const at::Tensor features = at::zeros({B, p.d}, at::kFloat);
-  std::vector<Token> tokens(p.N);
-  merge_parts(p, sums, stats, tokens.data());
-  if (p.N == 0 || B == 0) return {features, stats};
-  const std::vector<double> weight =
-      normalised_weights(cu, B, p.N, token_weights ? token_weights->const_data_ptr<float>() : nullptr);
+void part_features(const Tokens& tokens, const Head& head, const Batch& batch, const float* sums, int64_t parts,
+                   int64_t workspace_bytes, float* features, const TokenStats& stats) {
+  const HeadProblem p(tokens, head, /*whole=*/false);
+  std::fill_n(features, batch.B * p.d, 0.0f);
+  std::vector<Token> merged(p.N);
+  merge_parts(p, sums, parts, stats, merged.data());
+  if (p.N == 0 || batch.B == 0) return;
+  const std::vector<double> weight = normalised_weights(batch, p.N);
   const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
-  Segments segments(cu, B, p.d, features.mutable_data_ptr<float>());
+  Segments segments(batch, p.d, features);
   const int64_t at_once = responses_at_once(p, workspace_bytes);
   for_groups(segments.cu(), segments.count(), weight.data(), at_once,
-             [&](const Responses& r) { exact_features(p, rows, r, tokens, nullptr, segments.features()); });
+             [&](const Responses& r) { exact_features(p, rows, r, merged, nullptr, segments.features()); });
   segments.join();
-  return {features, stats};
 }
 
 }  // namespace g2rl

@@ -34,7 +34,7 @@ int64_t even_block(int64_t tokens, int64_t most) {
 KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t workspace_bytes) {
   if (p.cap > 0) return {};  // the cap's slopes would have to be kept too
   const int64_t limit = p.allowed_bytes(workspace_bytes);
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), p.cut.slabs), unit = sizeof(float);
+  const int64_t threads = std::min<int64_t>(num_threads(), p.cut.slabs), unit = sizeof(float);
   const int64_t row_units = p.depth.units * p.format.parts;
   const int64_t fixed = threads * (p.cut.width * row_units + 2 * kRows * row_stride(p.cut.width)) * unit;
   const int64_t per_token = p.cut.padded() * 2 + p.cut.tiles * 2 * unit + row_units * unit + p.cut.slabs * 3 * unit +
@@ -77,7 +77,7 @@ class KeptPass {
         scales_(p.cut.tiles, block),
         kept_(p.cut.tiles * block * p.cut.width * sizeof(uint16_t)),
         residual_(r.padded() * p.cut.padded() * sizeof(float)),
-        workers_(at::get_num_threads()) {}
+        workers_(num_threads()) {}
 
   // Keeps the exponentials of `now` in place of the block before; their tokens' results go to `stats`.
   void statistics(Span now, const TokenStats& stats) {

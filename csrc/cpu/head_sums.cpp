@@ -1,7 +1,5 @@
 #include "head_sums.h"
 
-#include <ATen/ops/empty.h>
-
 #include <cmath>
 
 namespace g2rl {
@@ -55,9 +53,9 @@ Sums join(int64_t parts, const F& part) {
 // Results of token t, `raw` being its target's W h + b.
 void write(const HeadProblem& p, int64_t t, const Sums& sums, double raw, const TokenStats& stats, Token* tokens) {
   const Merged m = merge_target(sums.m, sums.S, sums.X, p.logit(raw));
-  stats.logps.mutable_data_ptr<float>()[t] = static_cast<float>(m.logp);
-  stats.entropy.mutable_data_ptr<float>()[t] = static_cast<float>(m.entropy);
-  stats.lse.mutable_data_ptr<float>()[t] = static_cast<float>(m.lse);
+  stats.logps[t] = static_cast<float>(m.logp);
+  stats.entropy[t] = static_cast<float>(m.entropy);
+  stats.lse[t] = static_cast<float>(m.lse);
   if (tokens) tokens[t] = {m.lse, m.rest, p.cap_slope(raw)};
 }
 
@@ -72,10 +70,6 @@ void RunningSums::fold(const Partials& out, int64_t slab, int64_t begin, int64_t
   }
 }
 
-TokenStats empty_stats(int64_t N) {
-  return {at::empty({N}, at::kFloat), at::empty({N}, at::kFloat), at::empty({N}, at::kFloat)};
-}
-
 Sums slab_sums(const HeadProblem& p, const Partials& partials, int64_t t) {
   return join(p.cut.slabs, [&](int64_t slab) {
     return Sums{*partials.ref(slab, t), *partials.sum(slab, t), *partials.sum_x(slab, t)};
@@ -84,17 +78,17 @@ Sums slab_sums(const HeadProblem& p, const Partials& partials, int64_t t) {
 
 void merge_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, int64_t begin,
                  int64_t end, const TokenStats& stats, Token* tokens) {
-  at::parallel_for(begin, end, kTokensOfTask, [&](int64_t t0, int64_t t1) {
+  parallel_for(begin, end, kTokensOfTask, [&](int64_t t0, int64_t t1) {
     for (int64_t t = t0; t < t1; ++t)
       write(p, t, slab_sums(p, partials, t), p.raw(target_acc[t], p.targets[t]), stats, tokens);
   });
 }
 
-void merge_parts(const HeadProblem& p, const at::Tensor& sums, const TokenStats& stats, Token* tokens) {
-  const int64_t parts = sums.size(1), plane = parts * p.N;
-  at::parallel_for(0, p.N, kTokensOfTask, [&](int64_t t0, int64_t t1) {
+void merge_parts(const HeadProblem& p, const float* sums, int64_t parts, const TokenStats& stats, Token* tokens) {
+  const int64_t plane = parts * p.N;
+  parallel_for(0, p.N, kTokensOfTask, [&](int64_t t0, int64_t t1) {
     for (int64_t t = t0; t < t1; ++t) {
-      const float* of_token = sums.const_data_ptr<float>() + t;
+      const float* of_token = sums + t;
       const auto part = [&](int64_t i) {
         const float* at = of_token + i * p.N;
         return Sums{at[0], at[plane], at[2 * plane]};

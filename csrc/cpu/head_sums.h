@@ -96,8 +96,6 @@ struct KeepNothing {
   void close(int64_t, int64_t) const {}
 };
 
-TokenStats empty_stats(int64_t N);
-
 // Sums over some entries without the target: of exp(u - m) and of exp(u - m) (u - m).
 struct Sums {
   double m, S, X;
@@ -108,6 +106,6 @@ Sums slab_sums(const HeadProblem& p, const Partials& partials, int64_t t);
 void merge_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, int64_t begin,
                  int64_t end, const TokenStats& stats, Token* tokens);
 // Sums [4, parts, N] of all parts of the vocabulary, see `token_sums` -> results of all tokens.
-void merge_parts(const HeadProblem& p, const at::Tensor& sums, const TokenStats& stats, Token* tokens);
+void merge_parts(const HeadProblem& p, const float* sums, int64_t parts, const TokenStats& stats, Token* tokens);
 
 }  // namespace g2rl

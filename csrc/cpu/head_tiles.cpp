@@ -24,17 +24,17 @@ VocabCut cut_vocabulary(int64_t V, const Depth& depth, const Format& format) {
 
 }  // namespace
 
-HeadProblem::HeadProblem(const at::Tensor& hidden_, const Head& head, const at::Tensor& targets_, bool whole_)
+HeadProblem::HeadProblem(const Tokens& tokens, const Head& head, bool whole_)
     : whole(whole_),
-      N(hidden_.size(0)),
-      d(hidden_.size(1)),
-      V(head.weight.size(0)),
-      format(choose_format(hidden_.scalar_type())),
+      N(tokens.hidden.rows),
+      d(tokens.hidden.cols),
+      V(head.weight.rows),
+      format(choose_format(tokens.hidden.dtype)),
       depth(d, format),
       cut(cut_vocabulary(V, depth, format)),
-      hidden(view(hidden_)),
-      weight(view(head.weight)),
-      targets(targets_.const_data_ptr<int64_t>()),
+      hidden(tokens.hidden),
+      weight(head.weight),
+      targets(tokens.targets),
       scale(head.logit_scale),
       temperature(head.temperature),
       cap(head.softcap) {
@@ -46,8 +46,7 @@ HeadProblem::HeadProblem(const at::Tensor& hidden_, const Head& head, const at::
     bias.assign(cut.padded(), 0.0f);
   }
   if (head.bias) {
-    const at::Tensor b = head.bias->to(at::kDouble).contiguous();
-    raw_bias.assign(b.const_data_ptr<double>(), b.const_data_ptr<double>() + V);
+    raw_bias.assign(head.bias, head.bias + V);
     for (int64_t v = 0; v < V; ++v) bias[v] = static_cast<float>(raw_bias[v] * factor);
   }
 }

@@ -20,14 +20,14 @@ struct VocabCut {
 
 // One call's head and tokens.
 struct HeadProblem {
-  HeadProblem(const at::Tensor& hidden, const Head& head, const at::Tensor& targets, bool whole = true);
+  HeadProblem(const Tokens& tokens, const Head& head, bool whole = true);
 
   bool whole;  // the vocabulary; a part of it lacks targets, which are -1 then
   int64_t N, d, V;
   Format format;
   Depth depth;
   VocabCut cut;
-  MatrixView hidden, weight;
+  Matrix hidden, weight;
   const int64_t* targets;
   std::vector<float> bias;  // [tiles * width] times alpha; empty when the logits need no more than alpha
   LogitMap map;

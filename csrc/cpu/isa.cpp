@@ -1,8 +1,7 @@
 #include "isa.h"
 
-#include <c10/util/Exception.h>
-
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
 
 #if defined(G2RL_WITH_AMX)
@@ -51,9 +50,11 @@ Isa choose() {
   constexpr int kAll = sizeof(kNames) / sizeof(*kNames);
   int i = 0;
   while (i < kAll && std::string(kNames[i]) != wanted) ++i;
-  TORCH_CHECK(i < kAll, kVariable, ": expected one of ", list(kAll - 1), ", found '", wanted, "'");
-  TORCH_CHECK(i <= static_cast<int>(highest), kVariable, ": '", wanted,
-              "' is more than this processor and build have, which is ", list(static_cast<int>(highest)));
+  const std::string variable = kVariable, found = std::string("'") + wanted + "'";
+  if (i == kAll) throw std::runtime_error(variable + ": expected one of " + list(kAll - 1) + ", found " + found);
+  if (i > static_cast<int>(highest))
+    throw std::runtime_error(variable + ": " + found + " is more than this processor and build have, which is " +
+                             list(static_cast<int>(highest)));
   return static_cast<Isa>(i);
 }
 

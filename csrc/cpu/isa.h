@@ -13,7 +13,7 @@ Isa highest_isa();
 
 // The fastest one of those, or the one that the environment variable G2RL_CPU_ISA named when this was first called.
 //
-// Throws c10::Error (RuntimeError in Python): the variable holds an unknown word or a set that is missing here.
+// Throws std::runtime_error: the variable holds an unknown word or a set that is missing here.
 Isa isa();
 
 }  // namespace g2rl

@@ -45,10 +45,6 @@ Format choose_format(Dtype dtype) {
   return {parts > 0, std::max(parts, 1), dtype};
 }
 
-Format choose_format(at::ScalarType dtype) {
-  return choose_format(dtype == at::kBFloat16 ? Dtype::kBFloat16 : dtype == at::kHalf ? Dtype::kHalf : Dtype::kFloat);
-}
-
 Buffer::Buffer(int64_t bytes) {
 #if defined(__unix__)
   constexpr int64_t kMappedBytes = 4 << 20;
@@ -76,15 +72,10 @@ void Buffer::Free::operator()(void* p) const {
   std::free(p);
 }
 
-MatrixView view(const at::Tensor& t) {
-  return {static_cast<const char*>(t.const_data_ptr()), t.size(0), t.size(1),
-          static_cast<int64_t>(t.stride(0) * t.element_size())};
-}
-
 Depth::Depth(int64_t d, const Format& format)
     : units(round_up(d, kLine * format.per_unit()) / format.per_unit()), stride(row_stride(units)) {}
 
-RowPanels::RowPanels(const MatrixView& m, const Format& format, const Depth& depth, int64_t first, int64_t count)
+RowPanels::RowPanels(const Matrix& m, const Format& format, const Depth& depth, int64_t first, int64_t count)
     : first_(first),
       count_(count),
       blocks_((count + kRows - 1) / kRows),
@@ -113,7 +104,7 @@ ColumnPanels::ColumnPanels(const Format& format, const Depth& depth, int64_t wid
              sizeof(uint32_t)),
       stage_(16 * format.parts * depth.units * sizeof(uint32_t)) {}
 
-void ColumnPanels::pack(const MatrixView& m, int64_t first, bool transposed, bool straight) {
+void ColumnPanels::pack(const Matrix& m, int64_t first, bool transposed, bool straight) {
   const int64_t cols = row_units_ * format_.per_unit();
   if (!first_.units()) first_ = Buffer(bytes_);
   if (transposed && straight && !second_.units()) second_ = Buffer(bytes_);

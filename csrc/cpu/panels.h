@@ -8,8 +8,6 @@
 // Storage is counted in 32-bit units: a pair of bf16 neighbours along the summed dimension, or one float.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -34,7 +32,6 @@ struct Format {
 };
 
 Format choose_format(Dtype dtype);
-Format choose_format(at::ScalarType dtype);
 
 // Uninitialised memory on a cache line boundary. Large blocks come from the system and go back to it at once: malloc
 // would hold on to them, and the next plan's would lie beside them.
@@ -54,17 +51,6 @@ class Buffer {
   std::unique_ptr<void, Free> data_{nullptr, Free{0}};
 };
 
-// A row-major matrix of the caller: rows may be any distance apart, columns are adjacent.
-struct MatrixView {
-  const char* data;
-  int64_t rows;
-  int64_t cols;
-  int64_t row_bytes;
-  const char* row(int64_t r) const { return data + r * row_bytes; }
-};
-
-MatrixView view(const at::Tensor& t);
-
 // How far apart rows of so many units lie: high powers of two would put them all in one cache set.
 inline int64_t row_stride(int64_t units) { return units + 16; }
 
@@ -79,7 +65,7 @@ struct Depth {
 // zero.
 class RowPanels {
  public:
-  RowPanels(const MatrixView& m, const Format& format, const Depth& depth, int64_t first, int64_t count);
+  RowPanels(const Matrix& m, const Format& format, const Depth& depth, int64_t first, int64_t count);
   const uint32_t* block(int64_t i) const { return data_.units() + i * block_units_; }
   int64_t blocks() const { return blocks_; }
   int64_t count() const { return count_; }
@@ -96,7 +82,7 @@ class RowPanels {
 class ColumnPanels {
  public:
   ColumnPanels(const Format& format, const Depth& depth, int64_t width);
-  void pack(const MatrixView& m, int64_t first, bool transposed, bool straight);
+  void pack(const Matrix& m, int64_t first, bool transposed, bool straight);
   // The product's columns are the matrix's rows: [part][block of 16 columns][units][16].
   const uint32_t* transposed() const { return transposed_; }
   // [part][width / per_unit][row_stride(padded columns)]: the product's columns are the matrix's columns. Only if
@@ -134,7 +120,7 @@ struct RowRange {
 void multiply_straight(const Format& format, const LeftParts& a, RowRange rows, const uint32_t* b, int64_t b_units,
                        int64_t depth_units, int64_t cols, float* out, const Soon& soon = {});
 
-// Runs body(task) for 0 <= task < tasks on ATen's threads, each thread taking the next one: nothing a task computes may
+// Runs body(task) for 0 <= task < tasks on several threads, each taking the next one: nothing a task computes may
 // depend on the thread. make() builds a thread's own state; body(state, task) uses it.
 template <typename Make, typename Body>
 void for_tasks(int64_t tasks, const Make& make, const Body& body);

@@ -1,13 +1,9 @@
 #pragma once
 
-#include <ATen/Parallel.h>
-
-#include <algorithm>
 #include <atomic>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "parallel.h"
+
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -29,11 +25,7 @@ class FlushSubnormals {
 template <typename Make, typename Body>
 void for_tasks(int64_t tasks, const Make& make, const Body& body) {
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
-#if defined(_OPENMP)
-  omp_set_num_threads(at::get_num_threads());  // Clang's OpenMP is not PyTorch's, and has a number of its own
-#endif
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  on_threads(tasks, [&] {
     [[maybe_unused]] FlushSubnormals flush;  // does nothing without SSE
     auto state = make();
     rowwise().enter();

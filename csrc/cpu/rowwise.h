@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "dots.h"
+#include "matrix.h"
 
 namespace g2rl {
 
@@ -46,8 +47,6 @@ struct Kept {
   int64_t ld;
 };
 constexpr float kKeptMax = 65535.0f;
-
-enum class Dtype { kFloat, kBFloat16, kHalf };  // indices into bf16_parts
 
 // Cache lines of what is needed next.
 struct Soon {

@@ -12,7 +12,7 @@ def main() -> int | str:
             raise
         return (
             f"g2rl: expected what the trainer needs, found no {error.name}; install the package with its extra "
-            '`train`, in a checkout by pip install --no-build-isolation -e ".[train]"'
+            '`train`, in a checkout by pip install -e ".[train]"'
         )
     return run()
 

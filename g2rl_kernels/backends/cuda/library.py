@@ -28,10 +28,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("g2rl_kernels._cuda"), None
     except ModuleNotFoundError:
-        return (
-            None,
-            "not compiled: reinstall with nvcc and G2RL_WITH_CUDA=on (pip install --no-build-isolation)",
-        )
+        return None, "not compiled: reinstall with nvcc and G2RL_WITH_CUDA=on"
     except ImportError as error:  # another Python, C++ runtime or half a build
         return None, f"compiled for another installation ({error}): reinstall to build it again"
 

@@ -1,0 +1,57 @@
+// Threads, by OpenMP.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+
+namespace g2rl {
+
+// How many a call may use: what the calling thread's `Threads` says, or as many as OpenMP takes unasked.
+int num_threads();
+
+// Says so for the calls of this thread while it lives.
+class Threads {
+ public:
+  explicit Threads(int count);
+  ~Threads();
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
+
+ private:
+  int before_;
+};
+
+// Calls f() once on each of up to `count` threads; there may be fewer, of which the caller's is one.
+template <typename F>
+void on_threads(int64_t count, const F& f) {
+  const int threads = num_threads();
+  if (count <= 1 || threads <= 1) return f();
+  std::atomic<int64_t> begun{0};
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr error;
+  // As many whatever there is to do: OpenMP would end those that a smaller team leaves out, and start others later.
+#pragma omp parallel num_threads(threads)
+  {
+    try {
+      if (begun++ < count) f();
+    } catch (...) {
+      if (!failed.test_and_set()) error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+// Calls f(first, last) with shares of begin..end, of `least` at least but for one, on several threads.
+template <typename F>
+void parallel_for(int64_t begin, int64_t end, int64_t least, const F& f) {
+  const int64_t n = end - begin, shares = std::min<int64_t>(num_threads(), (n + least - 1) / least);
+  std::atomic<int64_t> next{0};
+  if (n > 0)
+    on_threads(shares, [&] {
+      for (int64_t i = next++; i < shares; i = next++) f(begin + n * i / shares, begin + n * (i + 1) / shares);
+    });
+}
+
+}  // namespace g2rl
