@@ -179,7 +179,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
         ({}, "9.0\n9.0\n", "90a"),
         ({}, "9.0\n8.6\n", "80;90a"),
         ({}, "9.0\n12.0\n", ""),  # a chip that is not known may run code made of PTX
-        ({}, "Field \"compute_cap\" is not a valid field to query.\n", ""),
+        ({}, 'Field "compute_cap" is not a valid field to query.\n', ""),
         ({"G2RL_CUDA_ARCHITECTURES": "100"}, "9.0\n", "100"),
     ],
 )
