@@ -176,7 +176,8 @@ def g2rl_advantages(
     features, rewards = features.contiguous(), rewards.to(torch.float64).contiguous()
     cu_groups = cu_groups.to(torch.int64).contiguous()
     valid = None if valid is None else valid.contiguous()
-    out = GroupAdvantages(*(features.new_empty(B) for _ in range(3)), features.new_empty(G, m_max, m_max))
+    advantages, shaped_rewards, scores = (features.new_empty(B) for _ in range(3))
+    out = GroupAdvantages(advantages, shaped_rewards, scores, features.new_empty(G, m_max, m_max))
     kernels.g2rl_advantages(
         getattr(kernels, f"Groups_{dtype}")(
             features.data_ptr(),
