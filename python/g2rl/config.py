@@ -465,6 +465,9 @@ def named_errors(otherwise: str, section: str = "") -> Iterator[None]:
         raise ConfigError(f"{section + key if key else otherwise}: {told(error)}") from error
 
 
+_OF_STUDIES = ("base", "settings", "tasks", "seeds", "baseline", "folder", "processes", "models")
+
+
 def told(error: OmegaConfBaseException) -> str:
     """OmegaConf's words on one line, and of an unknown key where else there is one, or which there are."""
     said = str(error).splitlines()[0]
@@ -474,6 +477,8 @@ def told(error: OmegaConfBaseException) -> str:
     elsewhere = [key for key in leaves(asdict(Config())) if key.endswith(f".{error.key}")] if cls is Config else []
     if elsewhere:
         return f"{said}; did you mean {' or '.join(elsewhere)}?"
+    if cls is Config and error.key in _OF_STUDIES:
+        return f"{said}; it is a key of a study, which g2rl compare takes"
     names = ", ".join(item.name for item in fields(cls))
     return f"{said}; expected {'one of ' + names if names else 'none'}"
 

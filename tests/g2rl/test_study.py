@@ -142,6 +142,12 @@ def test_bad_studies(tmp_path: Path, changes: dict[str, Any], overrides: list[st
     assert str(error.value).startswith(said)
 
 
+def test_a_run_is_no_study() -> None:
+    path = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    with pytest.raises(ConfigError, match="expected the configuration of a study, .*, found that of a run"):
+        read_study(path)
+
+
 def test_a_label_twice(tmp_path: Path) -> None:
     path = write_study(tmp_path)
     path.write_text(path.read_text().replace("lambda=0.3:", "grpo:"))

@@ -18,6 +18,12 @@ from g2rl.methods.base import FunctionMethod, Method, Step, check_metrics, check
 from g2rl.plugins import announced, check_takes, check_whole, find_named, read_options
 
 ENTRY_POINTS = "g2rl.methods"
+_SETTINGS_OF_GRPO = {
+    "dapo": "configs/methods/dapo.yaml",
+    "dr_grpo": "configs/methods/dr_grpo.yaml",
+    "gspo": "objective.ratio=sequence",
+}
+"""Methods whose advantages are GRPO's: what is added to the command for them."""
 _HERE = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"]
 
 
@@ -70,6 +76,8 @@ def _find(name: str) -> Any:
     if ":" not in name and name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
+        if added := _SETTINGS_OF_GRPO.get(name.lower().replace("-", "_")):
+            hint = f"; it is grpo with other settings: method=grpo {added}"
         raise ConfigError(f"method: expected {expected}, found {name!r}{hint}")
     if name in _HERE:
         module = importlib.import_module(f"{__name__}.{name}")

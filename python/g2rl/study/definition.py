@@ -104,7 +104,9 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """
     with named_errors(str(path)):
         given = plain(read_overrides(overrides))
-        whole = merged(OmegaConf.structured(StudyConfig), read_yaml(path))
+        content = read_yaml(path)
+        _check_is_study(content)
+        whole = merged(OmegaConf.structured(StudyConfig), content)
         size = _size(given)
         block = plain(whole[size]) if size else {}
         if size and not block:
@@ -118,6 +120,16 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     if folder is None:
         folder = (read["folder"] or f"studies/{read['name']}") + (f"-{size}" if size else "")
     return _study(read, path.parent / Path(read["base"]).expanduser(), Path(folder).expanduser().resolve())
+
+
+def _check_is_study(content: DictConfig) -> None:
+    """A run's configuration is the easiest file to take for a study's."""
+    of_runs = [str(key) for key in content if key not in asdict(StudyConfig()) and key in asdict(Config())]
+    if of_runs and "base" not in content:
+        raise ConfigError(
+            f"expected the configuration of a study, such as configs/studies/methods.yaml, found that of a run, "
+            f"which a study names as base (it has {of_runs[0]})"
+        )
 
 
 def _size(given: dict[str, Any]) -> str:
