@@ -99,8 +99,12 @@ class Backward {
 
   void run() {
     if (by_tokens()) {
-      for_token_tasks([&] { return Alone(p_); },
-                      [&](Alone& s, int64_t begin, int64_t end) { pass_words(s, begin, end); });
+      for_tasks(
+          token_tasks(), [&] { return Alone(p_); },
+          [&](Alone& s, int64_t task) {
+            const auto [begin, end] = blocks_of(task);
+            pass_words(s, begin, end);
+          });
       return;
     }
     const int64_t tiles = out_.hidden ? static_cast<int64_t>(gradients_.size()) : p_.cut.tiles;
@@ -153,12 +157,13 @@ class Backward {
       if (out_.weight) {
         const int64_t tokens = std::min(kTokens, (p_.N - t + kRows - 1) / kRows * kRows);
         multiply_straight(p_.format, s.left, {0, s.logits.width()}, hidden_[t / kTokens].straight(),
-                          kTokens / p_.format.per_unit(), tokens / p_.format.per_unit(), cols_, s.dweight.floats());
+                          kTokens / p_.format.per_unit(), tokens / p_.format.per_unit(), all_columns(),
+                          s.dweight.floats());
       }
     }
     const int64_t first = s.logits.first(), count = s.logits.cols();
     if (out_.bias) std::copy_n(s.dbias.data(), count, out_.bias + first);
-    if (out_.weight) narrow_rows(s.dweight.floats(), count, out_.weight, first);
+    if (out_.weight) narrow_rows(s.dweight.floats(), count, out_.weight, first, all_columns());
   }
 
   // Gradients beyond the tile's tokens and words, which the products below sum over: 0.
@@ -183,19 +188,23 @@ class Backward {
     for (int64_t v = 0; v < g.width; ++v) s.left.fill(s.turned.floats() + v * kRows, v, token, kRows);
   }
 
-  // All tokens, with the strip of `count` tiles from `first` on. Tokens of a task share the strip's rows of W.
+  // All tokens, with the strip of `count` tiles from `first` on. Tokens of a task share the strip's rows of W; where
+  // that leaves threads without a task, several share the columns.
   void pass_tokens(int64_t first, int64_t count) {
-    const int64_t units = width_ / p_.format.per_unit();
-    for_token_tasks([] { return 0; },
-                    [&](int, int64_t begin, int64_t end) {
-                      if (first == 0) clear_sums(begin, end);
-                      for (int64_t i = 0; i < count; ++i) {
-                        for (int64_t block = begin; block < end; ++block)
-                          multiply_straight(p_.format, gradients_[i], {block * kRows, kRows}, weights_[i].straight(),
-                                            units, units, cols_, sums(block));
-                      }
-                      if (first + count == p_.cut.tiles) narrow_sums(begin, end);
-                    });
+    const int64_t units = width_ / p_.format.per_unit(), of_tokens = token_tasks();
+    const int64_t shares = std::clamp<int64_t>(num_threads() / of_tokens, 1, column_blocks());
+    for_tasks(
+        of_tokens * shares, [] { return 0; },
+        [&](int, int64_t task) {
+          const auto [begin, end] = blocks_of(task / shares);
+          const Columns columns = share(task % shares, shares);
+          if (first == 0) clear_sums(begin, end, columns);
+          for (int64_t i = 0; i < count; ++i)
+            for (int64_t block = begin; block < end; ++block)
+              multiply_straight(p_.format, gradients_[i], {block * kRows, kRows}, weights_[i].straight(), units, units,
+                                columns, sums(block));
+          if (first + count == p_.cut.tiles) narrow_sums(begin, end, columns);
+        });
   }
 
   // A thread's, for tokens that meet all words.
@@ -208,42 +217,53 @@ class Backward {
   // Blocks of tokens, with all of the vocabulary.
   void pass_words(Alone& s, int64_t begin, int64_t end) {
     const int64_t units = width_ / p_.format.per_unit();
-    clear_sums(begin, end);
+    clear_sums(begin, end, all_columns());
     for (int64_t tile = 0; tile < p_.cut.tiles; ++tile) {
       s.logits.load(tile, /*straight=*/true);
       for_gradients(p_, rows_, grads_, s.logits, begin, end, [&](const Tile& g, int64_t block) {
         clear_outside(g);
         keep(g, s.left, 0);
-        multiply_straight(p_.format, s.left, {0, kRows}, s.logits.panel().straight(), units, units, cols_, sums(block));
+        multiply_straight(p_.format, s.left, {0, kRows}, s.logits.panel().straight(), units, units, all_columns(),
+                          sums(block));
       });
     }
-    narrow_sums(begin, end);
+    narrow_sums(begin, end, all_columns());
   }
 
-  // Tasks of blocks `begin` to `end` of tokens: many share a packed tile of W, few keep every thread busy.
-  template <typename Make, typename F>
-  void for_token_tasks(const Make& make, const F& f) const {
-    const int64_t threads = num_threads(), most = kTokens / kRows;
-    const int64_t blocks = std::clamp<int64_t>((rows_.blocks() + threads - 1) / threads, 1, most);
-    for_tasks((rows_.blocks() + blocks - 1) / blocks, make, [&](auto& state, int64_t task) {
-      f(state, task * blocks, std::min((task + 1) * blocks, rows_.blocks()));
-    });
+  // Tasks of several blocks of tokens: many share a packed tile of W, few keep every thread busy.
+  int64_t blocks_per_task() const {
+    const int64_t threads = num_threads();
+    return std::clamp<int64_t>((rows_.blocks() + threads - 1) / threads, 1, kTokens / kRows);
+  }
+  int64_t token_tasks() const { return (rows_.blocks() + blocks_per_task() - 1) / blocks_per_task(); }
+  std::pair<int64_t, int64_t> blocks_of(int64_t task) const {
+    return {task * blocks_per_task(), std::min((task + 1) * blocks_per_task(), rows_.blocks())};
+  }
+
+  Columns all_columns() const { return {0, cols_, stride_}; }
+  int64_t column_blocks() const { return (cols_ + kUnit - 1) / kUnit; }
+  // The i-th of so many shares of whole blocks.
+  Columns share(int64_t i, int64_t shares) const {
+    const auto bound = [&](int64_t n) { return std::min(n * column_blocks() / shares * kUnit, cols_); };
+    return {bound(i), bound(i + 1) - bound(i), stride_};
   }
 
   float* sums(int64_t block) const { return dhidden_.floats() + block * kRows * stride_; }
-  void clear_sums(int64_t begin, int64_t end) const {
-    std::memset(sums(begin), 0, (end - begin) * kRows * stride_ * sizeof(float));
+  void clear_sums(int64_t begin, int64_t end, const Columns& columns) const {
+    for (int64_t r = begin * kRows; r < end * kRows; ++r)
+      std::memset(sums(0) + r * stride_ + columns.first, 0, columns.count * sizeof(float));
   }
-  void narrow_sums(int64_t begin, int64_t end) const {
+  void narrow_sums(int64_t begin, int64_t end, const Columns& columns) const {
     const int64_t token = begin * kRows;
-    narrow_rows(sums(begin), std::min(end * kRows, p_.N) - token, out_.hidden, token);
+    narrow_rows(sums(begin), std::min(end * kRows, p_.N) - token, out_.hidden, token, columns);
   }
 
   // Rows of fp32 sums to rows from `first` on of an output.
-  void narrow_rows(const float* sums, int64_t count, void* out, int64_t first) const {
-    const int64_t bytes = p_.d * p_.format.element_size();
+  void narrow_rows(const float* sums, int64_t count, void* out, int64_t first, const Columns& columns) const {
+    const int64_t size = p_.format.element_size(), last = std::min(columns.first + columns.count, p_.d);
     for (int64_t r = 0; r < count; ++r)
-      rowwise().narrow(sums + r * stride_, p_.format.dtype, p_.d, static_cast<char*>(out) + (first + r) * bytes);
+      rowwise().narrow(sums + r * stride_ + columns.first, p_.format.dtype, last - columns.first,
+                       static_cast<char*>(out) + ((first + r) * p_.d + columns.first) * size);
   }
 
   const HeadProblem& p_;

@@ -165,15 +165,14 @@ TileProduct rows_product(const Format& format, const Depth& depth, const uint32_
 }
 
 void multiply_straight(const Format& format, const LeftParts& a, RowRange rows, const uint32_t* b, int64_t b_units,
-                       int64_t depth_units, int64_t cols, float* out, const Soon& soon) {
-  const int64_t stride = row_stride(cols);
+                       int64_t depth_units, const Columns& columns, float* out, const Soon& soon) {
   // A block of columns of b stays in L2 while the rows of a pass by.
   const int64_t block = std::max<int64_t>(kColumnBlockUnits / depth_units / 64 * 64, 64);
-  const int64_t blocks = (cols + block - 1) / block;
+  const int64_t blocks = (columns.count + block - 1) / block;
   for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t c = i * block;
+    const int64_t c = columns.first + i * block;
     rowwise().multiply({.rows = static_cast<int>(rows.count),
-                        .cols = static_cast<int>(std::min(block, cols - c)),
+                        .cols = static_cast<int>(std::min(block, columns.count - i * block)),
                         .steps = depth_units / kLine,
                         .a_pairs = a.format.pairs,
                         .b_pairs = format.pairs,
@@ -183,11 +182,11 @@ void multiply_straight(const Format& format, const LeftParts& a, RowRange rows, 
                         .a_part = a.part_units,
                         .a_stride = a.stride,
                         .b = b + c,
-                        .b_part = b_units * stride,
+                        .b_part = b_units * columns.stride,
                         .b_block = 16,
-                        .b_stride = stride,
+                        .b_stride = columns.stride,
                         .out = out + c,
-                        .ld = stride,
+                        .ld = columns.stride,
                         .add = true,
                         .soon = soon.share(i, blocks)});
   }

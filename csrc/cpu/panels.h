@@ -115,10 +115,15 @@ struct RowRange {
   int64_t first, count;
 };
 
-// out[rows of a, cols], row_stride(cols) apart, += a [rows, depth] b [depth, cols], b a straight panel of b_units rows
-// of units, of which the first depth_units count. Fetches `soon` meanwhile.
+// Some of a matrix's columns, and how far apart its rows are.
+struct Columns {
+  int64_t first, count, stride;
+};
+
+// out[rows of a, columns] += a [rows, depth] b [depth, columns], b a straight panel of b_units rows of units, of which
+// the first depth_units count. Fetches `soon` meanwhile.
 void multiply_straight(const Format& format, const LeftParts& a, RowRange rows, const uint32_t* b, int64_t b_units,
-                       int64_t depth_units, int64_t cols, float* out, const Soon& soon = {});
+                       int64_t depth_units, const Columns& columns, float* out, const Soon& soon = {});
 
 // Runs body(task) for 0 <= task < tasks on several threads, each taking the next one: nothing a task computes may
 // depend on the thread. make() builds a thread's own state; body(state, task) uses it.
