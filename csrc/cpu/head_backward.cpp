@@ -71,6 +71,8 @@ void for_gradients(const HeadProblem& p, const RowPanels& rows, const TokenGradi
 constexpr int64_t kTokens = 512;
 // Of a thread, from which on packing W for them alone costs less than leaving their g in memory.
 constexpr int64_t kTokensAlone = 128;
+// Of sums that stay in a cache while a strip goes by.
+constexpr int64_t kCachedBytes = 1 << 20;
 
 class Backward {
  public:
@@ -89,8 +91,10 @@ class Backward {
     if (by_tokens()) return;
     const int64_t unit = sizeof(uint32_t) * p.format.parts / p.format.per_unit();
     const int64_t tile_bytes = (tokens + stride_) * width_ * unit, most = p.allowed_bytes(workspace_bytes) / tile_bytes;
-    // Fewer than there are threads would leave some without work.
-    const int64_t tiles = std::min(std::max<int64_t>(most, num_threads()), p.cut.tiles);
+    // Fewer than there are threads would leave some without work. No more where coming back to the sums strip by strip
+    // costs nothing, as a cache holds them: so it does what a strip leaves, which is new memory otherwise.
+    const bool cached = tokens * stride_ * static_cast<int64_t>(sizeof(float)) <= kCachedBytes;
+    const int64_t threads = num_threads(), tiles = std::min(cached ? threads : std::max(most, threads), p.cut.tiles);
     for (int64_t i = 0; i < tiles; ++i) {
       gradients_.emplace_back(p.format, tokens, width_);
       weights_.emplace_back(p.format, p.depth, width_);

@@ -34,6 +34,7 @@ void on_threads(int64_t count, const F& f) {
   // As many whatever there is to do: OpenMP would end those that a smaller team leaves out, and start others later.
 #pragma omp parallel num_threads(threads)
   {
+    const Threads of_call(threads);  // each thread of OpenMP's has a number of its own
     try {
       if (begun++ < count) f();
     } catch (...) {

@@ -3,6 +3,7 @@
 #include <thread>
 
 #include "../cpu/head_features.h"
+#include "../cpu/parallel.h"
 #include "cpu_problem.h"
 
 namespace {
@@ -260,6 +261,34 @@ void check_strips(Dtype dtype) {
          "what is needed changes bits", 1, 0);
 }
 
+// With few tokens threads share strips and columns; with any number of them the bits are the same.
+void check_threads(Dtype dtype) {
+  Random random(9);
+  for (const int64_t N : {3, 70, 500}) {
+    constexpr int64_t d = 330, V = 4001;
+    const Problem c{.hidden = Numbers(dtype, d, normal(N * d, random, 0.5f)),
+                    .weight = Numbers(dtype, d, normal(V * d, random)),
+                    .targets = words(N, V, random),
+                    .cu_seqlens = {0, N},
+                    .token_weights = {},
+                    .bias = {}};
+    const std::vector<float> a = normal(N, random), h = normal(N, random);
+    const auto results = [&](int threads) {
+      const g2rl::Threads of_call(threads);
+      Results found = c.sequence_features();
+      GradientsOf gradients = c.gradients(a, h, found, 0, {true, true, false});
+      return std::pair(std::move(found), std::move(gradients));
+    };
+    const auto [found, gradients] = results(1);
+    for (const int threads : {2, 5, 13}) {
+      const auto [others, of_others] = results(threads);
+      expect(others == found, "threads change features or statistics", threads, 1);
+      expect(of_others.hidden == gradients.hidden, "threads change gradients of hidden", threads, 1);
+      expect(of_others.weight == gradients.weight, "threads change gradients of the weight", threads, 1);
+    }
+  }
+}
+
 // Logits so far from 0 that their rounded maximum is less than one of them by more than the headroom of sums.
 void check_huge(Dtype dtype) {
   const Problem c{.hidden = Numbers(dtype, 1, {2.421875f, -0.84f}),
@@ -307,6 +336,7 @@ int main() try {
     check(dtype, {5, 700, 129, 1.0, -1.0, 0.0, false});  // hidden in two chunks, negative scale
     check_plans(dtype, dtype == Dtype::kBFloat16);
     check_strips(dtype);
+    check_threads(dtype);
     check_callers(dtype);
     check_huge(dtype);
     check_impossible_target(dtype);
