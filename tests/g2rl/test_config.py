@@ -193,7 +193,7 @@ def test_settings_of_older_versions(tmp_path: Path) -> None:
         ("stps=1", r"stps: Key 'stps' not in 'Config'. Did you mean: 'steps'\?$"),
         ("lr=1", r"^lr: Key 'lr' not in 'Config'; did you mean optim.lr\?$"),
         ("top_p=1", r"^top_p: Key 'top_p' not in 'Config'; did you mean rollout.top_p or eval.top_p\?$"),
-        ("seeds=[1]", "^seeds: Key 'seeds' not in 'Config'; it is a key of a study, which g2rl compare takes"),
+        ("base=a", "^base: Key 'base' not in 'Config'; it is a key of a study, which g2rl compare takes"),
         ("optim.rate=1", "^optim.rate: Key 'rate' not in 'OptimConfig'; expected one of name, lr, beta1, beta2, "),
         ("steps", "override: expected key=value, found 'steps'"),
         ("eval.ks=[1,", r"^eval.ks: expected a value in YAML syntax, found '\[1,': .*, line 2, column 1$"),
