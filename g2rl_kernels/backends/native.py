@@ -41,6 +41,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, "not compiled: reinstall with a C++20 compiler"
     except ImportError as error:  # of another C++ runtime
         return None, f"compiled for another installation ({error}): reinstall to build it again"
+    if not hasattr(module, "Tokens"):  # an editable checkout that has moved on
+        return None, "compiled from older sources: reinstall to build it again"
     # A forked child has none of its parent's OpenMP threads, and would wait for them without end.
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
     return module, None

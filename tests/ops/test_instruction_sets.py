@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -65,3 +66,10 @@ def test_missing_instruction_sets_are_refused(isa: str) -> None:
     result = run(isa, "-c", ONE_CALL)
     expected = f"RuntimeError: {VARIABLE}: '{isa}' is more than this processor and build have, which is {present[0]}"
     assert result.returncode == 1 and expected in result.stderr
+
+
+def test_a_module_of_older_sources_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an editable checkout has it that moved on without being installed again."""
+    older = ModuleType("g2rl_kernels._native")
+    monkeypatch.setattr(native.importlib, "import_module", lambda name: older)
+    assert native._load.__wrapped__() == (None, "compiled from older sources: reinstall to build it again")
