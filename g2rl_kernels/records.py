@@ -158,6 +158,18 @@ class Shaping:
             )
 
 
+def shaping_numbers(shaping: Shaping, normalize: str) -> tuple[float, float, int, float, bool, bool]:
+    """As the compiled modules' `Shaping` takes it: strength, clip, rule, min_range, drop_uniform, divide_by_std."""
+    return (
+        shaping.strength,
+        shaping.clip,
+        RULES.index(shaping.rule),
+        shaping.min_range,
+        shaping.uniform_groups == "drop",
+        normalize == "std",
+    )
+
+
 class GroupAdvantages(NamedTuple):
     """What `g2rl_advantages` returns; fp32 unless features are fp64.
 

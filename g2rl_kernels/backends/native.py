@@ -19,7 +19,6 @@ from torch import Tensor
 from g2rl_kernels.checks import short_name
 from g2rl_kernels.plans.inputs import unit_stride
 from g2rl_kernels.records import (
-    RULES,
     Gradients,
     GroupAdvantages,
     Head,
@@ -28,6 +27,7 @@ from g2rl_kernels.records import (
     SequenceFeatures,
     Shaping,
     TokenLogprobs,
+    shaping_numbers,
 )
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -190,14 +190,7 @@ def g2rl_advantages(
             d,
             m_max,
         ),
-        kernels.Shaping(
-            shaping.strength,
-            shaping.clip,
-            RULES.index(shaping.rule),
-            shaping.min_range,
-            shaping.uniform_groups == "drop",
-            normalize == "std",
-        ),
+        kernels.Shaping(*shaping_numbers(shaping, normalize)),
         getattr(kernels, f"GroupAdvantages_{dtype}")(*(x.data_ptr() for x in out)),
         _threads(),
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from g2rl_kernels.backends.cuda import library
 from g2rl_kernels.plans.inputs import on_device_of, unit_stride
-from g2rl_kernels.records import RULES, GroupAdvantages, Shaping
+from g2rl_kernels.records import GroupAdvantages, Shaping, shaping_numbers
 
 
 def most_members(device: torch.device) -> int:
@@ -45,14 +45,7 @@ def g2rl_advantages(
                     d,
                     m_max,
                 ),
-                module.Shaping(
-                    shaping.strength,
-                    shaping.clip,
-                    RULES.index(shaping.rule),
-                    shaping.min_range,
-                    shaping.uniform_groups == "drop",
-                    normalize == "std",
-                ),
+                module.Shaping(*shaping_numbers(shaping, normalize)),
                 module.Advantages(
                     advantages.data_ptr(), shaped_rewards.data_ptr(), scores.data_ptr(), similarity.data_ptr()
                 ),

@@ -124,7 +124,8 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 
 def _check_is_study(content: DictConfig) -> None:
     """A run's configuration is the easiest file to take for a study's."""
-    of_runs = [str(key) for key in content if key not in asdict(StudyConfig()) and key in asdict(Config())]
+    of_runs_alone = asdict(Config()).keys() - asdict(StudyConfig()).keys()
+    of_runs = [str(key) for key in content if key in of_runs_alone]
     if of_runs and "base" not in content:
         raise ConfigError(
             f"expected the configuration of a study, such as configs/studies/methods.yaml, found that of a run, "
