@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -77,10 +77,16 @@ def check_number(name: str, value: float, expected: str, fits: Callable[[float],
         TypeError: not a real number.
         ValueError: does not fit.
     """
-    if not isinstance(value, Real | torch.SymInt | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(value, Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name}: expected {expected}, found {type(value).__name__}")
     if not fits(value):
         raise ValueError(f"{name}: expected {expected}, found {value}")
+
+
+def check_int(name: str, value: int, expected: str) -> None:
+    """Raise TypeError unless a scalar argument is a whole number, which to Python a bool would be."""
+    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt):
+        raise TypeError(f"{name}: expected {expected}, found {type(value).__name__}")
 
 
 def refuse_tangents(**tensors: torch.Tensor | None) -> None:

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from numbers import Integral
 from typing import Literal
 
 import torch
 
 from g2rl_kernels.checks import (
     ValueChecks,
+    check_int,
     check_offsets,
     check_real,
     check_tensor,
@@ -215,8 +215,7 @@ def _offsets(groups: int | torch.Tensor, B: int, device: torch.device) -> tuple[
         if groups.shape[0] == 0:
             raise ValueError("groups: expected at least the offset 0, found an empty tensor")
         return groups, None
-    if isinstance(groups, bool) or not isinstance(groups, Integral | torch.SymInt):
-        raise TypeError(f"groups: expected an int or a tensor of offsets, found {type(groups).__name__}")
+    check_int("groups", groups, "an int or a tensor of offsets")
     if groups <= 0 or B % groups or groups > _LARGEST_GROUP:
         raise ValueError(f"groups: expected a divisor of B = {B}, found {groups}")
     groups = groups if isinstance(groups, torch.SymInt) else int(groups)  # NumPy's numbers fit no schema

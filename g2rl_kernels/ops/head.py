@@ -14,13 +14,13 @@ Neither logits [N, V] nor token gradients [N, d] are kept. MATH.md derives the f
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
 
 from g2rl_kernels import distributed
 from g2rl_kernels.checks import (
+    check_int,
     check_number,
     check_tensor,
     is_dtensor,
@@ -87,16 +87,18 @@ class LMHead:
         if 0 in sizes:
             raise ValueError(f"head.weight: expected V > 0 and d > 0, found shape {sizes}")
         if self.bias is not None:
-            bias = distributed.local_part(self.bias)
+            # A whole bias may stand beside a weight that is gathered.
+            whole = self.gather_weight and not is_dtensor(self.bias)
             dtypes = tuple(dict.fromkeys((weight.dtype, torch.float32)))
-            check_tensor("head.bias", bias, (weight.shape[0],), dtypes, weight.device)
+            words = self.weight.shape[0] if whole else weight.shape[0]
+            check_tensor("head.bias", distributed.local_part(self.bias), (words,), dtypes, weight.device)
         check_number("head.temperature", self.temperature, "a number from 1e-18 to 1e18", _is_moderate)
         either_sign = "a number of magnitude 1e-18 to 1e18"
         check_number("head.logit_scale", self.logit_scale, either_sign, lambda x: _is_moderate(abs(x)))
         if self.softcap is not None:
             check_number("head.softcap", self.softcap, "None or a number from 1e-18 to 1e18", _is_moderate)
-        if not isinstance(self.vocab_start, Integral | None):
-            raise TypeError(f"head.vocab_start: expected None or an int, found {type(self.vocab_start).__name__}")
+        if self.vocab_start is not None:
+            check_int("head.vocab_start", self.vocab_start, "None or an int")
         object.__setattr__(self, "part", self._part(weight))
 
     def _part(self, weight: torch.Tensor) -> VocabularyPart | None:
@@ -107,6 +109,8 @@ class LMHead:
         if self.gather_weight:
             if not sharded:
                 raise TypeError(f"head.gather_weight: expected a DTensor for weight, found {type(weight).__name__}")
+            if self.vocab_start is not None:
+                raise ValueError(f"head.vocab_start: expected None with gather_weight, found {self.vocab_start}")
             return None
         if sharded:
             group = distributed.vocabulary_group(self.weight)
@@ -330,8 +334,7 @@ def _check_tokens(
         raise TypeError(f"hidden: expected dtype {expected}, as head.weight, found {found}{way_out}")
     check_tensor("targets", targets, (hidden.shape[0],), (torch.int64,), hidden.device)
     if workspace_bytes is not None:
-        if not isinstance(workspace_bytes, Integral | torch.SymInt):
-            raise TypeError(f"workspace_bytes: expected an int, found {type(workspace_bytes).__name__}")
+        check_int("workspace_bytes", workspace_bytes, "an int")
         if not 0 < workspace_bytes < 2**63:
             raise ValueError(f"workspace_bytes: expected a number of bytes > 0, found {workspace_bytes}")
     inputs = {"hidden": hidden, "head.weight": weight, "head.bias": bias}

@@ -160,14 +160,15 @@ def fsdp(rank: int, ranks: int) -> dict[str, Tensor]:
     fully_shard(module)
     found = {"by-parts": forward_and_backward(s, LMHead(module.weight))["grad_weight"].full_tensor()}
     module.weight.grad = None
-    own = replace(s, targets=s.targets.roll(rank))
-    out = forward_and_backward(own, LMHead(module.weight, gather_weight=True))
+    own, bias = replace(s, targets=s.targets.roll(rank)), torch.linspace(-1, 1, SMALL.V)
+    out = forward_and_backward(own, LMHead(module.weight, bias, gather_weight=True))
     found |= {"features": out["features"], "gathered": out["grad_weight"].full_tensor()}
-    whole = [forward_and_backward(x, LMHead(leaf(s.head.weight))) for x in (s, own)]
+    whole = forward_and_backward(s, LMHead(leaf(s.head.weight)))
+    alone = forward_and_backward(own, LMHead(leaf(s.head.weight), bias))
     return found | {
-        "whole": whole[0]["grad_weight"],
-        "own": whole[1]["grad_weight"],
-        "own-features": whole[1]["features"],
+        "whole": whole["grad_weight"],
+        "own": alone["grad_weight"],
+        "own-features": alone["features"],
     }
 
 
@@ -236,6 +237,8 @@ def refused(rank: int, ranks: int) -> dict[str, str]:
         "context": lambda: features(2 if rank else 1, head=torch.zeros(4, 3), context_group=world),
         "backend": lambda: with_backend("torch" if rank else "reference", call),
         "columns": lambda: LMHead(columns),
+        "start": lambda: LMHead(rows, vocab_start=5 * rank, gather_weight=True),
+        "short bias": lambda: LMHead(rows, torch.zeros(5 - rank), gather_weight=True),
         "two groups": lambda: LMHead(rows, process_group=world),
         "hidden": lambda: token_logprobs(
             distribute_tensor(torch.zeros(2, 4), mesh), LMHead(rows), torch.zeros(2).long()

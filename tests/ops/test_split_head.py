@@ -180,6 +180,8 @@ REFUSED = {
     "backend": "ValueError: backend: expected the same on every rank, by number of "
     "['cuda', 'triton', 'native', 'torch', 'reference'], found 3 and 4",
     "columns": "ValueError: head.weight: expected a DTensor sharded once, on dimension 0, found (Shard(dim=1),)",
+    "start": "ValueError: head.vocab_start: expected None with gather_weight, {}",
+    "short bias": "ValueError: head.bias: expected shape [9], {}",
     "two groups": "ValueError: head.process_group: expected None beside a DTensor, which has its own, found a group",
     "hidden": "TypeError: hidden: expected a plain tensor, found a DTensor: pass its to_local()",
 }
@@ -187,5 +189,6 @@ REFUSED = {
 
 @on_two_ranks
 def test_bad_input_is_refused_on_every_rank(run: Run) -> None:
-    for refused in run.of("refused"):
-        assert refused == REFUSED
+    for rank, refused in enumerate(run.of("refused")):
+        of_rank = {"start": f"found {5 * rank}", "short bias": f"found [{5 - rank}]"}
+        assert refused == {name: said.format(of_rank.get(name)) for name, said in REFUSED.items()}

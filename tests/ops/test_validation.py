@@ -149,6 +149,7 @@ HEADS = [
         TypeError,
         "head.vocab_start: expected None or an int, found float",
     ),
+    (lambda: LMHead(weight(), temperature=True), TypeError, "head.temperature: expected a number from 1e-18 to 1e18, "),
 ]
 
 HEAD_FUNCTIONS = [
@@ -182,6 +183,7 @@ HEAD_FUNCTIONS = [
         ({"workspace_bytes": 0}, ValueError, "workspace_bytes: expected a number of bytes > 0, found 0"),
         ({"workspace_bytes": 2**63}, ValueError, "workspace_bytes: expected a number of bytes > 0, found 9223372"),
         ({"workspace_bytes": 1.5}, TypeError, "workspace_bytes: expected an int, found float"),
+        ({"workspace_bytes": True}, TypeError, "workspace_bytes: expected an int, found bool"),
         (
             {"hidden": torch.tensor([[0.0] * D] * 2 + [[float("nan")] * D] * 4), "check_finite": True},
             ValueError,
