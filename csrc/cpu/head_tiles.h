@@ -5,6 +5,7 @@
 
 #include "head.h"
 #include "panels.h"
+#include "tasks.h"
 
 namespace g2rl {
 

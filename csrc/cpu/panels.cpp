@@ -1,6 +1,7 @@
 #include "panels.h"
 
 #include "isa.h"
+#include "tasks.h"
 
 #include <cstdlib>
 #include <cstring>

@@ -125,11 +125,4 @@ struct Columns {
 void multiply_straight(const Format& format, const LeftParts& a, RowRange rows, const uint32_t* b, int64_t b_units,
                        int64_t depth_units, const Columns& columns, float* out, const Soon& soon = {});
 
-// Runs body(task) for 0 <= task < tasks on several threads, each taking the next one: nothing a task computes may
-// depend on the thread. make() builds a thread's own state; body(state, task) uses it.
-template <typename Make, typename Body>
-void for_tasks(int64_t tasks, const Make& make, const Body& body);
-
 }  // namespace g2rl
-
-#include "panels_inl.h"

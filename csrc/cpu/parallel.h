@@ -44,15 +44,23 @@ void on_threads(int64_t count, const F& f) {
   if (error) std::rethrow_exception(error);
 }
 
+// Calls body(state, task) for 0 <= task < tasks on several threads, each taking the next one: nothing a task computes
+// may depend on the thread. make() builds a thread's own state.
+template <typename Make, typename Body>
+void share_tasks(int64_t tasks, const Make& make, const Body& body) {
+  std::atomic<int64_t> next{0};
+  on_threads(tasks, [&] {
+    auto state = make();
+    for (int64_t task = next++; task < tasks; task = next++) body(state, task);
+  });
+}
+
 // Calls f(first, last) with shares of begin..end, of `least` at least but for one, on several threads.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t least, const F& f) {
   const int64_t n = end - begin, shares = std::min<int64_t>(num_threads(), (n + least - 1) / least);
-  std::atomic<int64_t> next{0};
-  if (n > 0)
-    on_threads(shares, [&] {
-      for (int64_t i = next++; i < shares; i = next++) f(begin + n * i / shares, begin + n * (i + 1) / shares);
-    });
+  share_tasks(
+      shares, [] { return 0; }, [&](int, int64_t i) { f(begin + n * i / shares, begin + n * (i + 1) / shares); });
 }
 
 }  // namespace g2rl

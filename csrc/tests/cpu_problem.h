@@ -2,24 +2,16 @@
 #pragma once
 
 #include <cmath>
-#include <cstdio>
 #include <random>
 #include <vector>
 
 #include "../cpu/head.h"
 #include "../cpu/rowwise.h"
+#include "expect.h"
 
 namespace g2rl::testing {
 
 using Random = std::mt19937;
-
-inline int failures = 0;
-
-inline void expect(bool ok, const char* what, double got, double limit) {
-  if (ok) return;
-  std::printf("FAILED %s: %.3g exceeds %.3g\n", what, got, limit);
-  ++failures;
-}
 
 inline double difference(const std::vector<float>& a, const std::vector<float>& b) {
   double most = 0;

@@ -2,12 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdio>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "../cuda/head.h"
+#include "expect.h"
 
 namespace g2rl::cuda::testing {
 
@@ -16,13 +16,9 @@ using Floats = std::vector<float>;
 // What is allowed of each token and each response; design bounds of the project.
 constexpr double kBound = 1e-5;
 
-inline int failures = 0;
+using g2rl::testing::expect;
+using g2rl::testing::outcome;
 
-inline void expect(bool ok, const std::string& what, double found, double limit) {
-  if (ok) return;
-  std::fprintf(stderr, "%s: found %.3g, limit %.3g\n", what.c_str(), found, limit);
-  if (++failures == 20) std::exit(1);  // enough
-}
 inline void expect_below(double found, double limit, const std::string& what) {
   expect(found <= limit, what, found, limit);  // false for NaN
 }

@@ -2,21 +2,20 @@
 #include "../cuda/groups.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <random>
 #include <string>
 #include <vector>
+
+#include "expect.h"
 
 using namespace g2rl::cuda;
 
 namespace {
 
-int failures = 0;
-
 void expect_close(double found, double expected, double limit, const std::string& what) {
-  if (std::fabs(found - expected) <= limit || (std::isnan(found) && std::isnan(expected))) return;
-  std::fprintf(stderr, "%s: found %.9g, expected %.9g within %.3g\n", what.c_str(), found, expected, limit);
-  ++failures;
+  const double error = std::fabs(found - expected);
+  const bool ok = error <= limit || (std::isnan(found) && std::isnan(expected));
+  g2rl::testing::expect(ok, what + " is off", error, limit);
 }
 
 struct Batch {
@@ -179,6 +178,5 @@ int main() {
   test_rules();
   test_independence();
   test_extremes();
-  if (failures) std::fprintf(stderr, "%d failures\n", failures);
-  return failures != 0;
+  return g2rl::testing::outcome();
 }

@@ -80,6 +80,5 @@ void projection_tests() {
 
 int main() {
   projection_tests();
-  if (failures) std::fprintf(stderr, "%d failures\n", failures);
-  return failures != 0;
+  return outcome();
 }

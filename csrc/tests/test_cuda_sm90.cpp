@@ -237,6 +237,5 @@ int main() {
   test_place();
   test_long_response();
   test_slow_threads();
-  if (failures == 0) std::puts("ok");
-  return failures != 0;
+  return outcome();
 }

@@ -3,7 +3,7 @@
 #include <thread>
 
 #include "../cpu/head_features.h"
-#include "../cpu/parallel.h"
+#include "../cpu/tasks.h"
 #include "cpu_problem.h"
 
 namespace {
@@ -289,6 +289,33 @@ void check_threads(Dtype dtype) {
   }
 }
 
+// A task that fails tells the caller, whichever thread it was on, and leaves threads as they were.
+void check_errors() {
+  constexpr int64_t kTasks = 64;
+  for (const int threads : {1, 5}) {
+    const g2rl::Threads of_call(threads);
+    for (int64_t wrong = 0; wrong < kTasks; ++wrong) {
+      bool told = false;
+      try {
+        g2rl::for_tasks(
+            kTasks, [] { return 0; },
+            [&](int, int64_t task) {
+              if (task == wrong) throw std::bad_alloc();
+            });
+      } catch (const std::bad_alloc&) {
+        told = true;
+      }
+      expect(told, "an error that is lost", wrong, kTasks);
+    }
+    std::atomic<int> flushing{0};
+    g2rl::on_threads(threads, [&] {
+      volatile float smallest = 0x1p-130f, half = 0.5f;
+      flushing += smallest * half == 0;
+    });
+    expect(flushing == 0, "threads that flush subnormals ever after", flushing, 0);
+  }
+}
+
 // Logits so far from 0 that their rounded maximum is less than one of them by more than the headroom of sums.
 void check_huge(Dtype dtype) {
   const Problem c{.hidden = Numbers(dtype, 1, {2.421875f, -0.84f}),
@@ -341,8 +368,8 @@ int main() try {
     check_huge(dtype);
     check_impossible_target(dtype);
   }
-  if (failures == 0) std::puts("all head tests passed");
-  return failures != 0;
+  check_errors();
+  return outcome();
 } catch (const std::exception& error) {
   std::puts(error.what());
   return 1;

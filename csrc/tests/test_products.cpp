@@ -1,6 +1,5 @@
 // Products of every kind that the instruction set has, against sums in fp64.
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <exception>
 #include <random>
@@ -8,18 +7,17 @@
 
 #include "../cpu/isa.h"
 #include "../cpu/rowwise.h"
+#include "expect.h"
 
 namespace {
 
 using g2rl::TileProduct;
+using g2rl::testing::expect;
 
-int failures = 0;
-
-void expect(bool ok, const char* what, const TileProduct& p, double got, double limit) {
-  if (ok) return;
-  std::printf("FAILED %s (%s, %d x %d, %d steps, pairs %d %d): %.3g exceeds %.3g\n", what, g2rl::isa_name(g2rl::isa()),
-              p.rows, p.cols, static_cast<int>(p.steps), p.a_pairs, p.b_pairs, got, limit);
-  ++failures;
+std::string description(const TileProduct& p) {
+  return std::string(" (") + g2rl::isa_name(g2rl::isa()) + ", " + std::to_string(p.rows) + " x " +
+         std::to_string(p.cols) + ", " + std::to_string(p.steps) + " steps, pairs " + std::to_string(p.a_pairs) + " " +
+         std::to_string(p.b_pairs) + ")";
 }
 
 // A [rows, K] and B [K, cols] as numbers that bf16 holds, so that every kind of product sees the same.
@@ -98,6 +96,7 @@ std::vector<float> multiply(const Operands& o, bool a_pairs, bool b_pairs, bool 
 void check(const Operands& o, bool a_pairs, bool b_pairs, bool add) {
   TileProduct p;
   const std::vector<float> out = multiply(o, a_pairs, b_pairs, add, p);
+  const std::string product = "product" + description(p);
   for (int r = 0; r < o.rows; ++r) {
     for (int c = 0; c < o.cols; ++c) {
       double sum = add, size = add, flushed = 0;
@@ -110,7 +109,7 @@ void check(const Operands& o, bool a_pairs, bool b_pairs, bool add) {
         flushed += 0x1p-126;
       }
       const double error = std::abs(out[r * o.cols + c] - sum), limit = (2.0 * o.K + 1) * 0x1p-24 * size + flushed;
-      expect(error <= limit, "product", p, error, limit);
+      expect(error <= limit, product, error, limit);
     }
   }
   // Bits do not hang on how many rows there are.
@@ -118,7 +117,7 @@ void check(const Operands& o, bool a_pairs, bool b_pairs, bool add) {
   Operands first = o;
   first.rows = 1;
   const std::vector<float> alone = multiply(first, a_pairs, b_pairs, add, p);
-  expect(std::memcmp(alone.data(), out.data(), o.cols * sizeof(float)) == 0, "bits of a row alone", p, 1, 0);
+  expect(std::memcmp(alone.data(), out.data(), o.cols * sizeof(float)) == 0, "a row alone" + description(p), 1, 0);
 }
 
 void check_kind(bool a_pairs, bool b_pairs) {
@@ -140,8 +139,7 @@ int main() try {
   if (floats) check_kind(false, false);
   if (pairs) check_kind(true, true);
   if (floats && pairs) check_kind(false, true);
-  if (failures == 0) std::printf("all products passed (%s)\n", g2rl::isa_name(g2rl::isa()));
-  return failures != 0;
+  return g2rl::testing::outcome();
 } catch (const std::exception& error) {
   std::puts(error.what());
   return 1;

@@ -1,18 +1,18 @@
 // The exponential's accuracy and the layouts, for the instruction set in use.
 #include <cmath>
-#include <cstdio>
 #include <exception>
 #include <limits>
 #include <vector>
 
 #include "../cpu/isa.h"
 #include "../cpu/rowwise.h"
+#include "expect.h"
 
 int main() try {
   const g2rl::RowKernels& k = g2rl::rowwise();
-  int failures = 0;
-  const auto expect = [&](bool ok, const char* what, double value) {
-    if (!ok) std::printf("FAILED %s (%s): %.3g\n", what, g2rl::isa_name(g2rl::isa()), value), ++failures;
+  const std::string isa = std::string(" (") + g2rl::isa_name(g2rl::isa()) + ")";
+  const auto expect = [&](bool ok, const char* what, double found, double limit) {
+    g2rl::testing::expect(ok, what + isa, found, limit);
   };
 
   constexpr int kWidth = 1 << 16;
@@ -24,7 +24,7 @@ int main() try {
   double worst = 0;
   for (int i = 0; i < kWidth; ++i)
     worst = std::max(worst, std::abs(e[i] / std::exp(static_cast<double>(x[i])) - 1) - 3e-9 * std::abs(x[i]));
-  expect(worst < 1.5e-7, "exp relative error", worst);
+  expect(worst < 1.5e-7, "exp relative error", worst, 1.5e-7);
 
   float ref = 0;
   const auto stats = [&](float fill, bool first, float alpha = 1) {
@@ -40,24 +40,24 @@ int main() try {
   for (const float alpha : {1.0f, 1e30f}) {
     stats(-std::numeric_limits<float>::infinity(), true, alpha);
     expect(std::isfinite(k.lane_sum(sum.data())) && std::isfinite(k.lane_sum(sum_x.data())), "fully masked tile",
-           k.lane_sum(sum.data()));
+           k.lane_sum(sum.data()), INFINITY);
     stats(2.0f, false, alpha);
     expect(ref == 2.0f * alpha && std::abs(k.lane_sum(sum.data()) - g2rl::kUnit) < 1e-5 &&
                std::abs(k.lane_sum(sum_x.data())) < 1e-5,
-           "tile after a fully masked one", k.lane_sum(sum.data()));
+           "tile after a fully masked one", k.lane_sum(sum.data()), g2rl::kUnit);
   }
 
   // A later tile far above the first moves the reference.
   stats(-100.0f, true);
   stats(100.0f, false);
   expect(ref == 100.0f && std::abs(k.lane_sum(sum.data()) - g2rl::kUnit) < 1e-5, "moved reference",
-         k.lane_sum(sum.data()));
+         k.lane_sum(sum.data()), g2rl::kUnit);
 
   // As it does above words that a bias masks: of so many as there may be, each is to count for nothing.
   stats(-1e30f, true);
   stats(2.0f, false);
   expect(k.lane_sum(sum.data()) == g2rl::kUnit && k.lane_sum(sum_x.data()) == 0, "tile after one of masked words",
-         k.lane_sum(sum_x.data()));
+         k.lane_sum(sum_x.data()), 0);
 
   std::vector<uint32_t> in(16 * 32), out(32 * 16);
   const uint32_t* rows[16];
@@ -65,7 +65,8 @@ int main() try {
   for (int r = 0; r < 16; ++r) rows[r] = in.data() + r * 32;
   k.transpose16(rows, 32, out.data(), 16);
   for (int r = 0; r < 16; ++r)
-    for (int c = 0; c < 32; ++c) expect(out[c * 16 + r] == in[r * 32 + c], "transpose", c);
+    for (int c = 0; c < 32; ++c)
+      expect(out[c * 16 + r] == in[r * 32 + c], "transpose", out[c * 16 + r], in[r * 32 + c]);
 
   // Every finite half survives widening, splitting into two parts and narrowing.
   for (int h = 0; h < 0x7c00; ++h) {
@@ -73,17 +74,17 @@ int main() try {
     float wide;
     uint16_t back, hi, lo, *parts[2] = {&hi, &lo};
     k.widen(&half, g2rl::Dtype::kHalf, 1, &wide);
-    expect(wide == std::ldexp(h < 0x400 ? h : 0x400 + (h & 0x3ff), (h < 0x400 ? 1 : h >> 10) - 25), "widen", h);
+    const double exact = std::ldexp(h < 0x400 ? h : 0x400 + (h & 0x3ff), (h < 0x400 ? 1 : h >> 10) - 25);
+    expect(wide == exact, "widen", wide, exact);
     k.narrow(&wide, g2rl::Dtype::kHalf, 1, &back);
-    expect(back == half, "narrow", h);
+    expect(back == half, "narrow", back, half);
     k.split(&half, g2rl::Dtype::kHalf, 1, 2, parts);
     float a, b;
     k.widen(&hi, g2rl::Dtype::kBFloat16, 1, &a);
     k.widen(&lo, g2rl::Dtype::kBFloat16, 1, &b);
-    expect(a + b == wide, "split", h);
+    expect(a + b == wide, "split", a + b, wide);
   }
-  if (failures == 0) std::printf("all row kernels passed (%s)\n", g2rl::isa_name(g2rl::isa()));
-  return failures != 0;
+  return g2rl::testing::outcome();
 } catch (const std::exception& error) {
   std::puts(error.what());
   return 1;
