@@ -16,6 +16,9 @@ namespace {
 
 using Address = uintptr_t;
 
+// Another build of these kernels may be in the process, whose types would count as defined twice.
+const py::module_local local;
+
 template <class T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
@@ -32,28 +35,28 @@ auto on_its_threads(void (*kernel)(Arguments...)) {
 }
 
 void bind_head(py::module_& m) {
-  py::enum_<Dtype>(m, "Dtype")
+  py::enum_<Dtype>(m, "Dtype", local)
       .value("float32", Dtype::kFloat)
       .value("bfloat16", Dtype::kBFloat16)
       .value("float16", Dtype::kHalf);
-  py::class_<Matrix>(m, "Matrix")
+  py::class_<Matrix>(m, "Matrix", local)
       .def(py::init([](Address data, int64_t rows, int64_t cols, int64_t row_bytes, Dtype dtype) {
         return Matrix{at<char>(data), rows, cols, row_bytes, dtype};
       }));
-  py::class_<Head>(m, "Head").def(
-      py::init([](const Matrix& weight, Address bias, double temperature, double logit_scale, double softcap) {
+  py::class_<Head>(m, "Head", local)
+      .def(py::init([](const Matrix& weight, Address bias, double temperature, double logit_scale, double softcap) {
         return Head{weight, at<double>(bias), temperature, logit_scale, softcap};
       }));
-  py::class_<Tokens>(m, "Tokens").def(py::init([](const Matrix& hidden, Address targets) {
+  py::class_<Tokens>(m, "Tokens", local).def(py::init([](const Matrix& hidden, Address targets) {
     return Tokens{hidden, at<int64_t>(targets)};
   }));
-  py::class_<TokenStats>(m, "TokenStats").def(py::init([](Address logps, Address entropy, Address lse) {
+  py::class_<TokenStats>(m, "TokenStats", local).def(py::init([](Address logps, Address entropy, Address lse) {
     return TokenStats{at<float>(logps), at<float>(entropy), at<float>(lse)};
   }));
-  py::class_<Batch>(m, "Batch").def(py::init([](Address cu_seqlens, int64_t B, Address token_weights) {
+  py::class_<Batch>(m, "Batch", local).def(py::init([](Address cu_seqlens, int64_t B, Address token_weights) {
     return Batch{at<int64_t>(cu_seqlens), B, at<float>(token_weights)};
   }));
-  py::class_<Gradients>(m, "Gradients").def(py::init([](Address hidden, Address weight, Address bias) {
+  py::class_<Gradients>(m, "Gradients", local).def(py::init([](Address hidden, Address weight, Address bias) {
     return Gradients{at<void>(hidden), at<void>(weight), at<float>(bias)};
   }));
 
@@ -81,12 +84,12 @@ void bind_head(py::module_& m) {
 // For one dtype of the features; its name ends the structs'.
 template <class T>
 void bind_groups(py::module_& m, const std::string& dtype) {
-  py::class_<Groups<T>>(m, ("Groups_" + dtype).c_str())
+  py::class_<Groups<T>>(m, ("Groups_" + dtype).c_str(), local)
       .def(py::init([](Address features, Address rewards, Address cu_groups, Address valid, int64_t G, int64_t d,
                        int64_t m_max) {
         return Groups<T>{at<T>(features), at<double>(rewards), at<int64_t>(cu_groups), at<bool>(valid), G, d, m_max};
       }));
-  py::class_<GroupAdvantages<T>>(m, ("GroupAdvantages_" + dtype).c_str())
+  py::class_<GroupAdvantages<T>>(m, ("GroupAdvantages_" + dtype).c_str(), local)
       .def(py::init([](Address advantages, Address shaped_rewards, Address scores, Address similarity) {
         return GroupAdvantages<T>{at<T>(advantages), at<T>(shaped_rewards), at<T>(scores), at<T>(similarity)};
       }));
@@ -97,7 +100,7 @@ void bind_groups(py::module_& m, const std::string& dtype) {
 
 PYBIND11_MODULE(_native, m) {
   bind_head(m);
-  py::class_<Shaping>(m, "Shaping")
+  py::class_<Shaping>(m, "Shaping", local)
       .def(
           py::init([](double strength, double clip, int rule, double min_range, bool drop_uniform, bool divide_by_std) {
             return Shaping{strength, clip, static_cast<Rule>(rule), min_range, drop_uniform, divide_by_std};

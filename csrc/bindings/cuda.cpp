@@ -13,6 +13,9 @@ namespace {
 
 using Address = uintptr_t;
 
+// Kernels of a GPU and those that run on a CPU may be in one process, whose types would count as defined twice.
+const py::module_local local;
+
 template <class T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
@@ -49,31 +52,33 @@ std::string driver_error() {
 }
 
 void bind_structs(py::module_& m) {
-  py::enum_<Dtype>(m, "Dtype").value("bf16", Dtype::bf16).value("fp16", Dtype::fp16).value("fp32", Dtype::fp32);
-  py::class_<Head>(m, "Head").def(
-      py::init([](Address weight, Address bias, int64_t stride, int V, int d, Dtype dtype, Dtype bias_dtype,
-                  float inner_scale, float scale, bool softcap) {
-        return Head{at<void>(weight), at<void>(bias), stride, V, d, dtype, bias_dtype, inner_scale, scale, softcap};
-      }),
-      py::arg("weight"), py::arg("bias"), py::arg("stride"), py::arg("V"), py::arg("d"), py::arg("dtype"),
-      py::arg("bias_dtype"), py::arg("inner_scale"), py::arg("scale"), py::arg("softcap"));
-  py::class_<Tokens>(m, "Tokens").def(py::init([](Address hidden, Address targets, int64_t stride, int N) {
+  py::enum_<Dtype>(m, "Dtype", local).value("bf16", Dtype::bf16).value("fp16", Dtype::fp16).value("fp32", Dtype::fp32);
+  py::class_<Head>(m, "Head", local)
+      .def(py::init([](Address weight, Address bias, int64_t stride, int V, int d, Dtype dtype, Dtype bias_dtype,
+                       float inner_scale, float scale, bool softcap) {
+             return Head{at<void>(weight), at<void>(bias), stride, V,      d, dtype,
+                         bias_dtype,       inner_scale,    scale,  softcap};
+           }),
+           py::arg("weight"), py::arg("bias"), py::arg("stride"), py::arg("V"), py::arg("d"), py::arg("dtype"),
+           py::arg("bias_dtype"), py::arg("inner_scale"), py::arg("scale"), py::arg("softcap"));
+  py::class_<Tokens>(m, "Tokens", local).def(py::init([](Address hidden, Address targets, int64_t stride, int N) {
     return Tokens{at<void>(hidden), at<int64_t>(targets), stride, N};
   }));
-  py::class_<Responses>(m, "Responses").def(py::init([](Address cu_seqlens, int B) {
+  py::class_<Responses>(m, "Responses", local).def(py::init([](Address cu_seqlens, int B) {
     return Responses{at<int>(cu_seqlens), B};
   }));
-  py::class_<Partials>(m, "Partials").def(py::init([](Address planes, int splits) {
+  py::class_<Partials>(m, "Partials", local).def(py::init([](Address planes, int splits) {
     return Partials{at<float>(planes), splits};
   }));
   // From rows of one matrix, `stride` numbers apart.
-  py::class_<Terms>(m, "Terms").def(py::init([](Address rows, int64_t stride) {
+  py::class_<Terms>(m, "Terms", local).def(py::init([](Address rows, int64_t stride) {
     float* first = at<float>(rows);
     return Terms{first, first + stride, first + 2 * stride, first + 3 * stride};
   }));
-  py::class_<Kept>(m, "Kept").def(
-      py::init([](Address rows, int64_t stride, int roots_of) { return Kept{at<void>(rows), stride, roots_of}; }));
-  py::class_<Strip>(m, "Strip")
+  py::class_<Kept>(m, "Kept", local).def(py::init([](Address rows, int64_t stride, int roots_of) {
+    return Kept{at<void>(rows), stride, roots_of};
+  }));
+  py::class_<Strip>(m, "Strip", local)
       .def(py::init([](Address G, Address G_even, Address even_scale, int64_t stride, int v_start, int v_end) {
         return Strip{at<void>(G), at<void>(G_even), at<float>(even_scale), stride, v_start, v_end};
       }));
@@ -160,17 +165,17 @@ void bind_tokens(py::module_& m) {
 }
 
 void bind_groups(py::module_& m) {
-  py::class_<Groups>(m, "Groups")
+  py::class_<Groups>(m, "Groups", local)
       .def(py::init([](Address features, Address rewards, Address cu_groups, Address valid, int64_t stride, int G,
                        int d, int m_max) {
         return Groups{
             at<float>(features), at<float>(rewards), at<int>(cu_groups), at<uint8_t>(valid), stride, G, d, m_max};
       }));
-  py::class_<Shaping>(m, "Shaping")
+  py::class_<Shaping>(m, "Shaping", local)
       .def(py::init([](float strength, float clip, int rule, float min_range, bool drop_uniform, bool by_std) {
         return Shaping{strength, clip, Rule(rule), min_range, drop_uniform, by_std};
       }));
-  py::class_<Advantages>(m, "Advantages")
+  py::class_<Advantages>(m, "Advantages", local)
       .def(py::init([](Address advantages, Address shaped_rewards, Address scores, Address similarity) {
         return Advantages{at<float>(advantages), at<float>(shaped_rewards), at<float>(scores), at<float>(similarity)};
       }));

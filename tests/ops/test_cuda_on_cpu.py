@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +84,12 @@ def backend(on_cpu, monkeypatch: pytest.MonkeyPatch):  # noqa: ANN001, ANN201
     monkeypatch.setattr(library, "_on_cpu", on_cpu)
     with use_backend("cuda"):
         yield on_cpu
+
+
+def test_beside_the_kernels_of_a_gpu(on_cpu: ModuleType) -> None:
+    """Types of the same names, none of them defined twice."""
+    of_gpu = pytest.importorskip("g2rl_kernels._cuda", reason="CUDA kernels are not built here")
+    assert of_gpu.Tokens is not on_cpu.Tokens
 
 
 @pytest.mark.slow
