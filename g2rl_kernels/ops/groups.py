@@ -253,8 +253,7 @@ def _check_finite(rewards: torch.Tensor) -> tuple[float, float] | None:
 def _check_rewards(rewards: torch.Tensor, strength: float) -> None:
     if _check_finite(rewards) == (0, 1) and strength > 0 and bool(((rewards == 0) | (rewards == 1)).all()):
         warn_caller(
-            "rewards: found only 0 and 1; shaping scales rewards and cannot move wrong answers. Map them to -1 and +1, "
-            "as reward_range=[0, 1] does in TRL and verl."
+            "rewards: found only 0 and 1; shaping scales rewards and cannot move wrong answers. Map them to -1 and +1."
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,7 +150,11 @@ def merged(model: Any, folder: str) -> Any:
             f"model.path: expected {_WEIGHTS} beside the adapter's configuration, found none in {folder!r}"
         )
     peft = import_package(_PEFT, f"model.path: the adapter in {folder!r}")
-    model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload().requires_grad_(True)  # peft froze them
+    with warnings.catch_warnings():
+        # Of peft's own question, by a name that transformers is about to drop.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model = peft.PeftModel.from_pretrained(model, folder)
+    model = model.merge_and_unload().requires_grad_(True)  # peft froze them
     model.name_or_path = folder
     return model
 

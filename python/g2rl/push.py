@@ -22,7 +22,7 @@ from g2rl.manifest import MANIFEST
 from g2rl.model import load_model
 from g2rl.parallel.shards import SHARDS, load_model_of_shards
 from g2rl.report import draw_plots
-from g2rl.run import load_run
+from g2rl.run import Run, load_run
 
 NOT_PUSHED = ("trainer.pt", "README.md", "eval.json", MANIFEST, SHARDS)
 LOCAL_PLOTS = ("groups",)
@@ -47,28 +47,31 @@ def push(run_dir: Path, repo: str, dry_run: bool = False) -> str:
         StorageError: the run's folder, where all is put together, cannot be written.
     """
     _check_name(repo)
+    run, checkpoint = _read(run_dir)
     told = writing(f"push: {str(run_dir)!r}", (OSError, SafetensorError))
     if dry_run:
         folder = run_dir / "hub"
         with told:
-            write_folder(run_dir, repo, folder)
+            write_folder(run, checkpoint, repo, folder)
         return str(folder)
     if get_token() is None:
         raise ConfigError("push: expected a login to the hub, found none; run `hf auth login`, or set HF_TOKEN")
-    where = run_dir if run_dir.is_dir() else None
-    with told, tempfile.TemporaryDirectory(prefix=".hub-", dir=where) as temporary:
+    with told, tempfile.TemporaryDirectory(prefix=".hub-", dir=run_dir) as temporary:
         folder = Path(temporary) / "hub"
-        step = write_folder(run_dir, repo, folder)
+        step = write_folder(run, checkpoint, repo, folder)
         return _upload(folder, repo, step)
 
 
-def write_folder(run_dir: Path, repo: str, folder: Path) -> int:
-    """Write a checkpoint's model, the card and the plots to `folder`, in place of an older one; returns its step."""
+def _read(run_dir: Path) -> tuple[Run, Path]:
+    """A run and its newest checkpoint."""
     try:
-        run = load_run(run_dir)
-        checkpoint = find_checkpoint(run_dir)
+        return load_run(run_dir), find_checkpoint(run_dir)
     except (FileNotFoundError, ValueError) as error:  # ConfigError is a ValueError
         raise ConfigError(f"push: {error}") from error
+
+
+def write_folder(run: Run, checkpoint: Path, repo: str, folder: Path) -> int:
+    """Write a checkpoint's model, the card and the plots to `folder`, in place of an older one; returns its step."""
     if folder.exists():
         shutil.rmtree(folder)
     is_adapter = adapters.base_of(str(checkpoint)) is not None

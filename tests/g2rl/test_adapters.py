@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,13 @@ def test_a_peft_that_transformers_does_not_take(tiny_model: Path, monkeypatch: p
 def test_a_reference_that_is_refreshed_is_refused() -> None:
     with pytest.raises(ConfigError, match="objective.reference_every: expected 0 with model.lora.rank > 0"):
         load_config(None, ["model.lora.rank=4", "objective.kl_coef=0.1", "objective.reference_every=3"])
+
+
+def test_loading_an_adapter_says_nothing_of_libraries(trained: Trainer) -> None:
+    folder = find_checkpoint(trained.config.run_dir)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        load_model(ModelConfig(path=str(folder)))
 
 
 def test_all_weights_are_trained_on_from_an_adapter(trained: Trainer, tmp_path: Path) -> None:

@@ -284,7 +284,10 @@ def test_what_a_method_returns(
     ("settings", "message"),
     [
         (["method=grppo"], r"method: expected .*grpo.* or module:name, found 'grppo'; did you mean grpo\?"),
-        (["method=DAPO"], r"found 'DAPO'; it is grpo with other settings: method=grpo configs/methods/dapo\.yaml"),
+        (
+            ["method=DAPO"],
+            r"found 'DAPO'; it is grpo with other settings: method=grpo configs/methods/dapo\.yaml, a file",
+        ),
         (["method=nowhere:x"], "method: expected a module that can be imported, found 'nowhere': ModuleNotFoundError"),
         (["method=outside_method:gone"], "method: expected .*, found no 'gone' in outside_method"),
         (["method=outside_method:number"], "method: expected a class derived from Method or a function"),

@@ -197,6 +197,16 @@ def test_a_folder_that_cannot_be_written(
     assert hub.calls == []
 
 
+@pytest.mark.parametrize("arguments", [["--dry-run"], []])
+def test_a_run_is_looked_for_before_a_login(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    monkeypatch.setattr(module, "get_token", lambda: None)
+    assert main(["push", str(tmp_path / "nowhere"), "somebody/adder", *arguments]) == 2
+    assert f"push: {tmp_path / 'nowhere' / 'metrics.jsonl'}: expected the metrics" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists() and hub.calls == []
+
+
 def test_what_is_missing_is_named(
     tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

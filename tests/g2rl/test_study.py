@@ -96,6 +96,15 @@ def test_sizes_and_choices(
     assert study.models == (("lambda=0.3",) if len(study.methods) == 2 else ())
 
 
+@pytest.mark.parametrize("smaller", [[], ["smoke=true"]])
+@pytest.mark.parametrize("label_first", [True, False])
+def test_a_label_given_beside_the_study_can_be_chosen(tmp_path: Path, smaller: list[str], label_first: bool) -> None:
+    overrides = ["methods.mine.method=evol_rl", "methods=[grpo,mine]"]
+    given = overrides if label_first else overrides[::-1]
+    study = read_study(write_study(tmp_path), [*smaller, *given, "tasks=[sums]", "seeds=[3]"])
+    assert [(run.method, run.config.method) for run in study.runs] == [("grpo", "grpo"), ("mine", "evol_rl")]
+
+
 @pytest.mark.parametrize(
     ("changes", "overrides", "said"),
     [

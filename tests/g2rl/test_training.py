@@ -544,7 +544,7 @@ def test_a_run_that_kept_no_digests_takes_other_wordings(of_a_file: Path, tmp_pa
     ("arguments", "message"),
     [
         (["train", "missing.yaml"], "expected a YAML file or key=value, found nothing at 'missing.yaml'"),
-        (["train"], "expected a YAML file or resume=RUN"),
+        (["train"], "expected a YAML file, key=value such as task.name=gcd, or resume=RUN, found none"),
         (["train", "resume=nowhere"], "expected the folder of a run"),
         (["train", "configs/quickstart.yaml", "optim.rate=1"], "Key 'rate' not in 'OptimConfig'"),
         (["eval", "/nowhere/at-all"], "model.path: expected a causal language model, found no folder"),
@@ -554,6 +554,13 @@ def test_a_run_that_kept_no_digests_takes_other_wordings(of_a_file: Path, tmp_pa
 def test_bad_commands(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_keys_alone_are_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", f"runs_dir={tmp_path}", "steps=3", "model.path=/nowhere/at-all"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == f"g2rl: g2rl on arithmetic with /nowhere/at-all, 3 steps, in {tmp_path / 'run'}\n"
+    assert "model.path: expected a causal language model, found no folder" in captured.err
 
 
 def test_a_study_needs_no_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -269,6 +269,7 @@ def test_zero_one_rewards_warn(function: str) -> None:
     with pytest.warns(UserWarning, match="found only 0 and 1") as warned:
         run([0, 1, 1])
     assert [w.filename for w in warned] == [__file__], "it points to the caller"
+    assert "reward_range" not in str(warned[0].message), "an option of integrations, which say it themselves"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run([0, 1, 1], strength=0)

@@ -77,7 +77,8 @@ def _find(name: str) -> Any:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         if added := _SETTINGS_OF_GRPO.get(name.lower().replace("-", "_")):
-            hint = f"; it is grpo with other settings: method=grpo {added}"
+            where = ", a file of the repository" if added.endswith(".yaml") else ""
+            hint = f"; it is grpo with other settings: method=grpo {added}{where}"
         raise ConfigError(f"method: expected {expected}, found {name!r}{hint}")
     if name in _HERE:
         module = importlib.import_module(f"{__name__}.{name}")

@@ -103,7 +103,7 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         ConfigError: an unknown key, a label or seed twice, nothing to run, or a run whose configuration is not good.
     """
     with named_errors(str(path)):
-        given = plain(read_overrides(overrides))
+        given, choices = _given(overrides)
         content = read_yaml(path)
         _check_is_study(content)
         whole = merged(OmegaConf.structured(StudyConfig), content)
@@ -111,7 +111,7 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         block = plain(whole[size]) if size else {}
         if size and not block:
             raise ConfigError(f"{size}: expected keys and values in {path}, found none")
-        read = _changed(whole, block, given)
+        read = _changed(whole, block, given, choices)
     for key in ("name", "base", "baseline"):
         if read[key] == MISSING:
             raise ConfigError(f"{key}: expected a value in {path}, found none")
@@ -131,6 +131,16 @@ def _check_is_study(content: DictConfig) -> None:
             f"expected the configuration of a study, such as configs/studies/methods.yaml, found that of a run, "
             f"which a study names as base (it has {of_runs[0]})"
         )
+
+
+def _given(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was given, and lists that choose labels, which go on top: among labels that were given, too."""
+    given: list[str] = []
+    choices: list[str] = []
+    for text in overrides:
+        key = text.partition("=")[0]
+        (choices if key in _CHOSEN and isinstance(plain(read_overrides([text]))[key], list) else given).append(text)
+    return plain(read_overrides(given)), plain(read_overrides(choices))
 
 
 def _size(given: dict[str, Any]) -> str:

@@ -1,0 +1,26 @@
+"""Whether the Hugging Face hub is there, asked once: libraries ask for a file again and again, for about a minute."""
+
+from __future__ import annotations
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+from g2rl.config import ConfigError
+
+
+def require_hub(name: str, said: str) -> None:
+    """Raise `ConfigError`, which begins with `said`, unless a model is kept on this machine or the hub can be asked.
+
+    Args:
+        name: of the model, which is no folder here. That the hub has none of this name is left to who loads it.
+    """
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except HFValidationError as error:
+        raise ConfigError(f"{said}, found no folder {name!r}, which is no name on the hub either") from error
+    except HfHubHTTPError:  # it has answered
+        return
+    except (HTTPError, OSError) as error:  # of the connection, or HF_HUB_OFFLINE
+        found = f"no folder {name!r} and no connection to the hub ({type(error).__name__}: {error})"
+        raise ConfigError(f"{said}, found {found}") from error
