@@ -99,6 +99,7 @@ void bind_groups(py::module_& m, const std::string& dtype) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+  m.attr("interface") = G2RL_INTERFACE;  // stands for the files that say how it is called
   bind_head(m);
   py::class_<Shaping>(m, "Shaping", local)
       .def(

@@ -8,15 +8,17 @@ forked after that computes on one thread.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from g2rl_kernels.checks import short_name
+from g2rl_kernels.checks import short_name, warn_caller
 from g2rl_kernels.plans.inputs import unit_stride
 from g2rl_kernels.records import (
     Gradients,
@@ -41,11 +43,22 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, "not compiled: reinstall with a C++20 compiler"
     except ImportError as error:  # of another C++ runtime
         return None, f"compiled for another installation ({error}): reinstall to build it again"
-    if not hasattr(module, "Tokens"):  # an editable checkout that has moved on
-        return None, "compiled from older sources: reinstall to build it again"
+    if (expected := _interface()) is not None and getattr(module, "interface", None) != expected:
+        reason = "compiled from other sources: reinstall to build it again"
+        warn_caller(f"g2rl_kernels._native: {reason}; until then a slower backend serves")
+        return None, reason
     # A forked child has none of its parent's OpenMP threads, and would wait for them without end.
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
     return module, None
+
+
+def _interface() -> str | None:
+    """How the sources beside this file, which may have moved on, want the module called; None where there are none."""
+    csrc = Path(__file__).parents[2] / "csrc"
+    files = [csrc / name for name in ("bindings/cpu.cpp", "cpu/groups.h", "cpu/head.h", "cpu/matrix.h")]
+    if not all(file.is_file() for file in files):
+        return None
+    return "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

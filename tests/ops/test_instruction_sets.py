@@ -68,8 +68,17 @@ def test_missing_instruction_sets_are_refused(isa: str) -> None:
     assert result.returncode == 1 and expected in result.stderr
 
 
-def test_a_module_of_older_sources_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has", [{}, {"interface": "0" * 64}], ids=["nothing", "another"])
+def test_a_module_of_other_sources_does_not_serve(has: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As an editable checkout has it that moved on without being installed again."""
     older = ModuleType("g2rl_kernels._native")
+    vars(older).update(has)
     monkeypatch.setattr(native.importlib, "import_module", lambda name: older)
-    assert native._load.__wrapped__() == (None, "compiled from older sources: reinstall to build it again")
+    with pytest.warns(UserWarning, match="_native: compiled from other sources: reinstall .* a slower backend serves"):
+        assert native._load.__wrapped__() == (None, "compiled from other sources: reinstall to build it again")
+
+
+def test_a_module_without_sources_beside_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a wheel."""
+    monkeypatch.setattr(native, "_interface", lambda: None)
+    assert native._load.__wrapped__()[1] is None
