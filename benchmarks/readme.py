@@ -20,10 +20,11 @@ from benchmarks.reporting.reports import FOLDER, Report, Row, label, load, named
 from benchmarks.reporting.tables import case_cells, digits, markdown, not_timed
 from benchmarks.trl_step import times_baseline
 from g2rl.bootstrap import coverage
-from g2rl.study.tables import headline
+from g2rl.study.tables import change, headline
 
 ROOT = Path(__file__).parent.parent
 STUDY = "studies/methods"
+AGAIN = "studies/replication"
 GRADIENTS = ROOT / "studies" / "gradients"
 # The README's rows: hard inputs, enough tokens for a step, and the ops that a step calls.
 _SUMMARY_OPS = ("token_logprobs", "sequence_features", "logprobs_backward")
@@ -191,7 +192,6 @@ def study(folder: str) -> str:
         return "It has not been run on this version yet."
     content = json.loads(path.read_text())
     tasks = content["tasks"].values()
-    largest = [metric for metric in next(iter(tasks))["metrics"] if metric.startswith("pass@")][-1]
     steps, held_out = ({str(task[key]) for task in tasks} for key in ("steps", "held_out"))
     counts, device = content["runs"], content["environment"].get("device", "an unknown device")
     facts = (
@@ -200,9 +200,31 @@ def study(folder: str) -> str:
         f"brackets: 95 % interval over seeds and problems{_narrow(len(content['seeds']))}; p: {content['test']}. "
         f"[Report]({folder}/report.md)."
     )
-    metrics = dict.fromkeys(("pass@1", largest))
+    metrics = dict.fromkeys(("pass@1", _largest_k(content)))
     tables = "\n\n".join(headline(content, metric) for metric in metrics)
     return f"{tables}\n\n{facts}\n\n![Held-out pass@1 over training]({folder}/overview.png)"
+
+
+def again(folder: str) -> str:
+    """For the README: what a study that asks a question of another one again has found, in a sentence."""
+    path = ROOT / folder / "results.json"
+    if not path.is_file():
+        return ""
+    content = json.loads(path.read_text())
+    metric = _largest_k(content)
+    found = "; ".join(
+        f"{method} {change(of[metric])} against {content['baseline']}" for method, of in content["all_tasks"].items()
+    )
+    return (
+        f"The same with {len(content['seeds'])} other seeds, question and seeds written down before they had ended: "
+        f"{metric} over all tasks, {found}. [What that says]({folder}/README.md)."
+    )
+
+
+def _largest_k(content: dict[str, Any]) -> str:
+    """Its pass@k of the most samples."""
+    metrics: list[str] = next(iter(content["tasks"].values()))["metrics"]
+    return [metric for metric in metrics if metric.startswith("pass@")][-1]
 
 
 def _narrow(seeds: int) -> str:
@@ -319,7 +341,7 @@ def main() -> int:
     reports = load()
     stale = []
     pages = (
-        (ROOT / "README.md", {"benchmarks": summary(reports), "study": study(STUDY)}),
+        (ROOT / "README.md", {"benchmarks": summary(reports), "study": study(STUDY), "again": again(AGAIN)}),
         (ROOT / "docs" / "TRAINING.md", {"benchmarks": training(reports), "gradients": gradients(table=False)}),
         (FOLDER / "README.md", {"benchmarks": details(reports)}),
         (GRADIENTS / "README.md", {"gradients": gradients(table=True)}),

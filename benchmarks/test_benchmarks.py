@@ -179,6 +179,10 @@ def test_study_in_the_readme(benchmark, tmp_path: Path, monkeypatch: pytest.Monk
     content |= {"tasks": {"sums": task, "gcds": task}, "all_tasks": everywhere, "environment": {"device": "cpu (x)"}}
     (tmp_path / "studies/methods").mkdir(parents=True)
     (tmp_path / "studies/methods/results.json").write_text(json.dumps(content))
+    assert readme.again("studies/methods") == (
+        "The same with 2 other seeds, question and seeds written down before they had ended: pass@1 over all tasks, "
+        "g2rl +10.0 [-5.0, +25.0], p = 0.0625 against grpo. [What that says](studies/methods/README.md)."
+    )
     lines = benchmark.pedantic(readme.study, ("studies/methods",), rounds=1).splitlines()
     assert lines[0] == "| held-out pass@1, % | sums | gcds | all tasks, against grpo |"
     assert lines[2] == "| grpo | 40.0 [30.0, 50.0] | 40.0 [30.0, 50.0] |  |"
