@@ -31,7 +31,7 @@ class KernelThread {
   KernelThread& operator=(const KernelThread&) = delete;
 
  private:
-  [[maybe_unused]] const FlushSubnormals flush_;  // does nothing without SSE
+  [[maybe_unused]] FlushSubnormals flush_;  // does nothing without SSE
 };
 
 // `share_tasks` on such threads.
