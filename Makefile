@@ -16,6 +16,7 @@
 # make vllm      those of sampling by vLLM, in an environment of their own
 # make lowest    the tests of each extra with the lowest versions that it allows, in environments of their own
 # make audit     look for known weaknesses in the versions of constraints.txt; fails where no advisories are served
+# make amx       tests of the CPU kernels for AMX on any processor with AVX-512 and bf16, its tile instructions in software
 # make sanitize  those of the CPU kernels under Clang's sanitizers of addresses, undefined behaviour and threads
 # make sanitize-ops  the campaigns of calls, see make faults, against CPU kernels under the sanitizer of addresses
 # make aarch64   cross-compile the CPU kernels for AArch64 and run their tests under qemu-user
@@ -42,8 +43,8 @@ SOURCES := $(wildcard $(addprefix csrc/*/,*.cpp *.cu *.h CMakeLists.txt)) CMakeL
 # Other people's trainers, which are run with G2RL in them: make NAME.
 TRAINERS := areal openrlhf skyrl swift axolotl unsloth
 
-.PHONY: setup train test ranks faults planted ctest trl verl $(TRAINERS) vllm lowest audit sanitize sanitize-ops aarch64 macos \
-  cuda wheel bench bench-report gpu lint clean
+.PHONY: setup train test ranks faults planted ctest trl verl $(TRAINERS) vllm lowest audit amx sanitize sanitize-ops aarch64 \
+  macos cuda wheel bench bench-report gpu lint clean
 
 setup: $(READY)
 
@@ -129,6 +130,14 @@ ctest: $(READY)
 	$(BIN)/cmake --build $$build --parallel --target $(CPU_TESTS) cuda_tests && \
 	$(BIN)/ctest --test-dir $$build --output-on-failure --parallel $(WORKERS)
 
+AMX := build/amx
+amx: $(READY)
+	$(BIN)/cmake -S . -B $(AMX) -DG2RL_EMULATE_AMX=ON -DG2RL_WITH_CUDA=off -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
+	  -DG2RL_OUTPUT_DIR="$(CURDIR)/$(AMX)"
+	$(BIN)/cmake --build $(AMX) --parallel --target $(CPU_TESTS) _native
+	$(BIN)/ctest --test-dir $(AMX) --output-on-failure --parallel $(WORKERS) --tests-regex _amx$$
+	G2RL_TESTED_MODULES="$(CURDIR)/$(AMX)" $(BIN)/python -m pytest -n $(WORKERS) tests/ops/test_head.py -k native $(ARGS)
+
 TRL_VERSIONS ?= 1.9.0 1.10.0 1.11.0 1.12.0 1.13.0 1.14.2 1.15.0 1.16.0
 
 # Where Triton is installed, TRL 1.15's own log-probabilities are its kernels on a CPU, too: the interpreter runs them.
@@ -174,16 +183,18 @@ audit:
 	  "no advisories are served here, not even those of $(KNOWN), which has some"; exit 1; }
 	$(AUDIT)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict $(ARGS)
 
-# Every instruction set that the processor has. Only Clang's OpenMP runtime tells the thread sanitizer what its threads
-# wait for; it is not instrumented itself.
+# Every instruction set that the processor has, and AMX in software: sanitizers see no tile instructions. Only Clang's
+# OpenMP runtime tells the thread sanitizer what its threads wait for; it is not instrumented itself, and clang 19's leaves
+# memory behind.
 sanitize: $(READY)
 	for checks in address,undefined thread; do \
 	  build=build/$${checks%%,*}; \
 	  $(BIN)/cmake -S . -B $$build -DCMAKE_CXX_COMPILER=clang++ -DG2RL_SANITIZE=$$checks \
-	    -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DG2RL_OUTPUT_DIR="$(CURDIR)/$$build" && \
+	    -DG2RL_EMULATE_AMX=ON -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DG2RL_OUTPUT_DIR="$(CURDIR)/$$build" && \
 	  $(BIN)/cmake --build $$build --parallel --target $(CPU_TESTS) && \
-	  OMP_NUM_THREADS=3 TSAN_OPTIONS=ignore_noninstrumented_modules=1 $(BIN)/ctest --test-dir $$build --output-on-failure \
-	    --exclude-regex ^test_cuda || exit 1; \
+	  OMP_NUM_THREADS=3 TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+	    LSAN_OPTIONS=suppressions="$(CURDIR)/csrc/tests/leaks.txt" \
+	    $(BIN)/ctest --test-dir $$build --output-on-failure --exclude-regex ^test_cuda || exit 1; \
 	done
 
 # Campaigns of calls against CPU kernels that Clang built for its sanitizer of addresses.

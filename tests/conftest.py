@@ -12,8 +12,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+import g2rl_kernels
 from g2rl_kernels import dispatch, self_check, use_backend
 from g2rl_kernels.plans import head as plans
+
+# Compiled modules of another build than the one that is installed, as by `make amx`.
+if "G2RL_TESTED_MODULES" in os.environ:
+    g2rl_kernels.__path__.insert(0, os.environ["G2RL_TESTED_MODULES"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

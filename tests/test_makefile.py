@@ -38,6 +38,14 @@ def commands(checkout: Path, *targets: str) -> list[str]:
     ("target", "paths"),
     [
         ("ctest", {"-DPython_EXECUTABLE": ".venv/bin/python"}),
+        (
+            "amx",
+            {
+                "-DPython_EXECUTABLE": ".venv/bin/python",
+                "-DG2RL_OUTPUT_DIR": "build/amx",
+                "G2RL_TESTED_MODULES": "build/amx",
+            },
+        ),
         ("sanitize", {"-DPython_EXECUTABLE": ".venv/bin/python", "-DG2RL_OUTPUT_DIR": "$build"}),
         (
             "sanitize-ops",

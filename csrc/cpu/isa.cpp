@@ -16,7 +16,9 @@ namespace {
 constexpr const char* kVariable = "G2RL_CPU_ISA";
 constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512_bf16", "amx"};
 
-#if defined(G2RL_WITH_AMX)
+#if defined(G2RL_EMULATE_AMX)
+bool may_use_tiles() { return true; }
+#elif defined(G2RL_WITH_AMX)
 // The processor has bf16 tiles, and Linux lends the tile registers to a process that asks for them.
 bool may_use_tiles() {
   constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;

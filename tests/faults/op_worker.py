@@ -7,7 +7,6 @@ that is being made stands in the folder's file "now"; "failures" gets a line of 
 from __future__ import annotations
 
 import faulthandler
-import importlib.util
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+import g2rl_kernels
 from tests.faults.children import SANITIZED
 from tests.faults.op_calls import calls
 from tests.faults.op_numbers import numbers
@@ -73,22 +73,12 @@ def run(
     tried()
 
 
-def load_sanitized(folder: str) -> None:
-    """The kernels that were built for a sanitizer, in place of the others."""
-    (path,) = Path(folder).glob("_native*.so")
-    spec = importlib.util.spec_from_file_location("g2rl_kernels._native", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["g2rl_kernels._native"] = module
-    spec.loader.exec_module(module)
-
-
 def main(asked: dict[str, Any]) -> None:
     faulthandler.enable()
     plant()
     torch.set_num_threads(1)
     if asked["backend"] == "native" and os.environ.get(SANITIZED):
-        load_sanitized(os.environ[SANITIZED])
+        g2rl_kernels.__path__.insert(0, os.environ[SANITIZED])
     # The compiled kernels serve what they have and leave the rest to the torch backend, as they do for callers.
     backend = None if asked["backend"] == "native" else asked["backend"]
     notes = Notes(Path(asked["folder"]))
