@@ -91,6 +91,11 @@ class TestStatistics:
 
     def test_no_spread_has_no_correlation(self) -> None:
         assert correlation(np.ones(3), np.arange(3.0), np.zeros(3, dtype=int)) is None
+        # A mean of equal values is off by rounding: 0.1 of three is 0.10000000000000002.
+        alike, groups = np.repeat([0.1, 0.7], [3, 5]), np.repeat([0, 1], [3, 5])
+        assert correlation(alike, np.arange(8.0), groups) is None
+        assert correlation(alike, alike, groups) is None
+        assert correlation(np.full(3, 0.1), np.arange(3.0), np.zeros(3, dtype=int), within=False) is None
 
 
 class TestMeasures:
@@ -101,10 +106,12 @@ class TestMeasures:
             (np.ones((3, 3)), (1, 1)),
             # Eigenvalues 3/2 and 1/2 of two: shares 3/4 and 1/4.
             (np.array([[1, 0.5], [0.5, 1]]), (1 / (9 / 16 + 1 / 16), np.exp(0.75 * np.log(4 / 3) + 0.25 * np.log(4)))),
+            (np.zeros((2, 2)), (np.nan, np.nan)),
+            (np.zeros((0, 0)), (np.nan, np.nan)),
         ],
     )
     def test_effective_dimensions(self, similarity: np.ndarray, expected: tuple[float, float]) -> None:
-        assert effective_dimensions(similarity) == pytest.approx(expected)
+        assert effective_dimensions(similarity) == pytest.approx(expected, nan_ok=True)
 
     def test_limits(self) -> None:
         expected = {"both wrong negative": (0, 1), "long cosine": (-1, 1), "semantic": (-1, 1), "correct": (0, 1)}

@@ -101,7 +101,7 @@ def effective_dimensions(similarity: np.ndarray) -> tuple[float, float]:
 
     Each is 1 where all vectors are parallel and m where they are orthogonal; NaN without a vector.
     """
-    if not similarity.size:
+    if not similarity.any():
         return float("nan"), float("nan")
     shares = np.linalg.eigvalsh(similarity).clip(min=0)
     shares = shares / shares.sum()

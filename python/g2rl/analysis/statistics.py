@@ -60,7 +60,7 @@ def correlation(
     parts = members if within else [np.arange(len(x))]
     if ranks:
         x, y = (_by_part(values, parts, lambda part: average_ranks(part) / len(part)) for values in (x, y))
-    x, y = (_by_part(values, parts, lambda part: part - part.mean()) for values in (x, y))
+    x, y = (_by_part(values, parts, _centred) for values in (x, y))
     columns = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
     sums = np.stack([columns[own].sum(0) for own in members])
     value = _pearson(sums.sum(0, keepdims=True))[0]
@@ -74,6 +74,12 @@ def _by_part(values: np.ndarray, parts: list[np.ndarray], change: Callable[[np.n
     for part in parts:
         changed[part] = change(values[part].astype(np.float64))
     return changed
+
+
+def _centred(part: np.ndarray) -> np.ndarray:
+    """Values relative to their mean, and all 0 where they are equal: a mean of those is off by rounding."""
+    shifted = part - part[0]
+    return shifted - shifted.mean()
 
 
 def _pearson(sums: np.ndarray) -> np.ndarray:
