@@ -18,11 +18,16 @@ def pair_cosines(similarity: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return similarity[pairs]
 
 
-def score_span(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Largest minus smallest valid score of each group [G], of scores and valid [G, m]; -inf without a valid one."""
+def degenerate(scores: torch.Tensor, valid: torch.Tensor, min_range: float) -> torch.Tensor:
+    """Whether the valid scores of a group [G] span too little to shape it: less than `min_range`, or nothing at all.
+
+    Args:
+        scores, valid: [G, m].
+        min_range: of `g2rl_kernels.Shaping`.
+    """
     low = torch.where(valid, scores, torch.inf).amin(1)
     high = torch.where(valid, scores, -torch.inf).amax(1)
-    return high - low
+    return (high - low < min_range) | (high <= low)
 
 
 def geometry_metrics(

@@ -48,7 +48,7 @@ METRICS = (
     Metric(
         "groups/degenerate_share",
         "Degenerate groups",
-        "share of groups left unshaped: scores span less than min_range, or fewer than two valid responses",
+        "share of groups left unshaped: scores span less than min_range, or nothing, as of fewer than two valid ones",
         "share",
     ),
     Metric("groups/extra", "Extra groups", "groups sampled in place of ones with equal raw rewards", "groups"),

@@ -80,6 +80,19 @@ def test_geometry_and_shaping_metrics_by_hand() -> None:
     assert metrics["geometry/clip_share"] == 0
 
 
+@pytest.mark.parametrize("min_range", [0.0, 0.01])
+def test_groups_without_spread_are_degenerate(min_range: float) -> None:
+    """All of the first group alike, one of the second alone with a feature, and a third that is shaped."""
+    features = torch.tensor([[1.0, 0], [2.0, 0], [3.0, 0], [0, 0], [0, 1], [0, 0], [1, 0], [0, 1], [1, 1]])
+    rewards = torch.tensor([1.0, -1, 1, 1, -1, 1, 1, -1, 1])
+    method = make_method(load_config(None, [f"methods.g2rl.min_range={min_range}"]))
+    seen = step(rewards, 3, features)
+    result = method.advantages(seen)
+    changed = (result.shaped_rewards != rewards).view(3, 3).any(1)
+    assert changed.tolist() == [False, False, True]
+    assert method.metrics(seen, result)["groups/degenerate_share"] == pytest.approx(2 / 3)
+
+
 # ---- EVOL-RL ---------------------------------------------------------------------------------------------------------
 
 # Three right answers, two wrong ones and an invalid one that would be everyone's nearest neighbour.

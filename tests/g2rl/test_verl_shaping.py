@@ -100,8 +100,16 @@ def test_groups_out_of_order(options: Options) -> None:
         "negative_share": pytest.approx(sum(c < 0 for c in cosines) / 7),
         "score": pytest.approx(float(scores.sum()) / 7, abs=1e-6),
         "feature_norm": pytest.approx(float(features.norm(dim=1).sum()) / 7),
-        "degenerate_share": 0.0,
+        "degenerate_share": pytest.approx(2 / 3),  # the group of one, and that with two features
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reward_range", [(-1.0, 1.0), (0.0, 1.0), (0.0, 3.0)])
+def test_rewards_that_nothing_shapes_keep_their_bits(dtype: torch.dtype, reward_range: tuple[float, float]) -> None:
+    rewards = torch.tensor([0.1, 0.3, 0.7, 1.0], dtype=dtype)
+    shaped, _ = shape_in_range(torch.ones(4, 3), rewards, 4, Shaping(), reward_range)
+    assert shaped.dtype == dtype and torch.equal(shaped, rewards)
 
 
 def test_metrics_of_responses_that_take_part() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from g2rl.geometry import pair_cosines, score_span
+from g2rl.geometry import degenerate, pair_cosines
 from g2rl_kernels import GroupAdvantages, Shaping, g2rl_advantages, pad
 
 ZERO_REWARDS = "G2RL: rewards of 0 are not moved by scaling, so that wrong answers get no signal"
@@ -85,7 +85,8 @@ def shape_in_range(
     metrics = exploration_metrics(features, result, groups, shaping.min_range, valid)
     if shaping.strength == 0:
         return rewards, metrics
-    return rewards + (result.shaped_rewards - inner) * scale, metrics
+    # In one dtype, or a reward of another, such as fp64, would move by its rounding.
+    return rewards + (result.shaped_rewards - inner.to(result.shaped_rewards)) * scale, metrics
 
 
 def exploration_metrics(
@@ -113,7 +114,7 @@ def exploration_metrics(
     inside = (torch.arange(m) < sizes.cpu()[:, None]).expand(G, m).to(norms.device)
     compared, scores = pad(takes_part, inside), pad(result.scores, inside)
     cosines = pair_cosines(result.similarity, compared)
-    metrics = {"degenerate_share": (score_span(scores, compared) < min_range).float().mean()}
+    metrics = {"degenerate_share": degenerate(scores, compared, min_range).float().mean()}
     if takes_part.any():
         metrics |= {"score": result.scores[takes_part].mean(), "feature_norm": norms[takes_part].mean()}
     if cosines.numel():

@@ -5,7 +5,7 @@ Needs features, the sensitivity Phi of each response (eq. 8), which the update's
 
 from __future__ import annotations
 
-from g2rl.geometry import score_span
+from g2rl.geometry import degenerate
 from g2rl.methods.base import Method, Step
 from g2rl_kernels import GroupAdvantages, Shaping, g2rl_advantages
 
@@ -25,9 +25,9 @@ class G2RL(Method):
     def metrics(self, step: Step, result: GroupAdvantages) -> dict[str, float]:
         assert step.features is not None
         valid = (step.features.norm(dim=1) > 0).view(-1, step.group_size)
-        degenerate = (score_span(result.scores.view_as(valid), valid) < self.options.min_range) | (valid.sum(1) < 2)
+        unshaped = degenerate(result.scores.view_as(valid), valid, self.options.min_range)
         clipped = result.shaped_rewards.abs() >= step.rewards.abs().clamp(min=self.options.clip)
         return {
-            "groups/degenerate_share": float(degenerate.float().mean()),
+            "groups/degenerate_share": float(unshaped.float().mean()),
             "geometry/clip_share": float(clipped.float().mean()),
         }
