@@ -134,7 +134,8 @@ class Shaping:
         rule: reading of eq. 12*: "scale" r (1 + lambda nubar); "centered" r (1 + lambda (2 nubar - 1)), where a dull
             right answer loses and a wrong answer close to its peers suffers less; "literal" r (1 + lambda r nubar).
         min_range: a group whose scores span less keeps its rewards: min-max would amplify rounding to [0, 1].
-        uniform_groups: groups whose raw rewards are all equal* are shaped ("shape") or keep their rewards ("drop").
+        uniform_groups: groups whose valid responses have equal raw rewards* are shaped ("shape") or keep their rewards
+            ("drop").
 
     Raises:
         TypeError, ValueError: a value is of another type or out of range.
