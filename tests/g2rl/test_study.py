@@ -501,6 +501,18 @@ def test_numbers_by_hand(written: Study) -> None:
     assert (numbers["train/entropy"], numbers["geometry/mean_cosine"], numbers["cpu_s"]) == (2.0, None, 90.0)
 
 
+def test_of_one_task_the_difference_over_all_is_that_task_s(tmp_path: Path) -> None:
+    """To the last digit: both stand in one report."""
+    study = read_study(write_study(tmp_path, tasks={"sums": {}}), ["seeds=[0, 1, 2, 3]"])
+    for run in study.runs:
+        right = [(run.seed + 2 * p + (p + run.seed) * (run.method != "grpo")) % 3 for p in range(7)]
+        write_finished(run, right, [0.0, 0.1, 0.2])
+    results = Results(study)
+    alone = results.compared("sums", "lambda=0.3", "pass@1")
+    assert alone is not None and alone.estimate.low < alone.estimate.high
+    assert results.compared_everywhere("lambda=0.3", "pass@1") == alone
+
+
 def test_differences_end_at_100_points(tmp_path: Path) -> None:
     """Seeds with differences of 0 and 1: rescaled, their mean reaches 1.207."""
     study = read_study(write_study(tmp_path, tasks={"sums": {}}))

@@ -152,6 +152,8 @@ class Results:
         tasks = self.study.tasks
         if any(metric not in self.metrics(task) for task in tasks):
             return None
+        if len(tasks) == 1:  # one number has one interval: that of other draws would differ in its digits
+            return self.compared(tasks[0], method, metric)
         paired, values = zip(*(self.differences(task, method, metric) for task in tasks), strict=True)
         if not all(paired):
             return None
