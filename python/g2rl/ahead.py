@@ -43,15 +43,14 @@ class Rollouts:
             self.sampler.sync()
         return collect(self.sampler, self.task, self.config, position, seed, times, self._ranks)
 
-    def begin(self, step: int, position: int, seed: int, times: StageTimes) -> None:
+    def begin(self, is_saved: bool, position: int, seed: int, times: StageTimes) -> None:
         """Before the update of a step: collect the next one's groups in the background, or let the sampler sleep.
 
         Args:
+            is_saved: whether a checkpoint stands behind the step.
             position, seed: of the next step's groups.
         """
-        every = self.config.checkpoint.every
-        last = step == self.config.steps or (every > 0 and step % every == 0)
-        if not self.config.rollout.ahead or last:
+        if not self.config.rollout.ahead or is_saved:
             self.sampler.sleep()
             return
         with times.stage("rollout"):

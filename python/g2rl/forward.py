@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from g2rl.config import ConfigError, ModelConfig
@@ -193,10 +192,10 @@ def _packed(model: Any, packed: PackedGroups) -> ResponseStates:
 def _by_cu_seqlens(model: Any, batch: Batch) -> ResponseStates:
     """Sequences in one row, kept apart by an attention that knows where each begins."""
     held, answers = batch.attention_mask[:, :-1].bool(), batch.response_mask[:, 1:]
-    lengths = held.sum(1)
-    cu_seqlens, longest = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), int(lengths.max())
+    input_ids, cu_seqlens = unpad(batch.input_ids[:, :-1], held)
+    longest = int(cu_seqlens.diff().max())
     output = model.base_model(
-        input_ids=batch.input_ids[:, :-1][held][None],
+        input_ids=input_ids[None],
         position_ids=(held.cumsum(1) - 1)[held][None],
         cu_seq_lens_q=cu_seqlens,
         cu_seq_lens_k=cu_seqlens,
@@ -204,8 +203,7 @@ def _by_cu_seqlens(model: Any, batch: Batch) -> ResponseStates:
         max_length_k=longest,
         use_cache=False,
     )
-    hidden = output.last_hidden_state[0][answers[held]]
-    return ResponseStates(hidden, batch.input_ids[:, 1:][answers], F.pad(answers.sum(1).cumsum(0), (1, 0)).int())
+    return ResponseStates(output.last_hidden_state[0][answers[held]], *unpad(batch.input_ids[:, 1:], answers))
 
 
 def _attention(model: Any) -> str:

@@ -21,7 +21,7 @@ from g2rl.methods import may_shape
 from g2rl.metrics import METRICS, metric
 from g2rl.plots import PLOTS, STYLE
 from g2rl.progress import duration, printable
-from g2rl.run import Run, load_run, number_of, pairs_of, periods, problem_name, valid_part
+from g2rl.run import Run, load_run, pairs_of, periods, problem_name, valid_part
 
 SAMPLE_CHARACTERS = 1200
 
@@ -148,7 +148,7 @@ def _evaluation(run: Run) -> str:
     if not records:
         return "No evaluation is logged."
     lead = next((key for key in keys if key.startswith("eval/pass@")), keys[0])
-    best = max(records, key=lambda record: number_of(record.get(lead)) if record.get(lead) is not None else -math.inf)
+    best = max(records, key=lambda record: -math.inf if record.get(lead) is None else record[lead])
     if len(records) == 1:
         chosen = [("only", records[0])]
     else:
@@ -157,7 +157,7 @@ def _evaluation(run: Run) -> str:
         (name, str(record["step"]), *(metric_value(key, record.get(key)) for key in keys)) for name, record in chosen
     ]
     head = ["evaluation", "step"]
-    head += [key[5:] if "@" in key else f"{metric(key).title.removeprefix('Held-out ')}" for key in keys]
+    head += [key[5:] if "@" in key else metric(key).title.removeprefix("Held-out ") for key in keys]
     otherwise = _evaluated_otherwise(run, [record["step"] for record in records]).removeprefix("; ")
     note = f"\n\n{otherwise[0].upper()}{otherwise[1:]}: these rows do not compare." if otherwise else ""
     return markdown_table(head, rows) + note

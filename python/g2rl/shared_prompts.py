@@ -19,12 +19,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from g2rl.types import Batch
+from g2rl_kernels import unpad
 
 PREFIX = "g2rl_"
 MOST_SCORES = 16
@@ -173,7 +173,7 @@ def pack_groups(batch: Batch, additive: torch.dtype | None = None) -> PackedGrou
     slots = torch.zeros(held.shape, dtype=torch.int64)
     slots[order] = torch.arange(order.shape[0])
     causal, mask = _masks(prompts, responses, m, device)
-    cu_seqlens = F.pad(response.sum(1).cumsum(0), (1, 0))
+    targets, cu_seqlens = unpad(ids, response)
 
     def row(padded: Tensor) -> Tensor:
         return torch.cat([padded[::m][prompt[::m]], padded[:, :-1][fed]])[None].to(device)
@@ -188,8 +188,8 @@ def pack_groups(batch: Batch, additive: torch.dtype | None = None) -> PackedGrou
         prompt_mask=None if additive is None else _added(causal, additive),
         response_mask=mask if additive is None else _added(mask, additive),
         predicts=_predictors(prompts.sum(1), cu_seqlens, m).to(device),
-        targets=ids[response].to(device),
-        cu_seqlens=cu_seqlens.to(device, torch.int32),
+        targets=targets.to(device),
+        cu_seqlens=cu_seqlens.to(device),
     )
 
 

@@ -61,7 +61,7 @@ class _Watch:
         self._deadline = deadline
         self._lock = threading.RLock()  # a signal may arrive in the thread that has it
         self._fired = self._arrived = self._ended = False
-        self._main = thread == threading.main_thread().ident and hasattr(signal, "pthread_kill")
+        self._main = thread == threading.main_thread().ident
         self._previous: Any = None
         self._previous_clock: Any = None
         self._last: threading.Timer | None = None

@@ -145,10 +145,12 @@ class Trainer:
         config, times = self.config, self._times()
         start = time.perf_counter()
         step = self.step + 1
+        last = step == config.steps
+        is_saved = last or self._due(step, config.checkpoint.every)
         groups = self.rollouts.take(self.position, self._seed(step), times)
         episodes, verdicts = groups.episodes, groups.verdicts
         with times.stage("update"):
-            self.rollouts.begin(step, self.position + groups.asked, self._seed(step + 1), times)
+            self.rollouts.begin(is_saved, self.position + groups.asked, self._seed(step + 1), times)
             metrics, results = self.updater.run(step, episodes, verdicts, times)
         if self._tells_first_pass and "time/first_pass" in times.seconds:
             self._tells_first_pass = False
@@ -167,7 +169,6 @@ class Trainer:
         metrics |= {**times.seconds, **self._saving.seconds, "time/step": seconds}
         self._saving = self._times()
         metrics["time/tokens_per_second"] = groups.tokens / seconds
-        last = step == config.steps
         evaluates = config.eval.every > 0 and (last or self._due(step, config.eval.every))
         held_out: Sequence[ProblemResult] = ()
         if evaluates:
@@ -180,7 +181,7 @@ class Trainer:
         log.groups(step, group_rows(episodes, verdicts, results, config.rollout.group_size))
         progress.step(step, metrics, time.perf_counter() - start)
         # After everything of the step is logged: a run that continues from here drops only later lines.
-        if last or self._due(step, config.checkpoint.every):
+        if is_saved:
             with self._saving.stage("checkpoint"):
                 self._save()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from g2rl.evaluation.samples import Sample, provenance, sample_all
+from g2rl.evaluation.samples import Sample, problems_digest, provenance, sample_all
 from g2rl.evaluation.suite import Settings, read_suite
 from g2rl.types import Episode, Problem
 
@@ -15,7 +16,7 @@ PROBLEMS = [Problem(f"amc23:{i}", f"What is {i} + {i}?", str(2 * i)) for i in ra
 
 def settings(**changes: Any) -> Settings:
     (made,) = read_suite("amc23", {"samples": 3, "batch_size": 4, "max_tokens": 8, **changes})
-    return made
+    return replace(made, problems=problems_digest(PROBLEMS))
 
 
 class ScriptedSampler:
@@ -42,6 +43,6 @@ class ScriptedSampler:
 def run(path: Path, sampler: Any, **changes: Any) -> list[list[Sample]]:
     chosen = settings(**changes)
     advanced: list[int] = []
-    made = sample_all(path, sampler, PROBLEMS, chosen, provenance(chosen, PROBLEMS, {"weights": "w"}), advanced.append)
+    made = sample_all(path, sampler, PROBLEMS, chosen, provenance(chosen, {"weights": "w"}), advanced.append)
     assert sum(advanced) == len(PROBLEMS) * chosen.samples
     return made

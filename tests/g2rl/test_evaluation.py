@@ -21,7 +21,7 @@ from g2rl.cli import main
 from g2rl.config import ConfigError, ModelConfig, RolloutConfig
 from g2rl.evaluation.command import digest, labels
 from g2rl.evaluation.results import plot_pass_at_k, read_results, write_results
-from g2rl.evaluation.samples import Sample, provenance
+from g2rl.evaluation.samples import Sample, problems_digest, provenance
 from g2rl.evaluation.scores import Scores, bootstrap, score, sizes
 from g2rl.evaluation.suite import read_suite
 from g2rl.model import load_model
@@ -93,10 +93,10 @@ class TestSamples:
 
     def test_other_problems_or_weights_do_not_mix(self) -> None:
         chosen = settings()
-        first = provenance(chosen, PROBLEMS, {"weights": "w"})
-        assert first == provenance(settings(samples=9, limit=1), PROBLEMS, {"weights": "w"})
-        assert first != provenance(chosen, PROBLEMS[:-1], {"weights": "w"})
-        assert first != provenance(chosen, PROBLEMS, {"weights": "v"})
+        first = provenance(chosen, {"weights": "w"})
+        assert first == provenance(settings(samples=9, limit=1), {"weights": "w"})
+        assert first != provenance(replace(chosen, problems=problems_digest(PROBLEMS[:-1])), {"weights": "w"})
+        assert first != provenance(chosen, {"weights": "v"})
 
     @pytest.mark.parametrize("line", ["{", "[1]", '{"problem": "a"}'])
     def test_damage_is_named_by_file_and_line(self, tmp_path: Path, line: str) -> None:

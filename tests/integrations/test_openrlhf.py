@@ -267,7 +267,7 @@ def test_policies_that_are_refused(tiny_model: Path, openrlhf: SimpleNamespace, 
         model.forward = lambda ids, **_: SimpleNamespace(logits=model.model(ids)[0] @ model.lm_head.weight.T)
     worker.init_model_from_pretrained(strategy, actor)
     ids = torch.arange(24).view(2, 12)
-    said = "this head is not one that G2RL knows" if fault == "another head" else "without a call of its head"
+    said = "it is not one that G2RL knows" if fault == "another head" else "without a call of its head"
     with pytest.raises(RuntimeError, match=said):
         worker.forward(ids, torch.ones(2, 11, dtype=torch.long), torch.ones_like(ids))
 

@@ -33,9 +33,6 @@ COSINE = {torch.float32: 1e-6, torch.float64: 1e-12}
 # Three directions of one plane: the cosines are 24/25, -8/10 and -6/10.
 PLANE = [[3.0, 4.0], [4.0, 3.0], [0.0, -2.0]]
 COSINES = [[1.0, 0.96, -0.8], [0.96, 1.0, -0.6], [-0.8, -0.6, 1.0]]
-# exp(-1) / (exp(-1) + exp(1)): the weight of a peer with reward -1 beside one with +1.
-LIGHT = 0.11920292202211757
-HEAVY = 0.88079707797788243
 # For rewards 1, -1, 1: sqrt(1 - 0.1192 0.9216 - 0.8808 0.64), sqrt(1 - (0.9216 + 0.36) / 2), and so on.
 SCORES = [0.57134267927275620, 0.59933296255086788, 0.62719759100796359]
 

@@ -134,8 +134,7 @@ def _evaluate_model(
             asked = whole[: settings.limit]
             with progress_bar(f"{label}  {settings.name}", len(asked) * settings.samples) as advance:
                 path = out / label / f"{settings.name}.jsonl"
-                made_with = provenance(settings, whole, made_by)
-                samples = sample_all(path, sampler, asked, settings, made_with, advance)
+                samples = sample_all(path, sampler, asked, settings, provenance(settings, made_by), advance)
             scores.append(score(label, settings.name, asked, samples, judges[DATA_SETS[settings.name].judge]))
     return scores
 

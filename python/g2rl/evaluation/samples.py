@@ -46,15 +46,14 @@ def problems_digest(problems: Sequence[Problem]) -> str:
     return digest.hexdigest()[:16]
 
 
-def provenance(settings: Settings, problems: Sequence[Problem], model: Mapping[str, Any]) -> dict[str, Any]:
+def provenance(settings: Settings, model: Mapping[str, Any]) -> dict[str, Any]:
     """Return what must be equal for samples to belong to one file: all but how many there are.
 
     Args:
-        problems: all of the data set.
         model: what tells the model from others, such as a digest of its weights.
     """
-    keys = ("name", "temperature", "top_p", "max_tokens", "system_prompt", "seed", "batch_size")
-    return {**{key: getattr(settings, key) for key in keys}, "problems": problems_digest(problems), **model}
+    keys = ("name", "temperature", "top_p", "max_tokens", "system_prompt", "seed", "batch_size", "problems")
+    return {**{key: getattr(settings, key) for key in keys}, **model}
 
 
 def sample_all(

@@ -33,7 +33,7 @@ def agree(read: Config | ConfigError) -> Config:
     for rank, (config, _) in enumerate(found):
         if isinstance(config, ConfigError):
             raise config if rank == 0 else ConfigError(f"rank {rank}: {config}")
-    facts = [versions | leaves(asdict(replace(config, name=""))) for config, versions in found]
+    facts = [theirs | leaves(asdict(replace(config, name=""))) for config, theirs in found]
     for rank, theirs in enumerate(facts):
         for key in facts[0] | theirs:
             first, other = facts[0].get(key), theirs.get(key)

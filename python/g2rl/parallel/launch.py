@@ -11,12 +11,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 
 from g2rl.config import Config, ConfigError
 from g2rl.parallel.agree import agree
@@ -125,7 +125,4 @@ def _be_silent() -> None:
     """Print nothing but what fails."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # to the end of the process
     warnings.simplefilter("ignore")
-    with suppress(ImportError):
-        import transformers
-
-        transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()

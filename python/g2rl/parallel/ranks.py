@@ -98,7 +98,7 @@ class Ranks:
 
     def summed(self, *own: int) -> list[int]:
         """Each number's sum over ranks."""
-        return list(own) if self.size == 1 else [sum(column) for column in zip(*gather_objects(own), strict=True)]
+        return [sum(column) for column in zip(*self.gathered([own]), strict=True)]
 
     def any(self, own: Any) -> bool:
         """Whether it is true on some rank."""
@@ -123,8 +123,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Until all ranks are here."""
-        if self.size > 1:
-            gather_objects(None)
+        self.gathered([None])
 
     def on_first(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `make` makes on the first rank, and on others something that does nothing."""

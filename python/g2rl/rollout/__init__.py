@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from g2rl.config import RolloutConfig
-from g2rl.rollout.base import Response, RolloutError, Sampler, Sampling
+from g2rl.rollout.base import RolloutError, Sampler, Sampling
 from g2rl.rollout.batches import left_pad, make_batch
 from g2rl.rollout.draws import response_seeds
 from g2rl.rollout.embedded import TransformersSampler

@@ -36,10 +36,11 @@ _JOINED = re.compile(r"[,;&]|\band\b", re.IGNORECASE)
 _STEP = re.compile(r"(?<!\.)\.(?!\.)|\n\s*\n")  # a sentence or a paragraph ends
 
 # Before "answer is": it is somebody else's, or none that is meant.
-NOT_MINE = (
+NOT_MINE = re.compile(
     r"\b(?:if|whether|unless|suppos\w+|assum\w+|imagine|let['’]s say|maybe|perhaps|might|could|may|possible|tempt\w+|"
     r"worst|common|naive|initial\w*|previous|other|another|students?|his|her|their|not|never|no|nor|doubt|unlikely|"
-    r"wrong\w*|incorrect\w*|false\w*|why)\b|n['’]t\b"
+    r"wrong\w*|incorrect\w*|false\w*|why)\b|n['’]t\b",
+    re.IGNORECASE,
 )
 _RECONSIDERED = re.compile(
     r"\b(?:wait|actually|hold on|scratch that|on second thought|correction|let me re\w+|I made an? (?:error|mistake)"

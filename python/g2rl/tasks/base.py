@@ -82,10 +82,6 @@ class FiniteTask(Task):
         self._epoch = -1
         self._order: list[int] = []
 
-    def __len__(self) -> int:
-        """Number of distinct training problems: the length of an epoch."""
-        return len(self._train)
-
     def train_problem(self, index: int) -> Problem:
         epoch, position = divmod(check_index(index), len(self._train))
         if epoch != self._epoch:

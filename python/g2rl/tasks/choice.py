@@ -67,7 +67,6 @@ _BEFORE_VERDICT = re.compile(
     r"(?:^|[.,;:!?\n(]|\b(?:so|that|only|and|or|thus|therefore|hence|then|option|choice|answer))\s*$", re.IGNORECASE
 )
 _CLAUSE = re.compile(r"[.,;:!?\n]|\b(?:so|thus|therefore|hence|then|but|and)\b", re.IGNORECASE)
-_NOT_CLAIMED = re.compile(NOT_MINE, re.IGNORECASE)
 _TAKEN_BACK = re.compile(
     r"[)\]}]?\s{0,3}(?:\?|(?:is|was|would|seems|cannot|can['’]t)\b(?!\s{1,3}(?:the\s{1,3})?(?:correct|right|best))"
     r"|,?\s{0,3}(?:if|unless|when)\b)",
@@ -178,7 +177,7 @@ def _stated(plain: str, texts: dict[str, str]) -> set[str]:
     """Return what sentences such as "the answer is ..." claim."""
     found: set[str] = set()
     for match in list(_PHRASE.finditer(plain))[-_MAX_PHRASES:]:
-        if not _NOT_CLAIMED.search(_clause_before(plain, match.start())):
+        if not NOT_MINE.search(_clause_before(plain, match.start())):
             lines = plain[match.end() : match.end() + _MAX_CONTENT].lstrip().split("\n", 2)
             if len(lines) < 2 or not _goes_on(lines[0], lines[1]):
                 found |= _claim(lines[0].strip(), texts)
@@ -216,7 +215,7 @@ def _judged(plain: str) -> set[str]:
     found = set()
     for match in _VERDICT.finditer(plain):
         before = plain[max(0, match.start() - 40) : match.start()]
-        if _BEFORE_VERDICT.search(before) and not _NOT_CLAIMED.search(_clause_before(plain, match.start())):
+        if _BEFORE_VERDICT.search(before) and not NOT_MINE.search(_clause_before(plain, match.start())):
             found.add(_letter(match))
     return found
 
@@ -264,7 +263,7 @@ def _ending(text: str, plain: str) -> set[str]:
     marked, last = (t.rstrip()[-_MAX_CONTENT:].rpartition("\n")[2].strip() for t in (text, plain))
     sentence = re.split(r"[.!?;]\s", last)[-1]
     letters = {letter.upper() for letter in re.findall(_ENCLOSED, sentence)}
-    if _NOT_CLAIMED.search(sentence) or _DENIED.search(sentence) or len(letters) > 1:
+    if NOT_MINE.search(sentence) or _DENIED.search(sentence) or len(letters) > 1:
         return set()
     match = _ENDING.search(sentence) or _BOLD_ENDING.search(marked)
     return {_letter(match)} if match else set()

@@ -82,7 +82,7 @@ def _load(options: JsonlOptions, key: str, path: str, split: str) -> dict[str, P
     rows = file_rows(path, named) if is_file else hub_rows(path, options.subset, split, expected)
     problems = distinct((_problem(options, place, row) for place, row in rows), named)
     if not problems:
-        raise ConfigError(f"task.options.{key}: expected problems, found none in {path!r}")
+        raise ConfigError(f"{named}: expected problems, found none in {path!r}")
     return problems
 
 

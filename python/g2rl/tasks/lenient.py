@@ -51,7 +51,6 @@ _HEADING = re.compile(
 _CLAUSE = re.compile(r"[.;:!?\n]|,(?![0-9])|\b(?:so|thus|therefore|hence|then|but|and|which|it['’]s)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[^\s.])[.!?](?=\s|$)|\n[^\S\n]*\n")
 _REASON = re.compile(r",?\s(?:because|since|as|where|which|by|using|from|for|so|with)\s", re.IGNORECASE)
-_NOT_MINE = re.compile(NOT_MINE, re.IGNORECASE)
 _SUPPOSED = re.compile(
     r"\b(?:if|whether|unless|when|suppos\w+|assum\w+|maybe|perhaps|could|might|may|between|either|neither)\b|\?",
     re.IGNORECASE,
@@ -114,7 +113,7 @@ def _stated(text: str, phrase: re.Match[str]) -> str | None:
     before = _CLAUSE.split(text[max(0, phrase.start() - 80) : phrase.start()])[-1]
     sentence = _first_sentence(text[phrase.end() : phrase.end() + _MAX_SENTENCE].strip())
     outside = _outside(sentence)
-    if _NOT_MINE.search(before) or _SUPPOSED.search(outside) or _DENIED.search(outside):
+    if NOT_MINE.search(before) or _SUPPOSED.search(outside) or _DENIED.search(outside):
         return None
     return _only_answer(_REASON.split(sentence)[0].strip(" :"))
 

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import os
 import platform
+import resource
 import struct
 import sys
 import sysconfig
@@ -98,16 +99,13 @@ def restrain() -> str:
         Why the kernel keeps system calls from this process not, in words; nothing where it does.
     """
     readable = _readable()
-    if sys.platform != "win32":
-        _limit()
+    _limit()
     missing = _confine(readable) if sys.platform == "linux" else f"seccomp is Linux's, this is {sys.platform}"
     sys.addaudithook(_refuse)
     return missing
 
 
 def _limit() -> None:
-    import resource
-
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: _FILES}
     if sys.platform == "linux":  # elsewhere the address space says little about memory
         pages = int(Path("/proc/self/statm").read_text().split()[0])

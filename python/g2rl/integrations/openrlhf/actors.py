@@ -92,16 +92,10 @@ class G2RLPolicyActor(plain(PolicyModelActor)):  # type: ignore[misc]
         if done.outputs is None:
             raise RuntimeError(f"G2RL: {type(self._causal_lm).__name__} makes logits without a call of its head")
         if not self._logps_check.done:
-            self._check_logps(rows(logps, 0)[response >= 0], done.outputs.logps)
+            own = rows(logps, 0)[response >= 0]
+            self._logps_check.require(own, done.outputs.logps, "OpenRLHF", self._causal_lm)
         self._features.append(done.outputs.features.cpu())
         return logps
-
-    def _check_logps(self, logps: torch.Tensor, ours: torch.Tensor) -> None:
-        if gap := self._logps_check.gap(logps, ours):
-            raise RuntimeError(
-                f"G2RL: log-probabilities of {type(self._causal_lm).__name__} differ by {gap:.2g} a token from those "
-                "of its head on its last hidden states: this head is not one that G2RL knows"
-            )
 
     def take_features(self) -> list[torch.Tensor]:
         """[B, d] fp32 of each pass since the last time."""
