@@ -205,8 +205,6 @@ def load_state(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
     """
     state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     random_states = state.pop("random")
-    if isinstance(random_states, dict):  # of a version for one process
-        random_states = [random_states]
     states = random_states[ranks.rank if len(random_states) == ranks.size else 0]
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -249,17 +247,11 @@ def _newest_whole(run_dir: Path) -> Path | None:
     for _, folder in reversed(found):
         wrong = damage(folder)
         if not wrong:
-            if not (folder / MANIFEST).is_file():
-                _warn(f"{folder} has no {MANIFEST}, as those of earlier versions; it is taken unchecked")
             return folder
-        _warn(f"{folder} is damaged and left out: {wrong}")
+        print(f"g2rl: warning: {folder} is damaged and left out: {wrong}", file=sys.stderr, flush=True)
     if found:
         raise ConfigError(f"checkpoint: expected a whole one in {str(run_dir)!r}, found {len(found)}, all damaged")
     return None
-
-
-def _warn(text: str) -> None:
-    print(f"g2rl: warning: {text}", file=sys.stderr, flush=True)
 
 
 def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> Config:

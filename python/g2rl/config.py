@@ -593,7 +593,7 @@ def load_config(
         layers = [OmegaConf.create(path) if isinstance(path, dict) else read_yaml(Path(path)) for path in paths]
         layers.append(read_overrides(overrides))
         # Joined before they meet the defaults, whose every merge copies all keys with their types.
-        chosen = _stacked([_renamed(layer) for layer in layers])
+        chosen = _stacked(layers)
         _check_ks(_value(chosen, "eval.ks"))
         _check_rewards(_value(chosen, "rewards"))
         asked = merged(defaults(), chosen)
@@ -611,7 +611,7 @@ def load_resumed(path: Path, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: as `load_config`.
     """
-    own, given = read_own(path), read_overrides(overrides)
+    own, given = read_yaml(path), read_overrides(overrides)
     with named_errors(str(path)):
         was, wanted = (_below(merged(defaults(), layer)) for layer in (own, _stacked([own, given])))
         by_default = merged(defaults(), *was)
@@ -669,19 +669,6 @@ def plain(layer: Any) -> dict[str, Any]:
 def defaults() -> DictConfig:
     """Every default of `Config`; not to be changed."""
     return cast(DictConfig, OmegaConf.structured(Config))  # made once: it takes longer than all the rest
-
-
-def _renamed(node: DictConfig) -> DictConfig:
-    """Settings with the keys of older versions in their new places, so that old runs resume: `shaping` is g2rl's."""
-    if "shaping" not in node:
-        return node
-    old = OmegaConf.create({"methods": {"g2rl": node.pop("shaping")}})
-    return merged(old, node)
-
-
-def read_own(path: Path) -> DictConfig:
-    """Keys and values of a run's own file, of any version, unchecked; raises `ConfigError` as `read_yaml`."""
-    return _renamed(read_yaml(path))
 
 
 def read_overrides(overrides: Sequence[str]) -> DictConfig:

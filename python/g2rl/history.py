@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from g2rl.config import METHODS, RewardConfig, defaults, leaves, plain, read_own
+from g2rl.config import METHODS, RewardConfig, defaults, leaves, plain, read_yaml
 from g2rl.log import SETTINGS, read_records
 from g2rl.methods import default_options
 
@@ -45,7 +45,7 @@ def read_history(run_dir: Path, last_step: int) -> History:
     path, config = run_dir / SETTINGS, run_dir / "config.yaml"
     records = list(read_records(path)) if path.is_file() else []
     found = [(r["step"], plain(OmegaConf.create(r["config"]))) for r in records if r["step"] <= last_step]
-    return found or ([(0, plain(read_own(config)))] if config.is_file() else [])
+    return found or ([(0, plain(read_yaml(config)))] if config.is_file() else [])
 
 
 def changes(history: History) -> list[tuple[int, dict[str, tuple[Any, Any]]]]:

@@ -28,24 +28,20 @@ def write_manifest(folder: Path, ranks: Ranks) -> None:
 def renew_digest(folder: Path, name: str) -> None:
     """Take a file that was replaced for what was saved. The others keep their digests: damage to them still shows."""
     path = folder / MANIFEST
-    if path.is_file():
-        manifest = json.loads(path.read_bytes())
-        manifest["sha256"][name] = sha256(folder / name)
-        write_durably(path, [json.dumps(manifest, indent=2) + "\n"])
+    manifest = json.loads(path.read_bytes())
+    manifest["sha256"][name] = sha256(folder / name)
+    write_durably(path, [json.dumps(manifest, indent=2) + "\n"])
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, in words; None where nothing is.
 
-    Those of versions without a manifest are only looked at for a trainer's state.
-
     Raises:
         ConfigError: a later version has written it.
     """
-    if not (folder / "trainer.pt").is_file():
-        return "trainer.pt is missing"
-    if not (folder / MANIFEST).is_file():
-        return None
+    for name in ("trainer.pt", MANIFEST):
+        if not (folder / name).is_file():
+            return f"{name} is missing"
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         version, digests = manifest["version"], dict(manifest["sha256"])

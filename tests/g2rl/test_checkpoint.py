@@ -201,12 +201,11 @@ def test_other_manifests(policy, tmp_path: Path, manifest: dict, error: str) -> 
         find_checkpoint(path.parent)
 
 
-def test_a_checkpoint_of_an_earlier_version_is_taken(
-    policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (save_checkpoint(tmp_path, 1, *policy, {}, keep=1) / "manifest.json").unlink()
-    assert newest_checkpoint(tmp_path) == find_checkpoint(tmp_path)
-    assert "has no manifest.json, as those of earlier versions; it is taken unchecked" in capsys.readouterr().err
+def test_a_checkpoint_without_its_manifest_is_damaged(policy, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 1, *policy, {}, keep=1)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="expected a whole one at .*, found that manifest.json is missing"):
+        find_checkpoint(folder)
 
 
 def test_names_are_on_disk_as_well(policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,13 +180,6 @@ def test_a_resumed_run_has_the_defaults_of_its_present_choices(
     assert found.name == "${x}"
 
 
-def test_settings_of_older_versions(tmp_path: Path) -> None:
-    """`shaping` is now `methods.g2rl`, in files and in overrides; a run's saved file loads whole."""
-    (tmp_path / "old.yaml").write_text("shaping: {strength: 0.5, uniform_groups: drop}\nmethods: {g2rl: {clip: 2.0}}")
-    config = load_config(tmp_path / "old.yaml", ["shaping.strength=0.25"])
-    assert config.methods == {"g2rl": {"strength": 0.25, "uniform_groups": "drop", "clip": 2.0}}
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [

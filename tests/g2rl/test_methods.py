@@ -319,7 +319,6 @@ def test_what_a_method_returns(
         ),
         (["methods.g2rl.rule=other"], "methods.g2rl.rule: Invalid value 'other'"),
         (["methods.g2rl.strength=-1"], "methods.g2rl.strength: expected a number from 0 to 1e18, found -1"),
-        (["shaping.strength=-1"], "methods.g2rl.strength: expected a number from 0 to 1e18, found -1"),
         (["methods.g2lr.strength=1"], "methods.g2lr: expected options of one of"),
         (["method=grpo", "methods.g2lr.strength=1"], "of one of .*scaled, found another name"),
         (["method=scaled", "methods.scaled.factor=x"], "methods.scaled.factor: Value 'x'"),
