@@ -182,7 +182,9 @@ template <class T, bool A_BY_COLUMNS, class Epilogue>
 DEVICE void consume(Ring ring, const Tile* queue, int steps, Epilogue& epilogue) {
   const int consumer = threadIdx.x / kWarpgroup - 1;
   const Turn turn{consumer};
-  Sums sums = {}, chain;
+  // The chain's zeros are read by no product. Without them ptxas before 12.9 sees registers defined while products are
+  // under way, and makes each product wait for the one before (C7515).
+  Sums sums = {}, chain = {};
   int tiles = 0;  // begun so far
   if (consumer == 1) turn.pass();
   for (int k = 0;;) {

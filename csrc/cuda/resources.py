@@ -1,4 +1,6 @@
-"""What compiled CUDA kernels take of a chip, read from their machine code; fails if one spills without a reason.
+"""What compiled CUDA kernels take of a chip, read from their machine code.
+
+Fails if one spills without a reason, or if its products on Hopper wait for each other.
 
     python csrc/cuda/resources.py g2rl_kernels/_cuda*.so
 
@@ -45,6 +47,8 @@ class Kernel:
         stack: bytes of memory of a thread.
         shared: bytes of shared memory of a block, without what a launch adds.
         instructions: how often each is in the code.
+        awaited: products of warpgroups that are waited for. Of those that are issued together it is the last alone,
+            unless the compiler found that it must keep them apart.
     """
 
     architecture: str
@@ -53,6 +57,12 @@ class Kernel:
     stack: int
     shared: int
     instructions: Counter[str] = field(default_factory=Counter)
+    awaited: int = 0
+
+    @property
+    def serialized(self) -> bool:
+        """Whether each of its products waits for the one before. Results are right all the same, only later."""
+        return self.instructions["HGMMA"] > 1 and self.awaited == self.instructions["HGMMA"]
 
     @property
     def reason(self) -> str | None:
@@ -93,7 +103,9 @@ def kernels_of(library: Path) -> list[Kernel]:
         elif match := re.match(r"\s*Function : (\S+)", line):
             function = match[1]
         elif match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", line):
-            found[architecture, function].instructions[match[1]] += 1
+            kernel = found[architecture, function]
+            kernel.instructions[match[1]] += 1
+            kernel.awaited += match[1] == "HGMMA" and "gsb0" in line
     return sorted(found.values(), key=lambda kernel: (kernel.name, kernel.architecture))
 
 
@@ -110,7 +122,10 @@ def main() -> int:
     print("\nSpills:")
     for k in spilling:
         print(f"{k.name:44} {k.architecture:8} {k.stack} bytes: {k.reason or 'WITHOUT A REASON'}")
-    return int(not kernels or any(k.reason is None for k in spilling))
+    serialized = [k for k in kernels if k.serialized]
+    for k in serialized:
+        print(f"{k.name:44} {k.architecture:8} PRODUCTS WAIT FOR EACH OTHER")
+    return int(not kernels or bool(serialized) or any(k.reason is None for k in spilling))
 
 
 if __name__ == "__main__":
