@@ -117,6 +117,18 @@ def refuse_function_transforms(way_out: str, **tensors: torch.Tensor | None) -> 
             tensor = functorch.get_unwrapped(tensor)
 
 
+def refuse_second_derivative(results: str) -> Callable[..., None]:
+    """The autograd formula of an op that is itself a gradient, of these results: it raises NotImplementedError.
+
+    PyTorch's own message asks for a formula to be registered, which is not the caller's to do.
+    """
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(f"{results}: expected to be differentiated once, found a derivative of the gradient")
+
+    return refuse
+
+
 def is_dtensor(x: object) -> bool:
     """Known by its mesh: loading `torch.distributed.tensor` takes half as long as all of torch."""
     return getattr(x, "device_mesh", None) is not None

@@ -30,6 +30,7 @@ from g2rl_kernels.checks import (
     check_tensor,
     own_copy,
     refuse_function_transforms,
+    refuse_second_derivative,
     refuse_tangents,
     values_readable,
     warn_caller,
@@ -316,6 +317,7 @@ def _similarity_backward(ctx, grad):
 
 
 _group_similarity.register_autograd(_similarity_backward, setup_context=_save_features)
+_similarity_gradient.register_autograd(refuse_second_derivative("similarity"))
 
 
 @torch.library.custom_op("g2rl::exploration_scores", mutates_args=())

@@ -316,6 +316,9 @@ def _as_head(head: LMHead | torch.Tensor) -> LMHead:
 
 
 def _of_module(expected: str, found: torch.nn.Module) -> str:
+    if hasattr(found, "base_layer"):  # peft's: its weight is the base's, without a word of the adapter
+        made = "LMHead(head.base_layer.weight + head.get_delta_weight(name))"
+        return f"{expected}, found {type(found).__name__} with an adapter, which its weight leaves out; {made} has it"
     return f"{expected}, found {type(found).__name__}; LMHead(head.weight, head.bias) makes one"
 
 

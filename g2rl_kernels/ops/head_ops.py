@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from g2rl_kernels.checks import ValueChecks, check_targets, own_copy
+from g2rl_kernels.checks import ValueChecks, check_targets, own_copy, refuse_second_derivative
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.distributed import all_reduce, local_targets
 from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
@@ -266,6 +266,7 @@ def _backward(ctx, *grads):
 
 token_logprobs.register_autograd(_backward, setup_context=_save_for_backward)
 sequence_features.register_autograd(_backward, setup_context=_save_for_backward)
+logprobs_backward.register_autograd(refuse_second_derivative("logps, entropy"))
 
 
 def _save_of_part(ctx, inputs, output):

@@ -70,7 +70,7 @@ def pad(packed: torch.Tensor, mask: torch.Tensor, value: float = 0.0) -> torch.T
             torch._check(
                 marked_at[0].shape[0] == packed.shape[0], lambda: "packed: expected as many tokens as mask marks"
             )
-        return padded.index_put(marked_at, packed)
+        return padded.index_put_(marked_at, packed)
     except NotImplementedError as error:
         raise TypeError(f"packed: expected a dtype that PyTorch can index, found {packed.dtype}") from error
 

@@ -22,6 +22,7 @@ from g2rl.model import load_model
 from g2rl.push import push
 from g2rl.trainer import Trainer
 from g2rl.types import Verdict
+from g2rl_kernels import LMHead, token_logprobs
 
 SMALL = (
     "steps=4",
@@ -208,6 +209,21 @@ def test_another_ones_adapter_on_the_head(tiny_model: Path) -> None:
             lm_head(adapted(**where), 1.0, torch.float32)
     model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
     assert lm_head(model, 1.0, torch.float32).weight is model.get_output_embeddings().modules_to_save.default.weight
+
+
+def test_an_adapter_on_the_head_in_the_weight_of_a_loops_own_head(tiny_model: Path) -> None:
+    """As docs/TRAINERS.md has it: log-probabilities and gradients are the model's own."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, tie_word_embeddings=False)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    ids = torch.arange(12)[None]
+    logits = model(ids).logits[0, :-1]
+    layer, hidden = model.get_output_embeddings(), model.get_base_model().model(ids).last_hidden_state[0, :-1]
+    head = LMHead(layer.base_layer.weight + layer.get_delta_weight("default").to(hidden.dtype))
+    factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected, found = logits.log_softmax(-1)[range(11), ids[0, 1:]], token_logprobs(hidden, head, ids[0, 1:]).logps
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(logps.sum(), factors) for logps in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
 def test_a_peft_that_transformers_does_not_take(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -392,6 +392,17 @@ def test_a_head_pass_takes_a_mask_of_numbers(tiny_model: Path) -> None:
         assert all(torch.equal(x, y) for x, y in zip(outputs, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", ["scored", "token_weights"])
+def test_a_head_pass_names_a_mask_of_another_shape(name: str) -> None:
+    """As of the L - 1 positions that predict a token."""
+    ids = torch.arange(24).view(2, 12)
+    masks = {"scored": ids >= 0, "token_weights": ids.float()}
+    masks[name] = masks[name][:, 1:]
+    message = rf"head_pass.{name}: expected shape \[2, 12\], as input_ids, found \[2, 11\]"
+    with pytest.raises(ValueError, match=message):
+        HeadPass(ids, **masks, temperature=1.0)
+
+
 def test_evaluation_knows_no_bonus(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:
     options = {"num_generations_eval": 1, "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 1}
     run = trainer(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from backend_cases import every_device
 
 from g2rl_kernels import pad, sequence_features, testing, unpad
+from tests.live_memory import LiveMemory
 
 MASK = [[1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]]
 KEPT = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 3), (3, 0), (3, 1), (3, 2), (3, 3)]
@@ -68,6 +69,19 @@ def test_one_token_of_float8() -> None:
     padded = pad(packed, torch.tensor([[0, 1], [0, 0]]), -1.0)
     assert padded.dtype == torch.float8_e4m3fn
     assert padded.float().tolist() == [[-1.0, -5.0], [-1.0, -1.0]]
+
+
+def test_pad_makes_one_tensor_of_the_results_size() -> None:
+    packed, mask = torch.randn(9, 512), torch.tensor(MASK)
+    with LiveMemory(least=8192) as memory:
+        padded = pad(packed, mask)
+    assert memory.peak == padded.untyped_storage().nbytes()
+
+
+def test_pad_of_a_batch_by_vmap() -> None:
+    """It writes in place, which `vmap` allows on tensors of its own batch alone."""
+    packed, mask = torch.randn(2, 9, 3), torch.tensor(MASK)
+    assert torch.equal(torch.func.vmap(lambda x: pad(x, mask))(packed), torch.stack([pad(x, mask) for x in packed]))
 
 
 def test_gradients() -> None:

@@ -71,12 +71,25 @@ def offsets(*values: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
+def adapted_head() -> torch.nn.Module:
+    """As peft wraps a layer: `weight` would be that of `base_layer`."""
+    head = torch.nn.Module()
+    head.base_layer = torch.nn.Linear(D, V)
+    return head
+
+
 HEADS = [
     (lambda: LMHead("weight"), TypeError, "head.weight: expected a tensor, found str"),
     (
         lambda: LMHead(torch.nn.Linear(D, V)),
         TypeError,
         "head.weight: expected a tensor, found Linear; LMHead(head.weight, head.bias) makes one",
+    ),
+    (
+        lambda: LMHead(adapted_head()),
+        TypeError,
+        "head.weight: expected a tensor, found Module with an adapter, which its weight leaves out; "
+        "LMHead(head.base_layer.weight + head.get_delta_weight(name)) has it",
     ),
     (lambda: LMHead(torch.zeros(3)), ValueError, "head.weight: expected shape [V, d], found [3]"),
     (lambda: LMHead(weight(dtype=torch.int64)), TypeError, "or float64, found int64"),
@@ -450,6 +463,17 @@ def test_gradients_of_functions_are_refused(name: str) -> None:
         raises(lambda function=function: function(x), NotImplementedError, message)
     assert float(torch.func.grad(lambda y: run(x).sum() + y)(x[0, 0])) == 1
     assert torch.equal(torch.func.vmap(run)(x[None])[0], run(x))
+
+
+@pytest.mark.parametrize("name", TANGENTS)
+def test_second_derivatives_are_refused(name: str) -> None:
+    """PyTorch's message would ask the caller to register a formula. The first may be part of a graph."""
+    x = torch.ones(N, D, requires_grad=True)
+    (gradient,) = torch.autograd.grad(TANGENTS[name](x).sum(), x, create_graph=True)
+    assert torch.equal(gradient, torch.autograd.grad(TANGENTS[name](x).sum(), x)[0])
+    results = "similarity" if name == "features" else "logps, entropy"
+    message = f"{results}: expected to be differentiated once, found a derivative of the gradient"
+    raises(lambda: gradient.sum().backward(), NotImplementedError, message)
 
 
 @pytest.mark.parametrize("function", TAKE_REWARDS)

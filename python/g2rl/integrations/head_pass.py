@@ -48,6 +48,9 @@ class HeadPass:
         token_weights: [B, L] of each token in its sequence's feature, 0 for tokens of tools; None: no features.
         temperature: of the policy.
         dtype: of the head's product; None: autocast's, or the hidden states'.
+
+    Raises:
+        ValueError: `scored` or `token_weights` has another shape.
     """
 
     input_ids: torch.Tensor
@@ -55,6 +58,12 @@ class HeadPass:
     token_weights: torch.Tensor | None
     temperature: float
     dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        shape = list(self.input_ids.shape)
+        for name, tensor in (("scored", self.scored), ("token_weights", self.token_weights)):
+            if tensor is not None and list(tensor.shape) != shape:
+                raise ValueError(f"head_pass.{name}: expected shape {shape}, as input_ids, found {list(tensor.shape)}")
 
     def rows(self, rows: slice) -> HeadPass:
         """The same for some of the sequences."""
