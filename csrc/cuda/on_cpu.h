@@ -2,9 +2,11 @@
 //
 // Every CUDA thread is a fibre. Those of a block run in turn and give way where CUDA threads wait for each
 // other: at barriers, exchanges between the lanes of a warp, and whatever else calls `wait_until`. Shared memory is
-// poisoned before a block starts. What the chip does beside its threads (copies into shared memory) is put off with
-// `later` until no thread can go on: as late as a chip may, so that a missing wait shows. A launch in which nothing can
-// go on ends the process with "deadlock". A test may make one thread the last that ever goes on (`slow`).
+// poisoned before a block starts, and a block that writes more of it than its launch asked for ends the process. What
+// the chip does beside its threads (copies into shared memory) is put off with `later` until no thread can go on: as
+// late as a chip may, so that a missing wait shows. A launch in which nothing can go on ends the process with
+// "deadlock". A test may make one thread the last that ever goes on (`slow`), or have it all go by chance (`chance`):
+// blocks and warps in any order, some warps far behind, copies early, late and out of order.
 //
 // Not modelled: memory ordering and fences, divergence inside a warp (all live lanes take part in every exchange),
 // speed.
@@ -22,6 +24,9 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <optional>
+#include <random>
 #include <utility>
 #include <vector>
 
@@ -66,6 +71,7 @@ struct State {
   std::function<void()> body;
   unsigned now = 0, block = 0, grid = 0;
   unsigned slow = ~0u;  // a thread that goes on only when nothing else can: a chip promises no more to any
+  std::optional<std::minstd_rand> chance;  // empty: threads and blocks by their numbers, copies last of all
 
   // Aligned to 1024 bytes, as dynamic shared memory is asked to be.
   uint8_t* shared() {
@@ -162,13 +168,50 @@ void with_lanes(T mine, F f) {
   warp_barrier();
 }
 
+constexpr uint8_t kPoison = 0xff;  // NaN in every floating-point format
+
 inline void start(unsigned block, unsigned block_size) {
   State& s = state();
   s.block = block;
   s.threads = std::vector<Thread>(block_size);
-  std::memset(s.shared(), 0xff, kSharedMemory);  // NaN in every floating-point format
+  std::memset(s.shared(), kPoison, kSharedMemory);
   while (s.stacks.size() < s.threads.size()) s.stacks.emplace_back(new char[kStack]);
 }
+
+inline void finish(size_t shared_bytes) {
+  State& s = state();
+  while (!s.pending.empty()) {  // copies that nobody waited for
+    s.pending.front()();
+    s.pending.pop_front();
+  }
+  for (size_t i = shared_bytes; i < kSharedMemory; ++i) {
+    if (s.shared()[i] == kPoison) continue;
+    std::fprintf(stderr, "block %u wrote byte %zu of shared memory, of which its launch asked for %zu\n", s.block, i,
+                 shared_bytes);
+    std::abort();
+  }
+}
+
+// Which of the numbers below `count` come in a round, and in which order: some, by chance.
+class Order {
+ public:
+  // One is left out of no round, of most, or of nearly all.
+  explicit Order(unsigned count) : numbers_(count), every_(count, 1) {
+    std::iota(numbers_.begin(), numbers_.end(), 0);
+    if (auto& chance = state().chance)
+      for (unsigned& every : every_) every = 1 << 3 * ((*chance)() % 3);
+  }
+  template <class F>
+  void for_each(bool all, const F& f) {
+    auto& chance = state().chance;
+    if (chance) std::shuffle(numbers_.begin(), numbers_.end(), *chance);
+    for (const unsigned i : numbers_)
+      if (all || !chance || (*chance)() % every_[i] == 0) f(i);
+  }
+
+ private:
+  std::vector<unsigned> numbers_, every_;
+};
 
 // Lets a thread go on if it can.
 inline bool step(Thread& t, size_t& left) {
@@ -179,46 +222,78 @@ inline bool step(Thread& t, size_t& left) {
   return true;
 }
 
+// Lets every thread of a warp go on that can; whether one could.
+inline bool step_warp(unsigned warp, size_t& left) {
+  State& s = state();
+  const unsigned first = warp * kWarp, lanes = std::min<unsigned>(kWarp, unsigned(s.threads.size()) - first);
+  const unsigned leader = s.chance ? (*s.chance)() % lanes : 0;
+  bool moved = false;
+  for (unsigned i = 0; i < lanes; ++i) {
+    s.now = first + (leader + i) % lanes;
+    if (s.now != s.slow) moved |= step(s.threads[s.now], left);
+  }
+  return moved;
+}
+
+// Does one thing that was put off.
+inline void do_pending() {
+  State& s = state();
+  const auto one = s.pending.begin() + (s.chance ? (*s.chance)() % s.pending.size() : 0);
+  const auto action = std::move(*one);
+  s.pending.erase(one);
+  action();
+}
+
 inline void run_block() {
   State& s = state();
+  Order warps((unsigned(s.threads.size()) + kWarp - 1) / kWarp);
+  const unsigned copies_every = s.chance ? 1 << 3 * ((*s.chance)() % 3) : 0;
   int idle = 0;  // rounds in which nothing moved
   for (size_t left = s.threads.size(); left > 0;) {
     bool moved = false;
-    for (s.now = 0; s.now < s.threads.size(); ++s.now) {
-      if (s.now != s.slow) moved |= step(s.threads[s.now], left);
+    warps.for_each(idle > 0, [&](unsigned warp) { moved |= step_warp(warp, left); });
+    if (s.chance && !s.pending.empty() && (*s.chance)() % copies_every == 0) {
+      do_pending();
+      moved = true;
     }
     idle = moved ? 0 : idle + 1;
     if (moved) continue;
-    if (s.pending.empty()) {
-      if (idle == 1) continue;  // threads that gave way go on now
-      s.now = s.slow;
-      const auto slow_moves = [&] { return s.now < s.threads.size() && step(s.threads[s.now], left); };
-      if (slow_moves() || slow_moves()) {  // where it gave way, the second time
-        idle = 0;
-        continue;
-      }
-      std::fprintf(stderr, "deadlock: block %u, %zu threads wait for ever\n", s.block, left);
-      std::abort();
+    if (!s.pending.empty()) {
+      do_pending();
+      continue;
     }
-    const auto action = std::move(s.pending.front());
-    s.pending.pop_front();
-    action();
+    if (idle < (s.chance ? 3 : 2)) continue;  // threads that gave way, or were left out, go on now
+    s.now = s.slow;
+    const auto slow_moves = [&] { return s.now < s.threads.size() && step(s.threads[s.now], left); };
+    if (slow_moves() || slow_moves()) {  // where it gave way, the second time
+      idle = 0;
+      continue;
+    }
+    std::fprintf(stderr, "deadlock: block %u, %zu threads wait for ever\n", s.block, left);
+    std::abort();
   }
 }
 
 template <class... P, class... A>
-void launch(unsigned grid, unsigned block_size, void (*kernel)(P...), const A&... arguments) {
+void launch(unsigned grid, unsigned block_size, size_t shared_bytes, void (*kernel)(P...), const A&... arguments) {
   State& s = state();
   s.grid = grid;
   s.body = [&] { kernel(arguments...); };
-  for (unsigned block = 0; block < grid; ++block) {
+  Order(grid).for_each(true, [&](unsigned block) {
     start(block, block_size);
     run_block();
-    while (!s.pending.empty()) {  // copies that nobody waited for
-      s.pending.front()();
-      s.pending.pop_front();
-    }
+    finish(shared_bytes);
+  });
+}
+
+// Runs tests with some orders of blocks, warps and copies.
+template <class F>
+void by_chance(int orders, const F& tests) {
+  for (int seed = 1; seed <= orders; ++seed) {
+    state().chance.emplace(seed);
+    tests();
   }
+  state().chance.reset();
 }
 
 // threadIdx and its like read as variables.

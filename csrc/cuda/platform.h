@@ -228,7 +228,7 @@ int launch(const Launch& at, Stream stream, void (*kernel)(P...), const A&... ar
   return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
 #else
   (void)stream;
-  on_cpu::launch(unsigned(at.grid), at.block, kernel, arguments...);
+  on_cpu::launch(unsigned(at.grid), at.block, size_t(at.shared), kernel, arguments...);
   return 0;
 #endif
 }

@@ -314,6 +314,42 @@ MUTATIONS = (
         "",
     ),
     Mutation(
+        "sm90: lse given, columns may be overwritten before their sums are stored",
+        "sm90",
+        "residuals_and_statistics_sm90.cu",
+        """    store_sums(of_tile.sums[at.row / kGroupRows], z);
+    scratch.handover.was_read(calls);
+""",
+        """    scratch.handover.was_read(calls);
+    store_sums(of_tile.sums[at.row / kGroupRows], z);
+""",
+    ),
+    Mutation(
+        "sm90: gradients' rows may be overwritten before the second is read",
+        "sm90",
+        "grad_logits_sm90.cu",
+        "if (q == 1) scratch.handover.was_read(calls);",
+        "if (q == 0) scratch.handover.was_read(calls);",
+    ),
+    Mutation(
+        "sm90: residuals' columns may be overwritten before they are read",
+        "sm90",
+        "residuals_sm90.cu",
+        """    add(tile, scratch.columns[calls % 2], z, held);
+    scratch.handover.was_read(calls);
+""",
+        """    scratch.handover.was_read(calls);
+    add(tile, scratch.columns[calls % 2], z, held);
+""",
+    ),
+    Mutation(
+        "merge: its launch asks for too little shared memory",
+        "small",
+        "tokens.cu",
+        "kThreads, kThreads * int(sizeof(float))}, stream, merge_kernel",
+        "kThreads, kWarp * int(sizeof(float))}, stream, merge_kernel",
+    ),
+    Mutation(
         "sm90: an exchange keeps the other half",
         "sm90",
         "residuals_and_statistics_sm90.cu",

@@ -178,5 +178,6 @@ int main() {
   test_rules();
   test_independence();
   test_extremes();
+  on_cpu::by_chance(1, test_rules);
   return g2rl::testing::outcome();
 }

@@ -80,5 +80,8 @@ void projection_tests() {
 
 int main() {
   projection_tests();
+  on_cpu::by_chance(2, [] {
+    for (const Generation& each : {kSm80, kSm90}) test_projection(each, {{5, 0, 7}, 136, 1600}, "by chance");
+  });
   return outcome();
 }

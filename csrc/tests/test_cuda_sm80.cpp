@@ -183,5 +183,6 @@ int main() {
   check_long_response(Problem({{8192}, 8, 40}), sm80::residuals_and_statistics, sm80::residual_splits(40), nullptr);
   test_nan(0);
   test_nan(30);
+  on_cpu::by_chance(2, [] { test_head({.lengths = {5, 0, 1, 17}, .d = 136, .V = 385}, "by chance"); });
   return outcome();
 }

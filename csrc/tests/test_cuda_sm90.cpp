@@ -237,5 +237,6 @@ int main() {
   test_place();
   test_long_response();
   test_slow_threads();
+  on_cpu::by_chance(3, [] { test_case({{3, 129}, 584, 200}, "by chance"); });
   return outcome();
 }

@@ -162,5 +162,6 @@ void tokens_tests() {
 
 int main() {
   tokens_tests();
+  on_cpu::by_chance(1, tokens_tests);
   return outcome();
 }
