@@ -44,7 +44,7 @@ def geometry_metrics(
         return {"groups/zero_variance_share": float(equal)}
     norms = features.norm(dim=1)
     valid = (norms > 0).view(-1, group_size)
-    scores = result.scores
+    scores = result.scores.view_as(valid)[valid]
     cosines = pair_cosines(result.similarity, valid)
     shaped = result.shaped_rewards
     metrics = {
@@ -53,12 +53,13 @@ def geometry_metrics(
         "geometry/feature_norm_mean": norms.mean(),
         "geometry/feature_norm_max": norms.max(),
         "geometry/zero_features": (norms == 0).sum(),
-        "geometry/score_min": scores.min(),
-        "geometry/score_mean": scores.mean(),
-        "geometry/score_max": scores.max(),
         "geometry/shaped_reward_min": shaped.min(),
         "geometry/shaped_reward_max": shaped.max(),
     }
+    if scores.numel():
+        metrics["geometry/score_min"] = scores.min()
+        metrics["geometry/score_mean"] = scores.mean()
+        metrics["geometry/score_max"] = scores.max()
     if cosines.numel():
         metrics["geometry/mean_cosine"] = cosines.mean()
         metrics["geometry/negative_share"] = (cosines < 0).float().mean()

@@ -56,7 +56,7 @@ METRICS = (
     Metric("geometry/feature_norm_min", "Feature norm, least", "least norm of a sequence feature Phi", ""),
     Metric("geometry/feature_norm_mean", "Feature norm, mean", "mean norm of the sequence features Phi", ""),
     Metric("geometry/feature_norm_max", "Feature norm, greatest", "greatest norm of a sequence feature Phi", ""),
-    Metric("geometry/score_min", "Score, least", "least exploration score nu (eq. 11)", ""),
+    Metric("geometry/score_min", "Score, least", "least exploration score nu (eq. 11) where there is a gradient", ""),
     Metric("geometry/score_mean", "Score, mean", "mean exploration score nu", ""),
     Metric("geometry/score_max", "Score, greatest", "greatest exploration score nu", ""),
     Metric("geometry/shaped_reward_min", "Shaped reward, least", "least reward after shaping", "reward"),

@@ -78,6 +78,14 @@ def test_geometry_and_shaping_metrics_by_hand() -> None:
     assert metrics["groups/degenerate_share"] == pytest.approx(0.5)
     assert metrics["geometry/feature_norm_max"] == pytest.approx(3)
     assert metrics["geometry/clip_share"] == 0
+    assert metrics["geometry/score_mean"] == pytest.approx(float(result.scores[:5].mean()))  # 0 of the last is no score
+
+
+def test_without_features_there_are_no_scores() -> None:
+    features, rewards = torch.zeros(4, 2), torch.tensor([1.0, -1, 1, 1])
+    seen = step(rewards, 4, features)
+    metrics = geometry_metrics(features, rewards, make_method(Config()).advantages(seen), 4)
+    assert metrics["geometry/zero_features"] == 4 and not any("score" in key for key in metrics)
 
 
 @pytest.mark.parametrize("min_range", [0.0, 0.01])
