@@ -197,11 +197,11 @@ sanitize: $(READY)
 	    $(BIN)/ctest --test-dir $$build --output-on-failure --exclude-regex ^test_cuda || exit 1; \
 	done
 
-# Campaigns of calls against CPU kernels that Clang built for its sanitizer of addresses.
+# Campaigns of calls against CPU kernels that Clang built for its sanitizer of addresses, those for AMX in software.
 SANITIZED := build/address
 sanitize-ops: $(READY)
 	$(BIN)/cmake -S . -B $(SANITIZED) -DCMAKE_CXX_COMPILER=clang++ -DG2RL_SANITIZE=address,undefined \
-	  -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DG2RL_OUTPUT_DIR="$(CURDIR)/$(SANITIZED)"
+	  -DG2RL_EMULATE_AMX=ON -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DG2RL_OUTPUT_DIR="$(CURDIR)/$(SANITIZED)"
 	$(BIN)/cmake --build $(SANITIZED) --parallel --target _native
 	G2RL_FAULTS_SANITIZED="$(CURDIR)/$(SANITIZED)" $(BIN)/python -m pytest tests/faults/test_ops.py -k native \
 	  --tries-share $(SHARE) $(ARGS)
