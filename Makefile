@@ -25,9 +25,11 @@
 # make cuda      build the CUDA kernels for all architectures and print what they take of a chip, with the python3 that
 #                is there: needs nvcc, torch and cuobjdump
 # make bench     the short benchmark suite
+# make bench-report  plots, the forecast for many GPUs, and the tables of pages that show results, from benchmarks/results
 # make gpu       on a machine with a GPU: its tests and benchmarks, with the python3 that is there
 # make lint      ruff, mypy, clang-format, and whether the README says what the results say
 # make setup     build .venv; the others do it first, and redo nothing that is up to date
+# make clean     remove .venv, build/ and what tools have cached
 
 PYTHON ?= python3
 VENV := .venv

@@ -52,7 +52,8 @@ class LMHead:
         weight: [V, d], bf16, fp16, fp32 or fp64; the rank's part where the vocabulary is split. A DTensor sharded on
             dimension 0 brings its ranks along.
         bias: [V], weight's dtype or fp32. One of -inf, or beyond -1e30, masks a word: its probability is 0, and its
-            log-probability, were it a target, a large negative number instead of -inf. A soft cap would undo that.
+            log-probability, were it a target, a large negative number instead of -inf. A soft cap would undo that. A
+            negative logit_scale turns the sign round.
         temperature: divides the logits for log-probabilities, entropy and features alike; 1e-18 to 1e18.
         logit_scale: multiplies W h + b (Cohere, Granite); of either sign.
         softcap: c in c tanh(z / c), applied before the temperature (Gemma); None for none.

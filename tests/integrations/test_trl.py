@@ -590,6 +590,20 @@ def test_what_helps_little_is_warned_of(
     assert len([m for m in said if "one is added" in m]) == 1
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_added_pass_names_what_spares_it(
+    fused: bool, tiny_model: Path, prompts: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TRL's own log-probabilities of the rollout have no gradient: no update can share their pass."""
+    run = trainer(
+        G2RLTrainer, G2RLConfig, tiny_model, str(tiny_model), prompts, tmp_path,
+        gradient_accumulation_steps=2, fused_logprobs=fused, max_steps=1,
+    )  # fmt: skip
+    run.train()
+    (said,) = [record.message for record in caplog.records if "one is added" in record.message]
+    assert ("With steps_per_generation=1 the update shares it" in said) == fused
+
+
 def test_responses_without_a_reward_are_not_taken_for_wrong(
     tiny_model: Path, prompts: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -416,7 +416,8 @@ class G2RLMixin(_Trainer):
         routes = getattr(self, "aux_loss_enabled", False)  # and wants a loss that this pass does not give
         # Rows with images take another pass, and each rank knows of its own rows alone.
         may_differ = self.accelerator.num_processes > 1 and isinstance(self.processing_class, ProcessorMixin)
-        return self.args.num_iterations == 1 and not (sharded or routes or may_differ or self._is_unsloth)
+        own = not self.args.fused_logprobs  # TRL's pass runs without gradient
+        return self.args.num_iterations == 1 and not (own or sharded or routes or may_differ or self._is_unsloth)
 
     @contextmanager
     def _with_gradient(self) -> Iterator[None]:
