@@ -287,7 +287,13 @@ GROUPS = [
         ),
         (
             TAKE_REWARDS,
-            {"rewards": torch.full((N,), float("inf"))},
+            {"rewards": torch.tensor([1, 1, 1, 1, 1, float("inf")])},
+            ValueError,
+            "rewards: expected finite values, found NaN or inf",
+        ),
+        (
+            TAKE_REWARDS,
+            {"rewards": torch.tensor([-float("inf"), 1, 1, 1, 1, 1])},
             ValueError,
             "rewards: expected finite values, found NaN or inf",
         ),
@@ -408,6 +414,15 @@ def test_responses(
 @pytest.mark.parametrize(("function", "changes", "error", "message"), GROUPS)
 def test_group_functions(function: Callable, changes: dict, error: type[Exception], message: str) -> None:
     raises(lambda: group_call(function, **changes), error, message)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), [case[1:] for case in GROUPS if case[0] is g2rl_advantages])
+def test_late_checks_of_groups(
+    changes: dict, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where this op alone does not wait for its arguments' values."""
+    monkeypatch.setattr(ValueChecks, "_is_late", lambda checks, tensor: True)
+    raises(lambda: group_call(g2rl_advantages, **changes), error, message)
 
 
 @pytest.mark.parametrize(("changes", "message"), SHAPINGS)
