@@ -62,23 +62,27 @@ def test_entropy_is_grpo_with_a_bonus() -> None:
 
 
 def test_geometry_and_shaping_metrics_by_hand() -> None:
-    """Group 1: unit vectors at 0, 90 and 180 degrees; group 2: two alike and one without feature."""
-    features = torch.tensor([[1.0, 0], [0, 2.0], [-3.0, 0], [1.0, 1.0], [2.0, 2.0], [0, 0]])
+    """Group 1: cosines of 0, -0.6 and 0.8; group 2: two alike and one without feature."""
+    features = torch.tensor([[1.0, 0], [0, 2.0], [-3.0, 4.0], [3.0, 4.0], [6.0, 8.0], [0, 0]])
     rewards = torch.tensor([1.0, -1, -1, 1, 1, 1])
     method = make_method(Config())
     seen = step(rewards, 3, features)
     result = method.advantages(seen)
     metrics = geometry_metrics(features, rewards, result, 3) | method.metrics(seen, result)
     cosines = pair_cosines(result.similarity, torch.tensor([[True] * 3, [True, True, False]]))
-    assert sorted(cosines.tolist()) == pytest.approx([-1, 0, 0, 1])
-    assert metrics["geometry/mean_cosine"] == pytest.approx(0)
+    assert sorted(cosines.tolist()) == pytest.approx([-0.6, 0, 0.8, 1])
+    assert metrics["geometry/mean_cosine"] == pytest.approx(0.3)
     assert metrics["geometry/negative_share"] == pytest.approx(0.25)
     assert metrics["geometry/zero_features"] == 1
     assert metrics["groups/zero_variance_share"] == pytest.approx(0.5)
     assert metrics["groups/degenerate_share"] == pytest.approx(0.5)
-    assert metrics["geometry/feature_norm_max"] == pytest.approx(3)
+    scores = result.scores[:5]  # 0 of the last is no score
+    for name, values in (("feature_norm", features.norm(dim=1)), ("score", scores)):
+        found = [metrics[f"geometry/{name}_{which}"] for which in ("min", "mean", "max")]
+        assert found == pytest.approx([float(values.min()), float(values.mean()), float(values.max())])
+    assert metrics["geometry/shaped_reward_min"] == float(result.shaped_rewards.min())
+    assert metrics["geometry/shaped_reward_max"] == float(result.shaped_rewards.max())
     assert metrics["geometry/clip_share"] == 0
-    assert metrics["geometry/score_mean"] == pytest.approx(float(result.scores[:5].mean()))  # 0 of the last is no score
 
 
 def test_without_features_there_are_no_scores() -> None:
