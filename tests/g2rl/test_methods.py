@@ -30,6 +30,8 @@ def step(rewards: torch.Tensor, m: int, features: torch.Tensor | None = None, **
 
 def test_what_there_is() -> None:
     assert {"entropy", "evol_rl", "g2rl", "grpo"} <= set(method_names())
+    shaping = [name for name in ("entropy", "evol_rl", "g2rl", "grpo", "elsewhere:any") if methods.may_shape(name)]
+    assert shaping == ["evol_rl", "g2rl", "elsewhere:any"]
 
 
 def test_grpo_and_g2rl_are_compositions_of_the_kernels() -> None:
@@ -49,7 +51,7 @@ def test_grpo_and_g2rl_are_compositions_of_the_kernels() -> None:
     bare = grpo.advantages(step(rewards, 4))
     assert torch.equal(bare.advantages, plain.advantages)
     assert bare.scores.isnan().all()
-    assert bare.similarity.numel() == 0
+    assert bare.similarity.shape == (0, 0, 0)
 
 
 def test_entropy_is_grpo_with_a_bonus() -> None:
@@ -181,6 +183,13 @@ def test_evol_rl_on_responses(encoder: None, settings: list[str], expected: list
     assert method.metrics(seen, result) == {"method/valid_share": pytest.approx(valid)}
 
 
+def test_answers_that_are_not_valid_have_no_vote(encoder: None) -> None:
+    settings = ["method=evol_rl", "methods.evol_rl.labels=majority"]
+    seen = step(torch.zeros(6), 6, answers=["eight"] * 3 + ["7", "8", "7"], texts=list("aaabbc"))
+    result = make_method(load_config(None, settings)).advantages(seen)
+    assert result.shaped_rewards.tolist() == pytest.approx([-1, -1, -1, 0.5, -0.5, 1])
+
+
 def test_evol_rl_without_uniform_groups(encoder: None) -> None:
     """All wrong, all right, and mixed, of which alone the novelty counts: two right ones alike, a wrong one."""
     settings = ["method=evol_rl", "objective.normalize=none", "methods.evol_rl.uniform_groups=drop"]
@@ -286,7 +295,7 @@ def test_a_function_from_outside(outside: None) -> None:
         ),
         ("describe(step, step.rewards, [1.0] * 4)", r"a tensor \[4\] of own as shaped_rewards, found list"),
         (
-            "describe(step, step.rewards / 0, step.rewards)",
+            "describe(step, step.rewards / step.rewards.new_tensor([0, 1, 1, 1]), step.rewards)",
             "finite numbers of own as advantages, found NaN or infinity",
         ),
     ],
