@@ -85,6 +85,8 @@ def test_geometry_and_shaping_metrics_by_hand() -> None:
     assert metrics["geometry/shaped_reward_min"] == float(result.shaped_rewards.min())
     assert metrics["geometry/shaped_reward_max"] == float(result.shaped_rewards.max())
     assert metrics["geometry/clip_share"] == 0
+    method = make_method(load_config(None, ["methods.g2rl.clip=2"]))  # just what the least reward is shaped to
+    assert method.metrics(seen, method.advantages(seen))["geometry/clip_share"] == pytest.approx(1 / 6)
 
 
 def test_without_features_there_are_no_scores() -> None:
