@@ -30,6 +30,8 @@ def step(rewards: torch.Tensor, m: int, features: torch.Tensor | None = None, **
 
 def test_what_there_is() -> None:
     assert {"entropy", "evol_rl", "g2rl", "grpo"} <= set(method_names())
+    shaping = [name for name in ("entropy", "evol_rl", "g2rl", "grpo", "elsewhere:any") if methods.may_shape(name)]
+    assert shaping == ["evol_rl", "g2rl", "elsewhere:any"]
 
 
 def test_grpo_and_g2rl_are_compositions_of_the_kernels() -> None:
@@ -49,7 +51,7 @@ def test_grpo_and_g2rl_are_compositions_of_the_kernels() -> None:
     bare = grpo.advantages(step(rewards, 4))
     assert torch.equal(bare.advantages, plain.advantages)
     assert bare.scores.isnan().all()
-    assert bare.similarity.numel() == 0
+    assert bare.similarity.shape == (0, 0, 0)
 
 
 def test_entropy_is_grpo_with_a_bonus() -> None:
@@ -62,23 +64,29 @@ def test_entropy_is_grpo_with_a_bonus() -> None:
 
 
 def test_geometry_and_shaping_metrics_by_hand() -> None:
-    """Group 1: unit vectors at 0, 90 and 180 degrees; group 2: two alike and one without feature."""
-    features = torch.tensor([[1.0, 0], [0, 2.0], [-3.0, 0], [1.0, 1.0], [2.0, 2.0], [0, 0]])
+    """Group 1: cosines of 0, -0.6 and 0.8; group 2: two alike and one without feature."""
+    features = torch.tensor([[1.0, 0], [0, 2.0], [-3.0, 4.0], [3.0, 4.0], [6.0, 8.0], [0, 0]])
     rewards = torch.tensor([1.0, -1, -1, 1, 1, 1])
     method = make_method(Config())
     seen = step(rewards, 3, features)
     result = method.advantages(seen)
     metrics = geometry_metrics(features, rewards, result, 3) | method.metrics(seen, result)
     cosines = pair_cosines(result.similarity, torch.tensor([[True] * 3, [True, True, False]]))
-    assert sorted(cosines.tolist()) == pytest.approx([-1, 0, 0, 1])
-    assert metrics["geometry/mean_cosine"] == pytest.approx(0)
+    assert sorted(cosines.tolist()) == pytest.approx([-0.6, 0, 0.8, 1])
+    assert metrics["geometry/mean_cosine"] == pytest.approx(0.3)
     assert metrics["geometry/negative_share"] == pytest.approx(0.25)
     assert metrics["geometry/zero_features"] == 1
     assert metrics["groups/zero_variance_share"] == pytest.approx(0.5)
     assert metrics["groups/degenerate_share"] == pytest.approx(0.5)
-    assert metrics["geometry/feature_norm_max"] == pytest.approx(3)
+    scores = result.scores[:5]  # 0 of the last is no score
+    for name, values in (("feature_norm", features.norm(dim=1)), ("score", scores)):
+        found = [metrics[f"geometry/{name}_{which}"] for which in ("min", "mean", "max")]
+        assert found == pytest.approx([float(values.min()), float(values.mean()), float(values.max())])
+    assert metrics["geometry/shaped_reward_min"] == float(result.shaped_rewards.min())
+    assert metrics["geometry/shaped_reward_max"] == float(result.shaped_rewards.max())
     assert metrics["geometry/clip_share"] == 0
-    assert metrics["geometry/score_mean"] == pytest.approx(float(result.scores[:5].mean()))  # 0 of the last is no score
+    method = make_method(load_config(None, ["methods.g2rl.clip=2"]))  # just what the least reward is shaped to
+    assert method.metrics(seen, method.advantages(seen))["geometry/clip_share"] == pytest.approx(1 / 6)
 
 
 def test_without_features_there_are_no_scores() -> None:
@@ -175,6 +183,13 @@ def test_evol_rl_on_responses(encoder: None, settings: list[str], expected: list
     mean = sum(expected) / 6
     assert result.advantages.tolist() == pytest.approx([value - mean for value in expected])
     assert method.metrics(seen, result) == {"method/valid_share": pytest.approx(valid)}
+
+
+def test_answers_that_are_not_valid_have_no_vote(encoder: None) -> None:
+    settings = ["method=evol_rl", "methods.evol_rl.labels=majority"]
+    seen = step(torch.zeros(6), 6, answers=["eight"] * 3 + ["7", "8", "7"], texts=list("aaabbc"))
+    result = make_method(load_config(None, settings)).advantages(seen)
+    assert result.shaped_rewards.tolist() == pytest.approx([-1, -1, -1, 0.5, -0.5, 1])
 
 
 def test_evol_rl_without_uniform_groups(encoder: None) -> None:
@@ -282,7 +297,7 @@ def test_a_function_from_outside(outside: None) -> None:
         ),
         ("describe(step, step.rewards, [1.0] * 4)", r"a tensor \[4\] of own as shaped_rewards, found list"),
         (
-            "describe(step, step.rewards / 0, step.rewards)",
+            "describe(step, step.rewards / step.rewards.new_tensor([0, 1, 1, 1]), step.rewards)",
             "finite numbers of own as advantages, found NaN or infinity",
         ),
     ],

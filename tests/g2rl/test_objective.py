@@ -84,6 +84,18 @@ def test_aggregation(aggregation: str, expected: list[float]) -> None:
     assert gradient(nothing, Totals(0, 0), config) == [0] * 6
 
 
+def test_filtered_responses_are_not_shown() -> None:
+    """All three tokens are clipped, with a KL of 1 and a ratio of 2 to the rollout; the last response is left out."""
+    kept = torch.tensor([True, False])
+    tokens = made(numbers(1.5, 1.5, 1.5), numbers(1, 1), kept=kept)
+    tokens = replace(tokens, reference_logps=tokens.logps.detach() - 1, rollout_logps=tokens.old_logps - math.log(2))
+    shown = policy_loss(tokens, Totals(1, 2), ObjectiveConfig(kl_estimator="k1"))[1]
+    assert {key: value.item() for key, value in shown.items()} == pytest.approx(
+        {"ratio_clip_share": 2, "rollout_ratio": 4, "kl": 2}
+    )
+    assert not any(value.requires_grad for value in shown.values())
+
+
 def test_sequence_ratio() -> None:
     """GSPO: ratios 4 and 1/1 have the geometric mean 2, an empty response none, and 0.5 its own."""
     cu = torch.tensor([0, 2, 2, 3])
@@ -98,11 +110,11 @@ def test_sequence_ratio() -> None:
 
 
 def test_dual_clip() -> None:
-    """Only a negative advantage is bounded: at -3 where the ratio is 5; 2 and 5 with A > 0 are as in PPO."""
+    """Only a negative advantage is bounded: at 3 A where the ratio is 5; 2 and 5 with A > 0 are as in PPO."""
     config = ObjectiveConfig(dual_clip=3.0)
-    ratio, advantages = numbers(5, 2, 5).requires_grad_(), numbers(-1, -1, 1)
+    ratio, advantages = numbers(5, 2, 5).requires_grad_(), numbers(-2, -1, 1)
     value, clipped = surrogate(ratio, advantages, config)
-    assert value.tolist() == pytest.approx([-3, -2, 1.2])
+    assert value.tolist() == pytest.approx([-6, -2, 1.2])
     assert clipped.tolist() == [True, False, True]
     assert torch.autograd.grad(value.sum(), ratio)[0].tolist() == pytest.approx([0, -1, 0])
 
@@ -165,6 +177,8 @@ def test_truncated_importance_sampling() -> None:
     assert loss.item() == pytest.approx(-(2 + 0.5) / 4 + 1 / 2 - 0.1)  # the bonus is not weighed
     assert shown["rollout_ratio"].item() == pytest.approx(5.5)
     assert gradient(tokens, Totals(2, 3), capped) == pytest.approx([-2 / 4, -0.5 / 4, 1 / 2])
+    capped = ObjectiveConfig(importance_cap=0.8)
+    assert gradient(tokens, Totals(2, 3), capped) == pytest.approx([-0.8 / 4, -0.5 / 4, 0.8 / 2])
     # Without a cap the ratio is only shown.
     assert gradient(tokens, Totals(2, 3), GRPO) == pytest.approx([-1 / 4, -1 / 4, 1 / 2])
 

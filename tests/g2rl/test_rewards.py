@@ -78,10 +78,11 @@ def test_correctness_is_judged_without_being_rewarded() -> None:
     assert (verdict.correct, verdict.reward, verdict.parts) == (True, 1.0, {"finished": 1.0})
 
 
-def test_no_episodes() -> None:
-    assert judge([], [RewardConfig()]) == []
+def test_no_episodes(user_module: str) -> None:
+    assert judge([], [RewardConfig(), RewardConfig(f"{user_module}:length")]) == []
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # that it gives another value when it is asked again
 def test_a_users_function_gets_problem_response_and_finished(user_module: str) -> None:
     rewards = [RewardConfig(f"{user_module}:length", 0.5), RewardConfig(f"{user_module}:scaled")]
     (verdict,) = judge([("32", True)], rewards)

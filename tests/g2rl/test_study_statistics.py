@@ -42,6 +42,7 @@ def test_sign_flips_of_many_pairs_are_drawn() -> None:
     # Standard error of a share of 0.041 among 100000 draws: 0.0006.
     assert test.p == pytest.approx(2 * (15504 + 4845 + 1140 + 190 + 20 + 1) / 2**20, abs=0.003)
     assert test.smallest == 1 / 100_001
+    assert sign_flips(np.ones(40)).p == test.smallest, "no draw is as far from 0 as they are themselves"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,10 @@ def test_coverage_is_what_comes_out(seeds: int) -> None:
 def test_curves_by_hand() -> None:
     steps = np.array([0.0, 10.0, 20.0])
     assert area(steps, np.array([0.0, 0.4, 0.6])) == pytest.approx((2.0 + 5.0) / 20)
+    assert area(steps + 10, np.array([0.0, 0.4, 0.6])) == pytest.approx((2.0 + 5.0) / 20)
     assert area(steps[:1], np.array([0.3])) == 0.3
     assert first_reached(steps, np.array([0.1, 0.3, 0.7]), 0.5) == pytest.approx(15.0)
+    assert first_reached(steps, np.array([0.1, 0.5, 0.5]), 0.5) == 10.0
+    assert first_reached(steps + 10, np.array([0.1, 0.3, 0.7]), 0.5) == pytest.approx(25.0)
     assert first_reached(steps, np.array([0.1, 0.3, 0.2]), 0.5) is None
     assert first_reached(steps, np.array([0.6, 0.3, 0.2]), 0.5) == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import sys
 from dataclasses import replace
@@ -12,7 +13,16 @@ import pytest
 import torch
 
 from g2rl.config import ConfigError
-from g2rl.integrations.exploration import Options, range_left, reward_warnings, shape_in_range
+from g2rl.integrations.exploration import (
+    Once,
+    Options,
+    few_responses,
+    has_unmoved_zeros,
+    range_left,
+    require_plain,
+    reward_warnings,
+    shape_in_range,
+)
 from g2rl.integrations.section import read_options, shape_by_uid
 from g2rl.integrations.verl.shaping import add_to_last, final_outputs, predicted_response
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
@@ -122,6 +132,31 @@ def test_metrics_of_responses_that_take_part() -> None:
     }  # fmt: skip
     _, metrics = shape_in_range(features, rewards, 4, Shaping(), (-1.0, 1.0), torch.zeros(4, dtype=torch.bool))
     assert metrics == {"degenerate_share": 1.0}
+    _, metrics = shape_in_range(features / 16, rewards, 4, Shaping(), (-1.0, 1.0))
+    assert metrics["feature_norm"] == pytest.approx((2 + 4 + 162**0.5) / 3 / 16)
+
+
+def test_settings_that_have_to_be_plain() -> None:
+    require_plain([("a", 1, 1), ("b", "x", "x")])
+    with pytest.raises(ValueError, match="^b: expected x with G2RL, found y$"):
+        require_plain([("a", 1, 1), ("b", "y", "x")])
+
+
+def test_zeros_beside_negative_rewards_are_no_wrong_answers() -> None:
+    assert has_unmoved_zeros(torch.tensor([0.0, 1.0]))
+    assert not has_unmoved_zeros(torch.tensor([0.0, 1.0, -1.0])) and not has_unmoved_zeros(torch.tensor([1.0, 2.0]))
+
+
+def test_a_thing_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    say = Once(logging.getLogger("said"))
+    for message in ("of 1 (found 2)", "of 1 (found 3)", "of 2 (found 2)"):
+        say(message)
+    assert caplog.messages == ["of 1 (found 2)", "of 2 (found 2)"]
+
+
+def test_groups_that_are_too_small_are_told() -> None:
+    assert few_responses("n", 3) == ""
+    assert few_responses("n", 2).startswith("n: expected 3 or more, found 2")
 
 
 @pytest.mark.parametrize(

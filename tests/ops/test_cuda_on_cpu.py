@@ -34,7 +34,7 @@ from head_cases import (
     sample,
 )
 
-from g2rl_kernels import Shaping, dispatch, g2rl_advantages, testing, token_logprobs, use_backend
+from g2rl_kernels import LMHead, Shaping, dispatch, g2rl_advantages, testing, token_logprobs, use_backend
 from g2rl_kernels.backends import cuda
 from g2rl_kernels.backends.cuda import kernels, library
 from g2rl_kernels.plans import head
@@ -214,6 +214,15 @@ def test_bits_of_a_response_are_its_own(d: int, plan: str, backend, request: pyt
     again = features(s, lse=lse, workspace_bytes=limit)
     assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
     check_second_response_first(s, lse=lse, workspace_bytes=limit)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_gradients_of_no_tokens(frozen: bool, backend, poisoned_memory: None) -> None:  # noqa: ANN001
+    hidden, weight = torch.zeros(0, 16, requires_grad=True), torch.ones(9, 16, requires_grad=not frozen)
+    out = token_logprobs(hidden, LMHead(weight), torch.zeros(0, dtype=torch.int64))
+    (out.logps.sum() + out.entropy.sum()).backward()
+    assert hidden.grad is not None and hidden.grad.shape == (0, 16)
+    assert weight.grad is None if frozen else torch.equal(weight.grad, torch.zeros(9, 16))
 
 
 @pytest.mark.slow

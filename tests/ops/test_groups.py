@@ -13,6 +13,7 @@ from backend_cases import over_wide_backends
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from g2rl_kernels import (
     GroupAdvantages,
@@ -25,6 +26,7 @@ from g2rl_kernels import (
     testing,
     use_backend,
 )
+from g2rl_kernels.checks import ValueChecks
 
 # What a fp32 (fp64) backend may differ by. A cosine is a sum of products of unit vectors: 1e-6 is 16 roundings of 1.
 # nu^2 = 1 - sum w S^2 inherits twice that; nu itself, a root, may be off by more near 0, so nu^2 is what is compared.
@@ -193,6 +195,11 @@ def test_shaped_rewards(call: Caller, shaping: Shaping | None, expected: list[fl
 
 
 @over_wide_backends("shape_rewards")
+def test_scores_that_span_just_min_range_shape(call: Caller) -> None:
+    call.check(call(shape_rewards, [1.0, -1.0, 1.0], [0.25, 0.5, 0.75], 3, Shaping(min_range=0.5)), [1.0, -1.5, 2.0])
+
+
+@over_wide_backends("shape_rewards")
 def test_rewards_beyond_the_clip_stay_apart(call: Caller) -> None:
     """Of other sizes than -1 and +1, say a length: shaping moves none further out, and makes none alike."""
     rewards = [-20.0, -7.0, 2.0, 12.0]
@@ -251,9 +258,11 @@ def test_equal_scores_keep_rewards_even_without_min_range(call: Caller) -> None:
         assert call(shape_rewards, RAW, [0.3] * 4, 4, shaping).tolist() == RAW
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at-once", "late"])
 @pytest.mark.parametrize("function", ["shape_rewards", "g2rl_advantages"])
-def test_zero_one_rewards_warn(function: str) -> None:
-    """Where they are shaped: scores alone, and a strength of 0, change no reward."""
+def test_zero_one_rewards_warn(function: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are shaped: scores alone, and a strength of 0, change no reward. Late, as on a GPU."""
+    monkeypatch.setattr(ValueChecks, "_is_late", lambda checks, tensor: late)
 
     def run(rewards: list[float], strength: float = 1.0) -> None:
         r, shaping = torch.tensor(rewards), Shaping(strength=strength)
@@ -306,6 +315,10 @@ def test_dtypes_of_rewards() -> None:
         assert found.tolist() == [0.5, -0.5]
     assert group_advantages(torch.tensor([1.0, 0.0]).double(), 2).dtype == torch.float64
     assert shape_rewards(torch.tensor([1, -1]), torch.tensor([0.0, 1.0]), 2).tolist() == [1.0, -2.0]
+    with FakeTensorMode():  # compiled programs rely on these
+        similarity, rewards = torch.ones(1, 2, 2), torch.ones(2).double()
+        assert exploration_scores(similarity, rewards, 2).dtype == torch.float32
+        assert all(x.dtype == torch.float32 for x in g2rl_advantages(torch.ones(2, 3), rewards, 2))
 
 
 # All in one.
@@ -514,14 +527,6 @@ def test_no_gradient_of_similarity_reaches_another_group(call: Caller, equal: bo
         S.backward(upstream)
     assert bool(clean.grad.isfinite().all()) and bool(spoilt.grad[:first].isnan().any())
     assert torch.equal(spoilt.grad[first:], clean.grad[first:])
-
-
-def test_second_derivatives_of_similarity_are_refused() -> None:
-    features = random_groups(0, [6], d=4)[0].requires_grad_()
-    loss = group_similarity(features, 3).square().sum()
-    (first,) = torch.autograd.grad(loss, features, create_graph=True)
-    with pytest.raises(RuntimeError, match="similarity_gradient"):
-        first.sum().backward()
 
 
 def test_scores_and_advantages_are_data() -> None:

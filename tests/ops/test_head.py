@@ -35,6 +35,7 @@ from g2rl_kernels import LMHead, SequenceFeatures, sequence_features, testing, t
 from g2rl_kernels.backends import eager, reference
 from g2rl_kernels.backends.eager import products
 from g2rl_kernels.dispatch import resolve
+from g2rl_kernels.plans.backward import _chunks
 from g2rl_kernels.plans.inputs import unit_stride
 from g2rl_kernels.products import exact_products, mm
 from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
@@ -928,3 +929,22 @@ def test_second_derivatives_are_refused() -> None:
     (first,) = torch.autograd.grad(token_logprobs(hidden, s.head, s.targets).logps.sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError):
         first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("N", "V", "entries", "most_columns", "expected"),
+    [
+        (10, 300, 10 * 304, 300, (10, 300)),  # all of it, with rows that are padded to 16 bytes
+        (10, 300, 10 * 300, 300, (10, 256)),
+        (1000, 1100, 1000 * 800, 1100, (1000, 640)),  # two strips, alike but for what is left
+        (10, 40000, 10 * 40000, 1 << 14, (10, 13440)),
+        (100, 1000, 100 * 128, 1000, (100, 128)),
+        (1000, 1000, 30000, 1000, (128, 128)),  # no more for all tokens
+        (1000, 1000, 10, 1000, (7, 128)),
+        (5, 50, 100, 50, (2, 50)),
+    ],
+)
+def test_strips_of_the_backward_pass(
+    N: int, V: int, entries: int, most_columns: int, expected: tuple[int, int]
+) -> None:
+    assert _chunks(N, V, entries, most_columns) == expected

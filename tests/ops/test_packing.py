@@ -39,6 +39,9 @@ def test_round_trips(device: str, rest: tuple[int, ...], dtype: torch.dtype) -> 
     assert (back[~marked] == -7).all()
     assert torch.equal(unpad(back, mask)[0], packed)
     assert (pad(packed, mask)[~marked] == 0).all()
+    for number in (-2, 0.5):
+        assert torch.equal(unpad(back, mask * number)[0], packed)
+        assert torch.equal(pad(packed, mask * number, value=-7), back)
 
 
 @every_device
@@ -147,6 +150,9 @@ def test_messages(call, message: str) -> None:  # noqa: ANN001
         unpad(torch.ones(2, 3), [[1, 1, 1]] * 2)
     with pytest.raises(TypeError, match="tensor: expected a tensor, found list"):
         unpad([[1, 2, 3]] * 2, torch.ones(2, 3))
+    for function in (unpad, pad):
+        with pytest.raises(TypeError, match="mask: expected real numbers, found complex64"):
+            function(torch.ones(2, 3), torch.ones(2, 3) * 1j)
     with pytest.raises(TypeError, match="packed: expected a dense tensor, found one of layout sparse_coo"):
         pad(torch.ones(6).to_sparse(), torch.ones(2, 3))
     with pytest.raises(ValueError, match="packed: expected shape"):
@@ -167,4 +173,6 @@ def test_messages(call, message: str) -> None:  # noqa: ANN001
     ):
         with pytest.raises(ValueError, match=f"value: expected a number that {dtype} holds, found {value}"):
             pad(torch.ones(6).to(dtype), torch.ones(2, 3), value)
-    assert pad(torch.ones(1).bool(), torch.tensor([[1, 0]]), 1.0).tolist() == [[True, True]]
+    for value in (0, 1.0):
+        assert pad(torch.ones(1).bool(), torch.tensor([[1, 0]]), value).tolist() == [[True, bool(value)]]
+    assert pad(torch.ones(1) * 1j, torch.tensor([[1, 0]]), 0.5).tolist() == [[1j, 0.5]]

@@ -227,7 +227,7 @@ RESPONSES = [
     ({"token_weights": torch.ones(5)}, ValueError, "token_weights: expected shape [6], found [5]"),
     ({"token_weights": torch.ones(N).long()}, TypeError, "token_weights: expected dtype bfloat16 or"),
     *(
-        ({"token_weights": torch.full((N,), x)}, ValueError, f"token_weights: expected finite values >= 0, found {x}")
+        ({"token_weights": torch.tensor([1] * 5 + [x])}, ValueError, f"weights: expected finite values >= 0, found {x}")
         for x in (-1.0, float("nan"), float("inf"), float("-inf"))
     ),
     ({"lse": torch.ones(5)}, ValueError, "lse: expected shape [6], found [5]"),
@@ -287,7 +287,13 @@ GROUPS = [
         ),
         (
             TAKE_REWARDS,
-            {"rewards": torch.full((N,), float("inf"))},
+            {"rewards": torch.tensor([1, 1, 1, 1, 1, float("inf")])},
+            ValueError,
+            "rewards: expected finite values, found NaN or inf",
+        ),
+        (
+            TAKE_REWARDS,
+            {"rewards": torch.tensor([-float("inf"), 1, 1, 1, 1, 1])},
             ValueError,
             "rewards: expected finite values, found NaN or inf",
         ),
@@ -385,6 +391,16 @@ def test_head_functions(changes: dict, error: type[Exception], message: str, fun
     raises(lambda: head_call(function, **changes), error, message)
 
 
+def test_checks_of_values_where_there_is_one_or_none() -> None:
+    for n in (0, 1):
+        ValueChecks().not_negative("x", torch.ones(n))
+        ValueChecks().finite("x", torch.ones(n, 1))
+        ValueChecks().targets(torch.ones(n, dtype=torch.int64), 2)
+    raises(lambda: ValueChecks().not_negative("x", -torch.ones(1)), ValueError, "x: expected finite values >= 0")
+    raises(lambda: ValueChecks().finite("x", torch.full((1, 1), torch.nan)), ValueError, "x: expected finite values")
+    raises(lambda: ValueChecks().targets(torch.tensor([2]), 2), IndexError, "targets: expected values in [0, 2), found")
+
+
 @pytest.mark.parametrize("function", [token_logprobs, sequence_features])
 def test_late_checks_of_hidden(function: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: launched before the kernels, read after them."""
@@ -394,6 +410,18 @@ def test_late_checks_of_hidden(function: Callable, monkeypatch: pytest.MonkeyPat
     hidden[3, 1] = torch.nan
     message = "hidden: expected finite values, found NaN or inf in row 3"
     raises(lambda: head_call(function, hidden=hidden, check_finite=True), ValueError, message)
+
+
+def test_late_checks_hand_on_what_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is right stays as it is, and nothing that kernels get leads them outside of a tensor."""
+    monkeypatch.setattr(ValueChecks, "_is_late", lambda checks, tensor: True)
+    checks, right, targets = ValueChecks(), offsets(0, 0, 3, 3, 6, 6), torch.tensor([0, V - 1])
+    assert torch.equal(checks.offsets("cu_seqlens", right, 6, "N"), right)
+    assert torch.equal(checks.targets(targets, V), targets)
+    with checks:
+        pass
+    assert ValueChecks().offsets("cu_seqlens", offsets(1, 9, -1, 4, 5), 6, "N").tolist() == [0, 6, 6, 6, 6]
+    assert ValueChecks().targets(torch.tensor([-1, 2, V]), V).tolist() == [0, 2, V - 1]
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at-once", "late"])
@@ -408,6 +436,15 @@ def test_responses(
 @pytest.mark.parametrize(("function", "changes", "error", "message"), GROUPS)
 def test_group_functions(function: Callable, changes: dict, error: type[Exception], message: str) -> None:
     raises(lambda: group_call(function, **changes), error, message)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), [case[1:] for case in GROUPS if case[0] is g2rl_advantages])
+def test_late_checks_of_groups(
+    changes: dict, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where this op alone does not wait for its arguments' values."""
+    monkeypatch.setattr(ValueChecks, "_is_late", lambda checks, tensor: True)
+    raises(lambda: group_call(g2rl_advantages, **changes), error, message)
 
 
 @pytest.mark.parametrize(("changes", "message"), SHAPINGS)
