@@ -345,6 +345,15 @@ def test_nan_stops_and_keeps_the_checkpoint(tiny_model: Path, tmp_path: Path, mo
     assert [step for step, _ in checkpoints(run.run_dir)] == [1, 2]
 
 
+def test_a_gradient_of_nan_changes_no_weight(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = Trainer(config(tiny_model, tmp_path))
+    norm = next(p for name, p in trainer.model.named_parameters() if "norm" in name)
+    norm.register_hook(lambda gradient: gradient * torch.nan if trainer.step == 2 else gradient)
+    with pytest.raises(TrainingError, match="step 3: NaN or infinity in the gradient; .* step-000002 stands; "):
+        trainer.run()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
 def test_resume_of_a_finished_run_with_more_steps(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
