@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from g2rl.checkpoint import checkpoints
-from g2rl.manifest import MANIFEST
+from g2rl.manifest import MANIFEST, write_manifest
+from g2rl.parallel.ranks import ALONE
 from tests.faults.runs import SPLIT, difference, g2rl
 from tests.g2rl.conftest import build_model
 from tests.g2rl.ranks import launch
@@ -177,7 +178,7 @@ REFUSED = [
 
 
 def test_refused(campaign: Callable[..., Any], faults_folder: Path, stopped: dict[str, Stopped]) -> None:
-    """Without a manifest that would not fit, as whoever makes such files leaves it."""
+    """With a manifest that fits, as whoever makes such files writes it."""
     found = campaign("corruption", len(REFUSED), "checkpoints of another model, of a later version, with code in them")
     run, marker = faults_folder / "runs" / "made", faults_folder / "marker"
     for kind, make, error in found.random.sample(REFUSED, found.tries):
@@ -186,6 +187,7 @@ def test_refused(campaign: Callable[..., Any], faults_folder: Path, stopped: dic
         make(folder, marker)
         if make is not of_a_later_version:
             (folder / MANIFEST).unlink()
+            write_manifest(folder, ALONE)
         ended = go_on(faults_folder, run)
         if marker.exists() or ended.status != 2 or error not in ended.printed or "Traceback" in ended.printed:
             found.failed(f"{kind}, {make.__name__}: it ran: {marker.exists()}, {ended.printed[-1500:]}")

@@ -13,6 +13,8 @@ from written_runs import write_run
 from g2rl.analysis.bands import Band, Measured, Model, bands_of, entropy_bits
 from g2rl.analysis.measures import Pairs
 from g2rl.cli import main
+from g2rl.manifest import write_manifest
+from g2rl.parallel.ranks import ALONE
 from tests.g2rl.conftest import build_model
 
 
@@ -125,6 +127,7 @@ def test_checkpoints_of_different_tasks_are_refused(tmp_path: Path, capsys: pyte
         run = write_run(tmp_path / name, [{"step": 1}], f"task.options.digits={digits}")
         checkpoint = build_model(run / "checkpoints" / "step-000001")
         (checkpoint / "trainer.pt").touch()
+        write_manifest(checkpoint, ALONE)
         runs.append(str(run))
     assert main(["geometry", *runs, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err

@@ -90,14 +90,14 @@ def test_a_configuration_of_an_older_version_lacks_keys(tmp_path: Path) -> None:
 
 
 def test_options_of_a_method_are_those_it_had(tmp_path: Path) -> None:
-    """As `shaping`, which they were in old versions, without some of them, and with all of them."""
-    old = write_run(tmp_path / "old", records(0.1), configured=False)
+    """Where files have other keys: only one of the method, or all of them."""
+    least = write_run(tmp_path / "least", records(0.1), configured=False)
     rewards = "rewards: [{name: correct, weight: 1.0}]"
-    (old / "config.yaml").write_text(f"method: g2rl\nseed: 1\n{rewards}\nshaping: {{strength: 2.0}}\n")
+    (least / "config.yaml").write_text(f"method: g2rl\nseed: 1\n{rewards}\nmethods: {{g2rl: {{strength: 2.0}}}}\n")
     few, more = ["seed=2", "methods.g2rl.strength=2"], ["methods.g2rl.strength=2", "methods.g2rl.clip=3"]
     runs = [write_run(tmp_path / "few", records(0.1), *few), write_run(tmp_path / "more", records(0.1), *more)]
-    assert members(old, *runs) == {"g2rl": ["more", "old", "few"]}
-    assert load_run(old).config["methods"] == {"g2rl": {"strength": 2.0}}
+    assert members(least, *runs) == {"g2rl": ["more", "least", "few"]}
+    assert load_run(least).config["methods"] == {"g2rl": {"strength": 2.0}}
 
 
 def test_mean_error_and_range_of_a_band(tmp_path: Path) -> None:

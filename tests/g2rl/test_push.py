@@ -16,6 +16,8 @@ from written_runs import change_settings, write_run
 from g2rl import push as module
 from g2rl.card import model_card
 from g2rl.cli import main
+from g2rl.manifest import write_manifest
+from g2rl.parallel.ranks import ALONE
 from g2rl.run import load_run
 
 HELD_OUT = (
@@ -37,6 +39,7 @@ def finished_run(folder: Path, *overrides: str) -> Path:
         checkpoint.mkdir(parents=True)
         for name in ("config.json", "model.safetensors", "trainer.pt", "tokenizer.json"):
             (checkpoint / name).write_text(f"{name} of {step}")
+        write_manifest(checkpoint, ALONE)
     return run
 
 
@@ -141,6 +144,8 @@ def test_an_adapter_names_its_base_as_the_hub_does(tmp_path: Path, hub: Hub) -> 
     (checkpoint / "model.safetensors").rename(checkpoint / "adapter_model.safetensors")
     settings = {"base_model_name_or_path": str(tmp_path / "cache" / "smollm2"), "r": 4}
     (checkpoint / "adapter_config.json").write_text(json.dumps(settings))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, ALONE)
     module.push(run, "somebody/adder", dry_run=True)
     pushed = json.loads((run / "hub" / "adapter_config.json").read_text())
     assert pushed == {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "r": 4}
