@@ -169,7 +169,7 @@ def test_advantages(name: str, queue: None, caplog: pytest.LogCaptureFixture) ->
         torch.testing.assert_close(got, expected.double().expand_as(got), rtol=0, atol=5e-6)
     keys = {"mean_cosine", "negative_share", "score", "feature_norm", "degenerate_share"}
     assert {key for key in metrics if key.startswith("g2rl/")} == {f"g2rl/{key}" for key in keys}
-    assert metrics["g2rl/degenerate_share"] == pytest.approx(0.0)
+    assert metrics["g2rl/degenerate_share"] == pytest.approx(1 / 3)  # c, of one response
     assert metrics["g2rl/feature_norm"] == pytest.approx(float(features[[3, 6, 8, 9, 0, 7, 4, 2]].norm(dim=1).mean()))
     assert ("this one is added" in caplog.text) == (name == "bypass")
     tq.kv_clear(keys=list(KEYS), partition_id="train")
