@@ -178,12 +178,18 @@ inline void start(unsigned block, unsigned block_size) {
   while (s.stacks.size() < s.threads.size()) s.stacks.emplace_back(new char[kStack]);
 }
 
+// Does one thing that was put off.
+inline void do_pending() {
+  State& s = state();
+  const auto one = s.pending.begin() + (s.chance ? (*s.chance)() % s.pending.size() : 0);
+  const auto action = std::move(*one);
+  s.pending.erase(one);
+  action();
+}
+
 inline void finish(size_t shared_bytes) {
   State& s = state();
-  while (!s.pending.empty()) {  // copies that nobody waited for
-    s.pending.front()();
-    s.pending.pop_front();
-  }
+  while (!s.pending.empty()) do_pending();  // copies that nobody waited for
   for (size_t i = shared_bytes; i < kSharedMemory; ++i) {
     if (s.shared()[i] == kPoison) continue;
     std::fprintf(stderr, "block %u wrote byte %zu of shared memory, of which its launch asked for %zu\n", s.block, i,
@@ -233,15 +239,6 @@ inline bool step_warp(unsigned warp, size_t& left) {
     if (s.now != s.slow) moved |= step(s.threads[s.now], left);
   }
   return moved;
-}
-
-// Does one thing that was put off.
-inline void do_pending() {
-  State& s = state();
-  const auto one = s.pending.begin() + (s.chance ? (*s.chance)() % s.pending.size() : 0);
-  const auto action = std::move(*one);
-  s.pending.erase(one);
-  action();
 }
 
 inline void run_block() {
