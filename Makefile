@@ -16,7 +16,7 @@
 # make vllm      those of sampling by vLLM, in an environment of their own
 # make lowest    the tests of each extra with the lowest versions that it allows, in environments of their own
 # make audit     look for known weaknesses in the versions of constraints.txt; fails where no advisories are served
-# make amx       tests of the CPU kernels for AMX on any processor with AVX-512 and bf16, its tile instructions in software
+# make bf16      tests of the CPU kernels for AMX and vdpbf16ps on any processor with AVX-512, those instructions in software
 # make sanitize  those of the CPU kernels under Clang's sanitizers of addresses, undefined behaviour and threads
 # make sanitize-ops  the campaigns of calls, see make faults, against CPU kernels under the sanitizer of addresses
 # make aarch64   cross-compile the CPU kernels for AArch64 and run their tests under qemu-user
@@ -45,7 +45,7 @@ SOURCES := $(wildcard $(addprefix csrc/*/,*.cpp *.cu *.h CMakeLists.txt)) CMakeL
 # Other people's trainers, which are run with G2RL in them: make NAME.
 TRAINERS := areal openrlhf skyrl swift axolotl unsloth
 
-.PHONY: setup train test ranks faults planted ctest trl verl $(TRAINERS) vllm lowest audit amx sanitize sanitize-ops aarch64 \
+.PHONY: setup train test ranks faults planted ctest trl verl $(TRAINERS) vllm lowest audit bf16 sanitize sanitize-ops aarch64 \
   macos cuda wheel bench bench-report gpu lint clean
 
 setup: $(READY)
@@ -132,13 +132,13 @@ ctest: $(READY)
 	$(BIN)/cmake --build $$build --parallel --target $(CPU_TESTS) cuda_tests && \
 	$(BIN)/ctest --test-dir $$build --output-on-failure --parallel $(WORKERS)
 
-AMX := build/amx
-amx: $(READY)
-	$(BIN)/cmake -S . -B $(AMX) -DG2RL_EMULATE_AMX=ON -DG2RL_WITH_CUDA=off -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
-	  -DG2RL_OUTPUT_DIR="$(CURDIR)/$(AMX)"
-	$(BIN)/cmake --build $(AMX) --parallel --target $(CPU_TESTS) _native
-	$(BIN)/ctest --test-dir $(AMX) --output-on-failure --parallel $(WORKERS) --tests-regex _amx$$
-	G2RL_TESTED_MODULES="$(CURDIR)/$(AMX)" $(BIN)/python -m pytest -n $(WORKERS) tests/ops/test_head.py -k native $(ARGS)
+BF16 := build/bf16
+bf16: $(READY)
+	$(BIN)/cmake -S . -B $(BF16) -DG2RL_EMULATE_BF16=ON -DG2RL_WITH_CUDA=off -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
+	  -DG2RL_OUTPUT_DIR="$(CURDIR)/$(BF16)"
+	$(BIN)/cmake --build $(BF16) --parallel --target $(CPU_TESTS) _native
+	$(BIN)/ctest --test-dir $(BF16) --output-on-failure --parallel $(WORKERS) --tests-regex "_(amx|avx512_bf16)$$"
+	G2RL_TESTED_MODULES="$(CURDIR)/$(BF16)" $(BIN)/python -m pytest -n $(WORKERS) tests/ops/test_head.py -k native $(ARGS)
 
 TRL_VERSIONS ?= 1.9.0 1.10.0 1.11.0 1.12.0 1.13.0 1.14.2 1.15.0 1.16.0
 
@@ -192,18 +192,18 @@ sanitize: $(READY)
 	for checks in address,undefined thread; do \
 	  build=build/$${checks%%,*}; \
 	  $(BIN)/cmake -S . -B $$build -DCMAKE_CXX_COMPILER=clang++ -DG2RL_SANITIZE=$$checks \
-	    -DG2RL_EMULATE_AMX=ON -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DG2RL_OUTPUT_DIR="$(CURDIR)/$$build" && \
+	    -DG2RL_EMULATE_BF16=ON -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DG2RL_OUTPUT_DIR="$(CURDIR)/$$build" && \
 	  $(BIN)/cmake --build $$build --parallel --target $(CPU_TESTS) && \
 	  OMP_NUM_THREADS=3 TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
 	    LSAN_OPTIONS=suppressions="$(CURDIR)/csrc/tests/leaks.txt" \
 	    $(BIN)/ctest --test-dir $$build --output-on-failure --exclude-regex ^test_cuda || exit 1; \
 	done
 
-# Campaigns of calls against CPU kernels that Clang built for its sanitizer of addresses, those for AMX in software.
+# Campaigns of calls against CPU kernels that Clang built for its sanitizer of addresses, those for bf16 in software.
 SANITIZED := build/address
 sanitize-ops: $(READY)
 	$(BIN)/cmake -S . -B $(SANITIZED) -DCMAKE_CXX_COMPILER=clang++ -DG2RL_SANITIZE=address,undefined \
-	  -DG2RL_EMULATE_AMX=ON -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DG2RL_OUTPUT_DIR="$(CURDIR)/$(SANITIZED)"
+	  -DG2RL_EMULATE_BF16=ON -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DG2RL_OUTPUT_DIR="$(CURDIR)/$(SANITIZED)"
 	$(BIN)/cmake --build $(SANITIZED) --parallel --target _native
 	G2RL_FAULTS_SANITIZED="$(CURDIR)/$(SANITIZED)" $(BIN)/python -m pytest tests/faults/test_ops.py -k native \
 	  --tries-share $(SHARE) $(ARGS)

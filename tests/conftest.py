@@ -16,7 +16,7 @@ import g2rl_kernels
 from g2rl_kernels import dispatch, self_check, use_backend
 from g2rl_kernels.plans import head as plans
 
-# Compiled modules of another build than the one that is installed, as by `make amx`.
+# Compiled modules of another build than the one that is installed, as by `make bf16`.
 if "G2RL_TESTED_MODULES" in os.environ:
     g2rl_kernels.__path__.insert(0, os.environ["G2RL_TESTED_MODULES"])
 

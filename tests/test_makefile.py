@@ -39,11 +39,11 @@ def commands(checkout: Path, *targets: str) -> list[str]:
     [
         ("ctest", {"-DPython_EXECUTABLE": ".venv/bin/python"}),
         (
-            "amx",
+            "bf16",
             {
                 "-DPython_EXECUTABLE": ".venv/bin/python",
-                "-DG2RL_OUTPUT_DIR": "build/amx",
-                "G2RL_TESTED_MODULES": "build/amx",
+                "-DG2RL_OUTPUT_DIR": "build/bf16",
+                "G2RL_TESTED_MODULES": "build/bf16",
             },
         ),
         ("sanitize", {"-DPython_EXECUTABLE": ".venv/bin/python", "-DG2RL_OUTPUT_DIR": "$build"}),

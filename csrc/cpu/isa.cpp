@@ -16,9 +16,7 @@ namespace {
 constexpr const char* kVariable = "G2RL_CPU_ISA";
 constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512_bf16", "amx"};
 
-#if defined(G2RL_EMULATE_AMX)
-bool may_use_tiles() { return true; }
-#elif defined(G2RL_WITH_AMX)
+#if defined(G2RL_WITH_AMX)
 // The processor has bf16 tiles, and Linux lends the tile registers to a process that asks for them.
 bool may_use_tiles() {
   constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
@@ -74,6 +72,9 @@ Isa highest_isa() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return highest;
   highest = Isa::kAvx512;
+#if defined(G2RL_EMULATE_BF16)
+  return Isa::kAmx;  // in software
+#endif
 #if defined(G2RL_WITH_AVX512_BF16)
   if (!__builtin_cpu_supports("avx512bf16")) return highest;
   highest = Isa::kAvx512Bf16;

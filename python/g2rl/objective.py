@@ -144,7 +144,9 @@ def surrogate(
     return value, clipped
 
 
-def kl_estimate(logps: torch.Tensor, reference_logps: torch.Tensor, estimator: str) -> torch.Tensor:
+def kl_estimate(
+    logps: torch.Tensor, reference_logps: torch.Tensor, estimator: Literal["k1", "k2", "k3"]
+) -> torch.Tensor:
     """KL(policy, reference) [N] from the sampled tokens alone, with g = log p - log p_ref.
 
     k1 = g, k2 = g^2 / 2, k3 = exp(-g) + g - 1 (Schulman, http://joschu.net/blog/kl-approx.html; k3 is GRPO's). As terms
