@@ -165,6 +165,20 @@ def test_workspace_cuts_tokens_and_responses(shape: Shape, options: str, backend
     check(shape, torch.bfloat16, options=OPTIONS[options], workspace_bytes=7 * shape.V * 6)
 
 
+@pytest.mark.parametrize("plan", PLANS[:3])
+def test_responses_without_tokens_have_none_of_the_memory(
+    plan: str,
+    backend,  # noqa: ANN001
+    poisoned_memory: None,
+    request: pytest.FixtureRequest,
+) -> None:
+    """The workspace takes one response at a time."""
+    shape = Shape((0, 2, 0, 0, 3), 16, 40, "empty responses alone and together")
+    lse = given(plan, sample(shape, torch.float16, kind="random", options=OPTIONS["plain"]), request)
+    found = check(shape, torch.float16, lse=lse, workspace_bytes=1)
+    assert not found.features[[0, 2, 3]].any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS[:3])
 @pytest.mark.parametrize("d", [64, 63])
