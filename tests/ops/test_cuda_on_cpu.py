@@ -22,6 +22,7 @@ from head_cases import (
     WRONG_LSE,
     check,
     check_gradients,
+    check_gradients_of_masked_words,
     check_logits_beyond_the_digits_of_fp32,
     check_lse_of_something_else,
     check_masked_parts,
@@ -135,7 +136,13 @@ def test_parts_of_the_vocabulary(shape: Shape, options: str, backend) -> None:  
 def test_masked_words(plan: str, shape: Shape, backend, request: pytest.FixtureRequest) -> None:  # noqa: ANN001
     s = sample(shape, torch.bfloat16, kind="random", options=OPTIONS["bias"])
     check_masked_words(shape, torch.bfloat16, lse=given(plan, s, request))
-    check_masked_parts(s, (0, 1, 140, 200))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
+def test_gradients_and_parts_of_masked_words(shape: Shape, backend) -> None:  # noqa: ANN001
+    check_gradients_of_masked_words(shape, torch.bfloat16)
+    check_masked_parts(sample(shape, torch.bfloat16, kind="random", options=OPTIONS["bias"]), (0, 1, 140, 200))
 
 
 @pytest.mark.slow

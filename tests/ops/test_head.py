@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from backend_cases import over_backends
 from head_cases import (
     WRONG_LSE,
+    check_gradients_of_masked_words,
     check_logits_beyond_the_digits_of_fp32,
     check_lse_of_something_else,
     check_masked_words,
@@ -218,12 +219,13 @@ def test_an_lse_of_something_else(backend: str | None, device: str, dtype: torch
         check_lse_of_something_else(SMALL, dtype, wrong, device)
 
 
-@every_forward
+@over_backends("token_logprobs", "sequence_features", but=("reference",))
 @pytest.mark.parametrize("given", [False, True], ids=["", "lse"])
 def test_long_response_of_the_policy_itself(backend: str | None, device: str, dtype: torch.dtype, given: bool) -> None:
     """The feature is a smaller part of what is summed for each further token."""
-    s = sample(Shape((16384, 513), 16, 64, "far more tokens than words"), dtype, device, kind="drawn")
-    exact = testing.oracle(s)
+    shape, options = Shape((16384, 513), 16, 64, "far more tokens than words"), OPTIONS["plain"]
+    s = sample(shape, dtype, device, kind="drawn", options=options)
+    exact = oracle(shape, dtype, device, "drawn", options)
     lse = exact.lse.float() if given else None
     testing.assert_bounds(features(s, backend, lse=lse), exact, s.cu_seqlens)
 
@@ -277,12 +279,18 @@ def test_logits_beyond_the_digits_of_fp32(backend: str | None, device: str, dtyp
         check_logits_beyond_the_digits_of_fp32(dtype, device)
 
 
-@every_case
+@every_forward
 @pytest.mark.parametrize("lse", ["unknown", "given"])
 def test_masked_words(backend: str | None, device: str, dtype: torch.dtype, lse: str) -> None:
     given = oracle(SMALL, dtype, device, "random", OPTIONS["bias"]).lse.float() if lse == "given" else None
     with use_backend(backend):
         check_masked_words(SMALL, dtype, device, lse=given)
+
+
+@every_case
+def test_gradients_of_masked_words(backend: str | None, device: str, dtype: torch.dtype) -> None:
+    with use_backend(backend):
+        check_gradients_of_masked_words(SMALL, dtype, device)
 
 
 @pytest.mark.parametrize("logit_scale", [-1e-3, 1e18])

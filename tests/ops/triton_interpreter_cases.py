@@ -16,6 +16,7 @@ from head_cases import (
     WRONG_LSE,
     check,
     check_gradients,
+    check_gradients_of_masked_words,
     check_logits_beyond_the_digits_of_fp32,
     check_lse_of_something_else,
     check_masked_parts,
@@ -86,10 +87,14 @@ def test_parts_of_the_vocabulary(options: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("plan", PLANS[:3])
 def test_masked_words(plan: str, request: pytest.FixtureRequest) -> None:
-    """Of a split and parts of it."""
     s = sample(RAGGED, torch.float16, kind="random", options=OPTIONS["bias"])
     check_masked_words(RAGGED, torch.float16, lse=given(plan, s, request))
-    check_masked_parts(s, (0, 1, 280, 321))
+
+
+def test_gradients_and_parts_of_masked_words() -> None:
+    """Of a split and parts of it."""
+    check_gradients_of_masked_words(RAGGED, torch.float16)
+    check_masked_parts(sample(RAGGED, torch.float16, kind="random", options=OPTIONS["bias"]), (0, 1, 280, 321))
 
 
 @pytest.mark.parametrize("off", [20.0, 5.0, -20.0])
