@@ -90,12 +90,10 @@ class Trainer(integration.G2RLTrainer):
         return SimpleNamespace(model=body, lm_head=lambda hidden: hidden @ weight.T)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_training_run(case: str, tiny_model: Path, tmp_path: Path) -> None:
-    model, tokenizer = load(tiny_model, "lora" in case)
-    args = integration.G2RLConfig(
+def config(folder: Path, **changes: Any) -> integration.G2RLConfig:
+    return integration.G2RLConfig(
         **{
-            "output_dir": str(tmp_path),
+            "output_dir": str(folder),
             "per_device_train_batch_size": 2 * M,
             "num_generations": M,
             "max_completion_length": 8,
@@ -109,9 +107,15 @@ def test_training_run(case: str, tiny_model: Path, tmp_path: Path) -> None:
             "bf16": False,
             "fp16": False,
             "save_strategy": "no",
-            **CASES[case],
+            **changes,
         }
     )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_run(case: str, tiny_model: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(tiny_model, "lora" in case)
+    args = config(tmp_path, **CASES[case])
     data = Dataset.from_dict({"prompt": ["12+3=", "7+1=", "2=", "90+12345="]})
     before = {name: weight.clone() for name, weight in model.named_parameters() if weight.requires_grad}
     run = Trainer(model, reward_funcs=odd, args=args, train_dataset=data, processing_class=tokenizer)
@@ -119,3 +123,13 @@ def test_training_run(case: str, tiny_model: Path, tmp_path: Path) -> None:
     run.train()
     assert run.rounds == 2 // args.num_iterations and run.moved > 0.1
     assert any(bool((weight != before[name]).any()) for name, weight in run.model.named_parameters() if name in before)
+
+
+def test_log_probabilities_of_the_rollout_as_old_ones(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features would have no pass to go with."""
+    monkeypatch.setenv("UNSLOTH_GRPO_ROLLOUT_LOGPROBS_AS_OLD", "1")
+    model, tokenizer = load(tiny_model, lora=False)
+    with pytest.raises(ValueError, match="ROLLOUT_LOGPROBS_AS_OLD: expected nothing or 0, found 1"):
+        integration.G2RLTrainer(model, reward_funcs=odd, args=config(tmp_path), processing_class=tokenizer)

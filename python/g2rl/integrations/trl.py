@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -59,6 +60,7 @@ logger = get_logger(__name__)
 
 BONUS = "g2rl_bonus"
 ROWS = "g2rl_rows"
+_ROLLOUT_LOGPS = "UNSLOTH_GRPO_ROLLOUT_LOGPROBS_AS_OLD"
 # What the mixin overrides or relies on; every GRPO-like trainer of TRL from 1.9 on has it.
 _SEAMS = ("_generate", "_generate_and_score_completions", "_calculate_rewards", "_get_per_token_logps_and_entropies")
 
@@ -212,6 +214,11 @@ class G2RLMixin(_Trainer):
             raise ValueError(
                 "use_liger_kernel: expected False, found True: this version of TRL computes its loss where features "
                 "cannot be had; fused_logprobs saves the same memory"
+            )
+        if self._is_unsloth and os.environ.get(_ROLLOUT_LOGPS) == "1":
+            raise ValueError(
+                f"{_ROLLOUT_LOGPS}: expected nothing or 0, found 1, with which unsloth leaves out the pass that "
+                "features go with"
             )
         if is_deepspeed_zero3_enabled():
             raise ValueError("deepspeed: expected ZeRO stage 2 or FSDP2, found stage 3, which shards the head's weight")
