@@ -87,9 +87,13 @@ def check_second_response_first(s: HeadSample, **changes: object) -> None:
 
 
 def upstream(s: HeadSample, seed: int = 3) -> tuple[Tensor, Tensor]:
-    """Gradients of logps and entropy [N], of both signs and sizes from 1e-6 to 1e6, which fp16 cannot hold."""
+    """Gradients of logps and entropy [N], of both signs and sizes from 1e-6 to 1e6, which fp16 cannot hold.
+
+    The second token has none, like one that a loss leaves out.
+    """
     random = torch.Generator().manual_seed(seed)
     sizes = 10 ** (12 * torch.rand(2, s.hidden.shape[0], generator=random, dtype=torch.float64) - 6)
+    sizes[:, 1:2] = 0
     signs = torch.randn(2, s.hidden.shape[0], generator=random).sign()
     wide = torch.float64 if s.hidden.dtype == torch.float64 else torch.float32
     g_logps, g_entropy = (sizes * signs).to(s.hidden.device, wide)

@@ -33,6 +33,7 @@ from head_cases import (
     given,
     oracle,
     sample,
+    upstream,
 )
 
 from g2rl_kernels import LMHead, Shaping, dispatch, g2rl_advantages, testing, token_logprobs, use_backend
@@ -256,12 +257,31 @@ def test_gradients_of_no_tokens(frozen: bool, backend, poisoned_memory: None) ->
         (torch.float16, "bias+", "together", 9),  # a saturated cap: G is 1e-13 of its bound
         (torch.float16, "random", "bias", 9),
         (torch.bfloat16, "bias+", "plain", 1000),
+        (torch.bfloat16, "random", "plain", 0),
     ],
 )
 def test_gradients(shape: Shape, dtype: torch.dtype, kind: str, options: str, rows: int, backend) -> None:  # noqa: ANN001
     """A workspace that cuts both ways."""
     s = sample(shape, dtype, kind=kind, options=OPTIONS[options])
-    check_gradients(s, workspace_bytes=rows * shape.V * dtype.itemsize)
+    check_gradients(s, workspace_bytes=max(1, rows * shape.V * dtype.itemsize))
+
+
+@pytest.mark.slow
+def test_gradients_of_logits_take_the_workspace(backend, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    """In fp16 there are two, one for each product."""
+    shape = Shape((66,), 16, 1000, "strips of words for all tokens at once")
+    s = sample(shape, torch.float16, kind="random", options=OPTIONS["plain"])
+    taken = []
+    grad_logits = kernels.CudaKernels.grad_logits
+
+    def spy(self: kernels.CudaKernels, *arguments: object) -> None:
+        taken.append(sum(x.untyped_storage().nbytes() for x in arguments[5:7]))
+        grad_logits(self, *arguments)
+
+    monkeypatch.setattr(kernels.CudaKernels, "grad_logits", spy)
+    workspace_bytes = 40000
+    testing.gradients(s, *upstream(s), workspace_bytes)
+    assert len(taken) > 2 and max(taken) <= workspace_bytes
 
 
 @pytest.mark.slow
