@@ -61,6 +61,34 @@ class Forecast:
         return sum(self.lasting.values()) + max(sum(self.update.values()), sum(self.rollout.values()))
 
 
+_SLOWER = 1.5
+"""Times a product in bfloat16 takes longer than in float32, from which on a run says so. Noise stays below."""
+
+
+def bf16_warning(config: Config, device: torch.device) -> str | None:
+    """What to set where the processor has no instructions for bfloat16 and widens it first; None where it has some."""
+    settings = []
+    if (config.model.dtype, config.model.autocast) == ("float32", "bfloat16"):
+        settings.append("model.autocast=none")
+    if (config.rollout.engine, config.rollout.dtype) == ("transformers", "bfloat16"):
+        settings.append("rollout.dtype=float32")
+    if device.type != "cpu" or not settings:
+        return None
+    times = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
+    if times < _SLOWER:
+        return None
+    return (
+        f"products in bfloat16 take {times:.1f} times as long as in float32 on this processor, which "
+        f"{' '.join(settings)} would spare"
+    )
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """The best of five products of 512 rows."""
+    x = torch.ones(512, 512, dtype=dtype)
+    return min(_seconds(lambda: torch.mm(x, x), x.device) for _ in range(5))
+
+
 def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
     """The best of five products of 4096 rows on a GPU, 1024 on a CPU, and of five copies of 256 MB."""
     n = 4096 if device.type == "cuda" else 1024

@@ -23,6 +23,7 @@ from g2rl.ahead import Rollouts
 from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from g2rl.config import Config, ConfigError, ModelConfig, config_yaml, save_config
 from g2rl.evaluate import evaluate, evaluation_seed
+from g2rl.forecast import bf16_warning
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog
 from g2rl.methods import make_method
 from g2rl.model import load_model, resolve_device
@@ -115,6 +116,8 @@ class Trainer:
             log = self._log(resume_step)
             at_end.callback(log.close)
             with self.ranks.on_first(TrainingProgress, config.steps, self.step) as progress:
+                if self.ranks.first and (warning := bf16_warning(config, self.device)):
+                    progress.message(warning)
                 if resume_step in (None, NOTHING_SAVED) and config.eval.every:
                     metrics, results = self._evaluate(self._times())
                     log.metrics(0, metrics)
