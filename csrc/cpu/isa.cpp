@@ -16,6 +16,13 @@ namespace {
 constexpr const char* kVariable = "G2RL_CPU_ISA";
 constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512_bf16", "amx"};
 
+// Whether instructions for bf16 are in software.
+#if defined(G2RL_EMULATE_BF16)
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
+
 #if defined(G2RL_WITH_AMX)
 // The processor has bf16 tiles, and Linux lends the tile registers to a process that asks for them.
 bool may_use_tiles() {
@@ -72,15 +79,12 @@ Isa highest_isa() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return highest;
   highest = Isa::kAvx512;
-#if defined(G2RL_EMULATE_BF16)
-  return Isa::kAmx;  // in software
-#endif
 #if defined(G2RL_WITH_AVX512_BF16)
-  if (!__builtin_cpu_supports("avx512bf16")) return highest;
+  if (!kEmulated && !__builtin_cpu_supports("avx512bf16")) return highest;
   highest = Isa::kAvx512Bf16;
 #endif
 #if defined(G2RL_WITH_AMX)
-  if (may_use_tiles()) highest = Isa::kAmx;
+  if (kEmulated || may_use_tiles()) highest = Isa::kAmx;
 #endif
 #endif
   return highest;

@@ -84,9 +84,9 @@ def bf16_warning(config: Config, device: torch.device) -> str | None:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """The best of five products of 512 rows."""
+    """Of a product of 512 rows; draws no random numbers, which are a run's own."""
     x = torch.ones(512, 512, dtype=dtype)
-    return min(_seconds(lambda: torch.mm(x, x), x.device) for _ in range(5))
+    return _seconds(lambda: torch.mm(x, x), x.device)
 
 
 def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
@@ -95,8 +95,8 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.zeros(1 << 26, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    product = min(_seconds(lambda: torch.mm(a, b), device) for _ in range(5))
-    copied = min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
+    product = _seconds(lambda: torch.mm(a, b), device)
+    copied = _seconds(lambda: target.copy_(source), device)
     return Rates(2 * n**3 / product, 2 * source.nbytes / copied)
 
 
@@ -298,9 +298,13 @@ def _seconds_by_stage(config: Config, model: Any, shape: Any, prompt_tokens: int
 
 
 def _seconds(run: Any, device: torch.device) -> float:
+    """The best of five."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - start
+    times = []
+    for _ in range(5):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        times.append(time.perf_counter() - start)
+    return min(times)
