@@ -222,6 +222,20 @@ print(sorted(g2rl_kernels.__all__) != [], [name for name in {HEAVY!r} if name in
     assert run.stdout.splitlines() == ["True []"], run.stdout
 
 
+def test_first_calls_load_no_compiler() -> None:
+    """PyTorch's takes seconds to import, forward and backward passes milliseconds."""
+    program = """
+import sys, torch, g2rl_kernels as k
+hidden, targets = torch.randn(6, 8, requires_grad=True), torch.arange(6)
+out = k.sequence_features(hidden, k.LMHead(torch.randn(9, 8)), targets, torch.tensor([0, 2, 6]))
+advantages = k.g2rl_advantages(out.features, torch.tensor([1.0, -1.0]), 2).advantages
+(advantages.repeat_interleave(torch.tensor([2, 4])) * out.logps).sum().backward()
+print(hidden.grad.isfinite().all().item(), "torch._dynamo" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.split() == ["True", "False"]
+
+
 @pytest.mark.parametrize(
     ("missing", "program", "said"),
     [

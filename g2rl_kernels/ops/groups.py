@@ -37,6 +37,7 @@ from g2rl_kernels.checks import (
 )
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.group_layout import GroupLayout, largest_group
+from g2rl_kernels.ops.registration import register_op
 from g2rl_kernels.products import wide
 from g2rl_kernels.records import GroupAdvantages, Shaping
 
@@ -270,20 +271,20 @@ def _checked(cu_groups: torch.Tensor, B: int) -> torch.Tensor:
     return cu_groups
 
 
-@torch.library.custom_op("g2rl::group_similarity", mutates_args=())
+@register_op
 def _group_similarity(features: torch.Tensor, cu_groups: torch.Tensor, m_max: int | None) -> torch.Tensor:
     cu_groups = _checked(cu_groups, features.shape[0])
     run = resolve("group_similarity", features.device, features.dtype)
     return run(features, cu_groups, largest_group(cu_groups) if m_max is None else m_max)
 
 
-@_group_similarity.register_fake
+@torch.library.register_fake(_group_similarity)
 def _(features, cu_groups, m_max):
     size = torch.library.get_ctx().new_dynamic_size() if m_max is None else m_max
     return features.new_empty((cu_groups.shape[0] - 1, size, size))
 
 
-@torch.library.custom_op("g2rl::similarity_gradient", mutates_args=())
+@register_op
 def _similarity_gradient(grad: torch.Tensor, features: torch.Tensor, cu_groups: torch.Tensor) -> torch.Tensor:
     """With u_i = Phi_i / |Phi_i| and S = u u^T: du = (dS + dS^T) u, dPhi_i = (du_i - u_i <u_i, du_i>) / |Phi_i|.
 
@@ -302,7 +303,7 @@ def _similarity_gradient(grad: torch.Tensor, features: torch.Tensor, cu_groups: 
     return ((grad_u - u * (u * grad_u).sum(1, keepdim=True)) * inverse).to(features.dtype)
 
 
-@_similarity_gradient.register_fake
+@torch.library.register_fake(_similarity_gradient)
 def _(grad, features, cu_groups):
     return features.new_empty(features.shape)
 
@@ -316,11 +317,11 @@ def _similarity_backward(ctx, grad):
     return _similarity_gradient(grad, *ctx.saved_tensors), None, None
 
 
-_group_similarity.register_autograd(_similarity_backward, setup_context=_save_features)
-_similarity_gradient.register_autograd(refuse_second_derivative("similarity"))
+torch.library.register_autograd(_group_similarity, _similarity_backward, setup_context=_save_features)
+torch.library.register_autograd(_similarity_gradient, refuse_second_derivative("similarity"))
 
 
-@torch.library.custom_op("g2rl::exploration_scores", mutates_args=())
+@register_op
 def _exploration_scores(
     similarity: torch.Tensor, rewards: torch.Tensor, cu_groups: torch.Tensor, valid: torch.Tensor | None
 ) -> torch.Tensor:
@@ -333,12 +334,12 @@ def _exploration_scores(
     return run(similarity, rewards, cu_groups, valid)
 
 
-@_exploration_scores.register_fake
+@torch.library.register_fake(_exploration_scores)
 def _(similarity, rewards, *_):
     return torch.empty_like(rewards)
 
 
-@torch.library.custom_op("g2rl::shape_rewards", mutates_args=())
+@register_op
 def _shape_rewards(
     rewards: torch.Tensor,
     scores: torch.Tensor,
@@ -357,12 +358,12 @@ def _shape_rewards(
     return run(rewards, scores, cu_groups, valid, shaping)
 
 
-@_shape_rewards.register_fake
+@torch.library.register_fake(_shape_rewards)
 def _(rewards, *_):
     return torch.empty_like(rewards)
 
 
-@torch.library.custom_op("g2rl::group_advantages", mutates_args=())
+@register_op
 def _group_advantages(rewards: torch.Tensor, cu_groups: torch.Tensor, normalize: str) -> torch.Tensor:
     cu_groups = _checked(cu_groups, rewards.shape[0])
     _check_finite(rewards)
@@ -370,12 +371,12 @@ def _group_advantages(rewards: torch.Tensor, cu_groups: torch.Tensor, normalize:
     return run(rewards, cu_groups, normalize)
 
 
-@_group_advantages.register_fake
+@torch.library.register_fake(_group_advantages)
 def _(rewards, *_):
     return torch.empty_like(rewards)
 
 
-@torch.library.custom_op("g2rl::g2rl_advantages", mutates_args=())
+@register_op
 def _g2rl_advantages(
     features: torch.Tensor,
     rewards: torch.Tensor,
@@ -400,7 +401,7 @@ def _g2rl_advantages(
         return tuple(run(features, rewards, cu_groups, largest, valid, shaping, normalize))
 
 
-@_g2rl_advantages.register_fake
+@torch.library.register_fake(_g2rl_advantages)
 def _(features, rewards, cu_groups, m_max, *_):
     size = torch.library.get_ctx().new_dynamic_size() if m_max is None else m_max
     similarity = features.new_empty((cu_groups.shape[0] - 1, size, size))
@@ -418,4 +419,4 @@ def _no_gradient(ctx, *grads):
 
 # Scores, shaped rewards and advantages are data for the loss: gradients end here by contract.
 for _op in (_exploration_scores, _shape_rewards, _group_advantages, _g2rl_advantages):
-    _op.register_autograd(_no_gradient, setup_context=_mark_as_data)
+    torch.library.register_autograd(_op, _no_gradient, setup_context=_mark_as_data)

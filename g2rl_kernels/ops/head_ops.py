@@ -11,6 +11,7 @@ import torch
 from g2rl_kernels.checks import ValueChecks, check_targets, own_copy, refuse_second_derivative
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.distributed import all_reduce, local_targets
+from g2rl_kernels.ops.registration import register_op
 from g2rl_kernels.records import Head, Needs, Responses, TokenLogprobs
 
 # Of the largest weight of a response, as a power of two: fp32 holds sums of millions of these, and their inverse, and
@@ -87,7 +88,7 @@ def _moderate(token_weights: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Te
     return (weights * factor).to(token_weights.dtype)
 
 
-@torch.library.custom_op("g2rl::token_logprobs", mutates_args=())
+@register_op
 def token_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -106,12 +107,12 @@ def token_logprobs(
         return tuple(run(hidden, head, targets, workspace_bytes))
 
 
-@token_logprobs.register_fake
+@torch.library.register_fake(token_logprobs)
 def _(hidden, *_):
     return _fake_results(hidden)
 
 
-@torch.library.custom_op("g2rl::sequence_features", mutates_args=())
+@register_op
 def sequence_features(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -134,12 +135,12 @@ def sequence_features(
         return tuple(run(hidden, head, targets, responses, workspace_bytes))
 
 
-@sequence_features.register_fake
+@torch.library.register_fake(sequence_features)
 def _(hidden, weight, bias, targets, cu_seqlens, *_):
     return (_fake_features(hidden, cu_seqlens), *_fake_results(hidden))
 
 
-@torch.library.custom_op("g2rl::token_sums", mutates_args=())
+@register_op
 def token_sums(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -161,12 +162,12 @@ def token_sums(
         return run(hidden, head, local_targets(targets, vocab_start, weight.shape[0]), workspace_bytes)
 
 
-@token_sums.register_fake
+@torch.library.register_fake(token_sums)
 def _(hidden, *_):
     return hidden.new_empty((4, hidden.shape[0]), dtype=_result_dtype(hidden))
 
 
-@torch.library.custom_op("g2rl::part_features", mutates_args=())
+@register_op
 def part_features(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -197,12 +198,12 @@ def part_features(
         return tuple(run(hidden, head, targets, responses, sums, workspace_bytes))
 
 
-@part_features.register_fake
+@torch.library.register_fake(part_features)
 def _(hidden, weight, bias, targets, cu_seqlens, *_):
     return (_fake_features(hidden, cu_seqlens), *_fake_results(hidden))
 
 
-@torch.library.custom_op("g2rl::logprobs_backward", mutates_args=())
+@register_op
 def logprobs_backward(
     grad_logps: torch.Tensor,
     grad_entropy: torch.Tensor,
@@ -230,7 +231,7 @@ def logprobs_backward(
     return grad_hidden, grad_weight, grad_bias if bias is None else grad_bias.to(bias.dtype)
 
 
-@logprobs_backward.register_fake
+@torch.library.register_fake(logprobs_backward)
 def _(grad_logps, grad_entropy, hidden, weight, bias, *rest):
     inputs, needs = (hidden, weight, bias), rest[-1]
     return tuple(
@@ -264,9 +265,9 @@ def _backward(ctx, *grads):
     return (*(grad if need else None for grad, need in zip(computed, needs, strict=True)), *none)
 
 
-token_logprobs.register_autograd(_backward, setup_context=_save_for_backward)
-sequence_features.register_autograd(_backward, setup_context=_save_for_backward)
-logprobs_backward.register_autograd(refuse_second_derivative("logps, entropy"))
+torch.library.register_autograd(token_logprobs, _backward, setup_context=_save_for_backward)
+torch.library.register_autograd(sequence_features, _backward, setup_context=_save_for_backward)
+torch.library.register_autograd(logprobs_backward, refuse_second_derivative("logps, entropy"))
 
 
 def _save_of_part(ctx, inputs, output):
@@ -281,4 +282,4 @@ def _backward_of_part(ctx, *grads):
     return (grad_hidden, *others)
 
 
-part_features.register_autograd(_backward_of_part, setup_context=_save_of_part)
+torch.library.register_autograd(part_features, _backward_of_part, setup_context=_save_of_part)
