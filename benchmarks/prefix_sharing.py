@@ -29,6 +29,7 @@ from g2rl.config import ConfigError, ModelConfig, load_config
 from g2rl.forward import ForwardPass, attention_width, backbone_weights
 from g2rl.heads import lm_head
 from g2rl.model import load_model
+from g2rl.precision import settled
 from g2rl.rollout import make_batch
 from g2rl.shared_prompts import attention_pairs
 from g2rl.types import Batch, Episode, Problem
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     try:
-        config = load_config(CONFIG, arguments.overrides).model
+        config = settled(load_config(CONFIG, arguments.overrides)).model
         model, _ = load_model(config)
     except ConfigError as error:
         sys.exit(f"benchmarks.prefix_sharing: {error}")

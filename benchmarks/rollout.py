@@ -29,6 +29,7 @@ from benchmarks.reporting.reports import begin, result_file, write_report
 from benchmarks.reporting.tables import digits
 from g2rl.config import Config, ConfigError, load_config
 from g2rl.model import load_model
+from g2rl.precision import settled
 from g2rl.rollout import Sampler, Sampling, TransformersSampler, left_pad, make_sampler, response_seeds
 from g2rl.rollout.decoding import plain_generation, until_stop
 from g2rl.rollout.draws import Draws, uniforms
@@ -186,7 +187,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     try:
-        config = load_config(CONFIG, arguments.overrides)
+        config = settled(load_config(CONFIG, arguments.overrides))
         samplers, reason = engines(config)
     except ConfigError as error:
         sys.exit(f"benchmarks.rollout: {error}")

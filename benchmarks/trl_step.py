@@ -92,7 +92,8 @@ def run_g2rl(tokens: int, steps: int, folder: str) -> list[float]:
     from g2rl.trainer import Trainer
 
     overrides = [f"steps={steps}", f"rollout.max_new_tokens={tokens}", f"runs_dir={folder}", "eval.every=0"]
-    Trainer(load_config(Path("configs/quickstart.yaml"), [*overrides, "checkpoint.every=0"])).run()
+    overrides += ["checkpoint.every=0", "model.autocast=bfloat16", "rollout.dtype=bfloat16"]
+    Trainer(load_config(Path("configs/quickstart.yaml"), overrides)).run()
     lines = (Path(folder) / "quickstart" / "metrics.jsonl").read_text().splitlines()
     return [row["time/step"] for row in map(json.loads, lines) if "time/step" in row]
 

@@ -60,8 +60,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the model's weights. Of weights in bfloat16 that are trained the optimiser keeps copies in float32, which
     it updates."""
-    autocast: Literal["bfloat16", "none"] = "bfloat16"
-    """Type of the matrix products in the training forward and backward pass."""
+    autocast: Literal["auto", "bfloat16", "none"] = "auto"
+    """Type of the matrix products in the training forward and backward pass, `none` for that of the weights. `auto` is
+    bfloat16 where the processor has instructions for it; a run keeps what it began with."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """transformers' attention implementation; `sdpa` leaves models that do not have it their own. On a CPU, `eager` has
     the faster backward pass for short sequences."""
@@ -76,6 +77,12 @@ class ModelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU when there is one."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether `autocast` is bfloat16; of a configuration as `g2rl.precision.settled` returns it."""
+        assert self.autocast != "auto", "model.autocast: expected a type, found auto; g2rl.precision.settled chooses it"
+        return self.autocast == "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,9 @@ class RolloutConfig:
     """Divides the logits in sampling, and in the policy that is trained."""
     top_p: float = 1.0
     """Nucleus sampling: probability mass kept; 1 keeps all."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the weights' copy that generates; bfloat16 halves the bytes read for each token."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of the weights' copy that generates; bfloat16 halves the bytes read for each token. `auto` is bfloat16 where
+    the processor has instructions for it, or a server generates, else float32; a run keeps what it began with."""
     batch_size: int = 64
     """Responses generated at once."""
     max_extra_groups: int = 0

@@ -20,6 +20,7 @@ from g2rl.config import Config, ConfigError, ParallelConfig
 from g2rl.files import StorageError
 from g2rl.forecast import Forecast, Rates, forecast, measure_rates
 from g2rl.model import load_shape, load_tokenizer, local_path, resolve_device
+from g2rl.precision import has_bf16, settled
 from g2rl.rollout import RolloutError
 from g2rl.trackers import make_trackers
 from g2rl.trainer import Trainer
@@ -47,6 +48,10 @@ _SPLIT = (
     "The step and the forecast are of one process: fsdp2 splits weights, gradients, the optimiser's states and the "
     "reference model over ranks, each with a rollout copy that is whole."
 )
+_FLOAT32 = (
+    "Types left to `auto` are float32 on this processor, which has no instructions for bfloat16; "
+    "model.autocast=bfloat16 rollout.dtype=bfloat16 forecasts for one that has them, as GPUs do."
+)
 
 
 def dry_run(config: Config) -> Forecast:
@@ -57,6 +62,7 @@ def dry_run(config: Config) -> Forecast:
     Raises:
         ConfigError, TrainingError: as in training; or the architecture cannot be scaled down, or forecast.
     """
+    left_open, config = config, settled(config)
     make_trackers(config)  # which names those that are not installed; the step has none, which would keep a record
     path = local_path(config.model)
     try:
@@ -66,7 +72,7 @@ def dry_run(config: Config) -> Forecast:
     device = resolve_device(config.model.device)
     with tempfile.TemporaryDirectory(prefix="g2rl-dry-run-") as folder:
         prompt_tokens, seconds = _rehearse(config, shape, tokenizer, Path(folder))
-    computes = config.model.autocast if config.model.autocast == "bfloat16" else config.model.dtype
+    computes = "bfloat16" if config.model.in_bfloat16 else config.model.dtype
     rates = measure_rates(getattr(torch, computes), device)
     console = Console()
     console.print(f"One step with a tiny {shape.model_type} on {config.task.name} works ({seconds:.1f} s).")
@@ -74,6 +80,8 @@ def dry_run(config: Config) -> Forecast:
         expected = forecast(config, shape, prompt_tokens, rates)
     console.print(_table(config, expected))
     console.print(_basis(device, computes, rates, prompt_tokens))
+    if not has_bf16(device) and "auto" in (left_open.model.autocast, left_open.rollout.dtype):
+        console.print(_FLOAT32)
     if config.parallel.strategy == "fsdp2":
         console.print(_SPLIT)
     return expected

@@ -61,34 +61,6 @@ class Forecast:
         return sum(self.lasting.values()) + max(sum(self.update.values()), sum(self.rollout.values()))
 
 
-_SLOWER = 1.5
-"""Times a product in bfloat16 takes longer than in float32, from which on a run says so. Noise stays below."""
-
-
-def bf16_warning(config: Config, device: torch.device) -> str | None:
-    """What to set where the processor has no instructions for bfloat16 and widens it first; None where it has some."""
-    settings = []
-    if (config.model.dtype, config.model.autocast) == ("float32", "bfloat16"):
-        settings.append("model.autocast=none")
-    if (config.rollout.engine, config.rollout.dtype) == ("transformers", "bfloat16"):
-        settings.append("rollout.dtype=float32")
-    if device.type != "cpu" or not settings:
-        return None
-    times = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
-    if times < _SLOWER:
-        return None
-    return (
-        f"products in bfloat16 take {times:.1f} times as long as in float32 on this processor, which "
-        f"{' '.join(settings)} would spare"
-    )
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Of a product of 512 rows; draws no random numbers, which are a run's own."""
-    x = torch.ones(512, 512, dtype=dtype)
-    return _seconds(lambda: torch.mm(x, x), x.device)
-
-
 def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
     """The best of five products of 4096 rows on a GPU, 1024 on a CPU, and of five copies of 256 MB."""
     n = 4096 if device.type == "cuda" else 1024
@@ -119,7 +91,7 @@ def forecast(config: Config, shape: Any, prompt_tokens: int, rates: Rates) -> Fo
         saved = _saved_bytes(model, rows, length) + saved / layers
     sizes = _Sizes.of(config, model)
     update = {"gradients": sizes.gradient_bytes, f"activations, {rows} x {length} tokens": saved}
-    if config.model.autocast == "bfloat16" and config.model.dtype == "float32":
+    if config.model.in_bfloat16 and config.model.dtype == "float32":
         update["weights cast to bfloat16"] = 2 * sizes.plain
     return Forecast(
         parameters=sizes.plain + sizes.adapter,
@@ -135,7 +107,7 @@ def forecast(config: Config, shape: Any, prompt_tokens: int, rates: Rates) -> Fo
 
 
 def _meta_model(config: Config, shape: Any) -> Any:
-    computes = torch.bfloat16 if config.model.autocast == "bfloat16" else getattr(torch, config.model.dtype)
+    computes = torch.bfloat16 if config.model.in_bfloat16 else getattr(torch, config.model.dtype)
     attention = "eager" if config.model.attention == "eager" else _FUSED
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=computes, attn_implementation=attention)

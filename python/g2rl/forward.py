@@ -70,7 +70,7 @@ class ForwardPass:
     """
 
     def __init__(self, model: Any, config: ModelConfig) -> None:
-        self._in_bf16 = config.autocast == "bfloat16"
+        self._in_bf16 = config.in_bfloat16
         self._config = model.config.get_text_config()
         self._window = _window(self._config)
         self._weights = backbone_weights(model)

@@ -60,7 +60,7 @@ class Policy:
 
 def check_head(model: Any, config: ModelConfig) -> None:
     """Raise `ConfigError` where `lm_head` is not all that the model does with its last hidden states."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.autocast == "bfloat16"):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.in_bfloat16):
         difference = head_difference(model)
     if difference:
         raise ConfigError(f"model.path: expected a model with a head that G2RL serves, but {difference}")

@@ -23,7 +23,6 @@ from g2rl.ahead import Rollouts
 from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from g2rl.config import Config, ConfigError, ModelConfig, config_yaml, save_config
 from g2rl.evaluate import evaluate, evaluation_seed
-from g2rl.forecast import bf16_warning
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog
 from g2rl.methods import make_method
 from g2rl.model import load_model, resolve_device
@@ -32,6 +31,7 @@ from g2rl.parallel.agree import versions
 from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.parallel.sharding import place, where_to_load
 from g2rl.policy import Policy, Reference
+from g2rl.precision import settled
 from g2rl.progress import TrainingProgress
 from g2rl.rewards import resolve_rewards
 from g2rl.rollout import gap_warning, make_sampler
@@ -62,9 +62,9 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks = ALONE) -> None:
         # Before anything is made of them: an adapter saves its base's path, the run its configuration.
         config = replace(config, model=_found_anywhere(config.model), task=found_anywhere(config.task))
-        self.config = config
-        self.ranks = ranks
         ranks.check(config)
+        self.config = config = settled(config, ranks)
+        self.ranks = ranks
         if config.backend != "auto":
             use_backend(config.backend)
         resolve_rewards(config.rewards)
@@ -116,8 +116,6 @@ class Trainer:
             log = self._log(resume_step)
             at_end.callback(log.close)
             with self.ranks.on_first(TrainingProgress, config.steps, self.step) as progress:
-                if self.ranks.first and (warning := bf16_warning(config, self.device)):
-                    progress.message(warning)
                 if resume_step in (None, NOTHING_SAVED) and config.eval.every:
                     metrics, results = self._evaluate(self._times())
                     log.metrics(0, metrics)

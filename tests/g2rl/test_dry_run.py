@@ -29,9 +29,9 @@ from transformers import (
 )
 
 from g2rl.cli import main
-from g2rl.config import Config, ConfigError, ModelConfig, RolloutConfig, TaskConfig, load_config
+from g2rl.config import Config, ConfigError, TaskConfig, load_config
 from g2rl.dry_run import dry_run, scaled_down
-from g2rl.forecast import Rates, _saved_bytes, bf16_warning, forecast
+from g2rl.forecast import Rates, _saved_bytes, forecast
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SPECIAL = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": True}
@@ -198,7 +198,7 @@ def test_what_a_run_has_beside_its_step(
     ],
 )
 def test_copies_of_the_sampler(override: str, copied: bool, tiny_model: Path) -> None:
-    config = load_config(None, ["rollout.dtype=float32", override])
+    config = load_config(None, ["model.autocast=none", "rollout.dtype=float32", override])
     lasting = forecast(config, AutoConfig.from_pretrained(tiny_model), 100, Rates(1e15, 1e12)).lasting
     assert any("rollout copy" in name for name in lasting) == copied
 
@@ -279,24 +279,3 @@ def test_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (model / "config.json").write_text(json.dumps({"model_type": "nothing-known"}))
     assert main(arguments) == 2
     assert "model.path: expected a causal language model" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({}, "4.0 times as long as in float32 on this processor, which model.autocast=none rollout.dtype=float32"),
-        ({"model": ModelConfig(autocast="none")}, "which rollout.dtype=float32 would spare"),
-        ({"rollout": RolloutConfig(engine="vllm")}, "which model.autocast=none would spare"),
-        ({"model": ModelConfig(autocast="none"), "rollout": RolloutConfig(dtype="float32")}, None),
-    ],
-)
-def test_slow_products_in_bf16_are_told(
-    settings: dict[str, object], says: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seconds = {torch.bfloat16: 0.4, torch.float32: 0.1}
-    monkeypatch.setattr("g2rl.forecast._product_seconds", seconds.__getitem__)
-    found = bf16_warning(Config(**settings), torch.device("cpu"))
-    assert found is None if says is None else says in str(found)
-    assert bf16_warning(Config(**settings), torch.device("cuda")) is None
-    seconds[torch.bfloat16] = 0.13  # noise
-    assert bf16_warning(Config(**settings), torch.device("cpu")) is None

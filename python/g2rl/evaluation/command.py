@@ -24,6 +24,7 @@ from g2rl.evaluation.scores import Scores, score
 from g2rl.evaluation.suite import Settings, read_suite, suite_problems
 from g2rl.history import chosen
 from g2rl.model import load_model
+from g2rl.precision import settled
 from g2rl.rollout import make_sampler
 from g2rl.tasks.data_sets import DATA_SETS
 from g2rl.tasks.grading import JUDGES, Judge
@@ -53,7 +54,7 @@ _IN_A_SUITE = {
 
 
 def model_config(checkpoint: str, overrides: Sequence[str]) -> Config:
-    """Return the configuration of a checkpoint's run, or the default one, with `model.path` the checkpoint.
+    """Return the configuration of a checkpoint's run, or the default one, settled, with `model.path` the checkpoint.
 
     Args:
         checkpoint: a checkpoint, a run's folder (its newest one is taken), a model folder or name.
@@ -65,7 +66,7 @@ def model_config(checkpoint: str, overrides: Sequence[str]) -> Config:
     folder = Path(checkpoint)
     if folder.is_dir() and ((folder / "trainer.pt").is_file() or not (folder / "config.json").is_file()):
         folder = find_checkpoint(folder)
-    config = checkpoint_config(folder, overrides)
+    config = settled(checkpoint_config(folder, overrides))
     return replace(config, model=replace(config.model, path=str(folder) if folder.is_dir() else checkpoint))
 
 
@@ -122,8 +123,10 @@ def _evaluate_model(
     judges: Mapping[str, Judge],
 ) -> list[Scores]:
     # Nothing is trained here: the weights are loaded in the type that generates, and no copy of them is needed.
-    model, tokenizer = load_model(replace(config.model, dtype=config.rollout.dtype))
-    made_by = {"engine": config.rollout.engine, "dtype": config.rollout.dtype, "weights": digest(model)}
+    dtype = config.rollout.dtype
+    assert dtype != "auto"  # it is settled
+    model, tokenizer = load_model(replace(config.model, dtype=dtype))
+    made_by = {"engine": config.rollout.engine, "dtype": dtype, "weights": digest(model)}
     scores = []
     with closing(make_sampler(model, tokenizer, config.rollout)) as sampler:
         sampler.sync()

@@ -66,7 +66,7 @@ def shard(model: Any, config: ModelConfig, device: torch.device, ranks: int) -> 
         config: `autocast` counts here.
         device: where the parts go.
     """
-    half = torch.bfloat16 if config.autocast == "bfloat16" else None
+    half = torch.bfloat16 if config.in_bfloat16 else None
     trained = any(parameter.requires_grad for parameter in model.parameters())
     settings: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (ranks,)),
