@@ -141,7 +141,7 @@ def test_a_model_it_cannot_serve(sampler: engine.VLLMSampler) -> None:
     model: Any = GPTBigCodeForCausalLM(GPTBigCodeConfig(**sizes))
     model.config.architectures = ["GPTBigCodeForCausalLM"]
     with pytest.raises(ConfigError, match=r"rollout\.engine: vLLM .* does not take a gpt_bigcode"):
-        make_sampler(model, sampler.tokenizer, RolloutConfig(engine="vllm", vllm=SMALL))
+        make_sampler(model, sampler.tokenizer, RolloutConfig(engine="vllm", vllm=SMALL, **ROLLOUT))
 
 
 def _made(sampler: engine.VLLMSampler, options: dict[str, Any]) -> engine.VLLMSampler:
