@@ -13,9 +13,9 @@ import pytest
 from g2rl.config import ConfigError, TaskConfig
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task
-from g2rl.tasks.evaluating import evaluates
 from g2rl.tasks.judges import reasoning_gym_judge
 from g2rl.tasks.pool import LIMIT_S, PATIENCE, JudgePool
+from g2rl.tasks.unsafe_judges import evaluates
 from tests.faults import hostile_text as texts
 
 factory = pytest.importorskip("reasoning_gym.factory")

@@ -17,10 +17,10 @@ from g2rl.tasks.answers import extract_boxed, extract_tagged, last_number, one_b
 from g2rl.tasks.base import Task, check_index, content
 from g2rl.tasks.custom import ENTRY_POINTS
 from g2rl.tasks.data_sets import DATA_SETS
-from g2rl.tasks.evaluating import evaluates
 from g2rl.tasks.judges import reasoning_gym_judge
 from g2rl.tasks.pool import JudgePool, PoolError
 from g2rl.tasks.spelling import MAX_ANSWER, unwrap_text
+from g2rl.tasks.unsafe_judges import evaluates
 from g2rl.types import Problem
 
 RIGHT = 0.99
@@ -44,9 +44,9 @@ class ReasoningGymTask(Task):
 
     The answer is the last box of a response (none where a box right beside it differs), else its last ``<answer>``
     element, else its last line, or on demand its last number. It is right from a score of `RIGHT`; scoring runs in
-    worker processes with a time limit. Where the library's judge evaluates answers as code (`g2rl.tasks.evaluating`),
-    the kernel keeps them from files, network and processes (`g2rl.tasks.sandbox`). A few of the generators iterate over
-    sets: exact repetition of those across processes takes a fixed ``PYTHONHASHSEED``.
+    worker processes with a time limit. Where the library's judge evaluates answers as code
+    (`g2rl.tasks.unsafe_judges`), the kernel keeps them from files, network and processes (`g2rl.tasks.sandbox`). A few
+    of the generators iterate over sets: exact repetition of those across processes takes a fixed ``PYTHONHASHSEED``.
 
     Args:
         name: the data set's name in reasoning-gym.

@@ -8,8 +8,8 @@ import pytest
 
 from g2rl.config import ConfigError, TaskConfig
 from g2rl.tasks import make_task
-from g2rl.tasks.evaluating import evaluates
 from g2rl.tasks.pool import JudgePool, PoolError
+from g2rl.tasks.unsafe_judges import evaluates
 
 pytest.importorskip("reasoning_gym")
 
