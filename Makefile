@@ -12,6 +12,7 @@
 # make areal     those by AReaL's trainer, likewise
 # make swift     those by ms-swift's command with examples/swift_g2rl.py, likewise
 # make axolotl   those by axolotl's command, likewise
+# make torchrl   those of examples/torchrl_g2rl.py in TorchRL's loop, likewise
 # make unsloth   training runs by unsloth's trainer with G2RL on a CPU, in an environment of their own
 # make vllm      those of sampling by vLLM, in an environment of their own
 # make lowest    the tests of each extra with the lowest versions that it allows, in environments of their own
@@ -43,7 +44,7 @@ CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard $(addprefix csrc/*/,*.cpp *.cu *.h CMakeLists.txt)) CMakeLists.txt
 
 # Other people's trainers, which are run with G2RL in them: make NAME.
-TRAINERS := areal openrlhf skyrl swift axolotl unsloth
+TRAINERS := areal openrlhf skyrl swift axolotl torchrl unsloth
 
 .PHONY: setup train test ranks faults planted ctest trl verl $(TRAINERS) vllm lowest audit bf16 sanitize sanitize-ops aarch64 \
   macos cuda wheel bench bench-report gpu lint clean

@@ -21,9 +21,10 @@ from g2rl.integrations.exploration import (
     range_left,
     require_plain,
     reward_warnings,
+    shape_by_uid,
     shape_in_range,
 )
-from g2rl.integrations.section import read_options, shape_by_uid
+from g2rl.integrations.section import read_options
 from g2rl.integrations.verl.shaping import add_to_last, final_outputs, predicted_response
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
 

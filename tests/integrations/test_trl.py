@@ -30,7 +30,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from g2rl.integrations.head_pass import HeadPass, add_head_pass, run_head_pass
+from g2rl.integrations.head_pass import HeadPass, add_head_pass, causal_lm_inside, run_alongside, run_head_pass
 from g2rl.integrations.trl import BONUS, G2RLConfig, G2RLMixin, G2RLRLOOConfig, G2RLRLOOTrainer, G2RLTrainer
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
 
@@ -371,6 +371,22 @@ def test_a_head_pass_is_refused_by_a_model_of_pefts(tiny_model: Path) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(TypeError, match=r"expected the one inside PEFT's, model.get_base_model\(\), found PeftModel"):
         add_head_pass(model)
+
+
+def test_a_head_pass_is_refused_by_what_wraps_a_model(tiny_model: Path) -> None:
+    """Before anything is put into it, or run; the way out that the message names is one."""
+    ids = torch.arange(24).view(2, 12)
+    head_pass = HeadPass(ids, ids >= 0, None, 1.0)
+    wrapper = torch.nn.ModuleDict({"model": AutoModelForCausalLM.from_pretrained(tiny_model)})
+    said = "expected one of transformers, as causal_lm_inside finds it in a wrapper, found ModuleDict"
+    with pytest.raises(TypeError, match=said):
+        add_head_pass(wrapper)
+    with pytest.raises(TypeError, match=said), run_alongside(wrapper, head_pass):
+        pass
+    inside = causal_lm_inside(wrapper)
+    with run_alongside(inside, head_pass) as outputs:
+        inside(ids)
+    assert len(outputs) == 1
 
 
 def test_a_model_without_a_head_pass_is_named(tiny_model: Path) -> None:

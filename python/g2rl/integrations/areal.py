@@ -25,9 +25,9 @@ from areal.utils.environ import is_single_controller
 
 from g2rl.config import ConfigError
 from g2rl.heads import adapts_head
-from g2rl.integrations.exploration import Once, few_responses, reward_warnings
+from g2rl.integrations.exploration import Once, few_responses, reward_warnings, shape_by_uid
 from g2rl.integrations.head_pass import FeaturePass, LogpsCheck, causal_lm_inside
-from g2rl.integrations.section import read_options, shape_by_uid
+from g2rl.integrations.section import read_options
 
 logger = logging.getLogger("G2RL")
 

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -87,6 +88,34 @@ def shape_in_range(
         return rewards, metrics
     # In one dtype, or a reward of another, such as fp64, would move by its rounding.
     return rewards + (result.shaped_rewards - inner.to(result.shaped_rewards)) * scale, metrics
+
+
+def shape_by_uid(
+    features: torch.Tensor, rewards: torch.Tensor, uids: Sequence[str], options: Options
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Shaped rewards of responses whose groups are in any order and of any sizes.
+
+    Args:
+        features: [B, d]; rewards: [B] fp32, raw.
+        uids: of the prompts, B of them, alike in a group alone.
+
+    Returns:
+        shaped rewards [B] in the scale of the raw ones, and the step's metrics.
+
+    Raises:
+        ValueError: features that are not finite.
+    """
+    finite = features.isfinite().all(1)
+    if not bool(finite.all()):
+        raise ValueError(f"g2rl: expected finite features, found NaN or inf in {int((~finite).sum())} responses")
+    rows = sorted(range(len(uids)), key=uids.__getitem__)
+    sizes = [len(list(group)) for _, group in groupby(rows, key=uids.__getitem__)]
+    order = torch.tensor(rows, device=features.device)
+    cu_groups = torch.tensor([0, *accumulate(sizes)], device=features.device)
+    found, metrics = shape_in_range(features[order], rewards[order], cu_groups, options.shaping, options.reward_range)
+    shaped = torch.empty_like(rewards)
+    shaped[order] = found
+    return shaped, metrics
 
 
 def exploration_metrics(

@@ -40,11 +40,12 @@ class HeadOutputs(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadPass:
-    """What to compute from the hidden states [B, L, d] of a batch of padded sequences.
+    """What to compute from the hidden states [B, L, d] of a batch of sequences, padded on either side.
 
     Attributes:
         input_ids: [B, L] int64.
-        scored: [B, L], bools or numbers; non-zero marks a token whose log-probability is wanted.
+        scored: [B, L], bools or numbers; non-zero marks a token whose log-probability is wanted. The first of a row,
+            which nothing predicts, is left out.
         token_weights: [B, L] of each token in its sequence's feature, 0 for tokens of tools; None: no features.
         temperature: of the policy.
         dtype: of the head's product; None: autocast's, or the hidden states'.
@@ -110,10 +111,9 @@ def add_head_pass(model: Any) -> None:
         model: a causal language model of transformers, not yet wrapped for distribution; the base model of a PEFT one.
 
     Raises:
-        TypeError: it is a PEFT model itself.
+        TypeError: it is no model of transformers, such as a PEFT model itself.
     """
-    if hasattr(model, "get_base_model"):
-        raise TypeError(f"model: expected the one inside PEFT's, model.get_base_model(), found {type(model).__name__}")
+    _require_model(model)
     original = model.forward
     # A copy of the model is to run its own weights.
     function = getattr(original, "__func__", None)
@@ -127,6 +127,15 @@ def add_head_pass(model: Any) -> None:
         return _changed(outputs, _as_complex)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _require_model(model: Any) -> None:
+    if isinstance(model, PreTrainedModel):
+        return
+    found = type(model).__name__
+    if hasattr(model, "get_base_model"):
+        raise TypeError(f"model: expected the one inside PEFT's, model.get_base_model(), found {found}")
+    raise TypeError(f"model: expected one of transformers, as causal_lm_inside finds it in a wrapper, found {found}")
 
 
 def run_head_pass(model: Any, head_pass: HeadPass, **inputs: Any) -> HeadOutputs:
@@ -162,9 +171,16 @@ def _changed(outputs: HeadOutputs, change: Callable[[torch.Tensor], torch.Tensor
 def run_alongside(model: Any, head_pass: HeadPass) -> Iterator[list[HeadOutputs]]:
     """Apply `head_pass` to the hidden states of forward passes that others run inside the block, rows in their order.
 
+    Args:
+        model: as in `add_head_pass`; wrapped or not is theirs.
+
     Yields:
         the outputs so far, one for each pass.
+
+    Raises:
+        TypeError: as `add_head_pass`.
     """
+    _require_model(model)
     outputs: list[HeadOutputs] = []
     done = 0
 

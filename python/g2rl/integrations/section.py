@@ -1,19 +1,13 @@
-"""A section `g2rl` of another trainer's configuration, and rewards of groups in any order shaped by it.
-
-B responses, d hidden, as everywhere.
-"""
+"""A section `g2rl` of another trainer's configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
-from itertools import accumulate, groupby
 from typing import Any
 
-import torch
-
 from g2rl.config import ConfigError
-from g2rl.integrations.exploration import Options, read_range, shape_in_range
+from g2rl.integrations.exploration import Options, read_range
 from g2rl_kernels import Shaping
 
 
@@ -39,29 +33,3 @@ def read_options(section: Mapping[str, Any] | None) -> Options:
         return Options(Shaping(**values), read_range("g2rl.reward_range", reward_range))
     except ValueError as error:
         raise ConfigError(str(error).replace("shaping.", "g2rl.", 1)) from error
-
-
-def shape_by_uid(
-    features: torch.Tensor, rewards: torch.Tensor, uids: Sequence[str], options: Options
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Shaped rewards of responses whose groups are in any order and of any sizes.
-
-    Args:
-        features: [B, d]; rewards: [B] fp32, raw; uids: of the prompts.
-
-    Returns:
-        shaped rewards [B] in the scale of the raw ones, and the step's metrics.
-
-    Raises:
-        ValueError: features that are not finite.
-    """
-    finite = features.isfinite().all(1)
-    if not bool(finite.all()):
-        raise ValueError(f"g2rl: expected finite features, found NaN or inf in {int((~finite).sum())} responses")
-    rows = sorted(range(len(uids)), key=uids.__getitem__)
-    sizes = [len(list(group)) for _, group in groupby(rows, key=uids.__getitem__)]
-    order, cu_groups = torch.tensor(rows), torch.tensor([0, *accumulate(sizes)])
-    found, metrics = shape_in_range(features[order], rewards[order], cu_groups, options.shaping, options.reward_range)
-    shaped = torch.empty_like(rewards)
-    shaped[order] = found
-    return shaped, metrics

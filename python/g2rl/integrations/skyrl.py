@@ -26,9 +26,9 @@ from skyrl.train.utils.utils import initialize_ray
 
 from g2rl.config import ConfigError
 from g2rl.heads import adapts_head
-from g2rl.integrations.exploration import Once, Options, few_responses, reward_warnings
+from g2rl.integrations.exploration import Once, Options, few_responses, reward_warnings, shape_by_uid
 from g2rl.integrations.head_pass import FeaturePass, LogpsCheck, causal_lm_inside
-from g2rl.integrations.section import read_options, shape_by_uid
+from g2rl.integrations.section import read_options
 from g2rl_kernels import SequenceFeatures
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 
 from g2rl.config import ConfigError
-from g2rl.integrations.exploration import Once, Options, few_responses, reward_warnings
-from g2rl.integrations.section import read_options, shape_by_uid
+from g2rl.integrations.exploration import Once, Options, few_responses, reward_warnings, shape_by_uid
+from g2rl.integrations.section import read_options
 from g2rl.integrations.verl.engine import FEATURES, REQUEST
 from g2rl.integrations.verl.shaping import add_to_last, final_outputs
 
