@@ -166,10 +166,13 @@ __global__ void __launch_bounds__(kThreads, 2) projection_kernel(const __grid_co
 
 // fp32 weights. A thread has one column of features and half of the responses.
 constexpr int kRowsOfThread = kResponses * kFeatures / kThreads;
+// Of a word's residuals in shared memory: in rows of 64 the words of a warp would all be in one bank.
+constexpr int kStride = kResponses + 4;
+constexpr int kAtOnce = 8;  // entries of W on their way; more would leave registers for one block a multiprocessor
 
 __global__ void __launch_bounds__(kThreads) fp32_projection_kernel(const __grid_constant__ Arguments p) {
   SHARED(shared);
-  float* residuals = reinterpret_cast<float*>(shared);  // [kDepth, kResponses]
+  float* residuals = reinterpret_cast<float*>(shared);  // [kDepth, kStride]
   const Work work(p);
   const int k = work.k + threadIdx.x % kFeatures, row = threadIdx.x / kFeatures * kRowsOfThread;
   const float* weight = static_cast<const float*>(p.head.weight) + k;
@@ -179,15 +182,23 @@ __global__ void __launch_bounds__(kThreads) fp32_projection_kernel(const __grid_
     for (int at = threadIdx.x; at < kDepth * kResponses; at += kThreads) {
       const int v = v0 + at % kDepth, b = work.b + at / kDepth;
       const bool inside = v < work.end && b < p.B;
-      residuals[at % kDepth * kResponses + at / kDepth] = inside ? p.R[int64_t(b) * p.head.V + v] * p.inverse[b] : 0.f;
+      residuals[at % kDepth * kStride + at / kDepth] = inside ? p.R[int64_t(b) * p.head.V + v] * p.inverse[b] : 0.f;
     }
     __syncthreads();
     // Steps start from 0, so that long sums round less.
     float step[kRowsOfThread] = {};
     const int count = work.end - v0 < kDepth ? work.end - v0 : kDepth;
-    for (int i = 0; i < count; ++i) {
-      const float w = k < p.head.d ? weight[(v0 + i) * p.head.stride] : 0.f;
-      UNROLL for (int r = 0; r < kRowsOfThread; ++r) step[r] = fmaf(residuals[i * kResponses + row + r], w, step[r]);
+    for (int i0 = 0; i0 < count; i0 += kAtOnce) {
+      float w[kAtOnce];
+      UNROLL for (int i = 0; i < kAtOnce; ++i) {
+        w[i] = k < p.head.d && i0 + i < count ? weight[(v0 + i0 + i) * p.head.stride] : 0.f;
+      }
+      // Residuals beyond the vocabulary are 0.
+      UNROLL for (int i = 0; i < kAtOnce; ++i) {
+        UNROLL for (int r = 0; r < kRowsOfThread; ++r) {
+          step[r] = fmaf(residuals[(i0 + i) * kStride + row + r], w[i], step[r]);
+        }
+      }
     }
     UNROLL for (int r = 0; r < kRowsOfThread; ++r) sums[r] += step[r];
   }
@@ -211,7 +222,7 @@ int project(const Head& head, const float* R, const float* inverse, int B, float
   const int error = choose(head.dtype, [&](auto number) {
     using T = decltype(number);
     if constexpr (std::is_same_v<T, float>) {
-      return launch({blocks, kThreads, kDepth * kResponses * 4}, stream, fp32_projection_kernel, p);
+      return launch({blocks, kThreads, kDepth * kStride * 4}, stream, fp32_projection_kernel, p);
     } else {
       const int shared = kStages * kStageBytes + Split<T>::kTerms * kTermBytes + kResponses * int(sizeof(float));
       const bool aligned = head.stride % 8 == 0 && reinterpret_cast<uintptr_t>(head.weight) % 16 == 0;

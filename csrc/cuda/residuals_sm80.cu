@@ -25,23 +25,31 @@ struct TokenTerms {
   int y;
 };
 
-// What an epilogue has of shared memory: terms, and in their place sums of four warps when terms were read.
+// What an epilogue has of shared memory: terms, and in their place sums, of four warps or a word each, when terms were
+// read.
 struct Scratch {
   uint8_t* memory;
 
   DEVICE TokenTerms* terms() const { return reinterpret_cast<TokenTerms*>(memory); }
-  DEVICE float* sums() const { return reinterpret_cast<float*>(memory); }
+  template <class T = float>
+  DEVICE T* sums() const {
+    return reinterpret_cast<T*>(memory);
+  }
 };
 static_assert(4 * kTile * sizeof(float) <= kTile * sizeof(TokenTerms));
+static_assert(kTile * sizeof(double) <= kTile * sizeof(TokenTerms));
 static_assert(kTile * sizeof(TokenTerms) <= kScratchBytes);
 
 template <bool SOFTCAP, bool STATISTICS>
 struct Residuals {
+  using Sum = std::conditional_t<STATISTICS, double, float>;  // double where `add_targets` cancels most of it
+
   const Arguments& p;
   const Scratch scratch;
   const int v0, start, end;
   const Place at = Place::here();
-  float segment[kRowsOfThread] = {}, r[kRowsOfThread] = {};  // r: of the segments before
+  float segment[kRowsOfThread] = {};
+  Sum r[kRowsOfThread] = {};  // of the segments before
 
   // Rows of a thread are numbered 2 i + q.
   DEVICE int word(int row) const { return v0 + at.row + 8 * row; }
@@ -136,12 +144,12 @@ struct Residuals {
     UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
       r[row] += __shfl_xor_sync(kAllLanes, r[row], 1);
       r[row] += __shfl_xor_sync(kAllLanes, r[row], 2);
-      if (at.column == 64) scratch.sums()[at.row + 8 * row] = r[row];
+      if (at.column == 64) scratch.template sums<Sum>()[at.row + 8 * row] = r[row];
     }
     __syncthreads();
     UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
       if (at.column != 0 || word(row) >= p.head.V) continue;
-      p.R[int64_t(response) * p.head.V + word(row)] = r[row] + scratch.sums()[at.row + 8 * row];
+      p.R[int64_t(response) * p.head.V + word(row)] = float(r[row] + scratch.template sums<Sum>()[at.row + 8 * row]);
     }
   }
 };
