@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from g2rl.ahead import Rollouts
 from g2rl.config import load_config
+from g2rl.parallel.ranks import ALONE, Ranks
+from g2rl.times import StageTimes
 from g2rl.trainer import Trainer
+from g2rl.types import Episode
+from tests.g2rl.test_collect import Counts, Engine
 
 SMALL = (
     "model.autocast=none",
@@ -66,3 +75,71 @@ def test_ahead(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     trained(tiny_model, tmp_path, "cut", "steps=4", "checkpoint.every=2", "optim.lr=0.01", f"resume={cut}")
     for file in ("metrics.jsonl", "completions.jsonl", "groups.jsonl"):
         assert lines(cut, file) == lines(ahead, file)
+
+
+class Recorder(Engine):
+    """Keeps the order in which it has done what it is asked; sampling takes a moment, and may fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.fails = False
+
+    def sample(self, *arguments: Any) -> list[Episode]:
+        time.sleep(0.05)
+        self.asked.append("sample")
+        if self.fails:
+            raise ZeroDivisionError
+        return super().sample(*arguments)
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        return lambda: self.asked.append(name)
+
+
+def test_what_a_sampler_is_asked() -> None:
+    """Weights before every sampling, sleep in an update without any; failures are told, and nothing is cut off."""
+    for ahead, second in ((0, []), (1, ["sync", "sample"])):
+        config = load_config(None, ["rollout.prompts=1", "rollout.group_size=2", f"rollout.ahead={ahead}"])
+        sampler, times = Recorder(), StageTimes(torch.device("cpu"), fine=False)
+        rollouts = Rollouts(sampler, Counts([1] * 4), config, ALONE)
+
+        def asked(sampler: Recorder = sampler) -> list[str]:
+            found, sampler.asked = sampler.asked, []
+            return found
+
+        assert rollouts.take(0, 7, times).episodes[0].problem.id == "0"
+        assert asked() == ["sync", "sample"]
+        first = dict(times.seconds)
+        rollouts.begin(False, 1, 8, times)
+        rollouts.wait(times)
+        assert asked() == (second or ["sleep"])
+        # The update hides it: only the wait for it is the step's.
+        assert times.seconds["time/reward"] == first["time/reward"]
+        assert rollouts.take(1, 8, times).episodes[0].problem.id == "1"
+        assert asked() == ([] if second else ["sync", "sample"])
+        rollouts.begin(True, 2, 9, times)
+        rollouts.wait(times)
+        assert rollouts.take(2, 9, times).episodes[0].problem.id == "2"
+        assert asked() == ["sleep", "sync", "sample"]
+        sampler.fails = True
+        rollouts.begin(False, 3, 10, times)
+        with pytest.raises(ZeroDivisionError) if ahead else nullcontext():
+            rollouts.wait(times)
+        asked()
+        rollouts.begin(False, 3, 10, times)
+        rollouts.close()
+        assert asked() == [*(second or ["sleep"]), "close"]
+
+
+def test_ranks_gather_apart_while_the_update_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads of a rank that gather by the same process group would take each other's objects."""
+    apart, used = Ranks(), []
+    monkeypatch.setattr(Ranks, "apart", lambda self: apart)
+    monkeypatch.setattr("g2rl.ahead.collect", lambda *arguments: used.append(arguments[-1]))
+    times = StageTimes(torch.device("cpu"), fine=False)
+    rollouts = Rollouts(Recorder(), None, load_config(None, ["rollout.ahead=1"]), ALONE)
+    rollouts.take(0, 0, times)
+    rollouts.begin(False, 0, 0, times)
+    rollouts.wait(times)
+    rollouts.close()
+    assert [ranks is apart for ranks in used] == [False, True]

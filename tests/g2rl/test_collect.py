@@ -9,6 +9,7 @@ import torch
 
 from g2rl.collect import collect
 from g2rl.config import load_config
+from g2rl.rollout import response_seeds
 from g2rl.times import StageTimes
 from g2rl.types import Episode, Problem
 
@@ -20,9 +21,11 @@ class Engine:
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[str], list[int]]] = []
+        self.laws: set[tuple[float, float]] = set()
 
     def sample(self, problems: list[Problem], copies: int, temperature: float, top_p: float, seeds: list[int]):
         self.calls.append(([problem.id for problem in problems], seeds))
+        self.laws.add((temperature, top_p))
         return [
             Episode(problem, (1,), (2,) * (5 + i), "right" if i < int(problem.prompt) else "wrong", True)
             for problem in problems
@@ -58,12 +61,17 @@ class Counts:
     ],
 )
 def test_dynamic_sampling(extra: int, counts: list[int], calls: list[list[str]], kept: list[int]) -> None:
-    config = load_config(None, ["rollout.prompts=4", "rollout.group_size=3", f"rollout.max_extra_groups={extra}"])
-    engine = Engine()
-    found = collect(engine, Counts([0] * 10 + counts), config, 10, 7, TIMES)
+    law = ["rollout.temperature=0.7", "rollout.top_p=0.9"]
+    config = load_config(None, ["rollout.prompts=4", "rollout.group_size=3", f"rollout.max_extra_groups={extra}", *law])
+    engine, times = Engine(), StageTimes(torch.device("cpu"), fine=False)
+    found = collect(engine, Counts([0] * 10 + counts), config, 10, 7, times)
+    assert engine.laws == {(0.7, 0.9)}
+    assert times.seconds.keys() == {"time/rollout", "time/reward"}
     assert [ids for ids, _ in engine.calls] == calls
     seeds = [seed for _, seeds in engine.calls for seed in seeds]
     assert len(set(seeds)) == len(seeds) == 3 * found.asked
+    # Nor does a later step, whose seed is a small number away, draw what the groups asked again drew.
+    assert not {*seeds} & {seed for later in range(8, 1000) for seed in response_seeds(later, 12)}
     assert [episode.problem.id for episode in found.episodes] == [str(i) for i in kept for _ in range(3)]
     assert found.asked == sum(map(len, calls))
     assert found.tokens == found.asked * (5 + 6 + 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from g2rl.config import ConfigError, load_config
 from g2rl.forward import ForwardPass
 from g2rl.rewards import judge_episodes
 from g2rl.trainer import Trainer
-from g2rl.types import Episode, Verdict
-from g2rl.update import lr_factor
+from g2rl.types import Episode, Problem, Verdict
+from g2rl.update import TrainingError, cut_by_length, lr_factor, padded_tokens
+from g2rl_kernels import sequence_features
 from tests.live_memory import LiveMemory
 
 SMALL = (
@@ -237,7 +239,129 @@ def test_engines_log_probabilities(tiny_model: Path, tmp_path: Path) -> None:
     metrics, _ = trainer.updater.run(1, episodes, verdicts, trainer._times())
     assert metrics["train/rollout_ratio"] == pytest.approx(1, abs=1e-4)
     silent = [replace(episode, logps=None) for episode in episodes]
-    with pytest.raises(ConfigError, match="objective.importance_cap: expected rollouts with log-probabilities"):
-        trainer.updater.run(1, silent, verdicts, trainer._times())
     off = start(tiny_model, tmp_path, "method=grpo")
-    assert "train/rollout_ratio" not in off.updater.run(1, silent, verdicts, off._times())[0]
+    for some in (silent, [*silent[:1], *episodes[1:]]):  # a single one without is enough
+        with pytest.raises(ConfigError, match="objective.importance_cap: expected rollouts with log-probabilities"):
+            trainer.updater.run(1, some, verdicts, trainer._times())
+        assert "train/rollout_ratio" not in off.updater.run(1, some, verdicts, off._times())[0]
+
+
+@pytest.mark.parametrize(
+    ("mini_batches", "updates", "overlong"),
+    [(1, 1, "filter"), (2, 1, "filter"), (2, 2, "filter"), (1, 1, "keep"), (1, 1, "punish")],
+)
+def test_logged_means_by_hand(tiny_model: Path, tmp_path: Path, mini_batches: int, updates: int, overlong: str) -> None:
+    """Filtered tokens count in no mean but the entropy's; a loss is the mean over mini-batches of the last pass.
+
+    At such a learning rate the policy stays what it was, so that a token's part of the loss is its advantage. The
+    engine's probabilities are twice the policy's.
+    """
+    trainer = start(
+        tiny_model, tmp_path, "objective.aggregation=token_mean", "objective.overlong_buffer=4", "optim.lr=1e-30",
+        f"objective.mini_batches={mini_batches}", f"objective.updates={updates}", f"objective.overlong={overlong}",
+    )  # fmt: skip
+    episodes, verdicts = rollouts(trainer)
+    doubled = [replace(e, logps=tuple(logp + math.log(2) for logp in e.logps)) for e in episodes]
+    made = [groups for mini_batch in trainer.updater._mini_batches(doubled, verdicts) for groups in mini_batch]
+    batches = [part.batch for groups in made for part in groups.parts]
+    with torch.no_grad():
+        entropies = torch.cat([trainer.updater.policy.forward(batch, trainer._times())[0].entropy for batch in batches])
+    metrics, result = trainer.updater.run(1, doubled, verdicts, trainer._times())
+    kept = torch.tensor([len(e.response_ids) * (e.finished or overlong != "filter") for e in episodes])
+    kept = kept.view(mini_batches, -1)
+    losses = -(kept * result.advantages.view_as(kept)).sum(1) / kept.sum(1)
+    shaped = result.shaped_rewards.mean()
+    assert losses.abs().min() > 1e-3 and shaped.abs() > 1e-3  # the rewards' mean is 0
+    expected = {
+        "loss": float(losses.mean()),
+        "entropy": float(entropies.mean()),
+        "shaped_reward": float(shaped),
+        "advantage_abs": float(result.advantages.abs().mean()),
+        "rollout_ratio": 0.5,
+        "rollout_gap": math.log(2),
+    }
+    assert {key: metrics[f"train/{key}"] for key in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_gradients_are_scaled_down_to_the_bound(tiny_model: Path, tmp_path: Path) -> None:
+    """Adam's first momentum is 1 - beta1 of the gradient that it is given; the log has the norm of before."""
+    found = {}
+    for bound in (1e-3, 1e6):
+        trainer = start(tiny_model, tmp_path, "method=grpo", f"optim.max_grad_norm={bound}")
+        metrics, _ = trainer.updater.run(1, *rollouts(trainer), trainer._times())
+        momentum = torch.cat([s["exp_avg"].flatten() for s in trainer.updater.optimizer.state.values()])
+        found[bound] = metrics["train/grad_norm"], float(momentum.norm()) / (1 - trainer.config.optim.beta1)
+    norm = found[1e6][0]
+    assert norm > 1e-2
+    assert found[1e-3] == pytest.approx((norm, 1e-3), rel=1e-4)
+    assert found[1e6] == pytest.approx((norm, norm), rel=1e-4)
+
+
+def test_every_update_has_its_own_rate_and_gradient(tiny_model: Path, tmp_path: Path) -> None:
+    """Two steps of two updates, two of the four are warm-up; nothing of a gradient is left for the next."""
+    trainer = start(tiny_model, tmp_path, "method=grpo", "objective.mini_batches=2", "optim.warmup_steps=1")
+    rates = []
+    optimizer = trainer.updater.optimizer
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    episodes, verdicts = rollouts(trainer)
+    logged = [trainer.updater.run(n, episodes, verdicts, trainer._times())[0]["train/lr"] for n in (1, 2)]
+    assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2])
+    assert logged == [rates[1], rates[3]]
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_features_are_of_one_pass(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two passes of updates over two micro-batches: features cost a pass of their own only in the one before them."""
+    calls = []
+    monkeypatch.setattr("g2rl.policy.sequence_features", lambda *a: calls.append(1) or sequence_features(*a))
+    trainer = start(tiny_model, tmp_path, "objective.updates=2", "objective.micro_batch_groups=2")
+    trainer.updater.run(1, *rollouts(trainer), trainer._times())
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("budget", "cuts"),
+    [
+        (40, [[0, 1, 2, 3]]),  # four rows of the longest
+        (39, [[1, 0, 2], [3]]),
+        (12, [[1], [0, 2], [3]]),  # two rows of 6, not three of 5 below one of 6
+        (9, [[1], [0], [2], [3]]),  # the longest, of 10, has one of its own
+    ],
+)
+def test_cuts_by_hand(budget: int, cuts: list[list[int]]) -> None:
+    """Prompts of 2 tokens and responses of 4, 8, 3 and 3."""
+    problem = Problem("0", "", "")
+    episodes = [Episode(problem, (3, 4), (5,) * n, "", True) for n in (4, 8, 3, 3)]
+    assert cut_by_length(episodes, budget) == cuts
+
+
+def test_nan_in_the_first_step(tiny_model: Path, tmp_path: Path) -> None:
+    """Of the reference, it is in the loss and in nothing before; there is no checkpoint that could stand."""
+    trainer = start(tiny_model, tmp_path, "method=grpo", "objective.kl_coef=0.1")
+    with torch.no_grad():
+        trainer.updater.reference.model.get_input_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(TrainingError, match="step 1: NaN or infinity in the loss; .* there is no checkpoint yet; "):
+        trainer.updater.run(1, *rollouts(trainer), trainer._times())
+
+
+def test_groups_that_just_fit_share_a_micro_batch(tiny_model: Path, tmp_path: Path) -> None:
+    """Two groups as long as their padded responses are within the budget, to the token."""
+    trainer = start(tiny_model, tmp_path)
+    episodes, verdicts = rollouts(trainer)
+    two = padded_tokens(episodes[:8])
+    for budget, responses in ((two, 8), (two - 1, 4)):
+        objective = replace(trainer.config.objective, tokens_per_micro_batch=budget)
+        trainer.updater.config = replace(trainer.config, objective=objective)
+        assert len(trainer.updater._mini_batches(episodes, verdicts)[0][0].step.texts) == responses
+
+
+def test_methods_are_told_of_each_response(tiny_model: Path, tmp_path: Path) -> None:
+    """Reward, verdict, answer and text, of which none follows from another."""
+    trainer = start(tiny_model, tmp_path, "objective.mini_batches=2")
+    episodes = [replace(e, text=f"response {i}") for i, e in enumerate(rollouts(trainer)[0])]
+    verdicts = [Verdict(float(i), i % 3 == 0, {}, str(i)) for i in range(16)]
+    steps = [groups.step for mini_batch in trainer.updater._mini_batches(episodes, verdicts) for groups in mini_batch]
+    assert torch.cat([step.rewards for step in steps]).tolist() == list(range(16))
+    assert torch.cat([step.correct for step in steps]).tolist() == [i % 3 == 0 for i in range(16)]
+    assert [answer for step in steps for answer in step.answers] == [str(i) for i in range(16)]
+    assert [text for step in steps for text in step.texts] == [f"response {i}" for i in range(16)]
