@@ -34,7 +34,11 @@ SPILLS = (
         104,
         "what is left out, in few tiles, beside a chain and sums; and the warps that add, in 40 registers",
     ),
-    ("sm80::residuals_kernel<*, true, false>", 24, "the soft cap's slope beside a chain and two sums, in 255 registers"),
+    (
+        "sm80::residuals_kernel<*, true, false>",
+        24,
+        "the soft cap's slope beside a chain and two sums, in 255 registers",
+    ),
     (
         "sm80::residuals_kernel<*, true, true>",
         72,

@@ -27,6 +27,7 @@ from g2rl_kernels import LMHead, token_logprobs
 SMALL = (
     "steps=4",
     "model.autocast=none",
+    "rollout.dtype=bfloat16",
     "model.lora.rank=4",
     "task.options={digits: [1, 1]}",
     "task.held_out=4",

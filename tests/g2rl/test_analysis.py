@@ -415,7 +415,10 @@ class TestCommand:
         [
             (["--problems", "65"], "problems: expected 1 to the 64 that arithmetic holds out"),
             (["--samples", "1"], "samples: expected 2 or more, found 1"),
-            (["rewards=[{name: away:f}]", "model.device=cuda"], "rewards[0].name: expected a module that can be"),
+            (
+                ["rewards=[{name: away:f}]", "model.attention=flash_attention_2"],
+                "rewards[0].name: expected a module that can be",
+            ),
             (["no/such/folder"], "model.path: expected a causal language model"),
         ],
     )

@@ -128,7 +128,7 @@ def test_where_steps_are_computed_is_no_other_setting(tmp_path: Path) -> None:
     change_settings(run, 2, "backend=torch", "model.device=cpu", "parallel.strategy=fsdp2", "rollout.batch_size=7")
     assert len(load_run(run).history) == 2 and not changes(load_run(run).history)
     change_settings(run, 2, "rollout.dtype=float32")
-    assert changes(load_run(run).history) == [(2, {"rollout.dtype": ("bfloat16", "float32")})]
+    assert changes(load_run(run).history) == [(2, {"rollout.dtype": ("auto", "float32")})]
 
 
 def test_runs_that_do_not_fit_are_named(tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_models_that_cannot(config: PretrainedConfig, why: str) -> None:
     expected = ForwardPass(model, ModelConfig(autocast="none", prefix_sharing="never", packing="never"))(model, given)
     assert torch.equal(forward_pass(model, given).hidden, expected.hidden)
     with pytest.raises(ConfigError, match=f"model.prefix_sharing: expected auto or never, found always, but {why}"):
-        ForwardPass(model, ModelConfig(prefix_sharing="always"))
+        ForwardPass(model, ModelConfig(autocast="none", prefix_sharing="always"))
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_body_that_is_not_told_from_the_head() -> None:
     sizes = SIZES | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
     model = AutoModelForCausalLM.from_config(Llama4TextConfig(**sizes))
     with pytest.raises(ConfigError, match="model.path: .* but Llama4ForCausalLM names no part of itself that has its"):
-        Policy(model, Config())
+        Policy(model, Config(model=ModelConfig(autocast="none")))
 
 
 def test_heads_are_not_compared_where_weights_are_not_there() -> None:
@@ -147,7 +147,7 @@ def test_embedded_default_speaks() -> None:
     model, tokenizer = load_model(ModelConfig(path="smollm2"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    sampler = TransformersSampler(model, tokenizer, RolloutConfig(max_new_tokens=12))
+    sampler = TransformersSampler(model, tokenizer, RolloutConfig(max_new_tokens=12, dtype="bfloat16"))
     (episode,) = sampler.sample([Problem("p", "What is the capital of France?", "Paris")], 1, 0.0, 1.0, 0)
     assert "Paris" in episode.text
     assert episode.finished
