@@ -92,43 +92,43 @@ class Recorder(Engine):
             raise ZeroDivisionError
         return super().sample(*arguments)
 
+    def forget(self) -> list[str]:
+        """What it was asked since the last time."""
+        found, self.asked = self.asked, []
+        return found
+
     def __getattr__(self, name: str) -> Callable[[], None]:
         return lambda: self.asked.append(name)
 
 
-def test_what_a_sampler_is_asked() -> None:
+@pytest.mark.parametrize(("ahead", "second"), [(0, []), (1, ["sync", "sample"])])
+def test_what_a_sampler_is_asked(ahead: int, second: list[str]) -> None:
     """Weights before every sampling, sleep in an update without any; failures are told, and nothing is cut off."""
-    for ahead, second in ((0, []), (1, ["sync", "sample"])):
-        config = load_config(None, ["rollout.prompts=1", "rollout.group_size=2", f"rollout.ahead={ahead}"])
-        sampler, times = Recorder(), StageTimes(torch.device("cpu"), fine=False)
-        rollouts = Rollouts(sampler, Counts([1] * 4), config, ALONE)
-
-        def asked(sampler: Recorder = sampler) -> list[str]:
-            found, sampler.asked = sampler.asked, []
-            return found
-
-        assert rollouts.take(0, 7, times).episodes[0].problem.id == "0"
-        assert asked() == ["sync", "sample"]
-        first = dict(times.seconds)
-        rollouts.begin(False, 1, 8, times)
+    config = load_config(None, ["rollout.prompts=1", "rollout.group_size=2", f"rollout.ahead={ahead}"])
+    sampler, times = Recorder(), StageTimes(torch.device("cpu"), fine=False)
+    rollouts = Rollouts(sampler, Counts([1] * 4), config, ALONE)
+    assert rollouts.take(0, 7, times).episodes[0].problem.id == "0"
+    assert sampler.forget() == ["sync", "sample"]
+    first = dict(times.seconds)
+    rollouts.begin(False, 1, 8, times)
+    rollouts.wait(times)
+    assert sampler.forget() == (second or ["sleep"])
+    # The update hides it: only the wait for it is the step's.
+    assert times.seconds["time/reward"] == first["time/reward"]
+    assert rollouts.take(1, 8, times).episodes[0].problem.id == "1"
+    assert sampler.forget() == ([] if second else ["sync", "sample"])
+    rollouts.begin(True, 2, 9, times)
+    rollouts.wait(times)
+    assert rollouts.take(2, 9, times).episodes[0].problem.id == "2"
+    assert sampler.forget() == ["sleep", "sync", "sample"]
+    sampler.fails = True
+    rollouts.begin(False, 3, 10, times)
+    with pytest.raises(ZeroDivisionError) if ahead else nullcontext():
         rollouts.wait(times)
-        assert asked() == (second or ["sleep"])
-        # The update hides it: only the wait for it is the step's.
-        assert times.seconds["time/reward"] == first["time/reward"]
-        assert rollouts.take(1, 8, times).episodes[0].problem.id == "1"
-        assert asked() == ([] if second else ["sync", "sample"])
-        rollouts.begin(True, 2, 9, times)
-        rollouts.wait(times)
-        assert rollouts.take(2, 9, times).episodes[0].problem.id == "2"
-        assert asked() == ["sleep", "sync", "sample"]
-        sampler.fails = True
-        rollouts.begin(False, 3, 10, times)
-        with pytest.raises(ZeroDivisionError) if ahead else nullcontext():
-            rollouts.wait(times)
-        asked()
-        rollouts.begin(False, 3, 10, times)
-        rollouts.close()
-        assert asked() == [*(second or ["sleep"]), "close"]
+    sampler.forget()
+    rollouts.begin(False, 3, 10, times)
+    rollouts.close()
+    assert sampler.forget() == [*(second or ["sleep"]), "close"]
 
 
 def test_ranks_gather_apart_while_the_update_does(monkeypatch: pytest.MonkeyPatch) -> None:

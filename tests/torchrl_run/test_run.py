@@ -54,7 +54,7 @@ def advantages(batch: TensorDictBase) -> list[float]:
 def shaped(actor: Any, batch: TensorDictBase, strength: float) -> tuple[TensorDictBase, dict[str, float]]:
     """By a copy of the rows, as `G2RL` changes them."""
     g2rl = torchrl_g2rl.G2RL(actor, Options(Shaping(strength=strength), reward_range=(0.0, 1.0)))
-    return g2rl(lazy_stack([row.copy() for row in batch.unbind(0)]).copy())
+    return g2rl(lazy_stack([row.copy() for row in batch.unbind(0)]))
 
 
 def test_advantages_are_those_of_the_formulas(rollouts: tuple[TransformersWrapper, TensorDictBase]) -> None:
