@@ -18,9 +18,9 @@ constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512_bf16", "amx"
 
 // Whether instructions for bf16 are in software.
 #if defined(G2RL_EMULATE_BF16)
-constexpr bool kEmulated = true;
+[[maybe_unused]] constexpr bool kEmulated = true;
 #else
-constexpr bool kEmulated = false;
+[[maybe_unused]] constexpr bool kEmulated = false;
 #endif
 
 #if defined(G2RL_WITH_AMX)
