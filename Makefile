@@ -158,7 +158,7 @@ TESTS_train := $(patsubst %,tests/g2rl/test_%.py,config data_sets forward log mo
   -k "not evol_rl"
 TESTS_lora := tests/g2rl/test_adapters.py tests/g2rl/test_dry_run.py -k "not phi3 and not jamba"
 TESTS_trl := tests/integrations/test_trl.py
-TESTS_reasoning-gym := tests/g2rl/test_tasks.py tests/g2rl/test_evaluating.py
+TESTS_reasoning-gym := tests/g2rl/test_tasks.py tests/g2rl/test_unsafe_judges.py
 TESTS_evol-rl := tests/g2rl/test_methods.py tests/g2rl/test_training.py -k "test_methods and not open_ended"
 LOWEST := build/lowest
 

@@ -70,3 +70,10 @@ def test_a_changed_source_is_compiled(checkout: Path, source: str) -> None:
     newer = ready.stat().st_mtime_ns + 10**9
     os.utime(checkout / source, ns=(newer, newer))
     assert "touch" in commands(checkout, "setup")
+
+
+def test_tests_that_targets_run_are_there(checkout: Path) -> None:
+    targets = ("test", "ranks", "faults", "planted", "trl", "bf16", "lowest", "sanitize-ops")
+    named = {word for word in commands(checkout, *targets) if word.startswith("tests/")}
+    assert "tests/g2rl/test_tasks.py" in named
+    assert {name for name in named if not (MAKEFILE.parent / name).exists()} == set()

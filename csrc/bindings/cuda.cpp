@@ -73,7 +73,7 @@ void bind_structs(py::module_& m) {
   // From rows of one matrix, `stride` numbers apart.
   py::class_<Terms>(m, "Terms", local).def(py::init([](Address rows, int64_t stride) {
     float* first = at<float>(rows);
-    return Terms{first, first + stride, first + 2 * stride, first + 3 * stride};
+    return Terms{first, first + stride, first + 2 * stride, first + 3 * stride, first + 4 * stride};
   }));
   py::class_<Kept>(m, "Kept", local).def(py::init([](Address rows, int64_t stride, int roots_of) {
     return Kept{at<void>(rows), stride, roots_of};

@@ -55,6 +55,7 @@ struct Terms {
   float* weight;  // a / S, of the others' 2^(t - shift)
   float* target;  // a slope_y S_rest / S, what the target's residual adds
   float* S;
+  float* rest;  // of a given lse: a slope_y S_rest, less what R has of it already
 };
 
 // What a chunk of tokens leaves for `add_kept`, a row for each, `stride` bytes apart; null: nothing is left.
@@ -110,8 +111,8 @@ int64_t packing_bytes(int N, int B);
      For responses whose flag is not 0; null: for all. `packing`: memory of packing_bytes(N, B). */                    \
   int residuals(const Head&, const Tokens&, const Responses&, const Terms&, const int* flags, int* packing, float* R,  \
                 Stream);                                                                                               \
-  /* The same with lse (natural units) for shift, a for weight and no targets; and Partials of `residual_splits(V)`    \
-     parts, with z_y [N] in the place of m. */                                                                         \
+  /* The same with lse (natural units) for shift, a for weight, and for target_t what it is if lse_t is exact:         \
+     `residual_of_target`. And Partials of `residual_splits(V)` parts, with z_y [N] in the place of m. */              \
   int residual_splits(int V);                                                                                          \
   int residuals_and_statistics(const Head&, const Tokens&, const Responses&, const float* lse, const float* a,         \
                                int* packing, float* R, const Partials&, Stream);                                       \
@@ -142,7 +143,7 @@ int responses(const Responses&, const float* a, const float* S, const float* lse
 // chunks follow each other.
 int add_kept(const Head&, const Kept&, const int64_t* targets, const Responses&, const Terms&, const Carry&, int first,
              int last, float* R, Stream);
-// R [B, V] += target_t S_t at y_t, for responses whose flag is 0; none has more than N tokens.
+// R [B, V] += rest_t at y_t, for responses whose flag is 0; none has more than N tokens.
 int add_targets(const int64_t* targets, int N, const Responses&, const Terms&, const int* flags, int V, float* R,
                 Stream);
 

@@ -56,6 +56,10 @@ DEVICE float exponent_above(float shift, float z, const Options& options, float&
   return fmaf(capped<SOFTCAP>(z, options, slope), options.scale, -shift);
 }
 
+// A target's residual by an lse that is taken for exact, with e = 2^(t - shift): R gets it before the others' sum is
+// known, and `merge` takes the same number, to its last bit, off what it is.
+DEVICE float residual_of_target(float a, float slope, float e) { return a * slope * (1.f - e); }
+
 // An exponent that was rounded, as a maximum to count others from: no less than it was before. Near 1e10 fp32 rounds by
 // hundreds, and what is left of an exponent above its maximum would have an infinite exponential.
 DEVICE float rounded_up(float t) { return fmaf(fabsf(t), 0x1p-23f, t); }

@@ -40,7 +40,7 @@ struct Rows {
 
 struct Scratch {
   Rows of_tiles[2];
-  double r[kColumnsOfTile];  // of a response's segments so far: `add_targets` cancels most of it
+  float r[kColumnsOfTile];  // of a response's segments so far
   Handover handover;
 };
 
@@ -54,8 +54,8 @@ struct WriteRowsAndAddGroups {
     Walk tiles = walk;
     Tile tile = kNoTile;
     float segment[2] = {};
-    double* r = scratch.r + first_column();
-    r[0] = r[1] = 0.;
+    float* r = scratch.r + first_column();
+    r[0] = r[1] = 0.f;
     int last = -1;  // call of the epilogue, once it is known
     for (int i = 0; last < 0 || i <= last + 2; ++i) {
       Rows& of_tile = scratch.of_tiles[i % 2];
@@ -89,7 +89,7 @@ struct WriteRowsAndAddGroups {
   static DEVICE int first_column() { return 2 * (threadIdx.x - kWarp); }
 
   // To their sums over the segment, and with its last group to the response's.
-  DEVICE void add_groups(const Rows& from, float (&segment)[2], double* r) const {
+  DEVICE void add_groups(const Rows& from, float (&segment)[2], float* r) const {
     const int column = first_column();
     UNROLL for (int g = 0; g < kGroups; ++g) {
       const float2 two = *reinterpret_cast<const float2*>(&from.sums[g][column]);
@@ -104,8 +104,8 @@ struct WriteRowsAndAddGroups {
       if (response < 0) continue;
       UNROLL for (int e = 0; e < 2; ++e) {
         const int v = from.v0 + column + e;
-        if (v < p.head.V) p.R[response * p.head.V + v] = float(r[e]);
-        r[e] = 0.;
+        if (v < p.head.V) p.R[response * p.head.V + v] = r[e];
+        r[e] = 0.f;
       }
     }
   }
@@ -125,10 +125,11 @@ struct GivenEpilogue {
     Rows& of_tile = scratch.of_tiles[calls % 2];
     scratch.handover.wait_to_read(calls);
     if (p.head.bias) add_bias(of_tile, z);
-    leave_out(tile, of_tile, z);
+    const bool targets = leave_out(tile, of_tile, z);
     const float2 terms[2] = {of_tile.terms[at.row], of_tile.terms[at.row + 8]};
     float statistics[4] = {};  // S of the two rows, X of them
     add(terms, z, statistics, held);
+    if (targets) add_targets(tile, of_tile, z);
     store_statistics(tile, of_tile, statistics);
     store_sums(of_tile.sums[at.row / kGroupRows], z);
     scratch.handover.was_read(calls);
@@ -146,8 +147,8 @@ struct GivenEpilogue {
   }
 
   // Targets, words beyond the vocabulary, and what lies beyond a response, where z may be NaN, which a weight of 0
-  // would not stop.
-  DEVICE void leave_out(const Tile& tile, const Rows& of_tile, Sums& z) const {
+  // would not stop. Returns whether the warp had a target.
+  DEVICE bool leave_out(const Tile& tile, const Rows& of_tile, Sums& z) const {
     const int first = tile.column + at.column, room = p.head.V - first;
     int y[2], n[2];  // targets, from the first word of this thread
     bool target = false, beyond = false;
@@ -157,7 +158,8 @@ struct GivenEpilogue {
       target |= unsigned(y[q] + at.column) < kColumnsOfTile;
       beyond |= n[q] < 0;
     }
-    if (__any_sync(kAllLanes, target)) leave_out_targets(y, n, z);
+    target = __any_sync(kAllLanes, target);
+    if (target) leave_out_targets(y, n, z);
     // Most responses end in a group that is not full, and it meets all words.
     if (__any_sync(kAllLanes, beyond)) {
       UNROLL for (int i = 0; i < kSums; ++i) z[i] = n[i / 2 % 2] < 0 ? 0.f : z[i];
@@ -165,6 +167,7 @@ struct GivenEpilogue {
     if (tile.column + kColumnsOfTile > p.head.V) {
       UNROLL for (int i = 0; i < kSums; ++i) z[i] = i / 4 * 8 + i % 2 >= room ? masked : z[i];
     }
+    return target;
   }
 
   DEVICE void leave_out_targets(const int (&y)[2], const int (&n)[2], Sums& z) const {
@@ -175,9 +178,25 @@ struct GivenEpilogue {
       z_y[q] = target ? z[i] : z_y[q];
       z[i] = target ? masked : z[i];
     }
-    // A thread has the first two of every eight words from its first on.
     UNROLL for (int q = 0; q < 2; ++q) {
-      if (unsigned(y[q]) < kColumnsOfTile && y[q] % 8 < 2) p.partials.planes[n[q]] = z_y[q];
+      if (has(y[q])) p.partials.planes[n[q]] = z_y[q];
+    }
+  }
+
+  // A thread has the first two of every eight words from its first on.
+  static DEVICE bool has(int y) { return unsigned(y) < kColumnsOfTile && y % 8 < 2; }
+
+  // To sums over two rows each, from which residuals are subtracted. It hardly ever happens: in no registers till then.
+  DEVICE void add_targets(const Tile& tile, const Rows& of_tile, Sums& z) const {
+    UNROLL for (int q = 0; q < 2; ++q) {
+      const int row = at.row + 8 * q, y = of_tile.targets[row] - tile.column - at.column;
+      float residual = 0.f;
+      if (has(y)) {
+        const float2 terms = of_tile.terms[row];
+        float slope, x = exponent_above<SOFTCAP>(terms.x, p.partials.planes[of_tile.tokens[row]], options, slope);
+        residual = residual_of_target(terms.y, slope, exp2_fast(x));
+      }
+      UNROLL for (int i = 0; i < kSums / 2; ++i) z[i] -= i / 2 * 8 + i % 2 == y ? residual : 0.f;
     }
   }
 

@@ -14,7 +14,7 @@ struct Arguments {
   const int64_t* targets;
   Responses responses;
   const int* flags;  // responses whose flag is 0 are left out; null: none is
-  Terms terms;       // under STATISTICS shift is lse in natural units, and target and S are not read
+  Terms terms;       // under STATISTICS shift is lse in natural units, and no other but weight is read
   float* R;
   Partials partials;  // of STATISTICS
 };
@@ -31,25 +31,19 @@ struct Scratch {
   uint8_t* memory;
 
   DEVICE TokenTerms* terms() const { return reinterpret_cast<TokenTerms*>(memory); }
-  template <class T = float>
-  DEVICE T* sums() const {
-    return reinterpret_cast<T*>(memory);
-  }
+  DEVICE float* sums() const { return reinterpret_cast<float*>(memory); }
 };
 static_assert(4 * kTile * sizeof(float) <= kTile * sizeof(TokenTerms));
-static_assert(kTile * sizeof(double) <= kTile * sizeof(TokenTerms));
 static_assert(kTile * sizeof(TokenTerms) <= kScratchBytes);
 
 template <bool SOFTCAP, bool STATISTICS>
 struct Residuals {
-  using Sum = std::conditional_t<STATISTICS, double, float>;  // double where `add_targets` cancels most of it
-
   const Arguments& p;
   const Scratch scratch;
   const int v0, start, end;
   const Place at = Place::here();
   float segment[kRowsOfThread] = {};
-  Sum r[kRowsOfThread] = {};  // of the segments before
+  float r[kRowsOfThread] = {};  // of the segments before
 
   // Rows of a thread are numbered 2 i + q.
   DEVICE int word(int row) const { return v0 + at.row + 8 * row; }
@@ -61,32 +55,22 @@ struct Residuals {
     float bias[kRowsOfThread];
     UNROLL for (int row = 0; row < kRowsOfThread; ++row) { bias[row] = bias_at(p.head, word(row)); }
     float S[kColumnsOfThread] = {}, X[kColumnsOfThread] = {};
+    float of_tile[kRowsOfThread] = {};
     UNROLL for (int j = 0; j < kColumnBlocks; ++j) {
       UNROLL for (int e = 0; e < 2; ++e) {
         const int column = at.column + 8 * j + e;
         const TokenTerms token = scratch.terms()[column];
+        float logits[kRowsOfThread];
         UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
-          const float logit = z[row / 2][4 * j + row % 2 * 2 + e] + bias[row];
-          add(options, token, start + tile * kTile + column, row, logit, S[2 * j + e], X[2 * j + e]);
+          logits[row] = z[row / 2][4 * j + row % 2 * 2 + e] + bias[row];
+          add(options, token, row, logits[row], S[2 * j + e], X[2 * j + e], of_tile[row]);
         }
+        add_target(options, token, start + tile * kTile + column, logits, of_tile);
       }
     }
     if (STATISTICS) store_statistics(start + tile * kTile, S, X);
+    UNROLL for (int row = 0; row < kRowsOfThread; ++row) segment[row] += of_tile[row];
     if ((tile + 1) % (kSegment / kTile) == 0) end_segment();
-  }
-
-  DEVICE void add(const Options& options, const TokenTerms& token, int n, int row, float z, float& S, float& X) {
-    float slope;
-    const float x = exponent_above<SOFTCAP>(token.shift, z, options, slope), e = exp2_fast(x);
-    const float others = fmaf(-token.weight * slope, e, segment[row]);
-    const bool target = token.y == word(row);
-    if (STATISTICS) {
-      if (target) p.partials.planes[n] = z;
-      const bool counts = !target && word(row) < p.head.V;
-      S += counts ? e : 0.f;
-      X += counts ? x * e : 0.f;
-    }
-    segment[row] = target ? segment[row] + token.target : others;
   }
 
   DEVICE void end_segment() {
@@ -94,6 +78,36 @@ struct Residuals {
       r[row] += segment[row];
       segment[row] = 0.f;
     }
+  }
+
+  DEVICE void add(const Options& options, const TokenTerms& token, int row, float z, float& S, float& X,
+                  float& r) const {
+    float slope;
+    const float x = exponent_above<SOFTCAP>(token.shift, z, options, slope), e = exp2_fast(x);
+    const float others = fmaf(-token.weight * slope, e, r);
+    const bool target = token.y == word(row);
+    if (STATISTICS) {
+      const bool counts = !target && word(row) < p.head.V;
+      S += counts ? e : 0.f;
+      X += counts ? x * e : 0.f;
+    }
+    r = target ? r : others;
+  }
+
+  // Few threads have a target: in a branch of its own it takes no registers of the others.
+  DEVICE void add_target(const Options& options, const TokenTerms& token, int n, const float (&z)[kRowsOfThread],
+                         float (&r)[kRowsOfThread]) const {
+    const int from_first = token.y - word(0);
+    if (from_first % 8 != 0 || unsigned(from_first) >= 8 * kRowsOfThread) return;
+    float residual = token.target;
+    if (STATISTICS) {
+      float z_y = 0.f, slope;
+      UNROLL for (int row = 0; row < kRowsOfThread; ++row) z_y = from_first == 8 * row ? z[row] : z_y;
+      p.partials.planes[n] = z_y;
+      const float e = exp2_fast(exponent_above<SOFTCAP>(token.shift, z_y, options, slope));
+      residual = residual_of_target(token.weight, slope, e);
+    }
+    UNROLL for (int row = 0; row < kRowsOfThread; ++row) r[row] += from_first == 8 * row ? residual : 0.f;
   }
 
   DEVICE void load_terms(int n0) const {
@@ -144,12 +158,12 @@ struct Residuals {
     UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
       r[row] += __shfl_xor_sync(kAllLanes, r[row], 1);
       r[row] += __shfl_xor_sync(kAllLanes, r[row], 2);
-      if (at.column == 64) scratch.template sums<Sum>()[at.row + 8 * row] = r[row];
+      if (at.column == 64) scratch.sums()[at.row + 8 * row] = r[row];
     }
     __syncthreads();
     UNROLL for (int row = 0; row < kRowsOfThread; ++row) {
       if (at.column != 0 || word(row) >= p.head.V) continue;
-      p.R[int64_t(response) * p.head.V + word(row)] = float(r[row] + scratch.template sums<Sum>()[at.row + 8 * row]);
+      p.R[int64_t(response) * p.head.V + word(row)] = r[row] + scratch.sums()[at.row + 8 * row];
     }
   }
 };
@@ -195,7 +209,7 @@ int residual_splits(int V) { return int(ceil_div(V, kTile)); }
 
 int residuals_and_statistics(const Head& head, const Tokens& tokens, const Responses& responses, const float* lse,
                              const float* a, int*, float* R, const Partials& partials, Stream stream) {
-  const Terms terms{const_cast<float*>(lse), const_cast<float*>(a), nullptr, nullptr};
+  const Terms terms{const_cast<float*>(lse), const_cast<float*>(a), nullptr, nullptr, nullptr};
   return launch_residuals<true>({head, tokens.targets, responses, nullptr, terms, R, partials}, tokens, stream);
 }
 

@@ -22,6 +22,8 @@ using Walk = PackedWalk<true, kGroupColumns>;
 constexpr int kGroups = Walk::kGroups;
 constexpr int kAtATime = 3;  // groups
 static_assert(kGroups % kAtATime == 0);
+constexpr int kGroupsOfSegment = kSegment / kGroupColumns;
+constexpr int kGoesOn = -2;
 constexpr int kWarpRows = kRows * kWarp / (kConsumers * kWarpgroup);
 
 // What an epilogue needs to know of a tile's columns.
@@ -29,14 +31,16 @@ struct Columns {
   float4 terms[kColumnsOfTile / 2];  // of two tokens: shift, weight, shift, weight
   int targets[kColumnsOfTile];       // -1 beyond a response
   int tokens[kColumnsOfTile];        // -1 beyond a response
-  int ends[kGroups];                 // the response whose last group it is, or -1
-  // Bit w: warp w of the multiplying ones cannot take the group like any other. It ends a response, does not have eight
-  // tokens, or has one of the warp's words for a target.
+  // Where a segment ends with the group, counted from the response's last: the response if it is the last, or -1.
+  int ends[kGroups];
+  // Bit w: warp w of the multiplying ones cannot take the group like any other. It closes a segment, does not have
+  // eight tokens, or has one of the warp's words for a target.
   unsigned special[kGroups];
 };
 
 struct Scratch {
   Columns columns[2];
+  float r[kRows];  // of a response's segments so far
   Handover handover;
 };
 
@@ -59,9 +63,10 @@ struct WriteColumns {
       to.targets[i] = target;
       to.tokens[i] = inside ? n : -1;
       const unsigned word = unsigned(target - tile.row), mine = word < kRows ? 1u << word / kWarpRows : 0u;
-      const unsigned special = or_of_eight(!inside || group.response >= 0 ? ~0u : mine);
+      const bool closes = group.run % kGroupsOfSegment == 1;
+      const unsigned special = or_of_eight(!inside || closes ? ~0u : mine);
       if (i % kGroupColumns == 0) {
-        to.ends[i / kGroupColumns] = group.response;
+        to.ends[i / kGroupColumns] = closes ? group.response : kGoesOn;
         to.special[i / kGroupColumns] = special;
       }
     }
@@ -81,18 +86,25 @@ struct ResidualsEpilogue {
   const Options options{p.head};
   const Place at = Place::here();
   const float masked = masked_logit(options);
-  float r[2];
+  float segment[2];
   int calls = 0;
 
   DEVICE int word(const Tile& tile, int q) const { return tile.row + at.row + 8 * q; }
 
   DEVICE void operator()(const Tile& tile, Sums& z, Held& held) {
-    if (tile.first) r[0] = r[1] = 0.f;
+    if (tile.first) start_item();
     scratch.handover.wait_to_read(calls);
     if (p.head.bias) add_bias(tile, z);
     add(tile, scratch.columns[calls % 2], z, held);
     scratch.handover.was_read(calls);
     ++calls;
+  }
+
+  DEVICE void start_item() {
+    UNROLL for (int q = 0; q < 2; ++q) {
+      segment[q] = 0.f;
+      if (at.column == 0) scratch.r[at.row + 8 * q] = 0.f;
+    }
   }
 
   DEVICE void add_bias(const Tile& tile, Sums& z) const {
@@ -123,8 +135,8 @@ struct ResidualsEpilogue {
         add_group(columns.terms[4 * (first + j) + at.column / 2], group_of(z, first + j), of_groups[j]);
       }
       UNROLL for (int j = 0; j < kAtATime; ++j) {
-        UNROLL for (int q = 0; q < 2; ++q) r[q] += of_groups[j][q];
-        if (special >> (first + j) & 1) finish(tile, columns, first + j);
+        UNROLL for (int q = 0; q < 2; ++q) segment[q] += of_groups[j][q];
+        if (special >> (first + j) & 1) end_group(tile, columns, first + j);
       }
       if (first + kAtATime == kGroups / 2) held.at_most<2>();
     }
@@ -153,15 +165,19 @@ struct ResidualsEpilogue {
     }
   }
 
-  DEVICE void finish(const Tile& tile, const Columns& columns, int j) {
+  DEVICE void end_group(const Tile& tile, const Columns& columns, int j) {
     const int64_t response = columns.ends[j];
-    if (response < 0) return;
+    if (response == kGoesOn) return;
     UNROLL for (int q = 0; q < 2; ++q) {
-      r[q] += __shfl_xor_sync(kAllLanes, r[q], 1);
-      r[q] += __shfl_xor_sync(kAllLanes, r[q], 2);
-      const int v = word(tile, q);
-      if (at.column == 0 && v < p.head.V) p.R[response * p.head.V + v] = r[q];
-      r[q] = 0.f;
+      segment[q] += __shfl_xor_sync(kAllLanes, segment[q], 1);
+      segment[q] += __shfl_xor_sync(kAllLanes, segment[q], 2);
+      if (at.column == 0) {
+        const float sum = scratch.r[at.row + 8 * q] + segment[q];
+        const int v = word(tile, q);
+        if (response >= 0 && v < p.head.V) p.R[response * p.head.V + v] = sum;
+        scratch.r[at.row + 8 * q] = response >= 0 ? 0.f : sum;
+      }
+      segment[q] = 0.f;
     }
   }
 };

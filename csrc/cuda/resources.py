@@ -28,21 +28,11 @@ LOCAL = ("LDL", "STL")
 SPILLS = (
     ("sm90::statistics_kernel<*>", 8, "a chain, sums and two rows' statistics leave none of 232 registers"),
     ("sm90::grad_logits_kernel<fp16, *>", 32, "a row is rounded twice, by two scales, beside a chain and sums"),
-    ("sm90::residuals_kernel<*>", 8, "the warps that write a tile's columns have 40 registers"),
+    ("sm90::residuals_kernel<*>", 16, "the warps that write a tile's columns have 40 registers"),
     (
         "sm90::residuals_and_statistics_kernel<*>",
         104,
         "what is left out, in few tiles, beside a chain and sums; and the warps that add, in 40 registers",
-    ),
-    (
-        "sm80::residuals_kernel<*, true, false>",
-        24,
-        "the soft cap's slope beside a chain and two sums, in 255 registers",
-    ),
-    (
-        "sm80::residuals_kernel<*, true, true>",
-        72,
-        "the soft cap's slope beside a chain and two sums, the one over segments in fp64, in 255 registers",
     ),
 )
 

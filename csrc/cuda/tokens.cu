@@ -73,6 +73,8 @@ DEVICE void write_token(const MergeArguments& p, int n, float m, bool likeliest,
   p.terms.weight[n] = p.a[n] / S;
   p.terms.target[n] = p.a[n] * (S_rest / S) * slope;
   p.terms.S[n] = S;
+  if (p.lse == nullptr) return;
+  p.terms.rest[n] = fmaf(p.a[n] * slope, S_rest, -residual_of_target(p.a[n], slope, e_y));
 }
 
 template <bool SOFTCAP>
@@ -302,10 +304,11 @@ __global__ void __launch_bounds__(kKeptThreads) add_kept_kernel(const __grid_con
   }
 }
 
-// ---- targets' residuals, for R that was summed without them ----
+// ---- what a given lse leaves of targets' residuals ----
 //
 // Not divided by S, as the others' residuals are not: a token's residuals must add up to 0, or what all rows of the
-// weight have in common stays behind, which can be far longer than the features.
+// weight have in common stays behind, which can be far longer than the features. Most of them R has already: of a word
+// that many tokens have for a target, and others give half their weight, fp32 would lose digits between the two sums.
 //
 // Every token compares its target with those of its response; the first of a kind adds the terms of all, in order. A
 // response of 2^15 tokens needs fewer comparisons for that than a vocabulary would.
@@ -318,8 +321,8 @@ struct TargetTerm {
 };
 
 __global__ void __launch_bounds__(kTargetThreads)
-    add_targets_kernel(const int64_t* targets, const int* cu_seqlens, const float* target, const float* S,
-                       const int* flags, int V, int blocks_of_response, float* R) {
+    add_targets_kernel(const int64_t* targets, const int* cu_seqlens, const float* rest, const int* flags, int V,
+                       int blocks_of_response, float* R) {
   SHARED(shared);
   TargetTerm* others = reinterpret_cast<TargetTerm*>(shared);
   const int b = blockIdx.x / blocks_of_response, thread = threadIdx.x;
@@ -328,12 +331,12 @@ __global__ void __launch_bounds__(kTargetThreads)
   for (int t0 = blockIdx.x % blocks_of_response * kTargetThreads; t0 < length;
        t0 += blocks_of_response * kTargetThreads) {
     const int t = t0 + thread, y = t < length ? int(targets[start + t]) : -1;
-    double sum = 0.;  // in fp32 one of a long response would lose digits, and what is left of R is small
+    float sum = 0.f;
     bool first = t < length;
     for (int u0 = 0; u0 < length; u0 += kTargetThreads) {
       __syncthreads();
       const int n = start + u0 + thread;
-      if (u0 + thread < length) others[thread] = {int(targets[n]), target[n] * S[n]};
+      if (u0 + thread < length) others[thread] = {int(targets[n]), rest[n]};
       __syncthreads();
       const int count = length - u0 < kTargetThreads ? length - u0 : kTargetThreads;
       for (int i = 0; i < count; ++i) {
@@ -342,7 +345,7 @@ __global__ void __launch_bounds__(kTargetThreads)
         sum += others[i].value;
       }
     }
-    if (first) R[int64_t(b) * V + y] = float(R[int64_t(b) * V + y] + sum);
+    if (first) R[int64_t(b) * V + y] += sum;
   }
 }
 
@@ -383,8 +386,7 @@ int add_targets(const int64_t* targets, int N, const Responses& responses, const
   const int64_t filling = std::max<int64_t>(8, ceil_div(kBlocks, responses.B));
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(filling, ceil_div(N, kTargetThreads)));
   const Launch at{responses.B * blocks, kTargetThreads, kTargetThreads * int(sizeof(TargetTerm))};
-  return launch(at, stream, add_targets_kernel, targets, responses.cu_seqlens, terms.target, terms.S, flags, V,
-                int(blocks), R);
+  return launch(at, stream, add_targets_kernel, targets, responses.cu_seqlens, terms.rest, flags, V, int(blocks), R);
 }
 
 }  // namespace g2rl::cuda

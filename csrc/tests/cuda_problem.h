@@ -2,7 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
+#include <cmath>
+#include <functional>
 #include <random>
 #include <string>
 #include <vector>
@@ -214,10 +215,10 @@ inline void check_rows(const Problem& p, const Floats& found, const std::vector<
 
 // Terms with memory for them.
 struct OwnTerms {
-  explicit OwnTerms(int N) : memory(4 * size_t(N), NAN), terms{at(0, N), at(1, N), at(2, N), at(3, N)} {}
+  explicit OwnTerms(int N) : memory(5 * size_t(N), NAN), terms{at(0, N), at(1, N), at(2, N), at(3, N), at(4, N)} {}
   float* at(int row, int N) { return memory.data() + size_t(row) * N; }
   Terms from(int first) const {
-    return {terms.shift + first, terms.weight + first, terms.target + first, terms.S + first};
+    return {terms.shift + first, terms.weight + first, terms.target + first, terms.S + first, terms.rest + first};
   }
   std::vector<float> memory;
   Terms terms;
@@ -233,19 +234,56 @@ struct OwnCarry {
   std::vector<float> from, to;
 };
 
-// R of a long response is exact where its segments are. With logits and an lse of 0 each token leaves -a to all words
-// but its target. Of weights from 0.5 to 1 in multiples of 2^-14 fp32 holds any 512 added up, but not half of them all;
-// the other half is negative, and little is left.
-inline void check_long_response(Problem p, decltype(sm90::residuals_and_statistics)* kernel, int splits, int* packing) {
-  for (int n = 0; n < p.N; ++n) {
-    p.targets[n] = 0, p.a[n] = float((n * 2654435761u >> 7) % 8191 + 8192) * (n < p.N / 2 ? 0x1p-14f : -0x1p-14f);
-    for (int k = 0; k < p.c.d; ++k) p.hidden.set(n * p.stride + k, 0.f);
+// What sums of a long response must not lose. With logits of 0 and an lse of ln 2 each token leaves a / 2 to its
+// target, which is word 0 or 1, and -a / 2 to the other words.
+//
+// Targets meet what other tokens leave in their words before either is a sum of thousands, and cancel it to the last
+// digit: of weights from 0.5 to 1 in multiples of 2^-14 fp32 holds any 512 added up, but not all that word 0 has of
+// either kind. And after one token of weight 1 others of 2^-28 count.
+using Residuals = std::function<void(Problem&, const Floats& lse, float* R)>;
+inline void check_long_response(Problem p, const Residuals& residuals, const std::string& what) {
+  float half = 0.693147f;
+  while (half * kLog2e < 1) half = std::nextafter(half, 1.f);
+  expect(half * kLog2e == 1, "an lse of half", half * kLog2e, 1);
+  const Floats lse(p.N, half);
+  for (const bool cancels : {true, false}) {
+    double sums[2] = {};
+    for (int n = 0; n < p.N; ++n) {
+      p.targets[n] = n % 2;
+      p.a[n] = cancels ? float((n * 2654435761u >> 7) % 8191 + 8192) * 0x1p-14f : n == 0 ? 1.f : 0x1p-28f;
+      sums[n % 2] += p.a[n] / 2;
+      for (int k = 0; k < p.c.d; ++k) p.hidden.set(n * p.stride + k, 0.f);
+    }
+    Floats R(p.c.V, NAN);
+    residuals(p, lse, R.data());
+    const double difference = sums[0] - sums[1], sum = sums[0] + sums[1], within = 4e-6 * sum;
+    for (int v = 0; v < 2; ++v) {
+      const double expected = v == 0 ? difference : -difference;
+      expect_below(std::fabs(R[v] - expected), cancels ? 0x1p-23 * std::fabs(expected) : within,
+                   what + ": a target of a long response");
+    }
+    for (int v = 2; v < p.c.V; ++v) expect_below(std::fabs(R[v] + sum), within, what + ": a long response");
   }
-  Floats lse(p.N, 0.f), R(p.c.V, NAN), planes(4 * size_t(splits) * p.N, NAN);
-  kernel(p.head(), p.tokens(), p.responses(), lse.data(), p.a.data(), packing, R.data(), {planes.data(), splits},
-         nullptr);
-  const float expected = float(-std::accumulate(p.a.begin(), p.a.end(), 0.));
-  for (int v = 1; v < p.c.V; ++v) expect(R[v] == expected, "R of a long response", R[v], expected);
+}
+
+// The two kernels of a generation: with the lse for known statistics, and with one that is given.
+inline Residuals of_statistics(decltype(sm90::residuals)* kernel) {
+  return [kernel](Problem& p, const Floats& lse, float* R) {
+    OwnTerms terms(p.N);
+    for (int n = 0; n < p.N; ++n) {
+      terms.terms.shift[n] = lse[n] * kLog2e, terms.terms.weight[n] = p.a[n], terms.terms.target[n] = p.a[n] / 2;
+    }
+    std::vector<int> packing(packing_bytes(p.N, p.B) / sizeof(int));
+    kernel(p.head(), p.tokens(), p.responses(), terms.terms, nullptr, packing.data(), R, nullptr);
+  };
+}
+inline Residuals of_given_lse(decltype(sm90::residuals_and_statistics)* kernel, int splits) {
+  return [kernel, splits](Problem& p, const Floats& lse, float* R) {
+    Floats planes(4 * size_t(splits) * p.N, NAN);
+    std::vector<int> packing(packing_bytes(p.N, p.B) / sizeof(int));
+    kernel(p.head(), p.tokens(), p.responses(), lse.data(), p.a.data(), packing.data(), R, {planes.data(), splits},
+           nullptr);
+  };
 }
 
 }  // namespace g2rl::cuda::testing

@@ -45,7 +45,8 @@ PROGRAMS = {
     ),
     "groups": Program("test_cuda_groups.cpp", ("groups.cu",)),
     "sm80": Program(
-        "test_cuda_sm80.cpp", ("tokens.cu", "statistics_sm80.cu", "residuals_sm80.cu", "grad_logits_sm80.cu")
+        "test_cuda_sm80.cpp",
+        ("tokens.cu", "packing.cu", "statistics_sm80.cu", "residuals_sm80.cu", "grad_logits_sm80.cu"),
     ),
     "sm90": Program(
         "test_cuda_sm90.cpp",
@@ -90,20 +91,26 @@ MUTATIONS = (
         "const int row = n0 - p.first;",
         "const int row = n0 - start;",
     ),
-    Mutation("add_targets: a sum in fp32", "small", "tokens.cu", "double sum = 0.;", "float sum = 0.f;"),
     Mutation(
-        "sm80: segments joined in fp32 where targets come last",
-        "sm80",
-        "residuals_sm80.cu",
-        "std::conditional_t<STATISTICS, double, float>",
-        "float",
+        "merge: what R has of targets is taken for nothing",
+        "small",
+        "tokens.cu",
+        "fmaf(p.a[n] * slope, S_rest, -residual_of_target(p.a[n], slope, e_y))",
+        "p.a[n] * slope * S_rest",
     ),
     Mutation(
-        "sm90: segments joined in fp32 where targets come last",
+        "lse given: all of targets' residuals left to add_targets",
+        "sm80",
+        "options.h",
+        "{ return a * slope * (1.f - e); }",
+        "{ return 0.f; }",
+    ),
+    Mutation(
+        "sm90, lse given: a target's residual lands in the next word",
         "sm90",
         "residuals_and_statistics_sm90.cu",
-        "r[e] += segment[e];",
-        "r[e] = float(r[e] + segment[e]);",
+        "z[i] -= i / 2 * 8 + i % 2 == y ? residual : 0.f;",
+        "z[i] -= i / 2 * 8 + (i + 1) % 2 == y ? residual : 0.f;",
     ),
     Mutation(
         "projection: fp32 residuals read at the stride of before",
@@ -198,6 +205,13 @@ MUTATIONS = (
     ),
     Mutation(
         "sm90: one sum over a long response",
+        "sm90",
+        "residuals_sm90.cu",
+        "group.run % kGroupsOfSegment == 1",
+        "group.response >= 0",
+    ),
+    Mutation(
+        "sm90, lse given: one sum over a long response",
         "sm90",
         "residuals_and_statistics_sm90.cu",
         "group.run % kGroupsOfSegment == 1",
@@ -423,7 +437,7 @@ MUTATIONS = (
         "sm90: lse given, a target counts for all threads of its row",
         "sm90",
         "residuals_and_statistics_sm90.cu",
-        " && y[q] % 8 < 2",
+        " && y % 8 < 2",
         "",
     ),
     Mutation(

@@ -180,7 +180,9 @@ int main() {
   test_head({.lengths = {3, 9}, .d = 40, .V = 130, .spread = 30}, "peaked");
   test_head({.lengths = {3, 9}, .d = 300, .V = 130, .dtype = Dtype::fp32, .spread = 10}, "peaked, fp32");
   test_moved();
-  check_long_response(Problem({{32768}, 8, 40}), sm80::residuals_and_statistics, sm80::residual_splits(40), nullptr);
+  const Problem long_one({{16384}, 8, 40});
+  check_long_response(long_one, of_statistics(sm80::residuals), "residuals");
+  check_long_response(long_one, of_given_lse(sm80::residuals_and_statistics, sm80::residual_splits(40)), "lse given");
   test_nan(0);
   test_nan(30);
   on_cpu::by_chance(2, [] { test_head({.lengths = {5, 0, 1, 17}, .d = 136, .V = 385}, "by chance"); });

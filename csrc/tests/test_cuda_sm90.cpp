@@ -213,8 +213,8 @@ void test_place() {
 
 void test_long_response() {
   const Problem p({{8192}, 8, 40});
-  std::vector<int> packing(packing_bytes(p.N, p.B) / sizeof(int));
-  check_long_response(p, sm90::residuals_and_statistics, sm90::residual_splits(p.c.V), packing.data());
+  check_long_response(p, of_statistics(sm90::residuals), "residuals");
+  check_long_response(p, of_given_lse(sm90::residuals_and_statistics, sm90::residual_splits(40)), "lse given");
 }
 
 // A chip may let any thread be the last: here one of the copying warp, of those beside it and of those that multiply.

@@ -58,7 +58,7 @@ class Kernels(Protocol):
     def residuals_and_statistics(
         self, hidden: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor, a: Tensor, lse: Tensor, R: Tensor
     ) -> Tensor:
-        """Write R [B, V] without targets' residuals, by a given lse; return partials for `merge` alone."""
+        """Write R [B, V] by a given lse, but for what `add_targets` adds; return partials for `merge` alone."""
 
     def residual_statistics_bytes(self, hidden: Tensor, head: Head) -> int:
         """Of those partials, for one token."""
@@ -87,7 +87,7 @@ class Kernels(Protocol):
         """
 
     def add_targets(self, targets: Tensor, cu_seqlens: Tensor, terms: Tensor, flags: Tensor, R: Tensor) -> None:
-        """Add targets' residuals to R [B, V] of responses whose flag is 0."""
+        """Add what is missing of targets' residuals to R [B, V] of responses whose flag is 0."""
 
     def projection_bytes(self, head: Head, responses: int) -> int:
         """Of the memory that `project` takes for so many responses."""

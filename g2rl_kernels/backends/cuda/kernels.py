@@ -68,7 +68,7 @@ class CudaKernels:
         self, partials: Tensor, head: Head, results: Tensor, a: Tensor | None = None, lse: Tensor | None = None
     ) -> Tensor:
         _, splits, N = partials.shape
-        terms = _floats(partials, 4, 0 if a is None else N)
+        terms = _floats(partials, 4 if lse is None else 5, 0 if a is None else N)
         self.module.merge(
             _head(self.module, head),
             self.module.Partials(partials.data_ptr(), splits),
