@@ -49,13 +49,14 @@ constexpr float kNoMaximum = -1e29f;
 // Stands for a logit that is left out: 2^(kMasked - m) = 0 for every m, and 0 * (kMasked - m) is no NaN.
 constexpr float kMasked = -1e30f;
 
-// What features need to know of each token, fp32 [N] each. S is 1 where a given lse that served as shift was exact.
+// What features need to know of each token, fp32 [N] each, `rest` with a given lse alone. S is 1 where that, as shift,
+// was exact.
 struct Terms {
   float* shift;   // of exponents, in units of log 2
   float* weight;  // a / S, of the others' 2^(t - shift)
   float* target;  // a slope_y S_rest / S, what the target's residual adds
   float* S;
-  float* rest;  // of a given lse: a slope_y S_rest, less what R has of it already
+  float* rest;  // a slope_y S_rest, less what R has of it already
 };
 
 // What a chunk of tokens leaves for `add_kept`, a row for each, `stride` bytes apart; null: nothing is left.

@@ -56,9 +56,14 @@ DEVICE float exponent_above(float shift, float z, const Options& options, float&
   return fmaf(capped<SOFTCAP>(z, options, slope), options.scale, -shift);
 }
 
-// A target's residual by an lse that is taken for exact, with e = 2^(t - shift): R gets it before the others' sum is
-// known, and `merge` takes the same number, to its last bit, off what it is.
-DEVICE float residual_of_target(float a, float slope, float e) { return a * slope * (1.f - e); }
+// A target's residual by an lse that is taken for exact, with e = 2^(t - shift). R gets it before the others' sum is
+// known: were all targets added to finished sums, which they nearly cancel, fp32 would lose digits. `merge` takes the
+// same number, to its last bit, off what it should be. 0 for a sure token, of which 1 - e is but what lse was rounded
+// by.
+DEVICE float residual_of_target(float a, float slope, float e) {
+  const float others = 1.f - e;
+  return others < 0x1p-10f ? 0.f : a * slope * others;
+}
 
 // An exponent that was rounded, as a maximum to count others from: no less than it was before. Near 1e10 fp32 rounds by
 // hundreds, and what is left of an exponent above its maximum would have an infinite exponential.

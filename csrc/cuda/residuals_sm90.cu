@@ -32,6 +32,7 @@ struct Columns {
   int targets[kColumnsOfTile];       // -1 beyond a response
   int tokens[kColumnsOfTile];        // -1 beyond a response
   // Where a segment ends with the group, counted from the response's last: the response if it is the last, or -1.
+  // Elsewhere kGoesOn.
   int ends[kGroups];
   // Bit w: warp w of the multiplying ones cannot take the group like any other. It closes a segment, does not have
   // eight tokens, or has one of the warp's words for a target.

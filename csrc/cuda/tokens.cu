@@ -70,8 +70,11 @@ DEVICE void write_token(const MergeArguments& p, int n, float m, bool likeliest,
   p.results[2 * p.stride + n] = fmaf(m, kLn2, log_S);
   if (p.a == nullptr) return;
   p.terms.shift[n] = m;
-  p.terms.weight[n] = p.a[n] / S;
-  p.terms.target[n] = p.a[n] * (S_rest / S) * slope;
+  // A token's residuals must add up to 0: near S = 1 a quotient's rounding has one sign, and another quotient's
+  // another.
+  const float weight = p.a[n] / S;
+  p.terms.weight[n] = weight;
+  p.terms.target[n] = weight * S_rest * slope;
   p.terms.S[n] = S;
   if (p.lse == nullptr) return;
   p.terms.rest[n] = fmaf(p.a[n] * slope, S_rest, -residual_of_target(p.a[n], slope, e_y));
@@ -307,8 +310,7 @@ __global__ void __launch_bounds__(kKeptThreads) add_kept_kernel(const __grid_con
 // ---- what a given lse leaves of targets' residuals ----
 //
 // Not divided by S, as the others' residuals are not: a token's residuals must add up to 0, or what all rows of the
-// weight have in common stays behind, which can be far longer than the features. Most of them R has already: of a word
-// that many tokens have for a target, and others give half their weight, fp32 would lose digits between the two sums.
+// weight have in common stays behind, which can be far longer than the features.
 //
 // Every token compares its target with those of its response; the first of a kind adds the terms of all, in order. A
 // response of 2^15 tokens needs fewer comparisons for that than a vocabulary would.

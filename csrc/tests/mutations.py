@@ -92,6 +92,13 @@ MUTATIONS = (
         "const int row = n0 - start;",
     ),
     Mutation(
+        "merge: the target's weight is a quotient of its own",
+        "small",
+        "tokens.cu",
+        "= weight * S_rest * slope;",
+        "= p.a[n] * (S_rest / S) * slope;",
+    ),
+    Mutation(
         "merge: what R has of targets is taken for nothing",
         "small",
         "tokens.cu",
@@ -102,8 +109,15 @@ MUTATIONS = (
         "lse given: all of targets' residuals left to add_targets",
         "sm80",
         "options.h",
-        "{ return a * slope * (1.f - e); }",
-        "{ return 0.f; }",
+        "others < 0x1p-10f",
+        "true",
+    ),
+    Mutation(
+        "lse given: what lse was rounded by is a sure token's residual",
+        "sm80",
+        "options.h",
+        "others < 0x1p-10f",
+        "false",
     ),
     Mutation(
         "sm90, lse given: a target's residual lands in the next word",

@@ -49,6 +49,13 @@ Found in_one_pass(Problem& p) {
   return found;
 }
 
+void test_sure_tokens(Dtype dtype) {
+  Problem p = sure_tokens(dtype);
+  const Found found = in_one_pass(p);
+  expect(found.flags == std::vector<int>(p.B, 0), "sure tokens: their lse was not believed", 1, 0);
+  check_rows(p, found.R, p.R, p.c.V, "sure tokens, dtype " + std::to_string(int(dtype)));
+}
+
 // G [N, columns] of a strip, as `grad_logits` should give it: without rounding to the head's dtype.
 std::vector<double> expected_gradients(const Problem& p, const Floats& rows_in, int v_start, int columns) {
   std::vector<double> G(size_t(p.N) * columns);
@@ -180,6 +187,7 @@ int main() {
   test_head({.lengths = {3, 9}, .d = 40, .V = 130, .spread = 30}, "peaked");
   test_head({.lengths = {3, 9}, .d = 300, .V = 130, .dtype = Dtype::fp32, .spread = 10}, "peaked, fp32");
   test_moved();
+  for (const Dtype dtype : {Dtype::bf16, Dtype::fp32}) test_sure_tokens(dtype);
   const Problem long_one({{16384}, 8, 40});
   check_long_response(long_one, of_statistics(sm80::residuals), "residuals");
   check_long_response(long_one, of_given_lse(sm80::residuals_and_statistics, sm80::residual_splits(40)), "lse given");

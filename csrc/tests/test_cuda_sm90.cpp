@@ -157,6 +157,13 @@ void test_given_lse(Problem& p, const std::string& what) {
   check_rows(p, given.R, p.R, p.c.V, what + ", lse given, R");
 }
 
+void test_sure_tokens() {
+  Problem p = sure_tokens(Dtype::bf16);
+  const Given given(p, Floats(p.lse.begin(), p.lse.end()));
+  expect(given.flags == std::vector<int>(p.B, 0), "sure tokens: their lse was not believed", 1, 0);
+  check_rows(p, given.R, p.R, p.c.V, "sure tokens");
+}
+
 void test_case(const Case& c, const std::string& what) {
   Problem p(c);
   const Forward once(p), again(p);
@@ -235,6 +242,7 @@ int main() {
   test_case({{40}, 72, 100, Dtype::fp16, false, 0, -1}, "one tile, negative scale");
   test_neighbours();
   test_place();
+  test_sure_tokens();
   test_long_response();
   test_slow_threads();
   on_cpu::by_chance(3, [] { test_case({{3, 129}, 584, 200}, "by chance"); });

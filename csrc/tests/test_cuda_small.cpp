@@ -121,6 +121,20 @@ void test_given_lse(const Case& c, const std::string& what) {
   }
 }
 
+// A token's residuals add up to 0 on average where S, by a given lse, is a little less than 1.
+void test_residuals_add_up() {
+  const int N = 8192;
+  const Head head{nullptr, nullptr, 0, 2, 0, Dtype::fp32, Dtype::fp32, 1, 1, false};
+  const Floats lse(N, 0.f), a(N, 1.f);
+  Floats planes(4 * size_t(N), std::log(0.5f)), results(3 * size_t(N));
+  for (int n = 0; n < N; ++n) planes[N + n] = 0.5f - float(n % 16 + 1) * 0x1p-24f;
+  OwnTerms terms(N);
+  merge(head, {planes.data(), 1}, N, lse.data(), a.data(), results.data(), N, terms.terms, nullptr);
+  double sum = 0;
+  for (int n = 0; n < N; ++n) sum += terms.terms.target[n] - double(terms.terms.weight[n]) * planes[N + n];
+  expect_below(std::fabs(sum / N), 3e-9, "residuals of a token");
+}
+
 // NaN among a token's logits shows in its results and in its response, and nowhere else.
 void test_nan_of_tokens() {
   Problem p({{5, 0, 17}, 63, 1105});
@@ -149,6 +163,7 @@ void tokens_tests() {
   test_tokens({{1100, 40, 512}, 31, 129}, "segments");
   test_given_lse({ragged, 63, 1105}, "given lse");
   test_given_lse({.lengths = ragged, .d = 63, .V = 515, .softcap = 30, .logit_scale = 1.5, .spread = 30}, "given, cap");
+  test_residuals_add_up();
   test_nan_of_tokens();
 }
 

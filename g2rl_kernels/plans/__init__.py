@@ -38,9 +38,10 @@ class Kernels(Protocol):
     def merge(
         self, partials: Tensor, head: Head, results: Tensor, a: Tensor | None = None, lse: Tensor | None = None
     ) -> Tensor:
-        """Write log p, entropy and lse to results [3, N]; with `a`, return terms [4, N] for features, else [4, 0].
+        """Write log p, entropy and lse to results [3, N]; with `a`, return terms for features, else none.
 
-        `lse` is the shift that `partials` were made with, where one was given.
+        `lse` is the shift that `partials` were made with, where one was given. Terms [4 or 5, N] are the backend's own
+        but for row 3, sums of exponentials.
         """
 
     def residuals(

@@ -141,6 +141,17 @@ def check_masked_words(shape: Shape, dtype: torch.dtype, device: str = "cpu", **
         testing.assert_bounds(found._replace(logps=of_hopeless.logps), of_hopeless, s.cu_seqlens)
 
 
+def check_sure_tokens(shape: Shape, dtype: torch.dtype, device: str = "cpu", *, given: bool) -> None:
+    """1 - p_y from 1e-11 to 1e-7, less than an lse in fp32 is rounded by, is what their features are made of."""
+    s = sample(shape, dtype, device, options=OPTIONS["bias"])
+    bias = s.head.bias.clone()
+    bias[7] = 30
+    sure = replace(s, head=replace(s.head, bias=bias), targets=torch.full_like(s.targets, 7))
+    expected = testing.oracle(sure)
+    assert expected.logps.abs().max() < 1e-7
+    testing.assert_bounds(features(sure, lse=expected.lse.float() if given else None), expected, s.cu_seqlens)
+
+
 def check_gradients_of_masked_words(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> None:
     """None; finite ones where one of them is the target."""
     s = sample(shape, dtype, device, options=OPTIONS["bias"])

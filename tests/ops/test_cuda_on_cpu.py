@@ -29,6 +29,7 @@ from head_cases import (
     check_masked_words,
     check_parts,
     check_second_response_first,
+    check_sure_tokens,
     features,
     given,
     oracle,
@@ -109,6 +110,13 @@ def test_plans(plan: str, shape: Shape, dtype: torch.dtype, backend, request: py
 @pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
 def test_an_lse_of_another_head(shape: Shape, off: float, backend) -> None:  # noqa: ANN001
     check(shape, torch.float16, lse=oracle(shape, torch.float16, "cpu", "random", OPTIONS["plain"]).lse.float() + off)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["", "lse"])
+@pytest.mark.parametrize("shape", [ALIGNED, RAGGED], ids=["aligned", "ragged"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sure_tokens(dtype: torch.dtype, shape: Shape, given: bool, backend) -> None:  # noqa: ANN001
+    check_sure_tokens(shape, dtype, given=given)
 
 
 @pytest.mark.parametrize("wrong", WRONG_LSE[-3:])

@@ -25,6 +25,7 @@ from head_cases import (
     check_logits_beyond_the_digits_of_fp32,
     check_lse_of_something_else,
     check_masked_words,
+    check_sure_tokens,
     oracle,
     sample,
     upstream,
@@ -228,6 +229,13 @@ def test_long_response_of_the_policy_itself(backend: str | None, device: str, dt
     exact = oracle(shape, dtype, device, "drawn", options)
     lse = exact.lse.float() if given else None
     testing.assert_bounds(features(s, backend, lse=lse), exact, s.cu_seqlens)
+
+
+@every_forward
+@pytest.mark.parametrize("given", [False, True], ids=["", "lse"])
+def test_sure_tokens(backend: str | None, device: str, dtype: torch.dtype, given: bool) -> None:
+    with use_backend(backend):
+        check_sure_tokens(SMALL, dtype, device, given=given)
 
 
 @every_case

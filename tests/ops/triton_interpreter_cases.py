@@ -23,6 +23,7 @@ from head_cases import (
     check_masked_words,
     check_parts,
     check_second_response_first,
+    check_sure_tokens,
     features,
     given,
     oracle,
@@ -66,6 +67,11 @@ def triton_backend():  # noqa: ANN201
 def test_plans_and_logits(plan: str, kind: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     s = sample(RAGGED, dtype, kind=kind, options=OPTIONS["plain"])
     check(RAGGED, dtype, kind, lse=given(plan, s, request))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["", "lse"])
+def test_sure_tokens(given: bool) -> None:
+    check_sure_tokens(RAGGED, torch.float32, given=given)
 
 
 @pytest.mark.parametrize("wrong", WRONG_LSE[-3:])

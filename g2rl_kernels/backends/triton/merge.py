@@ -108,8 +108,10 @@ def _merge_kernel(
     if FEATURES:
         a = tl.load(token_weights + n, mask=inside, other=0.0).to(tl.float32)
         tl.store(terms + n, m, mask=inside)
-        tl.store(terms + N + n, a / S, mask=inside)
-        tl.store(terms + 2 * N + n, a * (S_rest / S) * slope_y, mask=inside)
+        # A token's residuals must add up to 0: near S = 1 a quotient's rounding has one sign, and another's another.
+        weight = a / S
+        tl.store(terms + N + n, weight, mask=inside)
+        tl.store(terms + 2 * N + n, weight * S_rest * slope_y, mask=inside)
         tl.store(terms + 3 * N + n, S, mask=inside)
 
 
