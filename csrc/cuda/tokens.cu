@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(kTargetThreads)
   for (int t0 = blockIdx.x % blocks_of_response * kTargetThreads; t0 < length;
        t0 += blocks_of_response * kTargetThreads) {
     const int t = t0 + thread, y = t < length ? int(targets[start + t]) : -1;
-    float sum = 0.f;
+    double sum = 0.;  // all of a sure token's residual comes here, and in fp32 thousands of them would lose digits
     bool first = t < length;
     for (int u0 = 0; u0 < length; u0 += kTargetThreads) {
       __syncthreads();
@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kTargetThreads)
         sum += others[i].value;
       }
     }
-    if (first) R[int64_t(b) * V + y] += sum;
+    if (first) R[int64_t(b) * V + y] = float(R[int64_t(b) * V + y] + sum);
   }
 }
 

@@ -91,6 +91,7 @@ MUTATIONS = (
         "const int row = n0 - p.first;",
         "const int row = n0 - start;",
     ),
+    Mutation("add_targets: a sum in fp32", "small", "tokens.cu", "double sum = 0.;", "float sum = 0.f;"),
     Mutation(
         "merge: the target's weight is a quotient of its own",
         "small",

@@ -121,6 +121,20 @@ void test_given_lse(const Case& c, const std::string& what) {
   }
 }
 
+// Targets of a long response may cancel what the other words left, and their sum must not lose its digits.
+void test_targets_of_a_long_response() {
+  Problem p({{1, 8192}, 8, 40});
+  OwnTerms terms(p.N);
+  for (int n = 0; n < p.N; ++n) p.targets[n] = 7, terms.terms.rest[n] = 0.1f;
+  const std::vector<int> flags(p.B, 0);
+  Floats R(size_t(p.B) * p.c.V, 0.f);
+  float& left = R[p.c.V + 7];
+  left = float(-8192 * double(0.1f));
+  add_targets(p.targets.data(), p.N, p.responses(), terms.terms, flags.data(), p.c.V, R.data(), nullptr);
+  expect_below(std::fabs(left), 0x1p-15, "targets of a long response");  // half of what R's numbers there are apart
+  expect(R[7] == 0.1f, "targets of a short response", R[7], 0.1);
+}
+
 // A token's residuals add up to 0 on average where S, by a given lse, is a little less than 1.
 void test_residuals_add_up() {
   const int N = 8192;
@@ -164,6 +178,7 @@ void tokens_tests() {
   test_given_lse({ragged, 63, 1105}, "given lse");
   test_given_lse({.lengths = ragged, .d = 63, .V = 515, .softcap = 30, .logit_scale = 1.5, .spread = 30}, "given, cap");
   test_residuals_add_up();
+  test_targets_of_a_long_response();
   test_nan_of_tokens();
 }
 
