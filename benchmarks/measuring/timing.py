@@ -293,7 +293,7 @@ def _instruction_sets() -> str:
     """PyTorch's own choice, and the matrix units that decide what a bf16 product costs."""
     path = Path("/proc/cpuinfo")
     flags = path.read_text().split() if path.is_file() else []
-    found = [flag for flag in ("avx512_bf16", "amx_bf16", "avx512_fp16") if flag in flags]
+    found = [flag for flag in ("avx512_bf16", "amx_bf16", "avx512_fp16", "bf16") if flag in flags]  # the last is ARM's
     return " ".join([torch.backends.cpu.get_cpu_capability(), *found])
 
 

@@ -111,7 +111,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("instruction_set", [] { return std::string(isa_name(isa())); });
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
-    for (int i = static_cast<int>(highest_isa()); i >= 0; --i) names.push_back(isa_name(static_cast<Isa>(i)));
+    for (const Isa isa : kIsas)
+      if (isa <= highest_isa()) names.insert(names.begin(), isa_name(isa));
     return names;
   });
 }

@@ -1,6 +1,8 @@
 #include "isa.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -9,12 +11,17 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(G2RL_WITH_NEON_BF16) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(G2RL_WITH_NEON_BF16)
+#include <sys/auxv.h>
+#endif
 
 namespace g2rl {
 namespace {
 
 constexpr const char* kVariable = "G2RL_CPU_ISA";
-constexpr const char* kNames[] = {"base", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr const char* kNames[] = {"base", "neon_bf16", "avx2", "avx512", "avx512_bf16", "amx"};
 
 // Whether instructions for bf16 are in software.
 #if defined(G2RL_EMULATE_BF16)
@@ -34,6 +41,19 @@ bool may_use_tiles() {
 }
 #endif
 
+#if defined(G2RL_WITH_NEON_BF16)
+bool has_neon_bf16() {
+#if defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof(found);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) == 0 && found;
+#else
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  return getauxval(AT_HWCAP2) & kBf16;
+#endif
+}
+#endif
+
 // Intel's cores multiply pairs of bf16 with vdpbf16ps at half the rate at which they multiply the same numbers widened
 // to fp32. On AMD's, bf16 products are the faster ones by a factor of 2.6.
 Isa fastest() {
@@ -44,9 +64,10 @@ Isa fastest() {
   return highest;
 }
 
-std::string list(int last) {
+std::string list(Isa highest) {
   std::string names;
-  for (int i = last; i >= 0; --i) names += std::string(kNames[i]) + (i > 0 ? ", " : "");
+  for (const Isa isa : kIsas)
+    if (isa <= highest) names = isa_name(isa) + (names.empty() ? "" : ", " + names);
   return names;
 }
 
@@ -54,15 +75,15 @@ Isa choose() {
   const Isa highest = highest_isa();
   const char* wanted = std::getenv(kVariable);
   if (!wanted || !*wanted) return fastest();
-  constexpr int kAll = sizeof(kNames) / sizeof(*kNames);
-  int i = 0;
-  while (i < kAll && std::string(kNames[i]) != wanted) ++i;
+  const auto named =
+      std::find_if(std::begin(kIsas), std::end(kIsas), [&](Isa isa) { return isa_name(isa) == std::string(wanted); });
   const std::string variable = kVariable, found = std::string("'") + wanted + "'";
-  if (i == kAll) throw std::runtime_error(variable + ": expected one of " + list(kAll - 1) + ", found " + found);
-  if (i > static_cast<int>(highest))
+  if (named == std::end(kIsas))
+    throw std::runtime_error(variable + ": expected one of " + list(*std::rbegin(kIsas)) + ", found " + found);
+  if (*named > highest)
     throw std::runtime_error(variable + ": " + found + " is more than this processor and build have, which is " +
-                             list(static_cast<int>(highest)));
-  return static_cast<Isa>(i);
+                             list(highest));
+  return *named;
 }
 
 }  // namespace
@@ -86,6 +107,8 @@ Isa highest_isa() {
 #if defined(G2RL_WITH_AMX)
   if (kEmulated || may_use_tiles()) highest = Isa::kAmx;
 #endif
+#elif defined(G2RL_WITH_NEON_BF16)
+  if (has_neon_bf16()) highest = Isa::kNeonBf16;
 #endif
   return highest;
 }

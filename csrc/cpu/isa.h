@@ -3,8 +3,14 @@
 
 namespace g2rl {
 
-// From the portable one upwards; each processor here that has one has those before it.
-enum class Isa { kBase, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+enum class Isa { kBase, kNeonBf16, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+
+// Those of this architecture, from the portable one upwards; each processor that has one has those before it.
+#if defined(__aarch64__)
+constexpr Isa kIsas[] = {Isa::kBase, Isa::kNeonBf16};  // NEON itself is every processor's
+#else
+constexpr Isa kIsas[] = {Isa::kBase, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
+#endif
 
 const char* isa_name(Isa isa);
 

@@ -11,6 +11,10 @@
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
+#define G2RL_BF16_PAIRS
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#define G2RL_BF16_PAIRS
 #endif
 
 #include "rowwise.h"
@@ -37,7 +41,7 @@ struct Floats {
   static Vector add(Vector sum, const uint32_t* a, Vector b) { return sum + read<float>(a) * b; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(G2RL_BF16_PAIRS)
 // A in fp32, B in pairs of bf16, which the upper halves of floats hold exactly.
 struct FloatsByPairs {
   static constexpr int kSteps = 2;
@@ -48,13 +52,20 @@ struct FloatsByPairs {
   static Vector add(Vector sum, const uint32_t* a, Vector b) { return Floats::add(sum, a, b); }
 };
 
-// Two fused multiply-adds, one after the other, each rounded to nearest; subnormal operands and results are zero
-// (Intel's manual, VDPBF16PS).
 struct Pairs {
   static constexpr int kSteps = 1;
   static Vector right(const uint32_t* b, int) { return read<Vector>(b); }
   static Vector add(Vector sum, const uint32_t* a, Vector b) {
+#if defined(__AVX512BF16__)
+    // Two fused multiply-adds, one after the other, each rounded to nearest; subnormal operands and results are zero
+    // (Intel's manual, VDPBF16PS).
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(read<int>(a)), (__m512bh)b);
+#else
+    // Two exact products, their sum, and that and `sum`, both sums rounded to odd; subnormal operands and results are
+    // zero (Arm's manual, BFDOT). A pair goes into a lane, as loads that fill a register take a vector unit's time.
+    const float32x2_t pair = {read<float>(a), 0.0f};
+    return (Vector)vbfdotq_lane_f32((float32x4_t)sum, (bfloat16x8_t)b, vreinterpret_bf16_f32(pair), 0);
+#endif
   }
 };
 #endif
@@ -141,7 +152,7 @@ void multiply_units(const TileProduct& p) {
 }
 
 void multiply_tiles(const TileProduct& p) {
-#if defined(__AVX512BF16__)
+#if defined(G2RL_BF16_PAIRS)
   if (p.b_pairs) return p.a_pairs ? multiply_units<Pairs>(p) : multiply_units<FloatsByPairs>(p);
 #endif
   multiply_units<Floats>(p);

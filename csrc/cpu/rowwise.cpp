@@ -20,6 +20,10 @@ const RowKernels& table();
 namespace amx {
 const RowKernels& table();
 }
+#elif defined(__aarch64__)
+namespace neon_bf16 {
+const RowKernels& table();
+}
 #endif
 
 const RowKernels& rowwise() {
@@ -38,6 +42,10 @@ const RowKernels& rowwise() {
         return avx512::table();
       case Isa::kAvx2:
         return avx2::table();
+#endif
+#if defined(G2RL_WITH_NEON_BF16)
+      case Isa::kNeonBf16:
+        return neon_bf16::table();
 #endif
       default:
         return base::table();

@@ -500,7 +500,7 @@ const RowKernels& table() {
   // fp32 has 24 bits, fp16 11, a part 8.
 #if defined(__AMX_BF16__)
 #define G2RL_BF16_PARTS {3, 1, 2}
-#elif defined(__AVX512BF16__)
+#elif defined(G2RL_BF16_PAIRS)
 #define G2RL_BF16_PARTS {0, 1, 0}
 #else
 #define G2RL_BF16_PARTS {0, 0, 0}

@@ -1,8 +1,8 @@
-"""CPU kernels in C++ (`csrc/cpu`), for AMX, AVX-512 with and without bf16, AVX2, and any other processor.
+"""CPU kernels in C++ (`csrc/cpu`), for AMX, AVX-512 with and without bf16, AVX2, ARM's bf16, and any other processor.
 
 The compiled module is loaded when first needed; `unavailable` says why it cannot be. The environment variable
-G2RL_CPU_ISA chooses an instruction set other than the fastest: amx, avx512_bf16, avx512, avx2 or base. A child that is
-forked after that computes on one thread.
+G2RL_CPU_ISA chooses an instruction set other than the fastest: amx, avx512_bf16, avx512, avx2 or base; on ARM neon_bf16
+or base. A child that is forked after that computes on one thread.
 """
 
 from __future__ import annotations

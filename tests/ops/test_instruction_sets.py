@@ -6,6 +6,7 @@ A process chooses one when a kernel first runs, so each gets a process of its ow
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 from g2rl_kernels.backends import native
 
 VARIABLE = "G2RL_CPU_ISA"
-WORDS = ("amx", "avx512_bf16", "avx512", "avx2", "base")
+ARM = platform.machine() in ("aarch64", "arm64")
+WORDS = ("neon_bf16", "base") if ARM else ("amx", "avx512_bf16", "avx512", "avx2", "base")
 # Every dtype, forward and backward, both plans, and what bits depend on; each instruction set has its own register
 # tiles and their remainders.
 TESTS = " or ".join(
