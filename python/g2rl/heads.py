@@ -30,7 +30,7 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
 
     Raises:
         TypeError: the model has no head.
-        NotImplementedError: an adapter changes the head's logits.
+        NotImplementedError: an adapter changes the head's logits, or the head is quantised.
     """
     embeddings = model.get_output_embeddings()
     if getattr(embeddings, "weight", None) is None:
@@ -40,6 +40,7 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
             "model: expected no adapter on the head, whose weight the features are made of, found one; leave the head "
             "out of its target_modules and target_parameters"
         )
+    _check_not_quantised(embeddings)
     config = model.config.get_text_config()
     weight, bias = embeddings.weight, getattr(embeddings, "bias", None)
     return LMHead(
@@ -55,6 +56,17 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
 def adapts_head(model: Any) -> bool:
     """Whether an adapter adds to the products of the model's head; one that trains a copy of it does not."""
     return hasattr(model.get_output_embeddings(), "base_layer")
+
+
+def _check_not_quantised(head: Any) -> None:
+    """A cast would take a quantised head's codes for its weights, without their scales."""
+    dtype = getattr(head.weight, "dtype", None)  # PyTorch's own quantised layers have a method there
+    if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
+        found = type(head).__name__ if dtype is None else f"{dtype} in a {type(head).__name__}"
+        raise NotImplementedError(
+            f"model: expected a head with a weight in floating point of 16 bits or more, found {found}; leave the head "
+            "out of what is quantised, as `modules_to_not_convert` does"
+        )
 
 
 def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:

@@ -78,6 +78,28 @@ def test_a_model_without_head_is_refused() -> None:
         lm_head(AutoModel.from_config(ARCHITECTURES["plain"]), 1.0, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_a_quantised_head_is_refused(dtype: torch.dtype) -> None:
+    """Its weight holds codes, whose scales are elsewhere: a cast gave features of the codes."""
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["plain"])
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(NotImplementedError, match=f"model: expected a head with .*, found {dtype} in a Linear; leave"):
+        lm_head(model, 1.0, torch.float32)
+
+
+def test_a_head_whose_weight_is_a_method_is_refused() -> None:
+    """As that of PyTorch's own quantised layers."""
+
+    class Packed(torch.nn.Module):
+        def weight(self) -> torch.Tensor:
+            return torch.zeros(61, 32)
+
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["plain"])
+    model.set_output_embeddings(Packed())
+    with pytest.raises(NotImplementedError, match="model: expected a head with a weight .*, found Packed; leave"):
+        lm_head(model, 1.0, torch.float32)
+
+
 @pytest.mark.parametrize("autocast", ["none", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [*ARCHITECTURES.values(), *UNKNOWN.values()], ids=[*ARCHITECTURES, *UNKNOWN])
