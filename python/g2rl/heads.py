@@ -43,6 +43,9 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
     _check_not_quantised(embeddings)
     config = model.config.get_text_config()
     weight, bias = embeddings.weight, getattr(embeddings, "bias", None)
+    words = _unpadded_vocab_size(config)
+    if words is not None:
+        weight, bias = weight[:words], None if bias is None else bias[:words]
     return LMHead(
         weight.to(dtype),
         bias=None if bias is None else bias.to(dtype),
@@ -87,7 +90,9 @@ def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:
     if model.base_model is model:
         return f"{type(model).__name__} names no part of itself that has its last hidden states"
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.get_text_config().vocab_size, (1, 9), generator=generator).to(model.device)
+    config = model.config.get_text_config()
+    words = min(config.vocab_size, _unpadded_vocab_size(config) or config.vocab_size)
+    ids = torch.randint(words, (1, 9), generator=generator).to(model.device)
     try:
         with torch.no_grad(), evaluating(model):
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
@@ -142,6 +147,11 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
+def _unpadded_vocab_size(config: Any) -> int | None:
+    """How many words have logits where others are there to round the vocabulary's size, as Inkling's; None for all."""
+    return getattr(config, "unpadded_vocab_size", None)
+
+
 def _soft_cap(config: Any) -> float | None:
     """c of the c tanh(z / c) that logits go through: Gemma's, RecurrentGemma's, xLSTM's."""
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -149,14 +159,15 @@ def _soft_cap(config: Any) -> float | None:
 
 
 def _logit_scale(config: Any) -> float:
-    """What logits are multiplied by: Cohere, Falcon-H1 and others multiply, Granite and MiniCPM3 divide."""
+    """What logits are multiplied by: Cohere, Falcon-H1 and others multiply, Granite, MiniCPM3 and Inkling divide."""
     if config.model_type == "mpt":  # whose configuration has a scale that transformers leaves out
         return 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(config, name, None)
         if scale is not None:
             return float(scale)
-    divisor = getattr(config, "logits_scaling", None)
+    names = ("logits_scaling", "logits_mup_width_multiplier")
+    divisor = next((divisor for name in names if (divisor := getattr(config, name, None)) is not None), None)
     if divisor is None:
         return 1.0
     return float(divisor) if config.model_type == "hyperclovax" else 1 / float(divisor)

@@ -18,6 +18,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    InklingTextConfig,
     Llama4TextConfig,
     LlamaConfig,
     ModernBertDecoderConfig,
@@ -44,6 +45,21 @@ ARCHITECTURES = {
     "scale": CohereConfig(**SIZES, logit_scale=0.25),
     "a scale that is left out": MptConfig(vocab_size=61, d_model=32, n_layers=1, n_heads=4, logit_scale=0.2),
     "division": GraniteConfig(**SIZES, logits_scaling=3.0),
+    "division, and words that round the vocabulary's size": InklingTextConfig(
+        **SIZES,
+        unpadded_vocab_size=55,
+        logits_mup_width_multiplier=0.5,
+        head_dim=8,
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=2,
+        swa_head_dim=8,
+        d_rel=4,
+        rel_extent=16,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+    ),
     "bias": PhiConfig(**(SIZES | {"num_key_value_heads": 4})),
     "another name of the cap": RecurrentGemmaConfig(
         **(SIZES | {"num_hidden_layers": 3}), lru_width=32, logits_soft_cap=2.0
@@ -64,7 +80,7 @@ def test_head_equals_the_models_logits(config: PretrainedConfig) -> None:
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
         torch.nn.init.normal_(bias)
-    ids = torch.randint(3, 61, (1, 9))
+    ids = torch.randint(3, model(torch.tensor([[3]])).logits.shape[-1], (1, 9))
     hidden = model.base_model(ids).last_hidden_state[0]
     out = token_logprobs(hidden, lm_head(model, 0.7, torch.float32), ids[0])
     expected = (model(ids).logits[0] / 0.7).log_softmax(-1)
