@@ -87,21 +87,29 @@ def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:
     """
     if _is_split(model) or model.device.type == "meta":
         return ""
+    name = type(model).__name__
+    nowhere = f"{name} names no part of itself that has its last hidden states"
     if model.base_model is model:
-        return f"{type(model).__name__} names no part of itself that has its last hidden states"
+        return nowhere
     generator = torch.Generator().manual_seed(0)
     config = model.config.get_text_config()
     words = min(config.vocab_size, _unpadded_vocab_size(config) or config.vocab_size)
     ids = torch.randint(words, (1, 9), generator=generator).to(model.device)
     try:
         with torch.no_grad(), evaluating(model):
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+            states = model.base_model(input_ids=ids, use_cache=False)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return ""
+    if not hasattr(states, "last_hidden_state"):  # it has a head itself, as the base of a PEFT model
+        return nowhere
+    hidden = states.last_hidden_state[0, :-1]
     product = dtype or product_dtype(hidden)
     with torch.no_grad():
-        logps = token_logprobs(hidden.to(product), lm_head(model, 1.0, product), ids[0, 1:]).logps
+        head = lm_head(model, 1.0, product)
+        if hidden.shape[1] != (d := head.weight.shape[1]):
+            return f"{name} has last hidden states of {hidden.shape[1]} numbers, and its head takes {d}"
+        logps = token_logprobs(hidden.to(product), head, ids[0, 1:]).logps
     expected = logits.double().log_softmax(-1).gather(-1, ids[0, 1:, None].to(logits.device))[:, 0]
     gap = float((logps.to(logits.device) - expected).abs().mean())
     # Products in fp32 may be made of tf32.
@@ -110,7 +118,7 @@ def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:
     if not gap > rounding:
         return ""
     return (
-        f"log-probabilities of {type(model).__name__} differ from those of its head on its last hidden states by "
+        f"log-probabilities of {name} differ from those of its head on its last hidden states by "
         f"{gap:.2g} a token, where rounding explains {rounding:.1g}: something lies in between that is not known here"
     )
 

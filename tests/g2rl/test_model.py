@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import (
@@ -27,6 +28,7 @@ from transformers import (
     PhiConfig,
     PretrainedConfig,
     RecurrentGemmaConfig,
+    RemBertConfig,
 )
 
 from g2rl.config import Config, ConfigError, ModelConfig, RolloutConfig
@@ -141,6 +143,20 @@ def test_a_body_that_is_not_told_from_the_head() -> None:
     model = AutoModelForCausalLM.from_config(Llama4TextConfig(**sizes))
     with pytest.raises(ConfigError, match="model.path: .* but Llama4ForCausalLM names no part of itself that has its"):
         Policy(model, Config(model=ModelConfig(autocast="none")))
+
+
+def test_a_body_with_a_head_of_its_own() -> None:
+    """As the base of a PEFT model, whose logits are all that it gives."""
+    model = AutoModelForCausalLM.from_config(UNKNOWN["BertLMHeadModel"])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
+    assert head_difference(adapted) == "PeftModel names no part of itself that has its last hidden states"
+    assert "log-probabilities of BertLMHeadModel differ" in head_difference(adapted.get_base_model())
+
+
+def test_hidden_states_of_another_width_than_the_heads() -> None:
+    config = RemBertConfig(**SIZES, is_decoder=True, input_embedding_size=16, output_embedding_size=24)
+    difference = head_difference(AutoModelForCausalLM.from_config(config))
+    assert difference == "RemBertForCausalLM has last hidden states of 32 numbers, and its head takes 24"
 
 
 def test_heads_are_not_compared_where_weights_are_not_there() -> None:
