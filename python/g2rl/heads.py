@@ -30,7 +30,7 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
 
     Raises:
         TypeError: the model has no head.
-        NotImplementedError: an adapter changes the head's logits.
+        NotImplementedError: an adapter changes the head's logits, or the head is quantised.
     """
     embeddings = model.get_output_embeddings()
     if getattr(embeddings, "weight", None) is None:
@@ -40,8 +40,12 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
             "model: expected no adapter on the head, whose weight the features are made of, found one; leave the head "
             "out of its target_modules and target_parameters"
         )
+    _check_not_quantised(embeddings)
     config = model.config.get_text_config()
     weight, bias = embeddings.weight, getattr(embeddings, "bias", None)
+    words = _unpadded_vocab_size(config)
+    if words is not None:
+        weight, bias = weight[:words], None if bias is None else bias[:words]
     return LMHead(
         weight.to(dtype),
         bias=None if bias is None else bias.to(dtype),
@@ -55,6 +59,17 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
 def adapts_head(model: Any) -> bool:
     """Whether an adapter adds to the products of the model's head; one that trains a copy of it does not."""
     return hasattr(model.get_output_embeddings(), "base_layer")
+
+
+def _check_not_quantised(head: Any) -> None:
+    """A cast would take a quantised head's codes for its weights, without their scales."""
+    dtype = getattr(head.weight, "dtype", None)  # PyTorch's own quantised layers have a method there
+    if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
+        found = type(head).__name__ if dtype is None else f"{dtype} in a {type(head).__name__}"
+        raise NotImplementedError(
+            f"model: expected a head with a weight in floating point of 16 bits or more, found {found}; leave the head "
+            "out of what is quantised, as `modules_to_not_convert` does"
+        )
 
 
 def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:
@@ -72,19 +87,29 @@ def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:
     """
     if _is_split(model) or model.device.type == "meta":
         return ""
+    name = type(model).__name__
+    nowhere = f"{name} names no part of itself that has its last hidden states"
     if model.base_model is model:
-        return f"{type(model).__name__} names no part of itself that has its last hidden states"
+        return nowhere
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.get_text_config().vocab_size, (1, 9), generator=generator).to(model.device)
+    config = model.config.get_text_config()
+    words = min(config.vocab_size, _unpadded_vocab_size(config) or config.vocab_size)
+    ids = torch.randint(words, (1, 9), generator=generator).to(model.device)
     try:
         with torch.no_grad(), evaluating(model):
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+            states = model.base_model(input_ids=ids, use_cache=False)
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return ""
+    if not hasattr(states, "last_hidden_state"):  # it has a head itself, as the base of a PEFT model
+        return nowhere
+    hidden = states.last_hidden_state[0, :-1]
     product = dtype or product_dtype(hidden)
     with torch.no_grad():
-        logps = token_logprobs(hidden.to(product), lm_head(model, 1.0, product), ids[0, 1:]).logps
+        head = lm_head(model, 1.0, product)
+        if hidden.shape[1] != (d := head.weight.shape[1]):
+            return f"{name} has last hidden states of {hidden.shape[1]} numbers, and its head takes {d}"
+        logps = token_logprobs(hidden.to(product), head, ids[0, 1:]).logps
     expected = logits.double().log_softmax(-1).gather(-1, ids[0, 1:, None].to(logits.device))[:, 0]
     gap = float((logps.to(logits.device) - expected).abs().mean())
     # Products in fp32 may be made of tf32.
@@ -93,7 +118,7 @@ def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:
     if not gap > rounding:
         return ""
     return (
-        f"log-probabilities of {type(model).__name__} differ from those of its head on its last hidden states by "
+        f"log-probabilities of {name} differ from those of its head on its last hidden states by "
         f"{gap:.2g} a token, where rounding explains {rounding:.1g}: something lies in between that is not known here"
     )
 
@@ -130,6 +155,11 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
+def _unpadded_vocab_size(config: Any) -> int | None:
+    """How many words have logits where others are there to round the vocabulary's size, as Inkling's; None for all."""
+    return getattr(config, "unpadded_vocab_size", None)
+
+
 def _soft_cap(config: Any) -> float | None:
     """c of the c tanh(z / c) that logits go through: Gemma's, RecurrentGemma's, xLSTM's."""
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -137,14 +167,15 @@ def _soft_cap(config: Any) -> float | None:
 
 
 def _logit_scale(config: Any) -> float:
-    """What logits are multiplied by: Cohere, Falcon-H1 and others multiply, Granite and MiniCPM3 divide."""
+    """What logits are multiplied by: Cohere, Falcon-H1 and others multiply, Granite, MiniCPM3 and Inkling divide."""
     if config.model_type == "mpt":  # whose configuration has a scale that transformers leaves out
         return 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(config, name, None)
         if scale is not None:
             return float(scale)
-    divisor = getattr(config, "logits_scaling", None)
+    names = ("logits_scaling", "logits_mup_width_multiplier")
+    divisor = next((divisor for name in names if (divisor := getattr(config, name, None)) is not None), None)
     if divisor is None:
         return 1.0
     return float(divisor) if config.model_type == "hyperclovax" else 1 / float(divisor)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    InklingTextConfig,
     Llama4TextConfig,
     LlamaConfig,
     ModernBertDecoderConfig,
@@ -26,6 +28,7 @@ from transformers import (
     PhiConfig,
     PretrainedConfig,
     RecurrentGemmaConfig,
+    RemBertConfig,
 )
 
 from g2rl.config import Config, ConfigError, ModelConfig, RolloutConfig
@@ -44,6 +47,21 @@ ARCHITECTURES = {
     "scale": CohereConfig(**SIZES, logit_scale=0.25),
     "a scale that is left out": MptConfig(vocab_size=61, d_model=32, n_layers=1, n_heads=4, logit_scale=0.2),
     "division": GraniteConfig(**SIZES, logits_scaling=3.0),
+    "division, and words that round the vocabulary's size": InklingTextConfig(
+        **SIZES,
+        unpadded_vocab_size=55,
+        logits_mup_width_multiplier=0.5,
+        head_dim=8,
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=2,
+        swa_head_dim=8,
+        d_rel=4,
+        rel_extent=16,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+    ),
     "bias": PhiConfig(**(SIZES | {"num_key_value_heads": 4})),
     "another name of the cap": RecurrentGemmaConfig(
         **(SIZES | {"num_hidden_layers": 3}), lru_width=32, logits_soft_cap=2.0
@@ -64,7 +82,7 @@ def test_head_equals_the_models_logits(config: PretrainedConfig) -> None:
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
         torch.nn.init.normal_(bias)
-    ids = torch.randint(3, 61, (1, 9))
+    ids = torch.randint(3, model(torch.tensor([[3]])).logits.shape[-1], (1, 9))
     hidden = model.base_model(ids).last_hidden_state[0]
     out = token_logprobs(hidden, lm_head(model, 0.7, torch.float32), ids[0])
     expected = (model(ids).logits[0] / 0.7).log_softmax(-1)
@@ -76,6 +94,28 @@ def test_head_equals_the_models_logits(config: PretrainedConfig) -> None:
 def test_a_model_without_head_is_refused() -> None:
     with pytest.raises(TypeError, match="expected a language model with a head, found LlamaModel without one"):
         lm_head(AutoModel.from_config(ARCHITECTURES["plain"]), 1.0, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_a_quantised_head_is_refused(dtype: torch.dtype) -> None:
+    """Its weight holds codes, whose scales are elsewhere: a cast gave features of the codes."""
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["plain"])
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(NotImplementedError, match=f"model: expected a head with .*, found {dtype} in a Linear; leave"):
+        lm_head(model, 1.0, torch.float32)
+
+
+def test_a_head_whose_weight_is_a_method_is_refused() -> None:
+    """As that of PyTorch's own quantised layers."""
+
+    class Packed(torch.nn.Module):
+        def weight(self) -> torch.Tensor:
+            return torch.zeros(61, 32)
+
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["plain"])
+    model.set_output_embeddings(Packed())
+    with pytest.raises(NotImplementedError, match="model: expected a head with a weight .*, found Packed; leave"):
+        lm_head(model, 1.0, torch.float32)
 
 
 @pytest.mark.parametrize("autocast", ["none", "bfloat16"])
@@ -103,6 +143,20 @@ def test_a_body_that_is_not_told_from_the_head() -> None:
     model = AutoModelForCausalLM.from_config(Llama4TextConfig(**sizes))
     with pytest.raises(ConfigError, match="model.path: .* but Llama4ForCausalLM names no part of itself that has its"):
         Policy(model, Config(model=ModelConfig(autocast="none")))
+
+
+def test_a_body_with_a_head_of_its_own() -> None:
+    """As the base of a PEFT model, whose logits are all that it gives."""
+    model = AutoModelForCausalLM.from_config(UNKNOWN["BertLMHeadModel"])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
+    assert head_difference(adapted) == "PeftModel names no part of itself that has its last hidden states"
+    assert "log-probabilities of BertLMHeadModel differ" in head_difference(adapted.get_base_model())
+
+
+def test_hidden_states_of_another_width_than_the_heads() -> None:
+    config = RemBertConfig(**SIZES, is_decoder=True, input_embedding_size=16, output_embedding_size=24)
+    difference = head_difference(AutoModelForCausalLM.from_config(config))
+    assert difference == "RemBertForCausalLM has last hidden states of 32 numbers, and its head takes 24"
 
 
 def test_heads_are_not_compared_where_weights_are_not_there() -> None:
