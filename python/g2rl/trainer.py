@@ -20,6 +20,7 @@ import torch
 
 from g2rl.adapters import add_adapter
 from g2rl.ahead import Rollouts
+from g2rl.backend import choose_backend
 from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from g2rl.config import Config, ConfigError, ModelConfig, config_yaml, save_config
 from g2rl.evaluate import evaluate, evaluation_seed
@@ -41,7 +42,7 @@ from g2rl.times import StageTimes
 from g2rl.trackers import make_trackers
 from g2rl.types import Episode, Verdict
 from g2rl.update import Updater
-from g2rl_kernels import GroupAdvantages, use_backend
+from g2rl_kernels import GroupAdvantages
 
 NOTHING_SAVED = -1
 """The step that a run goes on from whose first checkpoint is still to come: before the evaluation of step 0."""
@@ -65,8 +66,7 @@ class Trainer:
         ranks.check(config)
         self.config = config = settled(config, ranks)
         self.ranks = ranks
-        if config.backend != "auto":
-            use_backend(config.backend)
+        choose_backend(config)
         resolve_rewards(config.rewards)
         self.trackers = make_trackers(config)
         self.method = make_method(config)

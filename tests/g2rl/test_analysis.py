@@ -419,6 +419,7 @@ class TestCommand:
                 ["rewards=[{name: away:f}]", "model.attention=flash_attention_2"],
                 "rewards[0].name: expected a module that can be",
             ),
+            (["backend=cuda", "model.device=cpu"], "backend: expected auto or one that runs here, found 'cuda': "),
             (["no/such/folder"], "model.path: expected a causal language model"),
         ],
     )

@@ -26,6 +26,7 @@ from g2rl.tasks import make_task, require_held_out
 from g2rl.tasks.base import sample_indices
 from g2rl.trainer import Trainer, _held_out_numbers
 from g2rl.update import TrainingError
+from g2rl_kernels import LMHead, token_logprobs
 
 SMALL = (
     "steps=4",
@@ -556,6 +557,15 @@ def test_keys_alone_are_a_configuration(tmp_path: Path, capsys: pytest.CaptureFi
     captured = capsys.readouterr()
     assert captured.out == f"g2rl: g2rl on arithmetic with /nowhere/at-all, 3 steps, in {tmp_path / 'run'}\n"
     assert "model.path: expected a causal language model, found no folder" in captured.err
+
+
+def test_a_backend_that_does_not_run_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told before anything is loaded, and what comes after it in this process is not asked for it again."""
+    keys = ["model.path=/nowhere/at-all", "model.device=cpu", "backend=cuda"]
+    assert main(["train", f"runs_dir={tmp_path}", *keys]) == 2
+    said = "g2rl: backend: expected auto or one that runs here, found 'cuda': backend 'cuda' cannot run token_logprobs"
+    assert capsys.readouterr().err.startswith(said)
+    token_logprobs(torch.ones(1, 4), LMHead(torch.ones(3, 4)), torch.zeros(1, dtype=torch.long))
 
 
 def test_a_study_needs_no_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from g2rl.analysis.held import Held
 from g2rl.analysis.measures import Pairs, measure_pairs
 from g2rl.analysis.report import write_results
 from g2rl.analysis.responses import Subject, held_out, sample_groups
+from g2rl.backend import choose_backend
 from g2rl.checkpoint import run_of
 from g2rl.config import Config, ConfigError, leaves
 from g2rl.encoder import SentenceEncoder
@@ -27,7 +28,6 @@ from g2rl.rewards import resolve_rewards
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task
 from g2rl.types import Problem
-from g2rl_kernels import use_backend
 
 NO_ENCODER = "none"
 PROBLEMS = 64
@@ -69,8 +69,7 @@ def geometry(checkpoints: Sequence[str], request: Request, overrides: Sequence[s
     configs = common_configs([model_config(checkpoint, overrides) for checkpoint in checkpoints], overrides)
     names = labels([config.model.path for config in configs])
     resolve_rewards(configs[0].rewards)
-    if configs[0].backend != "auto":
-        use_backend(configs[0].backend)
+    choose_backend(configs[0])
     encoder = None
     if request.encoder != NO_ENCODER:
         encoder = SentenceEncoder(request.encoder, torch.device("cpu"), "--encoder (or none)")

@@ -1,0 +1,31 @@
+"""The kernels that a configuration asks for by name."""
+
+from __future__ import annotations
+
+import torch
+
+from g2rl.config import Config, ConfigError
+from g2rl.model import resolve_device
+from g2rl_kernels import use_backend
+from g2rl_kernels.dispatch import resolve
+
+
+def choose_backend(config: Config) -> None:
+    """Have the ops of this process run on `backend`; with `auto` nothing is chosen.
+
+    Args:
+        config: as `g2rl.precision.settled` returns it.
+
+    Raises:
+        ConfigError: the backend does not run here, on the model's device and types; the message says why.
+    """
+    if config.backend == "auto":
+        return
+    # What the head's product is computed in. Asked before the model is loaded, and not where its first batch comes.
+    dtype = torch.bfloat16 if config.model.in_bfloat16 else getattr(torch, config.model.dtype)
+    try:
+        with use_backend(config.backend):
+            resolve("token_logprobs", resolve_device(config.model.device), dtype)
+    except RuntimeError as error:
+        raise ConfigError(f"backend: expected auto or one that runs here, found {config.backend!r}: {error}") from error
+    use_backend(config.backend)
