@@ -40,7 +40,7 @@ LAYERS = {
         ("parallel",),
         ("log", "manifest"),
         ("tasks", "checkpoint", "model", "encoder", "forward"),
-        ("rewards", "rollout", "objective", "geometry", "policy", "forecast", "precision"),
+        ("rewards", "rollout", "objective", "geometry", "policy", "forecast", "precision", "backend"),
         ("methods",),
         ("history", "evaluate", "collect"),
         ("run",),

@@ -6,8 +6,7 @@ import torch
 
 from g2rl.config import Config, ConfigError
 from g2rl.model import resolve_device
-from g2rl_kernels import use_backend
-from g2rl_kernels.dispatch import resolve
+from g2rl_kernels import LMHead, token_logprobs, use_backend
 
 
 def choose_backend(config: Config) -> None:
@@ -21,11 +20,14 @@ def choose_backend(config: Config) -> None:
     """
     if config.backend == "auto":
         return
-    # What the head's product is computed in. Asked before the model is loaded, and not where its first batch comes.
+    # What the head's product is computed in, of one token. Asked before the model is loaded, and not where its first
+    # batch comes.
     dtype = torch.bfloat16 if config.model.in_bfloat16 else getattr(torch, config.model.dtype)
+    device = resolve_device(config.model.device)
     try:
         with use_backend(config.backend):
-            resolve("token_logprobs", resolve_device(config.model.device), dtype)
+            head = LMHead(torch.zeros(16, 16, dtype=dtype, device=device))
+            token_logprobs(head.weight[:1], head, torch.zeros(1, dtype=torch.int64, device=device))
     except RuntimeError as error:
         raise ConfigError(f"backend: expected auto or one that runs here, found {config.backend!r}: {error}") from error
     use_backend(config.backend)
