@@ -215,7 +215,7 @@ aarch64: $(READY)
 	$(BIN)/cmake -S . -B $(ARM) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DG2RL_BUILD_MODULES=OFF \
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64;-L;/usr/aarch64-linux-gnu"
 	$(BIN)/cmake --build $(ARM) --parallel --target $(CPU_TESTS)
-	$(BIN)/ctest --test-dir $(ARM) --output-on-failure
+	$(BIN)/ctest --test-dir $(ARM) --output-on-failure --parallel $(WORKERS)
 
 MAC := build/macos
 

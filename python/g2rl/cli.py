@@ -241,7 +241,9 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     folder = folder if folder.name else folder.resolve()
     settings = folder / "config.yaml"
     if not settings.is_file():
-        raise ConfigError(f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}")
+        # A run has none before its model is loaded.
+        hint = "; if it was stopped while it started, start it again by its own command" if folder.is_dir() else ""
+        raise ConfigError(f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}{hint}")
     given = read_overrides(overrides)
     place = {"name": folder.name, "runs_dir": str(folder.parent)}
     for key, there in place.items():

@@ -541,7 +541,8 @@ def test_a_run_that_kept_no_digests_takes_other_wordings(of_a_file: Path, tmp_pa
     [
         (["train", "missing.yaml"], "expected a YAML file or key=value, found nothing at 'missing.yaml'"),
         (["train"], "expected a YAML file, key=value such as task.name=gcd, or resume=RUN, found none"),
-        (["train", "resume=nowhere"], "expected the folder of a run"),
+        (["train", "resume=nowhere"], "expected the folder of a run, found no config.yaml in 'nowhere'\n"),
+        (["train", "resume=configs"], "found no config.yaml in 'configs'; if it was stopped while it started, start"),
         (["train", "configs/quickstart.yaml", "optim.rate=1"], "Key 'rate' not in 'OptimConfig'"),
         (["eval", "/nowhere/at-all"], "model.path: expected a causal language model, found no folder"),
         (["report", "nowhere"], "expected the metrics of a run"),
