@@ -10,19 +10,20 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig
 
 from g2rl.adapters import adapter_off, add_adapter, base_of
 from g2rl.checkpoint import find_checkpoint
 from g2rl.cli import main
 from g2rl.config import ConfigError, LoraConfig, ModelConfig, load_config
 from g2rl.dry_run import dry_run
-from g2rl.heads import lm_head
+from g2rl.heads import head_difference, lm_head
 from g2rl.model import load_model
 from g2rl.push import push
 from g2rl.trainer import Trainer
 from g2rl.types import Verdict
 from g2rl_kernels import LMHead, token_logprobs
+from tests.g2rl.architectures import SIZES
 
 SMALL = (
     "steps=4",
@@ -254,3 +255,11 @@ def test_all_weights_are_trained_on_from_an_adapter(trained: Trainer, tmp_path: 
     again.run()
     assert all(not torch.equal(a, b) for a, b in zip(before, again.model.parameters(), strict=True))
     dry_run(again.config)
+
+
+def test_the_base_of_a_peft_model_gives_no_hidden_states() -> None:
+    """It has a head itself; for layers between body and head its own model is to be asked."""
+    model = AutoModelForCausalLM.from_config(BertConfig(**SIZES, is_decoder=True))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
+    assert head_difference(adapted) == "PeftModel names no part of itself that has its last hidden states"
+    assert "log-probabilities of BertLMHeadModel differ" in head_difference(adapted.get_base_model())
