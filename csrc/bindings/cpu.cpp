@@ -109,10 +109,5 @@ PYBIND11_MODULE(_native, m) {
   bind_groups<float>(m, "float32");
   bind_groups<double>(m, "float64");
   m.def("instruction_set", [] { return std::string(isa_name(isa())); });
-  m.def("instruction_sets", [] {
-    std::vector<std::string> names;
-    for (const Isa isa : kIsas)
-      if (isa <= highest_isa()) names.insert(names.begin(), isa_name(isa));
-    return names;
-  });
+  m.def("instruction_sets", [] { return isa_names(highest_isa()); });
 }

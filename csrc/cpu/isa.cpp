@@ -66,8 +66,7 @@ Isa fastest() {
 
 std::string list(Isa highest) {
   std::string names;
-  for (const Isa isa : kIsas)
-    if (isa <= highest) names = isa_name(isa) + (names.empty() ? "" : ", " + names);
+  for (const std::string& name : isa_names(highest)) names += (names.empty() ? "" : ", ") + name;
   return names;
 }
 
@@ -89,6 +88,13 @@ Isa choose() {
 }  // namespace
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+std::vector<std::string> isa_names(Isa highest) {
+  std::vector<std::string> names;
+  for (const Isa isa : kIsas)
+    if (isa <= highest) names.insert(names.begin(), isa_name(isa));
+  return names;
+}
 
 Isa highest_isa() {
   Isa highest = Isa::kBase;

@@ -1,6 +1,9 @@
 // The instruction set that the kernels use.
 #pragma once
 
+#include <string>
+#include <vector>
+
 namespace g2rl {
 
 enum class Isa { kBase, kNeonBf16, kAvx2, kAvx512, kAvx512Bf16, kAmx };
@@ -13,6 +16,9 @@ constexpr Isa kIsas[] = {Isa::kBase, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16,
 #endif
 
 const char* isa_name(Isa isa);
+
+// Of those up to `highest`, which comes first.
+std::vector<std::string> isa_names(Isa highest);
 
 // The highest one that this build, the processor and the system have.
 Isa highest_isa();
