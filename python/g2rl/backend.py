@@ -20,9 +20,8 @@ def choose_backend(config: Config) -> None:
     """
     if config.backend == "auto":
         return
-    # What the head's product is computed in, of one token. Asked before the model is loaded, and not where its first
-    # batch comes.
-    dtype = torch.bfloat16 if config.model.in_bfloat16 else getattr(torch, config.model.dtype)
+    # By a product with one token: before the model is loaded, and not where its first batch comes.
+    dtype = getattr(torch, config.model.product_dtype)
     device = resolve_device(config.model.device)
     try:
         with use_backend(config.backend):

@@ -72,14 +72,13 @@ def dry_run(config: Config) -> Forecast:
     device = resolve_device(config.model.device)
     with tempfile.TemporaryDirectory(prefix="g2rl-dry-run-") as folder:
         prompt_tokens, seconds = _rehearse(config, shape, tokenizer, Path(folder))
-    computes = "bfloat16" if config.model.in_bfloat16 else config.model.dtype
-    rates = measure_rates(getattr(torch, computes), device)
+    rates = measure_rates(getattr(torch, config.model.product_dtype), device)
     console = Console()
     console.print(f"One step with a tiny {shape.model_type} on {config.task.name} works ({seconds:.1f} s).")
     with _named_errors(f"forecast {shape.model_type}"):
         expected = forecast(config, shape, prompt_tokens, rates)
     console.print(_table(config, expected))
-    console.print(_basis(device, computes, rates, prompt_tokens))
+    console.print(_basis(device, config.model.product_dtype, rates, prompt_tokens))
     if not has_bf16(device) and "auto" in (left_open.model.autocast, left_open.rollout.dtype):
         console.print(_FLOAT32)
     if config.parallel.strategy == "fsdp2":

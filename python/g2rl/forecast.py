@@ -107,7 +107,7 @@ def forecast(config: Config, shape: Any, prompt_tokens: int, rates: Rates) -> Fo
 
 
 def _meta_model(config: Config, shape: Any) -> Any:
-    computes = torch.bfloat16 if config.model.in_bfloat16 else getattr(torch, config.model.dtype)
+    computes = getattr(torch, config.model.product_dtype)
     attention = "eager" if config.model.attention == "eager" else _FUSED
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=computes, attn_implementation=attention)

@@ -160,22 +160,24 @@ def _unpadded_vocab_size(config: Any) -> int | None:
     return getattr(config, "unpadded_vocab_size", None)
 
 
+def _first(config: Any, *names: str) -> Any:
+    """What the configuration has by the first of these names, each an architecture's own; None for none of them."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
 def _soft_cap(config: Any) -> float | None:
     """c of the c tanh(z / c) that logits go through: Gemma's, RecurrentGemma's, xLSTM's."""
-    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    return next((cap for name in names if (cap := getattr(config, name, None)) is not None), None)
+    return _first(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def _logit_scale(config: Any) -> float:
     """What logits are multiplied by: Cohere, Falcon-H1 and others multiply, Granite, MiniCPM3 and Inkling divide."""
     if config.model_type == "mpt":  # whose configuration has a scale that transformers leaves out
         return 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        scale = getattr(config, name, None)
-        if scale is not None:
-            return float(scale)
-    names = ("logits_scaling", "logits_mup_width_multiplier")
-    divisor = next((divisor for name in names if (divisor := getattr(config, name, None)) is not None), None)
+    scale = _first(config, "logit_scale", "output_multiplier", "lm_head_multiplier")
+    if scale is not None:
+        return float(scale)
+    divisor = _first(config, "logits_scaling", "logits_mup_width_multiplier")
     if divisor is None:
         return 1.0
     return float(divisor) if config.model_type == "hyperclovax" else 1 / float(divisor)

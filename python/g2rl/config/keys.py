@@ -56,6 +56,11 @@ class ModelConfig:
         assert self.autocast != "auto", "model.autocast: expected a type, found auto; g2rl.precision.settled chooses it"
         return self.autocast == "bfloat16"
 
+    @property
+    def product_dtype(self) -> str:
+        """What products are computed in, the head's too; of such a configuration."""
+        return "bfloat16" if self.in_bfloat16 else self.dtype
+
 
 @dataclass(frozen=True)
 class TaskConfig:
