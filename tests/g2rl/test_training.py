@@ -560,12 +560,29 @@ def test_keys_alone_are_a_configuration(tmp_path: Path, capsys: pytest.CaptureFi
     assert "model.path: expected a causal language model, found no folder" in captured.err
 
 
-def test_a_backend_that_does_not_run_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "key, variable, said",
+    [
+        ("cuda", None, "backend: expected auto or one that runs here, found 'cuda': backend 'cuda' cannot run"),
+        ("auto", "cuda", "G2RL_KERNELS_BACKEND: backend 'cuda' cannot run token_logprobs"),
+        ("auto", "cud", "G2RL_KERNELS_BACKEND: expected one of cuda, triton, native, torch, reference, found 'cud'"),
+    ],
+)
+def test_a_backend_that_does_not_run_here(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+    variable: str | None,
+    said: str,
+) -> None:
     """It is told before anything is loaded, and what comes after it in this process is not asked for it again."""
-    keys = ["model.path=/nowhere/at-all", "model.device=cpu", "backend=cuda"]
+    if variable:
+        monkeypatch.setenv("G2RL_KERNELS_BACKEND", variable)
+    keys = ["model.path=/nowhere/at-all", "model.device=cpu", f"backend={key}"]
     assert main(["train", f"runs_dir={tmp_path}", *keys]) == 2
-    said = "g2rl: backend: expected auto or one that runs here, found 'cuda': backend 'cuda' cannot run token_logprobs"
-    assert capsys.readouterr().err.startswith(said)
+    assert capsys.readouterr().err.startswith(f"g2rl: {said}")
+    monkeypatch.delenv("G2RL_KERNELS_BACKEND", raising=False)
     token_logprobs(torch.ones(1, 4), LMHead(torch.ones(3, 4)), torch.zeros(1, dtype=torch.long))
 
 
