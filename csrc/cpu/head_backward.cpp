@@ -90,7 +90,7 @@ class Backward {
     dhidden_ = Buffer(tokens * stride_ * sizeof(float));
     if (by_tokens()) return;
     const int64_t unit = sizeof(uint32_t) * p.format.parts / p.format.per_unit();
-    const int64_t tile_bytes = (tokens + stride_) * width_ * unit, most = p.allowed_bytes(workspace_bytes) / tile_bytes;
+    const int64_t tile_bytes = (tokens + cols_) * width_ * unit, most = p.allowed_bytes(workspace_bytes) / tile_bytes;
     // Fewer than there are threads would leave some without work. No more where coming back to the sums strip by strip
     // costs nothing, as a cache holds them: so it does what a strip leaves, which is new memory otherwise.
     const bool cached = tokens * stride_ * static_cast<int64_t>(sizeof(float)) <= kCachedBytes;
@@ -160,8 +160,7 @@ class Backward {
                     });
       if (out_.weight) {
         const int64_t tokens = std::min(kTokens, (p_.N - t + kRows - 1) / kRows * kRows);
-        multiply_straight(p_.format, s.left, {0, s.logits.width()}, hidden_[t / kTokens].straight(),
-                          kTokens / p_.format.per_unit(), tokens / p_.format.per_unit(), all_columns(),
+        multiply_straight(s.left, {0, s.logits.width()}, hidden_[t / kTokens], tokens, all_columns(),
                           s.dweight.floats());
       }
     }
@@ -195,7 +194,7 @@ class Backward {
   // All tokens, with the strip of `count` tiles from `first` on. Tokens of a task share the strip's rows of W; where
   // that leaves threads without a task, several share the columns.
   void pass_tokens(int64_t first, int64_t count) {
-    const int64_t units = width_ / p_.format.per_unit(), of_tokens = token_tasks();
+    const int64_t of_tokens = token_tasks();
     const int64_t shares = std::clamp<int64_t>(num_threads() / of_tokens, 1, column_blocks());
     for_tasks(
         of_tokens * shares, [] { return 0; },
@@ -205,8 +204,7 @@ class Backward {
           if (first == 0) clear_sums(begin, end, columns);
           for (int64_t i = 0; i < count; ++i)
             for (int64_t block = begin; block < end; ++block)
-              multiply_straight(p_.format, gradients_[i], {block * kRows, kRows}, weights_[i].straight(), units, units,
-                                columns, sums(block));
+              multiply_straight(gradients_[i], {block * kRows, kRows}, weights_[i], width_, columns, sums(block));
           if (first + count == p_.cut.tiles) narrow_sums(begin, end, columns);
         });
   }
@@ -220,15 +218,13 @@ class Backward {
 
   // Blocks of tokens, with all of the vocabulary.
   void pass_words(Alone& s, int64_t begin, int64_t end) {
-    const int64_t units = width_ / p_.format.per_unit();
     clear_sums(begin, end, all_columns());
     for (int64_t tile = 0; tile < p_.cut.tiles; ++tile) {
       s.logits.load(tile, /*straight=*/true);
       for_gradients(p_, rows_, grads_, s.logits, begin, end, [&](const Tile& g, int64_t block) {
         clear_outside(g);
         keep(g, s.left, 0);
-        multiply_straight(p_.format, s.left, {0, kRows}, s.logits.panel().straight(), units, units, all_columns(),
-                          sums(block));
+        multiply_straight(s.left, {0, kRows}, s.logits.panel(), width_, all_columns(), sums(block));
       });
     }
     narrow_sums(begin, end, all_columns());

@@ -32,8 +32,7 @@ void ResidualProduct::add(const HeadProblem& p, const float* sums, const ColumnP
       for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += row[i + lane];
     for (float lane : lanes) totals[b] += lane;
   }
-  multiply_straight(p.format, left_, {0, rows_}, panel.straight(), width_ / p.format.per_unit(),
-                    width_ / p.format.per_unit(), {0, p.padded_d(), row_stride(p.padded_d())}, out, soon);
+  multiply_straight(left_, {0, rows_}, panel, width_, {0, p.padded_d(), row_stride(p.padded_d())}, out, soon);
 }
 
 float* SlabFeatures::clear(int64_t slab) const {

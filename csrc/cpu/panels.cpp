@@ -101,8 +101,7 @@ ColumnPanels::ColumnPanels(const Format& format, const Depth& depth, int64_t wid
     : format_(format),
       width_(width),
       row_units_(depth.units),
-      bytes_(format.parts * (width / format.per_unit()) * row_stride(row_units_ * format.per_unit()) *
-             sizeof(uint32_t)),
+      bytes_(format.parts * part_units() * sizeof(uint32_t)),
       stage_(16 * format.parts * depth.units * sizeof(uint32_t)) {}
 
 void ColumnPanels::pack(const Matrix& m, int64_t first, bool transposed, bool straight) {
@@ -132,13 +131,14 @@ void ColumnPanels::pack(const Matrix& m, int64_t first, bool transposed, bool st
       }
       if (!straight) continue;
       for (int i = 0; i < 16; i += static_cast<int>(format_.per_unit())) {
-        uint32_t* dst = straight_ + (p * width_ + r + i) / format_.per_unit() * row_stride(cols);
+        const int64_t block = width_ / format_.per_unit() * 16;
+        uint32_t* dst = straight_ + p * part_units() + (r + i) / format_.per_unit() * 16;
         if (format_.pairs) {
           rowwise().interleave(reinterpret_cast<const uint16_t*>(rows[i][p]),
-                               reinterpret_cast<const uint16_t*>(rows[i + 1][p]), cols,
-                               reinterpret_cast<uint16_t*>(dst));
+                               reinterpret_cast<const uint16_t*>(rows[i + 1][p]), cols, dst, block);
         } else {
-          std::memcpy(dst, rows[i][p], cols * sizeof(uint32_t));
+          for (int64_t c = 0; c < cols; c += 16)
+            std::memcpy(dst + c / 16 * block, rows[i][p] + c, kLine * sizeof(*dst));
         }
       }
     }
@@ -165,8 +165,10 @@ TileProduct rows_product(const Format& format, const Depth& depth, const uint32_
           .ld = ld};
 }
 
-void multiply_straight(const Format& format, const LeftParts& a, RowRange rows, const uint32_t* b, int64_t b_units,
-                       int64_t depth_units, const Columns& columns, float* out, const Soon& soon) {
+void multiply_straight(const LeftParts& a, RowRange rows, const ColumnPanels& b, int64_t depth, const Columns& columns,
+                       float* out, const Soon& soon) {
+  const Format& format = b.format();
+  const int64_t depth_units = depth / format.per_unit(), b_units = b.width() / format.per_unit();
   // A block of columns of b stays in L2 while the rows of a pass by.
   const int64_t block = std::max<int64_t>(kColumnBlockUnits / depth_units / 64 * 64, 64);
   const int64_t blocks = (columns.count + block - 1) / block;
@@ -182,10 +184,10 @@ void multiply_straight(const Format& format, const LeftParts& a, RowRange rows, 
                         .a = a.data.units() + rows.first * a.stride,
                         .a_part = a.part_units,
                         .a_stride = a.stride,
-                        .b = b + c,
-                        .b_part = b_units * columns.stride,
-                        .b_block = 16,
-                        .b_stride = columns.stride,
+                        .b = b.straight() + c * b_units,
+                        .b_part = b.part_units(),
+                        .b_block = b_units * 16,
+                        .b_stride = 16,
                         .out = out + c,
                         .ld = columns.stride,
                         .add = true,

@@ -85,10 +85,12 @@ class ColumnPanels {
   void pack(const Matrix& m, int64_t first, bool transposed, bool straight);
   // The product's columns are the matrix's rows: [part][block of 16 columns][units][16].
   const uint32_t* transposed() const { return transposed_; }
-  // [part][width / per_unit][row_stride(padded columns)]: the product's columns are the matrix's columns. Only if
-  // asked for.
+  // [part][block of 16 columns][width / per_unit][16]: the product's columns are the matrix's columns. Only if asked
+  // for.
   const uint32_t* straight() const { return straight_; }
   int64_t width() const { return width_; }
+  const Format& format() const { return format_; }
+  int64_t part_units() const { return width_ * row_units_; }
 
  private:
   Format format_;
@@ -115,14 +117,14 @@ struct RowRange {
   int64_t first, count;
 };
 
-// Some of a matrix's columns, and how far apart its rows are.
+// Some columns of a product, and how far apart its rows are.
 struct Columns {
   int64_t first, count, stride;
 };
 
-// out[rows of a, columns] += a [rows, depth] b [depth, columns], b a straight panel of b_units rows of units, of which
-// the first depth_units count. Fetches `soon` meanwhile.
-void multiply_straight(const Format& format, const LeftParts& a, RowRange rows, const uint32_t* b, int64_t b_units,
-                       int64_t depth_units, const Columns& columns, float* out, const Soon& soon = {});
+// out[rows of a, columns] += a [rows, depth] b [depth, columns], b a straight panel, whose first `depth` rows count.
+// Fetches `soon` meanwhile.
+void multiply_straight(const LeftParts& a, RowRange rows, const ColumnPanels& b, int64_t depth, const Columns& columns,
+                       float* out, const Soon& soon = {});
 
 }  // namespace g2rl

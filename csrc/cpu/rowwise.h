@@ -150,8 +150,9 @@ struct RowKernels {
   void (*transpose16)(const uint32_t* const* src, int64_t n, uint32_t* dst, int64_t ld);
   // Sum of 16 lanes, the same order of additions on every target.
   float (*lane_sum)(const float* lanes);
-  // dst[2 i + j] = (j ? b : a)[i]: two rows interleaved, as the second operand of a bf16 product wants them.
-  void (*interleave)(const uint16_t* a, const uint16_t* b, int64_t n, uint16_t* dst);
+  // Two rows of n numbers, n a multiple of 16, to pairs (a[i], b[i]), as the right operand of a bf16 product wants
+  // them: sixteen pairs c are at dst + c * ld.
+  void (*interleave)(const uint16_t* a, const uint16_t* b, int64_t n, uint32_t* dst, int64_t ld);
 
   DotKernels dots;
 };

@@ -489,9 +489,9 @@ void transpose16(const uint32_t* const* src, int64_t n, uint32_t* dst, int64_t l
   }
 }
 
-void interleave(const uint16_t* a, const uint16_t* b, int64_t n, uint16_t* dst) {
-  uint32_t* out = reinterpret_cast<uint32_t*>(dst);
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint32_t>(a[i]) | static_cast<uint32_t>(b[i]) << 16;
+void interleave(const uint16_t* a, const uint16_t* b, int64_t n, uint32_t* dst, int64_t ld) {
+  for (int64_t c = 0; c < n; c += kLanes, dst += ld)
+    for (int i = 0; i < kLanes; ++i) dst[i] = static_cast<uint32_t>(a[c + i]) | static_cast<uint32_t>(b[c + i]) << 16;
 }
 
 }  // namespace
