@@ -243,6 +243,9 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     if not settings.is_file():
         # A run has none before its model is loaded.
         hint = "; if it was stopped while it started, start it again by its own command" if folder.is_dir() else ""
+        inside = next((parent for parent in folder.absolute().parents if (parent / "config.yaml").is_file()), None)
+        if folder.exists() and inside:
+            hint = f"; it is part of a run, {str(inside)!r}"
         raise ConfigError(f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}{hint}")
     given = read_overrides(overrides)
     place = {"name": folder.name, "runs_dir": str(folder.parent)}

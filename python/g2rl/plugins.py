@@ -73,7 +73,8 @@ def import_named(name: str, key: str, expected: str) -> Any:
         found = f"{module_name!r}: {type(error).__name__}: {error}{hint}"
         raise ConfigError(f"{key}: expected a module that can be imported, found {found}") from error
     if not hasattr(module, attribute):
-        raise ConfigError(f"{key}: expected {expected}, found no {attribute!r} in {module_name}")
+        where = getattr(module, "__file__", None) or "a module without a file"  # perhaps another one of this name
+        raise ConfigError(f"{key}: expected {expected}, found no {attribute!r} in {module_name} ({where})")
     return getattr(module, attribute)
 
 

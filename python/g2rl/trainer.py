@@ -21,7 +21,7 @@ import torch
 from g2rl.adapters import add_adapter
 from g2rl.ahead import Rollouts
 from g2rl.backend import choose_backend
-from g2rl.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from g2rl.checkpoint import checkpoint_config, load_checkpoint, newest_checkpoint, save_checkpoint
 from g2rl.config import Config, ConfigError, ModelConfig, config_yaml, save_config
 from g2rl.evaluate import evaluate, evaluation_seed
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog
@@ -232,6 +232,7 @@ class Trainer:
                 print(f"g2rl: {self.config.run_dir} has no checkpoint yet; it starts from the beginning", flush=True)
             return NOTHING_SAVED
         state = load_checkpoint(folder, self.model, self._parts(), self.ranks)
+        self._tell_of_another_model(folder)
         self.updater.restore_settings()  # of this configuration: the checkpoint has those of when it was saved
         self.step, self.position = state["step"], state["position"]
         if self.step > self.config.steps:
@@ -239,6 +240,17 @@ class Trainer:
                 f"steps: expected {self.step} or more, which the run has taken, found {self.config.steps}"
             )
         return self.step
+
+    def _tell_of_another_model(self, folder: Path) -> None:
+        """Say what a run takes from a `model.path` that is not the one it began with, and what it does not."""
+        path, adapter = self.config.model.path, self.config.model.lora.rank
+        if self.ranks.first and checkpoint_config(folder).model.path != path:
+            rest = "what it is added to" if adapter else "the model of a KL term"
+            print(
+                f"g2rl: the {'adapter is that' if adapter else 'weights are those'} of {folder}; of model.path={path} "
+                f"are the tokenizer and {rest}",
+                flush=True,
+            )
 
     def _times(self) -> StageTimes:
         return StageTimes(self.device, self.config.profile)

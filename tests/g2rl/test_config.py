@@ -190,6 +190,7 @@ def test_a_resumed_run_has_the_defaults_of_its_present_choices(
         ("optim.rate=1", "^optim.rate: Key 'rate' not in 'OptimConfig'; expected one of name, lr, beta1, beta2, "),
         ("steps", "override: expected key=value, found 'steps'"),
         ("eval.ks=[1,", r"^eval.ks: expected a value in YAML syntax, found '\[1,': .*, line 2, column 1$"),
+        ("name=####", "^name: expected a value in YAML syntax, found a comment; quoted: 'name=\"####\"'$"),
         ("name=\udce9", r"^name: expected a value in YAML syntax, found '\\udce9': "),
         ("seed=99999999999999999999999", r"seed: expected a value from -2\*\*63 to 2\*\*63 - 1, found 9999"),
         ("steps=many", "steps: Value 'many'"),

@@ -121,6 +121,7 @@ def test_a_result_that_is_no_finite_number(tmp_path: Path, monkeypatch: pytest.M
         ("no_such_module_anywhere:f", "found 'no_such_module_anywhere': ModuleNotFoundError: .* PYTHONPATH"),
         ("rewards/own.py:f", "found 'rewards/own.py': .*; a module is named as Python imports it"),
         ("{module}:missing", "found no 'missing' in {module}"),
+        ("json:brevity", r"found no 'brevity' in json \(.*__init__.py\)$"),
         ("{module}:LIMIT", "expected a function, found 3"),
         ("{module}:two", r"expected a function of \(problem, response, finished\), found {module}:two: too many"),
     ],

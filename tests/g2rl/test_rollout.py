@@ -230,6 +230,17 @@ def test_tokenizers_that_lack_something(tiny_model: Path) -> None:
         ConfigError, match="task.system_prompt: expected .* says: no system; null leaves the message out"
     ):
         TransformersSampler(model, tokenizer, config, "")
+    of_parts = (
+        "{% for message in messages %}a{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+    )
+    asked = (
+        ("{{ raise_exception('no user') }}", "takes a user's message, found one that says: no user$"),
+        (of_parts, "asks a user's message, found one without it"),
+    )
+    for tokenizer.chat_template, message in asked:
+        with pytest.raises(ConfigError, match=f"model.path: expected a chat template that {message}"):
+            TransformersSampler(model, tokenizer, config)
+    tokenizer.chat_template = REFUSES
     sampler = TransformersSampler(model, tokenizer, config)
     episodes = sampler.sample(PROBLEMS, 2, 1.0, 1.0, 0)
     sampler._has_slots = False
@@ -265,7 +276,8 @@ def test_learned_positions_end(config: PretrainedConfig) -> None:
         assert len(sampler.sample(PROBLEMS[:1], 1, 1.0, 1.0, 0)[0].response_ids) == 9
         return
     with pytest.raises(
-        ConfigError, match="rollout.max_new_tokens: expected .* 16 positions .* prompt of 9 tokens and 9"
+        ConfigError,
+        match="rollout.max_new_tokens: expected .* 16 positions .* prompt of 9 tokens and 9; .* problem 'a'",
     ):
         sampler.sample(PROBLEMS[:1], 1, 1.0, 1.0, 0)
 

@@ -601,6 +601,29 @@ def test_a_resumed_run_stays_in_its_place(finished: Path, capsys: pytest.Capture
     assert expected in capsys.readouterr().err
 
 
+def test_what_a_run_holds_is_not_resumed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for inside in ("checkpoints/step-000001", "config.yaml"):
+        assert main(["train", f"resume={finished / inside}"]) == 2
+        said = capsys.readouterr().err
+        assert said.endswith(
+            f"found no config.yaml in {str(finished / inside)!r}; it is part of a run, {str(finished)!r}\n"
+        )
+
+
+def test_a_resumed_run_keeps_its_weights(tiny_model: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever else is taken from another `model.path`, such as where the model's folder has been moved to."""
+    moved = finished.with_name("moved")
+    shutil.copytree(finished, moved)
+    other = shutil.copytree(tiny_model, finished.with_name("other-model"))
+    assert main(["train", f"resume={moved}", "steps=2", f"model.path={other}"]) == 0
+    assert f"g2rl: the weights are those of {moved / 'checkpoints/step-000001'}; of " in (
+        said := capsys.readouterr().out
+    )
+    assert f"of model.path={other} are the tokenizer and " in said
+    assert main(["train", f"resume={moved}", "steps=3"]) == 0
+    assert "g2rl: the weights are those" not in capsys.readouterr().out
+
+
 def test_a_run_has_the_steps_that_it_has_taken(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     longer = finished.with_name("longer")
     shutil.copytree(finished, longer)

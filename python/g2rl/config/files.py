@@ -116,13 +116,15 @@ def read_overrides(overrides: Sequence[str]) -> DictConfig:
     """Keys and values of ``key=value`` strings, unchecked, the later ones on top.
 
     Raises:
-        ConfigError: one is not of this form, or its value is not YAML.
+        ConfigError: one is not of this form, or its value is not YAML, or a comment in YAML.
     """
     read = OmegaConf.create()
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
             raise ConfigError(f"override: expected key=value, found {override!r}")
+        if value.lstrip().startswith("#"):  # nobody writes a comment there, and it would be read as null
+            raise ConfigError(f"{key}: expected a value in YAML syntax, found a comment; quoted: '{key}=\"{value}\"'")
         try:
             with named_errors(key):
                 read.merge_with_dotlist([override])

@@ -80,7 +80,8 @@ class Sampler(ABC):
         system_prompt: system message, None for the template's own default.
 
     Raises:
-        ConfigError: nothing names a token that ends responses, or the template takes no system message.
+        ConfigError: nothing names a token that ends responses, or the template takes no system message, or leaves out
+            what the user asks.
     """
 
     def __init__(
@@ -101,17 +102,21 @@ class Sampler(ABC):
         self._positions = _learned_positions(model)
         self._meant_for = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self._context: Context | None = None
-        if system_prompt is not None:
-            self._check_system_prompt()
+        if tokenizer.chat_template is not None:
+            self._check_template()
 
-    def _check_system_prompt(self) -> None:
+    def _check_template(self) -> None:
+        system = self.system_prompt is not None
         try:
-            self.prompt_ids(Problem("", "", ""))
+            asks = self._in_template("1") != self._in_template("2")
         except TemplateError as error:
+            key, takes = ("task.system_prompt", "a system message") if system else ("model.path", "a user's message")
             raise ConfigError(
-                "task.system_prompt: expected a chat template that takes a system message, found one that says: "
-                f"{error}; null leaves the message out"
+                f"{key}: expected a chat template that takes {takes}, found one that says: {error}"
+                + ("; null leaves the message out" if system else "")
             ) from error
+        if not asks:  # such as one for messages of several parts, images among them
+            raise ConfigError("model.path: expected a chat template that asks a user's message, found one without it")
 
     @abstractmethod
     def sync(self) -> None:
@@ -132,11 +137,13 @@ class Sampler(ABC):
         if self.tokenizer.chat_template is None:
             text = problem.prompt if self.system_prompt is None else f"{self.system_prompt}\n\n{problem.prompt}"
             return tuple(self.tokenizer(text)["input_ids"])
-        messages = [{"role": "user", "content": problem.prompt}]
+        return tuple(self.tokenizer(self._in_template(problem.prompt), add_special_tokens=False)["input_ids"])
+
+    def _in_template(self, question: str) -> str:
+        messages = [{"role": "user", "content": question}]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
     def sample(
         self, problems: Sequence[Problem], copies: int, temperature: float, top_p: float, seed: int | Sequence[int]
@@ -154,7 +161,8 @@ class Sampler(ABC):
             RolloutError: the model computes NaN or infinity.
         """
         rendered = {problem.id: self.prompt_ids(problem) for problem in problems}
-        self._check_length(max(map(len, rendered.values()), default=0))
+        longest = max(rendered, key=lambda problem: len(rendered[problem]), default="")
+        self._check_length(len(rendered.get(longest, ())), longest)
         asked = [problem for problem in problems for _ in range(copies)]
         prompts = [rendered[problem.id] for problem in asked]
         seeds = response_seeds(seed, len(asked)) if isinstance(seed, int) else seed
@@ -166,17 +174,19 @@ class Sampler(ABC):
             for problem, prompt, r, text in zip(asked, prompts, responses, texts, strict=True)
         ]
 
-    def _check_length(self, prompt: int) -> None:
+    def _check_length(self, prompt: int, problem: str) -> None:
         limit, tokens, context = self._positions, self.config.max_new_tokens, self._context
+        of_problem = f"; the prompt is that of problem {problem!r}"
         if context is not None and prompt + tokens > context.tokens:  # vLLM would cut the response, and not say so
             raise ConfigError(
                 f"rollout.max_new_tokens: expected prompt and response to fit vLLM's context of {context.tokens} "
                 f"tokens, found a prompt of {prompt} tokens and {tokens}; {context.setting} sets the context"
+                f"{of_problem}"
             )
         if limit is not None and prompt + tokens - 1 > limit:  # nothing follows the last one
             raise ConfigError(
                 f"rollout.max_new_tokens: expected prompt and response to fit the {limit} positions that the model has "
-                f"learned, found a prompt of {prompt} tokens and {tokens}"
+                f"learned, found a prompt of {prompt} tokens and {tokens}{of_problem}"
             )
         if prompt + tokens - 1 > self._meant_for:  # rotary positions have no end, but the model knows none further on
             warnings.warn(
