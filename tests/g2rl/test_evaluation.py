@@ -500,5 +500,14 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert (tmp_path / "s.jsonl").read_bytes().startswith(before)
 
 
+@pytest.mark.parametrize("name", ["eval", "geometry"])
+def test_a_model_is_named_by_itself(
+    name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([name, str(tiny_model), "model.path=elsewhere"]) == 2
+    assert "model.path: expected a checkpoint or model by itself, found an override" in capsys.readouterr().err
+
+
 def test_every_data_set_can_be_named() -> None:
     assert [s.name for s in read_suite(",".join(DATA_SETS), {})] == list(DATA_SETS)
