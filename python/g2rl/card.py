@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 import g2rl_kernels
-from g2rl.report import changed_values, changes_table, code, markdown_table, method_of, metric_value
+from g2rl.report import changed_values, changes_table, code, markdown_table, method_of, value_with_unit
 from g2rl.run import Run
 
 EMBEDDED_MODELS = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -98,7 +98,7 @@ def _results(run: Run, step: int) -> tuple[int | None, dict[str, float]]:
 def _result_table(run: Run, evaluated: int | None, results: dict[str, float]) -> str:
     if evaluated is None:
         return "The run has evaluated nothing up to this checkpoint."
-    rows = [(key.removeprefix("eval/"), metric_value(key, value)) for key, value in results.items()]
+    rows = [(key.removeprefix("eval/"), value_with_unit(key, value)) for key, value in results.items()]
     config = run.at(evaluated).config
     settings, held_out = config.get("eval", {}), config.get("task", {}).get("held_out", "unknown")
     sampled = (

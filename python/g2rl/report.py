@@ -39,6 +39,12 @@ def metric_value(key: str, value: float | None) -> str:
     return f"{100 * value:.1f} %" if metric(key).unit == "share" else f"{value:.4g}"
 
 
+def value_with_unit(key: str, value: float | None) -> str:
+    """A metric as text where no column beside it has its unit."""
+    is_count = value is not None and metric(key).unit == "tokens"
+    return metric_value(key, value) + (" tokens" if is_count else "")
+
+
 def code(value: object, limit: int = 200) -> str:
     """A value as a span of code on one line, its middle left out where it is long."""
     return "`" + printable(str(value), limit).replace("`", "'") + "`"
@@ -154,7 +160,7 @@ def _evaluation(run: Run) -> str:
     else:
         chosen = [("first", records[0]), (f"best {lead[5:]}", best), ("last", records[-1])]
     rows = [
-        (name, str(record["step"]), *(metric_value(key, record.get(key)) for key in keys)) for name, record in chosen
+        (name, str(record["step"]), *(value_with_unit(key, record.get(key)) for key in keys)) for name, record in chosen
     ]
     head = ["evaluation", "step"]
     head += [key[5:] if "@" in key else metric(key).title.removeprefix("Held-out ") for key in keys]

@@ -245,6 +245,8 @@ def test_mistakes_are_named(override: str, message: str) -> None:
 def test_missing_and_malformed_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="found nothing at"):
         load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="expected a YAML file, found a folder at"):
+        load_config(tmp_path)
     (tmp_path / "bad.yaml").write_text("steps: [1\n")
     with pytest.raises(ConfigError, match=r"bad\.yaml: expected YAML in UTF-8: .*, line 2, column 1$"):
         load_config(tmp_path / "bad.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from g2rl.evaluation.results import plot_pass_at_k, read_results, write_results
 from g2rl.evaluation.samples import Sample, problems_digest, provenance
 from g2rl.evaluation.scores import Scores, bootstrap, score, sizes
 from g2rl.evaluation.suite import read_suite
+from g2rl.files import StorageError
 from g2rl.model import load_model
 from g2rl.rollout import TransformersSampler
 from g2rl.tasks.data_sets import DATA_SETS
@@ -474,6 +476,37 @@ def test_bad_commands(
     names = {"MODEL": str(tiny_model), "DATA": str(data)}
     assert main(["eval", *(names.get(text, text) for text in arguments), "--out", str(data / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(tiny_model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "file").write_text("")
+    assert main(command(tiny_model, data, "file")) == 1
+    place = data / "file" / tiny_model.name / "mmlu_pro.jsonl"
+    assert f"g2rl: out: '{place}' cannot be written: " in capsys.readouterr().err
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    run(tmp_path / "s.jsonl", ScriptedSampler())
+    before = (tmp_path / "s.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"out: '.*s\.jsonl' cannot be written: "):
+            run(tmp_path / "s.jsonl", ScriptedSampler(), samples=9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (tmp_path / "s.jsonl").read_bytes().startswith(before)
+
+
+@pytest.mark.parametrize("name", ["eval", "geometry"])
+def test_a_model_is_named_by_itself(
+    name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([name, str(tiny_model), "model.path=elsewhere"]) == 2
+    assert "model.path: expected a checkpoint or model by itself, found an override" in capsys.readouterr().err
 
 
 def test_every_data_set_can_be_named() -> None:

@@ -90,7 +90,7 @@ def test_a_dry_run_writes_the_folder(tmp_path: Path, hub: Hub, capsys: pytest.Ca
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value, result.metric_name) == ("pass@1", 0.75, "pass@1 at step 10")
     assert "trained with `grpo` on the task `jsonl` for 10 steps by g2rl-kernels 0.0.9" in card.text
-    assert "| held out | step 10 |\n| --- | --- |\n| pass@1 | 75.0 % |\n| response_length | 7 |" in card.text
+    assert "| held out | step 10 |\n| --- | --- |\n| pass@1 | 75.0 % |\n| response_length | 7 tokens |" in card.text
     assert "On 64 problems kept out of training; 4 responses each, temperature 0.8." in card.text
     assert "AutoModelForCausalLM.from_pretrained('somebody/adder')" in card.text
     assert 'messages = [{"role": "system", "content": \'/no_think\'}, {' in card.text

@@ -281,7 +281,9 @@ def test_only_an_evaluation_before_training(tmp_path: Path) -> None:
     log.close()
     report = write_report(tmp_path / "run")
     assert plots(report) == {"learning"}
-    assert "No training step is logged." in report.read_text(encoding="utf-8")
+    text = report.read_text(encoding="utf-8")
+    assert "No training step is logged." in text
+    assert "| only | 0 | 50.0 % | 7 tokens |" in text
 
 
 @pytest.mark.parametrize("contents", [None, "", '{"step": 1, "train'])

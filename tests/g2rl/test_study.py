@@ -397,6 +397,21 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     assert f"g2rl: folder: '{tmp_path / 'file/study'}' cannot be written: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("report=True", "report: expected a finished run in"),  # the report alone, as of true
+        ("report=yes please", "report: expected true or false, found 'yes please'"),
+    ],
+)
+def test_the_flag_of_the_report_is_a_truth_value(
+    tmp_path: Path, flag: str, said: str, pretended: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", str(write_study(tmp_path)), flag]) == 2
+    assert f"g2rl: {said}" in capsys.readouterr().err
+    assert called(pretended) == []
+
+
 def test_one_study_at_a_time(
     tmp_path: Path, pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -428,6 +429,7 @@ def test_cli_eval_and_report(finished: Path, capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     assert "pass@1" in printed
     assert "maj@3" in printed
+    assert re.search(r"response_length +\d+\.\d+ tokens\n", printed)
     assert main(["report", str(finished)]) == 0
     assert (finished / "report" / "report.md").is_file()
 

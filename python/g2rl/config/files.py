@@ -136,7 +136,8 @@ def read_overrides(overrides: Sequence[str]) -> DictConfig:
 def read_yaml(path: Path) -> DictConfig:
     """Keys and values of a YAML file, unchecked; raises `ConfigError` where there are none."""
     if not path.is_file():
-        raise ConfigError(f"configuration file: expected a YAML file, found nothing at {str(path)!r}")
+        found = "a folder" if path.is_dir() else "nothing"
+        raise ConfigError(f"configuration file: expected a YAML file, found {found} at {str(path)!r}")
     try:
         with named_errors(str(path)):
             contents = OmegaConf.load(path)

@@ -61,8 +61,13 @@ def model_config(checkpoint: str, overrides: Sequence[str]) -> Config:
         overrides: ``key=value``.
 
     Raises:
-        ConfigError: a folder that is none of these, or a bad override.
+        ConfigError: a folder that is none of these, or a bad override, as one of `model.path`.
     """
+    if "model.path" in leaves(plain(read_overrides(overrides))):
+        raise ConfigError(
+            f"model.path: expected {_IN_A_SUITE['model.path']}, found an override, which would not count beside "
+            f"{checkpoint!r}"
+        )
     folder = Path(checkpoint)
     if folder.is_dir() and ((folder / "trainer.pt").is_file() or not (folder / "config.json").is_file()):
         folder = find_checkpoint(folder)

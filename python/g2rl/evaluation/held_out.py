@@ -14,6 +14,7 @@ from g2rl.checkpoint import checkpoint_config, run_of
 from g2rl.config import ConfigError
 from g2rl.evaluate import evaluate, evaluation_seed
 from g2rl.evaluation.command import model_config
+from g2rl.metrics import metric
 from g2rl.model import load_model
 from g2rl.rewards import resolve_rewards
 from g2rl.rollout import make_sampler
@@ -54,7 +55,8 @@ def evaluate_held_out(checkpoint: str, overrides: Sequence[str]) -> None:
             seed = evaluation_seed(config.seed)
             metrics, _ = evaluate(sampler, task, problems, config.eval, seed, rewards=config.rewards)
     lines = [f"{folder}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each"]
-    lines += [f"  {key.removeprefix('eval/'):18s} {value:.4f}" for key, value in metrics.items()]
+    units = {key: " tokens" if metric(key).unit == "tokens" else "" for key in metrics}
+    lines += [f"  {key.removeprefix('eval/'):18s} {value:.4f}{units[key]}" for key, value in metrics.items()]
     lines += left_out
     if folder.is_dir():
         kept = ("seed", "task", "rewards", "rollout", "eval")

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from g2rl.config import ConfigError
 from g2rl.evaluation.suite import Settings
+from g2rl.files import writing
 from g2rl.rollout import Sampler
 from g2rl.types import Episode, Problem
 
@@ -74,23 +76,29 @@ def sample_all(
 
     Raises:
         ConfigError: the file was made with other settings, or is damaged before its last line.
+        StorageError: it cannot be written; what it holds already counts next time.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = _open(path, made_with)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = _open(path, made_with)
     wanted = [(problem, i) for problem in problems for i in range(settings.samples)]
-    with path.open("a", encoding="ascii") as file:
-        for start in range(0, len(wanted), settings.batch_size):
-            batch = wanted[start : start + settings.batch_size]
-            missing = [i for i, (problem, number) in enumerate(batch) if (problem.id, number) not in done]
-            if missing:
-                seeds = [_seed(settings, problem, number) for problem, number in batch]
-                drawn = sampler.sample([p for p, _ in batch], 1, settings.temperature, settings.top_p, seeds)
-                made = [_sample(drawn[i], batch[i][1]) for i in missing]
+    for start in range(0, len(wanted), settings.batch_size):
+        batch = wanted[start : start + settings.batch_size]
+        missing = [i for i, (problem, number) in enumerate(batch) if (problem.id, number) not in done]
+        if missing:
+            seeds = [_seed(settings, problem, number) for problem, number in batch]
+            drawn = sampler.sample([p for p, _ in batch], 1, settings.temperature, settings.top_p, seeds)
+            made = [_sample(drawn[i], batch[i][1]) for i in missing]
+            with _writing(path), path.open("a", encoding="ascii") as file:
                 file.write("".join(json.dumps(asdict(sample)) + "\n" for sample in made))
-                file.flush()
-                done |= {(sample.problem, sample.sample): sample for sample in made}
-            advance(len(batch))
+            done |= {(sample.problem, sample.sample): sample for sample in made}
+        advance(len(batch))
     return [[done[problem.id, i] for i in range(settings.samples)] for problem in problems]
+
+
+def _writing(path: Path) -> AbstractContextManager[None]:
+    """Around what writes alone: a sampler's server may be out of reach, which is an OSError as well."""
+    return writing(f"out: {str(path)!r}")
 
 
 def _seed(settings: Settings, problem: Problem, number: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from rich import get_console
 from rich.table import Table
 
-from g2rl.config import ConfigError
+from g2rl.config import ConfigError, plain, read_overrides
 from g2rl.files import writing
 from g2rl.progress import rich_table
 from g2rl.study.definition import Study, read_study
@@ -20,7 +20,7 @@ from g2rl.study.results import Results
 from g2rl.study.runner import StudyStopped, run_study
 from g2rl.study.tables import change, score
 
-REPORT = "report=true"
+REPORT = "report"
 
 
 def compare(path: Path, overrides: Sequence[str]) -> int:
@@ -34,11 +34,24 @@ def compare(path: Path, overrides: Sequence[str]) -> int:
         ConfigError: see `read_study` and `run_study`; or there is nothing to report on.
         StorageError: the study's folder cannot be written.
     """
-    settings = [text for text in overrides if text != REPORT]
+    flags, settings = _told_apart(overrides)
     study = read_study(path, settings)
     command = shlex.join(["g2rl", "compare", str(path), *settings])
     with writing(f"folder: {str(study.folder)!r}"):
-        return _run_and_report(study, command, REPORT not in overrides)
+        return _run_and_report(study, command, not _is_set(flags))
+
+
+def _told_apart(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flag that asks for the report alone, and the study's own keys."""
+    flags = [text for text in overrides if text.partition("=")[0] == REPORT]
+    return flags, [text for text in overrides if text not in flags]
+
+
+def _is_set(flags: Sequence[str]) -> bool:
+    value = plain(read_overrides(flags)).get(REPORT, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{REPORT}: expected true or false, found {value!r}")
+    return value
 
 
 def _run_and_report(study: Study, command: str, run: bool) -> int:
