@@ -25,7 +25,9 @@ LOADING = """```python
 tokenizer = AutoTokenizer.from_pretrained({repo!r})
 model = AutoModelForCausalLM.from_pretrained({repo!r})
 messages = [{system}{{"role": "user", "content": "..."}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+inputs = tokenizer.apply_chat_template(
+    messages, {template}add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
 output = model.generate(**inputs, max_new_tokens={tokens}, {sampling})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```"""
@@ -127,6 +129,7 @@ def _loading(run: Run, repo: str, is_adapter: bool) -> str:
         repo=repo,
         note=ADAPTER_NOTE if is_adapter else "",
         system=message,
+        template="".join(f"{name}={value!r}, " for name, value in rollout.get("chat_template_kwargs", {}).items()),
         tokens=rollout.get("max_new_tokens", 512),
         sampling=_sampling(run),
     )

@@ -124,6 +124,12 @@ def test_the_model_is_used_as_it_was_evaluated(tmp_path: Path, overrides: list[s
     assert f"generate(**inputs, max_new_tokens=24, {sampling})\n" in model_card(run, 10, "somebody/adder", [])
 
 
+def test_the_model_is_asked_as_it_was_in_training(tmp_path: Path) -> None:
+    run = load_run(finished_run(tmp_path / "run", "rollout.chat_template_kwargs={enable_thinking: false}"))
+    card = model_card(run, 10, "somebody/adder", [])
+    assert "    messages, enable_thinking=False, add_generation_prompt=True, return_dict=True" in card
+
+
 def test_the_card_tells_of_other_settings(tmp_path: Path) -> None:
     """Up to the checkpoint, and of the results those by which they were sampled."""
     path = finished_run(tmp_path / "run", "method=grpo")

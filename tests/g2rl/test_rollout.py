@@ -252,6 +252,27 @@ def test_tokenizers_that_lack_something(tiny_model: Path) -> None:
         TransformersSampler(model, tokenizer, config)
 
 
+THINKS = "{{ messages[0]['content'] }}{% if not enable_thinking | default(true) %} 12{% endif %}"
+
+
+def test_arguments_of_the_chat_template(tiny_model: Path) -> None:
+    model, tokenizer = load_model(ModelConfig(path=str(tiny_model)))
+    config, question = RolloutConfig(dtype="float32"), PROBLEMS[0]
+    told = replace(config, chat_template_kwargs={"enable_thinking": False})
+    tokenizer.chat_template = THINKS
+    texts = [
+        tokenizer.decode(TransformersSampler(model, tokenizer, asked).prompt_ids(question)) for asked in (config, told)
+    ]
+    assert texts == [question.prompt, f"{question.prompt} 12"]
+    message = "^rollout.chat_template_kwargs: expected arguments of the model's chat template, found "
+    for name in ("enable_thinkng", "messages"):
+        with pytest.raises(ConfigError, match=f"{message}'{name}', which it does not know"):
+            TransformersSampler(model, tokenizer, replace(config, chat_template_kwargs={name: False}))
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match=f"{message}a tokenizer without a chat template"):
+        TransformersSampler(model, tokenizer, told)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -163,6 +163,7 @@ def _settings(config: Config, request: Request) -> dict[str, Any]:
         "task": config.task.name,
         "options": dict(config.task.options),
         "system_prompt": config.task.system_prompt,
+        "chat_template_kwargs": dict(rollout.chat_template_kwargs),
         "rewards": [asdict(reward) for reward in config.rewards],
         "batch_size": rollout.batch_size,
         "sampled in": rollout.dtype,

@@ -103,6 +103,8 @@ class RolloutConfig:
     vllm: dict[str, Any] = field(default_factory=dict)
     """`vllm`: further arguments of vllm.LLM, such as {max_model_len: 4096}; on a GPU it takes
     gpu_memory_utilization = 0.3 of the memory, on a CPU kv_cache_memory_bytes = 1 GiB."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the model's chat template, such as {enable_thinking: false} of Qwen3's."""
     prompts: int = 8
     """Problems (groups) a step."""
     group_size: int = 8

@@ -31,8 +31,8 @@ from g2rl.tasks.grading import JUDGES, Judge
 from g2rl.types import Problem
 
 _COUNTS = (
-    "model.attention", "model.device", "rollout.dtype", "rollout.engine", "rollout.server", "rollout.server_folder",
-    "rollout.vllm", "rollout.vllm.",
+    "model.attention", "model.device", "rollout.chat_template_kwargs", "rollout.chat_template_kwargs.",
+    "rollout.dtype", "rollout.engine", "rollout.server", "rollout.server_folder", "rollout.vllm", "rollout.vllm.",
 )  # fmt: skip
 """Keys, or beginnings of keys, of the configuration by which a suite is evaluated."""
 _IN_A_SUITE = {
@@ -131,7 +131,9 @@ def _evaluate_model(
     dtype = config.rollout.dtype
     assert dtype != "auto"  # it is settled
     model, tokenizer = load_model(replace(config.model, dtype=dtype))
-    made_by = {"engine": config.rollout.engine, "dtype": dtype, "weights": digest(model)}
+    made_by: dict[str, Any] = {"engine": config.rollout.engine, "dtype": dtype, "weights": digest(model)}
+    if config.rollout.chat_template_kwargs:
+        made_by["chat_template_kwargs"] = config.rollout.chat_template_kwargs
     scores = []
     with closing(make_sampler(model, tokenizer, config.rollout)) as sampler:
         sampler.sync()

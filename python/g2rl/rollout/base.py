@@ -80,8 +80,8 @@ class Sampler(ABC):
         system_prompt: system message, None for the template's own default.
 
     Raises:
-        ConfigError: nothing names a token that ends responses, or the template takes no system message, or leaves out
-            what the user asks.
+        ConfigError: nothing names a token that ends responses, or the template takes no system message, leaves out what
+            the user asks, or does not know an argument that it is to be given.
     """
 
     def __init__(
@@ -102,8 +102,18 @@ class Sampler(ABC):
         self._positions = _learned_positions(model)
         self._meant_for = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self._context: Context | None = None
+        self._check_template_arguments()
         if tokenizer.chat_template is not None:
             self._check_template()
+
+    def _check_template_arguments(self) -> None:
+        template = self.tokenizer.chat_template
+        words = set(re.findall(r"\w+", str(template or ""))) - {"messages", "add_generation_prompt"}
+        for name in self.config.chat_template_kwargs:
+            if name not in words:  # the template would not say so
+                found = f"{name!r}, which it does not know" if template else "a tokenizer without a chat template"
+                expected = "arguments of the model's chat template"
+                raise ConfigError(f"rollout.chat_template_kwargs: expected {expected}, found {found}")
 
     def _check_template(self) -> None:
         system = self.system_prompt is not None
@@ -143,7 +153,8 @@ class Sampler(ABC):
         messages = [{"role": "user", "content": question}]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        arguments = {**self.config.chat_template_kwargs, "add_generation_prompt": True, "tokenize": False}
+        return str(self.tokenizer.apply_chat_template(messages, **arguments))
 
     def sample(
         self, problems: Sequence[Problem], copies: int, temperature: float, top_p: float, seed: int | Sequence[int]
