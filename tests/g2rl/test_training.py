@@ -618,10 +618,9 @@ def test_a_resumed_run_keeps_its_weights(tiny_model: Path, finished: Path, capsy
     shutil.copytree(finished, moved)
     other = shutil.copytree(tiny_model, finished.with_name("other-model"))
     assert main(["train", f"resume={moved}", "steps=2", f"model.path={other}"]) == 0
-    assert f"g2rl: the weights are those of {moved / 'checkpoints/step-000001'}; of " in (
-        said := capsys.readouterr().out
-    )
-    assert f"of model.path={other} are the tokenizer and " in said
+    checkpoint = moved / "checkpoints" / "step-000001"
+    said = f"g2rl: the weights are those of {checkpoint}; of model.path={other} are the tokenizer and "
+    assert said in capsys.readouterr().out
     assert main(["train", f"resume={moved}", "steps=3"]) == 0
     assert "g2rl: the weights are those" not in capsys.readouterr().out
 
