@@ -547,6 +547,7 @@ def test_a_run_that_kept_no_digests_takes_other_wordings(of_a_file: Path, tmp_pa
         (["train", "resume=configs"], "found no config.yaml in 'configs'; if it was stopped while it started, start"),
         (["train", "configs/quickstart.yaml", "optim.rate=1"], "Key 'rate' not in 'OptimConfig'"),
         (["eval", "/nowhere/at-all"], "model.path: expected a causal language model, found no folder"),
+        (["eval", "smollm2", "rollout={top_p: 0.5}"], "rollout.top_p: expected eval.top_p, found an override, which"),
         (["report", "nowhere"], "expected the metrics of a run"),
     ],
 )

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from g2rl.checkpoint import checkpoint_config, run_of
-from g2rl.config import ConfigError
+from g2rl.config import ConfigError, leaves, plain, read_overrides
 from g2rl.evaluate import evaluate, evaluation_seed
 from g2rl.evaluation.command import model_config
 from g2rl.metrics import metric
@@ -29,8 +29,12 @@ def evaluate_held_out(checkpoint: str, overrides: Sequence[str]) -> None:
         overrides: ``key=value`` of the configuration.
 
     Raises:
-        ConfigError: nothing is held out, or the run may have been trained on what is.
+        ConfigError: nothing is held out, the run may have been trained on what is, or an override has another key here.
     """
+    given = leaves(plain(read_overrides(overrides)))
+    for key in ("temperature", "top_p"):
+        if f"rollout.{key}" in given:
+            raise ConfigError(f"rollout.{key}: expected eval.{key}, found an override, which would not count")
     config, left_out = model_config(checkpoint, overrides), []
     try:
         resolve_rewards(config.rewards)
