@@ -110,6 +110,7 @@ void ColumnPanels::pack(const Matrix& m, int64_t first, bool transposed, bool st
   if (transposed && straight && !second_.units()) second_ = Buffer(bytes_);
   transposed_ = transposed ? first_.units() : nullptr;
   straight_ = !straight ? nullptr : transposed ? second_.units() : first_.units();
+  const int64_t block = width_ / format_.per_unit() * 16;  // of a straight panel's columns
   const bool direct = format_.as_is() && m.cols == cols;
   for (int64_t r = 0; r < width_; r += 16) {
     const uint32_t* rows[16][3];
@@ -131,7 +132,6 @@ void ColumnPanels::pack(const Matrix& m, int64_t first, bool transposed, bool st
       }
       if (!straight) continue;
       for (int i = 0; i < 16; i += static_cast<int>(format_.per_unit())) {
-        const int64_t block = width_ / format_.per_unit() * 16;
         uint32_t* dst = straight_ + p * part_units() + (r + i) / format_.per_unit() * 16;
         if (format_.pairs) {
           rowwise().interleave(reinterpret_cast<const uint16_t*>(rows[i][p]),

@@ -241,12 +241,9 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     folder = folder if folder.name else folder.resolve()
     settings = folder / "config.yaml"
     if not settings.is_file():
-        # A run has none before its model is loaded.
-        hint = "; if it was stopped while it started, start it again by its own command" if folder.is_dir() else ""
-        inside = next((parent for parent in folder.absolute().parents if (parent / "config.yaml").is_file()), None)
-        if folder.exists() and inside:
-            hint = f"; it is part of a run, {str(inside)!r}"
-        raise ConfigError(f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}{hint}")
+        raise ConfigError(
+            f"resume: expected the folder of a run, found no config.yaml in {str(folder)!r}{_way_to_a_run(folder)}"
+        )
     given = read_overrides(overrides)
     place = {"name": folder.name, "runs_dir": str(folder.parent)}
     for key, there in place.items():
@@ -262,6 +259,17 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     if paths:
         print(f"g2rl: resume takes the run's own configuration, {settings}; {', '.join(paths)} is not read")
     return replace(config, name=place["name"], runs_dir=place["runs_dir"])
+
+
+def _way_to_a_run(place: Path) -> str:
+    """What to do about a place that is not a run's folder, as the end of a message."""
+    if not place.exists():
+        return ""
+    for parent in place.absolute().parents:
+        if (parent / "config.yaml").is_file():
+            return f"; it is part of a run, {str(parent)!r}"
+    # A run has no configuration before its model is loaded.
+    return "; if it was stopped while it started, start it again by its own command" if place.is_dir() else ""
 
 
 def _told_apart(texts: Sequence[str]) -> tuple[list[str], list[str]]:

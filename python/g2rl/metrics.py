@@ -15,6 +15,11 @@ class Metric:
     meaning: str
     unit: str
 
+    @property
+    def after_value(self) -> str:
+        """What is to be read behind a value where no column has its unit."""
+        return " tokens" if self.unit == "tokens" else ""
+
 
 METRICS = (
     Metric("train/reward", "Reward", "mean base reward r of the step's responses", "reward"),

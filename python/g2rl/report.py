@@ -41,8 +41,7 @@ def metric_value(key: str, value: float | None) -> str:
 
 def value_with_unit(key: str, value: float | None) -> str:
     """A metric as text where no column beside it has its unit."""
-    is_count = value is not None and metric(key).unit == "tokens"
-    return metric_value(key, value) + (" tokens" if is_count else "")
+    return metric_value(key, value) + (metric(key).after_value if value is not None else "")
 
 
 def code(value: object, limit: int = 200) -> str:

@@ -63,16 +63,19 @@ def model_config(checkpoint: str, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: a folder that is none of these, or a bad override, as one of `model.path`.
     """
-    if "model.path" in leaves(plain(read_overrides(overrides))):
-        raise ConfigError(
-            f"model.path: expected {_IN_A_SUITE['model.path']}, found an override, which would not count beside "
-            f"{checkpoint!r}"
-        )
+    refuse_keys(overrides, {"model.path": _IN_A_SUITE["model.path"]}, f" beside {checkpoint!r}")
     folder = Path(checkpoint)
     if folder.is_dir() and ((folder / "trainer.pt").is_file() or not (folder / "config.json").is_file()):
         folder = find_checkpoint(folder)
     config = settled(checkpoint_config(folder, overrides))
     return replace(config, model=replace(config.model, path=str(folder) if folder.is_dir() else checkpoint))
+
+
+def refuse_keys(overrides: Sequence[str], instead: Mapping[str, str], beside: str = "") -> None:
+    """Raise `ConfigError` for a key that would change nothing, naming what is there in its place."""
+    for key in leaves(plain(read_overrides(overrides))):
+        if key in instead:
+            raise ConfigError(f"{key}: expected {instead[key]}, found an override, which would not count{beside}")
 
 
 def evaluate_suite(

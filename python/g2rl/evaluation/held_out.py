@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from g2rl.checkpoint import checkpoint_config, run_of
-from g2rl.config import ConfigError, leaves, plain, read_overrides
+from g2rl.config import ConfigError
 from g2rl.evaluate import evaluate, evaluation_seed
-from g2rl.evaluation.command import model_config
+from g2rl.evaluation.command import model_config, refuse_keys
 from g2rl.metrics import metric
 from g2rl.model import load_model
 from g2rl.rewards import resolve_rewards
@@ -31,10 +31,7 @@ def evaluate_held_out(checkpoint: str, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: nothing is held out, the run may have been trained on what is, or an override has another key here.
     """
-    given = leaves(plain(read_overrides(overrides)))
-    for key in ("temperature", "top_p"):
-        if f"rollout.{key}" in given:
-            raise ConfigError(f"rollout.{key}: expected eval.{key}, found an override, which would not count")
+    refuse_keys(overrides, {f"rollout.{key}": f"eval.{key}" for key in ("temperature", "top_p")})
     config, left_out = model_config(checkpoint, overrides), []
     try:
         resolve_rewards(config.rewards)
@@ -59,8 +56,9 @@ def evaluate_held_out(checkpoint: str, overrides: Sequence[str]) -> None:
             seed = evaluation_seed(config.seed)
             metrics, _ = evaluate(sampler, task, problems, config.eval, seed, rewards=config.rewards)
     lines = [f"{folder}: {len(problems)} held-out problems of {config.task.name}, {config.eval.samples} responses each"]
-    units = {key: " tokens" if metric(key).unit == "tokens" else "" for key in metrics}
-    lines += [f"  {key.removeprefix('eval/'):18s} {value:.4f}{units[key]}" for key, value in metrics.items()]
+    lines += [
+        f"  {key.removeprefix('eval/'):18s} {value:.4f}{metric(key).after_value}" for key, value in metrics.items()
+    ]
     lines += left_out
     if folder.is_dir():
         kept = ("seed", "task", "rewards", "rollout", "eval")
