@@ -64,10 +64,8 @@ constexpr int64_t kTokensOfTask = 512;
 }  // namespace
 
 void RunningSums::fold(const Partials& out, int64_t slab, int64_t begin, int64_t end, int64_t first) const {
-  for (int64_t t = begin; t < end; ++t) {
-    *out.sum(slab, t) = rowwise().lane_sum(sum(t - first));
-    *out.sum_x(slab, t) = rowwise().lane_sum(sum_x(t - first));
-  }
+  rowwise().lane_sums(sum(begin - first), end - begin, out.sum(slab, begin));
+  rowwise().lane_sums(sum_x(begin - first), end - begin, out.sum_x(slab, begin));
 }
 
 Sums slab_sums(const HeadProblem& p, const Partials& partials, int64_t t) {

@@ -148,8 +148,8 @@ struct RowKernels {
   void (*narrow)(const float* src, Dtype dtype, int64_t n, void* dst);
   // dst[c * ld + r] = src[r][c] for 16 rows of `n` 32-bit units, n a multiple of 16.
   void (*transpose16)(const uint32_t* const* src, int64_t n, uint32_t* dst, int64_t ld);
-  // Sum of 16 lanes, the same order of additions on every target.
-  float (*lane_sum)(const float* lanes);
+  // Sums of 16 lanes each, n of them, the same order of additions on every target.
+  void (*lane_sums)(const float* lanes, int64_t n, float* out);
   // Two rows of n numbers, n a multiple of 16, to pairs (a[i], b[i]), as the right operand of a bf16 product wants
   // them: sixteen pairs c are at dst + c * ld.
   void (*interleave)(const uint16_t* a, const uint16_t* b, int64_t n, uint32_t* dst, int64_t ld);

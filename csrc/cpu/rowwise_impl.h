@@ -36,7 +36,9 @@ void logits(const Tile& t, const LogitMap& map, float* dcap) {
   }
 }
 
-float lane_sum(const float* lanes) { return sum(load(lanes)); }
+void lane_sums(const float* lanes, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = sum(load(lanes + i * kLanes));
+}
 
 // The jobs below as work that a product can be interrupted for: kUnit columns of a row per step, row after row.
 
@@ -108,7 +110,8 @@ class StatsWork {
   void begin_row() {
     s0_ = x0_ = f32x16{};
     if (job_.first) {
-      const float top = job_.alpha * row_max(acc(), job_.tile.width);
+      // Of the first columns: what lies further than the headroom above them moves the sums, and is seldom there.
+      const float top = job_.alpha * row_max(acc(), kUnit);
       // Of a tile with nothing but the target, where a large alpha takes even the start of a maximum out of range. An
       // infinite reference would make NaN of what it is subtracted from.
       job_.ref[at_.row()] = top == -std::numeric_limits<float>::infinity() ? kLowest : top;
@@ -507,7 +510,7 @@ const RowKernels& table() {
 #endif
   static const RowKernels kernels{G2RL_BF16_PARTS, enter,       leave,       multiply,    stats,      residual,
                                   gradient,        logits,      kept_scales, column_sums, split,      widen,
-                                  narrow,          transpose16, lane_sum,    interleave,  fp64::kDots};
+                                  narrow,          transpose16, lane_sums,   interleave,  fp64::kDots};
   return kernels;
 }
 
