@@ -25,9 +25,10 @@ BASELINE = "eager"
 FLOOR = "torch.mm"
 FLOOR_OUT = "torch.mm, out="
 BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
-# Of fp32 logits: what the compiled kernels are also given to keep exponentials in, where by default they take 5 %,
-# or 64 MiB if that is more.
+# Of fp32 logits: what the compiled kernels are also given to keep exponentials in, where that is more than they take
+# by default, 5 % or 64 MiB.
 ROOMY = 0.15
+_LEAST_DEFAULT = 64 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +98,8 @@ def candidates(case: Case, with_peers: bool, backends: list[str] | None) -> list
         prepare = partial(_OURS[op], backend)
         why_not = _backend_refusal(backend, case)
         found.append(Candidate(f"g2rl {backend}", "ours", prepare, why_not))
-        if backend == "native" and op == "sequence_features":
-            prepare = partial(_our_features, backend, share_of_logits=ROOMY)
+        if backend == "native" and op == "sequence_features" and _share_of_logits(ROOMY, case) > _LEAST_DEFAULT:
+            prepare = partial(_our_features, backend, workspace_bytes=_share_of_logits(ROOMY, case))
             found.append(Candidate(f"g2rl {backend}, {ROOMY:.0%} workspace", "ours", prepare, why_not))
         if backend in ("cuda", "triton") and op == "sequence_features_lse":
             prepare = partial(_our_features, backend, keep=False)
@@ -135,11 +136,14 @@ def nothing_kept() -> Iterator[None]:
         plans.KEEP_FROM_ROWS = before
 
 
-def _our_features(backend: str, case: Case, share_of_logits: float | None = None, keep: bool = True) -> Run:
+def _share_of_logits(share: float, case: Case) -> int:
+    """Bytes that such a share of fp32 logits takes."""
+    s = case.head
+    return int(share * s.hidden.shape[0] * s.head.weight.shape[0] * torch.float32.itemsize)
+
+
+def _our_features(backend: str, case: Case, workspace_bytes: int | None = None, keep: bool = True) -> Run:
     s, lse = case.head, case.lse
-    workspace_bytes = None
-    if share_of_logits is not None:
-        workspace_bytes = int(share_of_logits * s.hidden.shape[0] * s.head.weight.shape[0] * torch.float32.itemsize)
     if lse is not None:
         # As in training: of the pass for old log-probabilities, which the same backend made.
         with use_backend(backend), torch.no_grad():
