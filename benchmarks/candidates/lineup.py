@@ -25,8 +25,8 @@ BASELINE = "eager"
 FLOOR = "torch.mm"
 FLOOR_OUT = "torch.mm, out="
 BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)
-# Of fp32 logits: what the compiled kernels are also given to keep exponentials in, where that is more than they take
-# by default, 5 % or 64 MiB.
+# Of fp32 logits: what the compiled kernels are also given to keep exponentials in, where that is more than all that
+# they take by default, 5 % or mostly 64 MiB.
 ROOMY = 0.15
 _LEAST_DEFAULT = 64 << 20
 

@@ -4,8 +4,9 @@
 // N tokens, d hidden, V vocabulary, B responses; u = logits / temperature, y = target, p = softmax(u), lse = log sum
 // exp u. workspace_bytes: what a pass may allocate for what it keeps of its logits, and for partial sums of features,
 // of which 16 responses' are the least, as a tile of gradients of logits is for each thread; 0 for 5 % of fp32 logits,
-// or 64 MiB if that is more; more of it saves time. Every result is the same whatever it and the number of threads are,
-// and a response's results do not depend on its neighbours in the batch.
+// or 64 MiB if that is more and products are not as cheap as AMX's of bf16 with a small d; more of it saves time. Every
+// result is the same whatever it and the number of threads are, and a response's results do not depend on its
+// neighbours in the batch.
 //
 // All memory is the caller's, results included; only what may be null says so.
 #pragma once

@@ -14,6 +14,8 @@ constexpr int64_t kFetchBytes = 512 * 1024;
 constexpr double kShareOfLogits = 0.044;  // with what else a pass allocates, 5 %
 // Of few tokens a share is too little to keep exponentials in, and they would pay a second product for it.
 constexpr int64_t kLeastBytes = 64 << 20;
+// Up to this d a bf16 product by AMX costs no more than keeping what would save it, and fresh pages to keep it in.
+constexpr int64_t kShallow = 1024;
 
 VocabCut cut_vocabulary(int64_t V, const Depth& depth, const Format& format) {
   const int64_t column_bytes = depth.units * format.parts * sizeof(uint32_t);
@@ -53,7 +55,9 @@ HeadProblem::HeadProblem(const Tokens& tokens, const Head& head, bool whole_)
 
 int64_t HeadProblem::allowed_bytes(int64_t workspace_bytes) const {
   if (workspace_bytes > 0) return workspace_bytes;
-  return std::max(kLeastBytes, static_cast<int64_t>(kShareOfLogits * N * V * sizeof(float)));
+  const bool amx = rowwise().bf16_parts[static_cast<int>(Dtype::kFloat)] > 1;
+  const int64_t share = kShareOfLogits * N * V * sizeof(float);
+  return amx && format.parts == 1 && d <= kShallow ? share : std::max(kLeastBytes, share);
 }
 
 Soon HeadProblem::rows_soon(int64_t first, int64_t count) const {

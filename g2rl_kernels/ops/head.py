@@ -173,7 +173,7 @@ def token_logprobs(
         workspace_bytes: limit for temporary tensors of vocabulary size and for partial sums of features; more of it can
             save a second product with the weight. Default: 256 MiB; on a GPU a fortieth of its memory if that is more,
             2 GiB at most; on a CPU with the compiled kernels 64 MiB, or 5 % of what fp32 logits would take if that is
-            more.
+            more or a product is cheap, of bf16 on AMX with d up to 1024.
         check_finite: also raise for NaN or inf in hidden, which costs one read of it. Not while a CUDA graph is
             captured, as for all values.
 
