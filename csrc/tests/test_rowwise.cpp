@@ -1,4 +1,5 @@
 // The exponential's accuracy and the layouts, for the instruction set in use.
+#include <algorithm>
 #include <cmath>
 #include <exception>
 #include <limits>
@@ -55,6 +56,29 @@ int main() try {
   stats(-100.0f, true);
   stats(100.0f, false);
   expect(ref == 100.0f && std::abs(lane_sum(sum) - g2rl::kUnit) < 1e-5, "moved reference", lane_sum(sum), g2rl::kUnit);
+
+  // So does a later column of the first tile, whose reference is looked for in its first kUnit columns alone.
+  const auto two_units = [&](float first, float second) {
+    std::vector<float> tile(2 * g2rl::kUnit, first);
+    std::fill(tile.begin() + g2rl::kUnit, tile.end(), second);
+    k.stats({.tile = {tile.data(), 2 * g2rl::kUnit, 1, 2 * g2rl::kUnit, 2 * g2rl::kUnit},
+             .alpha = 1,
+             .first = true,
+             .ref = &ref,
+             .sum = sum.data(),
+             .sum_x = sum_x.data()},
+            {}, {});
+  };
+  for (const float low : {-100.0f, -1e30f, -std::numeric_limits<float>::infinity()}) {
+    two_units(low, 2.0f);
+    expect(ref == 2.0f && std::abs(lane_sum(sum) - g2rl::kUnit) < 1e-5 && std::abs(lane_sum(sum_x)) < 1e-5,
+           "later columns far above the first", lane_sum(sum), g2rl::kUnit);
+  }
+  two_units(0.0f, 10.0f);
+  const double e10 = std::exp(10.0);
+  expect(ref == 0.0f && std::abs(lane_sum(sum) / (g2rl::kUnit * (1 + e10)) - 1) < 1e-6 &&
+             std::abs(lane_sum(sum_x) / (g2rl::kUnit * 10 * e10) - 1) < 1e-6,
+         "later columns within the headroom", lane_sum(sum), g2rl::kUnit * (1 + e10));
 
   // As it does above words that a bias masks: of so many as there may be, each is to count for nothing.
   stats(-1e30f, true);
