@@ -206,9 +206,15 @@ def _fresh(paths: list[str], overrides: list[str]) -> Config:
             "g2rl train --help says where all keys are"
         )
     if missing := [path for path in paths if not Path(path).is_file()]:
+        there = Path(missing[0])
+        if (there / "config.yaml").is_file():
+            raise ConfigError(
+                f"config: expected a YAML file or key=value, found a run's folder, {missing[0]!r}; it goes on with: "
+                f"g2rl train resume={missing[0]}"
+            )
         raise ConfigError(
-            f"config: expected a YAML file or key=value, found nothing at {missing[0]!r}; a value with blanks is "
-            "quoted: 'task.options={path: my.jsonl}'"
+            f"config: expected a YAML file or key=value, found {'a folder' if there.is_dir() else 'nothing'} at "
+            f"{missing[0]!r}; a value with blanks is quoted: 'task.options={{path: my.jsonl}}'"
         )
     config = load_config(paths, overrides)
     if config.resume is not None:

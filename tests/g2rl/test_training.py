@@ -604,6 +604,13 @@ def test_a_resumed_run_stays_in_its_place(finished: Path, capsys: pytest.Capture
     assert expected in capsys.readouterr().err
 
 
+def test_a_runs_folder_is_no_configuration(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(finished), "steps=9"]) == 2
+    assert capsys.readouterr().err.endswith(f"it goes on with: g2rl train resume={finished}\n")
+    assert main(["train", str(finished.parent)]) == 2
+    assert f"found a folder at {str(finished.parent)!r}" in capsys.readouterr().err
+
+
 def test_what_a_run_holds_is_not_resumed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for inside in ("checkpoints/step-000001", "config.yaml"):
         assert main(["train", f"resume={finished / inside}"]) == 2
