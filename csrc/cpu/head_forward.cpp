@@ -1,8 +1,8 @@
 // Forward passes of the head.
 //
-// Statistics pass: every (slab of vocabulary, block of tokens) gives per row and tile the maximum and the sums of e =
-// exp(u - max) and e (u - max), the target's own entry left out. They merge, in double precision and in tile order,
-// into log p, entropy, lse and 1 - p_y = S_rest / S.
+// Statistics pass: every (slab of vocabulary, block of tokens) gives per row a reference m near its largest entry and
+// the sums of e = exp(u - m) and e (u - m), the target's own entry left out. They merge, in double precision and in
+// slab order, into log p, entropy, lse and 1 - p_y = S_rest / S.
 //
 // Feature pass: the logits once more, now with lse known; the weighted sums over a response's tokens stay in vocabulary
 // space,

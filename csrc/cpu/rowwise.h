@@ -78,8 +78,8 @@ struct TileProduct {
 };
 
 // Adds a tile to running sums of e = exp(u - ref[row]) and of e (u - ref[row]), 16 lanes of each per row. ref is the
-// row's maximum in the first tile and moves, with the sums, when a later entry is far above it; far below it is
-// harmless.
+// row's maximum in the first tile's first kUnit columns and moves, with the sums, when a later entry is far above it;
+// far below it is harmless.
 struct StatsJob {
   Tile tile{};
   float alpha = 1;
