@@ -98,8 +98,8 @@ def candidates(case: Case, with_peers: bool, backends: list[str] | None) -> list
         prepare = partial(_OURS[op], backend)
         why_not = _backend_refusal(backend, case)
         found.append(Candidate(f"g2rl {backend}", "ours", prepare, why_not))
-        if backend == "native" and op == "sequence_features" and _share_of_logits(ROOMY, case) > _LEAST_DEFAULT:
-            prepare = partial(_our_features, backend, workspace_bytes=_share_of_logits(ROOMY, case))
+        if backend == "native" and op == "sequence_features" and (room := _roomy_bytes(case)) > _LEAST_DEFAULT:
+            prepare = partial(_our_features, backend, workspace_bytes=room)
             found.append(Candidate(f"g2rl {backend}, {ROOMY:.0%} workspace", "ours", prepare, why_not))
         if backend in ("cuda", "triton") and op == "sequence_features_lse":
             prepare = partial(_our_features, backend, keep=False)
@@ -136,10 +136,9 @@ def nothing_kept() -> Iterator[None]:
         plans.KEEP_FROM_ROWS = before
 
 
-def _share_of_logits(share: float, case: Case) -> int:
-    """Bytes that such a share of fp32 logits takes."""
+def _roomy_bytes(case: Case) -> int:
     s = case.head
-    return int(share * s.hidden.shape[0] * s.head.weight.shape[0] * torch.float32.itemsize)
+    return int(ROOMY * s.hidden.shape[0] * s.head.weight.shape[0] * torch.float32.itemsize)
 
 
 def _our_features(backend: str, case: Case, workspace_bytes: int | None = None, keep: bool = True) -> Run:

@@ -1,5 +1,7 @@
 #include "head_tiles.h"
 
+#include "isa.h"
+
 #include <cmath>
 #include <limits>
 
@@ -55,9 +57,8 @@ HeadProblem::HeadProblem(const Tokens& tokens, const Head& head, bool whole_)
 
 int64_t HeadProblem::allowed_bytes(int64_t workspace_bytes) const {
   if (workspace_bytes > 0) return workspace_bytes;
-  const bool amx = rowwise().bf16_parts[static_cast<int>(Dtype::kFloat)] > 1;  // alone in taking floats apart
   const int64_t share = kShareOfLogits * N * V * sizeof(float);
-  return amx && format.parts == 1 && d <= kShallow ? share : std::max(kLeastBytes, share);
+  return isa() == Isa::kAmx && format.parts == 1 && d <= kShallow ? share : std::max(kLeastBytes, share);
 }
 
 Soon HeadProblem::rows_soon(int64_t first, int64_t count) const {

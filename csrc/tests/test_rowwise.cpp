@@ -33,15 +33,18 @@ int main() try {
     return of_lanes;
   };
   float ref = 0;
-  const auto stats = [&](float fill, bool first, float alpha = 1) {
-    std::vector<float> tile(g2rl::kUnit, fill);
-    k.stats({.tile = {tile.data(), g2rl::kUnit, 1, g2rl::kUnit, g2rl::kUnit},
+  const auto add_row = [&](std::vector<float> row, bool first, float alpha = 1) {
+    const int width = static_cast<int>(row.size());
+    k.stats({.tile = {row.data(), width, 1, width, width},
              .alpha = alpha,
              .first = first,
              .ref = &ref,
              .sum = sum.data(),
              .sum_x = sum_x.data()},
             {}, {});
+  };
+  const auto stats = [&](float fill, bool first, float alpha = 1) {
+    add_row(std::vector<float>(g2rl::kUnit, fill), first, alpha);
   };
   for (const float alpha : {1.0f, 1e30f}) {
     stats(-std::numeric_limits<float>::infinity(), true, alpha);
@@ -57,17 +60,16 @@ int main() try {
   stats(100.0f, false);
   expect(ref == 100.0f && std::abs(lane_sum(sum) - g2rl::kUnit) < 1e-5, "moved reference", lane_sum(sum), g2rl::kUnit);
 
-  // So does a later column of the first tile, whose reference is looked for in its first kUnit columns alone.
+  // As it does above words that a bias masks: of so many as there may be, each is to count for nothing.
+  stats(-1e30f, true);
+  stats(2.0f, false);
+  expect(lane_sum(sum) == g2rl::kUnit && lane_sum(sum_x) == 0, "tile after one of masked words", lane_sum(sum_x), 0);
+
+  // A later column of the first tile does so, too, whose reference is looked for in its first kUnit columns alone.
   const auto two_units = [&](float first, float second) {
-    std::vector<float> tile(2 * g2rl::kUnit, first);
-    std::fill(tile.begin() + g2rl::kUnit, tile.end(), second);
-    k.stats({.tile = {tile.data(), 2 * g2rl::kUnit, 1, 2 * g2rl::kUnit, 2 * g2rl::kUnit},
-             .alpha = 1,
-             .first = true,
-             .ref = &ref,
-             .sum = sum.data(),
-             .sum_x = sum_x.data()},
-            {}, {});
+    std::vector<float> row(2 * g2rl::kUnit, first);
+    std::fill(row.begin() + g2rl::kUnit, row.end(), second);
+    add_row(row, true);
   };
   for (const float low : {-100.0f, -1e30f, -std::numeric_limits<float>::infinity()}) {
     two_units(low, 2.0f);
@@ -79,11 +81,6 @@ int main() try {
   expect(ref == 0.0f && std::abs(lane_sum(sum) / (g2rl::kUnit * (1 + e10)) - 1) < 1e-6 &&
              std::abs(lane_sum(sum_x) / (g2rl::kUnit * 10 * e10) - 1) < 1e-6,
          "later columns within the headroom", lane_sum(sum), g2rl::kUnit * (1 + e10));
-
-  // As it does above words that a bias masks: of so many as there may be, each is to count for nothing.
-  stats(-1e30f, true);
-  stats(2.0f, false);
-  expect(lane_sum(sum) == g2rl::kUnit && lane_sum(sum_x) == 0, "tile after one of masked words", lane_sum(sum_x), 0);
 
   std::vector<uint32_t> in(16 * 32), out(32 * 16);
   const uint32_t* rows[16];
