@@ -307,6 +307,13 @@ class TestJsonl:
             ),
             ({"path": "a.jsonl", "instruction": None}, "task.options.instruction: expected text, found None"),
             ({"path": "a.jsonl", "eval_split": ""}, "task.options.eval_split"),
+            ({"path": "a.jsonl", "split": "test"}, "task.options.split: .* file, .* found 'test' with 'a.jsonl'"),
+            ({"path": "a.jsonl", "eval_split": "test"}, "task.options.eval_split: .* found 'test' with 'a.jsonl'"),
+            (
+                {"path": "set", "eval_path": "b.jsonl", "eval_split": "test"},
+                "eval_split: .* found 'test' with 'b.jsonl'",
+            ),
+            ({"path": "a.jsonl", "eval_path": "b.jsonl", "subset": "main"}, "task.options.subset: .* found 'main'"),
         ],
     )
     def test_options_are_checked(self, options: dict[str, Any], message: str) -> None:

@@ -20,8 +20,8 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 class JsonlOptions:
     path: str = option(None, "a .jsonl file or the name of a hub data set", lambda v: isinstance(v, str) and v != "")
     """File whose name ends in .jsonl, one JSON object a line; anything else is a data set for `datasets`."""
-    split: str = text_option("train")
-    """Split of a hub data set."""
+    split: str | None = text_option(None)
+    """Split of a hub data set; None takes its `train`."""
     subset: str | None = text_option(None)
     """Configuration name of a hub data set."""
     eval_path: str | None = text_option(None)
@@ -58,10 +58,12 @@ class JsonlTask(JudgedTask):
 
     def __init__(self, options: Mapping[str, Any], held_out: int, seed: int) -> None:
         read = read_options(JsonlOptions, options)
+        eval_path = read.eval_path or read.path
+        _check_of_data_sets(read, eval_path)
         problems = _load(read, "path", read.path, read.split)
         if read.eval_path or read.eval_split:
             key = "eval_path" if read.eval_path else "eval_split"
-            source = _load(read, key, read.eval_path or read.path, read.eval_split or read.split)
+            source = _load(read, key, eval_path, read.eval_split or read.split)
             chosen = sample(source, held_out)
             train = apart(problems, chosen, f"task.options.{key}", own=True)
         else:
@@ -72,14 +74,29 @@ class JsonlTask(JudgedTask):
         self.instruction = read.instruction
 
 
-def _load(options: JsonlOptions, key: str, path: str, split: str) -> dict[str, Problem]:
+def _check_of_data_sets(options: JsonlOptions, eval_path: str) -> None:
+    """Raise `ConfigError` for what chooses a part of a data set, and would count for nothing where a file is read."""
+    sources = {"split": (options.path,), "eval_split": (eval_path,), "subset": (options.path, eval_path)}
+    for key, paths in sources.items():
+        if (value := getattr(options, key)) is not None and all(_is_file(path) for path in paths):
+            raise ConfigError(
+                f"task.options.{key}: expected none with a .jsonl file, which is read whole, found {value!r} with "
+                f"{paths[0]!r}"
+            )
+
+
+def _is_file(path: str) -> bool:
+    return path.endswith(".jsonl")
+
+
+def _load(options: JsonlOptions, key: str, path: str, split: str | None) -> dict[str, Problem]:
     """Read all problems of one source by their content, the first of equal ones."""
     named = f"task.options.{key}"
     expected = f"{named}: expected a .jsonl file or a data set that `datasets` can load"
-    is_file = path.endswith(".jsonl")
+    is_file = _is_file(path)
     if not is_file and Path(path).is_file():  # of which `datasets` would say that there is none
         raise ConfigError(f"{named}: expected a file named .jsonl, with one JSON object a line, found {path!r}")
-    rows = file_rows(path, named) if is_file else hub_rows(path, options.subset, split, expected)
+    rows = file_rows(path, named) if is_file else hub_rows(path, options.subset, split or "train", expected)
     problems = distinct((_problem(options, place, row) for place, row in rows), named)
     if not problems:
         raise ConfigError(f"{named}: expected problems, found none in {path!r}")
