@@ -166,6 +166,8 @@ def _changed(study: DictConfig, *layers: dict[str, Any]) -> dict[str, Any]:
             if key in _CHOSEN and isinstance(value, list):
                 chosen[key] = value
                 continue
+            if key in _CHOSEN and not isinstance(value, dict):
+                raise ConfigError(f"{key}: expected a list of labels, or labels with what they change, found {value!r}")
             study = merged(study, {key: value})
             if key in chosen:
                 chosen[key] = chosen[key] + [label for label in value if label not in chosen[key]]
