@@ -320,6 +320,7 @@ class TestCommand:
         report = (out / "report.md").read_text()
         counts = [sum(int(row["pairs"]) for row in rows if row["model"] == label) for label in labels]
         assert f"| pairs | {counts[0]} | {counts[1]} |\n| pairs, both correct | " in report
+        assert f"| models of other | `{other}` |" in report
         for name in ("cosines.png", "kinds.png", "other-pairs.png", "other-predictors.png", "other-layers.png"):
             assert (out / name).is_file() and f"({name})" in report
 

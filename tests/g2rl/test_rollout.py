@@ -242,6 +242,9 @@ def test_tokenizers_that_lack_something(tiny_model: Path) -> None:
             TransformersSampler(model, tokenizer, config)
     tokenizer.chat_template = REFUSES
     sampler = TransformersSampler(model, tokenizer, config)
+    with pytest.raises(ConfigError, match="system_prompt of math500: expected .* takes a system message, found one"):
+        sampler.set_system_prompt("Add.", "system_prompt of math500")
+    sampler.set_system_prompt(None, "system_prompt of gsm8k")
     episodes = sampler.sample(PROBLEMS, 2, 1.0, 1.0, 0)
     sampler._has_slots = False
     assert [e.response_ids for e in sampler.sample(PROBLEMS, 2, 1.0, 1.0, 0)] == [e.response_ids for e in episodes]
@@ -292,13 +295,13 @@ def test_learned_positions_end(config: PretrainedConfig) -> None:
     tokenizer.batch_decode.return_value = [""]
     (episode,) = sampler.sample(PROBLEMS[:1], 1, 1.0, 1.0, 0)
     model(torch.tensor([episode.prompt_ids + episode.response_ids[:-1]]))
-    sampler.config = RolloutConfig(max_new_tokens=9, dtype="float32")
+    sampler.config, sampler.limit_key = RolloutConfig(max_new_tokens=9, dtype="float32"), "max_tokens of math500"
     if config.model_type == "phi":
         assert len(sampler.sample(PROBLEMS[:1], 1, 1.0, 1.0, 0)[0].response_ids) == 9
         return
     with pytest.raises(
         ConfigError,
-        match="rollout.max_new_tokens: expected .* 16 positions .* prompt of 9 tokens and 9; .* problem 'a'",
+        match="^max_tokens of math500: expected .* 16 positions .* prompt of 9 tokens and 9; .* problem 'a'",
     ):
         sampler.sample(PROBLEMS[:1], 1, 1.0, 1.0, 0)
 
@@ -309,7 +312,9 @@ def test_more_tokens_than_a_rotary_model_is_made_for(sampler: TransformersSample
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sampler.sample(PROBLEMS[:1], 1, 1.0, 1.0, 0)
-    with pytest.warns(RuntimeWarning, match="a prompt of 26 tokens and .* = 242 are more than the 256 tokens"):
+    with pytest.warns(
+        RuntimeWarning, match="a prompt of 26 tokens and rollout.max_new_tokens = 242 are more than the 256 tokens"
+    ):
         sampler.sample(PROBLEMS, 1, 1.0, 1.0, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

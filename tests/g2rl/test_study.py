@@ -136,7 +136,7 @@ def test_a_label_given_beside_the_study_can_be_chosen(tmp_path: Path, smaller: l
         ({}, ["methods=[lambda=0.3]"], "baseline: expected one of lambda=0.3, found 'grpo'"),
         ({"models": ["ppo"]}, ["methods=[grpo]"], "models: expected one of grpo, found 'ppo'"),
         ({"tasks": ["sums"]}, ["tasks=[sums]"], "tasks: expected keys and values, found ['sums']"),
-        ({"smoke": {"tasks": None}}, ["smoke=true", "tasks=[sums]"], "tasks: expected a list of labels, or labels with"),
+        ({"smoke": {"tasks": None}}, ["smoke=true", "tasks=[sums]"], "tasks: expected a list of labels, or labels"),
         ({}, ["methods=grpo"], "methods: expected a list of labels, or labels with what they change, found 'grpo'"),
         ({"settings": {"optim": [1]}}, [], "task sums, method grpo: optim: expected keys and values, found [1]"),
         ({}, ["small=2"], "small: expected true or false, found 2"),

@@ -119,7 +119,8 @@ def _write_problems(path: Path, measured: Measured) -> None:
 
 
 def _write_report(path: Path, measured: Measured, summary: list[str], gradients: Sequence[GradientStudy]) -> None:
-    settings = [(key, code(value)) for key, value in measured.settings.items()]
+    of_bands = [(f"models of {one.label}", ", ".join(code(m.path) for m in one.models)) for one in measured.bands]
+    settings = [*of_bands, *((key, code(value)) for key, value in measured.settings.items())]
     low, high = measured.edges
     sections = [
         "# Geometry of responses",

@@ -142,7 +142,8 @@ def _evaluate_model(
         sampler.sync()
         for settings, whole in zip(sets, problems, strict=True):
             _check_context(model, settings)
-            sampler.system_prompt = settings.system_prompt
+            sampler.set_system_prompt(settings.system_prompt, f"system_prompt of {settings.name}")
+            sampler.limit_key = f"max_tokens of {settings.name}"
             sampler.config = replace(config.rollout, max_new_tokens=settings.max_tokens, batch_size=settings.batch_size)
             asked = whole[: settings.limit]
             with progress_bar(f"{label}  {settings.name}", len(asked) * settings.samples) as advance:

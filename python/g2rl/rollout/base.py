@@ -76,7 +76,8 @@ class Sampler(ABC):
     Args:
         model: the policy.
         tokenizer: its chat template renders problems.
-        config: of the rollouts; token limit and batch size may be replaced later.
+        config: of the rollouts; token limit and batch size may be replaced later, and `limit_key`, what messages call
+            the limit.
         system_prompt: system message, None for the template's own default.
 
     Raises:
@@ -90,7 +91,7 @@ class Sampler(ABC):
         self.policy = model
         self.tokenizer = tokenizer
         self.config = config
-        self.system_prompt = system_prompt
+        self.limit_key = "rollout.max_new_tokens"
         stop = model.generation_config.eos_token_id if model.generation_config else None
         stop = tokenizer.eos_token_id if stop is None else stop
         if stop is None:
@@ -103,8 +104,13 @@ class Sampler(ABC):
         self._meant_for = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self._context: Context | None = None
         self._check_template_arguments()
-        if tokenizer.chat_template is not None:
-            self._check_template()
+        self.set_system_prompt(system_prompt, "task.system_prompt")
+
+    def set_system_prompt(self, text: str | None, key: str) -> None:
+        """Ask with this system message from now on; raises `ConfigError` that names `key`, see the class."""
+        self.system_prompt = text
+        if self.tokenizer.chat_template is not None:
+            self._check_template(key)
 
     def _check_template_arguments(self) -> None:
         template = self.tokenizer.chat_template
@@ -115,12 +121,12 @@ class Sampler(ABC):
                 expected = "arguments of the model's chat template"
                 raise ConfigError(f"rollout.chat_template_kwargs: expected {expected}, found {found}")
 
-    def _check_template(self) -> None:
+    def _check_template(self, of_system: str) -> None:
         system = self.system_prompt is not None
         try:
             asks = self._in_template("1") != self._in_template("2")
         except TemplateError as error:
-            key, takes = ("task.system_prompt", "a system message") if system else ("model.path", "a user's message")
+            key, takes = (of_system, "a system message") if system else ("model.path", "a user's message")
             raise ConfigError(
                 f"{key}: expected a chat template that takes {takes}, found one that says: {error}"
                 + ("; null leaves the message out" if system else "")
@@ -190,18 +196,18 @@ class Sampler(ABC):
         of_problem = f"; the prompt is that of problem {problem!r}"
         if context is not None and prompt + tokens > context.tokens:  # vLLM would cut the response, and not say so
             raise ConfigError(
-                f"rollout.max_new_tokens: expected prompt and response to fit vLLM's context of {context.tokens} "
+                f"{self.limit_key}: expected prompt and response to fit vLLM's context of {context.tokens} "
                 f"tokens, found a prompt of {prompt} tokens and {tokens}; {context.setting} sets the context"
                 f"{of_problem}"
             )
         if limit is not None and prompt + tokens - 1 > limit:  # nothing follows the last one
             raise ConfigError(
-                f"rollout.max_new_tokens: expected prompt and response to fit the {limit} positions that the model has "
+                f"{self.limit_key}: expected prompt and response to fit the {limit} positions that the model has "
                 f"learned, found a prompt of {prompt} tokens and {tokens}{of_problem}"
             )
         if prompt + tokens - 1 > self._meant_for:  # rotary positions have no end, but the model knows none further on
             warnings.warn(
-                f"g2rl: a prompt of {prompt} tokens and rollout.max_new_tokens = {tokens} are more than the "
+                f"g2rl: a prompt of {prompt} tokens and {self.limit_key} = {tokens} are more than the "
                 f"{self._meant_for} tokens that the model is made for (max_position_embeddings of its configuration)",
                 RuntimeWarning,
                 3,
