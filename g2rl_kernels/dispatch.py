@@ -152,9 +152,9 @@ class use_backend:
     Names are cuda, triton, native, torch and reference. ``use_backend("reference")`` holds from the call on; as a
     context manager it ends with the block. ``use_backend(None)`` returns to what holds where nobody calls it: the
     backend that the environment variable ``G2RL_KERNELS_BACKEND`` names, else the automatic choice. A compiled function
-    runs with the choice that holds where it is called. Of choices that several threads have made, the last one that has
-    not ended holds for all. Ops that a backend does not have are served by others, as if it were not chosen, on devices
-    and of dtypes that it serves: `explain` says which.
+    runs with the choice that holds when it is called. Choices hold for all threads; if several threads make one, the
+    last that has not ended counts. On devices and dtypes that the chosen backend serves, ops that it does not have are
+    served by others, as if it were not chosen: `explain` says which.
 
     Raises:
         RuntimeError: called in a graph under compilation, which could only ignore it; without ``fullgraph=True`` the

@@ -130,10 +130,10 @@ class Shaping:
 
     Attributes:
         strength: lambda* of eq. 12, 0 to 1e18.
-        clip: c of section 2.5, > 0: shaping takes no reward out of [-c, c], nor one that lies beyond any further.
+        clip: c of section 2.5, > 0: shaping moves no reward out of [-c, c], and none that lies beyond any further.
         rule: reading of eq. 12*: "scale" r (1 + lambda nubar); "centered" r (1 + lambda (2 nubar - 1)), where a dull
             right answer loses and a wrong answer close to its peers suffers less; "literal" r (1 + lambda r nubar).
-        min_range: a group whose scores span less keeps its rewards: min-max would amplify rounding to [0, 1].
+        min_range: a group whose scores span less keeps its rewards, since min-max would amplify rounding to [0, 1].
         uniform_groups: groups whose valid responses have equal raw rewards* are shaped ("shape") or keep their rewards
             ("drop").
 

@@ -51,9 +51,9 @@ class LMHead:
     Attributes:
         weight: [V, d], bf16, fp16, fp32 or fp64; the rank's part where the vocabulary is split. A DTensor sharded on
             dimension 0 brings its ranks along.
-        bias: [V], weight's dtype or fp32. One of -inf, or beyond -1e30, masks a word: its probability is 0, and its
-            log-probability, were it a target, a large negative number instead of -inf. A soft cap would undo that. A
-            negative logit_scale turns the sign round.
+        bias: [V], weight's dtype or fp32. A value of -inf, or below -1e30, masks a word: its probability is 0, and its
+            log-probability as a target is a large negative number instead of -inf. A soft cap would undo that. With a
+            negative logit_scale large positive values mask.
         temperature: divides the logits for log-probabilities, entropy and features alike; 1e-18 to 1e18.
         logit_scale: multiplies W h + b (Cohere, Granite); of either sign.
         softcap: c in c tanh(z / c), applied before the temperature (Gemma); None for none.
@@ -172,8 +172,8 @@ def token_logprobs(
         targets: [N] int64 in [0, V), V the whole vocabulary.
         workspace_bytes: limit for temporary tensors of vocabulary size and for partial sums of features; more of it can
             save a second product with the weight. Default: 256 MiB; on a GPU a fortieth of its memory if that is more,
-            2 GiB at most; on a CPU with the compiled kernels 64 MiB, or 5 % of what fp32 logits would take if that is
-            more or a product is cheap, of bf16 on AMX with d up to 1024.
+            2 GiB at most; on a CPU with the compiled kernels 5 % of what fp32 logits would take, and at least 64 MiB
+            unless a product is cheap, as of bf16 on AMX with d up to 1024.
         check_finite: also raise for NaN or inf in hidden, which costs one read of it. Not while a CUDA graph is
             captured, as for all values.
 
@@ -220,10 +220,10 @@ def sequence_features(
         token_weights: [N] float, finite and >= 0, a_t of eq. 8, on a GPU such that fp32 holds a response's sum and its
             inverse; None weighs all tokens alike.
         lse: [N] float from the same weights and hidden states (say, of the pass for old log-probabilities); spares
-            kernels the search for the row maximum, and with it a second product. Values of it only steer rounding:
-            the result is normalised anew, and a response with values of something else, NaN included, is computed
-            without them. Not used by the torch backend, on a GPU where exponentials can be kept or a graph is being
-            captured, and where ranks hold parts of the vocabulary.
+            kernels the search for the row maximum, and with it a second product. Its values only affect rounding:
+            results are normalised anew, and a response with wrong values, NaN included, is computed without them. Not
+            used by the torch backend, on a GPU if exponentials can be kept or a graph is being captured, and if ranks
+            hold parts of the vocabulary.
         context_group: ranks that hold some tokens each of the same B responses (context parallel); features are those
             of whole responses, on every rank. A rank without tokens of a response gives it an empty range.
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from g2rl.config import Config, ConfigError, RewardConfig, TaskConfig, load_config, load_resumed, save_config
+from g2rl.parallel.ranks import Ranks
 from g2rl.tasks import make_task
 from g2rl_kernels import dispatch
 
@@ -21,11 +22,13 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PRESETS = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 
 
-def documented_commands() -> list[str]:
-    """What follows `g2rl train` in commands of README and docs, but for those that leave the configuration open."""
+def documented_commands() -> list[tuple[int, str]]:
+    """How many ranks commands of README and docs start, and what follows `g2rl train` in them, but for those that leave
+    the configuration open."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    found = [re.findall(r"g2rl train (configs/.*)$", page.read_text(), re.MULTILINE) for page in pages]
-    return list(dict.fromkeys(command for commands in found for command in commands))
+    command = re.compile(r"(?:torchrun --nproc-per-node=(\d+) -m )?g2rl train (configs/.*)$", re.MULTILINE)
+    found = [match.groups() for page in pages for match in command.finditer(page.read_text())]
+    return list(dict.fromkeys((int(ranks or 1), words) for ranks, words in found))
 
 
 def test_overrides_have_yaml_types() -> None:
@@ -92,16 +95,18 @@ def test_files_are_merged_in_order_below_overrides(tmp_path: Path) -> None:
 
 
 def test_documented_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each loads, and its task can be built; `my.jsonl` is the reader's."""
+    """Each loads, its ranks can share the work, and its task can be built; `my.jsonl` is the reader's."""
     monkeypatch.chdir(tmp_path)
     rows = [json.dumps({"problem": f"What is {i} + 1?", "answer": i + 1}) for i in range(80)]
     (tmp_path / "my.jsonl").write_text("\n".join(rows))
     commands = documented_commands()
     assert len(commands) >= 4
-    for command in commands:
+    assert any(ranks > 1 for ranks, _ in commands)
+    for ranks, command in commands:
         words = shlex.split(command, comments=True)
         paths = [ROOT / word for word in words if "=" not in word]
         config = load_config(paths, [word for word in words if "=" in word])
+        Ranks(size=ranks).check(config)
         if config.task.name in ("arithmetic", "jsonl"):  # others are downloaded
             task = make_task(config.task, config.seed)
             assert task.train_problem(0).prompt
