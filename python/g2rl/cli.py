@@ -243,6 +243,8 @@ def _resumed(paths: list[str], overrides: list[str]) -> Config | None:
     runs = [override.partition("=")[2] for override in overrides if override.startswith("resume=")]
     if not runs:
         return None
+    if not runs[-1]:
+        raise ConfigError("resume: expected the folder of a run, found nothing")
     folder = Path(runs[-1]).expanduser()
     folder = folder if folder.name else folder.resolve()
     settings = folder / "config.yaml"

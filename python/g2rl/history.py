@@ -20,6 +20,8 @@ from g2rl.methods import default_options
 
 EVALUATION = ("task.", "eval.samples", "eval.temperature", "eval.top_p", "rollout.max_new_tokens")
 """Keys, or beginnings of keys, on which held-out results depend besides the model."""
+REWARD = ("rewards",)
+"""On which the held-out reward depends, too."""
 IGNORED = ("name", "runs_dir", "resume", "profile", "log.", "checkpoint.", "eval.every", "eval.ks")
 """Keys, or beginnings of keys, that change what is kept of a run and not what it learns, but for `ACTS_AHEAD`."""
 ACTS_AHEAD = "checkpoint.every"
@@ -55,16 +57,18 @@ def changes(history: History) -> list[tuple[int, dict[str, tuple[Any, Any]]]]:
     """
     found = []
     for (_, earlier), (step, later) in pairwise(history):
-        was, then = _of_a_step(earlier), _of_a_step(later)
-        keys = sorted(differing([was, then]), key=lambda key: not (key in was and key in then))
+        was, then = configured_values(earlier), configured_values(later)
+        # A key that counts on one side alone, as the number of steps where the learning rate falls, may be as it was.
+        keys = [key for key in differing([_of_a_step(earlier), _of_a_step(later)]) if was.get(key) != then.get(key)]
+        keys.sort(key=lambda key: not (key in was and key in then))
         if keys:
             found.append((step, {key: (was.get(key), then.get(key)) for key in keys}))
     return found
 
 
-def evaluation_changes(history: History) -> list[tuple[int, list[str]]]:
-    """From which steps on a run was evaluated otherwise, with the keys that changed."""
-    found = [(step, list(chosen(changed, EVALUATION))) for step, changed in changes(history)]
+def evaluation_changes(history: History, by: tuple[str, ...] = EVALUATION) -> list[tuple[int, list[str]]]:
+    """From which steps on a run was evaluated otherwise, with the keys that changed, of those that `chosen` takes."""
+    found = [(step, list(chosen(changed, by))) for step, changed in changes(history)]
     return [(step, keys) for step, keys in found if keys]
 
 

@@ -89,14 +89,17 @@ def local_path(config: ModelConfig) -> str:
     """What transformers takes for `model.path`.
 
     Raises:
-        ConfigError: there is no such folder, or it is a run's, or a model has to come from the hub and that cannot be
-            reached.
+        ConfigError: there is no such folder, or no model in it, or it is a run's, or a model has to come from the hub
+            and that cannot be reached.
     """
     path = str(smollm2_folder()) if config.path == "smollm2" else config.path
     folder = Path(path).expanduser()
-    saved = sorted((folder / "checkpoints").glob("step-*"))
-    if saved and not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path: expected a model's folder, found a run's, {path!r}; {saved[-1]} is a model")
+    if folder.is_dir() and not (folder / "config.json").is_file() and base_of(str(folder)) is None:
+        run_dir = folder.parent if folder.name == "checkpoints" else folder
+        if saved := sorted((run_dir / "checkpoints").glob("step-*")):
+            raise ConfigError(f"model.path: expected a model's folder, found a run's, {path!r}; {saved[-1]} is a model")
+        # Of which transformers would say that its tokenizer needs another package.
+        raise ConfigError(f"model.path: expected a model's folder, found no config.json in {path!r}")
     if not folder.is_dir():
         said = "model.path: expected a causal language model"
         if path.startswith(("/", ".", "~")):

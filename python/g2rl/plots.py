@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from g2rl.history import changes, evaluation_changes
+from g2rl.history import EVALUATION, REWARD, changes, evaluation_changes
 from g2rl.metrics import STAGES, metric
 from g2rl.progress import duration, printable
 from g2rl.run import SMOOTHED, Run, moving_average, number_of, pairs_of, periods, problem_name
@@ -78,7 +78,8 @@ def _line(axes: Axes, run: Run, key: str, label: str, color: str, style: str = "
 
 def _held_out(axes: Axes, run: Run, prefix: str, marker: str, style: str) -> None:
     """Held-out metrics over steps; no line joins results of different ways of evaluating."""
-    gaps = [(step - 0.5, math.nan) for step, _ in evaluation_changes(run.history)]
+    by = (*EVALUATION, *REWARD) if prefix == "eval/reward" else EVALUATION
+    gaps = [(step - 0.5, math.nan) for step, _ in evaluation_changes(run.history, by)]
     for color, key in zip(CYCLE[1:] * 9, run.keys(prefix), strict=False):
         if key == "eval/maj@1":
             continue  # the same as pass@1, which it would cover

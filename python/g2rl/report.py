@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib import rc_context
 from omegaconf import OmegaConf
 
-from g2rl.history import changes, configured_values, default_values, evaluation_changes
+from g2rl.history import EVALUATION, REWARD, changes, configured_values, default_values, evaluation_changes
 from g2rl.methods import may_shape
 from g2rl.metrics import METRICS, metric
 from g2rl.plots import PLOTS, STYLE
@@ -96,11 +96,11 @@ def _headline(run: Run) -> str:
     return f"**{result}**\n\n" + markdown_table(("", ""), [(key, str(value)) for key, value in facts])
 
 
-def _evaluated_otherwise(run: Run, steps: Sequence[int]) -> str:
+def _evaluated_otherwise(run: Run, steps: Sequence[int], by: tuple[str, ...] = EVALUATION) -> str:
     """From which of the evaluated steps on results do not compare to those before, as the end of a sentence."""
     listed = [
         f"{step} ({', '.join(code(key) for key in keys)})"
-        for step, keys in evaluation_changes(run.history)
+        for step, keys in evaluation_changes(run.history, by)
         if steps[0] < step <= steps[-1]
     ]
     return f"; evaluated otherwise from step {', and from step '.join(listed)}" if listed else ""
@@ -165,6 +165,8 @@ def _evaluation(run: Run) -> str:
     head += [key[5:] if "@" in key else metric(key).title.removeprefix("Held-out ") for key in keys]
     otherwise = _evaluated_otherwise(run, [record["step"] for record in records]).removeprefix("; ")
     note = f"\n\n{otherwise[0].upper()}{otherwise[1:]}: these rows do not compare." if otherwise else ""
+    rewarded = _evaluated_otherwise(run, run.series("eval/reward")[0] or [0], REWARD).partition(" from ")[2]
+    note += f"\n\nRewarded otherwise from {rewarded}: the column `reward` does not compare." if rewarded else ""
     return markdown_table(head, rows) + note
 
 

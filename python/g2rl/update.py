@@ -24,7 +24,7 @@ from g2rl.checkpoint import checkpoints
 from g2rl.config import Config, ConfigError
 from g2rl.geometry import geometry_metrics
 from g2rl.heads import whole
-from g2rl.methods import Method, Step, check_metrics, check_result
+from g2rl.methods import Method, Step, ask, check_metrics, check_result
 from g2rl.objective import Tokens, Totals, policy_loss
 from g2rl.optimizer import group_settings, make_optimizer
 from g2rl.parallel.ranks import Ranks
@@ -303,9 +303,10 @@ class Updater:
 
     def _judge(self, groups: _Groups) -> None:
         """Have the method weigh the responses, by the features of all of them."""
-        groups.step = replace(groups.step, features=groups.features())
-        groups.result = self.method.advantages(groups.step)
-        check_result(self.method, groups.step, groups.result)
+        step = groups.step = replace(groups.step, features=groups.features())
+        result = ask(self.config.method, lambda: self.method.advantages(step), "to return GroupAdvantages")
+        check_result(self.method, step, result)
+        groups.result = result
 
     def _optimize(self, rate: float) -> dict[str, float]:
         """One optimiser update by the gradient that stands, which is then gone."""
@@ -329,7 +330,7 @@ class Updater:
         of_ranks = self.ranks.gathered([own_sums])
         sums = {key: sum(of_rank[key] for of_rank in of_ranks) for key in own_sums}
         metrics = geometry_metrics(step.features, step.rewards, result, step.group_size)
-        own_metrics = self.method.metrics(step, result)
+        own_metrics = ask(self.config.method, lambda: self.method.metrics(step, result), "to return metrics")
         check_metrics(self.method, own_metrics)
         metrics |= own_metrics
         parts = [part for mini_batch in mini_batches for groups in mini_batch for part in groups.parts]

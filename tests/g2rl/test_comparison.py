@@ -131,6 +131,16 @@ def test_where_steps_are_computed_is_no_other_setting(tmp_path: Path) -> None:
     assert changes(load_run(run).history) == [(2, {"rollout.dtype": ("auto", "float32")})]
 
 
+def test_what_counts_on_one_side_of_a_change_alone_is_told_where_it_changed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", records(0.1, 0.2), "rollout.ahead=1", "steps=8")
+    change_settings(run, 2, "rollout.ahead=0", "optim.decay=linear")
+    changed = {"rollout.ahead": (1, 0), "optim.decay": ("constant", "linear")}
+    assert changes(load_run(run).history) == [(2, changed)]
+    change_settings(run, 3, "rollout.ahead=1", "optim.decay=constant", "steps=9", "checkpoint.every=3")
+    changed = {"rollout.ahead": (0, 1), "optim.decay": ("linear", "constant"), "steps": (8, 9)}
+    assert changes(load_run(run).at(3).history)[1:] == [(3, changed | {"checkpoint.every": (10, 3)})]
+
+
 def test_runs_that_do_not_fit_are_named(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / "other-task", records(0.9), "task.options={digits: [1, 1]}"),

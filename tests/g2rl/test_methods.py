@@ -17,6 +17,7 @@ from g2rl.encoder import SentenceEncoder
 from g2rl.geometry import geometry_metrics, pair_cosines
 from g2rl.methods import Step, make_method, method_names
 from g2rl.methods.evol_rl import band_rewards
+from g2rl.plugins import PluginError
 from g2rl.tasks import make_task
 from g2rl.trainer import Trainer
 from g2rl_kernels import Shaping, g2rl_advantages, group_advantages
@@ -300,6 +301,7 @@ def test_a_function_from_outside(outside: None) -> None:
             "describe(step, step.rewards / step.rewards.new_tensor([0, 1, 1, 1]), step.rewards)",
             "finite numbers of own as advantages, found NaN or infinity",
         ),
+        ("step.reward", "own_method:own to return GroupAdvantages, found AttributeError: .*own_method.py, line 3"),
     ],
 )
 def test_what_a_method_returns(
@@ -312,7 +314,7 @@ def test_what_a_method_returns(
     monkeypatch.delitem(sys.modules, "own_method", raising=False)
     small = ("rollout.prompts=2", "rollout.group_size=2", "rollout.max_new_tokens=2", "eval.every=0")
     settings = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", "method=own_method:own", *small]
-    with pytest.raises(ConfigError, match=f"^method: expected {message}"):
+    with pytest.raises(PluginError, match=f"^method: expected {message}"):
         Trainer(load_config(None, settings)).run()
 
 

@@ -132,6 +132,23 @@ def test_evaluations_of_different_kinds_are_not_joined(tmp_path: Path) -> None:
     assert np.isnan(curve.get_ydata()).tolist() == [False, False, True, False, True]
 
 
+def test_held_out_rewards_by_other_functions_are_not_joined(tmp_path: Path) -> None:
+    records = [{"step": step, "eval/pass@1": 0.5, "eval/reward": float(step)} for step in (0, 5, 10)]
+    run = write_run(tmp_path / "run", records, "rewards=[{name: boxed}]")
+    assert "otherwise" not in section(write_report(run).read_text(encoding="utf-8"), "Evaluation")
+    change_settings(run, 6, "rewards[0].weight=2")
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "\n\nRewarded otherwise from step 6 (`rewards`): the column `reward` does not compare.\n" in text
+    assert "valuated otherwise" not in text
+    figure = plot_learning(load_run(run))
+    assert figure is not None
+    rates, rewards = (
+        next(line for line in axes.lines if line.get_label() == f"held-out {key}").get_xdata().tolist()
+        for axes, key in zip(figure.axes, ("pass@1", "reward"), strict=True)
+    )
+    assert rates == [0, 5, 10] and rewards == [0, 5, 5.5, 10]
+
+
 def test_geometry_early_and_late(tmp_path: Path) -> None:
     log = start(tmp_path / "run")
     for step in (1, 2, 3):

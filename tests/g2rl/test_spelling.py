@@ -42,6 +42,7 @@ SAME = [
     (["Monday", r"\text{Monday}", r"\textbf{Monday}", "Monday."], "word"),
     (["ab", r"\text{a b}"], "blanks between letters"),
     (["18.90", r"\$18.90", "18.9", "$18.90", "18.90\u20ac", "\u00a318.90", r"18.90\$"], "currency"),
+    (["18", r"US\$18", "US $18", "\u20b9 18", "Rs. 18", r"\text{Rs }18", "USD 18", "18 USD"], "currency by its name"),
     (
         [
             "18",

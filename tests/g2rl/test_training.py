@@ -544,6 +544,7 @@ def test_a_run_that_kept_no_digests_takes_other_wordings(of_a_file: Path, tmp_pa
         (["train", "missing.yaml"], "expected a YAML file or key=value, found nothing at 'missing.yaml'"),
         (["train"], "expected a YAML file, key=value such as task.name=gcd, or resume=RUN, found none"),
         (["train", "resume=nowhere"], "expected the folder of a run, found no config.yaml in 'nowhere'\n"),
+        (["train", "resume="], "resume: expected the folder of a run, found nothing\n"),
         (["train", "resume=configs"], "found no config.yaml in 'configs'; if it was stopped while it started, start"),
         (["train", "configs/quickstart.yaml", "optim.rate=1"], "Key 'rate' not in 'OptimConfig'"),
         (["eval", "/nowhere/at-all"], "model.path: expected a causal language model, found no folder"),
@@ -659,9 +660,11 @@ def test_a_run_that_goes_on_by_other_settings_tells_both(finished: Path) -> None
 
 def test_a_run_is_no_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.yaml").write_text("seed: 0\n")
-    assert main(["train", str(tmp_path / "empty.yaml"), f"model.path={finished}", f"runs_dir={tmp_path}"]) == 2
-    expected = f"model.path: expected a model's folder, found a run's, {str(finished)!r}; {finished}/checkpoints/step-"
-    assert expected in capsys.readouterr().err
+    run_s, no_model_s = f"a run's, %r; {finished}/checkpoints/step-", "no config.json in %r\n"
+    for folder, found in ((finished, run_s), (finished / "checkpoints", run_s), (tmp_path, no_model_s)):
+        assert main(["train", str(tmp_path / "empty.yaml"), f"model.path={folder}", f"runs_dir={tmp_path}"]) == 2
+        expected = f"model.path: expected a model's folder, found {found % str(folder)}"
+        assert expected in capsys.readouterr().err
 
 
 def test_an_evaluation_that_cannot_be_kept_is_printed(

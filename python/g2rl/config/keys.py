@@ -184,7 +184,7 @@ class OptimConfig:
     warmup_steps: int = 2
     """Steps of linear warm-up."""
     decay: Literal["constant", "linear"] = "constant"
-    """After warm-up: constant, or linear to zero at the last step."""
+    """After warm-up: constant, or linear to what would be zero in the step after the last."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
 

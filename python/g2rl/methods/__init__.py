@@ -10,12 +10,15 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from g2rl.config import Config, ConfigError
 from g2rl.methods.base import FunctionMethod, Method, Step, check_metrics, check_result, describe
-from g2rl.plugins import announced, check_takes, check_whole, find_named, read_options
+from g2rl.plugins import announced, check_takes, check_whole, find_named, guarded, read_options
+
+T = TypeVar("T")
 
 ENTRY_POINTS = "g2rl.methods"
 _SETTINGS_OF_GRPO = {
@@ -67,6 +70,16 @@ def make_method(config: Config) -> Method:
             f"log.geometry: expected true with method {config.method}, which needs the features, found false"
         )
     return method
+
+
+def ask(name: str, call: Callable[[], T], expected: str) -> T:
+    """Return what a method's own code returns; whatever that of one from elsewhere raises is a `PluginError`.
+
+    Args:
+        name: the configuration's `method`.
+        expected: what it should do, in words.
+    """
+    return call() if name in _HERE else guarded(call, "method", name, expected)
 
 
 def _find(name: str) -> Any:

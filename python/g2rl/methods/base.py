@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from g2rl.config import Config, ConfigError
+from g2rl.config import Config
 from g2rl.metrics import require_metric
-from g2rl.plugins import NoOptions
+from g2rl.plugins import NoOptions, PluginError
 from g2rl.tasks.base import Task
 from g2rl_kernels import GroupAdvantages, exploration_scores, group_similarity
 
@@ -89,9 +89,9 @@ class FunctionMethod(Method):
 
 
 def check_result(method: Method, step: Step, result: Any) -> None:
-    """Raise `ConfigError` unless `result` is what `Method.advantages` has to return for a step."""
+    """Raise `PluginError` unless `result` is what `Method.advantages` has to return for a step."""
     if not isinstance(result, GroupAdvantages):
-        raise ConfigError(
+        raise PluginError(
             f"method: expected GroupAdvantages of {method.name}, such as g2rl.methods.describe makes, found "
             f"{type(result).__name__}"
         )
@@ -100,18 +100,18 @@ def check_result(method: Method, step: Step, result: Any) -> None:
         value = getattr(result, field)
         shape = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         if shape != rows:
-            raise ConfigError(f"method: expected a tensor {rows} of {method.name} as {field}, found {shape}")
+            raise PluginError(f"method: expected a tensor {rows} of {method.name} as {field}, found {shape}")
         if field != "scores" and not bool(value.isfinite().all()):
-            raise ConfigError(f"method: expected finite numbers of {method.name} as {field}, found NaN or infinity")
+            raise PluginError(f"method: expected finite numbers of {method.name} as {field}, found NaN or infinity")
 
 
 def check_metrics(method: Method, metrics: Mapping[str, float]) -> None:
-    """Raise `ConfigError` unless the log knows the keys of what `Method.metrics` returned."""
+    """Raise `PluginError` unless the log knows the keys of what `Method.metrics` returned."""
     for key in metrics:
         try:
             require_metric(key)
         except ValueError as error:
-            raise ConfigError(
+            raise PluginError(
                 f"method: expected metrics of {method.name} by keys of g2rl.metrics.METRICS or method/NAME, NAME of "
                 f"letters, digits, _, . and -, found {key!r}"
             ) from error

@@ -63,7 +63,7 @@ _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operat
 
 _DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 _POWER = r"10 ?\^ ?\{{? ?(?P<{}>[+-]? ?[0-9]{{1,3}})(?![0-9]) ?\}}?"
-_MONEY = r"(?:\\?\$|[\u20ac\u00a3\u00a5])"
+_MONEY = r"(?:(?:US ?)?\\?\$|[\u20ac\u00a3\u00a5\u20b9]|USD|EUR|GBP|Rs\.?)"
 SCALES = {
     "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12
 }  # fmt: skip

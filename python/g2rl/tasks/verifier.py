@@ -21,6 +21,7 @@ _KEPT = 10_000
 _BASED = re.compile(r"[+-]?(?:\\text\{)?[0-9A-Za-z]+\}?_\{?([0-9]{1,3})\}?")
 _BRACKET = re.compile(r"\\[{}]|[()\[\],]")
 _EQUALS = re.compile(r"((?<![\\<>!:])=|\\approx(?![A-Za-z])|\u2248)")
+_WORD = re.compile(r"[A-Za-z]{3,}")
 _TOWER = re.compile(r"\^([0-9]+);*(?:\^([0-9]+))?")
 
 
@@ -67,7 +68,7 @@ class MathVerifier(Closing):
             return False
         (ours, unit), (theirs, their_unit) = read(gold), read(prediction)
         one, other = number(ours), number(theirs)
-        equal = one.same(other) if one and other else key_of(ours) == key_of(theirs)
+        equal = one.same(other) if one and other else _key(ours) == _key(theirs)
         if equal:
             return {unit_power(unit), unit_power(their_unit)} != {2, 3}  # an area is no volume
         if one and other:
@@ -78,6 +79,12 @@ class MathVerifier(Closing):
 
     def close(self) -> None:
         self._pool.close()
+
+
+def _key(normal: str) -> str:
+    """`key_of`, of a word in small letters: of those math-verify reads ``True`` as a product, and ``true`` as text."""
+    key = key_of(normal)
+    return key.lower() if _WORD.fullmatch(key) else key
 
 
 def _overlooked(gold: str, prediction: str) -> bool:
