@@ -288,12 +288,7 @@ void token_sums(const Tokens& tokens, const Head& head, float* sums) {
   const HeadProblem p(tokens, head, /*whole=*/false);
   if (p.N == 0) return;
   const Collected found = statistics_pass(p, RowPanels(p.hidden, p.format, p.depth, 0, p.N), nullptr);
-  for (int64_t t = 0; t < p.N; ++t) {
-    const Sums of_token = slab_sums(p, found.partials, t);
-    const int64_t y = p.targets[t];
-    const double row[4] = {of_token.m, of_token.S, of_token.X, y < 0 ? 0.0 : p.raw(found.target_acc[t], y)};
-    for (int64_t i = 0; i < 4; ++i) sums[i * p.N + t] = static_cast<float>(row[i]);
-  }
+  sum_slabs(p, found.partials, found.target_acc, sums);
 }
 
 void part_features(const Tokens& tokens, const Head& head, const Batch& batch, const float* sums, int64_t parts,
