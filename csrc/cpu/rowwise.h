@@ -85,9 +85,8 @@ struct StatsJob {
   float alpha = 1;
   bool first = false;
   float *ref = nullptr, *sum = nullptr, *sum_x = nullptr;
-  float *tile_ref = nullptr,
-        *tile_top = nullptr;  // if wanted, get the reference this tile had and its largest (u - ref) / 2
-  Kept kept{};                // if wanted, gets the tile in 16 bits; only with tile_top
+  float *tile_ref = nullptr, *tile_top = nullptr;  // if wanted, get the tile's reference and largest (u - ref) / 2
+  Kept kept{};                                     // if wanted, gets the tile in 16 bits; only with tile_top
 };
 
 // out[row] [col] += coef[row] exp(u - ref[row]) slope[row, col], rows in order.
