@@ -73,7 +73,7 @@ inline int64_t part_pairs(int left, int right) {
 template <bool kBothRows, typename Work>
 G2RL_ALWAYS_INLINE inline void multiply_block(const TileProduct& p, int64_t r, int64_t c, Meanwhile<Work>& meanwhile) {
   float *upper = p.out + r * p.ld + c, *lower = upper + 16 * p.ld;
-  const int64_t out_bytes = p.ld * 4, a_bytes = p.a_stride * 4, b_bytes = p.b_stride * 4;
+  const int64_t out_bytes = p.ld * 4, a_bytes = p.a_stride * 4, b_bytes = 64;
   if (p.add) {
     _tile_loadd(0, upper, out_bytes);
     _tile_loadd(1, upper + 16, out_bytes);
@@ -90,7 +90,7 @@ G2RL_ALWAYS_INLINE inline void multiply_block(const TileProduct& p, int64_t r, i
   for_part_pairs(p.a_parts, p.b_parts, [&](int i, int j) G2RL_ALWAYS_INLINE {
     const uint32_t* a = p.a + i * p.a_part + r * p.a_stride;
     const uint32_t* b = p.b + j * p.b_part + c / 16 * p.b_block;
-    for (int64_t k = 0; k < p.steps; ++k, a += 16, b += 16 * p.b_stride) {
+    for (int64_t k = 0; k < p.steps; ++k, a += 16, b += 16 * 16) {
       _tile_loadd(4, a, a_bytes);
       _tile_loadd(6, b, b_bytes);
       _tile_dpbf16ps(0, 4, 6);

@@ -43,13 +43,22 @@ inline int64_t responses_at_once(const HeadProblem& p, int64_t workspace_bytes) 
   return std::clamp(held / kRowStep * kRowStep, kRowStep, kResponses);
 }
 
-// Calls f(group) for up to `size` consecutive responses at a time, those without tokens left out.
+// Calls f(run) for up to `size` consecutive responses at a time, where `wanted(b)`; runs without tokens are left out.
+template <typename Wanted, typename F>
+void for_runs(const Responses& r, int64_t size, const Wanted& wanted, const F& f) {
+  for (int64_t b = r.first; b < r.last;) {
+    int64_t end = b;
+    while (end < std::min(b + size, r.last) && wanted(end)) ++end;
+    const Responses run{r.cu, r.weight, b, end};
+    if (run.token_end() > run.token_begin()) f(run);
+    b = std::max(end, b + 1);
+  }
+}
+
+// The same for a whole batch.
 template <typename F>
 void for_groups(const int64_t* cu, int64_t B, const double* weight, int64_t size, const F& f) {
-  for (int64_t b = 0; b < B; b += size) {
-    const Responses group{cu, weight, b, std::min(b + size, B)};
-    if (group.token_end() > group.token_begin()) f(group);
-  }
+  for_runs({cu, weight, 0, B}, size, [](int64_t) { return true; }, f);
 }
 
 // Where in a tile of R [response][width] each of the tokens t_begin..t_end adds up.

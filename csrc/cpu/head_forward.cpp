@@ -129,9 +129,10 @@ void exact_features(const HeadProblem& p, const RowPanels& rows, const Responses
 }
 
 // Features and statistics in one pass, believing `lse`; responses it serves badly are done again with the one just
-// computed. Tokens that it is nowhere near are marked in `far` [N], and their responses left to the caller.
+// computed. Tokens that it is nowhere near are marked in `unknown` [N], and their responses left to the caller.
 void believing_features(const HeadProblem& p, const RowPanels& rows, const Responses& r, const float* lse,
-                        const TokenStats& stats, std::vector<Token>& tokens, float* features, std::vector<char>& far) {
+                        const TokenStats& stats, std::vector<Token>& tokens, float* features,
+                        std::vector<char>& unknown) {
   Coefficients coef(p.N);
   Collected collected{Partials(p.cut.slabs, 0, p.N), std::vector<float>(p.N)};
   for (int64_t t = r.token_begin(); t < r.token_end(); ++t) {
@@ -141,48 +142,44 @@ void believing_features(const HeadProblem& p, const RowPanels& rows, const Respo
   }
   std::optional<SlabFeatures> slabs = feature_pass(p, rows, r, coef, nullptr, &collected);
   merge_slabs(p, collected.partials, collected.target_acc, r.token_begin(), r.token_end(), stats, tokens.data());
-  const auto served = [&](int64_t b) {
-    bool good = true;
-    for (int64_t t = r.cu[b]; t < r.cu[b + 1]; ++t) good &= std::abs(tokens[t].lse - coef.ref[t]) <= kLseSlack;
-    return good;
-  };
   for (int64_t t = r.token_begin(); t < r.token_end(); ++t)
-    far[t] = !(std::abs(tokens[t].lse - coef.ref[t]) <= kLseBelief);
+    unknown[t] = !(std::abs(tokens[t].lse - coef.ref[t]) <= kLseBelief);
+  const auto badly_served = [&](int64_t b) {
+    bool well = true, known = true;
+    for (int64_t t = r.cu[b]; t < r.cu[b + 1]; ++t) {
+      well &= std::abs(tokens[t].lse - coef.ref[t]) <= kLseSlack;
+      known &= !unknown[t];
+    }
+    return known && !well;
+  };
   // The other entries were not divided by the sum found here, so the target's is not either.
   std::vector<Token> believed = tokens;
   for (int64_t t = r.token_begin(); t < r.token_end(); ++t) believed[t].rest *= std::exp(tokens[t].lse - coef.ref[t]);
   finish_features(p, r, believed, *slabs, features);
   slabs.reset();  // those of responses done again take their place
-  for (int64_t b = r.first; b < r.last;) {
-    int64_t end = b;
-    while (end < r.last && !served(end)) ++end;
-    if (end > b) exact_features(p, rows, {r.cu, r.weight, b, end}, tokens, nullptr, features);
-    b = std::max(end, b + 1);
-  }
+  for_runs(r, r.last - r.first, badly_served,
+           [&](const Responses& run) { exact_features(p, rows, run, tokens, nullptr, features); });
 }
 
-// The statistics of tokens marked in `far`, and the features of their responses, `at_once` of them, by two passes. All
-// others keep their bits: a NaN of one does not choose the way for all.
-void two_passes(const HeadProblem& p, const RowPanels& rows, const Responses& all, const std::vector<char>& far,
-                const TokenStats& stats, int64_t at_once, float* features) {
+// The statistics of tokens marked in `unknown`, and the features of their responses, `at_once` of them, by two passes.
+// All others keep their bits: a NaN of one does not choose the way for all.
+void two_passes(const HeadProblem& p, const RowPanels& rows, const Responses& all, const std::vector<char>& unknown,
+                const TokenStats& stats, std::vector<Token>& tokens, int64_t at_once, float* features) {
   std::optional<TileScales> scales;
   if (p.cap <= 0) scales.emplace(p.cut.tiles, p.N);
   const TileScales* rounding = scales ? &*scales : nullptr;
   std::vector<float> memory(3 * p.N);
   const TokenStats found{memory.data(), memory.data() + p.N, memory.data() + 2 * p.N};
-  std::vector<Token> tokens(p.N);
   whole_statistics(p, rows, found, tokens.data(), rounding);
   for (int64_t t = 0; t < p.N; ++t)
-    if (far[t]) stats.logps[t] = found.logps[t], stats.entropy[t] = found.entropy[t], stats.lse[t] = found.lse[t];
-  const auto any_far = [&](int64_t b) {
-    return std::any_of(far.begin() + all.cu[b], far.begin() + all.cu[b + 1], [](char is_far) { return is_far; });
+    if (unknown[t]) stats.logps[t] = found.logps[t], stats.entropy[t] = found.entropy[t], stats.lse[t] = found.lse[t];
+  // A response without tokens does not end a run.
+  const auto wanted = [&](int64_t b) {
+    const auto begin = unknown.begin() + all.cu[b], end = unknown.begin() + all.cu[b + 1];
+    return begin == end || std::find(begin, end, 1) != end;
   };
-  for (int64_t b = all.first; b < all.last;) {
-    int64_t end = b;
-    while (end < all.last && end - b < at_once && any_far(end)) ++end;
-    if (end > b) exact_features(p, rows, {all.cu, all.weight, b, end}, tokens, rounding, features);
-    b = std::max(end, b + 1);
-  }
+  for_runs(all, at_once, wanted,
+           [&](const Responses& run) { exact_features(p, rows, run, tokens, rounding, features); });
 }
 
 // a_t / sum of a over the response, and 0 where the response is empty or has no weight.
@@ -250,18 +247,12 @@ void features_of(const HeadProblem& p, const int64_t* cu, int64_t B, const doubl
   if (kept.tokens > 0) return kept_features(p, cu, B, weight, kept, stats, tokens, out);
   const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
   const int64_t at_once = responses_at_once(p, workspace_bytes);
-  const auto each_group = [&](auto&& f) { return for_groups(cu, B, weight, at_once, f); };
-  if (lse) {
-    std::vector<char> far(p.N);
-    each_group([&](const Responses& r) { believing_features(p, rows, r, lse, stats, tokens, out, far); });
-    if (std::count(far.begin(), far.end(), 1)) two_passes(p, rows, {cu, weight, 0, B}, far, stats, at_once, out);
-    return;
-  }
-  std::optional<TileScales> scales;
-  if (p.cap <= 0) scales.emplace(p.cut.tiles, p.N);
-  const TileScales* rounding = scales ? &*scales : nullptr;
-  whole_statistics(p, rows, stats, tokens.data(), rounding);
-  each_group([&](const Responses& r) { exact_features(p, rows, r, tokens, rounding, out); });
+  std::vector<char> unknown(p.N, !lse);
+  if (lse)
+    for_groups(cu, B, weight, at_once,
+               [&](const Responses& r) { believing_features(p, rows, r, lse, stats, tokens, out, unknown); });
+  if (std::count(unknown.begin(), unknown.end(), 1))
+    two_passes(p, rows, {cu, weight, 0, B}, unknown, stats, tokens, at_once, out);
 }
 
 }  // namespace
@@ -288,12 +279,7 @@ void token_sums(const Tokens& tokens, const Head& head, float* sums) {
   const HeadProblem p(tokens, head, /*whole=*/false);
   if (p.N == 0) return;
   const Collected found = statistics_pass(p, RowPanels(p.hidden, p.format, p.depth, 0, p.N), nullptr);
-  for (int64_t t = 0; t < p.N; ++t) {
-    const Sums of_token = slab_sums(p, found.partials, t);
-    const int64_t y = p.targets[t];
-    const double row[4] = {of_token.m, of_token.S, of_token.X, y < 0 ? 0.0 : p.raw(found.target_acc[t], y)};
-    for (int64_t i = 0; i < 4; ++i) sums[i * p.N + t] = static_cast<float>(row[i]);
-  }
+  sum_slabs(p, found.partials, found.target_acc, sums);
 }
 
 void part_features(const Tokens& tokens, const Head& head, const Batch& batch, const float* sums, int64_t parts,

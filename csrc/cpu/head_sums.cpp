@@ -34,6 +34,11 @@ Merged merge_target(double m, double S_rest, double X_rest, double u_y) {
   return out;
 }
 
+// Sums over some entries without the target: of exp(u - m) and of exp(u - m) (u - m).
+struct Sums {
+  double m, S, X;
+};
+
 // `part(i)` gives the sums of each.
 template <typename F>
 Sums join(int64_t parts, const F& part) {
@@ -48,6 +53,12 @@ Sums join(int64_t parts, const F& part) {
     all.X += w * (X + lag * S);
   }
   return all;
+}
+
+Sums of_slabs(const HeadProblem& p, const Partials& partials, int64_t t) {
+  return join(p.cut.slabs, [&](int64_t slab) {
+    return Sums{*partials.ref(slab, t), *partials.sum(slab, t), *partials.sum_x(slab, t)};
+  });
 }
 
 // Results of token t, `raw` being its target's W h + b.
@@ -68,17 +79,22 @@ void RunningSums::fold(const Partials& out, int64_t slab, int64_t begin, int64_t
   rowwise().lane_sums(sum_x(begin - first), end - begin, out.sum_x(slab, begin));
 }
 
-Sums slab_sums(const HeadProblem& p, const Partials& partials, int64_t t) {
-  return join(p.cut.slabs, [&](int64_t slab) {
-    return Sums{*partials.ref(slab, t), *partials.sum(slab, t), *partials.sum_x(slab, t)};
-  });
-}
-
 void merge_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, int64_t begin,
                  int64_t end, const TokenStats& stats, Token* tokens) {
   parallel_for(begin, end, kTokensOfTask, [&](int64_t t0, int64_t t1) {
     for (int64_t t = t0; t < t1; ++t)
-      write(p, t, slab_sums(p, partials, t), p.raw(target_acc[t], p.targets[t]), stats, tokens);
+      write(p, t, of_slabs(p, partials, t), p.raw(target_acc[t], p.targets[t]), stats, tokens);
+  });
+}
+
+void sum_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, float* sums) {
+  parallel_for(0, p.N, kTokensOfTask, [&](int64_t t0, int64_t t1) {
+    for (int64_t t = t0; t < t1; ++t) {
+      const auto [m, S, X] = of_slabs(p, partials, t);
+      const int64_t y = p.targets[t];
+      const double row[4] = {m, S, X, y < 0 ? 0.0 : p.raw(target_acc[t], y)};
+      for (int64_t i = 0; i < 4; ++i) sums[i * p.N + t] = static_cast<float>(row[i]);
+    }
   });
 }
 

@@ -96,16 +96,12 @@ struct KeepNothing {
   void close(int64_t, int64_t) const {}
 };
 
-// Sums over some entries without the target: of exp(u - m) and of exp(u - m) (u - m).
-struct Sums {
-  double m, S, X;
-};
-Sums slab_sums(const HeadProblem& p, const Partials& partials, int64_t t);
-
 // Sums of all slabs -> results of tokens begin..end. `tokens` may be null.
 void merge_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, int64_t begin,
                  int64_t end, const TokenStats& stats, Token* tokens);
-// Sums [4, parts, N] of all parts of the vocabulary, see `token_sums` -> results of all tokens.
+// Sums of all slabs -> sums [4, N] of a part of the vocabulary, see `token_sums`.
+void sum_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, float* sums);
+// Sums [4, parts, N] of all parts -> results of all tokens.
 void merge_parts(const HeadProblem& p, const float* sums, int64_t parts, const TokenStats& stats, Token* tokens);
 
 }  // namespace g2rl

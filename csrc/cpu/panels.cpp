@@ -160,7 +160,6 @@ TileProduct rows_product(const Format& format, const Depth& depth, const uint32_
           .b = panel.transposed(),
           .b_part = depth.units * panel.width(),
           .b_block = depth.units * 16,
-          .b_stride = 16,
           .out = out,
           .ld = ld};
 }
@@ -187,7 +186,6 @@ void multiply_straight(const LeftParts& a, RowRange rows, const ColumnPanels& b,
                         .b = b.straight() + c * b_units,
                         .b_part = b.part_units(),
                         .b_block = b_units * 16,
-                        .b_stride = 16,
                         .out = out + c,
                         .ld = columns.stride,
                         .add = true,

@@ -75,7 +75,7 @@ struct TilePlace {
   const uint32_t* a;
   int64_t a_stride;
   const uint32_t* b;
-  int64_t b_block, b_stride;
+  int64_t b_block;
   int64_t units;
   float* out;
   int64_t ld;
@@ -96,7 +96,7 @@ void multiply_tile(const TilePlace t) {
       Vector right[kWide];
       unrolled<kWide>([&](int j) G2RL_ALWAYS_INLINE {
         const int col = j * kVector;
-        right[j] = Units::right(t.b + col / 16 * t.b_block + k * t.b_stride + col % 16, step);
+        right[j] = Units::right(t.b + col / 16 * t.b_block + k * 16 + col % 16, step);
       });
       each_sum([&](int r, int j)
                    G2RL_ALWAYS_INLINE { sums[r][j] = Units::add(sums[r][j], a + r * t.a_stride, right[j]); });
@@ -133,9 +133,8 @@ void multiply_units(const TileProduct& p) {
           __builtin_prefetch(p.soon.data + fetched * 64, 0, 2);
         const TilePlace place{p.a + r * p.a_stride + k * Units::kSteps,
                               p.a_stride,
-                              p.b + c / 16 * p.b_block + c % 16 + k * p.b_stride,
+                              p.b + c / 16 * p.b_block + c % 16 + k * 16,
                               p.b_block,
-                              p.b_stride,
                               end - k,
                               p.out + r * p.ld + c,
                               p.ld,

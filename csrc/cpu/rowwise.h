@@ -69,8 +69,8 @@ struct TileProduct {
   int a_parts = 1, b_parts = 1;
   const uint32_t* a = nullptr;  // row r of part i at a + i * a_part + r * a_stride
   int64_t a_part = 0, a_stride = 0;
-  const uint32_t* b = nullptr;  // unit k of sixteen columns c of part j at b + j * b_part + c * b_block + k * b_stride
-  int64_t b_part = 0, b_block = 0, b_stride = 0;
+  const uint32_t* b = nullptr;  // unit k of sixteen columns c of part j at b + j * b_part + c * b_block + k * 16
+  int64_t b_part = 0, b_block = 0;
   float* out = nullptr;
   int64_t ld = 0;
   bool add = false;
@@ -85,9 +85,8 @@ struct StatsJob {
   float alpha = 1;
   bool first = false;
   float *ref = nullptr, *sum = nullptr, *sum_x = nullptr;
-  float *tile_ref = nullptr,
-        *tile_top = nullptr;  // if wanted, get the reference this tile had and its largest (u - ref) / 2
-  Kept kept{};                // if wanted, gets the tile in 16 bits; only with tile_top
+  float *tile_ref = nullptr, *tile_top = nullptr;  // if wanted, get the tile's reference and largest (u - ref) / 2
+  Kept kept{};                                     // if wanted, gets the tile in 16 bits; only with tile_top
 };
 
 // out[row] [col] += coef[row] exp(u - ref[row]) slope[row, col], rows in order.
@@ -97,8 +96,8 @@ struct ResidualJob {
   const float* ref = nullptr;
   const float* slope = nullptr;  // null: no cap
   bool rounded = false;          // exponentials as StatsJob would have kept them; unit and coef are then kept_scales'
-  bool first = false;            // with sum not null: the tile's statistics too, whatever ref is
-  float *sum = nullptr, *sum_x = nullptr;
+  bool first = false;
+  float *sum = nullptr, *sum_x = nullptr;  // if wanted, get the tile's statistics too, by whatever ref is
   float coef[kRows], unit[kRows];
   float* out[kRows];
 };

@@ -81,7 +81,6 @@ std::vector<float> multiply(const Operands& o, bool a_pairs, bool b_pairs, bool 
        .a_stride = o.K / (a_pairs ? 2 : 1),
        .b = b.data(),
        .b_block = units * 16,
-       .b_stride = 16,
        .out = out.data(),
        .ld = o.cols,
        .add = add};

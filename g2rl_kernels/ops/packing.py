@@ -41,7 +41,7 @@ def pad(packed: torch.Tensor, mask: torch.Tensor, value: float = 0.0) -> torch.T
     Args:
         packed: [N, ...], N the number of marked positions.
         mask: [B, L], real numbers, on the device of `packed`.
-        value: what unmarked positions hold.
+        value: what unmarked positions hold; of bools also True or False.
 
     Returns:
         [B, L, ...] of packed's dtype; differentiable.
@@ -57,6 +57,8 @@ def pad(packed: torch.Tensor, mask: torch.Tensor, value: float = 0.0) -> torch.T
     keep = mask.bool()
     if not torch.compiler.is_compiling() and list(packed.shape[:1]) != [marked := int(keep.sum())]:
         raise ValueError(f"packed: expected shape [{marked}, ...], as marked by mask, found {list(packed.shape)}")
+    if packed.dtype == torch.bool and isinstance(value, bool):
+        value = int(value)
     check_number("value", value, "a number", lambda x: True)
     check_number("value", value, f"a number that {packed.dtype} holds", partial(_holds, packed.dtype))
     try:

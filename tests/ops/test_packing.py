@@ -173,6 +173,8 @@ def test_messages(call, message: str) -> None:  # noqa: ANN001
     ):
         with pytest.raises(ValueError, match=f"value: expected a number that {dtype} holds, found {value}"):
             pad(torch.ones(6).to(dtype), torch.ones(2, 3), value)
-    for value in (0, 1.0):
+    with pytest.raises(TypeError, match="value: expected a number, found bool"):
+        pad(torch.ones(6), torch.ones(2, 3), True)
+    for value in (0, 1.0, False, True):
         assert pad(torch.ones(1).bool(), torch.tensor([[1, 0]]), value).tolist() == [[True, bool(value)]]
     assert pad(torch.ones(1) * 1j, torch.tensor([[1, 0]]), 0.5).tolist() == [[1j, 0.5]]
