@@ -227,9 +227,8 @@ void multiply_now(float* d, const emulated::Operand& a, const emulated::Operand&
     float y[16];
     emulated::sixteen<T, false>(b, i / 2 * 8 + lane % 4 * 2 + i % 2, y);
     for (int h = 0; h < 2; ++h) {
-      float sum = 0, &out = d[i / 2 * 4 + 2 * h + i % 2];
-      for (int k = 0; k < 16; ++k) sum += x[h][k] * y[k];
-      out = sum + (add ? out : 0.f);
+      float& out = d[i / 2 * 4 + 2 * h + i % 2];
+      out = on_cpu::add_products(x[h], y, add ? out : 0.f);
     }
   }
 }

@@ -198,6 +198,13 @@ MUTATIONS = (
         "2",
     ),
     Mutation(
+        "sm90 projection: chains are as long as those of logits",
+        "projection",
+        "projection_sm90.cu",
+        "kChainOfTerms = 1;",
+        "kChainOfTerms = kChain;",
+    ),
+    Mutation(
         "groups: a response is its own peer",
         "groups",
         "groups.cu",
