@@ -8,8 +8,10 @@
 // "deadlock". A test may make one thread the last that ever goes on (`slow`), or have it all go by chance (`chance`):
 // blocks and warps in any order, some warps far behind, copies early, late and out of order.
 //
-// Not modelled: memory ordering and fences, divergence inside a warp (all live lanes take part in every exchange),
-// speed.
+// What PTX leaves undefined, or a chip refuses, ends the process where it can be seen: a launch beyond a chip's limits,
+// lanes of a warp that meet at different instructions, threads that count a named barrier's visitors differently.
+//
+// Not modelled: memory ordering and most fences, speed.
 #pragma once
 
 #include <setjmp.h>
@@ -27,6 +29,7 @@
 #include <numeric>
 #include <optional>
 #include <random>
+#include <source_location>
 #include <utility>
 #include <vector>
 
@@ -50,15 +53,32 @@ namespace on_cpu {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 128 << 10;
 constexpr size_t kSharedMemory = 232448;  // as a block has at most on sm_90
+constexpr unsigned kRegisters = 65536;    // of a multiprocessor
+using Where = std::source_location;
+
+template <class... A>
+[[noreturn]] void refuse(const char* what, A... numbers) {
+  std::fprintf(stderr, what, numbers...);
+  std::fputc('\n', stderr);
+  std::abort();
+}
 
 struct Thread {
   std::function<bool()> ready;  // empty: can go on
   jmp_buf place;                // where it gave way
   bool started = false, done = false;
-  uint64_t slot = 0;                          // what it shows to other lanes
-  unsigned barriers[18] = {};                 // how often it came to each named barrier; its warp's, its warpgroup's
+  uint64_t slot = 0;           // what it shows to other lanes
+  unsigned barriers[18] = {};  // how often it came to each named barrier; its warp's, its warpgroup's
+  Where exchanges[2];          // where it came to its warp's last two times
+  unsigned registers = 0;
   std::vector<std::function<void()>> issued;  // asynchronous products of the group that is being issued,
   std::deque<std::function<void()>> late;     // and groups that this thread has not waited for
+  bool fenced = false;                        // registers may be written by products
+};
+
+// Hardware's: it opens for those who have come when they are as many as they say, whoever they are.
+struct NamedBarrier {
+  unsigned count = 0, arrived = 0, phase = 0;
 };
 
 // One launch's state; the process has one launch at a time.
@@ -66,6 +86,10 @@ struct State {
   std::vector<Thread> threads;
   std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<uint8_t> storage = std::vector<uint8_t>(kSharedMemory + 1024);
+  std::vector<uint8_t> copied = std::vector<uint8_t>(kSharedMemory);  // shared memory, as the copy engine left it
+  NamedBarrier named[16];
+  unsigned free_registers = 0;
+  bool barriers_told = true;  // to the copy engine
   std::deque<std::function<void()>> pending;
   jmp_buf scheduler;
   std::function<void()> body;
@@ -143,29 +167,81 @@ inline void barrier(int id, unsigned first, unsigned last, unsigned count) {
   });
 }
 
-inline void block_barrier(int id, unsigned count) { barrier(id, 0, unsigned(state().threads.size()), count); }
+inline void block_barrier() {
+  const unsigned all = unsigned(state().threads.size());
+  barrier(0, 0, all, all);
+}
 
-inline void warp_barrier() {
-  const unsigned first = state().now / kWarp * kWarp;
-  const unsigned last = std::min<unsigned>(first + kWarp, unsigned(state().threads.size()));
-  barrier(kOfWarp, first, last, last - first);
+// Comes to a named barrier; what its phase was.
+inline unsigned arrive(int id, unsigned count) {
+  NamedBarrier& b = state().named[id];
+  if (count % kWarp != 0) refuse("barrier %d: %u threads are no whole warps", id, count);
+  if (b.arrived > 0 && b.count != count) refuse("barrier %d: is for %u threads and for %u", id, b.count, count);
+  if (std::exchange(self().barriers[id], b.phase + 1) == b.phase + 1) refuse("barrier %d: a thread comes twice", id);
+  const unsigned phase = b.phase;
+  b.count = count;
+  if (++b.arrived == count) b.arrived = 0, ++b.phase;
+  return phase;
+}
+
+inline void named_barrier(int id, unsigned count) {
+  wait_until([&b = state().named[id], phase = arrive(id, count)] { return b.phase != phase; });
+}
+
+// All lanes come to the same one.
+inline void warp_barrier(const Where& at) {
+  const unsigned first = state().now / kWarp * kWarp, mine = self().barriers[kOfWarp] + 1;
+  self().exchanges[mine % 2] = at;
+  barrier(kOfWarp, first, first + kWarp, kWarp);
+  for (unsigned i = first; i < first + kWarp; ++i) {
+    const Thread& t = state().threads[i];
+    const auto& other = t.exchanges[mine % 2];
+    if (t.barriers[kOfWarp] < mine) refuse("line %u: a lane has ended that others wait for", at.line());
+    if (other.line() != at.line() || other.column() != at.column()) {
+      refuse("lanes of a warp meet at lines %u of %s and %u of %s", at.line(), at.file_name(), other.line(),
+             other.file_name());
+    }
+  }
 }
 
 // Calls f with a function that has, by lane, what each lane of this warp shows.
 template <class T, class F>
-void with_lanes(T mine, F f) {
+void with_lanes(T mine, F f, const Where& at = Where::current()) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   std::memcpy(&self().slot, &mine, sizeof mine);
-  warp_barrier();
-  const unsigned first = state().now / kWarp * kWarp;
-  f([first, mine](unsigned lane) {
-    T value = mine;
-    if (first + lane < state().threads.size()) {
-      std::memcpy(&value, &state().threads[first + lane].slot, sizeof value);
-    }
+  warp_barrier(at);
+  f([first = state().now / kWarp * kWarp](unsigned lane) {
+    T value;
+    std::memcpy(&value, &state().threads[first + lane].slot, sizeof value);
     return value;
   });
-  warp_barrier();
+  warp_barrier(at);
+}
+
+// Registers of a thread: of a block's there are no more than its launch has taken.
+inline void change_registers(unsigned count) {
+  const unsigned before = std::exchange(self().registers, count);
+  if (count > before) wait_until([more = count - before] { return state().free_registers >= more; });
+  state().free_registers += before - count;
+}
+
+// Adds sixteen products, which fp32 holds exactly, to a sum as Hopper's tensor cores do: each is cut off two bits below
+// fp32's last of the largest, and what they add up to after 24 bits. By arXiv:2512.07004, whose models are right to the
+// bit; a chain loses as much of a logit as was measured. Not where anything is infinite or NaN.
+inline float add_products(const float (&x)[16], const float (&y)[16], float sum) {
+  float products[16], largest = std::fabs(sum), plain = sum;
+  for (int k = 0; k < 16; ++k) {
+    products[k] = x[k] * y[k];
+    plain += products[k];
+    largest = std::max(largest, std::fabs(products[k]));
+  }
+  if (!(std::fabs(plain) < INFINITY) || largest == 0) return plain;
+  const double unit = std::ldexp(1., std::ilogb(largest) - 25), per_unit = 1 / unit;
+  int64_t total = int64_t(sum * per_unit);
+  for (const float product : products) total += int64_t(product * per_unit);
+  int64_t last = 1;  // of 24 bits
+  while (std::abs(total) >= last << 24) last *= 2;
+  return float(double(total / last * last) * unit);
 }
 
 constexpr uint8_t kPoison = 0xff;  // NaN in every floating-point format
@@ -174,7 +250,12 @@ inline void start(unsigned block, unsigned block_size) {
   State& s = state();
   s.block = block;
   s.threads = std::vector<Thread>(block_size);
+  for (Thread& t : s.threads) t.registers = kRegisters / block_size / 8 * 8;
+  s.free_registers = 0;
+  s.barriers_told = true;
+  std::fill(std::begin(s.named), std::end(s.named), NamedBarrier{});
   std::memset(s.shared(), kPoison, kSharedMemory);
+  std::fill(s.copied.begin(), s.copied.end(), kPoison);
   while (s.stacks.size() < s.threads.size()) s.stacks.emplace_back(new char[kStack]);
 }
 
@@ -192,9 +273,10 @@ inline void finish(size_t shared_bytes) {
   while (!s.pending.empty()) do_pending();  // copies that nobody waited for
   for (size_t i = shared_bytes; i < kSharedMemory; ++i) {
     if (s.shared()[i] == kPoison) continue;
-    std::fprintf(stderr, "block %u wrote byte %zu of shared memory, of which its launch asked for %zu\n", s.block, i,
-                 shared_bytes);
-    std::abort();
+    refuse("block %u wrote byte %zu of shared memory, of which its launch asked for %zu", s.block, i, shared_bytes);
+  }
+  for (int id = 1; id < 16; ++id) {
+    if (s.named[id].arrived > 0) refuse("barrier %d: a block ends, and %u threads came", id, s.named[id].arrived);
   }
 }
 
@@ -266,14 +348,16 @@ inline void run_block() {
       idle = 0;
       continue;
     }
-    std::fprintf(stderr, "deadlock: block %u, %zu threads wait for ever\n", s.block, left);
-    std::abort();
+    refuse("deadlock: block %u, %zu threads wait for ever", s.block, left);
   }
 }
 
 template <class... P, class... A>
 void launch(unsigned grid, unsigned block_size, size_t shared_bytes, void (*kernel)(P...), const A&... arguments) {
   State& s = state();
+  if (block_size > 1024 || block_size % kWarp != 0 || shared_bytes > kSharedMemory) {
+    refuse("a launch of blocks of %u threads and %zu bytes", block_size, shared_bytes);
+  }
   s.grid = grid;
   s.body = [&] { kernel(arguments...); };
   Order(grid).for_each(true, [&](unsigned block) {
@@ -312,18 +396,23 @@ inline constexpr on_cpu::Index<on_cpu::block_index> blockIdx{};
 inline constexpr on_cpu::Index<on_cpu::block_size> blockDim{};
 inline constexpr on_cpu::Index<on_cpu::grid_size> gridDim{};
 
-inline void __syncthreads() { on_cpu::block_barrier(0, blockDim.x); }
-inline void __syncwarp(unsigned = ~0u) { on_cpu::warp_barrier(); }
+inline void __syncthreads() { on_cpu::block_barrier(); }
+inline void __syncwarp(unsigned = ~0u, const on_cpu::Where& at = on_cpu::Where::current()) { on_cpu::warp_barrier(at); }
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
-  on_cpu::with_lanes(value, [&](auto of) { value = of(on_cpu::thread_index() % on_cpu::kWarp ^ unsigned(mask)); });
+T __shfl_xor_sync(unsigned, T value, int mask, const on_cpu::Where& at = on_cpu::Where::current()) {
+  on_cpu::with_lanes(value, [&](auto of) { value = of(on_cpu::thread_index() % on_cpu::kWarp ^ unsigned(mask)); }, at);
   return value;
 }
-inline unsigned __ballot_sync(unsigned, bool predicate) {
+inline unsigned __ballot_sync(unsigned, bool predicate, const on_cpu::Where& at = on_cpu::Where::current()) {
   unsigned bits = 0;
-  on_cpu::with_lanes(predicate, [&](auto of) {
-    for (unsigned lane = 0; lane < on_cpu::kWarp; ++lane) bits |= unsigned(of(lane)) << lane;
-  });
+  on_cpu::with_lanes(
+      predicate,
+      [&](auto of) {
+        for (unsigned lane = 0; lane < on_cpu::kWarp; ++lane) bits |= unsigned(of(lane)) << lane;
+      },
+      at);
   return bits;
 }
-inline bool __any_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline bool __any_sync(unsigned mask, bool predicate, const on_cpu::Where& at = on_cpu::Where::current()) {
+  return __ballot_sync(mask, predicate, at) != 0;
+}

@@ -178,7 +178,7 @@ DEVICE Held issue_chain(Ring& ring, int stages, bool hold, Sums& chain) {
 // The compiler keeps all sums in registers only where products are issued at one place of the program, hence one loop
 // for all chains, and where no branch leads around the epilogue, hence its call for the tile before the first. What a
 // thread needs to know of tiles stays in shared memory.
-template <class T, bool A_BY_COLUMNS, class Epilogue>
+template <class T, bool A_BY_COLUMNS, int CHAIN, class Epilogue>
 DEVICE void consume(Ring ring, const Tile* queue, int steps, Epilogue& epilogue) {
   const int consumer = threadIdx.x / kWarpgroup - 1;
   const Turn turn{consumer};
@@ -194,7 +194,7 @@ DEVICE void consume(Ring ring, const Tile* queue, int steps, Epilogue& epilogue)
       if (queue[tiles % kTiles].none) break;
       ++tiles;
     }
-    const int stages = steps - k < kChain ? steps - k : kChain;
+    const int stages = steps - k < CHAIN ? steps - k : CHAIN;
     turn.take();
     Held held = issue_chain<T, A_BY_COLUMNS>(ring, stages, first, chain);
     turn.pass();
@@ -216,7 +216,7 @@ DEVICE void consume(Ring ring, const Tile* queue, int steps, Epilogue& epilogue)
 struct Nothing {
   DEVICE void operator()() const {}
 };
-template <class T, class A, class B, class Walk, class Epilogue, class Aside = Nothing>
+template <class T, int CHAIN = kChain, class A, class B, class Walk, class Epilogue, class Aside = Nothing>
 DEVICE void run(uint8_t* shared, const A& a, const B& b, int d, Walk& walk, Epilogue& epilogue,
                 const Aside& aside = {}) {
   const Ring ring{shared_address(shared)};
@@ -232,7 +232,7 @@ DEVICE void run(uint8_t* shared, const A& a, const B& b, int d, Walk& walk, Epil
     }
   } else {
     registers_more<232>();
-    consume<T, A::kByColumns>(ring, queue, steps, epilogue);
+    consume<T, A::kByColumns, CHAIN>(ring, queue, steps, epilogue);
   }
 }
 

@@ -3,7 +3,7 @@
 //   features[b] = logit_scale * (R[b] * inverse[b]) W          [B, V] x [V, d] -> [B, d]
 //
 // R stays fp32: for weights of 16 bits an entry is split into terms of 16 bits, each of which meets W on tensor cores.
-// These truncate what they add up, so sums of 192 products at most start from 0 and are added up in fp32, rounded.
+// These truncate what they add up, so sums over 64 words start from 0 and are added up in fp32, rounded.
 // Parts of the vocabulary are fixed and joined by a second kernel in order: no atomics.
 #pragma once
 

@@ -1,6 +1,7 @@
 """What compiled CUDA kernels take of a chip, read from their machine code.
 
-Fails if one spills without a reason, or if its products on Hopper wait for each other.
+Fails if one spills without a reason, if its products on Hopper wait for each other, or if its warpgroups would wait for
+ever for registers.
 
     python csrc/cuda/resources.py g2rl_kernels/_cuda*.so
 
@@ -48,6 +49,8 @@ class Kernel:
         instructions: how often each is in the code.
         awaited: products of warpgroups that are waited for. Of those that are issued together it is the last alone,
             unless the compiler found that it must keep them apart.
+        fewer: registers of a thread in the warpgroup that gives some up.
+        more: in the other two, which take them.
     """
 
     architecture: str
@@ -57,11 +60,18 @@ class Kernel:
     shared: int
     instructions: Counter[str] = field(default_factory=Counter)
     awaited: int = 0
+    fewer: int = 0
+    more: int = 0
 
     @property
     def serialized(self) -> bool:
         """Whether each of its products waits for the one before. Results are right all the same, only later."""
         return self.instructions["HGMMA"] > 1 and self.awaited == self.instructions["HGMMA"]
+
+    @property
+    def starved(self) -> bool:
+        """Whether its warpgroups ask for more registers than it was launched with: they wait for them, and hang."""
+        return self.fewer + 2 * self.more > 3 * self.registers
 
     @property
     def reason(self) -> str | None:
@@ -105,6 +115,8 @@ def kernels_of(library: Path) -> list[Kernel]:
             kernel = found[architecture, function]
             kernel.instructions[match[1]] += 1
             kernel.awaited += match[1] == "HGMMA" and "gsb0" in line
+            if match := re.search(r"USETMAXREG\.(TRY_ALLOC|DEALLOC)\S* (?:UP\d, )?0x([0-9a-f]+)", line):
+                setattr(kernel, "fewer" if match[1] == "DEALLOC" else "more", int(match[2], 16))
     return sorted(found.values(), key=lambda kernel: (kernel.name, kernel.architecture))
 
 
@@ -124,7 +136,10 @@ def main() -> int:
     serialized = [k for k in kernels if k.serialized]
     for k in serialized:
         print(f"{k.name:44} {k.architecture:8} PRODUCTS WAIT FOR EACH OTHER")
-    return int(not kernels or bool(serialized) or any(k.reason is None for k in spilling))
+    starved = [k for k in kernels if k.starved]
+    for k in starved:
+        print(f"{k.name:44} {k.architecture:8} {k.fewer} + 2 * {k.more} REGISTERS OF 3 * {k.registers}")
+    return int(not kernels or bool(serialized or starved) or any(k.reason is None for k in spilling))
 
 
 if __name__ == "__main__":

@@ -56,9 +56,8 @@ G2RL_MMA(fp16, "f16")
 #else  // a CPU
 
 inline void copy_async(uint8_t* to, const void* from, int bytes) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || (bytes && reinterpret_cast<uintptr_t>(from) % 16)) {
-    std::fprintf(stderr, "an asynchronous copy from or to an address that is no multiple of 16\n");
-    std::abort();
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+    on_cpu::refuse("an asynchronous copy from or to an address that is no multiple of 16");
   }
   on_cpu::self().late.push_back([=] {
     std::memset(to, 0, 16);

@@ -104,27 +104,31 @@ inline void settle(Barrier& b) {
   }
 }
 inline void arrive(Barrier& b, int bytes) {
-  if (b.pending <= 0) {
-    std::fprintf(stderr, "more arrivals at a barrier than it was made for\n");
-    std::abort();
-  }
+  if (b.pending <= 0) on_cpu::refuse("more arrivals at a barrier than it was made for");
   b.bytes_and_parity += 2 * bytes;
   --b.pending;
   settle(b);
 }
 inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
+// What the copy engine writes or products read is nothing that threads have written: those are different ways to
+// memory, and a fence between them that is not modelled.
+inline void as_copied(uint32_t address, size_t size) {
+  if (std::memcmp(on_cpu::shared() + address, &on_cpu::state().copied[address], size) == 0) return;
+  on_cpu::refuse("byte %u of shared memory is a thread's, without fence.proxy.async", address);
+}
+
 inline void copy(const TensorMap& map, Barrier& barrier, uint8_t* memory, uint32_t to, int column, int row) {
-  if (to % 1024) {
-    std::fprintf(stderr, "TMA to an address that is no multiple of 1024\n");
-    std::abort();
-  }
+  if (to % 1024) on_cpu::refuse("TMA to an address that is no multiple of 1024");
   for (int r = 0; r < map.box_rows; ++r) {
     for (int c = 0; c < kColumns; ++c) {
       const bool inside = row + r < map.rows && column + c < map.columns;
       uint16_t value = 0;
       if (inside) std::memcpy(&value, map.base + (row + r) * map.stride + 2 * (column + c), 2);
-      std::memcpy(memory + swizzled(to + r * kRowBytes + 2 * c), &value, 2);
+      const uint32_t at = swizzled(to + r * kRowBytes + 2 * c);
+      as_copied(at, 2);
+      std::memcpy(memory + at, &value, 2);
+      std::memcpy(&on_cpu::state().copied[at], &value, 2);
     }
   }
   barrier.bytes_and_parity -= 2 * map.box_rows * kRowBytes;
@@ -136,18 +140,16 @@ struct Operand {
   uint32_t start, step;
 
   explicit Operand(uint64_t descriptor) : start((descriptor & 0x3fff) << 4), step((descriptor >> 32 & 0x3fff) << 4) {
-    if (descriptor >> 62 != 1) {
-      std::fprintf(stderr, "a matrix descriptor without the 128-byte swizzle\n");
-      std::abort();
-    }
+    if (descriptor >> 62 != 1) on_cpu::refuse("a matrix descriptor without the 128-byte swizzle");
   }
 
   // So many neighbours of a row, within 16 bytes.
   template <class T, int COUNT>
   void read(int row, int column, float* x) const {
     T numbers[COUNT];
-    const uint32_t at = start + row / 8 * step + row % 8 * kRowBytes + 2 * column;
-    std::memcpy(numbers, on_cpu::shared() + swizzled(at), sizeof numbers);
+    const uint32_t at = swizzled(start + row / 8 * step + row % 8 * kRowBytes + 2 * column);
+    as_copied(at, sizeof numbers);
+    std::memcpy(numbers, on_cpu::shared() + at, sizeof numbers);
     for (int i = 0; i < COUNT; ++i) x[i] = to_float(numbers[i]);
   }
 };
@@ -167,8 +169,9 @@ void sixteen(const Operand& of, int row, float (&x)[16]) {
 inline uint32_t shared_address(const void* p) { return uint32_t(static_cast<const uint8_t*>(p) - on_cpu::shared()); }
 inline void barrier_init(uint32_t barrier, int arrivals) {
   emulated::barrier(barrier) = {int16_t(arrivals), int16_t(arrivals), 0};
+  on_cpu::state().barriers_told = false;
 }
-inline void barrier_init_done() {}
+inline void barrier_init_done() { on_cpu::state().barriers_told = true; }
 inline void barrier_expect(uint32_t barrier, int bytes) { emulated::arrive(emulated::barrier(barrier), bytes); }
 inline void barrier_arrive(uint32_t barrier) { emulated::arrive(emulated::barrier(barrier), 0); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -176,17 +179,26 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   on_cpu::wait_until([&b, parity] { return uint32_t(b.bytes_and_parity & 1) != parity; });
 }
 inline void tma_load(const TensorMap& map, uint32_t barrier, uint32_t to, int column, int row) {
+  if (!on_cpu::state().barriers_told) on_cpu::refuse("TMA before the fence that tells it of barriers");
   on_cpu::later([=, &b = emulated::barrier(barrier), memory = on_cpu::shared()] {
     emulated::copy(map, b, memory, to, column, row);
   });
 }
-inline void named_barrier(int id, int threads) { on_cpu::block_barrier(id, threads); }
-inline void named_barrier_arrive(int id, int) { ++on_cpu::self().barriers[id]; }
+inline void named_barrier(int id, int threads) { on_cpu::named_barrier(id, threads); }
+inline void named_barrier_arrive(int id, int threads) { on_cpu::arrive(id, threads); }
 template <int N>
-void registers_more() {}
+void registers_more() {
+  static_assert(N % 8 == 0 && N <= 256);
+  if (on_cpu::self().registers > N) on_cpu::refuse("%d registers are fewer", N);
+  on_cpu::change_registers(N);
+}
 template <int N>
-void registers_fewer() {}
-inline void wgmma_fence() {}
+void registers_fewer() {
+  static_assert(N % 8 == 0 && N >= 24);
+  if (on_cpu::self().registers < N) on_cpu::refuse("%d registers are more", N);
+  on_cpu::change_registers(N);
+}
+inline void wgmma_fence() { on_cpu::self().fenced = true; }
 inline void wgmma_commit() {
   auto& self = on_cpu::self();
   self.late.push_back([group = std::move(self.issued)] {
@@ -200,6 +212,7 @@ void wgmma_wait() {
   for (int i = 0; i < 4; ++i) on_cpu::give_way();
   auto& late = on_cpu::self().late;
   for (; late.size() > N; late.pop_front()) late.front()();
+  if (N == 0) on_cpu::self().fenced = false;  // the thread has its registers again
   // Products are the warpgroup's: they have ended for no thread before they have for all.
   const unsigned first = on_cpu::thread_index() / kWarpgroup * kWarpgroup;
   on_cpu::barrier(on_cpu::kOfWarpgroup, first, first + kWarpgroup, kWarpgroup);
@@ -214,15 +227,15 @@ void multiply_now(float* d, const emulated::Operand& a, const emulated::Operand&
     float y[16];
     emulated::sixteen<T, false>(b, i / 2 * 8 + lane % 4 * 2 + i % 2, y);
     for (int h = 0; h < 2; ++h) {
-      float sum = 0, &out = d[i / 2 * 4 + 2 * h + i % 2];
-      for (int k = 0; k < 16; ++k) sum += x[h][k] * y[k];
-      out = sum + (add ? out : 0.f);
+      float& out = d[i / 2 * 4 + 2 * h + i % 2];
+      out = on_cpu::add_products(x[h], y, add ? out : 0.f);
     }
   }
 }
 
 template <class T, bool A_BY_COLUMNS>
 void wgmma(float (&d)[96], uint64_t a, uint64_t b, bool add) {
+  if (!on_cpu::self().fenced) on_cpu::refuse("a product whose registers no wgmma.fence has handed over");
   on_cpu::self().issued.push_back(
       [=, out = &d[0]] { multiply_now<T, A_BY_COLUMNS>(out, emulated::Operand(a), emulated::Operand(b), add); });
 }

@@ -29,7 +29,8 @@ int make_tensor_map(TensorMap& map, const void* base, Dtype dtype, int64_t rows,
 int make_tensor_map(TensorMap& map, const void* base, Dtype, int64_t rows, int64_t columns, int64_t stride,
                     int box_rows) {
   const bool aligned = reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0;
-  if (!aligned || rows <= 0 || columns <= 0 || box_rows > 256) return 1;
+  const bool sized = rows > 0 && columns > 0 && stride >= columns && stride < int64_t(1) << 39;
+  if (!aligned || !sized || box_rows <= 0 || box_rows > 256) return 1;
   map = {static_cast<const uint8_t*>(base), rows, columns, 2 * stride, box_rows};
   return 0;
 }

@@ -198,6 +198,13 @@ MUTATIONS = (
         "2",
     ),
     Mutation(
+        "sm90 projection: chains are as long as those of logits",
+        "projection",
+        "projection_sm90.cu",
+        "kChainOfTerms = 1;",
+        "kChainOfTerms = kChain;",
+    ),
+    Mutation(
         "groups: a response is its own peer",
         "groups",
         "groups.cu",
@@ -470,6 +477,56 @@ MUTATIONS = (
         "    calls += calls == 0 ? 2 : 1;",
     ),
     Mutation("sm90: a run is a group short", "sm90", "packing.cu", "groups - g,", "groups - g - 1,"),
+    Mutation(
+        "sm90: products start without a fence",
+        "sm90",
+        "pipeline_sm90.h",
+        "  wgmma_fence();\n",
+        "",
+    ),
+    Mutation(
+        "sm90: the copy engine is not told of barriers",
+        "sm90",
+        "pipeline_sm90.h",
+        "    barrier_init_done();\n",
+        "",
+    ),
+    Mutation(
+        "sm90: a thread stores into a stage",
+        "sm90",
+        "pipeline_sm90.h",
+        "queue[kTiles - 1] = kNoTile;",
+        "queue[kTiles - 1] = kNoTile, reinterpret_cast<uint8_t*>(queue)[-kQueue] = 0;",
+    ),
+    Mutation(
+        "sm90: warpgroups take more registers than the copying one gives",
+        "sm90",
+        "pipeline_sm90.h",
+        "registers_more<232>();",
+        "registers_more<240>();",
+    ),
+    Mutation("sm90: more stages than shared memory has", "sm90", "pipeline_sm90.h", "kStages = 5;", "kStages = 6;"),
+    Mutation(
+        "sm90: a turn that is passed is not taken",
+        "sm90",
+        "pipeline_sm90.h",
+        "  if (consumer == 0) turn.take();\n",
+        "",
+    ),
+    Mutation(
+        "sm90: writers meet at the barrier of a turn",
+        "sm90",
+        "residuals_and_statistics_sm90.cu",
+        "named_barrier(3, kWriters);",
+        "named_barrier(2, kWriters);",
+    ),
+    Mutation(
+        "sm90: lanes exchange at different instructions",
+        "sm90",
+        "tiles_sm90.h",
+        "__shfl_xor_sync(kAllLanes, odd ? x[i] : x[i + 1], 1);",
+        "odd ? __shfl_xor_sync(kAllLanes, x[i], 1) : __shfl_xor_sync(kAllLanes, x[i + 1], 1);",
+    ),
 )
 
 

@@ -23,10 +23,17 @@ struct Generation {
 constexpr Generation kSm80{"sm80", sm80::projection_bytes, sm80::project};
 constexpr Generation kSm90{"sm90", sm90::projection_bytes, sm90::project};
 
-// R in fp32 by float64, then features of it. One response has a hundredth of the others' residuals, one none.
-void test_projection(const Generation& of, const Case& c, const std::string& name) {
+// R in fp32 by float64, then features of it. One response has a hundredth of the others' residuals, one none. What rows
+// of W have in `common`, in units of their spread, leaves nothing but what sums are rounded, or cut off, by.
+void test_projection(const Generation& of, const Case& c, const std::string& name, double common = 0) {
   const std::string what = std::string(of.name) + ", dtype " + std::to_string(int(c.dtype)) + ", " + name;
   Problem p(c);
+  for (int v = 0; v < c.V && common > 0; ++v) {
+    for (int k = 0; k < c.d; ++k) {
+      const double more = common * c.spread / std::sqrt(c.d) * std::sqrt(2) * std::sin(1 + 2.4 * k);
+      p.weight.set(v * p.stride + k, float(p.weight[v * p.stride + k] + more));
+    }
+  }
   Floats R(p.R.begin(), p.R.end()), inverse(p.B, 0.f);
   for (int b = 0; b < p.B; ++b) {
     for (int n = p.cu[b]; n < p.cu[b + 1]; ++n) inverse[b] += p.a[n];
@@ -72,6 +79,8 @@ void projection_tests() {
     test_projection(kSm90, {.lengths = some, .d = 60, .V = 1105, .dtype = dtype, .padding = 4}, "odd");
     test_projection(kSm90, {.lengths = many, .d = 136, .V = 130, .dtype = dtype, .spread = 3}, "many");
   }
+  const Case common{.lengths = {1, 1, 5, 1, 1, 60}, .d = 72, .V = 1600, .spread = 3};
+  test_projection(kSm90, common, "rows of W have much in common", 10);
   test_nan(kSm80);
   test_nan(kSm90);
 }
