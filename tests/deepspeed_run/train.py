@@ -67,6 +67,15 @@ def vowels(completions: list[str], **_: Any) -> list[float]:
     return [float(sum(c in "aeiou02468" for c in text) > 0.14 * len(text)) for text in completions]
 
 
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A copy. On CPUs DeepSpeed's own `GatheredParameters` now and then gives memory that is not filled yet."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().clone()
+    parts = [torch.empty_like(parameter.ds_tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, parameter.ds_tensor)
+    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+
+
 def main() -> None:
     model, output, stage = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     options = {key: json.loads(value) for key, value in (item.split("=", 1) for item in sys.argv[4:])}
@@ -96,9 +105,8 @@ def main() -> None:
     trained = trainer.accelerator.unwrap_model(trainer.model)
     head = trained.get_output_embeddings().weight
     saved = {"rounds": trainer.rounds, "head in parts": head.numel() == 0}
-    parameters = dict(trained.named_parameters())
-    with deepspeed.zero.GatheredParameters([p for p in parameters.values() if hasattr(p, "ds_id")]):
-        saved["weights"] = {name: p.detach().clone() for name, p in parameters.items() if p.requires_grad}
+    trains = [(name, parameter) for name, parameter in trained.named_parameters() if parameter.requires_grad]
+    saved["weights"] = {name: whole(parameter) for name, parameter in trains}
     torch.save(saved, output / f"stage{stage}-rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
