@@ -14,6 +14,7 @@
 # make axolotl   those by axolotl's command, likewise
 # make torchrl   those of examples/torchrl_g2rl.py in TorchRL's loop, likewise
 # make unsloth   training runs by unsloth's trainer with G2RL on a CPU, in an environment of their own
+# make deepspeed those of TRL's trainer under DeepSpeed, likewise
 # make vllm      those of sampling by vLLM, in an environment of their own
 # make lowest    the tests of each extra with the lowest versions that it allows, in environments of their own
 # make audit     look for known weaknesses in the versions of constraints.txt; fails where no advisories are served
@@ -44,7 +45,7 @@ CPU_TESTS := test_head test_products test_rowwise
 SOURCES := $(wildcard $(addprefix csrc/*/,*.cpp *.cu *.h CMakeLists.txt)) CMakeLists.txt
 
 # Other people's trainers, which are run with G2RL in them: make NAME.
-TRAINERS := areal openrlhf skyrl swift axolotl torchrl unsloth
+TRAINERS := areal openrlhf skyrl swift axolotl torchrl unsloth deepspeed
 
 .PHONY: setup train test ranks faults planted ctest trl verl $(TRAINERS) vllm lowest audit bf16 sanitize sanitize-ops aarch64 \
   macos cuda wheel bench bench-report gpu lint clean

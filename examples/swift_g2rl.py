@@ -29,20 +29,27 @@ class G2RLTrainer(GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         packs = self.template.padding_free or self.template.sequence_parallel_size > 1
-        if packs or self.enable_server_multi_turn or self.scale_rewards == "gdpo" or is_deepspeed_zero3_enabled():
+        if packs or self.enable_server_multi_turn or self.scale_rewards == "gdpo":
             raise ValueError(
-                "G2RL: expected no padding_free, sequence_parallel_size above 1, multi-turn rollout server, "
-                "scale_rewards='gdpo', nor ZeRO stage 3, found one of them"
+                "G2RL: expected no padding_free, sequence_parallel_size above 1, multi-turn rollout server, nor "
+                "scale_rewards='gdpo', found one of them"
             )
+        self._check_head()
+        self._head_in_parts = is_deepspeed_zero3_enabled()
+        self._warn = Once(get_logger())
+
+    def _check_head(self) -> None:
         if difference := head_difference(self._causal_lm()):
             raise ValueError(f"G2RL: expected a model with a head that it serves, but {difference}")
-        self._warn = Once(get_logger())
 
     def _causal_lm(self) -> Any:
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _prepare_batch_inputs(self, samples: list[Any]) -> list[dict[str, Any]]:
+        if self._head_in_parts:  # of a model that runs since training began
+            self._check_head()
+            self._head_in_parts = False
         self._features: list[torch.Tensor] = []
         return super()._prepare_batch_inputs(samples)
 

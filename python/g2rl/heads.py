@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -10,6 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from g2rl.probes import evaluating
 from g2rl_kernels import LMHead, token_logprobs
+
+Result = TypeVar("Result")
 
 _ROUNDINGS = 2
 """Units in the last place of the largest logit by which rounding may move log p, on average over a few tokens. Product,
@@ -25,6 +29,7 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
     Args:
         model: a causal language model of transformers. Called inside its forward pass, FSDP2 has gathered the weight.
             Elsewhere that is a DTensor whose ranks have tokens of their own, and is gathered for each call of an op.
+            ZeRO-3 gathers it for the head's own call alone: see `inside_head`.
         temperature: of the policy.
         dtype: what the head's product is computed in; the cast is differentiable.
 
@@ -56,6 +61,48 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
     )
 
 
+def inside_head(model: Any, compute: Callable[[torch.Tensor], Result], hidden: torch.Tensor) -> Result:
+    """`compute(hidden)`, which may use the model's head; where DeepSpeed keeps parts of it, within the head's own call.
+
+    ZeRO-3's hooks gather the weight for that call, and again for its backward pass; every rank has to call.
+
+    Args:
+        compute: returns a tensor or a tuple; what of it has a gradient has it by way of its argument.
+    """
+    head = model.get_output_embeddings()
+    if head is None or not any(map(_in_parts, head.parameters())):
+        return compute(hidden)
+    # PEFT's copy of a head is inside another module, which chooses between it and the original.
+    owners = [part for part in head.modules() if "weight" in part._parameters]
+    with ExitStack() as undo:
+        for owner in owners:
+            undo.enter_context(_forward_of(owner, compute))
+        result: Result = head(hidden)
+        return result
+
+
+def _in_parts(parameter: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has a parameter, of which a rank has its part outside of the module's own call.
+
+    Not to be asked of ``module.weight``: in a forward pass DeepSpeed takes that for a use by whatever module runs, and
+    gathers the weight for that one from then on.
+    """
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def _forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let calls of a module, its hooks included, run another function."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
 def adapts_head(model: Any) -> bool:
     """Whether an adapter adds to the products of the model's head; one that trains a copy of it does not."""
     return hasattr(model.get_output_embeddings(), "base_layer")
@@ -78,7 +125,7 @@ def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:
     Some architectures have layers between body and head. Compared are eight random tokens, without gradient or dropout.
 
     Args:
-        model: as in `lm_head`, under the autocast that it is trained with.
+        model: as in `lm_head`, under the autocast that it is trained with. With ZeRO-3 every rank has to ask.
         dtype: of the head's product; None is `product_dtype`'s.
 
     Returns:
@@ -105,11 +152,16 @@ def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:
         return nowhere
     hidden = states.last_hidden_state[0, :-1]
     product = dtype or product_dtype(hidden)
-    with torch.no_grad():
+
+    def logps_or_size(hidden: torch.Tensor) -> torch.Tensor | int:
         head = lm_head(model, 1.0, product)
-        if hidden.shape[1] != (d := head.weight.shape[1]):
-            return f"{name} has last hidden states of {hidden.shape[1]} numbers, and its head takes {d}"
-        logps = token_logprobs(hidden.to(product), head, ids[0, 1:]).logps
+        d = head.weight.shape[1]
+        return token_logprobs(hidden.to(product), head, ids[0, 1:]).logps if hidden.shape[1] == d else d
+
+    with torch.no_grad():
+        logps = inside_head(model, logps_or_size, hidden)
+    if isinstance(logps, int):
+        return f"{name} has last hidden states of {hidden.shape[1]} numbers, and its head takes {logps}"
     expected = logits.double().log_softmax(-1).gather(-1, ids[0, 1:, None].to(logits.device))[:, 0]
     gap = float((logps.to(logits.device) - expected).abs().mean())
     # Products in fp32 may be made of tf32.

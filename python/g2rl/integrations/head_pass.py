@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
-from g2rl.heads import lm_head, product_dtype
+from g2rl.heads import inside_head, lm_head, product_dtype
 from g2rl_kernels import LMHead, SequenceFeatures, pad, sequence_features, token_logprobs, unpad
 
 # The mean difference of log-probabilities that rounding logits to 16 bits explains, absolute and relative.
@@ -88,14 +88,18 @@ class HeadPass:
         scored = self.scored[:, 1:].bool()
         packed, cu_seqlens = unpad(hidden[:, :-1], scored)
         dtype = self.dtype or product_dtype(hidden)
-        packed, head = packed.to(dtype), lm_head(model, self.temperature, dtype)
         targets = self.input_ids[:, 1:][scored]
-        if self.token_weights is None:
-            logps, entropy, _ = token_logprobs(packed, head, targets)
-            return HeadOutputs(pad(logps, scored), pad(entropy, scored), None)
-        weights = self.token_weights[:, 1:][scored].float()
-        out = sequence_features(packed, head, targets, cu_seqlens, weights)
-        return HeadOutputs(pad(out.logps, scored), pad(out.entropy, scored), out.features)
+
+        def compute(packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            packed, head = packed.to(dtype), lm_head(model, self.temperature, dtype)
+            if self.token_weights is None:
+                return token_logprobs(packed, head, targets)[:2]
+            weights = self.token_weights[:, 1:][scored].float()
+            out = sequence_features(packed, head, targets, cu_seqlens, weights)
+            return out.logps, out.entropy, out.features
+
+        logps, entropy, *features = inside_head(model, compute, packed)
+        return HeadOutputs(pad(logps, scored), pad(entropy, scored), features[0] if features else None)
 
 
 def join(outputs: Sequence[HeadOutputs]) -> HeadOutputs:

@@ -179,6 +179,7 @@ class G2RLMixin(_Trainer):
         self._check_arguments([*args, *kwargs.values()])
         super().__init__(*args, **kwargs)
         self._check_model()
+        self._head_in_parts = is_deepspeed_zero3_enabled()
         self._rollout: _Rollout | None = None
         self._update_rows: torch.Tensor | None = None
         self._say = Once(logger)  # by the main process
@@ -220,8 +221,6 @@ class G2RLMixin(_Trainer):
                 f"{_ROLLOUT_LOGPS}: expected nothing or 0, found 1, with which unsloth leaves out the pass that "
                 "features go with"
             )
-        if is_deepspeed_zero3_enabled():
-            raise ValueError("deepspeed: expected ZeRO stage 2 or FSDP2, found stage 3, which shards the head's weight")
         if few := few_responses("num_generations", args.num_generations):
             warnings.warn(few, stacklevel=3)
 
@@ -234,6 +233,9 @@ class G2RLMixin(_Trainer):
             )
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError("peft_config: expected LoRA or another adapter inside the model, found prompt learning")
+        self._check_head()
+
+    def _check_head(self) -> None:
         with self.accelerator.autocast():
             difference = head_difference(self._causal_lm(self.model), self._head_dtype)
         if difference:
@@ -253,6 +255,9 @@ class G2RLMixin(_Trainer):
             output = super()._generate_and_score_completions(inputs)
             self._logs["rewards"][BONUS].extend([math.nan] * len(inputs) * self.accelerator.num_processes)
             return output
+        if self._head_in_parts:  # of a model that runs since training began
+            self._check_head()
+            self._head_in_parts = False
         self._rollout = rollout = _Rollout()
         with self._old_logps_pass(), self._bonus_column():
             output = super()._generate_and_score_completions(inputs)
