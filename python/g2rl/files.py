@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,9 @@ def writing(what: str, errors: tuple[type[Exception], ...] = (OSError,)) -> Iter
     try:
         yield
     except errors as error:
-        raise StorageError(f"{what} cannot be written: {error}") from error
+        # Of a folder that is copied each file has an error.
+        said = error.args[0][0][-1] if isinstance(error, shutil.Error) else error
+        raise StorageError(f"{what} cannot be written: {said}") from error
 
 
 def write_durably(path: Path, contents: Iterable[str] | bytes) -> None:

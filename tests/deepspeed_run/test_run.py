@@ -30,7 +30,7 @@ def train(model: Path, output: Path, stage: int, options: list[str]) -> subproce
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(HERE / "train.py"), str(model), str(output), str(stage), *options]
     environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}/python:{ROOT}",
+        "PYTHONPATH": str(ROOT),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -194,15 +194,21 @@ def test_a_hub_that_refuses(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fails", ["copytree", "copyfile"])  # at its beginning, and by an error for each file
 @pytest.mark.parametrize("arguments", [["--dry-run"], []])
 def test_a_folder_that_cannot_be_written(
-    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+    tmp_path: Path,
+    hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    fails: str,
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     run = finished_run(tmp_path / "run")
-    monkeypatch.setattr(module.shutil, "copytree", full)
+    monkeypatch.setattr(module.shutil, fails, full)
     assert main(["push", str(run), "somebody/adder", *arguments]) == 1
     assert f"g2rl: push: '{run}' cannot be written: [Errno 28] No space left" in capsys.readouterr().err
     assert hub.calls == []

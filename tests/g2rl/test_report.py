@@ -210,8 +210,9 @@ def test_the_report_of_one_run_goes_where_it_is_told(tmp_path: Path, capsys: pyt
     assert main(["report", str(run), "--out", str(out)]) == 0
     assert plots(out / "report.md") == {"learning"}
     assert not (run / "report").exists()
-    assert main(["report", str(run), "--out", str(run / "config.yaml" / "out")]) == 1
-    assert "g2rl: report: cannot be written: " in capsys.readouterr().err
+    nowhere = str(run / "config.yaml" / "out")
+    assert main(["report", str(run), "--out", nowhere]) == 1
+    assert f"g2rl: report: {nowhere!r} cannot be written: " in capsys.readouterr().err
 
 
 def test_a_methods_own_defaults_are_no_changes(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def train_together(
     with Watch(store, rank, size) as watch:
         try:
             config = agree(found)
-            watch.advice = f"; the last checkpoint below {config.run_dir / 'checkpoints'} stands"
+            watch.advice = f"; by resume={config.run_dir} the run goes on from its last checkpoint, where it has one"
             if config.dry_run:
                 raise ConfigError("dry_run: expected a process of its own, found a launcher")
             ranks = Ranks(rank, size, config.parallel.strategy == "fsdp2")
