@@ -205,7 +205,7 @@ def test_a_killed_rank(
     assert [rank.status for rank in ended] == [1, -signal.SIGKILL], ended
     assert "g2rl: rank 1 is gone without a word" in ended[0].printed
     run = alone / f"killed-{moment}"
-    assert f"the last checkpoint below {run / 'checkpoints'} stands" in ended[0].printed
+    assert f"by resume={run} the run goes on from its last checkpoint" in ended[0].printed
     left = {"step": [1, 2], "save": [1]}[moment]
     assert [step for step, _ in checkpoints(run)] == left
     for name in ("one", "two"):
@@ -298,7 +298,7 @@ judge, collect.judge_episodes = collect.judge_episodes, judge_episodes
         ),
         ([], [], OTHER_WEIGHTS, 2, "model.path: expected the same weights on every rank, found others on rank 1 than"),
         (["dry_run=true"], [], "", 2, "dry_run: expected a process of its own, found a launcher"),
-        ([], [], FAILS_ALONE, 1, "rank 1: ZeroDivisionError: a reward function's own; the last checkpoint below"),
+        ([], [], FAILS_ALONE, 1, "rank 1: ZeroDivisionError: a reward function's own; by resume="),
     ],
     ids=["prompts", "configuration", "bad configuration", "code", "weights", "dry run", "failure"],
 )
