@@ -20,9 +20,9 @@ from transformers import LlamaForCausalLM
 
 from g2rl.integrations.trl import G2RLConfig, G2RLTrainer
 
-# Compiled with what it needs, where there is more than one rank.
+# DeepSpeed would compile it for several ranks of a CPU; gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# accelerate knows DeepSpeed on accelerators alone.
+# accelerate starts DeepSpeed on accelerators only.
 PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
 PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 
@@ -42,7 +42,7 @@ def config_of(stage: int) -> dict[str, Any] | None:
     if stage == 0:
         return None
     return {
-        # Without a threshold the parameters of a small model would stay whole.
+        # By default parameters as small as these would stay whole.
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": "auto",
@@ -52,7 +52,7 @@ def config_of(stage: int) -> dict[str, Any] | None:
 
 
 def double_logits() -> None:
-    """Have a layer between body and head, which the head's weight does not tell of."""
+    """Have logits that are not those of the head's weight."""
     forward = LlamaForCausalLM.forward
 
     def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
