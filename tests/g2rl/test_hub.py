@@ -44,6 +44,7 @@ def test_what_is_no_name_is_not_asked_for(asked: list[str], path: str) -> None:
 def test_what_is_kept_here_is_not_asked_for(asked: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "try_to_load_from_cache", lambda name, file: str(tmp_path / name / file))
     assert local_path(ModelConfig(path="somebody/adder")) == "somebody/adder"
+    (tmp_path / "config.json").touch()
     assert local_path(ModelConfig(path=str(tmp_path))) == str(tmp_path)
     assert asked == []
 
