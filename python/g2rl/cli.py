@@ -352,9 +352,12 @@ def _report(run_dirs: list[Path], out: Path | None = None) -> int:
     if len(run_dirs) > 1:  # runs/* may name the folder of an older comparison as well
         is_run = [(path / "metrics.jsonl").is_file() or path.resolve() != folder.resolve() for path in run_dirs]
         run_dirs = list(compress(run_dirs, is_run))
-    with writing(f"report: {str(out or (folder if len(run_dirs) > 1 else run_dirs[0] / 'report'))!r}"):
+    alone = len(run_dirs) == 1
+    if alone:
+        folder = out or run_dirs[0] / "report"
+    with writing(f"report: {str(folder)!r}"):
         try:
-            path = write_report(run_dirs[0], out) if len(run_dirs) == 1 else write_comparison(run_dirs, folder)
+            path = write_report(run_dirs[0], folder) if alone else write_comparison(run_dirs, folder)
         except (FileNotFoundError, ValueError) as error:
             raise ConfigError(f"report: {error}") from error
     print(f"g2rl: the report is in {path}")
