@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from g2rl.config import Config, ConfigError, ModelConfig, load_config, load_resumed, read_overrides
-from g2rl.files import StorageError, hold, let_go, writing
+from g2rl.files import StorageError, hold, let_go, permit_as_usual, writing
 
 if TYPE_CHECKING:
     from g2rl.parallel.ranks import Ranks
@@ -340,6 +340,7 @@ def _export(options: argparse.Namespace) -> int:
             folder.mkdir(parents=True)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            permit_as_usual(folder)
     except StorageError:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -734,9 +734,7 @@ def test_a_second_run_gets_a_folder_of_its_own(tiny_model: Path, tmp_path: Path)
     assert lines(tmp_path / "run") == lines(tmp_path / "run-2")
 
 
-def test_a_start_that_fails_leaves_no_folder(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_start_that_fails_leaves_no_folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = tmp_path / "runs"
     (tmp_path / "empty.yaml").write_text("seed: 0\n")
     settings = [f"model.path={tiny_model}", f"runs_dir={runs}", *SMALL, "steps=1"]
