@@ -471,7 +471,7 @@ def test_cli_eval_and_report(finished: Path, capsys: pytest.CaptureFixture[str])
 def test_what_was_trained_on_is_not_held_out(
     finished: Path, capsys: pytest.CaptureFixture[str], change: str, found: str | None
 ) -> None:
-    """Neither by a run that goes on, nor in its evaluation; of another task all problems are others."""
+    """Neither by a run that goes on, nor in its evaluation or geometry; of another task all problems are others."""
     before = (finished / "config.yaml").read_bytes()
     overrides = ["eval.samples=1", "eval.ks=[1]", change]
     assert main(["eval", str(finished), *overrides]) == (2 if found else 0)
@@ -479,6 +479,8 @@ def test_what_was_trained_on_is_not_held_out(
     if found:
         assert f"task.held_out: expected problems that the run held out before, {found}" in said
         assert f"`g2rl export {finished} FOLDER`" in said
+        assert main(["geometry", str(finished), "--encoder", "none", *overrides]) == 2
+        assert f"problems that the run held out before, {found}" in capsys.readouterr().err
         assert main(["train", f"resume={finished}", "steps=2", *overrides]) == 2
         assert found in (said := capsys.readouterr().err)
         assert "task.held_out=0 goes on without" in said
