@@ -277,6 +277,18 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
         load_config(tmp_path / "list.yaml")
 
 
+def test_a_comment_is_no_value(tmp_path: Path) -> None:
+    """As GSM8K's mark is read where it is not quoted; one with a blank, or of a section, was meant as a comment."""
+    path = tmp_path / "config.yaml"
+    for text in ("task:\n  name: jsonl\n  options:\n    answer_after: ####\n", "x:\n\n\n  {answer_after: ####\n}"):
+        path.write_text(text)
+        said = r'config\.yaml, line 4: answer_after: expected a value, found a comment; quoted: answer_after: "####"$'
+        with pytest.raises(ConfigError, match=said):
+            load_config(path)
+    path.write_text("task: #mine\n  name: 'jsonl' #x\n  system_prompt: # the template's\n  options: {a: '####'} ####\n")
+    assert load_config(path).task == TaskConfig("jsonl", {"a": "####"})
+
+
 def test_defaults_are_valid() -> None:
     assert load_config() == Config()
 
