@@ -293,6 +293,16 @@ def test_what_is_shown(tmp_path: Path) -> None:
     assert [list(line.get_ydata()) for line in amc.lines] == [[0.3, 0.5], [0.5, 0.7]]
 
 
+def test_axes_of_likely_answers_end_at_ticks() -> None:
+    for value, top in ((0.71, 0.8), (0.99, 1.0)):
+        both = {
+            mode: {key: Estimate(value, value, value) for key in ("pass@1", "pass@2")} for mode in ("lenient", "strict")
+        }
+        axes = plot_pass_at_k([Scores("m", "amc23", 5, 2, both, Estimate(1, 1, 1), Estimate(0, 0, 0))]).axes[0]
+        assert value < top < axes.get_ylim()[1] < 1.05 * top
+        assert any(abs(tick - top) < 1e-9 for tick in axes.get_yticks())
+
+
 def scored(model: str, name: str, value: float) -> Scores:
     both = estimates(pass_at_1=value, pass_at_3=value, maj_at_3=value)
     none = Estimate(value, float("nan"), float("nan"))
