@@ -141,13 +141,13 @@ def read_yaml(path: Path) -> DictConfig:
     try:
         with named_errors(str(path)):
             contents = OmegaConf.load(path)
+        _check_comments(path)
     except (YAMLError, UnicodeError) as error:
         raise ConfigError(f"{path}: expected YAML in UTF-8: {_told(error)}") from error
     except OSError as error:  # which OmegaConf also raises for a number alone
         raise ConfigError(f"{path}: expected keys and values, found {error}") from error
     if not isinstance(contents, DictConfig):
         raise ConfigError(f"{path}: expected keys and values, found a list")
-    _check_comments(path)
     return contents
 
 
