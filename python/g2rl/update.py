@@ -141,10 +141,10 @@ class Updater:
             found = checkpoints(run_dir)
             newest = found[-1][1].name if found else ""
             stands = f"{newest} stands" if found else "there is no checkpoint yet"
-            older = f", or an older checkpoint, once {newest} is removed" if len(found) > 1 else ""
+            otherwise = f"an older checkpoint, once {newest} is removed" if len(found) > 1 else "a new run"
             raise TrainingError(
                 f"step {number}: NaN or infinity in the {error}; training stopped, and in {run_dir} {stands}; the same "
-                f"settings would repeat this: a lower optim.lr or optim.max_grad_norm may help{older}"
+                f"settings would repeat this: a lower optim.lr or optim.max_grad_norm may help, or {otherwise}"
             ) from error
         metrics, result = self._metrics(self._step(episodes, verdicts), mini_batches, sums)
         return metrics | shown, result
