@@ -141,6 +141,8 @@ bf16: $(READY)
 	$(BIN)/cmake --build $(BF16) --parallel --target $(CPU_TESTS) _native
 	$(BIN)/ctest --test-dir $(BF16) --output-on-failure --parallel $(WORKERS) --tests-regex "_(amx|avx512_bf16)$$"
 	G2RL_TESTED_MODULES="$(CURDIR)/$(BF16)" $(BIN)/python -m pytest -n $(WORKERS) tests/ops/test_head.py -k native $(ARGS)
+	@grep -q avx512bw /proc/cpuinfo || \
+	  echo "make bf16: nothing of bf16 was tested: expected a processor with AVX-512, found one without"
 
 TRL_VERSIONS ?= 1.9.0 1.10.0 1.11.0 1.12.0 1.13.0 1.14.2 1.15.0 1.16.0
 

@@ -1,5 +1,7 @@
 """``python -m g2rl_kernels``: which backend serves which op on this machine, and why the others do not.
 
+The exit status is 1 if an environment variable holds no word that is known here.
+
 ``--check`` runs the self-check of the GPU backends that serve here unasked, whatever is known of them, and prints a
 table; the exit status is 1 if one fails.
 """
@@ -13,7 +15,7 @@ import sys
 import torch
 
 from g2rl_kernels import explain
-from g2rl_kernels.dispatch import check_all
+from g2rl_kernels.dispatch import check_all, refusing
 from g2rl_kernels.self_check import chip
 
 
@@ -41,3 +43,4 @@ if __name__ == "__main__":
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ValueError as error:  # of what an environment variable holds
         sys.exit(str(error))
+    sys.exit(bool(refusing()))

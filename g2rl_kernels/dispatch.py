@@ -196,22 +196,34 @@ def explain() -> str:
     """
     devices = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: {', '.join(map(str, devices))}"]
-    refusing: set[str] = set()  # though they are chosen: for a variable that holds no word they know, their ops raise
-    for backend in BACKENDS:
-        module = _load(backend)
-        if hasattr(module, "describe") and _refusal(backend, OPS[0], devices[0], torch.float32) is None:
-            try:
-                lines.append(module.describe())
-            except RuntimeError as error:
-                refusing.add(backend.name)
-                lines.append(f"{backend.name} kernels refuse to run: {str(error).splitlines()[0]}")
+    described, refused = _described()
+    lines += described
     forced = _asked_for()
     if forced:
         lines.append(f"backend set by name: {forced.name}")
     for device in devices:
         for dtype in _DTYPES:
-            lines += [f"\n{device.type}, {short_name(dtype)}", *_explained(device, dtype, forced, refusing)]
+            lines += [f"\n{device.type}, {short_name(dtype)}", *_explained(device, dtype, forced, refused)]
     return "\n".join(lines)
+
+
+def refusing() -> set[str]:
+    """Backends whose ops raise though they are chosen: for an environment variable that holds no word they know."""
+    return _described()[1]
+
+
+def _described() -> tuple[list[str], set[str]]:
+    """What backends say of themselves, and those that are `refusing`."""
+    lines, names = [], set()
+    for backend in BACKENDS:
+        module = _load(backend)
+        if hasattr(module, "describe") and _refusal(backend, OPS[0], torch.device("cpu"), torch.float32) is None:
+            try:
+                lines.append(module.describe())
+            except RuntimeError as error:
+                names.add(backend.name)
+                lines.append(f"{backend.name} kernels refuse to run: {str(error).splitlines()[0]}")
+    return lines, names
 
 
 def _explained(device: torch.device, dtype: torch.dtype, forced: Backend | None, refusing: set[str]) -> list[str]:

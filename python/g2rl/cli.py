@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from g2rl.config import Config, ConfigError, ModelConfig, load_config, load_resumed, read_overrides
-from g2rl.files import StorageError, hold, let_go, writing
+from g2rl.files import StorageError, hold, let_go, permit_as_usual, writing
 
 if TYPE_CHECKING:
     from g2rl.parallel.ranks import Ranks
@@ -152,24 +152,28 @@ def _train(settings: list[str]) -> int:
 
         dry_run(config)
         return 0
-    from g2rl.plugins import PluginError
     from g2rl.trainer import Trainer
 
     _announce(config)
     try:
         Trainer(config).run()
-    except PluginError as error:
-        raise ConfigError(f"{error}; once that is mended, continue with: g2rl train resume={config.run_dir}") from error
-    except ConfigError:
-        let_go(config.run_dir)
-        raise
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_way_on(config, 'once that is mended, continue')}") from error
     except _foreseen() as error:
-        print(f"g2rl: {error}; continue with: g2rl train resume={config.run_dir}", file=sys.stderr)
+        print(f"g2rl: {error}{_way_on(config, 'continue')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ng2rl: stopped; continue from its last checkpoint with: g2rl train resume={config.run_dir}")
+        print(f"\ng2rl: stopped{_way_on(config, 'continue from its last checkpoint')}")
         return 130
+    finally:
+        let_go(config.run_dir)
     return _report([config.run_dir])
+
+
+def _way_on(config: Config, how: str) -> str:
+    """How a run that stopped goes on, as the end of a message; nothing where it stopped while it started."""
+    is_begun = (config.run_dir / "config.yaml").is_file()
+    return f"; {how} with: g2rl train resume={config.run_dir}" if is_begun else ""
 
 
 def _train_together(read: Callable[[], Config]) -> int:
@@ -336,6 +340,7 @@ def _export(options: argparse.Namespace) -> int:
             folder.mkdir(parents=True)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            permit_as_usual(folder)
     except StorageError:
         shutil.rmtree(folder, ignore_errors=True)
         raise

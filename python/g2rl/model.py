@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from g2rl.adapters import base_of, merged
 from g2rl.config import ConfigError, ModelConfig
+from g2rl.files import permit_as_usual
 from g2rl.hub import require_hub
 from g2rl.parallel.shards import SAFELY, SHARDS, load_model_of_shards
 
@@ -198,6 +199,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         model.config._name_or_path = "SmolLM2-135M-Instruct"
         model.bfloat16().save_pretrained(temporary)
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+        permit_as_usual(temporary)
         del model
         gc.collect()
         if folder.exists():

@@ -98,6 +98,21 @@ def _finish(axes: Axes, ylabel: str, xlabel: str = "training step") -> None:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
+def end_at_ticks(axes: Axes, bottom: float | None = None) -> None:
+    """Widen the y axis to ticks below and above all there is, and a little more, since markers are wide.
+
+    Args:
+        bottom: where it begins instead.
+    """
+    low, high = axes.get_ylim()
+    if bottom is not None:
+        axes.set_ylim(bottom, high)
+    ticks = axes.get_yticks()
+    first = bottom if bottom is not None else max((tick for tick in ticks if tick <= low), default=low)
+    last = min((tick for tick in ticks if tick >= high), default=high)
+    axes.set_ylim(first, last + 0.01 * (last - first))
+
+
 def plot_learning(run: Run) -> Figure | None:
     if not run.keys("train/") and not run.keys("eval/"):
         return None
@@ -113,6 +128,7 @@ def plot_learning(run: Run) -> Figure | None:
     _line(reward, run, "train/reward", "base reward", BLUE)
     _line(reward, run, "train/shaped_reward", "shaped reward", RED, "--")
     _held_out(reward, run, "eval/reward", "o", "-")
+    end_at_ticks(reward)
     _finish(reward, "mean reward")
     accuracy.label_outer()
     return figure
@@ -123,7 +139,7 @@ def plot_behaviour(run: Run) -> Figure | None:
         return None
     figure, (entropy, length) = _panels(2)
     _line(entropy, run, "train/entropy", "training", BLUE)
-    entropy.set_ylim(bottom=0)
+    end_at_ticks(entropy, 0)
     _finish(entropy, "token entropy [nats]")
     _line(length, run, "train/response_length", "training", BLUE)
     steps, values = run.series("eval/response_length")
@@ -132,7 +148,7 @@ def plot_behaviour(run: Run) -> Figure | None:
     limit = run.config.get("rollout", {}).get("max_new_tokens")
     if limit:
         length.axhline(limit, color="black", linestyle=":", label="token limit")
-    length.set_ylim(bottom=0)
+    end_at_ticks(length, 0)
     _finish(length, "response length [tokens]")
     entropy.label_outer()
     return figure
@@ -217,6 +233,7 @@ def plot_diagnostics(run: Run) -> Figure | None:
     figure, (cosine, score, norm, groups) = _panels(2, 2, height=3.4, width=10)
     _line(cosine, run, "geometry/mean_cosine", "mean cosine", BLUE)
     _line(cosine, run, "geometry/negative_share", "share of negative pairs", RED, "--")
+    end_at_ticks(cosine)
     _finish(cosine, "cosine, share")
     for axes, stem, label in ((score, "score", "exploration score ν"), (norm, "feature_norm", "norm of Φ")):
         _line(axes, run, f"geometry/{stem}_mean", "mean", BLUE)
@@ -224,8 +241,9 @@ def plot_diagnostics(run: Run) -> Figure | None:
         if steps and steps == same:
             edge = 4 if len(steps) == 1 else 0  # a band one step wide has only its edge to show
             axes.fill_between(steps, least, most, color=SKY, alpha=0.3, linewidth=edge, label="least to greatest")
-        axes.set_ylim(bottom=0)
         _finish(axes, label)
+    score.set_ylim(-0.03, 1.03)
+    end_at_ticks(norm, 0)
     _line(groups, run, "groups/zero_variance_share", "equal rewards", BLUE)
     _line(groups, run, "groups/degenerate_share", "degenerate scores", RED, "--")
     groups.set_ylim(-0.03, 1.03)

@@ -139,10 +139,12 @@ class Updater:
         except _NotFinite as error:
             run_dir = self.config.run_dir
             found = checkpoints(run_dir)
-            stands = f"{found[-1][1].name} stands" if found else "there is no checkpoint yet"
+            newest = found[-1][1].name if found else ""
+            stands = f"{newest} stands" if found else "there is no checkpoint yet"
+            otherwise = f"an older checkpoint, once {newest} is removed" if len(found) > 1 else "a new run"
             raise TrainingError(
-                f"step {number}: NaN or infinity in the {error}; training stopped, and in {run_dir} {stands}; a lower "
-                "optim.lr or optim.max_grad_norm may help"
+                f"step {number}: NaN or infinity in the {error}; training stopped, and in {run_dir} {stands}; the same "
+                f"settings would repeat this: a lower optim.lr or optim.max_grad_norm may help, or {otherwise}"
             ) from error
         metrics, result = self._metrics(self._step(episodes, verdicts), mini_batches, sums)
         return metrics | shown, result

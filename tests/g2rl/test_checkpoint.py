@@ -55,6 +55,25 @@ def test_weights_state_and_random_states_come_back(policy, tmp_path: Path) -> No
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("umask", "folders", "files"), [(0o022, 0o755, 0o644), (0o027, 0o750, 0o640)])
+def test_weights_have_the_permissions_of_other_files(
+    policy, tmp_path: Path, umask: int, folders: int, files: int
+) -> None:
+    """Those of a checkpoint and of a plain model."""
+    before = os.umask(umask)
+    try:
+        run, plain = tmp_path / "run", tmp_path / "plain"
+        run.mkdir()
+        checkpoint = save_checkpoint(run, 1, *policy, {}, keep=1)
+        assert main(["export", str(checkpoint), str(plain)]) == 0
+    finally:
+        os.umask(before)
+    for folder in (checkpoint, plain):
+        assert (folder / "model.safetensors").is_file()
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {files}
+        assert folder.stat().st_mode & 0o777 == folders
+
+
 def test_only_the_newest_are_kept(policy, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, *policy, {}, keep=2)

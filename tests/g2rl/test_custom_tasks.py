@@ -202,7 +202,7 @@ def test_names_are_checked(name: str, message: str) -> None:
     ("options", "message"),
     [
         ({"larges": 3}, r"task.options.larges: Key 'larges' not in 'Options'. Did you mean: 'largest'\?"),
-        ({"largest": "many"}, "task.options.largest: Value 'many' of type 'str' could not be converted to Integer"),
+        ({"largest": "many"}, "task.options.largest: expected a whole number, found 'many'"),
         ({"largest": 0}, "task.options.largest: expected 1 or more, found 0"),
         ({"largest": 2}, "task.held_out: expected fewer than the task's 4 distinct problems, found 5"),
         ({"path": "/nowhere"}, "to return problems, found FileNotFoundError: .*'/nowhere' in .*parity.py, line 22$"),

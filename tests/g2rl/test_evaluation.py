@@ -293,6 +293,16 @@ def test_what_is_shown(tmp_path: Path) -> None:
     assert [list(line.get_ydata()) for line in amc.lines] == [[0.3, 0.5], [0.5, 0.7]]
 
 
+def test_axes_of_likely_answers_end_at_ticks() -> None:
+    for value, top in ((0.71, 0.8), (0.99, 1.0)):
+        both = {
+            mode: {key: Estimate(value, value, value) for key in ("pass@1", "pass@2")} for mode in ("lenient", "strict")
+        }
+        axes = plot_pass_at_k([Scores("m", "amc23", 5, 2, both, Estimate(1, 1, 1), Estimate(0, 0, 0))]).axes[0]
+        assert value < top < axes.get_ylim()[1] < 1.05 * top
+        assert any(abs(tick - top) < 1e-9 for tick in axes.get_yticks())
+
+
 def scored(model: str, name: str, value: float) -> Scores:
     both = estimates(pass_at_1=value, pass_at_3=value, maj_at_3=value)
     none = Estimate(value, float("nan"), float("nan"))
@@ -457,11 +467,11 @@ def test_several_models_side_by_side(tiny_model: Path, data: Path, capsys: pytes
         (["MODEL", "--suite", "mmlu_pro", "--data", "DATA", "--max-tokens", "256"], "model's context of 256 tokens"),
         (["MODEL", "MODEL", "--suite", "mmlu_pro", "--data", "DATA"], "checkpoint: expected different models"),
         (["MODEL", "--suite", "math500", "rollout.max_new_tokens=64"],
-         "rollout.max_new_tokens: expected --max-tokens beside --suite, found an override, which would not count"),
+         "rollout.max_new_tokens: expected --max-tokens, found an override, which would not count beside --suite"),
         (["MODEL", "--suite", "math500", "rollout.dtype=float32", "rollout={vllm: {max_model_len: 9}, top_p: 0.1}"],
-         "rollout.top_p: expected the key top_p in the suite's file beside --suite, found an override"),
+         "rollout.top_p: expected the key top_p in the suite's file, found an override, which would not count"),
         (["MODEL", "--suite", "math500", "task.options.instruction=foo"],
-         "task.options.instruction: expected the key instruction in the suite's file beside --suite"),
+         "task.options.instruction: expected the key instruction in the suite's file, found"),
         (["MODEL", "--suite", "math500", "methods.g2rl.clip=2"],
          "methods.g2rl.clip: expected overrides of model.attention, model.device, rollout.chat_template_kwargs, "),
         (["MODEL", "--suite", "mmlu_pro", "--data", "DATA", "--max-tokens", "8", "rollout.chat_template_kwargs={a: 1}"],

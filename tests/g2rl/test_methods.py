@@ -342,11 +342,11 @@ def test_what_a_method_returns(
             ["method=outside_method:shortest", "methods.shortest.strength=3"],
             "methods.shortest.strength: Key 'strength' not in 'NoOptions'; expected none",
         ),
-        (["methods.g2rl.rule=other"], "methods.g2rl.rule: Invalid value 'other'"),
+        (["methods.g2rl.rule=other"], "methods.g2rl.rule: expected one of "),
         (["methods.g2rl.strength=-1"], "methods.g2rl.strength: expected a number from 0 to 1e18, found -1"),
         (["methods.g2lr.strength=1"], "methods.g2lr: expected options of one of"),
         (["method=grpo", "methods.g2lr.strength=1"], "of one of .*scaled, found another name"),
-        (["method=scaled", "methods.scaled.factor=x"], "methods.scaled.factor: Value 'x'"),
+        (["method=scaled", "methods.scaled.factor=x"], "methods.scaled.factor: expected a number, found 'x'"),
         (["log.geometry=false"], "log.geometry: expected true with method g2rl"),
         (
             ["method=entropy", "objective.entropy_coef=0"],

@@ -306,13 +306,13 @@ def test_told_by_rank_0(
     folder: Path, tmp_path: Path, overrides: list[str], of_rank_1: list[str], before: str, status: int, message: str
 ) -> None:
     """Once, and before any rollout."""
-    command = train(folder, "refused", "tied", *overrides)
+    command = train(folder, "refused", "tied", f"runs_dir={tmp_path}", *overrides)
     ended = launch([[command], [[*command, *of_rank_1]]], tmp_path, before=before)
     assert [rank.status for rank in ended][0] == status, ended
     assert ended[0].printed.count(message) == 1
     assert "g2rl: " not in ended[1].printed
     assert "Traceback" not in ended[0].printed
-    assert not (folder / "runs" / "refused" / "metrics.jsonl").exists() or status == 1
+    assert not (tmp_path / "refused" / "metrics.jsonl").exists() or status == 1
 
 
 def test_a_port_in_use(folder: Path, tmp_path: Path) -> None:

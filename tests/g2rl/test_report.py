@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from g2rl.cli import main
 from g2rl.config import load_config, save_config
 from g2rl.log import Completion, GroupGeometry, RunLog
 from g2rl.metrics import METRICS
-from g2rl.plots import figure_legend, plot_groups, plot_learning, plot_time
+from g2rl.plots import figure_legend, plot_behaviour, plot_diagnostics, plot_groups, plot_learning, plot_time
 from g2rl.report import write_report
-from g2rl.run import load_run
+from g2rl.run import Run, load_run
 
 SAME = [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
 APART = [[1.0, -0.5, 0.0], [-0.5, 1.0, 0.0], [0.0, 0.0, 0.0]]  # the third response has no feature
@@ -64,6 +65,25 @@ def plots(report: Path) -> set[str]:
         assert image.shape[1] > 600
         assert image[..., :3].std() > 0.05, f"{stem} is all but blank"
     return set(linked)
+
+
+@pytest.mark.parametrize("plot", [plot_learning, plot_behaviour, plot_diagnostics])
+def test_axes_end_at_ticks(tmp_path: Path, plot: Callable[[Run], Figure]) -> None:
+    """All that is drawn lies between two of them, whatever little a metric far from zero changes by."""
+    log = start(tmp_path / "run")
+    for step in (1, 2):
+        norms = {
+            "geometry__feature_norm_mean": 7.0,
+            "geometry__feature_norm_min": 6.9,
+            "geometry__feature_norm_max": 7.2,
+        }
+        more = {"train__entropy": 3.7 - 0.01 * step, "train__response_length": 23.9, "train__reward": -0.47, **norms}
+        train_step(log, step, geometry__negative_share=0.52, groups__zero_variance_share=1.0, **more)
+    log.close()
+    for axes in plot(load_run(tmp_path / "run")).axes:
+        low, high = axes.get_ylim()
+        seen = [tick for tick in axes.get_yticks() if low <= tick <= high]
+        assert min(seen) <= axes.dataLim.ymin <= axes.dataLim.ymax <= max(seen) < high, axes.get_ylabel()
 
 
 def section(text: str, heading: str) -> str:

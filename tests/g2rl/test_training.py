@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from g2rl.report import write_report
 from g2rl.tasks import make_task, require_held_out
 from g2rl.tasks.base import sample_indices
 from g2rl.trainer import Trainer, _held_out_numbers
-from g2rl.update import TrainingError
+from g2rl.update import TrainingError, Updater
 from g2rl_kernels import LMHead, token_logprobs
 
 SMALL = (
@@ -118,6 +119,27 @@ def test_a_run_goes_on_once_its_reward_is_mended(
     monkeypatch.setattr(sys.modules["mended_reward"], "calls", [])
     assert main(["train", f"resume={run}"]) == 0
     assert [record["step"] for record in lines(run)] == [1, 2]
+
+
+def test_what_stops_a_run_says_how_it_goes_on(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake that shows in the second step; none of a run that has not begun."""
+    update = Updater.run
+
+    def stopped(self: Updater, number: int, *arguments: Any) -> Any:
+        if number == 2:
+            raise ConfigError("rollout.max_new_tokens: expected fewer")
+        return update(self, number, *arguments)
+
+    (tmp_path / "run.yaml").write_text("{}")
+    settings = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", "name=run", *SMALL, "steps=2", "eval.every=0"]
+    monkeypatch.setattr(Updater, "run", stopped)
+    assert main(["train", str(tmp_path / "run.yaml"), *settings]) == 2
+    way_on = f"once that is mended, continue with: g2rl train resume={tmp_path / 'run'}\n"
+    assert f"rollout.max_new_tokens: expected fewer; {way_on}" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "run.yaml"), *settings, "name=not", "rewards=[{name: nowhere:at}]"]) == 2
+    assert "continue with" not in capsys.readouterr().err
 
 
 PRESETS = Path(__file__).parents[2] / "configs" / "methods"
@@ -341,7 +363,10 @@ def test_nan_stops_and_keeps_the_checkpoint(tiny_model: Path, tmp_path: Path, mo
         return output
 
     monkeypatch.setattr(trainer.model.base_model, "forward", poisoned)
-    stands = "step 3: NaN or infinity in the features; training stopped, and in .* step-000002 stands; .* may help$"
+    stands = (
+        "step 3: NaN or infinity in the features; training stopped, and in .* step-000002 stands; .* may help, "
+        "or an older checkpoint, once step-000002 is removed$"
+    )
     with pytest.raises(TrainingError, match=stands):
         trainer.run()
     assert [step for step, _ in checkpoints(run.run_dir)] == [1, 2]
@@ -446,7 +471,7 @@ def test_cli_eval_and_report(finished: Path, capsys: pytest.CaptureFixture[str])
 def test_what_was_trained_on_is_not_held_out(
     finished: Path, capsys: pytest.CaptureFixture[str], change: str, found: str | None
 ) -> None:
-    """Neither by a run that goes on, nor in its evaluation; of another task all problems are others."""
+    """Neither by a run that goes on, nor in its evaluation or geometry; of another task all problems are others."""
     before = (finished / "config.yaml").read_bytes()
     overrides = ["eval.samples=1", "eval.ks=[1]", change]
     assert main(["eval", str(finished), *overrides]) == (2 if found else 0)
@@ -454,6 +479,8 @@ def test_what_was_trained_on_is_not_held_out(
     if found:
         assert f"task.held_out: expected problems that the run held out before, {found}" in said
         assert f"`g2rl export {finished} FOLDER`" in said
+        assert main(["geometry", str(finished), "--encoder", "none", *overrides]) == 2
+        assert f"problems that the run held out before, {found}" in capsys.readouterr().err
         assert main(["train", f"resume={finished}", "steps=2", *overrides]) == 2
         assert found in (said := capsys.readouterr().err)
         assert "task.held_out=0 goes on without" in said
@@ -709,7 +736,7 @@ def test_a_second_run_gets_a_folder_of_its_own(tiny_model: Path, tmp_path: Path)
     assert lines(tmp_path / "run") == lines(tmp_path / "run-2")
 
 
-def test_a_start_that_is_refused_leaves_no_folder(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_start_that_fails_leaves_no_folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = tmp_path / "runs"
     (tmp_path / "empty.yaml").write_text("seed: 0\n")
     settings = [f"model.path={tiny_model}", f"runs_dir={runs}", *SMALL, "steps=1"]
@@ -719,6 +746,10 @@ def test_a_start_that_is_refused_leaves_no_folder(tiny_model: Path, tmp_path: Pa
     (runs / "run" / "notes.txt").write_text("somebody's")
     assert main(["train", str(tmp_path / "empty.yaml"), *settings, f"model.path={tmp_path / 'nothing'}"]) == 2
     assert (runs / "run" / "notes.txt").exists()
+    monkeypatch.setattr("g2rl.trainer.load_model", lambda config: 1 // 0)  # what nobody has foreseen
+    with pytest.raises(ZeroDivisionError):
+        main(["train", str(tmp_path / "empty.yaml"), *settings, "name=other"])
+    assert [path.name for path in runs.iterdir()] == ["run"]
 
 
 @contextmanager

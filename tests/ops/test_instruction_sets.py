@@ -58,7 +58,9 @@ def test_unknown_words_are_refused() -> None:
     result = run("avx513", "-c", ONE_CALL)
     expected = f"RuntimeError: {VARIABLE}: expected one of {', '.join(WORDS)}, found 'avx513'"
     assert result.returncode == 1 and expected in result.stderr
-    report = run("avx513", "-m", "g2rl_kernels").stdout
+    result = run("avx513", "-m", "g2rl_kernels")
+    report = result.stdout
+    assert result.returncode == 1
     assert f"native kernels refuse to run: {VARIABLE}: expected one of" in report
     assert "native     refuses token_logprobs, " in report and "native     serves" not in report
 

@@ -21,7 +21,7 @@ from g2rl.backend import choose_backend
 from g2rl.checkpoint import run_of
 from g2rl.config import Config, ConfigError, leaves
 from g2rl.encoder import SentenceEncoder
-from g2rl.evaluation.command import digest, labels, model_config, progress_bar
+from g2rl.evaluation.command import digest, labels, model_config, progress_bar, require_untrained
 from g2rl.files import writing
 from g2rl.history import differing
 from g2rl.rewards import resolve_rewards
@@ -62,12 +62,15 @@ def geometry(checkpoints: Sequence[str], request: Request, overrides: Sequence[s
         overrides: ``key=value`` of the configuration, for all models.
 
     Raises:
-        ConfigError: runs of different tasks, more problems than are held out, no such encoder or reward function.
+        ConfigError: runs of different tasks, problems that a run may have been trained on, more of them than are held
+            out, no such encoder or reward function.
         StorageError: the folder cannot be written.
     """
     _check(request)
     configs = common_configs([model_config(checkpoint, overrides) for checkpoint in checkpoints], overrides)
     names = labels([config.model.path for config in configs])
+    for checkpoint, config in zip(checkpoints, configs, strict=True):
+        require_untrained(config, checkpoint)
     resolve_rewards(configs[0].rewards)
     choose_backend(configs[0])
     encoder = None

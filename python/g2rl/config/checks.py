@@ -11,9 +11,9 @@ from typing import Any
 from g2rl.config.keys import Config, ConfigError, ModelConfig
 
 
-def _is_temperature(value: float) -> bool:
-    """Whether the kernels divide logits by it."""
-    return 1e-18 <= value <= 1e18
+def _is_temperature(value: float, least: float = 1e-18) -> bool:
+    """Whether logits are divided by it; the kernels take 1e-18 or more."""
+    return least <= value <= 1e18
 
 
 EVAL_TEMPERATURE: tuple[str, Callable[[Any], bool]] = (
@@ -36,7 +36,8 @@ _RANGES = {
     "rollout.prompts": _POSITIVE,
     "rollout.group_size": ("2 or greater: advantages compare the responses of a group", lambda v: v >= 2),
     "rollout.max_new_tokens": _POSITIVE,
-    "rollout.temperature": ("from 1e-18 to 1e18", _is_temperature),
+    # A logit near 16 is rounded to 1e-6 in fp32: divided by less, log p would be of rounding alone.
+    "rollout.temperature": ("from 1e-6 to 1e18", lambda v: _is_temperature(v, 1e-6)),
     "rollout.top_p": _PROBABILITY,
     "rollout.batch_size": _POSITIVE,
     "rollout.max_extra_groups": _NOT_NEGATIVE,

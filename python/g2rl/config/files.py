@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
+from yaml import MappingNode, Node, SafeLoader, YAMLError, compose
 
 from g2rl.config.checks import validate
 from g2rl.config.keys import Config, ConfigError, RewardConfig
@@ -141,6 +141,7 @@ def read_yaml(path: Path) -> DictConfig:
     try:
         with named_errors(str(path)):
             contents = OmegaConf.load(path)
+        _check_comments(path)
     except (YAMLError, UnicodeError) as error:
         raise ConfigError(f"{path}: expected YAML in UTF-8: {_told(error)}") from error
     except OSError as error:  # which OmegaConf also raises for a number alone
@@ -148,6 +149,25 @@ def read_yaml(path: Path) -> DictConfig:
     if not isinstance(contents, DictConfig):
         raise ConfigError(f"{path}: expected keys and values, found a list")
     return contents
+
+
+def _check_comments(path: Path) -> None:
+    """Raise `ConfigError` for what YAML takes for a comment in place of a value, as in ``answer_after: ####``.
+
+    After a comment's `#` there is nearly always a blank; where the value follows on other lines, there is one.
+    """
+    text = path.read_text(encoding="utf-8")
+    sections: list[Node | None] = [compose(text, SafeLoader)]
+    while sections:
+        section = sections.pop()
+        for key, value in section.value if isinstance(section, MappingNode) else ():
+            sections.append(value)
+            comment = re.match(r"[ \t]+(#\S.*)", text[value.start_mark.index :])
+            if comment and not value.value:
+                raise ConfigError(
+                    f"{path}, line {key.start_mark.line + 1}: {key.value}: expected a value, found a comment; quoted: "
+                    f'{key.value}: "{comment[1].rstrip()}"'
+                )
 
 
 def _told(error: Exception) -> str:

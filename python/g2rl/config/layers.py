@@ -6,10 +6,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
-from typing import Any, cast
+from types import NoneType
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import Container, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigKeyError,
+    GrammarParseError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    ValidationError,
+)
 
 from g2rl.config.keys import Config, ConfigError
 
@@ -34,9 +41,14 @@ _OF_STUDIES = ("base", "settings", "tasks", "seeds", "baseline", "folder", "proc
 
 
 def told(error: OmegaConfBaseException) -> str:
-    """OmegaConf's words on one line, and of an unknown key where else there is one, or which there are."""
+    """What was expected and found, on one line; of an unknown key where else there is one, or which there are."""
     said = str(error).splitlines()[0]
     cls: Any = getattr(error, "object_type", None)
+    if isinstance(error, ValidationError) and (expected := _expected(error)):
+        return f"expected {expected}, found {error.value!r}"
+    if isinstance(error, InterpolationResolutionError | GrammarParseError):
+        written = str(error.value if error.child_node is None else error.child_node)
+        return f"expected ${{...}} with another key in it, found {written!r} ({said}); \\${{...}} is text"
     if not isinstance(error, ConfigKeyError) or not is_dataclass(cls) or "Did you mean" in said:
         return said
     elsewhere = [key for key in leaves(asdict(Config())) if key.endswith(f".{error.key}")] if cls is Config else []
@@ -46,6 +58,22 @@ def told(error: OmegaConfBaseException) -> str:
         return f"{said}; it is a key of a study, which g2rl compare takes"
     names = ", ".join(item.name for item in fields(cls))
     return f"{said}; expected {'one of ' + names if names else 'none'}"
+
+
+_IN_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "keys and values"}
+
+
+def _expected(error: OmegaConfBaseException) -> str | None:
+    """What a value that OmegaConf refuses has to be, in words; None for a type of a user's own."""
+    kind: Any = error.ref_type  # of the section, list or dictionary that has it, or its own
+    if error.key is not None:
+        hints = get_type_hints(error.object_type) if is_dataclass(error.object_type) else {}
+        kind = hints.get(str(error.key)) or (get_args(kind) or (None,))[-1]
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if NoneType in get_args(kind):
+        kind, _ = get_args(kind)
+    return _IN_WORDS.get(dict if is_dataclass(kind) else get_origin(kind) or kind)
 
 
 def merged(first: DictConfig | dict[str, Any], *layers: DictConfig | dict[str, Any]) -> DictConfig:

@@ -16,7 +16,7 @@ from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
-from g2rl.checkpoint import checkpoint_config, find_checkpoint
+from g2rl.checkpoint import checkpoint_config, find_checkpoint, run_of
 from g2rl.config import Config, ConfigError, leaves, plain, read_overrides
 from g2rl.evaluation.results import read_results, write_results
 from g2rl.evaluation.samples import problems_digest, provenance, sample_all
@@ -26,6 +26,7 @@ from g2rl.history import chosen
 from g2rl.model import load_model
 from g2rl.precision import settled
 from g2rl.rollout import make_sampler
+from g2rl.tasks import require_held_out
 from g2rl.tasks.data_sets import DATA_SETS
 from g2rl.tasks.grading import JUDGES, Judge
 from g2rl.types import Problem
@@ -71,6 +72,20 @@ def model_config(checkpoint: str, overrides: Sequence[str]) -> Config:
     return replace(config, model=replace(config.model, path=str(folder) if folder.is_dir() else checkpoint))
 
 
+def require_untrained(config: Config, checkpoint: str) -> None:
+    """Raise `ConfigError` where a checkpoint's run may have been trained on what `config` holds out.
+
+    Args:
+        config: as `model_config` returns it, or with another task.
+        checkpoint: what was asked for, for the message.
+    """
+    folder = Path(config.model.path)
+    trained, run_dir = checkpoint_config(folder).task, run_of(folder)
+    if run_dir is not None and trained.name == config.task.name:  # another task's problems are others
+        way_out = f"a model that `g2rl export {checkpoint} FOLDER` writes is evaluated on any"
+        require_held_out(run_dir, trained, config.task, config.seed, way_out)
+
+
 def refuse_keys(overrides: Sequence[str], instead: Mapping[str, str], beside: str = "") -> None:
     """Raise `ConfigError` for a key that would change nothing, naming what is there in its place."""
     for key in leaves(plain(read_overrides(overrides))):
@@ -114,12 +129,9 @@ def evaluate_suite(
 def _check_overrides(overrides: Sequence[str]) -> None:
     """Raise `ConfigError` for keys that would change nothing."""
     given = leaves(plain(read_overrides(overrides)))
+    listed = f"overrides of {', '.join(name for name in _COUNTS if not name.endswith('.'))} alone"
     counts = chosen(given, _COUNTS)
-    for key in given:
-        if key not in counts:
-            listed = ", ".join(name for name in _COUNTS if not name.endswith("."))
-            expected = _IN_A_SUITE.get(key, f"overrides of {listed} alone")
-            raise ConfigError(f"{key}: expected {expected} beside --suite, found an override, which would not count")
+    refuse_keys(overrides, {key: _IN_A_SUITE.get(key, listed) for key in given if key not in counts}, " beside --suite")
 
 
 def _evaluate_model(

@@ -10,15 +10,14 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from g2rl.checkpoint import checkpoint_config, run_of
 from g2rl.config import ConfigError
 from g2rl.evaluate import evaluate, evaluation_seed
-from g2rl.evaluation.command import model_config, refuse_keys
+from g2rl.evaluation.command import model_config, refuse_keys, require_untrained
 from g2rl.metrics import metric
 from g2rl.model import load_model
 from g2rl.rewards import resolve_rewards
 from g2rl.rollout import make_sampler
-from g2rl.tasks import make_task, require_held_out
+from g2rl.tasks import make_task
 
 
 def evaluate_held_out(checkpoint: str, overrides: Sequence[str]) -> None:
@@ -41,11 +40,7 @@ def evaluate_held_out(checkpoint: str, overrides: Sequence[str]) -> None:
         left_out.append(f"g2rl: the reward is left out: {error}")
         config = replace(config, rewards=[])
     folder = Path(config.model.path)
-    trained = checkpoint_config(folder).task
-    run_dir = run_of(folder)
-    if run_dir is not None and trained.name == config.task.name:  # another task's problems are others
-        way_out = f"a model that `g2rl export {checkpoint} FOLDER` writes is evaluated on any"
-        require_held_out(run_dir, trained, config.task, config.seed, way_out)
+    require_untrained(config, checkpoint)
     with make_task(config.task, config.seed) as task:
         problems = task.held_out()
         if not problems:

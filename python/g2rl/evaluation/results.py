@@ -23,7 +23,7 @@ from g2rl.evaluation.samples import check_same
 from g2rl.evaluation.scores import MODES, Scores
 from g2rl.evaluation.suite import Settings
 from g2rl.files import write_durably
-from g2rl.plots import CYCLE, MARKERS, STYLE, figure_legend
+from g2rl.plots import CYCLE, MARKERS, STYLE, end_at_ticks, figure_legend
 from g2rl.progress import rich_table
 
 # In one table.
@@ -168,7 +168,8 @@ def plot_pass_at_k(scores: Sequence[Scores]) -> Figure:
             axes.set_xscale("log", base=2)
             axes.set_xticks(ks, [str(k) for k in ks])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        end_at_ticks(axes, 0)
+        axes.set_ylim(top=min(1.03, axes.get_ylim()[1]))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set(title=name, xlabel="k", ylabel="pass@k")
     drawn = [axes.get_legend_handles_labels() for axes in panels]
