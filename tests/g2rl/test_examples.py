@@ -111,7 +111,7 @@ class SwiftTrainer:
     """What examples.swift_g2rl builds on of ms-swift's trainer; advantages are sums of rewards."""
 
     def __init__(self, model: Any, **others: Any) -> None:
-        self.model, self.accelerator = model, SimpleNamespace(unwrap_model=lambda model: model)
+        self.model = model
         self.template = SimpleNamespace(padding_free=False, sequence_parallel_size=1)
         self.enable_server_multi_turn, self.scale_rewards = False, "group"
         self.temperature, self.num_generations = 0.7, 4

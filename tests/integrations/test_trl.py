@@ -98,7 +98,7 @@ class Recording:
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        before = copy.deepcopy(self._causal_lm(self.model))
+        before = copy.deepcopy(causal_lm_inside(self.model))
         vars(before).pop("forward")  # TRL binds its own to the model that was copied
         output = super()._generate_and_score_completions(inputs)
         kept = {key: value.clone() if torch.is_tensor(value) else value for key, value in output.items()}
@@ -602,7 +602,7 @@ def test_what_helps_little_is_warned_of(
         run.train()
     assert not any("found only 0 and 1" in str(each.message) for each in warned)  # the log says it
     said = [record.message for record in caplog.records if "G2RL:" in record.message]
-    assert len([m for m in said if "set reward_range" in m]) == 1
+    assert len([m for m in said if "add reward_range=[0, 1]" in m]) == 1
     assert len([m for m in said if "one is added" in m]) == 1
 
 
