@@ -86,7 +86,8 @@ class G2RLPPOActor(FSDPPPOActor):
     As columns of AReaL's rows features go wherever rows go, over micro-batches, ranks and controllers.
 
     Raises:
-        ConfigError: an option, or an adapter on the head.
+        ConfigError: an option.
+        ValueError: an adapter on the head.
         RuntimeError: log-probabilities are not those of the model's head, or come without features.
     """
 

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
-from g2rl.config import ConfigError
 from g2rl.heads import adapter_on_head, inside_head, lm_head, product_dtype
 from g2rl_kernels import LMHead, SequenceFeatures, pad, sequence_features, token_logprobs, unpad
 
@@ -286,7 +285,7 @@ class HeadHook:
         awaited: what the next forward pass is to run; None lets it go by.
 
     Raises:
-        ConfigError: an adapter on the head.
+        ValueError: an adapter on the head.
     """
 
     def __init__(self, module: torch.nn.Module, trainer: str, targets: str, fused: str = "") -> None:
@@ -295,7 +294,7 @@ class HeadHook:
         self._trainer, self._wrong = trainer, fused or "it is not one that G2RL knows"
         self._compared = False
         if adapted := adapter_on_head(self.model):
-            raise ConfigError(f"{targets}: {adapted}")
+            raise ValueError(f"{targets}: {adapted}")
         if fused:
             self.model.base_model.register_forward_hook(lambda _, args, output: self._run(output[0]))
         else:

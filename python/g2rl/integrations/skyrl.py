@@ -163,7 +163,7 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
     micro-batches by number or by tokens, mini-batches and ranks, and come back in order.
 
     Raises:
-        ConfigError: an adapter on the head.
+        ValueError: an adapter on the head.
         RuntimeError: SkyRL's log-probabilities are not those of the model's head.
     """
 

@@ -56,7 +56,7 @@ class G2RLPolicyActor(plain(PolicyModelActor)):  # type: ignore[misc]
     """The policy's worker, which keeps the features of its passes for old log-probabilities until they are taken.
 
     Raises:
-        ConfigError: an adapter on the head.
+        ValueError: an adapter on the head.
         RuntimeError: log-probabilities are not those of the model's head.
     """
 

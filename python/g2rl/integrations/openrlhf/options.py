@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from g2rl.config import ConfigError
-from g2rl.integrations import section
-from g2rl.integrations.exploration import Options, few_responses, require_plain
+from g2rl.integrations.exploration import Options, few_responses, read_range, require_plain
 from g2rl_kernels import Shaping
 
 
@@ -29,9 +27,10 @@ def read_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
         print(parser.format_help())
     values = {name.removeprefix("g2rl."): value for name, value in vars(known).items()}
     try:
-        return section.read_options(values), rest
-    except ConfigError as error:
-        parser.error(f"--{error}")
+        reward_range = read_range("--g2rl.reward_range", values.pop("reward_range"))
+        return Options(Shaping(**values), reward_range), rest
+    except ValueError as error:
+        parser.error(str(error).replace("shaping.", "--g2rl.", 1))
 
 
 def check_settings(args: Any) -> list[str]:

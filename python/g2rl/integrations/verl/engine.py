@@ -33,7 +33,7 @@ class G2RLEngine(FSDPEngineWithLMHead):
 
     Raises:
         NotImplementedError: temperatures that differ within a batch.
-        ConfigError: an adapter on the head.
+        ValueError: an adapter on the head.
         RuntimeError: verl's log-probabilities are not those of the model's head.
     """
 
