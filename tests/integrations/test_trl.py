@@ -33,6 +33,8 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from g2rl.integrations.head_pass import HeadPass, add_head_pass, causal_lm_inside, run_alongside, run_head_pass
 from g2rl.integrations.trl import BONUS, G2RLConfig, G2RLMixin, G2RLRLOOConfig, G2RLRLOOTrainer, G2RLTrainer
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
+from tests.integrations.recorded import right
+from tests.integrations.recorded import vowels as zero_one
 
 M = 4  # responses of a group
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -50,11 +52,7 @@ OTHER_HEADS = {
 
 
 def vowels(completions: list[str], **_: Any) -> list[float]:
-    return [1.0 if sum(c in "aeiou02468" for c in text) > len(text) * 0.14 else -1.0 for text in completions]
-
-
-def zero_one(completions: list[str], **_: Any) -> list[float]:
-    return [(r + 1) / 2 for r in vowels(completions)]
+    return [2 * right(text) - 1 for text in completions]
 
 
 def even(completions: list[str], **_: Any) -> list[float | None]:
