@@ -385,6 +385,8 @@ def test_a_head_pass_is_refused_by_what_wraps_a_model(tiny_model: Path) -> None:
     with run_alongside(inside, head_pass) as outputs:
         inside(ids)
     assert len(outputs) == 1
+    with pytest.raises(TypeError, match="expected one of transformers, or a wrapper of one, found Linear"):
+        causal_lm_inside(torch.nn.Linear(1, 1))
 
 
 def test_a_model_without_a_head_pass_is_named(tiny_model: Path) -> None:

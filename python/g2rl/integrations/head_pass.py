@@ -267,8 +267,15 @@ def predicted_response(offsets: torch.Tensor, mask: torch.Tensor, mask_offsets: 
 
 
 def causal_lm_inside(module: torch.nn.Module) -> PreTrainedModel:
-    """The model of transformers in whatever wraps it: DDP, FSDP, DeepSpeed, PEFT, a trainer's own module."""
-    return next(part for part in module.modules() if isinstance(part, PreTrainedModel))
+    """The model of transformers in whatever wraps it: DDP, FSDP, DeepSpeed, PEFT, a trainer's own module.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found = next((part for part in module.modules() if isinstance(part, PreTrainedModel)), None)
+    if found is None:
+        raise TypeError(f"model: expected one of transformers, or a wrapper of one, found {type(module).__name__}")
+    return found
 
 
 class HeadHook:
