@@ -284,8 +284,8 @@ class HeadHook:
     Args:
         module: the model in whatever wraps it.
         trainer: its name, for errors; targets: its option that says what has an adapter, likewise.
-        fused: what is wrong with kernels of the trainer's, if any, that read the head's weight and never call it, where
-            their log-probabilities are others.
+        fused: for a trainer whose kernels read the head's weight and never call it, what to say where their
+            log-probabilities are others than the head's.
 
     Attributes:
         model: the model of transformers.
