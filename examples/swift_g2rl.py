@@ -17,7 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from g2rl.heads import head_difference
 from g2rl.integrations.exploration import Once, range_left, shape_in_range
-from g2rl.integrations.head_pass import HeadPass, join, run_alongside
+from g2rl.integrations.head_pass import HeadPass, causal_lm_inside, join, run_alongside
 from g2rl_kernels import Shaping
 
 SHAPING = Shaping()
@@ -39,12 +39,8 @@ class G2RLTrainer(GRPOTrainer):
         self._warn = Once(get_logger())
 
     def _check_head(self) -> None:
-        if difference := head_difference(self._causal_lm()):
+        if difference := head_difference(causal_lm_inside(self.model)):
             raise ValueError(f"G2RL: expected a model with a head that it serves, but {difference}")
-
-    def _causal_lm(self) -> Any:
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _prepare_batch_inputs(self, samples: list[Any]) -> list[dict[str, Any]]:
         if self._head_in_parts:  # of a model that runs since training began
@@ -62,7 +58,8 @@ class G2RLTrainer(GRPOTrainer):
         ids, mask = model_inputs["input_ids"], grpo_batch.completion_mask.bool()
         scored = torch.zeros_like(ids, dtype=torch.bool)
         scored[:, -mask.shape[1] :] = mask
-        with run_alongside(self._causal_lm(), HeadPass(ids, scored, scored.float(), self.temperature)) as outputs:
+        head_pass = HeadPass(ids, scored, scored.float(), self.temperature)
+        with run_alongside(causal_lm_inside(self.model), head_pass) as outputs:
             result = call(model, model_inputs, grpo_batch, *args, **kwargs)
         self._features.append(join(outputs).features)
         return result

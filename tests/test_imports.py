@@ -257,6 +257,14 @@ def test_where_the_ops_alone_are_installed(missing: str, program: str, said: str
     assert said in run.stderr.splitlines()[-1]
 
 
+def test_integrations_for_trainers_without_omegaconf() -> None:
+    """Which TRL, axolotl, ms-swift and OpenRLHF bring as little as a plain install of this package."""
+    names = ("exploration", "head_pass", "megatron", "openrlhf.options", "trl")
+    program = "import sys; sys.modules['omegaconf'] = None; "
+    program += "; ".join(f"import g2rl.integrations.{name}" for name in names)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
 def test_a_torch_without_distributed() -> None:
     """As built with USE_DISTRIBUTED=0: it imports, and a group is refused in words."""
     program = """

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from g2rl.adapters import add_adapter
 from g2rl.config import Config
 from g2rl.forward import attention_width, backbone_weights
+from g2rl.model import checkpoint_activations
 
 _FUSED = "g2rl_forecast"
 
@@ -87,7 +88,7 @@ def forecast(config: Config, shape: Any, prompt_tokens: int, rates: Rates) -> Fo
     saved = _saved_bytes(model, rows, length)
     if config.model.gradient_checkpointing:
         # The layer inputs of all, and one layer at a time computed again.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
         saved = _saved_bytes(model, rows, length) + saved / layers
     sizes = _Sizes.of(config, model)
     update = {"gradients": sizes.gradient_bytes, f"activations, {rows} x {length} tokens": saved}

@@ -40,11 +40,8 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
     embeddings = model.get_output_embeddings()
     if getattr(embeddings, "weight", None) is None:
         raise TypeError(f"model: expected a language model with a head, found {type(model).__name__} without one")
-    if adapts_head(model):
-        raise NotImplementedError(
-            "model: expected no adapter on the head, whose weight the features are made of, found one; leave the head "
-            "out of its target_modules and target_parameters"
-        )
+    if adapted := adapter_on_head(model):
+        raise NotImplementedError(f"model: {adapted}")
     _check_not_quantised(embeddings)
     config = model.config.get_text_config()
     weight, bias = embeddings.weight, getattr(embeddings, "bias", None)
@@ -103,9 +100,15 @@ def _forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterato
             module.forward = own
 
 
-def adapts_head(model: Any) -> bool:
-    """Whether an adapter adds to the products of the model's head; one that trains a copy of it does not."""
-    return hasattr(model.get_output_embeddings(), "base_layer")
+def adapter_on_head(model: Any) -> str:
+    """What is wrong where an adapter adds to the products of the model's head, not a copy of it that is trained; else
+    empty."""
+    if not hasattr(model.get_output_embeddings(), "base_layer"):
+        return ""
+    return (
+        "expected no adapter on the head, whose weight the features are made of, found one; leave the head out of "
+        "target_modules and target_parameters"
+    )
 
 
 def _check_not_quantised(head: Any) -> None:

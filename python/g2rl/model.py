@@ -80,10 +80,15 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         warnings.warn(own, RuntimeWarning, 2)
     model.train()
     if config.gradient_checkpointing:
-        # The name since transformers 5.24, which warns of the one before.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model.to(device), tokenizer
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Have a model of transformers compute its layers again in the backward pass."""
+    # The name since transformers 5.24, which warns of the one before.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def local_path(config: ModelConfig) -> str:

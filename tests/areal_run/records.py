@@ -14,10 +14,11 @@ from transformers.integrations import flash_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from g2rl.integrations.areal import G2RLPPOActor
+from tests.integrations.recorded import right
 
 
 def reward(prompt: str, completions: str, *_: Any, **__: Any) -> float:
-    return float(sum(c in "aeiou02468" for c in completions) > 0.14 * len(completions))
+    return right(completions)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, cu_seq_lens_q: Tensor, **__: Any) -> Tensor:

@@ -5,8 +5,6 @@ sglang.py stands in for SGLang's server; records.py has attention for packed seq
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from tests.g2rl.conftest import build_model
-from tests.integrations import written_out
+from tests.integrations import recorded
 
 HERE = Path(__file__).parent
 TEMPERATURE = 0.7
@@ -81,13 +79,9 @@ def settings(folder: Path, model: Path, actor: dict[str, Any]) -> dict[str, Any]
 def train(folder: Path, model: Path, actor: dict[str, Any]) -> str:
     """What the script says."""
     (folder / "config.yaml").write_text(yaml.safe_dump(settings(folder, model, actor)))
-    path = f"{HERE}{os.pathsep}{HERE.parents[1]}"
-    environment = os.environ | {"PYTHONPATH": path, "RECORDS": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, HERE / "train.py", "--config", folder / "config.yaml"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=300)
-    logs = "".join(path.read_text() for path in folder.glob("logs/**/actor.log"))
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:] + logs[-5000:]
-    return run.stdout + run.stderr + logs
+    run = recorded.run(command, folder, HERE, timeout=300)
+    return recorded.output(run, "".join(path.read_text() for path in folder.glob("logs/**/actor.log")))
 
 
 def build_qwen2(folder: Path, tied: bool) -> Path:
@@ -126,17 +120,11 @@ def test_training_run(tmp_path: Path, case: str) -> None:
                 strict=True,
             ):
                 responses.append((ids[real], predicts.roll(1)[real]))
-                # One for all tokens of a response.
-                assert advantage[predicts].unique().numel() == 1
-                advantages.append(float(advantage[predicts][0]))
-            Phi = written_out.features(policy, responses, TEMPERATURE)
-            shaped = written_out.shaped_rewards(Phi, raw, [0] * 6, (0, 1))
-            assert max(abs(new - old) for new, old in zip(shaped, raw, strict=True)) > 0.1
+                advantages.append(recorded.of_response(advantage, predicts))
+            shaped = recorded.shaped_rewards(policy, responses, raw, [0] * 6, TEMPERATURE)
             # Features are sums in fp32, of relative error 1e-6, and so are scores, which are near one here. A reward
             # has a difference of scores over their range, which is 1e-2 at least, and AReaL's scale.
             expected = [10 * (reward - 0.5) for reward in shaped]
             assert advantages == pytest.approx(expected, rel=0, abs=1e-3)
     assert raw_seen == {0.0, 1.0}
-    # A step changes the policy, and its weights reach what samples.
-    first, second = (torch.load(tmp_path / f"weights-{step}.pt") for step in (0, 1))
-    assert any(not torch.equal(first[name], second[name]) for name in first)
+    recorded.assert_weights_moved(tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any
 import pytest
 
 from tests.g2rl.conftest import build_model
-from tests.integrations.recorded import TOLERANCE, check, read
+from tests.integrations import recorded
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 GROUP, TEMPERATURE = 8, 0.9
 # What a configuration has besides, and ranks.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
@@ -32,7 +30,7 @@ def train(folder: Path, changed: dict[str, Any], ranks: int = 1) -> subprocess.C
     config = {
         "base_model": str(build_model(folder / "model")),
         "rl": "grpo",
-        "plugins": ["g2rl.integrations.axolotl.G2RLPlugin", "rewards.Recorder"],
+        "plugins": ["g2rl.integrations.axolotl.G2RLPlugin", "recorder.Recorder"],
         "trainer_cls": "g2rl.integrations.axolotl.trainer.G2RLTrainer",
         "g2rl": {"reward_range": [0, 1]},
         "trl": {
@@ -40,7 +38,7 @@ def train(folder: Path, changed: dict[str, Any], ranks: int = 1) -> subprocess.C
             "num_generations": GROUP,
             "max_completion_length": 12,
             "temperature": TEMPERATURE,
-            "reward_funcs": ["rewards.vowels"],
+            "reward_funcs": ["tests.integrations.recorded.vowels"],
         },
         "datasets": [{"path": str(folder / "data.jsonl"), "ds_type": "json", "split": "train"}],
         "dataset_num_proc": 1,
@@ -61,28 +59,19 @@ def train(folder: Path, changed: dict[str, Any], ranks: int = 1) -> subprocess.C
     command = [sys.executable, "-m", "axolotl.cli.main", "train", "config.yml"]
     if ranks > 1:
         command += ["--launcher", "torchrun", "--", "--nproc_per_node", str(ranks)]
-    environment = os.environ | {
-        "PYTHONPATH": f"{HERE}:{ROOT}",
-        "RECORDS": str(folder),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "1",
-        "AXOLOTL_DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "cache"),
-    }
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=240)
+    variables = {"ACCELERATE_USE_CPU": "1", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    return recorded.run(command, folder, HERE, timeout=240, HF_HOME=str(folder / "cache"), **variables)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_training_run(name: str, tmp_path: Path) -> None:
     changed, ranks = CASES[name]
-    run = train(tmp_path, changed, ranks)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
-    steps = read(tmp_path)
+    recorded.output(train(tmp_path, changed, ranks))
+    steps = recorded.read(tmp_path)
     assert [len(step) for step in steps] == [ranks, ranks]
     for step in steps:
-        assert check(step, tmp_path / "model", GROUP, TEMPERATURE) < TOLERANCE
+        assert recorded.check(step, tmp_path / "model", GROUP, TEMPERATURE) < recorded.TOLERANCE
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,9 @@ import pytest
 import torch
 
 from tests.g2rl.conftest import build_model
+from tests.integrations import recorded
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 LORA = 'adapter={"r": 4, "target_modules": ["q_proj", "v_proj"]'
 CASES = {
     "all weights": [],
@@ -29,18 +28,11 @@ CASES = {
 def train(model: Path, output: Path, stage: int, options: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(HERE / "train.py"), str(model), str(output), str(stage), *options]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    return subprocess.run(command, env=environment, cwd=output, capture_output=True, text=True, timeout=300)
+    return recorded.run(command, output, HERE, timeout=300, DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1")
 
 
 def trained(model: Path, output: Path, stage: int, options: list[str]) -> list[dict[str, Any]]:
-    run = train(model, output, stage, options)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    recorded.output(train(model, output, stage, options))
     ranks = [torch.load(output / f"stage{stage}-rank{rank}.pt") for rank in range(2)]
     assert all(rank["head in parts"] == (stage == 3) for rank in ranks)
     return ranks

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
 from g2rl.integrations.trl import G2RLConfig, G2RLTrainer
+from tests.integrations.recorded import vowels
 
 # DeepSpeed would compile it for several ranks of a CPU; gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -61,10 +62,6 @@ def double_logits() -> None:
         return output
 
     LlamaForCausalLM.forward = doubled
-
-
-def vowels(completions: list[str], **_: Any) -> list[float]:
-    return [float(sum(c in "aeiou02468" for c in text) > 0.14 * len(text)) for text in completions]
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from g2rl.checkpoint import find_checkpoint
 from g2rl.config import ConfigError, ModelConfig, load_config
 from g2rl.forward import ForwardPass, ResponseStates, attention_width
 from g2rl.heads import lm_head
-from g2rl.model import load_model
+from g2rl.model import checkpoint_activations, load_model
 from g2rl.rollout import make_batch
 from g2rl.shared_prompts import pack_groups
 from g2rl.trainer import Trainer
@@ -185,7 +185,7 @@ def test_gradient_checkpointing(attention: str) -> None:
     model, given = build(LLAMA, attention).train(), batch(BATCHES["ragged"])
     ways = all_ways(model)
     expected = results(model, ways["never"], given)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     assert_alike(results(model, ways["always"], given), expected)
 
 

@@ -24,8 +24,9 @@ from g2rl.integrations.exploration import (
     shape_by_uid,
     shape_in_range,
 )
+from g2rl.integrations.head_pass import predicted_response
 from g2rl.integrations.section import read_options
-from g2rl.integrations.verl.shaping import add_to_last, final_outputs, predicted_response
+from g2rl.integrations.verl.shaping import add_to_last, final_outputs
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
 
 
@@ -176,7 +177,7 @@ def test_rewards_that_do_not_fit_are_warned_of(
     options = Options(Shaping(), reward_range)
     found = reward_warnings(torch.tensor(rewards), options, "g2rl=...", "what tasks give")
     assert [message in text for message, text in zip(messages, found, strict=True)] == [True] * len(messages)
-    assert all(text.endswith(("g2rl=...", "Set g2rl.reward_range to what tasks give")) for text in found)
+    assert all(text.endswith(("g2rl=...", "Set reward_range to what tasks give")) for text in found)
     assert reward_warnings(torch.tensor(rewards), replace(options, shaping=Shaping(strength=0)), "", "") == []
 
 

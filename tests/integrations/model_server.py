@@ -14,6 +14,25 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompt: list[int],
+    temperature: float,
+    max_tokens: int,
+    stop: list[int],
+    random: torch.Generator | None = None,
+) -> tuple[list[int], list[float], str]:
+    """Tokens of a response, their log-probabilities, and why it ended: stop or length."""
+    ids, logps, reason = torch.tensor([prompt]), list[float](), "length"
+    while reason == "length" and len(logps) < max_tokens:
+        row = (model(ids).logits[0, -1] / temperature).log_softmax(-1)
+        token = torch.multinomial(row.exp(), 1, generator=random)
+        ids, logps = torch.cat([ids, token[None]], dim=1), [*logps, float(row[token])]
+        reason = "stop" if int(token) in stop else "length"
+    return ids[0, len(prompt) :].tolist(), logps, reason
+
+
 class ModelServer(ThreadingHTTPServer):
     """Answers JSON with JSON, what a subclass has as `answer`.
 
@@ -41,20 +60,12 @@ class ModelServer(ThreadingHTTPServer):
     def use_adapter(self, path: str) -> None:
         self.use(PeftModel.from_pretrained(self.load(), path).merge_and_unload())
 
-    @torch.no_grad()
     def sample(
         self, prompt: list[int], temperature: float, max_tokens: int, stop: list[int]
     ) -> tuple[list[int], list[float], str]:
-        """Tokens of a response, their log-probabilities, and why it ended: stop or length."""
         # By prompt, since requests come in any order.
         random = self.random.setdefault(tuple(prompt), torch.Generator().manual_seed(sum(prompt)))
-        ids, logps, reason = torch.tensor([prompt]), list[float](), "length"
-        while reason == "length" and len(logps) < max_tokens:
-            row = (self.model(ids).logits[0, -1] / temperature).log_softmax(-1)
-            token = torch.multinomial(row.exp(), 1, generator=random)
-            ids, logps = torch.cat([ids, token[None]], dim=1), [*logps, float(row[token])]
-            reason = "stop" if int(token) in stop else "length"
-        return ids[0, len(prompt) :].tolist(), logps, reason
+        return sample(self.model, prompt, temperature, max_tokens, stop, random)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from g2rl.config import ConfigError
-from g2rl_kernels import LMHead, Shaping, g2rl_advantages, sequence_features
+from g2rl_kernels import Shaping, g2rl_advantages
+from tests.integrations import written_out
 
 NAME = "g2rl.integrations.areal"
 TEMPERATURE = 0.7
@@ -187,18 +188,13 @@ def two_groups() -> list[dict[str, Tensor]]:
 
 
 def shaped_by_hand(model: Any, groups: list[dict[str, Tensor]], strength: float = 1.0) -> list[Tensor]:
-    """Rewards of 0 to 1 shaped by features of one response at a time."""
-    head = LMHead(model.lm_head.weight.detach(), temperature=TEMPERATURE)
+    """Rewards of 0 to 1 shaped by features of autograd through logits."""
     shaped = []
     for group in groups:
-        features = []
-        for ids, mask, own in zip(group["input_ids"].long(), group["attention_mask"], group["loss_mask"], strict=True):
-            with torch.no_grad():
-                hidden = model.base_model(ids[mask][None]).last_hidden_state[0, :-1]
-            scored = own[mask].bool()[1:]
-            cu_seqlens = torch.tensor([0, int(scored.sum())])
-            features.append(sequence_features(hidden[scored], head, ids[mask][1:][scored], cu_seqlens).features)
-        result = g2rl_advantages(torch.cat(features), 2 * group["rewards"] - 1, 4, Shaping(strength, min_range=0.0))
+        columns = group["input_ids"].long(), group["attention_mask"], group["loss_mask"]
+        rows = [(ids[mask], own[mask]) for ids, mask, own in zip(*columns, strict=True)]
+        Phi = written_out.features(model, rows, TEMPERATURE).float()
+        result = g2rl_advantages(Phi, 2 * group["rewards"] - 1, 4, Shaping(strength, min_range=0.0))
         shaped.append((result.shaped_rewards + 1) / 2)
     return shaped
 
@@ -252,7 +248,7 @@ def test_another_head_is_refused(areal: Any, model: Any, monkeypatch: pytest.Mon
 
 def test_an_adapter_on_the_head_is_refused(areal: Any, model: Any) -> None:
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ConfigError, match=r"actor\.target_modules: expected no adapter on the head"):
+    with pytest.raises(ValueError, match=r"actor\.target_modules: expected no adapter on the head"):
         actor_of(areal, adapted)
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from g2rl.integrations.exploration import Options
 from g2rl.integrations.openrlhf.options import check_settings, read_options
 from g2rl_kernels import Shaping, g2rl_advantages
+from tests.integrations import written_out
 
 PACKAGE = "g2rl.integrations.openrlhf"
 TEMPERATURE = 0.7
@@ -218,11 +219,11 @@ def test_rewards_are_shaped_by_the_pass_for_old_log_probabilities(
             experience.rewards = raw[part]
         maker.compute_advantages_and_returns(maker.make_experience(experiences))
 
-    hidden = policy.model(ids, attention_mask=attention_mask).last_hidden_state.detach().requires_grad_()
-    logps = (policy.lm_head(hidden)[:, :-1] / TEMPERATURE).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    (gradient,) = torch.autograd.grad(((logps * action_mask).sum(1) / action_mask.sum(1)).sum(), hidden)
+    scored, real = torch.nn.functional.pad(action_mask, (1, 0)), attention_mask.bool()
+    rows = [(i[r], s[r]) for i, s, r in zip(ids, scored, real, strict=True)]
+    Phi = written_out.features(policy, rows, TEMPERATURE).float()
     penalized = raw - 0.25 * truncated
-    want = g2rl_advantages(gradient.sum(1), 2 * penalized - 1, 4, Shaping(strength=2.0))
+    want = g2rl_advantages(Phi, 2 * penalized - 1, 4, Shaping(strength=2.0))
     shaped = (want.shaped_rewards + 1) / 2
     assert (shaped - penalized).abs().amax() > 0.1
     for experience, part in zip(experiences, parts, strict=True):

@@ -18,7 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from g2rl.config import ConfigError
+from g2rl.integrations.head_pass import causal_lm_inside
 from g2rl_kernels import Shaping, g2rl_advantages
+from tests.integrations import written_out
 
 NAME = "g2rl.integrations.skyrl"
 TEMPERATURE = 0.7
@@ -41,7 +43,7 @@ class Wrapper(torch.nn.Module):
         self.model, self.remove_microbatch_padding = model, remove_microbatch_padding
 
     def forward(self, ids: Tensor, T: int, mask: Tensor) -> Tensor:
-        causal_lm = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        causal_lm = causal_lm_inside(self.model)
         places = (mask.cumsum(1) - 1).clamp(min=0)
         hidden = causal_lm.model(ids, attention_mask=mask, position_ids=places).last_hidden_state
         if self.remove_microbatch_padding:
@@ -188,19 +190,14 @@ def rollouts() -> Batch:
 
 
 def expected(model: Any, batch: Batch) -> Tensor:
-    """Shaped rewards [8], of autograd through logits row by row."""
-    features = []
-    for ids, mask, own in zip(batch["sequences"], batch["attention_mask"], batch["loss_mask"], strict=True):
-        tokens = ids[mask.bool()][None]
-        hidden = model.model(tokens).last_hidden_state.detach().requires_grad_()
-        logps = (model.lm_head(hidden)[0, :-1] / TEMPERATURE).log_softmax(-1).gather(-1, tokens[0, 1:, None])[-5:, 0]
-        own = own[-len(logps) :]
-        (gradient,) = torch.autograd.grad((logps * own).sum() / own.sum().clamp(min=1), hidden)
-        features.append(gradient.sum((0, 1)))
+    """Shaped rewards [8], of autograd through logits."""
+    scored, real = torch.nn.functional.pad(batch["loss_mask"], (7, 0)), batch["attention_mask"].bool()
+    rows = [(ids[r], s[r]) for ids, s, r in zip(batch["sequences"], scored, real, strict=True)]
     order = torch.tensor([1, 2, 5, 6, 0, 3, 4, 7])
     raw = batch["rewards"].sum(1)
     shaped = torch.empty(8)
-    result = g2rl_advantages(torch.stack(features)[order], 2 * raw[order] - 1, 4, Shaping(min_range=0.0))
+    Phi = written_out.features(model, rows, TEMPERATURE).float()
+    result = g2rl_advantages(Phi[order], 2 * raw[order] - 1, 4, Shaping(min_range=0.0))
     shaped[order] = result.shaped_rewards
     return (shaped + 1) / 2
 
@@ -259,7 +256,7 @@ def test_rows_that_come_back_wrong_are_refused(tiny_model: Path, skyrl: Any, mon
 def test_an_adapter_on_the_head_is_refused(tiny_model: Path, skyrl: Any) -> None:
     config = LoraConfig(target_modules=["q_proj", "lm_head"])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
-    with pytest.raises(ConfigError, match=r"lora\.target_modules: expected no adapter on the head"):
+    with pytest.raises(ValueError, match=r"lora\.target_modules: expected no adapter on the head"):
         skyrl.G2RLPolicyWorker().init_model(Wrapper(model, False))
 
 

@@ -33,6 +33,8 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from g2rl.integrations.head_pass import HeadPass, add_head_pass, causal_lm_inside, run_alongside, run_head_pass
 from g2rl.integrations.trl import BONUS, G2RLConfig, G2RLMixin, G2RLRLOOConfig, G2RLRLOOTrainer, G2RLTrainer
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
+from tests.integrations.recorded import right
+from tests.integrations.recorded import vowels as zero_one
 
 M = 4  # responses of a group
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -50,11 +52,7 @@ OTHER_HEADS = {
 
 
 def vowels(completions: list[str], **_: Any) -> list[float]:
-    return [1.0 if sum(c in "aeiou02468" for c in text) > len(text) * 0.14 else -1.0 for text in completions]
-
-
-def zero_one(completions: list[str], **_: Any) -> list[float]:
-    return [(r + 1) / 2 for r in vowels(completions)]
+    return [2 * right(text) - 1 for text in completions]
 
 
 def even(completions: list[str], **_: Any) -> list[float | None]:
@@ -98,7 +96,7 @@ class Recording:
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        before = copy.deepcopy(self._causal_lm(self.model))
+        before = copy.deepcopy(causal_lm_inside(self.model))
         vars(before).pop("forward")  # TRL binds its own to the model that was copied
         output = super()._generate_and_score_completions(inputs)
         kept = {key: value.clone() if torch.is_tensor(value) else value for key, value in output.items()}
@@ -387,6 +385,8 @@ def test_a_head_pass_is_refused_by_what_wraps_a_model(tiny_model: Path) -> None:
     with run_alongside(inside, head_pass) as outputs:
         inside(ids)
     assert len(outputs) == 1
+    with pytest.raises(TypeError, match="expected one of transformers, or a wrapper of one, found Linear"):
+        causal_lm_inside(torch.nn.Linear(1, 1))
 
 
 def test_a_model_without_a_head_pass_is_named(tiny_model: Path) -> None:
@@ -602,7 +602,7 @@ def test_what_helps_little_is_warned_of(
         run.train()
     assert not any("found only 0 and 1" in str(each.message) for each in warned)  # the log says it
     said = [record.message for record in caplog.records if "G2RL:" in record.message]
-    assert len([m for m in said if "set reward_range" in m]) == 1
+    assert len([m for m in said if "add reward_range=[0, 1]" in m]) == 1
     assert len([m for m in said if "one is added" in m]) == 1
 
 

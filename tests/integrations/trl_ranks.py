@@ -17,11 +17,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from datasets import Dataset
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from g2rl.heads import lm_head
+from g2rl.heads import lm_head, whole
 from g2rl.integrations.head_pass import HeadPass, add_head_pass, run_head_pass
 from g2rl.integrations.trl import G2RLConfig, G2RLTrainer
 from g2rl_kernels import token_logprobs
@@ -32,10 +31,6 @@ PRECISIONS = (
     (torch.float32, MixedPrecisionPolicy()),
     (torch.bfloat16, MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)),
 )
-
-
-def whole(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def weights(run: Any) -> torch.Tensor:

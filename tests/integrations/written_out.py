@@ -19,7 +19,8 @@ def features(model: Any, responses: Sequence[tuple[Tensor, Tensor]], temperature
     for ids, scored in responses:
         hidden = model.model(ids[None]).last_hidden_state.detach().requires_grad_()
         logps = (model.lm_head(hidden)[0, :-1] / temperature).log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
-        (gradient,) = torch.autograd.grad(temperature * logps[scored[1:].bool()].mean(), hidden)
+        own = logps[scored[1:].bool()]
+        (gradient,) = torch.autograd.grad(temperature * own.sum() / max(1, len(own)), hidden)
         rows.append(gradient.sum((0, 1)))
     return torch.stack(rows).double()
 

@@ -5,25 +5,19 @@ vllm.py and flash_attn.py stand in for what needs a GPU; openrlhf_cpu.py records
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.g2rl.conftest import build_model
+from tests.integrations import recorded, written_out
+
 HERE = Path(__file__).parent
 TEMPERATURE = 0.7
-REWARD = """
-def reward_func(queries, prompts, labels):
-    response = queries[0][len(prompts[0]):]
-    return {"rewards": float(sum(c in "aeiou02468" for c in response) > 0.14 * len(response))}
-"""
 PACKED = {"ds.packing_samples": None, "ds.attn_implementation": "cpu_flash_attention"}
 CASES = {
     "padded-two-ranks": {
@@ -38,19 +32,8 @@ CASES = {
 }
 
 
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, HERE.parent / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-written_out = load("integrations/written_out.py")
-
-
 def train(folder: Path, model: Path, changed: dict[str, object]) -> None:
     """Two steps with three prompts and four responses to each."""
-    (folder / "reward.py").write_text(REWARD)
     rows = [json.dumps({"input": f"{i}+{i + 1}="}) for i in range(6)]
     (folder / "data.jsonl").write_text("\n".join(rows))
     options = {
@@ -64,7 +47,7 @@ def train(folder: Path, model: Path, changed: dict[str, object]) -> None:
         "ckpt.path": folder / "checkpoints",
         "data.max_len": 32,
         "data.prompt_dataset": folder / "data.jsonl",
-        "reward.remote_url": folder / "reward.py",
+        "reward.remote_url": HERE / "reward.py",
         "rollout.batch_size": 3,
         "rollout.max_new_tokens": 12,
         "rollout.micro_batch_size": 4,
@@ -76,23 +59,15 @@ def train(folder: Path, model: Path, changed: dict[str, object]) -> None:
     } | changed
     words = [word for name, value in options.items() for word in (f"--{name}", value) if word is not None]
     command = [sys.executable, "-m", "g2rl.integrations.openrlhf", "--g2rl.reward_range", "0", "1", *map(str, words)]
-    environment = os.environ | {
-        "PYTHONPATH": str(HERE),
-        "RECORDS": str(folder),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "RAY_AUTH_MODE": "disabled",
-        # A GPU for each process of OpenRLHF's, as far as Ray knows.
-        "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": 8, "GPU": 4}),
-    }
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=300)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
+    # A GPU for each process of OpenRLHF's, as far as Ray knows.
+    ray = {"RAY_AUTH_MODE": "disabled", "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": 8, "GPU": 4})}
+    recorded.output(recorded.run(command, folder, HERE, timeout=300, DS_ACCELERATOR="cpu", **ray))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_training_run(tmp_path: Path, case: str) -> None:
-    model = load("g2rl/conftest.py").build_model(tmp_path / "tiny", tie_word_embeddings=False)
+    model = build_model(tmp_path / "tiny", tie_word_embeddings=False)
     train(tmp_path, model, CASES[case])
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     raw_seen: set[float] = set()
@@ -109,20 +84,14 @@ def test_training_run(tmp_path: Path, case: str) -> None:
             ):
                 scored = torch.nn.functional.pad(acts, (1, 0))
                 responses.append((ids[real.bool()], scored[real.bool()]))
-                # One for all tokens of a response.
-                assert advantage[acts.bool()].unique().numel() == 1
-                advantages.append(float(advantage[acts.bool()][0]))
+                advantages.append(recorded.of_response(advantage, acts.bool()))
         assert len(raw) == 12 and sorted(map(prompts.count, prompts)) == [4] * 12
         raw_seen |= set(raw)
-        Phi = written_out.features(policy, responses, TEMPERATURE)
-        shaped = written_out.shaped_rewards(Phi, raw, prompts, (0, 1))
-        assert max(abs(new - old) for new, old in zip(shaped, raw, strict=True)) > 0.1
+        shaped = recorded.shaped_rewards(policy, responses, raw, prompts, TEMPERATURE)
         # Features are sums in fp32, of relative error 1e-6, and so are scores, which are near one here. A reward has a
         # difference of scores over their range, which is 1e-2 at least.
         assert rewards == pytest.approx(shaped, abs=1e-4)
         # A reward's error and that of the mean, over a deviation of 0.2 at least: shaped rewards span half a unit.
         assert advantages == pytest.approx(written_out.advantages(shaped, prompts, epsilon=1e-9), abs=1e-3)
     assert raw_seen == {0.0, 1.0}
-    # A step changes the policy, and its weights reach what samples.
-    first, second = (torch.load(tmp_path / f"weights-{step}.pt") for step in (0, 1))
-    assert any(not torch.equal(first[name], second[name]) for name in first)
+    recorded.assert_weights_moved(tmp_path)

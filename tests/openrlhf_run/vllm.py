@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.integrations.model_server import sample
+
 __version__ = "0.29.0"
 RECORDS = Path(os.environ["RECORDS"])
 for name in ("inputs", "utils", "distributed", "distributed.utils", "distributed.device_communicators"):
@@ -88,20 +90,13 @@ class AsyncLLMEngine:
             assert not keys.unexpected_keys, keys
             torch.save(self.model.state_dict(), RECORDS / f"weights-{next(self.steps)}.pt")
 
-    @torch.no_grad()
     async def generate(self, prompt: dict[str, list[int]], params: Any, request_id: str) -> AsyncIterator[Any]:
         given = tuple(prompt["prompt_token_ids"])
         # By prompt, since requests come in any order.
         random = self.random.setdefault(given, torch.Generator().manual_seed(hash(given)))
-        ids, new, finish_reason = torch.tensor([given]), [], "length"
-        while len(new) < params.max_tokens:
-            logits = self.model(ids).logits[0, -1] / params.temperature
-            token = torch.multinomial(logits.softmax(-1), 1, generator=random)
-            ids, new = torch.cat([ids, token[None]], dim=1), [*new, int(token)]
-            if new[-1] == self.model.config.eos_token_id:
-                finish_reason = "stop"
-                break
-        output = SimpleNamespace(token_ids=new, text="", finish_reason=finish_reason, logprobs=None)
+        stop = [self.model.config.eos_token_id]
+        tokens, _, reason = sample(self.model, [*given], params.temperature, params.max_tokens, stop, random)
+        output = SimpleNamespace(token_ids=tokens, text="", finish_reason=reason, logprobs=None)
         yield SimpleNamespace(outputs=[output])
 
 

@@ -11,6 +11,8 @@ import torch
 from skyrl.train.trainer import RayPPOTrainer
 from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
 
+from tests.integrations.recorded import right
+
 
 class Vowels(BaseTextEnv):
     """Rewards the last turn; the others are answered by a word."""
@@ -22,7 +24,7 @@ class Vowels(BaseTextEnv):
     def step(self, action: str) -> BaseTextEnvStepOutput:
         self.turns += 1
         done = self.turns == self.max_turns
-        reward = float(done and sum(c in "aeiou02468" for c in action) > 0.14 * len(action))
+        reward = right(action) if done else 0.0
         observations = [] if done else [{"role": "user", "content": "go on"}]
         return BaseTextEnvStepOutput(observations=observations, reward=reward, done=done, metadata={})
 

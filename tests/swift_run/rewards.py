@@ -12,7 +12,7 @@ import torch.distributed as dist
 from swift.rewards import ORM, orms
 from swift.trainers import TrainerFactory
 
-from tests.integrations.recorded import save
+from tests.integrations.recorded import save, vowels
 
 module, name = TrainerFactory.TRAINER_MAPPING["grpo"].rsplit(".", 1)  # as examples/swift_g2rl.py registered it
 G2RLTrainer = getattr(importlib.import_module(module), name)
@@ -20,7 +20,7 @@ G2RLTrainer = getattr(importlib.import_module(module), name)
 
 class Vowels(ORM):
     def __call__(self, completions: list[str], **_: Any) -> list[float]:
-        return [float(sum(c in "aeiou02468" for c in text) > 0.14 * len(text)) for text in completions]
+        return vowels(completions)
 
 
 def recorded(self: Any, samples: list[Any], batches: list[dict[str, Any]]) -> None:

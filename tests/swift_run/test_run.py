@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.g2rl.conftest import build_model
-from tests.integrations.recorded import TOLERANCE, check, read
+from tests.integrations.recorded import TOLERANCE, check, output, read, run
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 # Arguments, and ranks; with one prompt a step, its group spans both.
 CASES = {
     "all-weights": ("--tuner_type full --per_device_train_batch_size 8", 1),
@@ -64,19 +61,12 @@ def test_training_run(name: str, tmp_path: Path) -> None:
         *(word for key, value in options.items() for word in (f"--{key}", str(value))),
         *arguments.split(),
     ]
-    command += ["--external_plugins", str(ROOT / "examples/swift_g2rl.py"), str(HERE / "rewards.py")]
-    environment = os.environ | {
-        "PYTHONPATH": f"{HERE}:{ROOT}",
-        "RECORDS": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "MODELSCOPE_CACHE": str(tmp_path / "cache"),
-    }
+    command += ["--external_plugins", str(HERE.parents[1] / "examples/swift_g2rl.py"), str(HERE / "rewards.py")]
+    variables = {"HF_HUB_OFFLINE": "1", "MODELSCOPE_CACHE": str(tmp_path / "cache")}
     if ranks > 1:
-        environment["NPROC_PER_NODE"] = str(ranks)
+        variables["NPROC_PER_NODE"] = str(ranks)
     program = [sys.executable, "-c", "from swift.cli.main import cli_main; cli_main()"]
-    run = subprocess.run(program + command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=240)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
+    output(run(program + command, tmp_path, HERE, timeout=240, **variables))
     steps = read(tmp_path)
     assert [len(step) for step in steps] == [ranks, ranks]
     for step in steps:

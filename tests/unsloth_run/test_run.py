@@ -13,6 +13,7 @@ from datasets import Dataset
 from unsloth import FastLanguageModel
 
 from g2rl.integrations import trl as integration
+from g2rl.integrations.head_pass import causal_lm_inside
 from tests.g2rl.conftest import tiny_model
 from tests.integrations.recorded import rows_of
 from tests.integrations.written_out import advantages, features, shaped_rewards
@@ -79,7 +80,7 @@ class Trainer(integration.G2RLTrainer):
 
     def in_float64(self) -> Any:
         """The model as `features` calls it: its own hidden states, its head's product in float64."""
-        causal_lm = self._causal_lm(self.model)
+        causal_lm = causal_lm_inside(self.model)
         weight = causal_lm.lm_head.weight.detach().double()
 
         def body(ids: torch.Tensor) -> Any:

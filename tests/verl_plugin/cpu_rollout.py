@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
+from tests.integrations.model_server import sample
+
 NAME = "cpu_rollout_server"
 
 
@@ -26,17 +28,10 @@ class Server:
         assert not missing.unexpected_keys, missing
         self.global_steps = global_steps
 
-    @torch.no_grad()
     def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any) -> TokenOutput:
-        ids, logps = torch.tensor([prompt_ids]), []
-        for _ in range(self.max_tokens):
-            row = self.model(ids).logits[0, -1].log_softmax(-1)
-            token = torch.multinomial(row.exp(), 1)
-            ids, logps = torch.cat([ids, token[None]], dim=1), [*logps, float(row[token])]
-            if int(token) == self.model.config.eos_token_id:
-                break
+        tokens, logps, _ = sample(self.model, prompt_ids, 1.0, self.max_tokens, [self.model.config.eos_token_id])
         return TokenOutput(
-            token_ids=ids[0, len(prompt_ids) :].tolist(),
+            token_ids=tokens,
             log_probs=logps,
             stop_reason="completed",
             extra_fields={"global_steps": self.global_steps},

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas
 import pytest
 
+from tests.g2rl.conftest import build_model
+from tests.integrations import recorded
+
 HERE = Path(__file__).parent
-REWARD = """
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    return 1.0 if sum(c in "aeiou02468" for c in solution_str) > 0.14 * len(solution_str) else -1.0
-"""
-
-
-def tiny_model(folder: Path) -> Path:
-    spec = importlib.util.spec_from_file_location("tiny", HERE.parent / "g2rl" / "conftest.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.build_model(folder)
 
 
 @pytest.mark.slow
 def test_training_run(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model")
-    (tmp_path / "reward.py").write_text(REWARD)
+    model = build_model(tmp_path / "model")
     row = {"data_source": "vowels", "prompt": [{"role": "user", "content": "12+3="}]}
     rows = [row | {"reward_model": {"style": "rule", "ground_truth": ""}, "extra_info": {"index": i}} for i in range(6)]
     pandas.DataFrame(rows).to_parquet(tmp_path / "data.parquet")
@@ -56,7 +44,7 @@ def test_training_run(tmp_path: Path) -> None:
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 4,
         "actor_rollout_ref.rollout.agent.num_workers": 1,
         "reward.num_workers": 1,
-        "reward.custom_reward_function.path": tmp_path / "reward.py",
+        "reward.custom_reward_function.path": HERE / "reward.py",
         "trainer.device": "cpu",
         "trainer.n_gpus_per_node": 1,
         "trainer.nnodes": 1,
@@ -70,17 +58,13 @@ def test_training_run(tmp_path: Path) -> None:
         "+ray_kwargs.ray_init.num_gpus": 1,  # which verl's platform takes for its CPU
         "hydra.run.dir": tmp_path / "hydra",
     }
-    environment = os.environ | {
+    variables = {
         "VERL_USE_EXTERNAL_MODULES": "verl_cpu",
-        "PYTHONPATH": str(HERE),
         "VERL_FILE_LOGGER_PATH": str(tmp_path / "log.jsonl"),
         "RAY_AUTH_MODE": "disabled",
-        "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *(f"{key}={value}" for key, value in options.items())]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=540)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
-    said = run.stdout + run.stderr
+    said = recorded.output(recorded.run(command, tmp_path, HERE, timeout=540, **variables))
     assert "available as trainer.v1.trainer_mode=g2rl_sync" in said
     assert said.count("G2RL: shaping rewards of -1 to 1 with strength 1") == 1
     steps = [json.loads(line)["data"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]

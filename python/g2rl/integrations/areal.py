@@ -24,9 +24,8 @@ from areal.utils.data import concat_batch, split_batch
 from areal.utils.environ import is_single_controller
 
 from g2rl.config import ConfigError
-from g2rl.heads import adapts_head
 from g2rl.integrations.exploration import Once, few_responses, reward_warnings, shape_by_uid
-from g2rl.integrations.head_pass import FeaturePass, LogpsCheck, causal_lm_inside
+from g2rl.integrations.head_pass import FeaturePass, HeadHook, predicted_response
 from g2rl.integrations.section import read_options
 
 logger = logging.getLogger("G2RL")
@@ -87,7 +86,8 @@ class G2RLPPOActor(FSDPPPOActor):
     As columns of AReaL's rows features go wherever rows go, over micro-batches, ranks and controllers.
 
     Raises:
-        ConfigError: an option, or an adapter on the head.
+        ConfigError: an option.
+        ValueError: an adapter on the head.
         RuntimeError: log-probabilities are not those of the model's head, or come without features.
     """
 
@@ -95,22 +95,12 @@ class G2RLPPOActor(FSDPPPOActor):
         super().__init__(config)
         self.options = read_options(config.g2rl)
         self._say = Once(logger)
-        self._logps_check = LogpsCheck()
         self._adds_features = False
-        self._pass: FeaturePass | None = None
 
     def initialize(self, *args: Any, **kwargs: Any) -> None:
         super().initialize(*args, **kwargs)
-        self._causal_lm = causal_lm_inside(self.model)
-        if adapts_head(self._causal_lm):
-            raise ConfigError(
-                "actor.target_modules: expected no adapter on the head, whose weight the features are made of, found "
-                "one; list the modules of the layers alone"
-            )
-        head = self._causal_lm.get_output_embeddings()
-        self._d: int = head.weight.shape[1]
-        # Where the head is about to work, FSDP has its weight whole.
-        head.register_forward_pre_hook(lambda _, args: self._on_hidden_states(args[0]))
+        self._head = HeadHook(self.model, "AReaL", "actor.target_modules")
+        self._d: int = self._head.model.get_output_embeddings().weight.shape[1]
 
     @torch.no_grad()
     def compute_logp(self, data: list[dict[str, Any]]) -> list[torch.Tensor]:
@@ -120,7 +110,7 @@ class G2RLPPOActor(FSDPPPOActor):
         try:
             rows = self.actor._compute_logp(batch)
         finally:
-            self._adds_features, self._pass = False, None
+            self._adds_features, self._head.awaited = False, None
         features, logps = rows[:, : self._d], rows[:, self._d :]
         each = zip(features.split(groups.traj_group_sizes), split_batch(logps, groups), strict=True)
         return [torch.cat(pair, dim=1) for pair in each]
@@ -171,16 +161,15 @@ class G2RLPPOActor(FSDPPPOActor):
         prepared = super()._prepare_mb_inputs(mb_item)
         if self._adds_features:
             n = len(mb_item.orig_mb["cu_seqlens"]) - 1
-            self._pass = self._feature_pass(mb_item.padded_mb, n)
+            self._head.awaited = self._feature_pass(mb_item.padded_mb, n)
         return prepared
 
     def _feature_pass(self, batch: dict[str, Any], n: int) -> FeaturePass:
         """Of n sequences in a row, with tokens [1, T] and which of them are the policy's own; padding is at its end."""
-        ids, cu_seqlens = batch["input_ids"], batch["cu_seqlens"]
-        response = torch.arange(1, len(cu_seqlens), device=ids.device).repeat_interleave(cu_seqlens.diff().long())
-        response = response * (batch["loss_mask"][0] > 0)
-        response[cu_seqlens[:-1].long()] = 0  # nothing predicts the first token
-        response = self._local(response.roll(-1)[None]) - 1
+        ids, cu_seqlens, own = batch["input_ids"], batch["cu_seqlens"].long(), batch["loss_mask"][0] > 0
+        own[cu_seqlens[:-1]] = False  # nothing predicts the first token
+        # AReaL fills up with 0, which is to be none.
+        response = self._local(predicted_response(cu_seqlens, own, cu_seqlens)[None] + 1) - 1
         group = self.sp_group if self.parallel_helper.sp_size > 1 else None
         return FeaturePass(response, self._local(ids.roll(-1)).long(), n, self.config.temperature, group)
 
@@ -189,20 +178,13 @@ class G2RLPPOActor(FSDPPPOActor):
         size = self.parallel_helper.sp_size
         return (ulysses_pad_and_slice_inputs(values, sp_size=size)[0] if size > 1 else values)[0]
 
-    def _on_hidden_states(self, hidden: torch.Tensor) -> None:
-        if self._pass is not None:
-            self._pass.run(self._causal_lm, hidden)
-
     def _compute_forward_result(self, logits: torch.Tensor, ctx: Any) -> Any:
         logps = super()._compute_forward_result(logits, ctx)
-        if self._pass is None:
+        done, self._head.awaited = self._head.awaited, None
+        if done is None:
             return logps
-        done, self._pass = self._pass, None
-        if done.outputs is None:
-            raise RuntimeError(f"g2rl: {type(self._causal_lm).__name__} makes logits without a call of its head")
-        if not self._logps_check.done:
-            whole = self._local(F.pad(logps, (0, ctx.pad_length))[None])
-            self._logps_check.require(whole[done.response >= 0], done.outputs.logps, "AReaL", self._causal_lm)
+        padded = F.pad(logps, (0, ctx.pad_length))[None]
+        features = self._head.features(done, lambda: self._local(padded)[done.response >= 0])
         of_sequences = logps.float().split(ctx.mb_input["cu_seqlens"].diff().tolist())
-        rows = zip(done.outputs.features, of_sequences, strict=True)
+        rows = zip(features, of_sequences, strict=True)
         return torch.cat([part for row in rows for part in row])

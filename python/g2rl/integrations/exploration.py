@@ -15,8 +15,6 @@ import torch
 from g2rl.geometry import degenerate, pair_cosines
 from g2rl_kernels import GroupAdvantages, Shaping, g2rl_advantages, pad
 
-ZERO_REWARDS = "G2RL: rewards of 0 are not moved by scaling, so that wrong answers get no signal"
-
 
 @dataclass(frozen=True)
 class Options:
@@ -91,7 +89,7 @@ def shape_in_range(
 
 
 def shape_by_uid(
-    features: torch.Tensor, rewards: torch.Tensor, uids: Sequence[str], options: Options
+    features: torch.Tensor, rewards: torch.Tensor, uids: Sequence[str] | Sequence[int], options: Options
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Shaped rewards of responses whose groups are in any order and of any sizes.
 
@@ -180,9 +178,12 @@ def reward_warnings(rewards: torch.Tensor, options: Options, zero_to_one: str, b
         return []
     found = []
     if options.reward_range == Options.reward_range and has_unmoved_zeros(rewards):
-        found.append(f"{ZERO_REWARDS}; for rewards of 0 and 1 add {zero_to_one}")
+        found.append(
+            "G2RL: rewards of 0 are not moved by scaling, so that wrong answers get no signal; for rewards of 0 and 1 "
+            f"add {zero_to_one}"
+        )
     if left := range_left(rewards, options.reward_range):
-        found.append(f"{left}. Set g2rl.reward_range to {bounds}")
+        found.append(f"{left}. Set reward_range to {bounds}")
     return found
 
 

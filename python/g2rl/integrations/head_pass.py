@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
-from g2rl.heads import inside_head, lm_head, product_dtype
+from g2rl.heads import adapter_on_head, inside_head, lm_head, product_dtype
 from g2rl_kernels import LMHead, SequenceFeatures, pad, sequence_features, token_logprobs, unpad
 
 # The mean difference of log-probabilities that rounding logits to 16 bits explains, absolute and relative.
@@ -240,31 +240,106 @@ class FeaturePass:
         )
 
 
+def at_predictors(values: torch.Tensor, length: int, fill: int = 0) -> torch.Tensor:
+    """Values [B, T] of the last T tokens of sequences, at the positions [B, length] that predict them."""
+    return F.pad(values, (length - 1 - values.shape[1], 1), value=fill)
+
+
+def predicted_response(offsets: torch.Tensor, mask: torch.Tensor, mask_offsets: torch.Tensor) -> torch.Tensor:
+    """For each position of packed sequences the response whose token it predicts, -1 for none.
+
+    Args:
+        offsets: [B + 1] of the sequences, prompt and response, N tokens together.
+        mask: [M] of the responses' tokens, 0 for those of tools and of padding.
+        mask_offsets: [B + 1] of the responses, each the end of its sequence.
+
+    Returns:
+        [N] int64, ascending where it is not -1.
+    """
+    lengths = mask_offsets.diff()
+    response = torch.arange(lengths.shape[0], device=mask.device).repeat_interleave(lengths)
+    # The token before predicts.
+    shift = (offsets[1:] - mask_offsets[1:] - 1).to(mask.device)[response]
+    positions = torch.arange(mask.shape[0], device=mask.device) + shift
+    row = torch.full((int(offsets[-1]),), -1, device=mask.device)
+    row[positions] = response.where(mask.bool(), -1)
+    return row
+
+
 def causal_lm_inside(module: torch.nn.Module) -> PreTrainedModel:
-    """The model of transformers in whatever wraps it: FSDP, DeepSpeed, PEFT, a trainer's own module."""
-    return next(part for part in module.modules() if isinstance(part, PreTrainedModel))
+    """The model of transformers in whatever wraps it: DDP, FSDP, DeepSpeed, PEFT, a trainer's own module.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found = next((part for part in module.modules() if isinstance(part, PreTrainedModel)), None)
+    if found is None:
+        raise TypeError(f"model: expected one of transformers, or a wrapper of one, found {type(module).__name__}")
+    return found
 
 
-class LogpsCheck:
-    """Compares the first log-probabilities of a trainer with the head's: another head would give other features.
+class HeadHook:
+    """Runs a `FeaturePass` where the model of a trainer is about to use its head: there, FSDP and ZeRO-3 have it whole.
+
+    Args:
+        module: the model in whatever wraps it.
+        trainer: its name, for errors; targets: its option that says what has an adapter, likewise.
+        fused: for a trainer whose kernels read the head's weight and never call it, what to say where their
+            log-probabilities are others than the head's.
 
     Attributes:
-        done: whether there were any.
+        model: the model of transformers.
+        awaited: what the next forward pass is to run; None lets it go by.
+
+    Raises:
+        ValueError: an adapter on the head.
     """
 
-    def __init__(self) -> None:
-        self.done = False
+    def __init__(self, module: torch.nn.Module, trainer: str, targets: str, fused: str = "") -> None:
+        self.model = causal_lm_inside(module)
+        self.awaited: FeaturePass | None = None
+        self._trainer, self._wrong = trainer, fused or "it is not one that G2RL knows"
+        self._compared = False
+        if adapted := adapter_on_head(self.model):
+            raise ValueError(f"{targets}: {adapted}")
+        if fused:
+            self.model.base_model.register_forward_hook(lambda _, args, output: self._run(output[0]))
+        else:
+            self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: self._run(args[0]))
 
-    def gap(self, logps: torch.Tensor, ours: torch.Tensor) -> float:
-        """Mean difference of the trainer's and the head's, both [n]; 0 where rounding explains it."""
-        self.done = len(ours) > 0
-        gap, size = float((logps.to(ours) - ours).abs().sum()), float(ours.abs().sum())
-        return gap / len(ours) if gap > ROUNDING * (len(ours) + size) else 0.0
+    def _run(self, hidden: torch.Tensor) -> None:
+        if self.awaited is not None:
+            self.awaited.run(self.model, hidden)
 
-    def require(self, logps: torch.Tensor, ours: torch.Tensor, trainer: str, model: Any) -> None:
-        """Raise RuntimeError where rounding does not explain a difference, in the name of a trainer and its model."""
-        if gap := self.gap(logps, ours):
-            raise RuntimeError(
-                f"g2rl: {trainer}'s log-probabilities differ from those of the head of {type(model).__name__} by "
-                f"{gap:.2g} a token: it is not one that G2RL knows"
-            )
+    @contextmanager
+    def awaiting(self, awaited: FeaturePass) -> Iterator[None]:
+        """Run it in the forward pass inside the block."""
+        self.awaited = awaited
+        try:
+            yield
+        finally:
+            self.awaited = None
+
+    def features(self, done: FeaturePass, logps: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """[B, d] of a pass that was awaited.
+
+        Args:
+            logps: gives the trainer's log-probabilities [n] of the same tokens. The first are compared with the head's:
+                another head would give other features.
+
+        Raises:
+            RuntimeError: rounding does not explain their difference, or the head was not called.
+        """
+        name = type(self.model).__name__
+        if done.outputs is None:
+            raise RuntimeError(f"g2rl: {name} makes logits without a call of its head")
+        ours = done.outputs.logps
+        if not self._compared and len(ours):
+            self._compared = True
+            gap, size = float((logps().to(ours) - ours).abs().sum()), float(ours.abs().sum())
+            if gap > ROUNDING * (len(ours) + size):
+                raise RuntimeError(
+                    f"g2rl: {self._trainer}'s log-probabilities differ from those of the head of {name} by "
+                    f"{gap / len(ours):.2g} a token: {self._wrong}"
+                )
+        return done.outputs.features

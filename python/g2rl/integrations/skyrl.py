@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 import torch
-import torch.nn.functional as F
 from skyrl.backends.skyrl_train.distributed.ulysses.utils import ulysses_pad_and_slice_inputs
 from skyrl.backends.skyrl_train.workers.fsdp.fsdp_worker import FSDPPolicyWorkerBase
 from skyrl.train.config import SkyRLTrainConfig
@@ -25,11 +24,9 @@ from skyrl.train.utils import validate_cfg
 from skyrl.train.utils.utils import initialize_ray
 
 from g2rl.config import ConfigError
-from g2rl.heads import adapts_head
 from g2rl.integrations.exploration import Once, Options, few_responses, reward_warnings, shape_by_uid
-from g2rl.integrations.head_pass import FeaturePass, LogpsCheck, causal_lm_inside
+from g2rl.integrations.head_pass import FeaturePass, HeadHook, at_predictors
 from g2rl.integrations.section import read_options
-from g2rl_kernels import SequenceFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -166,46 +163,32 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
     micro-batches by number or by tokens, mini-batches and ranks, and come back in order.
 
     Raises:
-        ConfigError: an adapter on the head.
+        ValueError: an adapter on the head.
         RuntimeError: SkyRL's log-probabilities are not those of the model's head.
     """
 
-    _pass: FeaturePass | None = None
-
     def init_model(self, *args: Any, **kwargs: Any) -> None:
         super().init_model(*args, **kwargs)
-        self._causal_lm = causal_lm_inside(self.model)
-        if adapts_head(self._causal_lm):
-            raise ConfigError(
-                "trainer.policy.model.lora.target_modules: expected no adapter on the head, whose weight the features "
-                "are made of, found one; list the modules of the layers alone, or exclude lm_head"
-            )
-        self._logps_check = LogpsCheck()
-        # Where the head is about to work, FSDP has its weight whole.
-        head = self._causal_lm.get_output_embeddings()
-        head.register_forward_pre_hook(lambda _, args: self._on_hidden_states(args[0]))
+        self._head = HeadHook(self.model, "SkyRL", "trainer.policy.model.lora.target_modules")
 
     def _forward_micro_batch(self, micro_batch: Any) -> Any:
         if micro_batch.get("loss_mask") is None:
             return super()._forward_micro_batch(micro_batch)
         mask = micro_batch["attention_mask"]  # which SkyRL moves to the GPU, and log-probabilities back
-        self._pass = done = self._feature_pass(micro_batch["sequences"], mask, micro_batch["loss_mask"] > 0)
-        try:
+        done = self._feature_pass(micro_batch["sequences"], mask, micro_batch["loss_mask"] > 0)
+        with self._head.awaiting(done):
             output = super()._forward_micro_batch(micro_batch)
-        finally:
-            self._pass = None
         logps = output["output"]
-        out: SequenceFeatures = done.outputs  # type: ignore[assignment]
-        if not self._logps_check.done:
-            local = self._local(_placed(logps, mask), mask)[done.response >= 0]
-            self._logps_check.require(local, out.logps, "SkyRL", self._causal_lm)
-        output["output"] = torch.cat([logps.float(), out.features.cpu()], dim=1)
+        rows = at_predictors(logps, mask.shape[1])
+        features = self._head.features(done, lambda: self._local(rows, mask)[done.response >= 0])
+        output["output"] = torch.cat([logps.float(), features.cpu()], dim=1)
         return output
 
     def _feature_pass(self, ids: torch.Tensor, mask: torch.Tensor, own: torch.Tensor) -> FeaturePass:
         """Of sequences [B, L], their attention mask, and the policy's own tokens [B, T] at their ends."""
         B = len(own)
-        response = self._local(_placed(torch.arange(1, B + 1)[:, None] * own, mask), mask) - 1
+        numbers = torch.arange(1, B + 1)[:, None] * own
+        response = self._local(at_predictors(numbers, ids.shape[1]), mask) - 1
         targets = self._local(ids.roll(-1, dims=1), mask)
         group = self.device_mesh["sp"].get_group() if self.sequence_parallel_size > 1 else None
         return FeaturePass(response, targets, B, self.cfg.algorithm.temperature, group)
@@ -215,12 +198,3 @@ class G2RLPolicyWorker(FSDPPolicyWorkerBase):
         if self.model.remove_microbatch_padding:
             values = values[mask.bool()][None]
         return ulysses_pad_and_slice_inputs(values, sp_size=self.sequence_parallel_size)[0].flatten()
-
-    def _on_hidden_states(self, hidden: torch.Tensor) -> None:
-        if self._pass is not None:
-            self._pass.run(self._causal_lm, hidden)
-
-
-def _placed(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values [B, T] of responses' tokens at the positions [B, L] that predict them, which end before the last."""
-    return F.pad(values, (mask.shape[1] - values.shape[1] - 1, 1))

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,17 +39,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from g2rl.heads import adapts_head, head_difference, keep_head_inputs_contiguous
-from g2rl.integrations.exploration import (
-    ZERO_REWARDS,
-    Once,
-    few_responses,
-    has_unmoved_zeros,
-    range_left,
-    read_range,
-    shape_in_range,
+from g2rl.heads import adapter_on_head, head_difference, keep_head_inputs_contiguous
+from g2rl.integrations.exploration import Once, Options, few_responses, read_range, reward_warnings, shape_in_range
+from g2rl.integrations.head_pass import (
+    HeadOutputs,
+    HeadPass,
+    add_head_pass,
+    causal_lm_inside,
+    join,
+    run_alongside,
+    run_head_pass,
 )
-from g2rl.integrations.head_pass import HeadOutputs, HeadPass, add_head_pass, join, run_alongside, run_head_pass
 from g2rl_kernels import Shaping
 
 # Any GRPO-like trainer; for type checkers, the one whose attributes all others share.
@@ -60,6 +61,7 @@ logger = get_logger(__name__)
 
 BONUS = "g2rl_bonus"
 ROWS = "g2rl_rows"
+SUM = "the lowest and highest sum that your reward functions can give"
 _ROLLOUT_LOGPS = "UNSLOTH_GRPO_ROLLOUT_LOGPROBS_AS_OLD"
 # What the mixin overrides or relies on; every GRPO-like trainer of TRL from 1.9 on has it.
 _SEAMS = ("_generate", "_generate_and_score_completions", "_calculate_rewards", "_get_per_token_logps_and_entropies")
@@ -105,9 +107,7 @@ class G2RLOptions:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # TRL's
-        self.shaping  # noqa: B018  # raises what is wrong
-        if self.reward_range is not None:
-            read_range("reward_range", self.reward_range)
+        self.shaping_options  # noqa: B018  # raises what is wrong
         args: Any = self
         if args.use_liger_kernel:  # whose own forward pass would replace the one that the head pass is in
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
@@ -115,6 +115,11 @@ class G2RLOptions:
     @property
     def shaping(self) -> Shaping:
         return Shaping(self.strength, self.clip, self.rule, self.min_range, self.uniform_groups)  # type: ignore[arg-type]
+
+    @property
+    def shaping_options(self) -> Options:
+        given = Options.reward_range if self.reward_range is None else self.reward_range
+        return Options(self.shaping, read_range("reward_range", given))
 
 
 @dataclass
@@ -187,10 +192,11 @@ class G2RLMixin(_Trainer):
         every = self.args.steps_per_generation * self.args.num_iterations
         corrects = self.args.use_vllm and getattr(self, "vllm_importance_sampling_correction", False)
         self._keeps_old_logps = corrects or self.args.gradient_accumulation_steps % every != 0
-        add_head_pass(self._causal_lm(self.model))
-        keep_head_inputs_contiguous(self._causal_lm(self.model))
+        policy = causal_lm_inside(self.model)
+        add_head_pass(policy)
+        keep_head_inputs_contiguous(policy)
         if self.ref_model is not None:
-            add_head_pass(self._causal_lm(self.ref_model))  # TRL has wrapped it where FSDP version 1 or ZeRO runs
+            add_head_pass(causal_lm_inside(self.ref_model))  # TRL has wrapped it where FSDP version 1 or ZeRO runs
 
     def _check_arguments(self, given: Iterable[Any]) -> None:
         """Raise for, or warn of, what cannot work, before TRL loads anything."""
@@ -226,18 +232,15 @@ class G2RLMixin(_Trainer):
 
     def _check_model(self) -> None:
         """Raise for a model that cannot work, once TRL has made it."""
-        if adapts_head(self.model):
-            raise ValueError(
-                "peft_config: expected no adapter on the head, whose weight the features are made of, found one; leave "
-                "the head out of target_modules"
-            )
+        if adapted := adapter_on_head(causal_lm_inside(self.model)):
+            raise ValueError(f"peft_config: {adapted}")
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError("peft_config: expected LoRA or another adapter inside the model, found prompt learning")
         self._check_head()
 
     def _check_head(self) -> None:
         with self.accelerator.autocast():
-            difference = head_difference(self._causal_lm(self.model), self._head_dtype)
+            difference = head_difference(causal_lm_inside(self.model), self._head_dtype)
         if difference:
             raise ValueError(f"model: expected one with a head that G2RL serves, but {difference}")
 
@@ -285,13 +288,15 @@ class G2RLMixin(_Trainer):
             raise RuntimeError("G2RL: this version of TRL scored completions without a pass for old log-probabilities")
         self._check_rewards(rewards)
         weights = self.reward_weights[:-1].to(rewards.device)
-        reward_range = self.args.reward_range or (-1.0, 1.0)
+        options = self.args.shaping_options
         scorable = ~rewards.isnan().all(1)
         # Without any reward a response stands at the lowest: a 0 would look like a reward of 0.
-        raw = (rewards * weights).nansum(1).where(scorable, reward_range[0])
-        self._warn_of_rewards(raw[scorable], reward_range)
-        features = gather(rollout.features)
-        shaped, metrics = shape_in_range(features, raw, self.num_generations, self.args.shaping, reward_range, scorable)
+        raw = (rewards * weights).nansum(1).where(scorable, options.reward_range[0])
+        for warning in reward_warnings(raw[scorable], options, "reward_range=[0, 1]", SUM):
+            self._say(warning)
+        shaped, metrics = shape_in_range(
+            gather(rollout.features), raw, self.num_generations, options.shaping, options.reward_range, scorable
+        )
         for name, value in metrics.items():
             self._metrics["train"][f"g2rl/{name}"].append(value)
         # Only now: TRL walks through reward functions and their names side by side.
@@ -326,46 +331,30 @@ class G2RLMixin(_Trainer):
         if shared is not None:
             return shared.logps[:, -logits_to_keep:], shared.entropy[:, -logits_to_keep:], None
         rollout = self._rollout if self._rollout is not None and self._rollout.features is None else None
-        start = time.perf_counter()
+        # By position: unsloth's has an argument of its own, compute_efficient, in the place of the last.
+        theirs = partial(
+            super()._get_per_token_logps_and_entropies,
+            *(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss),
+            **multimodal,
+        )
+        other = compute_aux_loss or any(value is not None for value in multimodal.values())
+        fused = self.args.fused_logprobs and not other and not self._is_unsloth
+        if rollout is None and not fused:
+            return theirs()
+        start, head_pass = time.perf_counter(), self._head_pass(input_ids, attention_mask, logits_to_keep, rollout)
+        found: Any = None, None, None
         if self._is_unsloth:
-            if rollout is not None:
-                head_pass = self._head_pass(input_ids, attention_mask, logits_to_keep, rollout)
-                rollout.features = self._unsloth_features(model, head_pass, attention_mask, batch_size, multimodal)
-                rollout.seconds = time.perf_counter() - start
-            if rollout is not None and not self._keeps_old_logps:
-                return None, None, None
-            return super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,  # compute_efficient, in this place of unsloth's
-                **multimodal,
-            )
-        head_pass = self._head_pass(input_ids, attention_mask, logits_to_keep, rollout)
-        if self.args.fused_logprobs and not compute_aux_loss and all(value is None for value in multimodal.values()):
-            out = self._run(model, head_pass, attention_mask, batch_size or len(input_ids), rollout)
-            logps, entropy, aux_loss = out.logps[:, -logits_to_keep:], out.entropy[:, -logits_to_keep:], None
-            features = out.features
+            features = self._unsloth_features(model, head_pass, attention_mask, batch_size, multimodal)
+        elif fused:
+            out = self._run(model, head_pass, attention_mask, batch_size, rollout)
+            found, features = (out.logps[:, -logits_to_keep:], out.entropy[:, -logits_to_keep:], None), out.features
         else:
-            alongside: Any = run_alongside(self._causal_lm(model), head_pass) if rollout else nullcontext([])
-            with alongside as outputs:
-                logps, entropy, aux_loss = super()._get_per_token_logps_and_entropies(
-                    model,
-                    input_ids,
-                    attention_mask,
-                    logits_to_keep,
-                    batch_size=batch_size,
-                    compute_entropy=compute_entropy,
-                    compute_aux_loss=compute_aux_loss,
-                    **multimodal,
-                )
-            features = join(outputs).features if rollout else None
+            with run_alongside(causal_lm_inside(model), head_pass) as outputs:
+                found = theirs()
+            features = join(outputs).features
         if rollout is not None:
             rollout.features, rollout.seconds = features, time.perf_counter() - start
-        return logps, entropy, aux_loss
+        return theirs() if self._is_unsloth and self._keeps_old_logps else found
 
     def _unsloth_features(
         self,
@@ -379,8 +368,7 @@ class G2RLMixin(_Trainer):
         if found := [name for name, value in multimodal.items() if value is not None]:
             raise ValueError(f"G2RL: expected text alone with unsloth, found {', '.join(found)}")
         order = attention_mask.argsort(dim=1, descending=True, stable=True)
-        mask = attention_mask.gather(1, order)
-        return self._run(model, head_pass.reordered(order), mask, batch_size or len(mask), None).features
+        return self._run(model, head_pass.reordered(order), attention_mask.gather(1, order), batch_size).features
 
     def _head_pass(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, rollout: _Rollout | None
@@ -388,8 +376,10 @@ class G2RLMixin(_Trainer):
         """What to compute of the last `logits_to_keep` tokens; features too for a round that has none yet."""
         scored = attention_mask.bool().clone()
         scored[:, :-logits_to_keep] = False
-        weights = None if rollout is None else scored.float()
-        if weights is not None and rollout is not None and rollout.tool_mask is not None:
+        if rollout is None:
+            return HeadPass(input_ids, scored, None, self.temperature, self._head_dtype)
+        weights = scored.float()
+        if rollout.tool_mask is not None:
             own = pad_sequence([torch.tensor(row) for row in rollout.tool_mask], batch_first=True)
             weights[:, -logits_to_keep:][:, : own.shape[1]] *= own.to(weights.device)
         return HeadPass(input_ids, scored, weights, self.temperature, self._head_dtype)
@@ -399,11 +389,12 @@ class G2RLMixin(_Trainer):
         model: Any,
         head_pass: HeadPass,
         attention_mask: torch.Tensor,
-        batch_size: int,
-        rollout: _Rollout | None,
+        batch_size: int | None,
+        rollout: _Rollout | None = None,
     ) -> HeadOutputs:
         """`head_pass` on so many rows at a time; with gradient, and kept, where the update will share it."""
         shares = rollout is not None and self._shares_forward()
+        batch_size = batch_size or len(attention_mask)
         outputs = []
         with self._with_gradient() if shares else nullcontext(), self.accelerator.autocast():
             for start in range(0, len(attention_mask), batch_size):
@@ -482,10 +473,6 @@ class G2RLMixin(_Trainer):
             if self.reward_func_names[-1] == BONUS:
                 self.reward_func_names.pop()
 
-    def _causal_lm(self, model: Any) -> Any:
-        model = self.accelerator.unwrap_model(model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
-
     def _say_added_pass(self, rollout: _Rollout) -> None:
         if rollout.shared is not None:
             message = "G2RL: features come from the forward pass of the update, which runs when rewards are computed"
@@ -498,14 +485,6 @@ class G2RLMixin(_Trainer):
         if self.args.steps_per_generation != 1 and self._may_share_forward():
             message += ". With steps_per_generation=1 the update shares it"
         self._say(message)
-
-    def _warn_of_rewards(self, raw: torch.Tensor, reward_range: tuple[float, float]) -> None:
-        if self.args.strength == 0:
-            return
-        if self.args.reward_range is None and has_unmoved_zeros(raw):
-            self._say(f"{ZERO_REWARDS}; set reward_range, for rewards of 0 and 1 to [0, 1]")
-        if left := range_left(raw, reward_range):
-            self._say(f"{left}. Set reward_range to the lowest and highest sum that your reward functions can give")
 
 
 class G2RLTrainer(G2RLMixin, GRPOTrainer):

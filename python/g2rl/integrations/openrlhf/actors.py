@@ -17,9 +17,8 @@ from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from openrlhf.utils.logging_utils import init_logger
 from torch.distributed import ProcessGroup
 
-from g2rl.heads import adapts_head
-from g2rl.integrations.exploration import Once, reward_warnings, shape_in_range
-from g2rl.integrations.head_pass import FeaturePass, LogpsCheck, causal_lm_inside
+from g2rl.integrations.exploration import Once, reward_warnings, shape_by_uid
+from g2rl.integrations.head_pass import FeaturePass, HeadHook, at_predictors
 
 logger = init_logger(__name__)
 
@@ -45,8 +44,7 @@ class ActionRows:
 
     def __call__(self, values: torch.Tensor, fill: int) -> torch.Tensor:
         """Values [B, A] of the last A tokens at the positions of this rank that predict them, and fill at others."""
-        L, A = self.padding_mask.shape[1], values.shape[1]
-        rows = F.pad(values, (L - 1 - A, 1), value=fill)
+        rows = at_predictors(values, self.padding_mask.shape[1], fill)
         row = rows[self.padding_mask.bool()] if self.packed else rows.flatten()
         if self.ring is None:
             return row
@@ -64,14 +62,8 @@ class G2RLPolicyActor(plain(PolicyModelActor)):  # type: ignore[misc]
 
     def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
         super().init_model_from_pretrained(*args, **kwargs)
-        self._causal_lm = causal_lm_inside(self.actor)
-        if adapts_head(self._causal_lm):
-            raise ValueError(
-                "--ds.lora.target_modules: expected no adapter on the head, whose weight the features are made of, "
-                "found one; name the modules of the layers alone"
-            )
+        self._head = HeadHook(self.actor, "OpenRLHF", "--ds.lora.target_modules")
         self._features: list[torch.Tensor] = []
-        self._logps_check = LogpsCheck()
 
     def forward(
         self, sequences: torch.Tensor, action_mask: torch.Tensor, attention_mask: torch.Tensor, **others: Any
@@ -82,19 +74,9 @@ class G2RLPolicyActor(plain(PolicyModelActor)):  # type: ignore[misc]
         response = rows(torch.arange(B)[:, None].where(action_mask.bool(), -1), -1)
         targets = rows(sequences[:, -A:], 0)
         done = FeaturePass(response, targets, B, self.actor.temperature, self.strategy.ring_attn_group)
-        # Right before its product the head's weight is whole with ZeRO-3, too.
-        head = self._causal_lm.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda _, args: done.run(self._causal_lm, args[0]))
-        try:
+        with self._head.awaiting(done):
             logps: torch.Tensor = super().forward(sequences, action_mask, attention_mask, **others)
-        finally:
-            handle.remove()
-        if done.outputs is None:
-            raise RuntimeError(f"G2RL: {type(self._causal_lm).__name__} makes logits without a call of its head")
-        if not self._logps_check.done:
-            own = rows(logps, 0)[response >= 0]
-            self._logps_check.require(own, done.outputs.logps, "OpenRLHF", self._causal_lm)
-        self._features.append(done.outputs.features.cpu())
+        self._features.append(self._head.features(done, lambda: rows(logps, 0)[response >= 0]).cpu())
         return logps
 
     def take_features(self) -> list[torch.Tensor]:
@@ -136,16 +118,14 @@ class G2RLExperienceMaker(experience_maker.RemoteExperienceMaker):  # type: igno
             experience_maker.apply_length_penalties = penalize
 
     def _shape(self, experiences: Sequence[Any]) -> None:
-        shaping, reward_range = self.args.g2rl.shaping, self.args.g2rl.reward_range
-        index = torch.tensor([i for experience in experiences for i in experience.index])
         raw = torch.cat([experience.rewards for experience in experiences])
         bounds = "the lowest and highest reward, penalties of length included"
         for warning in reward_warnings(raw, self.args.g2rl, "--g2rl.reward_range 0 1", bounds):
             self._say(warning)
         # Responses to one prompt have consecutive indices, however they are dealt out.
-        order, samples = index.argsort(), self.args.rollout.n_samples_per_prompt
-        shaped = torch.empty_like(raw)
-        shaped[order], metrics = shape_in_range(self._features[order], raw[order], samples, shaping, reward_range)
+        samples = self.args.rollout.n_samples_per_prompt
+        prompts = [i // samples for experience in experiences for i in experience.index]
+        shaped, metrics = shape_by_uid(self._features, raw, prompts, self.args.g2rl)
         self.metrics = {f"g2rl/{name}": value for name, value in metrics.items()}
         sizes = [len(experience.rewards) for experience in experiences]
         for experience, rewards in zip(experiences, shaped.split(sizes), strict=True):

@@ -15,13 +15,15 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
-from g2rl.heads import adapts_head, lm_head
-from g2rl.integrations.head_pass import FeaturePass, LogpsCheck, causal_lm_inside
-from g2rl.integrations.verl.shaping import predicted_response
+from g2rl.integrations.head_pass import FeaturePass, HeadHook, predicted_response
 from g2rl_kernels import pad
 
 # Asks for features, beside `calculate_entropy`; and the field that they come back in, [B, d] fp32.
 REQUEST, FEATURES = "g2rl_features", "g2rl_phi"
+FUSED = (
+    "verl's fused kernels leave out a bias, logit scale and soft cap, which this head may have; set "
+    "actor_rollout_ref.model.use_fused_kernels=False"
+)
 
 
 # A key with a vendor goes before verl's own without one.
@@ -30,31 +32,36 @@ class G2RLEngine(FSDPEngineWithLMHead):
     """`FSDPEngineWithLMHead` that returns `FEATURES` where a batch asks for them with `REQUEST`.
 
     Raises:
-        NotImplementedError: temperatures that differ within a batch, or an adapter on the head.
+        NotImplementedError: temperatures that differ within a batch.
+        ValueError: an adapter on the head.
         RuntimeError: verl's log-probabilities are not those of the model's head.
     """
 
-    _pass: FeaturePass | None = None
-    _model: Any = None
+    _hook: HeadHook | None = None
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
-        self._pass = None
-        if tu.get_non_tensor_data(data=micro_batch, key=REQUEST, default=False):
-            self._watch_head()
-            self._pass = self._feature_pass(micro_batch, model_inputs, output_args)
+        asked = tu.get_non_tensor_data(data=micro_batch, key=REQUEST, default=False)
+        if asked and self._hook is None:
+            fused = FUSED if self.model_config.use_fused_kernels else ""
+            self._hook = HeadHook(self.module, "verl", "actor_rollout_ref.model.target_modules", fused)
+        if self._hook is not None:
+            self._hook.awaited = self._feature_pass(micro_batch, model_inputs, output_args) if asked else None
         return model_inputs, output_args
 
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict[str, torch.Tensor]:
         outputs = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        done, self._pass = self._pass, None
-        if done is not None:
-            if not self._logps_check.done:
-                logps = self._local(outputs["log_probs"].detach().values(), output_args, 0.0)
-                self._check_logps(done, logps[self._predicted(micro_batch, output_args) >= 0])
-            outputs[FEATURES] = done.outputs.features  # type: ignore[union-attr]
+        if self._hook is None or self._hook.awaited is None:
+            return outputs
+        done, self._hook.awaited = self._hook.awaited, None
+
+        def logps() -> torch.Tensor:
+            local = self._local(outputs["log_probs"].detach().values(), output_args, 0.0)
+            return local[self._predicted(micro_batch, output_args) >= 0]
+
+        outputs[FEATURES] = self._hook.features(done, logps)
         return outputs
 
     def _feature_pass(
@@ -78,40 +85,6 @@ class G2RLEngine(FSDPEngineWithLMHead):
         if not self.use_ulysses_sp:
             return packed
         return packed.chunk(self.ulysses_sequence_parallel_size)[self.ulysses_device_mesh["sp"].get_local_rank()]
-
-    def _watch_head(self) -> None:
-        """Hook features into the model's forward pass; once, when they are first asked for."""
-        if self._model is not None:
-            return
-        model = causal_lm_inside(self.module)
-        head = model.get_output_embeddings()
-        if adapts_head(model):
-            raise NotImplementedError(
-                "actor_rollout_ref.model.target_modules: expected no adapter on the head, whose weight the features "
-                "are made of, found one; list the modules of the layers alone"
-            )
-        if self.model_config.use_fused_kernels:
-            # They read the head's weight and never call it.
-            model.base_model.register_forward_hook(lambda _, args, output: self._on_hidden_states(output[0]))
-        else:
-            head.register_forward_pre_hook(lambda _, args: self._on_hidden_states(args[0]))
-        self._model = model
-        self._logps_check = LogpsCheck()
-
-    def _on_hidden_states(self, hidden: torch.Tensor) -> None:
-        if self._pass is not None:
-            self._pass.run(self._model, hidden)
-
-    def _check_logps(self, done: FeaturePass, logps: torch.Tensor) -> None:
-        ours = done.outputs.logps  # type: ignore[union-attr]
-        if gap := self._logps_check.gap(logps, ours):
-            options = lm_head(self._model, done.temperature, ours.dtype)
-            raise RuntimeError(
-                f"g2rl: verl's log-probabilities differ from those of the head of {type(self._model).__name__} by "
-                f"{gap:.2g} a token. verl's fused kernels leave out a bias, logit scale "
-                f"({options.logit_scale:g}) and soft cap ({options.softcap}): set "
-                "actor_rollout_ref.model.use_fused_kernels=False. Without them, this head is not one that G2RL knows"
-            )
 
 
 def uniform_temperature(temperature: float | torch.Tensor) -> float:

@@ -18,10 +18,9 @@ from verl.utils.megatron_utils import unwrap_model
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.megatron import MegatronEngineWithLMHead
 
-from g2rl.integrations.head_pass import FeaturePass
+from g2rl.integrations.head_pass import FeaturePass, predicted_response
 from g2rl.integrations.megatron import run_alongside
 from g2rl.integrations.verl.engine import FEATURES, REQUEST, uniform_temperature
-from g2rl.integrations.verl.shaping import predicted_response
 
 
 # A key with a vendor goes before verl's own without one. On other devices than CUDA's verl has another engine.

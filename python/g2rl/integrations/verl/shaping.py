@@ -10,27 +10,6 @@ from collections.abc import Sequence
 import torch
 
 
-def predicted_response(offsets: torch.Tensor, mask: torch.Tensor, mask_offsets: torch.Tensor) -> torch.Tensor:
-    """For each position of packed sequences the response whose token it predicts, -1 for none.
-
-    Args:
-        offsets: [B + 1] of the sequences, prompt and response, N tokens together.
-        mask: [M] of the responses' tokens, 0 for those of tools and of padding.
-        mask_offsets: [B + 1] of the responses, each the end of its sequence.
-
-    Returns:
-        [N] int64, ascending where it is not -1.
-    """
-    lengths = mask_offsets.diff()
-    response = torch.arange(lengths.shape[0], device=mask.device).repeat_interleave(lengths)
-    # The token before predicts.
-    shift = (offsets[1:] - mask_offsets[1:] - 1).to(mask.device)[response]
-    positions = torch.arange(mask.shape[0], device=mask.device) + shift
-    row = torch.full((int(offsets[-1]),), -1, device=mask.device)
-    row[positions] = response.where(mask.bool(), -1)
-    return row
-
-
 def final_outputs(keys: Sequence[str]) -> torch.Tensor:
     """For each row the row of its session's last output.
 

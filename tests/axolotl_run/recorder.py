@@ -1,4 +1,4 @@
-"""A reward function, and a plug-in of axolotl that records what its trainer makes of rewards."""
+"""A plug-in of axolotl that records what its trainer makes of rewards."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ import torch
 from axolotl.integrations.base import BasePlugin
 
 from tests.integrations.recorded import rows_of, save
-
-
-def vowels(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    return [float(sum(c in "aeiou02468" for c in text) > 0.14 * len(text)) for text in completions]
 
 
 class Recorder(BasePlugin):
