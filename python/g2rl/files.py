@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,15 @@ def hold(folder: Path) -> int | None:
     except OSError:
         pass
     return descriptor
+
+
+def new_file_mode(folder: Path) -> int:
+    """Permissions that a new file in a folder gets, by this process's umask and the folder's own rules."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    return stat.S_IMODE(mode)
 
 
 def sync(path: Path) -> None:

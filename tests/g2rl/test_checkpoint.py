@@ -55,6 +55,13 @@ def test_weights_state_and_random_states_come_back(policy, tmp_path: Path) -> No
         assert torch.equal(a, b)
 
 
+def test_weights_are_for_whoever_may_read_the_rest(policy, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 1, *policy, {"position": 0}, keep=1)
+    modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
+    assert modes["model.safetensors"] == modes["trainer.pt"]
+    assert len(set(modes.values())) == 1
+
+
 def test_only_the_newest_are_kept(policy, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, *policy, {}, keep=2)
