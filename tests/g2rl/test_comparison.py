@@ -69,6 +69,12 @@ def test_labels_have_the_keys_that_tell_bands_apart(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_labels_say_what_is_learned_by_before_where_it_is_computed(tmp_path: Path) -> None:
+    changed = ["model.attention=eager", "model.gradient_checkpointing=true", "optim.lr=1", "optim.warmup_steps=0"]
+    runs = [write_run(tmp_path / str(i), records(0.1), "method=grpo", *changed[:i]) for i in (0, 4)]
+    assert list(members(*runs)) == ["grpo, lr=2e-05, warmup_steps=2, ...", "grpo, lr=1, warmup_steps=0, ..."]
+
+
 def test_labels_show_where_long_values_differ(tmp_path: Path) -> None:
     path = "model.path=/home/somebody/models/Qwen3-{}B-long-name-instruct"
     runs = [write_run(tmp_path / f"{i}", records(0.1), "method=grpo", path.format(i)) for i in (4, 14)]

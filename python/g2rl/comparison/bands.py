@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from g2rl.history import EVALUATION, changes, chosen, differing, learned_by
+from g2rl.history import COMPUTED, EVALUATION, changes, chosen, differing, learned_by
 from g2rl.progress import printable
 from g2rl.report import code
 from g2rl.run import SMOOTHED, Run, moving_average
@@ -194,8 +194,8 @@ def _telling(settings: Sequence[dict[str, Any]]) -> list[str]:
         return len({tuple(_text(values, key) for key in keys) for values in settings})
 
     def worth(key: str) -> tuple[bool, bool, int, bool]:
-        count = told_apart([*ordered, key])
-        return count > told_apart(ordered), key != "steps", count, all(key in values for values in settings)
+        count, says_more = told_apart([*ordered, key]), key != "steps" and not chosen({key: None}, COMPUTED)
+        return count > told_apart(ordered), says_more, count, all(key in values for values in settings)
 
     while left:
         ordered.append(max(left, key=worth))

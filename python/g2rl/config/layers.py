@@ -39,7 +39,9 @@ def told(error: OmegaConfBaseException) -> str:
     cls: Any = getattr(error, "object_type", None)
     if not isinstance(error, ConfigKeyError) or not is_dataclass(cls) or "Did you mean" in said:
         return said
-    elsewhere = [key for key in leaves(asdict(Config())) if key.endswith(f".{error.key}")] if cls is Config else []
+    inside = f".{error.key}."
+    keys = [key for key in leaves(asdict(Config())) if inside in f"{key}."] if cls is Config else []
+    elsewhere = dict.fromkeys(key[: f"{key}.".index(inside) + len(inside) - 1] for key in keys)
     if elsewhere:
         return f"{said}; did you mean {' or '.join(elsewhere)}?"
     if cls is Config and error.key in _OF_STUDIES:
