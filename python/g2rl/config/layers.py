@@ -46,7 +46,10 @@ def told(error: OmegaConfBaseException) -> str:
         return f"{said}; did you mean {' or '.join(elsewhere)}?"
     if cls is Config and error.key in _OF_STUDIES:
         return f"{said}; it is a key of a study, which g2rl compare takes"
-    names = ", ".join(item.name for item in fields(cls))
+    own = [item.name for item in fields(cls)]
+    if "settings" in own and error.key in defaults():
+        return f"{said}; did you mean settings.{error.key}, for all runs of the study?"
+    names = ", ".join(own)
     return f"{said}; expected {'one of ' + names if names else 'none'}"
 
 
