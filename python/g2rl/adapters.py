@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from g2rl.config import ConfigError, LoraConfig
+from g2rl.files import new_file_mode
 from g2rl.heads import whole
 from g2rl.plugins import import_package
 
@@ -104,6 +105,25 @@ def plain_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield plain, _plain_weight(model, plain)
 
 
+def save_model(model: Any, folder: Path) -> None:
+    """Write a model of transformers, or the adapter alone of one that has any, for whoever may read new files here."""
+    with _no_doubts():
+        model.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # which since safetensors 0.8 are their owner's alone
+        file.chmod(new_file_mode(folder))
+
+
+@contextmanager
+def _no_doubts() -> Iterator[None]:
+    """Without peft's warnings of what is as it should be here."""
+    with warnings.catch_warnings():
+        # Of peft's own question, by a name that transformers is about to drop.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # The base is another adapter, or on the hub and out of reach; its vocabulary is never changed here.
+        warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
+        yield
+
+
 def _plain_weight(model: Any, name: str) -> torch.Tensor:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -125,7 +145,8 @@ def load_adapter(model: Any, folder: Path) -> None:
     if not (folder / _WEIGHTS).is_file():
         raise ConfigError(f"model.lora.rank: expected a checkpoint with an adapter, found none in {str(folder)!r}")
     state = {key.removeprefix("base_model.model."): value for key, value in load_file(folder / _WEIGHTS).items()}
-    mine = model.get_adapter_state_dict(_NAME)
+    with _no_doubts():
+        mine = model.get_adapter_state_dict(_NAME)
     if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in mine.items()}:
         raise ConfigError(f"model.lora: expected the rank and targets of the checkpoint {str(folder)!r}, found others")
     set_peft_model_state_dict(model, state, _NAME)
@@ -150,9 +171,7 @@ def merged(model: Any, folder: str) -> Any:
             f"model.path: expected {_WEIGHTS} beside the adapter's configuration, found none in {folder!r}"
         )
     peft = import_package(_PEFT, f"model.path: the adapter in {folder!r}")
-    with warnings.catch_warnings():
-        # Of peft's own question, by a name that transformers is about to drop.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with _no_doubts():
         model = peft.PeftModel.from_pretrained(model, folder)
     model = model.merge_and_unload().requires_grad_(True)  # peft froze them
     model.name_or_path = folder

@@ -22,9 +22,9 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from g2rl.adapters import base_of, has_adapter, load_adapter
+from g2rl.adapters import base_of, has_adapter, load_adapter, save_model
 from g2rl.config import Config, ConfigError, load_config
-from g2rl.files import StorageError, permit_as_usual, sync, write_durably
+from g2rl.files import StorageError, sync, write_durably
 from g2rl.manifest import MANIFEST, damage, renew_digest, write_manifest
 from g2rl.optimizer import dtype_of
 from g2rl.parallel.ranks import ALONE, Ranks
@@ -68,9 +68,8 @@ def save_checkpoint(
                 if ranks.sharded:
                     save_description(folder, model)
                 else:
-                    model.save_pretrained(folder)
+                    save_model(model, folder)
                 tokenizer.save_pretrained(folder)
-                permit_as_usual(folder)
                 state = {key: part.state_dict() if hasattr(part, "state_dict") else part for key, part in state.items()}
                 with (folder / "trainer.pt").open("wb") as file:  # whose errors say why; those of PyTorch's own do not
                     torch.save({**state, "step": step, "random": random_states}, file)

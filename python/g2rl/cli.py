@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from g2rl.config import Config, ConfigError, ModelConfig, load_config, load_resumed, read_overrides
-from g2rl.files import StorageError, hold, let_go, permit_as_usual, writing
+from g2rl.files import StorageError, hold, let_go, writing
 
 if TYPE_CHECKING:
     from g2rl.parallel.ranks import Ranks
@@ -64,6 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
         return status
+    except KeyboardInterrupt:  # before `_foreseen` loads again what this may have broken off
+        print("\ng2rl: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has; Python would tell of it again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except PermissionError as error:  # of what is read; `writing` tells of the rest
+        print(f"g2rl: expected a file that may be read, found {error}", file=sys.stderr)
+        return 1
     except ConfigError as error:
         print(f"g2rl: {error}", file=sys.stderr)
         return 2
@@ -146,34 +156,35 @@ def _train(settings: list[str]) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _train_together(read)
     config = read()
-    # The trainer loads torch and transformers: only after the configuration has been found good.
     if config.dry_run:
         from g2rl.dry_run import dry_run
 
         dry_run(config)
         return 0
-    from g2rl.trainer import Trainer
-
     _announce(config)
     try:
+        # It loads torch and transformers, for seconds: only once the configuration has been found good.
+        from g2rl.trainer import Trainer
+
         Trainer(config).run()
-    except ConfigError as error:
-        raise ConfigError(f"{error}{_way_on(config, 'once that is mended, continue')}") from error
-    except _foreseen() as error:
-        print(f"g2rl: {error}{_way_on(config, 'continue')}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print(f"\ng2rl: stopped{_way_on(config, 'continue from its last checkpoint')}")
+        print(f"\ng2rl: stopped{_way_on(config)}", file=sys.stderr)
         return 130
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_way_on(config, 'once that is mended, ')}") from error
+    except _foreseen() as error:
+        print(f"g2rl: {error}{_way_on(config)}", file=sys.stderr)
+        return 1
     finally:
         let_go(config.run_dir)
     return _report([config.run_dir])
 
 
-def _way_on(config: Config, how: str) -> str:
-    """How a run that stopped goes on, as the end of a message; nothing where it stopped while it started."""
-    is_begun = (config.run_dir / "config.yaml").is_file()
-    return f"; {how} with: g2rl train resume={config.run_dir}" if is_begun else ""
+def _way_on(config: Config, when: str = "") -> str:
+    """How a run goes on from its last checkpoint, as the end of a message; nothing before it has begun."""
+    if not (config.run_dir / "config.yaml").is_file():
+        return ""
+    return f"; {when}continue with: g2rl train {shlex.quote(f'resume={config.run_dir}')}"
 
 
 def _train_together(read: Callable[[], Config]) -> int:
@@ -325,6 +336,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from safetensors import SafetensorError
 
+    from g2rl.adapters import save_model
     from g2rl.checkpoint import checkpoint_config, find_checkpoint
     from g2rl.model import load_model
 
@@ -338,9 +350,8 @@ def _export(options: argparse.Namespace) -> int:
     try:
         with writing(f"folder: {str(folder)!r}", (OSError, SafetensorError)):
             folder.mkdir(parents=True)
-            model.save_pretrained(folder)
+            save_model(model, folder)
             tokenizer.save_pretrained(folder)
-            permit_as_usual(folder)
     except StorageError:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,18 +43,6 @@ def write_durably(path: Path, contents: Iterable[str] | bytes) -> None:
         sync(path.parent)
 
 
-def permit_as_usual(folder: Path) -> None:
-    """Give a folder and the weights in it the permissions of what is new: safetensors and `tempfile` keep their own to
-    their owner."""
-    probe = folder / ".permissions"
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
-    folder.chmod(mode | (mode & 0o444) >> 2)  # who may read a folder may look into it
-    for weights in folder.glob("*.safetensors"):
-        weights.chmod(mode)
-
-
 def let_go(folder: Path) -> None:
     """Remove a folder that `hold` made and this process holds, if nothing else has been written there."""
     lock = folder / ".lock"
@@ -82,6 +71,15 @@ def hold(folder: Path) -> int | None:
     except OSError:
         pass
     return descriptor
+
+
+def new_file_mode(folder: Path) -> int:
+    """Permissions that a new file in a folder gets, by this process's umask and the folder's own rules."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    return stat.S_IMODE(mode)
 
 
 def sync(path: Path) -> None:

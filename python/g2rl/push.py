@@ -17,7 +17,7 @@ from g2rl import adapters
 from g2rl.card import base_model, model_card
 from g2rl.checkpoint import checkpoint_config, find_checkpoint
 from g2rl.config import ConfigError
-from g2rl.files import permit_as_usual, writing
+from g2rl.files import writing
 from g2rl.manifest import MANIFEST
 from g2rl.model import load_model
 from g2rl.parallel.shards import SHARDS, load_model_of_shards
@@ -80,12 +80,11 @@ def write_folder(run: Run, checkpoint: Path, repo: str, folder: Path) -> int:
     left_out = (*NOT_PUSHED, *adapters.FILES) if merge else NOT_PUSHED
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*left_out))
     if merge:
-        load_model(replace(checkpoint_config(checkpoint).model, path=str(checkpoint)))[0].save_pretrained(folder)
+        adapters.save_model(load_model(replace(checkpoint_config(checkpoint).model, path=str(checkpoint)))[0], folder)
     elif is_adapter:
         adapters.rename_base(folder, base)
     elif (checkpoint / SHARDS).is_dir():
-        load_model_of_shards(checkpoint).save_pretrained(folder)
-    permit_as_usual(folder)
+        adapters.save_model(load_model_of_shards(checkpoint), folder)
     (folder / "plots").mkdir()
     plots = draw_plots(run, folder / "plots", without=LOCAL_PLOTS)
     step = int(checkpoint.name.removeprefix("step-"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,22 @@ def test_a_relative_base_is_found_from_elsewhere(
     assert main(["export", str(run.run_dir), "merged"]) == 0
 
 
+def test_an_adapter_whose_base_is_gone(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another model that is told; the embedded one is where this user has it."""
+    base = shutil.copytree(tiny_model, tmp_path / "smollm2-135m-instruct-0")
+    run = start(base, tmp_path, "steps=1").config
+    Trainer(run).run()
+    base.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr("g2rl.model.smollm2_folder", lambda: tmp_path / "elsewhere")
+    assert main(["export", str(run.run_dir), str(tmp_path / "merged")]) == 0
+    monkeypatch.setattr("g2rl.model.SMOLLM2_NAME", "another name")
+    assert main(["export", str(run.run_dir), str(tmp_path / "again")]) == 2
+    said = capsys.readouterr().err
+    assert "expected the model that the adapter in" in said and f"found nothing where it was, {str(base)!r}" in said
+
+
 def test_an_adapter_on_a_local_model_is_pushed_merged(trained: Trainer) -> None:
     """Nobody else has the base, so that whoever loads what is uploaded gets the whole model, without its folder."""
     folder = Path(push(trained.config.run_dir, "somebody/adder", dry_run=True))
@@ -245,6 +262,15 @@ def test_loading_an_adapter_says_nothing_of_libraries(trained: Trainer) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         load_model(ModelConfig(path=str(folder)))
+
+
+def test_an_adapter_on_an_adapter_is_saved_without_doubts(trained: Trainer, tmp_path: Path) -> None:
+    """peft looks in the base's folder for a configuration, of which an adapter has none."""
+    run = start(find_checkpoint(trained.config.run_dir), tmp_path, "steps=1")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Could not find a config")
+        run.run()
+        start(find_checkpoint(trained.config.run_dir), tmp_path, "steps=2", f"resume={run.config.run_dir}").run()
 
 
 def test_all_weights_are_trained_on_from_an_adapter(trained: Trainer, tmp_path: Path) -> None:

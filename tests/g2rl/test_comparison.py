@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,26 @@ def test_labels_have_the_keys_that_tell_bands_apart(tmp_path: Path) -> None:
     assert list(members(*runs)) == [
         "grpo, beta1=0.9, lr=2e-05, ...", "grpo, beta1=0.8, lr=2e-05, ...", "grpo, beta1=0.8, lr=1, ..."
     ]  # fmt: skip
+
+
+def test_labels_say_what_is_learned_by_before_where_it_is_computed(tmp_path: Path) -> None:
+    changed = ["model.attention=eager", "model.gradient_checkpointing=true", "optim.lr=1", "optim.warmup_steps=0"]
+    runs = [write_run(tmp_path / str(i), records(0.1), "method=grpo", *changed[:i]) for i in (0, 4)]
+    assert list(members(*runs)) == ["grpo, lr=2e-05, warmup_steps=2, ...", "grpo, lr=1, warmup_steps=0, ..."]
+
+
+def test_labels_have_as_many_keys_as_tell_bands_apart(tmp_path: Path) -> None:
+    """Up to four; beyond that bands are numbered."""
+    keys = ["optim.beta1", "optim.beta2", "optim.lr", "optim.max_grad_norm", "optim.weight_decay"]
+    few = "grpo, beta1=0.5, beta2=0.5, lr=0.5"
+    for count, expected in ((3, few), (5, f"{few}, max_grad_norm=0.5, ... (1)")):
+        runs = [
+            write_run(tmp_path / f"{count}{''.join(digits)}", records(0.1), "method=grpo",
+                      *(f"{key}=0.{digit}" for key, digit in zip(keys, digits, strict=False)))
+            for digits in product("56", repeat=count)
+        ]  # fmt: skip
+        labels = list(members(*runs))
+        assert len(labels) == 2**count and labels[0] == expected
 
 
 def test_labels_show_where_long_values_differ(tmp_path: Path) -> None:

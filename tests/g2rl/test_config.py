@@ -39,6 +39,14 @@ def test_overrides_have_yaml_types() -> None:
     assert [(r.name, r.weight) for r in config.rewards] == [("boxed", 0.2)]
 
 
+@pytest.mark.parametrize("text", ["1e-5", "007", "on", "1:30", "Answer: {x}", "1.50"])
+def test_a_text_is_as_it_was_typed(text: str) -> None:
+    """YAML makes numbers, true, or keys and values of these; `null` still is none."""
+    config = load_config(None, [f"name={text}", f"task.system_prompt= {text} "])
+    assert (config.name, config.task.system_prompt) == (text, text)
+    assert load_config(None, ["task.system_prompt=null"]).task.system_prompt is None
+
+
 @pytest.mark.parametrize("backend", dispatch.BACKENDS, ids=lambda backend: backend.name)
 def test_every_backend_may_be_chosen(backend: dispatch.Backend) -> None:
     assert load_config(None, [f"backend={backend.name}"]).backend == backend.name
@@ -196,6 +204,8 @@ def test_a_resumed_run_has_the_defaults_of_its_present_choices(
         ("steps", "override: expected key=value, found 'steps'"),
         ("eval.ks=[1,", r"^eval.ks: expected a value in YAML syntax, found '\[1,': .*, line 2, column 1$"),
         ("name=####", "^name: expected a value in YAML syntax, found a comment; quoted: 'name=\"####\"'$"),
+        ("task.options.template=End in ####", "found a comment; quoted: 'task.options.template=\"End in ####\"'$"),
+        ("lora.rank=8", r"^lora: Key 'lora' not in 'Config'; did you mean model\.lora\?$"),
         ("name=\udce9", r"^name: expected a value in YAML syntax, found '\\udce9': "),
         ("seed=99999999999999999999999", r"seed: expected a value from -2\*\*63 to 2\*\*63 - 1, found 9999"),
         ("steps=many", "^steps: expected a whole number, found 'many'$"),

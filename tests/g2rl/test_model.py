@@ -207,6 +207,18 @@ def test_missing_folder_and_package(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model(ModelConfig(path="smollm2"))
 
 
+def test_the_embedded_default_needs_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("G2RL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"weights of 'smollm2', found .* variable G2RL_CACHE may name another"):
+        load_model(ModelConfig(path="smollm2"))
+    for name in ("G2RL_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000)  # of no user, as in some containers
+    with pytest.raises(ConfigError, match=r"found no home folder; the environment variable G2RL_CACHE"):
+        load_model(ModelConfig(path="smollm2"))
+
+
 def test_weights_in_a_pickle_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     torch.save(AutoModelForCausalLM.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")

@@ -108,7 +108,8 @@ def test_a_label_given_beside_the_study_can_be_chosen(tmp_path: Path, smaller: l
 @pytest.mark.parametrize(
     ("changes", "overrides", "said"),
     [
-        ({"seed": [1]}, [], "seed: Key 'seed' not in 'StudyConfig'"),
+        ({"seed": [1]}, [], "seed: Key 'seed' not in 'StudyConfig'. Did you mean: 'seeds'?"),
+        ({}, ["optim.lr=1"], "optim: Key 'optim' not in 'StudyConfig'; did you mean settings.optim, for all runs"),
         ({"methods": {}}, [], "methods: expected at least one, found none"),
         ({"seeds": []}, [], "seeds: expected at least one, found none"),
         ({"seeds": [1, 2, 1]}, [], "seeds: expected each once, found 1 twice"),

@@ -752,6 +752,42 @@ def test_a_start_that_fails_leaves_no_folder(tiny_model: Path, tmp_path: Path, m
     assert [path.name for path in runs.iterdir()] == ["run"]
 
 
+def test_a_stop_is_told_without_a_traceback(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the way on where there is a run to go on, quoted for a shell; at any other time no folder is left."""
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ["train", f"model.path={tiny_model}", f"runs_dir={tmp_path / 'my runs'}", *SMALL, "eval.every=0"]
+    with monkeypatch.context() as patched:
+        patched.setattr("g2rl.trainer.load_model", stopped)
+        assert main(command) == 130
+    assert capsys.readouterr().err == "\ng2rl: stopped\n"
+    assert list((tmp_path / "my runs").iterdir()) == []
+    with monkeypatch.context() as patched:
+        patched.setattr("g2rl.trainer.Trainer._one_step", stopped)
+        assert main(command) == 130
+    said = f"\ng2rl: stopped; continue with: g2rl train 'resume={tmp_path / 'my runs' / 'run'}'\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setattr("g2rl.cli._report", stopped)
+    assert main(["report", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\ng2rl: stopped\n"
+
+
+def test_a_stop_while_libraries_load_loads_no_more() -> None:
+    """What may be told of errors is loaded when there is one; half of a library cannot be loaded again."""
+    script = (
+        "import sys, g2rl.cli as cli\n"
+        "def stopped(_): raise KeyboardInterrupt\n"
+        "cli._evaluate = stopped\n"
+        "assert cli.main(['eval', 'x']) == 130\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Another process trains in a run's folder."""

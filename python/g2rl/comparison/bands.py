@@ -9,12 +9,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from g2rl.history import EVALUATION, changes, chosen, differing, learned_by
+from g2rl.history import COMPUTED, EVALUATION, changes, chosen, differing, learned_by
 from g2rl.progress import printable
 from g2rl.report import code
 from g2rl.run import SMOOTHED, Run, moving_average
 
 LABEL_KEYS = 2
+"""Keys in a label; of bands that these do not tell apart up to `MORE_LABEL_KEYS`."""
+MORE_LABEL_KEYS = 4
 OTHER_KEYS = 2
 """Keys of settings that a run went on by which its note names."""
 LABEL_VALUE = 24
@@ -177,11 +179,14 @@ def _labels(settings: Sequence[dict[str, Any]]) -> list[str]:
     for values in settings:
         alike = [other for other in settings if other["method"] == values["method"]]
         keys = _telling(alike)
+        shown = LABEL_KEYS
+        while shown < MORE_LABEL_KEYS and _told_apart(alike, keys[:shown]) < len(alike):
+            shown += 1
         parts = [
             f"{key.split('.')[-1]}={_shortened(_text(values, key), [_text(other, key) for other in alike])}"
-            for key in keys[:LABEL_KEYS]
+            for key in keys[:shown]
         ]
-        labels.append(", ".join([str(values["method"]), *parts, *(["..."] if len(keys) > LABEL_KEYS else [])]))
+        labels.append(", ".join([str(values["method"]), *parts, *(["..."] if len(keys) > shown else [])]))
     numbers = [labels[:i].count(label) + 1 for i, label in enumerate(labels)]
     return [f"{label} ({n})" if labels.count(label) > 1 else label for label, n in zip(labels, numbers, strict=True)]
 
@@ -190,17 +195,20 @@ def _telling(settings: Sequence[dict[str, Any]]) -> list[str]:
     """The keys that differ, in an order in which the first ones tell the settings apart, by their length at last."""
     left, ordered = differing(settings), list[str]()
 
-    def told_apart(keys: Sequence[str]) -> int:
-        return len({tuple(_text(values, key) for key in keys) for values in settings})
-
     def worth(key: str) -> tuple[bool, bool, int, bool]:
-        count = told_apart([*ordered, key])
-        return count > told_apart(ordered), key != "steps", count, all(key in values for values in settings)
+        says_more = key != "steps" and not chosen({key: None}, COMPUTED)
+        count = _told_apart(settings, [*ordered, key])
+        return count > _told_apart(settings, ordered), says_more, count, all(key in values for values in settings)
 
     while left:
         ordered.append(max(left, key=worth))
         left.remove(ordered[-1])
     return ordered
+
+
+def _told_apart(settings: Sequence[dict[str, Any]], keys: Sequence[str]) -> int:
+    """How many of the settings look different by the values of some keys."""
+    return len({tuple(_text(values, key) for key in keys) for values in settings})
 
 
 def _text(values: dict[str, Any], key: str) -> str:

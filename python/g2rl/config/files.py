@@ -123,14 +123,25 @@ def read_overrides(overrides: Sequence[str]) -> DictConfig:
         key, separator, value = override.partition("=")
         if not separator:
             raise ConfigError(f"override: expected key=value, found {override!r}")
-        if value.lstrip().startswith("#"):  # nobody writes a comment there, and it would be read as null
-            raise ConfigError(f"{key}: expected a value in YAML syntax, found a comment; quoted: '{key}=\"{value}\"'")
         try:
             with named_errors(key):
                 read.merge_with_dotlist([override])
         except (YAMLError, UnicodeError) as error:
             raise ConfigError(f"{key}: expected a value in YAML syntax, found {value!r}: {_told(error)}") from error
+        found = value_at(read, key)
+        kept = found if isinstance(found, str) else ""
+        if value.strip().removeprefix(kept).lstrip().startswith("#") and found in (None, kept):
+            # Nobody writes a comment there: a text would lose its end, or be read as null.
+            raise ConfigError(f"{key}: expected a value in YAML syntax, found a comment; quoted: '{key}=\"{value}\"'")
+        if found is not None and not isinstance(found, str) and _is_text(key):
+            OmegaConf.update(read, key, value.strip())  # as typed: 1e-5 is no number there, nor `on` true
     return read
+
+
+def _is_text(key: str) -> bool:
+    """Whether a key of the configuration takes text; all that are null by default do."""
+    default = OmegaConf.select(defaults(), key, default=0)
+    return default is None or isinstance(default, str)
 
 
 def read_yaml(path: Path) -> DictConfig:

@@ -51,12 +51,17 @@ def told(error: OmegaConfBaseException) -> str:
         return f"expected ${{...}} with another key in it, found {written!r} ({said}); \\${{...}} is text"
     if not isinstance(error, ConfigKeyError) or not is_dataclass(cls) or "Did you mean" in said:
         return said
-    elsewhere = [key for key in leaves(asdict(Config())) if key.endswith(f".{error.key}")] if cls is Config else []
+    inside = f".{error.key}."
+    keys = [key for key in leaves(asdict(Config())) if inside in f"{key}."] if cls is Config else []
+    elsewhere = dict.fromkeys(key[: f"{key}.".index(inside) + len(inside) - 1] for key in keys)
     if elsewhere:
         return f"{said}; did you mean {' or '.join(elsewhere)}?"
     if cls is Config and error.key in _OF_STUDIES:
         return f"{said}; it is a key of a study, which g2rl compare takes"
-    names = ", ".join(item.name for item in fields(cls))
+    own = [item.name for item in fields(cls)]
+    if "settings" in own and error.key in defaults():
+        return f"{said}; did you mean settings.{error.key}, for all runs of the study?"
+    names = ", ".join(own)
     return f"{said}; expected {'one of ' + names if names else 'none'}"
 
 
