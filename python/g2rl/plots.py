@@ -110,6 +110,7 @@ def end_at_ticks(axes: Axes, bottom: float | None = None) -> None:
     ticks = axes.get_yticks()
     first = bottom if bottom is not None else max((tick for tick in ticks if tick <= low), default=low)
     last = min((tick for tick in ticks if tick >= high), default=high)
+    axes.set_yticks([tick for tick in ticks if first <= tick <= last])  # by the size once drawn there may be fewer
     axes.set_ylim(first, last + 0.01 * (last - first))
 
 
