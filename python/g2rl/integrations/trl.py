@@ -331,10 +331,13 @@ class G2RLMixin(_Trainer):
         if shared is not None:
             return shared.logps[:, -logits_to_keep:], shared.entropy[:, -logits_to_keep:], None
         rollout = self._rollout if self._rollout is not None and self._rollout.features is None else None
-        # By position: unsloth's has an argument of its own, compute_efficient, in the place of the last.
+        options = {"batch_size": batch_size, "compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
         theirs = partial(
             super()._get_per_token_logps_and_entropies,
-            *(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss),
+            *(model, input_ids, attention_mask, logits_to_keep),
+            # By position for unsloth, which has an argument of its own, compute_efficient, in the place of the last.
+            *(options.values() if self._is_unsloth else ()),
+            **({} if self._is_unsloth else options),
             **multimodal,
         )
         other = compute_aux_loss or any(value is not None for value in multimodal.values())
