@@ -109,8 +109,9 @@ def save_model(model: Any, folder: Path) -> None:
     """Write a model of transformers, or the adapter alone of one that has any, for whoever may read new files here."""
     with _no_doubts():
         model.save_pretrained(folder)
+    mode = new_file_mode(folder)
     for file in folder.glob("*.safetensors"):  # which since safetensors 0.8 are their owner's alone
-        file.chmod(new_file_mode(folder))
+        file.chmod(mode)
 
 
 @contextmanager
