@@ -6,6 +6,7 @@ The first rank prints; what goes wrong on another one is told with its number.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -58,7 +59,8 @@ def train_together(
     with Watch(store, rank, size) as watch:
         try:
             config = agree(found)
-            watch.advice = f"; by resume={config.run_dir} the run goes on from its last checkpoint, where it has one"
+            resume = shlex.quote(f"resume={config.run_dir}")
+            watch.advice = f"; by {resume} the run goes on from its last checkpoint, where it has one"
             if config.dry_run:
                 raise ConfigError("dry_run: expected a process of its own, found a launcher")
             ranks = Ranks(rank, size, config.parallel.strategy == "fsdp2")
