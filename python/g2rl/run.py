@@ -83,15 +83,14 @@ def load_run(run_dir: Path) -> Run:
         ValueError: a log file is damaged before its last line, or a configuration is no YAML.
     """
     path = run_dir / "metrics.jsonl"
-    metrics = list(read_records(path)) if path.is_file() else []
+    metrics = list(read_records(path))
     if not metrics:
         inside = f", but runs below it: {run_dir}/*" if any(run_dir.glob("*/metrics.jsonl")) else ""
         raise FileNotFoundError(f"{path}: expected the metrics of a run, found none{inside}")
     first: list[dict[str, Any]] = []
     last: list[dict[str, Any]] = []
     scored, shaped = [], False
-    completions, groups = run_dir / "completions.jsonl", run_dir / "groups.jsonl"
-    for row in read_records(completions) if completions.is_file() else ():
+    for row in read_records(run_dir / "completions.jsonl"):
         # One pass that keeps two steps only: completions of a long run may not fit into memory.
         if not first or row["step"] == first[0]["step"]:
             first.append(row)
@@ -109,7 +108,7 @@ def load_run(run_dir: Path) -> Run:
         samples=first + last,
         scored=scored,
         shaped=shaped,
-        groups=list(read_records(groups)) if groups.is_file() else [],
+        groups=list(read_records(run_dir / "groups.jsonl")),
         history=read_history(run_dir, metrics[-1]["step"]),
         environment=json.loads(environment.read_text()) if environment.is_file() else {},
     )

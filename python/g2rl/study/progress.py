@@ -65,8 +65,7 @@ class Clock:
 
 def last_step(run: PlannedRun) -> int:
     """The last step that a run has logged; 0 where it has none."""
-    path = run.folder / "metrics.jsonl"
-    return max((record["step"] for record in read_records(path)), default=0) if path.is_file() else 0
+    return max((record["step"] for record in read_records(run.folder / "metrics.jsonl")), default=0)
 
 
 class StudyProgress(Display):

@@ -183,8 +183,7 @@ class Results:
 def _finished(run: PlannedRun) -> Finished:
     log = load_run(run.folder)
     path = run.folder / "evaluations.jsonl"
-    records = list(read_records(path)) if path.is_file() else []
-    last = [record for record in records if record["step"] == run.config.steps]
+    last = [record for record in read_records(path) if record["step"] == run.config.steps]
     if not last:
         raise ValueError(f"{path}: expected the results of step {run.config.steps}, found none")
     scores = {}
