@@ -124,6 +124,11 @@ class Results:
         ks = sorted(config.eval.ks)
         return [f"pass@{k}" for k in ks] + [f"maj@{k}" for k in ks if k > 1]
 
+    def headlines(self, task: str) -> list[str]:
+        """pass@1, and pass@k of the largest k where that is another."""
+        passes = [metric for metric in self.metrics(task) if metric.startswith("pass@")]
+        return list(dict.fromkeys((passes[0], passes[-1])))
+
     def scores(self, task: str, method: str, metric: str) -> np.ndarray:
         """[S, P] at the last step."""
         return np.stack([f.scores[metric] for f in self.of(task, method)])
