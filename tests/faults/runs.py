@@ -13,7 +13,7 @@ import torch
 
 from g2rl.checkpoint import checkpoints
 from tests.faults.planting import plant
-from tests.g2rl.logs import untimed
+from tests.g2rl.json_lines import untimed
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["g2rl.trainer", "g2rl.parallel.launch"])

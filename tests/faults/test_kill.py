@@ -14,7 +14,7 @@ import pytest
 
 from tests.faults.moments import STAGES
 from tests.faults.runs import difference, g2rl
-from tests.g2rl.logs import read
+from tests.g2rl.json_lines import read
 
 VARIANTS = {"full": [], "ahead": ["rollout.ahead=1"], "lora": ["model.lora.rank=2", "objective.reference_every=0"]}
 """All weights with a reference that changes; responses sampled while the update goes on; an adapter."""

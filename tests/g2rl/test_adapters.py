@@ -24,7 +24,7 @@ from g2rl.trainer import Trainer
 from g2rl.types import Verdict
 from g2rl_kernels import LMHead, token_logprobs
 from tests.g2rl.architectures import SIZES
-from tests.g2rl.logs import untimed
+from tests.g2rl.json_lines import untimed
 
 SMALL = (
     "steps=4",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.times import StageTimes
 from g2rl.trainer import Trainer
 from g2rl.types import Episode
-from tests.g2rl.logs import read, untimed
+from tests.g2rl.json_lines import read, untimed
 from tests.g2rl.test_collect import Counts, Engine
 
 SMALL = (
@@ -55,7 +54,6 @@ def test_ahead(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "def digits(problem, response, finished):\n    return 1.0 if any(c.isdigit() for c in response) else -1.0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     ahead = trained(tiny_model, tmp_path, "ahead", "steps=4", "checkpoint.every=2", "optim.lr=0.01")
     still = trained(tiny_model, tmp_path, "still", "steps=2", "checkpoint.every=0", "optim.lr=1e-30", "rollout.ahead=0")
     fresh = trained(tiny_model, tmp_path, "fresh", "steps=2", "checkpoint.every=0", "optim.lr=0.01", "rollout.ahead=0")

@@ -23,7 +23,7 @@ from g2rl.rewards import judge_episodes
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task
 from g2rl.types import Episode, Problem
-from tests.g2rl.logs import read, untimed
+from tests.g2rl.json_lines import read, untimed
 from tests.g2rl.ranks import launch
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from g2rl.config import Config, ConfigError, load_config
 from g2rl.model import load_model
 from g2rl.optimizer import in_words, make_optimizer
 from g2rl.trainer import Trainer
-from tests.g2rl.logs import untimed
+from tests.g2rl.json_lines import untimed
 
 SETTINGS = ("optim.lr=1e-4", "optim.weight_decay=0.1", "model.dtype=bfloat16")
 

@@ -18,7 +18,7 @@ from g2rl.cli import main
 from g2rl.config import ModelConfig
 from g2rl.model import load_model
 from g2rl.parallel.sharding import place
-from tests.g2rl.logs import read, untimed
+from tests.g2rl.json_lines import read, untimed
 from tests.g2rl.ranks import launch
 
 # Groups that are cut, so that ranks have different numbers of micro-batches; groups that are asked for again; a

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from g2rl.tasks.base import sample_indices
 from g2rl.trainer import Trainer, _held_out_numbers
 from g2rl.update import TrainingError, Updater
 from g2rl_kernels import LMHead, token_logprobs
-from tests.g2rl.logs import read, untimed
+from tests.g2rl.json_lines import read, untimed, write
 
 SMALL = (
     "steps=4",
@@ -371,10 +371,8 @@ def test_resume_of_a_finished_run_with_more_steps(
     """In another working directory than that in which the paths of model and data are relative, or in home."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tiny_model.parent)
-    rows = [json.dumps({"problem": f"{i} + 1", "answer": i + 1}) for i in range(20)]
-    for data in (tiny_model.parent / "here.jsonl", tmp_path / "home.jsonl"):
-        data.write_text("\n".join(rows))
-        rows = [row.replace("+", "-") for row in rows]
+    write(tiny_model.parent / "here.jsonl", sums(20))
+    write(tmp_path / "home.jsonl", [{"problem": f"{i} - 1", "answer": i + 1} for i in range(20)])
     data = "task={name: jsonl, options: {path: here.jsonl, eval_path: ~/home.jsonl}}"
     short = (*SMALL[:3], *SMALL[4:])  # without arithmetic's options
     base = [f"model.path={tiny_model.name}", "runs_dir=~/runs", *short, data, "steps=2"]
@@ -502,7 +500,7 @@ def test_an_evaluation_goes_without_a_reward_that_is_gone(
 def of_a_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step on 20 rows of a file beside it."""
     folder = tmp_path_factory.mktemp("file")
-    write_rows(folder / "own.jsonl", range(20))
+    write(folder / "own.jsonl", sums(20))
     task = f"task={{name: jsonl, options: {{path: {folder / 'own.jsonl'}}}}}"
     # Without the module of a reward, which is there for a single test.
     options = [f"model.path={tiny_model}", f"runs_dir={folder}", *SMALL[:3], *SMALL[4:-1], task]
@@ -511,23 +509,23 @@ def of_a_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run.run_dir
 
 
-def write_rows(path: Path, numbers: Iterable[int], more: int = 1) -> None:
-    path.write_text("\n".join(json.dumps({"problem": f"{i} + 1", "answer": i + more}) for i in numbers))
+def sums(count: int, more: int = 1) -> list[dict[str, Any]]:
+    return [{"problem": f"{i} + 1", "answer": i + more} for i in range(count)]
 
 
 @pytest.mark.parametrize(
-    ("numbers", "more", "found"),
+    ("rows", "found"),
     [
-        (range(10), 1, len({*sample_indices(10, 6)} - {*sample_indices(20, 6)})),
-        (range(20), 2, 6),
-        (range(20), 1, None),
+        (sums(10), len({*sample_indices(10, 6)} - {*sample_indices(20, 6)})),
+        (sums(20, more=2), 6),
+        (sums(20), None),
     ],
 )
 def test_data_changed_in_place_is_not_held_out(
-    of_a_file: Path, capsys: pytest.CaptureFixture[str], numbers: range, more: int, found: int | None
+    of_a_file: Path, capsys: pytest.CaptureFixture[str], rows: list[dict[str, Any]], found: int | None
 ) -> None:
     """Other problems or answers than the run held out are refused, another wording of the same ones is not."""
-    write_rows(of_a_file.parent / "own.jsonl", numbers, more)
+    write(of_a_file.parent / "own.jsonl", rows)
     assert main(["eval", str(of_a_file), "task.options.instruction=Be quick."]) == (2 if found else 0)
     assert found != 0
     if found:
@@ -539,7 +537,7 @@ def test_data_changed_in_place_is_not_held_out(
 
 def test_a_run_that_kept_no_digests_takes_other_wordings(of_a_file: Path, tmp_path: Path) -> None:
     """As those of earlier versions: what it held out is read from its data as they are now."""
-    write_rows(of_a_file.parent / "own.jsonl", range(20))
+    write(of_a_file.parent / "own.jsonl", sums(20))
     before = load_config(of_a_file / "config.yaml").task
     for change, refused in (({"instruction": ""}, False), ({"answer_key": "problem"}, True)):
         after = replace(before, options=before.options | change, system_prompt="Add.")

@@ -17,7 +17,7 @@ from g2rl.trainer import Trainer
 from g2rl.types import Episode, Problem, Verdict
 from g2rl.update import TrainingError, cut_by_length, lr_factor, padded_tokens
 from g2rl_kernels import sequence_features
-from tests.g2rl.logs import read
+from tests.g2rl.json_lines import read
 from tests.live_memory import LiveMemory
 
 SMALL = (
