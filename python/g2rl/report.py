@@ -218,11 +218,7 @@ def method_of(run: Run) -> str:
 
 
 def changes_table(run: Run, shown: Callable[[Any], Any] = lambda value: value) -> str:
-    """By which other settings a run went on, and from which steps on; empty where it did not.
-
-    Args:
-        shown: what to show of a value.
-    """
+    """By which other settings a run went on, and from which steps on, as `shown` has their values; empty for none."""
     rows = [
         (str(step), code(key), *("-" if value is None else code(shown(value)) for value in values))
         for step, changed in changes(run.history)

@@ -69,12 +69,7 @@ def last_step(run: PlannedRun) -> int:
 
 
 class StudyProgress(Display):
-    """Shows how far a study is.
-
-    Args:
-        study: that runs.
-        console: where to show it; None is the process's own.
-    """
+    """Shows how far a study is."""
 
     def __init__(self, study: Study, console: Console | None = None) -> None:
         super().__init__(

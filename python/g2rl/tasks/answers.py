@@ -180,12 +180,9 @@ def same_spelling(first: str, second: str) -> bool:
 
 
 def one_box(text: str, same: Callable[[str, str], bool] = same_spelling) -> str | None:
-    """Return the last box's content, None without one and where the boxes right before it hold another answer.
+    """Return the last box's content, None without one and where the boxes right before it hold no `same` answer.
 
     Boxes that "and" or a comma joins make a list, in their order.
-
-    Args:
-        same: whether two contents are the same answer.
     """
     boxes, joined = final_boxes(text)
     if not boxes or len(boxes) > _MAX_BOXES:

@@ -74,11 +74,7 @@ _GROUPED = re.compile(r"[0-9]{1,3}(?:[ \u00a0\u202f][0-9]{3})+")
 
 
 def lenient_answer(response: str, same: Callable[[str, str], bool] = same_spelling) -> str | None:
-    """Return the final answer of a response, boxed or not, None if it has none or leaves a choice.
-
-    Args:
-        same: see `one_box`.
-    """
+    """Return the final answer of a response, boxed or not, None if it has none or leaves a choice as in `one_box`."""
     if _BOX.search(response):
         return one_box(response, same)
     text = after_thinking(response)[-WINDOW:]
