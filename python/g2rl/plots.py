@@ -142,7 +142,7 @@ def plot_behaviour(run: Run) -> Figure | None:
     steps, values = run.series("eval/response_length")
     if steps:
         length.plot(steps, values, "o--", color=ORANGE, label="held-out")
-    limit = run.config.get("rollout", {}).get("max_new_tokens")
+    limit = run.setting("rollout.max_new_tokens", None)
     if limit:
         length.axhline(limit, color="black", linestyle=":", label="token limit")
     end_at_ticks(length, 0)

@@ -66,6 +66,12 @@ class Run:
         """The configuration of the last logged step, empty where it is not known."""
         return self.history[-1][1] if self.history else {}
 
+    def setting(self, key: str, otherwise: Any = "unknown") -> Any:
+        """A value of the last step's configuration, as of ``task.name``; `otherwise` where it is not known."""
+        section, _, name = key.rpartition(".")
+        values = self.config.get(section, {}) if section else self.config
+        return values.get(name, otherwise)
+
     def at(self, step: int) -> Run:
         """The run with the configurations up to a step."""
         return replace(self, history=[(first, config) for first, config in self.history if first <= step])
