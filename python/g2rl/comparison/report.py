@@ -7,16 +7,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from g2rl.comparison.bands import (
-    CELL,
-    Band,
-    Comparison,
-    Curve,
-    compare,
-    facts_of,
-    run_names,
-    seed_of,
-)
+from g2rl.comparison.bands import CELL, Band, Comparison, Curve, compare, facts_of, run_names, seed_of
 from g2rl.comparison.plots import PLOTS, plot_bands
 from g2rl.history import ACTS_AHEAD, IGNORED, differing
 from g2rl.metrics import metric

@@ -17,15 +17,7 @@ from g2rl.log import read_records
 from g2rl.run import Run, load_run
 from g2rl.study.definition import PlannedRun, Study
 from g2rl.study.runs import State, state_of
-from g2rl.study.statistics import (
-    DIFFERENCE,
-    PairedTest,
-    area,
-    difference,
-    first_reached,
-    share,
-    sign_flips,
-)
+from g2rl.study.statistics import DIFFERENCE, PairedTest, area, difference, first_reached, share, sign_flips
 
 END = 5
 """Training metrics are means over the last fifth of the steps."""
