@@ -43,7 +43,8 @@ def write_study_report(results: Results, command: str) -> dict[str, Any]:
         *(f"![Differences in {key}]({drawn[key]})" for key in headlines if key in drawn),
         *(_task(content, task, drawn.get(f"task {task}")) for task in content["tasks"]),
         f"## How to read this\n\n{_reading(content, results)}",
-        f"## Configuration\n\n{_configuration(content)}",
+        "## Configuration\n\nWhat all runs, each task and each method change in the study's base:\n\n```yaml\n"
+        f"{content['changes']}```",
         f"## Environment\n\n{_environment(content)}",
         f"## How to repeat it\n\n```\n{command}\n```\n\nFinished runs are kept and broken ones resumed; another seed "
         "in `seeds=[...]` adds only its runs. Numbers of every run: `results.csv`, `curves.csv`.",
@@ -115,10 +116,6 @@ def _reading(content: dict[str, Any], results: Results) -> str:
     if alone:
         points.append(f"Without geometry (`log.geometry` is false): {', '.join(sorted(alone))}.")
     return "\n".join(f"- {point}" for point in points)
-
-
-def _configuration(content: dict[str, Any]) -> str:
-    return f"What all runs, each task and each method change in the study's base:\n\n```yaml\n{content['changes']}```"
 
 
 def _environment(content: dict[str, Any]) -> str:
