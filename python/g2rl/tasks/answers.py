@@ -184,7 +184,7 @@ def same_spelling(first: str, second: str) -> bool:
 
 
 def one_box(text: str, same: Callable[[str, str], bool] = same_spelling) -> str | None:
-    """Return the last box's content, None without one and where the boxes right before it hold no `same` answer.
+    """Return the last box's content, None without one and where boxes right before it hold another answer, by `same`.
 
     Boxes that "and" or a comma joins make a list, in their order.
     """
