@@ -101,13 +101,9 @@ def _result_table(run: Run, evaluated: int | None, results: dict[str, float]) ->
     if evaluated is None:
         return "The run has evaluated nothing up to this checkpoint."
     rows = [(key.removeprefix("eval/"), value_with_unit(key, value)) for key, value in results.items()]
-    config = run.at(evaluated).config
-    settings, held_out = config.get("eval", {}), config.get("task", {}).get("held_out", "unknown")
-    sampled = (
-        f"{settings.get('samples', 'unknown')} responses each, temperature {settings.get('temperature', 'unknown')}"
-    )
-    table = markdown_table(("held out", f"step {evaluated}"), rows)
-    return f"{table}\n\nOn {held_out} problems kept out of training; {sampled}."
+    table, then = markdown_table(("held out", f"step {evaluated}"), rows), run.at(evaluated)
+    sampled = f"{then.setting('eval.samples')} responses each, temperature {then.setting('eval.temperature')}"
+    return f"{table}\n\nOn {then.setting('task.held_out')} problems kept out of training; {sampled}."
 
 
 def _eval_result(key: str, value: float, task: str, step: int | None) -> EvalResult:
@@ -122,23 +118,22 @@ def _eval_result(key: str, value: float, task: str, step: int | None) -> EvalRes
 
 
 def _loading(run: Run, repo: str, is_adapter: bool) -> str:
-    system = run.config.get("task", {}).get("system_prompt")
+    system = run.setting("task.system_prompt", None)
     message = "" if system is None else f'{{"role": "system", "content": {system!r}}}, '
-    rollout = run.config.get("rollout", {})
+    template = run.setting("rollout.chat_template_kwargs", {})
     return LOADING.format(
         repo=repo,
         note=ADAPTER_NOTE if is_adapter else "",
         system=message,
-        template="".join(f"{name}={value!r}, " for name, value in rollout.get("chat_template_kwargs", {}).items()),
-        tokens=rollout.get("max_new_tokens", 512),
+        template="".join(f"{name}={value!r}, " for name, value in template.items()),
+        tokens=run.setting("rollout.max_new_tokens", 512),
         sampling=_sampling(run),
     )
 
 
 def _sampling(run: Run) -> str:
     """Arguments of `generate` for responses like those of the run's evaluations."""
-    settings = run.config.get("eval", {})
-    temperature, top_p = settings.get("temperature", 1.0), settings.get("top_p", 1.0)
+    temperature, top_p = run.setting("eval.temperature", 1.0), run.setting("eval.top_p", 1.0)
     if temperature == 0:
         return "do_sample=False"
     # All are named, since a model's own generation settings would stand in for those that are not.

@@ -255,12 +255,7 @@ def _newest_whole(run_dir: Path) -> Path | None:
 
 
 def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of the run that a checkpoint is of; the default one for any other folder, or a name.
-
-    Args:
-        folder: the checkpoint's own.
-        overrides: ``key=value``.
-    """
+    """The configuration of the run that a checkpoint is of; the default one for any other folder, or a name."""
     run_dir = run_of(folder)
     return load_config(run_dir / "config.yaml" if run_dir else None, overrides)
 

@@ -63,11 +63,7 @@ def _vote(answers: Sequence[str | None], right: set[str]) -> float:
 
 
 def evaluation_seed(seed: int) -> int:
-    """The seed of an evaluation's draws, in training and of its checkpoints; no training step draws with it.
-
-    Args:
-        seed: of the run.
-    """
+    """The seed of an evaluation's draws, in a run of this seed and of its checkpoints; no training step has it."""
     return seed * 2_000_006 + 1
 
 

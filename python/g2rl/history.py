@@ -44,8 +44,7 @@ def read_history(run_dir: Path, last_step: int) -> History:
     Raises:
         ValueError: a file is damaged, or is no YAML.
     """
-    path, config = run_dir / SETTINGS, run_dir / "config.yaml"
-    records = list(read_records(path)) if path.is_file() else []
+    config, records = run_dir / "config.yaml", read_records(run_dir / SETTINGS)
     found = [(r["step"], plain(OmegaConf.create(r["config"]))) for r in records if r["step"] <= last_step]
     return found or ([(0, plain(read_yaml(config)))] if config.is_file() else [])
 

@@ -103,11 +103,13 @@ class ProblemResult:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a log file in order, without a torn last line.
+    """The records of a log file in order, without a torn last line; none where there is no such file.
 
     Raises:
         ValueError: a line before the last is not a JSON object with a step; the message names file and line.
     """
+    if not path.is_file():
+        return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -171,10 +173,8 @@ class RunLog:
                 raise ConfigError(f"name: expected a run that no other process trains, found {str(run_dir)!r} in use")
             self._lock = os.fdopen(lock)
             self._continue(resume_step)
-        metrics = run_dir / "metrics.jsonl"
-        steps = [record["step"] for record in read_records(metrics)] if metrics.exists() else []
         self._steps: list[dict[str, float]] = []
-        self._last_step = steps[-1] if steps else -1
+        self._last_step = max((record["step"] for record in read_records(run_dir / "metrics.jsonl")), default=-1)
         purge = None if resume_step is None else resume_step + 1
         with self._writing("log files"):
             self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in self.FILES}

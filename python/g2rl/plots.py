@@ -99,11 +99,7 @@ def _finish(axes: Axes, ylabel: str, xlabel: str = "training step") -> None:
 
 
 def end_at_ticks(axes: Axes, bottom: float | None = None) -> None:
-    """Widen the y axis to ticks below and above all there is, and a little more, since markers are wide.
-
-    Args:
-        bottom: where it begins instead.
-    """
+    """Widen the y axis to ticks below, or to `bottom`, and above all there is, and a little more for wide markers."""
     low, high = axes.get_ylim()
     if bottom is not None:
         axes.set_ylim(bottom, high)
@@ -146,7 +142,7 @@ def plot_behaviour(run: Run) -> Figure | None:
     steps, values = run.series("eval/response_length")
     if steps:
         length.plot(steps, values, "o--", color=ORANGE, label="held-out")
-    limit = run.config.get("rollout", {}).get("max_new_tokens")
+    limit = run.setting("rollout.max_new_tokens", None)
     if limit:
         length.axhline(limit, color="black", linestyle=":", label="token limit")
     end_at_ticks(length, 0)

@@ -91,11 +91,7 @@ def find_named(name: str, group: str, key: str, expected: str) -> Any:
 
 
 def check_whole(found: type, key: str, needed: str, *attributes: str) -> None:
-    """Raise `ConfigError` unless a class has all that its base leaves open, and text as each of these attributes.
-
-    Args:
-        needed: all of it, in words.
-    """
+    """Raise `ConfigError` unless a class has all that is `needed`: what its base leaves open, attributes as text."""
     lacks = [
         *sorted(getattr(found, "__abstractmethods__", ())),
         *(name for name in attributes if not isinstance(getattr(found, name, None), str)),

@@ -75,16 +75,14 @@ def _headline(run: Run) -> str:
         first, last = metric_value(lead, values[0]), metric_value(lead, values[-1])
         otherwise = _evaluated_otherwise(run, steps) if lead.startswith("eval/") else ""
         result = f"{name}: {first} at step {steps[0]}, {last} at step {steps[-1]}{otherwise}."
-    config = run.config
-    model, task = config.get("model", {}), config.get("task", {})
-    planned = config.get("steps")
+    planned = run.setting("steps", None)
     state = "" if planned is None else f" of {planned}" + ("" if run.last_step >= planned else ", not finished")
     seconds = sum(run.total(key) for key in ("time/step", "time/eval", "time/checkpoint"))
-    device = run.environment.get("device") or f"{model.get('device', 'unknown')} (as configured)"
+    device = run.environment.get("device") or f"{run.setting('model.device')} (as configured)"
     facts = [
         ("method", method_of(run)),
-        ("model", model.get("path", "unknown")),
-        ("task", task.get("name", "unknown")),
+        ("model", run.setting("model.path")),
+        ("task", run.setting("task.name")),
         ("steps", f"{run.last_step}{state}"),
         (
             "duration",
@@ -116,10 +114,10 @@ def _missing(run: Run) -> list[str]:
     if not run.keys("train/"):
         said.append("No training step is logged.")
     if not run.keys("eval/"):
-        off = run.config.get("eval", {}).get("every") == 0
+        off = run.setting("eval.every") == 0
         said.append("No evaluation is logged" + (": it is turned off (`eval.every` is 0)." if off else "."))
     if not run.keys("geometry/"):
-        off = run.config.get("log", {}).get("geometry") is False
+        off = run.setting("log.geometry") is False
         said.append("No feature geometry is logged" + (": it is turned off (`log.geometry` is false)." if off else "."))
     if run.samples and not run.shaped:
         said.append(_unshaped(run))
@@ -218,11 +216,7 @@ def method_of(run: Run) -> str:
 
 
 def changes_table(run: Run, shown: Callable[[Any], Any] = lambda value: value) -> str:
-    """By which other settings a run went on, and from which steps on; empty where it did not.
-
-    Args:
-        shown: what to show of a value.
-    """
+    """By which other settings a run went on, and from which steps on, as `shown` has their values; empty for none."""
     rows = [
         (str(step), code(key), *("-" if value is None else code(shown(value)) for value in values))
         for step, changed in changes(run.history)

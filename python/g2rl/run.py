@@ -66,6 +66,12 @@ class Run:
         """The configuration of the last logged step, empty where it is not known."""
         return self.history[-1][1] if self.history else {}
 
+    def setting(self, key: str, otherwise: Any = "unknown") -> Any:
+        """A value of the last step's configuration, as of ``task.name``; `otherwise` where it is not known."""
+        section, _, name = key.rpartition(".")
+        values = self.config.get(section, {}) if section else self.config
+        return values.get(name, otherwise)
+
     def at(self, step: int) -> Run:
         """The run with the configurations up to a step."""
         return replace(self, history=[(first, config) for first, config in self.history if first <= step])
@@ -83,15 +89,14 @@ def load_run(run_dir: Path) -> Run:
         ValueError: a log file is damaged before its last line, or a configuration is no YAML.
     """
     path = run_dir / "metrics.jsonl"
-    metrics = list(read_records(path)) if path.is_file() else []
+    metrics = list(read_records(path))
     if not metrics:
         inside = f", but runs below it: {run_dir}/*" if any(run_dir.glob("*/metrics.jsonl")) else ""
         raise FileNotFoundError(f"{path}: expected the metrics of a run, found none{inside}")
     first: list[dict[str, Any]] = []
     last: list[dict[str, Any]] = []
     scored, shaped = [], False
-    completions, groups = run_dir / "completions.jsonl", run_dir / "groups.jsonl"
-    for row in read_records(completions) if completions.is_file() else ():
+    for row in read_records(run_dir / "completions.jsonl"):
         # One pass that keeps two steps only: completions of a long run may not fit into memory.
         if not first or row["step"] == first[0]["step"]:
             first.append(row)
@@ -109,7 +114,7 @@ def load_run(run_dir: Path) -> Run:
         samples=first + last,
         scored=scored,
         shaped=shaped,
-        groups=list(read_records(groups)) if groups.is_file() else [],
+        groups=list(read_records(run_dir / "groups.jsonl")),
         history=read_history(run_dir, metrics[-1]["step"]),
         environment=json.loads(environment.read_text()) if environment.is_file() else {},
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import sys
@@ -14,6 +13,7 @@ import torch
 
 from g2rl.checkpoint import checkpoints
 from tests.faults.planting import plant
+from tests.g2rl.json_lines import untimed
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["g2rl.trainer", "g2rl.parallel.launch"])
@@ -86,18 +86,9 @@ def _run(folder: Path, arguments: list[str], before: str, after: str, reports: b
     sys.exit(status)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """Without times, which no two runs share."""
-    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in read(run / "metrics.jsonl")]
-
-
 def difference(found: Path, expected: Path) -> str | None:
     """The first thing that two runs do not share, bit for bit: their logs, checkpoints, weights and states."""
-    if metrics(found) != metrics(expected):
+    if untimed(found) != untimed(expected):
         return "other metrics"
     for name in ("completions.jsonl", "groups.jsonl"):
         if (found / name).read_bytes() != (expected / name).read_bytes():

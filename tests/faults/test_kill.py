@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.faults.moments import STAGES
-from tests.faults.runs import difference, g2rl, read
+from tests.faults.runs import difference, g2rl
+from tests.g2rl.json_lines import read
 
 VARIANTS = {"full": [], "ahead": ["rollout.ahead=1"], "lora": ["model.lora.rank=2", "objective.reference_every=0"]}
 """All weights with a reference that changes; responses sampled while the update goes on; an adapter."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -25,6 +24,7 @@ from g2rl.trainer import Trainer
 from g2rl.types import Verdict
 from g2rl_kernels import LMHead, token_logprobs
 from tests.g2rl.architectures import SIZES
+from tests.g2rl.json_lines import untimed
 
 SMALL = (
     "steps=4",
@@ -49,11 +49,6 @@ def start(tiny_model: Path, tmp_path: Path, *overrides: str) -> Trainer:
     return Trainer(load_config(None, [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, *overrides]))
 
 
-def lines(run_dir: Path) -> list[dict]:
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
-
-
 @pytest.fixture(scope="module")
 def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """Four steps, with dropout, a KL term, and micro-batches cut by length."""
@@ -76,7 +71,7 @@ def test_trains_the_adapter_alone(tiny_model: Path, trained: Trainer) -> None:
             assert torch.equal(trained.model(ids).logits, expected)
     trained.model.train()
     assert (changed - expected).abs().max() > 1e-2
-    kl = [record["train/kl"] for record in lines(trained.config.run_dir)]
+    kl = [record["train/kl"] for record in untimed(trained.config.run_dir)]
     assert kl[0] < 1e-3 < kl[-1]
 
 
@@ -121,11 +116,11 @@ def test_checkpoints_resume_and_export(trained: Trainer, tmp_path: Path, capsys:
     assert main(["export", str(run_dir), str(tmp_path / "merged")]) == 2
     assert "folder: expected a new one" in capsys.readouterr().err
 
-    expected = lines(run_dir)
+    expected = untimed(run_dir)
     half = run_dir.parent / "half"
     start(Path(trained.config.model.path), run_dir.parent, "name=half", "steps=2", *NOISY).run()
     assert main(["train", f"resume={half}", "steps=4"]) == 0
-    assert lines(half) == expected
+    assert untimed(half) == expected
     assert main(["train", f"resume={half}", "steps=5", "model.lora.rank=2"]) == 2
     assert "model.lora: expected the rank and targets of the checkpoint" in capsys.readouterr().err
     assert main(["train", f"resume={half}", "steps=5", "model.lora.rank=0"]) == 2

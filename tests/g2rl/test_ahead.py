@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +17,7 @@ from g2rl.parallel.ranks import ALONE, Ranks
 from g2rl.times import StageTimes
 from g2rl.trainer import Trainer
 from g2rl.types import Episode
+from tests.g2rl.json_lines import read, untimed
 from tests.g2rl.test_collect import Counts, Engine
 
 SMALL = (
@@ -45,13 +44,8 @@ def trained(tiny_model: Path, tmp_path: Path, name: str, *overrides: str) -> Pat
     return run.run_dir
 
 
-def lines(run: Path, file: str) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (run / file).read_text().splitlines()]
-    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
-
-
 def responses(run: Path, step: int) -> list[str]:
-    return [row["response"] for row in lines(run, "completions.jsonl") if row["step"] == step]
+    return [row["response"] for row in read(run / "completions.jsonl") if row["step"] == step]
 
 
 def test_ahead(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +54,6 @@ def test_ahead(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "def digits(problem, response, finished):\n    return 1.0 if any(c.isdigit() for c in response) else -1.0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     ahead = trained(tiny_model, tmp_path, "ahead", "steps=4", "checkpoint.every=2", "optim.lr=0.01")
     still = trained(tiny_model, tmp_path, "still", "steps=2", "checkpoint.every=0", "optim.lr=1e-30", "rollout.ahead=0")
     fresh = trained(tiny_model, tmp_path, "fresh", "steps=2", "checkpoint.every=0", "optim.lr=0.01", "rollout.ahead=0")
@@ -68,13 +61,14 @@ def test_ahead(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [responses(ahead, step) for step in (1, 2)] == [responses(still, step) for step in (1, 2)]
     assert responses(fresh, 1) == responses(ahead, 1)
     assert responses(fresh, 2) != responses(ahead, 2)
-    gaps = [record["train/rollout_gap"] for record in lines(ahead, "metrics.jsonl")[1:]]
+    gaps = [record["train/rollout_gap"] for record in untimed(ahead)[1:]]
     assert max(gaps[0], gaps[2]) < 1e-5 and min(gaps[1], gaps[3]) > 1e-3
 
     cut = trained(tiny_model, tmp_path, "cut", "steps=2", "checkpoint.every=2", "optim.lr=0.01")
     trained(tiny_model, tmp_path, "cut", "steps=4", "checkpoint.every=2", "optim.lr=0.01", f"resume={cut}")
-    for file in ("metrics.jsonl", "completions.jsonl", "groups.jsonl"):
-        assert lines(cut, file) == lines(ahead, file)
+    assert untimed(cut) == untimed(ahead)
+    for file in ("completions.jsonl", "groups.jsonl"):
+        assert read(cut / file) == read(ahead / file)
 
 
 class Recorder(Engine):

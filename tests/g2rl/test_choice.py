@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2rl.tasks.choice import WINDOW, boxed_letter, claimed_letter
+from g2rl.tasks.answers import WINDOW
+from g2rl.tasks.choice import boxed_letter, claimed_letter
 from g2rl.tasks.lenient import lenient_answer
 
 CITIES = ("Paris", "London", "Rome", "Madrid")

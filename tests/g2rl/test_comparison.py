@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
-from written_runs import change_settings, write_run
+from written_runs import change_settings, section, write_run
 
 from g2rl.cli import main
 from g2rl.comparison.bands import Comparison, compare
@@ -184,10 +184,6 @@ def test_runs_that_do_not_fit_are_named(tmp_path: Path) -> None:
         "other-settings": "It went on by other settings from step 6 on: `method`, `optim.lr` and 5 more.",
         "b": "It repeats `b-again`: same configuration, same seed.",
     }
-
-
-def section(text: str, heading: str) -> str:
-    return text.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0].strip()
 
 
 def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -266,30 +266,29 @@ def test_mistakes_are_named(override: str, message: str) -> None:
         load_config(None, [override])
 
 
-def test_missing_and_malformed_files(tmp_path: Path) -> None:
+def test_missing_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="found nothing at"):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="expected a YAML file, found a folder at"):
         load_config(tmp_path)
-    (tmp_path / "bad.yaml").write_text("steps: [1\n")
-    with pytest.raises(ConfigError, match=r"bad\.yaml: expected YAML in UTF-8: .*, line 2, column 1$"):
-        load_config(tmp_path / "bad.yaml")
-    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
-    with pytest.raises(ConfigError, match=r"latin\.yaml: expected YAML in UTF-8: .* byte 0xe9 in position 6"):
-        load_config(tmp_path / "latin.yaml")
-    (tmp_path / "number.yaml").write_text("5\n")
-    with pytest.raises(ConfigError, match=r"number\.yaml: expected keys and values, found .*int"):
-        load_config(tmp_path / "number.yaml")
-    # On the command line both are text.
-    (tmp_path / "types.yaml").write_text("task: {name: [a]}\n")
-    with pytest.raises(ConfigError, match=r"task\.name: expected text, found \['a'\]$"):
-        load_config(tmp_path / "types.yaml")
-    (tmp_path / "types.yaml").write_text("task: {system_prompt: {a: 1}}\n")
-    with pytest.raises(ConfigError, match=r"task\.system_prompt: expected text, found {'a': 1}$"):
-        load_config(tmp_path / "types.yaml")
-    (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(ConfigError, match=r"list\.yaml"):
-        load_config(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"steps: [1\n", r"own\.yaml: expected YAML in UTF-8: .*, line 2, column 1$"),
+        (b"name: \xe9\n", r"own\.yaml: expected YAML in UTF-8: .* byte 0xe9 in position 6"),
+        (b"5\n", r"own\.yaml: expected keys and values, found .*int"),
+        (b"- 1\n", r"own\.yaml: expected keys and values, found a list$"),
+        # On the command line both are text.
+        (b"task: {name: [a]}\n", r"task\.name: expected text, found \['a'\]$"),
+        (b"task: {system_prompt: {a: 1}}\n", r"task\.system_prompt: expected text, found {'a': 1}$"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, contents: bytes, message: str) -> None:
+    (tmp_path / "own.yaml").write_bytes(contents)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "own.yaml")
 
 
 def test_a_comment_is_no_value(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from g2rl.rewards import judge_episodes
 from g2rl.tasks import make_task
 from g2rl.tasks.base import Task
 from g2rl.types import Episode, Problem
+from tests.g2rl.json_lines import read, untimed
 from tests.g2rl.ranks import launch
 
 ROOT = Path(__file__).parents[2]
@@ -337,15 +338,6 @@ def settings(tmp_path: Path, tiny_model: Path) -> list[str]:
     return [str(tmp_path / "small.yaml"), f"model.path={tiny_model}", f"runs_dir={tmp_path}"]
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def metrics(run: Path) -> list[dict]:
-    """Without times, which no two runs share."""
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read(run / "metrics.jsonl")]
-
-
 def test_train_evaluate_report_and_geometry(
     tmp_path: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -355,7 +347,7 @@ def test_train_evaluate_report_and_geometry(
         a, b = (int(n) for n in row["problem"].split("+"))
         digits = re.findall("[0-9]", row["response"])
         assert row["correct"] == (digits != [] and int(digits[-1]) % 2 == (a + b) % 2)
-    rows = metrics(run)
+    rows = untimed(run)
     assert [row["step"] for row in rows if "eval/pass@1" in row] == [0, 2, 4]
     assert 0 < rows[-1]["train/accuracy"] < 1 and 0 < rows[-1]["eval/maj@2"] < 1
     assert len((run / "held_out.txt").read_text().split()) == 6
@@ -379,10 +371,10 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, settings: list
     environment = {**os.environ, "KILLED": "1"}
     command = [sys.executable, "-m", "g2rl", "train", *settings, *killed]
     assert subprocess.run(command, env=environment, capture_output=True).returncode == -9
-    assert 0 < len(metrics(tmp_path / "killed")) < 5
+    assert 0 < len(untimed(tmp_path / "killed")) < 5
     assert main(["train", f"resume={tmp_path / 'killed'}"]) == 0
     assert main(["train", *settings, "name=whole"]) == 0
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
 
 
 def test_two_ranks_do_what_one_process_does(tmp_path: Path, settings: list[str]) -> None:
@@ -392,7 +384,7 @@ def test_two_ranks_do_what_one_process_does(tmp_path: Path, settings: list[str])
     keys = ("step", "problem", "response", "correct")
     alone, ranks = (read(tmp_path / name / "completions.jsonl") for name in ("alone", "ranks"))
     assert [[row[key] for key in keys] for row in ranks] == [[row[key] for key in keys] for row in alone]
-    for of_alone, of_ranks in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "ranks"), strict=True):
+    for of_alone, of_ranks in zip(untimed(tmp_path / "alone"), untimed(tmp_path / "ranks"), strict=True):
         exact = [key for key in of_alone if key.startswith(("eval/", "train/accuracy"))]
         assert [of_ranks[key] for key in exact] == pytest.approx([of_alone[key] for key in exact])
     said = "task.name: expected the same problems of parity:OfARank on every rank, found others"
@@ -436,7 +428,7 @@ def test_a_failure_in_a_run_says_how_it_goes_on(
     (tmp_path / "parity.py").write_text(PARITY)
     del sys.modules["parity"]
     assert main(["train", f"resume={tmp_path / 'run'}"]) == 0
-    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [row["step"] for row in untimed(tmp_path / "run")] == [1, 2, 3, 4]
 
     (tmp_path / "parity.py").write_text(PARITY.replace('data["sum"]', 'data["total"]'))
     del sys.modules["parity"]

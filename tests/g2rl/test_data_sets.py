@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from g2rl.tasks.base import Task
 from g2rl.tasks.data_sets import DATA_SETS, load_problems
 from g2rl.tasks.grading import ChoiceJudge, MathJudge
 from g2rl.types import Episode, Problem
+from tests.g2rl.json_lines import write
 
 CHOICE = {"problem": "Which capital?", "answer": "B", "options": ["Paris", "Rome", "Oslo"]}
 HUB_ROWS: dict[str, dict[str, Any]] = {
@@ -32,10 +32,6 @@ HUB_ROWS: dict[str, dict[str, Any]] = {
         "Incorrect Answer 3": "5",
     },
 }  # fmt: skip
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def numbered(count: int, first: int = 0) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from g2rl.rollout.base import check_version
 from g2rl.rollout.vllm_engine import import_vllm
 from g2rl.rollout.vllm_server import ServerSampler
 from g2rl.types import Problem
+from tests.g2rl.json_lines import write
 
 
 def test_defaults_with_vllm() -> None:
@@ -252,7 +253,7 @@ def test_commands_leave_no_weights_behind(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"problem": "What is 1 + 1?", "answer": "B", "options": ["1", "2"]}]
-    Path("mmlu_pro.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(Path("mmlu_pro.jsonl"), rows)
     Path("weights").mkdir()
     Fake.answers["loads"] = loads
     name, *flags = command.split()

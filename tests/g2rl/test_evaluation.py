@@ -32,6 +32,7 @@ from g2rl.tasks.data_sets import DATA_SETS
 from g2rl.tasks.grading import ChoiceJudge, MathJudge
 from g2rl.types import Problem
 from tests.g2rl.conftest import build_model
+from tests.g2rl.json_lines import write
 from tests.g2rl.scripted_sampler import PROBLEMS, ScriptedSampler, run, settings
 
 ROOT = Path(__file__).parents[2]
@@ -384,7 +385,7 @@ def test_digests_tell_weights_apart(tiny_model: Path) -> None:
 def data(tmp_path: Path) -> Iterator[Path]:
     # Multiple choice, whose judge starts no processes.
     rows = [{"problem": f"What is {i} + {i}?", "answer": "B", "options": [str(i), str(2 * i)]} for i in range(8)]
-    (tmp_path / "mmlu_pro.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "mmlu_pro.jsonl", rows)
     yield tmp_path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from g2rl.plugins import PluginError
 from g2rl.tasks import make_task
 from g2rl.trainer import Trainer
 from g2rl_kernels import Shaping, g2rl_advantages, group_advantages
+from tests.g2rl.json_lines import write
 
 
 def step(rewards: torch.Tensor, m: int, features: torch.Tensor | None = None, **more) -> Step:
@@ -418,8 +418,7 @@ def test_no_majority_over_open_ended_answers(encoder: None) -> None:
 def test_letters_as_answers_have_no_digit(encoder: None, tmp_path: Path) -> None:
     """Every response would count as one without an answer."""
     row = {"problem": "Which?", "answer": "B", "options": ["a cat", "a dog"]}
-    lines = [json.dumps(row | {"problem": f"Which of {i}?"}) for i in range(4)]
-    (tmp_path / "mmlu_pro.jsonl").write_text("\n".join(lines))
+    write(tmp_path / "mmlu_pro.jsonl", [row | {"problem": f"Which of {i}?"} for i in range(4)])
     config = load_config(None, ["method=evol_rl", "task.name=mmlu_pro", f"task.options.data={tmp_path}"])
     with make_task(replace(config.task, held_out=1), 0) as task:
         with pytest.raises(

@@ -18,6 +18,7 @@ from g2rl.config import Config, ConfigError, load_config
 from g2rl.model import load_model
 from g2rl.optimizer import in_words, make_optimizer
 from g2rl.trainer import Trainer
+from tests.g2rl.json_lines import untimed
 
 SETTINGS = ("optim.lr=1e-4", "optim.weight_decay=0.1", "model.dtype=bfloat16")
 
@@ -112,12 +113,7 @@ def test_training_in_bfloat16_resumes_to_the_same_numbers(
     assert main(["train", f"resume={tmp_path / 'parts'}", "steps=4", "model.dtype=float32"]) == 2
     assert "model.dtype: expected bfloat16, as in training up to" in capsys.readouterr().err
     assert main(["train", f"resume={tmp_path / 'parts'}", "steps=4"]) == 0
-
-    def numbers(run: str) -> list[dict[str, float]]:
-        records = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in r.items() if not key.startswith("time")} for r in records]
-
-    assert numbers("parts") == numbers("whole")
+    assert untimed(tmp_path / "parts") == untimed(tmp_path / "whole")
     assert {p.dtype for p in whole.model.parameters()} == {torch.bfloat16}
     said = json.loads((tmp_path / "whole" / "environment.json").read_text())["optimizer"]
     assert said == "fused AdamW, fp32 states, fp32 master weights"

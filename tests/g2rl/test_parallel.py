@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import socket
@@ -19,6 +18,7 @@ from g2rl.cli import main
 from g2rl.config import ModelConfig
 from g2rl.model import load_model
 from g2rl.parallel.sharding import place
+from tests.g2rl.json_lines import read, untimed
 from tests.g2rl.ranks import launch
 
 # Groups that are cut, so that ranks have different numbers of micro-batches; groups that are asked for again; a
@@ -77,15 +77,6 @@ def alone(folder: Path) -> Path:
     return folder / "runs"
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def metrics(run: Path) -> list[dict]:
-    """Without times, which no two runs share."""
-    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in read(run / "metrics.jsonl")]
-
-
 def groups(rows: list[dict], key: str) -> torch.Tensor:
     return torch.tensor([row[key] for row in rows], dtype=torch.float64).view(-1, 4)
 
@@ -107,7 +98,7 @@ def assert_same(found: Path, expected: Path) -> None:
     for key, bound in {"score": of_score, "shaped": of_shaped, "advantage": of_advantage}.items():
         error = (groups(ours, key) - groups(theirs, key)).abs()
         assert bool((error <= 1e-5 + bound).all()), f"{key}: {error.max()}"
-    for record, want in zip(metrics(found), metrics(expected), strict=True):
+    for record, want in zip(untimed(found), untimed(expected), strict=True):
         assert record == pytest.approx(want, rel=1e-4, abs=1e-5)
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from rich.console import Console
-from written_runs import change_settings, write_run
+from written_runs import change_settings, section, write_run
 
 from g2rl.cli import main
 from g2rl.config import load_config, save_config
@@ -86,10 +86,6 @@ def test_axes_end_at_ticks(tmp_path: Path, plot: Callable[[Run], Figure]) -> Non
         assert min(seen) <= axes.dataLim.ymin <= axes.dataLim.ymax <= max(seen) < high, axes.get_ylabel()
 
 
-def section(text: str, heading: str) -> str:
-    return text.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
-
-
 def test_full_run(tmp_path: Path) -> None:
     log = start(tmp_path / "full", "steps=30", "optim.lr=0.001", "task.system_prompt='a | b'")
     log.metrics(0, {"eval/pass@1": 0.125, "eval/pass@4": 0.25, "eval/maj@4": 0.2, "time/eval": 10.0})
@@ -108,8 +104,8 @@ def test_full_run(tmp_path: Path) -> None:
     assert "| device | a test machine |" in text
     assert "| steps | 30 of 30 |" in text
     assert "| duration | 15:10 (steps, evaluations, checkpoints but the last) |" in text  # 30 * 30 s + 10 s
-    assert section(text, "What is missing").strip() == "- `train/loss` was NaN or infinite at 1 step(s): 7."
-    assert section(text, "Evaluation").strip().splitlines()[2:] == [
+    assert section(text, "What is missing") == "- `train/loss` was NaN or infinite at 1 step(s): 7."
+    assert section(text, "Evaluation").splitlines()[2:] == [
         "| first | 0 | 12.5 % | 25.0 % | 20.0 % |",
         "| best pass@1 | 10 | 75.0 % | 87.5 % | - |",
         "| last | 30 | 50.0 % | 87.5 % | - |",
@@ -203,7 +199,7 @@ def test_a_run_with_metrics_only(tmp_path: Path) -> None:
     assert "**Training accuracy (no evaluation was logged): 25.0 % at step 1, 50.0 % at step 2.**" in text
     assert "| method | unknown |" in text
     assert "| duration | not logged |" in text
-    assert section(text, "What is missing").strip().splitlines() == [
+    assert section(text, "What is missing").splitlines() == [
         "- No `config.yaml`: method, model and planned steps are unknown.",
         "- No `environment.json`: the device is not known beyond the configuration.",
         "- No evaluation is logged.",
@@ -217,7 +213,7 @@ def test_metrics_of_methods_and_of_another_version(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "method/valid_share": 0.25, "method/own": 2.0, "train/new@x": 3.0}\n'
     )
-    shown = section(write_report(tmp_path).read_text(encoding="utf-8"), "Metrics").strip().splitlines()[2:5]
+    shown = section(write_report(tmp_path).read_text(encoding="utf-8"), "Metrics").splitlines()[2:5]
     assert shown == [
         "| `method/valid_share` | 25.0 % | 25.0 % |  | EVOL-RL: responses whose answer is valid |",
         "| `method/own` | 2 | 2 |  | the method's own |",

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from g2rl.tasks.base import sample_indices
 from g2rl.trainer import Trainer, _held_out_numbers
 from g2rl.update import TrainingError, Updater
 from g2rl_kernels import LMHead, token_logprobs
+from tests.g2rl.json_lines import read, untimed, write
 
 SMALL = (
     "steps=4",
@@ -59,20 +60,24 @@ def reward_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
 
 
+def keys(tiny_model: Path, tmp_path: Path, *overrides: str) -> list[str]:
+    return [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, *overrides]
+
+
 def config(tiny_model: Path, tmp_path: Path, *overrides: str) -> Config:
-    return load_config(None, [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, *overrides])
+    return load_config(None, keys(tiny_model, tmp_path, *overrides))
 
 
-def lines(run_dir: Path) -> list[dict]:
-    """A run's metrics without the times, which no two runs share."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records]
+def trained(tiny_model: Path, tmp_path: Path, *overrides: str) -> Path:
+    """The folder of a run."""
+    run = config(tiny_model, tmp_path, *overrides)
+    Trainer(run).run()
+    return run.run_dir
 
 
 def test_logs_every_step(tiny_model: Path, tmp_path: Path) -> None:
-    run = config(tiny_model, tmp_path)
-    Trainer(run).run()
-    records = lines(run.run_dir)
+    run = trained(tiny_model, tmp_path)
+    records = untimed(run)
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
     assert [record["step"] for record in records if "eval/pass@1" in record] == [0, 2, 4]
     last = records[-1]
@@ -83,19 +88,17 @@ def test_logs_every_step(tiny_model: Path, tmp_path: Path) -> None:
     assert 0 <= last["geometry/score_min"] <= last["geometry/score_mean"] <= last["geometry/score_max"] <= 1
     # On-policy, the ratio is 1, advantages of a group sum to 0 and so does the loss.
     assert abs(last["train/loss"]) < 1e-5
-    completions = [json.loads(line) for line in (run.run_dir / "completions.jsonl").read_text().splitlines()]
-    assert len(completions) == 4 * 12
+    assert len(read(run / "completions.jsonl")) == 4 * 12
 
 
 @pytest.mark.parametrize("method", ["g2rl", "grpo"])
 def test_learns(tiny_model: Path, tmp_path: Path, method: str) -> None:
     """Reward must rise far beyond its spread between steps (about 0.05)."""
-    run = config(
+    run = trained(
         tiny_model, tmp_path, f"method={method}", "steps=25", "eval.every=0", "checkpoint.every=0", "optim.lr=5e-3",
         "rollout.prompts=6",
     )  # fmt: skip
-    Trainer(run).run()
-    rewards = [record["train/reward"] for record in lines(run.run_dir)]
+    rewards = [record["train/reward"] for record in untimed(run)]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.5
 
 
@@ -110,15 +113,13 @@ def test_a_run_goes_on_once_its_reward_is_mended(
         "    return calls[-1] / (len(calls) <= 20)\n"  # fails in the second step
     )
     run = tmp_path / "run"
-    place = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", "name=run"]
-    (tmp_path / "run.yaml").write_text("{}")
-    settings = [*place, *SMALL, "steps=2", "eval.every=0", "rewards=[{name: mended_reward:length}]"]
-    assert main(["train", str(tmp_path / "run.yaml"), *settings]) == 2
+    settings = keys(tiny_model, tmp_path, "steps=2", "eval.every=0", "rewards=[{name: mended_reward:length}]")
+    assert main(["train", *settings]) == 2
     said = capsys.readouterr().err
     assert "ZeroDivisionError" in said and f"once that is mended, continue with: g2rl train resume={run}\n" in said
     monkeypatch.setattr(sys.modules["mended_reward"], "calls", [])
     assert main(["train", f"resume={run}"]) == 0
-    assert [record["step"] for record in lines(run)] == [1, 2]
+    assert [record["step"] for record in untimed(run)] == [1, 2]
 
 
 def test_what_stops_a_run_says_how_it_goes_on(
@@ -132,13 +133,12 @@ def test_what_stops_a_run_says_how_it_goes_on(
             raise ConfigError("rollout.max_new_tokens: expected fewer")
         return update(self, number, *arguments)
 
-    (tmp_path / "run.yaml").write_text("{}")
-    settings = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", "name=run", *SMALL, "steps=2", "eval.every=0"]
+    settings = keys(tiny_model, tmp_path, "steps=2", "eval.every=0")
     monkeypatch.setattr(Updater, "run", stopped)
-    assert main(["train", str(tmp_path / "run.yaml"), *settings]) == 2
+    assert main(["train", *settings]) == 2
     way_on = f"once that is mended, continue with: g2rl train resume={tmp_path / 'run'}\n"
     assert f"rollout.max_new_tokens: expected fewer; {way_on}" in capsys.readouterr().err
-    assert main(["train", str(tmp_path / "run.yaml"), *settings, "name=not", "rewards=[{name: nowhere:at}]"]) == 2
+    assert main(["train", *settings, "name=not", "rewards=[{name: nowhere:at}]"]) == 2
     assert "continue with" not in capsys.readouterr().err
 
 
@@ -160,10 +160,10 @@ SHORT = ("steps=2", "eval.every=0", "rewards=[{name: correct}]")
 def test_methods_and_presets_train(tiny_model: Path, tmp_path: Path, settings: list[str]) -> None:
     files = [setting for setting in settings if "=" not in setting]
     settings = [setting for setting in settings if "=" in setting]
-    base = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, *SHORT]
-    run = load_config(files, [*base, "task.options={digits: [1, 1], operations: '+-'}", *settings])
+    base = keys(tiny_model, tmp_path, *SHORT, "task.options={digits: [1, 1], operations: '+-'}")
+    run = load_config(files, [*base, *settings])
     Trainer(run).run()
-    records = lines(run.run_dir)
+    records = untimed(run.run_dir)
     assert [record["step"] for record in records] == [1, 2]
     for record in records:
         assert all(value is not None and math.isfinite(value) for value in record.values())
@@ -172,7 +172,7 @@ def test_methods_and_presets_train(tiny_model: Path, tmp_path: Path, settings: l
         assert records[-1]["train/grad_norm"] > 0
     if files and files[0].endswith("dapo.yaml"):
         assert 0 < records[0]["groups/extra"] <= 2
-        first = json.loads((run.run_dir / "metrics.jsonl").read_text().splitlines()[0])
+        first = read(run.run_dir / "metrics.jsonl")[0]
         tokens = first["time/tokens_per_second"] * first["time/step"]
         assert tokens > 12 * first["train/response_length"] + 1  # those of the three groups of four, and more
 
@@ -189,12 +189,11 @@ def test_the_parts_of_a_reward_are_logged(
     tiny_model: Path, tmp_path: Path, rewards: str, parts: list[str], held_out: bool
 ) -> None:
     """Each once; and the sum of held-out responses, but where pass@1 tells it."""
-    run = config(tiny_model, tmp_path, "steps=1", f"rewards={rewards}", "eval.temperature=1")
-    Trainer(run).run()
-    before, first = lines(run.run_dir)
+    run = trained(tiny_model, tmp_path, "steps=1", f"rewards={rewards}", "eval.temperature=1")
+    before, first = untimed(run)
     assert [key for key in first if key.startswith("reward/")] == [f"reward/{name}" for name in parts]
     assert ("eval/reward" in before, "eval/reward" in first) == (held_out, held_out)
-    rows = [json.loads(line) for line in (run.run_dir / "completions.jsonl").read_text().splitlines()]
+    rows = read(run / "completions.jsonl")
     assert all(list(row["parts"]) == parts for row in rows)
     for name in parts:
         assert first[f"reward/{name}"] == pytest.approx(sum(row["parts"][name] for row in rows) / len(rows))
@@ -233,43 +232,36 @@ def test_metrics_that_the_log_does_not_know(tiny_model: Path, tmp_path: Path) ->
 
 def test_a_method_from_outside_trains(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "outside_training.py").write_text(OUTSIDE)
-    run = config(tiny_model, tmp_path, "steps=1", "eval.every=0", "method=outside_training:FewVowels")
-    Trainer(run).run()
+    run = trained(tiny_model, tmp_path, "steps=1", "eval.every=0", "method=outside_training:FewVowels")
     # The run's file has the options spelt out, and reads back.
-    assert load_config(run.run_dir / "config.yaml").methods == {"vowels": {"best": 1.0}}
-    rows = [json.loads(line) for line in (run.run_dir / "completions.jsonl").read_text().splitlines()]
+    assert load_config(run / "config.yaml").methods == {"vowels": {"best": 1.0}}
+    rows = read(run / "completions.jsonl")
     assert all(row["advantage"] == pytest.approx(row["reward"]) for row in rows)
-    assert {key: value for key, value in lines(run.run_dir)[0].items() if key.startswith("method/")} == {
+    assert {key: value for key, value in untimed(run)[0].items() if key.startswith("method/")} == {
         "method/vowels": 0.5,
         "method/responses": 12,
     }
-    assert "| `method/responses` | 12 | 12 |" in write_report(run.run_dir).read_text(encoding="utf-8")
+    assert "| `method/responses` | 12 | 12 |" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_reference_is_refreshed(tiny_model: Path, tmp_path: Path) -> None:
     """Every second step it becomes the policy, from which it then differs by nothing until the next update."""
-    run = config(
+    run = trained(
         tiny_model, tmp_path, "steps=5", "eval.every=0", "objective.kl_coef=0.1", "objective.reference_every=2"
     )
-    Trainer(run).run()
-    far = [record["train/kl"] > 1e-6 for record in lines(run.run_dir)]
+    far = [record["train/kl"] > 1e-6 for record in untimed(run)]
     assert far == [False, True, False, True, False]
 
 
 def test_a_refreshed_reference_stays_when_it_is_refreshed_no_longer(tiny_model: Path, tmp_path: Path) -> None:
     """Of the second step in all later checkpoints: not the initial model again."""
     on = ("eval.every=0", "objective.kl_coef=0.1", "objective.reference_every=2")
-    Trainer(config(tiny_model, tmp_path, *on, "steps=2")).run()
+    run = trained(tiny_model, tmp_path, *on, "steps=2")
     for steps in (3, 4):
-        again = config(
-            tiny_model, tmp_path, *on, "objective.reference_every=0", f"steps={steps}", f"resume={tmp_path / 'run'}"
-        )
-        Trainer(again).run()
-    far = [record["train/kl"] > 1e-6 for record in lines(tmp_path / "run")]
+        trained(tiny_model, tmp_path, *on, "objective.reference_every=0", f"steps={steps}", f"resume={run}")
+    far = [record["train/kl"] > 1e-6 for record in untimed(run)]
     assert far == [False, True, False, True]
-    whole = config(tiny_model, tmp_path, *on, "steps=4", "name=whole")
-    Trainer(whole).run()
-    assert lines(tmp_path / "run") == lines(whole.run_dir)
+    assert untimed(run) == untimed(trained(tiny_model, tmp_path, *on, "steps=4", "name=whole"))
 
 
 def test_everything_on_resumes_to_the_same_numbers(tiny_model: Path, tmp_path: Path) -> None:
@@ -282,43 +274,38 @@ def test_everything_on_resumes_to_the_same_numbers(tiny_model: Path, tmp_path: P
         "rewards=[{name: finished}]", "rollout.max_extra_groups=3", "optim.lr=1e-2",
         "objective.tokens_per_micro_batch=150",
     )  # fmt: skip
-    whole = config(tiny_model, tmp_path, "name=whole", *on)
-    Trainer(whole).run()
-    records = lines(whole.run_dir)
+    records = untimed(trained(tiny_model, tmp_path, "name=whole", *on))
     assert any(record["groups/extra"] > 0 for record in records)
-    Trainer(config(tiny_model, tmp_path, "name=parts", *on, "steps=3")).run()
-    assert main(["train", f"resume={tmp_path / 'parts'}", "steps=5"]) == 0
-    assert lines(tmp_path / "parts") == records
+    parts = trained(tiny_model, tmp_path, "name=parts", *on, "steps=3")
+    assert main(["train", f"resume={parts}", "steps=5"]) == 0
+    assert untimed(parts) == records
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_grpo_without_geometry(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
     """No features are computed, everything else is the same, and the report says what is missing."""
     common = ("method=grpo", "steps=2", f"objective.updates={updates}")
-    full = config(tiny_model, tmp_path, "name=full", *common)
-    Trainer(full).run()
+    full = trained(tiny_model, tmp_path, "name=full", *common)
     monkeypatch.setattr("g2rl.policy.sequence_features", None)
-    bare = config(tiny_model, tmp_path, "name=bare", "log.geometry=false", *common)
-    Trainer(bare).run()
+    bare = trained(tiny_model, tmp_path, "name=bare", "log.geometry=false", *common)
     described = "geometry/"
-    for a, b in zip(lines(full.run_dir), lines(bare.run_dir), strict=True):
+    for a, b in zip(untimed(full), untimed(bare), strict=True):
         assert not any(key.startswith(described) for key in b)
         assert {key for key in a if not key.startswith(described)} == b.keys()
         for key, value in b.items():
             # Both passes over the head round log-probabilities: fp32, through two steps of Adam.
             assert value == pytest.approx(a[key], rel=1e-3, abs=1e-5), key
-    assert (bare.run_dir / "groups.jsonl").read_text() == ""
-    rows = [json.loads(line) for line in (bare.run_dir / "completions.jsonl").read_text().splitlines()]
+    assert (bare / "groups.jsonl").read_text() == ""
+    rows = read(bare / "completions.jsonl")
     assert {row["score"] for row in rows} == {None}
-    report = write_report(bare.run_dir).read_text(encoding="utf-8")
+    report = write_report(bare).read_text(encoding="utf-8")
     assert "it is turned off (`log.geometry` is false)" in report
     assert "no heat maps" in report
 
 
 def test_several_updates_and_kl(tiny_model: Path, tmp_path: Path) -> None:
-    run = config(tiny_model, tmp_path, "steps=3", "objective.updates=3", "objective.kl_coef=0.1", "optim.lr=1e-2")
-    Trainer(run).run()
-    records = lines(run.run_dir)
+    run = trained(tiny_model, tmp_path, "steps=3", "objective.updates=3", "objective.kl_coef=0.1", "optim.lr=1e-2")
+    records = untimed(run)
     assert records[-1]["train/kl"] > 0
     # After the first update the policy differs from the one that sampled.
     assert any(record["train/ratio_clip_share"] > 0 for record in records[1:])
@@ -327,12 +314,9 @@ def test_several_updates_and_kl(tiny_model: Path, tmp_path: Path) -> None:
 def test_killed_run_resumes_to_the_same_numbers(tiny_model: Path, tmp_path: Path) -> None:
     """SIGKILL between two checkpoints; then the resumed run's log equals an uninterrupted one's."""
     steps = ("steps=12", "checkpoint.every=3", "eval.every=4")
-    whole = config(tiny_model, tmp_path, "name=whole", *steps)
-    Trainer(whole).run()
+    whole = trained(tiny_model, tmp_path, "name=whole", *steps)
 
-    overrides = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, "name=killed", *steps]
-    (tmp_path / "empty.yaml").write_text("seed: 0\n")
-    command = [sys.executable, "-m", "g2rl", "train", str(tmp_path / "empty.yaml"), *overrides]
+    command = [sys.executable, "-m", "g2rl", "train", *keys(tiny_model, tmp_path, "name=killed", *steps)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     log = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -342,11 +326,11 @@ def test_killed_run_resumes_to_the_same_numbers(tiny_model: Path, tmp_path: Path
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert len(lines(tmp_path / "killed")) < 13
+    assert len(untimed(tmp_path / "killed")) < 13
 
     assert main(["train", f"resume={tmp_path / 'killed'}"]) == 0
-    assert lines(tmp_path / "killed") == lines(whole.run_dir)
-    assert (tmp_path / "killed" / "completions.jsonl").read_text() == (whole.run_dir / "completions.jsonl").read_text()
+    assert untimed(tmp_path / "killed") == untimed(whole)
+    assert (tmp_path / "killed" / "completions.jsonl").read_text() == (whole / "completions.jsonl").read_text()
 
 
 def test_nan_stops_and_keeps_the_checkpoint(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,10 +371,8 @@ def test_resume_of_a_finished_run_with_more_steps(
     """In another working directory than that in which the paths of model and data are relative, or in home."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tiny_model.parent)
-    rows = [json.dumps({"problem": f"{i} + 1", "answer": i + 1}) for i in range(20)]
-    for data in (tiny_model.parent / "here.jsonl", tmp_path / "home.jsonl"):
-        data.write_text("\n".join(rows))
-        rows = [row.replace("+", "-") for row in rows]
+    write(tiny_model.parent / "here.jsonl", sums(20))
+    write(tmp_path / "home.jsonl", [{"problem": f"{i} - 1", "answer": i + 1} for i in range(20)])
     data = "task={name: jsonl, options: {path: here.jsonl, eval_path: ~/home.jsonl}}"
     short = (*SMALL[:3], *SMALL[4:])  # without arithmetic's options
     base = [f"model.path={tiny_model.name}", "runs_dir=~/runs", *short, data, "steps=2"]
@@ -399,7 +381,7 @@ def test_resume_of_a_finished_run_with_more_steps(
     assert run.run_dir == tmp_path / "runs" / "run"
     monkeypatch.chdir(tmp_path)
     assert main(["train", f"resume={run.run_dir}", "steps=3"]) == 0
-    assert [record["step"] for record in lines(run.run_dir)] == [0, 1, 2, 3]
+    assert [record["step"] for record in untimed(run.run_dir)] == [0, 1, 2, 3]
     saved = load_config(run.run_dir / "config.yaml").task.options
     assert saved == {"path": str(tiny_model.parent / "here.jsonl"), "eval_path": str(tmp_path / "home.jsonl")}
 
@@ -433,7 +415,7 @@ def test_resume_takes_settings_of_the_optimizer(
     Trainer(config(tiny_model, tmp_path, *common, "steps=2")).run()
     resumed = Trainer(config(tiny_model, tmp_path, *common, "steps=4", f"resume={tmp_path / 'run'}", *overrides))
     resumed.run()
-    records = lines(tmp_path / "run")
+    records = untimed(tmp_path / "run")
     assert [record["train/lr"] for record in records] == pytest.approx([1e-3 / 3, 2e-3 / 3, *rates])
     (group,) = resumed.updater.optimizer.param_groups
     assert (group["weight_decay"], tuple(group["betas"])) == (weight_decay, betas)
@@ -444,9 +426,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A run of one step."""
     folder = tmp_path_factory.mktemp("finished")
     rewards = "rewards=[{name: finished}]"
-    run = config(tiny_model, folder, "steps=1", "eval.every=0", "method=grpo", "log.geometry=false", rewards)
-    Trainer(run).run()
-    return run.run_dir
+    return trained(tiny_model, folder, "steps=1", "eval.every=0", "method=grpo", "log.geometry=false", rewards)
 
 
 def test_cli_eval_and_report(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -495,7 +475,7 @@ def test_an_evaluation_repeats_the_one_in_training(tiny_model: Path, tmp_path: P
     assert kept["settings"]["eval"] == {**asdict(run.eval), "ks": [1, 2]}
     assert (kept["settings"]["seed"], kept["settings"]["task"]) == (3, asdict(run.task))
     assert kept["problems"] == [problem.id for problem in make_task(run.task, 0).held_out()]
-    logged = {key: value for key, value in lines(run.run_dir)[-1].items() if key.startswith("eval/")}
+    logged = {key: value for key, value in untimed(run.run_dir)[-1].items() if key.startswith("eval/")}
     assert kept["metrics"] == logged and logged["eval/reward"] < 0
 
 
@@ -520,7 +500,7 @@ def test_an_evaluation_goes_without_a_reward_that_is_gone(
 def of_a_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step on 20 rows of a file beside it."""
     folder = tmp_path_factory.mktemp("file")
-    write_rows(folder / "own.jsonl", range(20))
+    write(folder / "own.jsonl", sums(20))
     task = f"task={{name: jsonl, options: {{path: {folder / 'own.jsonl'}}}}}"
     # Without the module of a reward, which is there for a single test.
     options = [f"model.path={tiny_model}", f"runs_dir={folder}", *SMALL[:3], *SMALL[4:-1], task]
@@ -529,23 +509,23 @@ def of_a_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run.run_dir
 
 
-def write_rows(path: Path, numbers: Iterable[int], more: int = 1) -> None:
-    path.write_text("\n".join(json.dumps({"problem": f"{i} + 1", "answer": i + more}) for i in numbers))
+def sums(count: int, more: int = 1) -> list[dict[str, Any]]:
+    return [{"problem": f"{i} + 1", "answer": i + more} for i in range(count)]
 
 
 @pytest.mark.parametrize(
-    ("numbers", "more", "found"),
+    ("rows", "found"),
     [
-        (range(10), 1, len({*sample_indices(10, 6)} - {*sample_indices(20, 6)})),
-        (range(20), 2, 6),
-        (range(20), 1, None),
+        (sums(10), len({*sample_indices(10, 6)} - {*sample_indices(20, 6)})),
+        (sums(20, more=2), 6),
+        (sums(20), None),
     ],
 )
 def test_data_changed_in_place_is_not_held_out(
-    of_a_file: Path, capsys: pytest.CaptureFixture[str], numbers: range, more: int, found: int | None
+    of_a_file: Path, capsys: pytest.CaptureFixture[str], rows: list[dict[str, Any]], found: int | None
 ) -> None:
     """Other problems or answers than the run held out are refused, another wording of the same ones is not."""
-    write_rows(of_a_file.parent / "own.jsonl", numbers, more)
+    write(of_a_file.parent / "own.jsonl", rows)
     assert main(["eval", str(of_a_file), "task.options.instruction=Be quick."]) == (2 if found else 0)
     assert found != 0
     if found:
@@ -557,7 +537,7 @@ def test_data_changed_in_place_is_not_held_out(
 
 def test_a_run_that_kept_no_digests_takes_other_wordings(of_a_file: Path, tmp_path: Path) -> None:
     """As those of earlier versions: what it held out is read from its data as they are now."""
-    write_rows(of_a_file.parent / "own.jsonl", range(20))
+    write(of_a_file.parent / "own.jsonl", sums(20))
     before = load_config(of_a_file / "config.yaml").task
     for change, refused in (({"instruction": ""}, False), ({"answer_key": "problem"}, True)):
         after = replace(before, options=before.options | change, system_prompt="Add.")
@@ -686,10 +666,9 @@ def test_a_run_that_goes_on_by_other_settings_tells_both(finished: Path) -> None
 
 
 def test_a_run_is_no_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty.yaml").write_text("seed: 0\n")
     run_s, no_model_s = f"a run's, %r; {finished}/checkpoints/step-", "no config.json in %r\n"
     for folder, found in ((finished, run_s), (finished / "checkpoints", run_s), (tmp_path, no_model_s)):
-        assert main(["train", str(tmp_path / "empty.yaml"), f"model.path={folder}", f"runs_dir={tmp_path}"]) == 2
+        assert main(["train", f"model.path={folder}", f"runs_dir={tmp_path}"]) == 2
         expected = f"model.path: expected a model's folder, found {found % str(folder)}"
         assert expected in capsys.readouterr().err
 
@@ -729,26 +708,24 @@ def test_a_run_to_resume_is_not_named_in_a_file(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_second_run_gets_a_folder_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
-    settings = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, "steps=1"]
-    (tmp_path / "empty.yaml").write_text("seed: 0\n")
-    assert main(["train", str(tmp_path / "empty.yaml"), *settings]) == 0
-    assert main(["train", str(tmp_path / "empty.yaml"), *settings]) == 0
-    assert lines(tmp_path / "run") == lines(tmp_path / "run-2")
+    settings = keys(tiny_model, tmp_path, "steps=1")
+    assert main(["train", *settings]) == 0
+    assert main(["train", *settings]) == 0
+    assert untimed(tmp_path / "run") == untimed(tmp_path / "run-2")
 
 
 def test_a_start_that_fails_leaves_no_folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = tmp_path / "runs"
-    (tmp_path / "empty.yaml").write_text("seed: 0\n")
-    settings = [f"model.path={tiny_model}", f"runs_dir={runs}", *SMALL, "steps=1"]
-    assert main(["train", str(tmp_path / "empty.yaml"), *settings, f"model.path={tmp_path / 'nothing'}"]) == 2
+    settings = keys(tiny_model, runs, "steps=1")
+    assert main(["train", *settings, f"model.path={tmp_path / 'nothing'}"]) == 2
     assert list(runs.iterdir()) == []
     (runs / "run").mkdir()
     (runs / "run" / "notes.txt").write_text("somebody's")
-    assert main(["train", str(tmp_path / "empty.yaml"), *settings, f"model.path={tmp_path / 'nothing'}"]) == 2
+    assert main(["train", *settings, f"model.path={tmp_path / 'nothing'}"]) == 2
     assert (runs / "run" / "notes.txt").exists()
     monkeypatch.setattr("g2rl.trainer.load_model", lambda config: 1 // 0)  # what nobody has foreseen
     with pytest.raises(ZeroDivisionError):
-        main(["train", str(tmp_path / "empty.yaml"), *settings, "name=other"])
+        main(["train", *settings, "name=other"])
     assert [path.name for path in runs.iterdir()] == ["run"]
 
 
@@ -760,7 +737,7 @@ def test_a_stop_is_told_without_a_traceback(
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    command = ["train", f"model.path={tiny_model}", f"runs_dir={tmp_path / 'my runs'}", *SMALL, "eval.every=0"]
+    command = ["train", *keys(tiny_model, tmp_path / "my runs", "eval.every=0")]
     with monkeypatch.context() as patched:
         patched.setattr("g2rl.trainer.load_model", stopped)
         assert main(command) == 130
@@ -803,10 +780,9 @@ def test_a_folder_in_which_another_process_trains(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One that begins gets a folder beside it, one that goes on is refused, and the end of the process frees it."""
-    (tmp_path / "empty.yaml").write_text("seed: 0\n")
-    settings = [f"model.path={tiny_model}", f"runs_dir={tmp_path}", *SMALL, "steps=1", "eval.every=0"]
+    settings = keys(tiny_model, tmp_path, "steps=1", "eval.every=0")
     with held(tmp_path / "run"):
-        assert main(["train", str(tmp_path / "empty.yaml"), *settings]) == 0
+        assert main(["train", *settings]) == 0
     second = tmp_path / "run-2"
     before = (second / "metrics.jsonl").read_bytes()
     with held(second):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from dataclasses import replace
@@ -18,6 +17,7 @@ from g2rl.trainer import Trainer
 from g2rl.types import Episode, Problem, Verdict
 from g2rl.update import TrainingError, cut_by_length, lr_factor, padded_tokens
 from g2rl_kernels import sequence_features
+from tests.g2rl.json_lines import read
 from tests.live_memory import LiveMemory
 
 SMALL = (
@@ -184,8 +184,8 @@ def test_the_first_pass_is_announced_once(tiny_model: Path, tmp_path: Path, caps
         tiny_model, tmp_path, "steps=2", "eval.every=0", "checkpoint.every=0", "objective.tokens_per_micro_batch=150"
     )
     trainer.run()
-    records = [json.loads(line) for line in (trainer.config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert all(0 < record["time/first_pass"] < record["time/update"] for record in records)
+    logged = read(trainer.config.run_dir / "metrics.jsonl")
+    assert all(0 < record["time/first_pass"] < record["time/update"] for record in logged)
     assert capsys.readouterr().out.count("a first pass for their features takes") == 1
 
 

@@ -1,4 +1,4 @@
-"""Folders of runs, written by hand."""
+"""Folders of runs, written by hand, and what a report says of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from g2rl.config import config_yaml, load_config, plain, save_config
+from tests.g2rl.json_lines import write
 
 
 def change_settings(run_dir: Path, step: int, *overrides: str) -> None:
@@ -32,8 +33,12 @@ def write_run(
         overrides: ``key=value`` of the configuration.
     """
     run_dir.mkdir(parents=True)
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in metrics))
+    write(run_dir / "metrics.jsonl", metrics)
     if configured:
         config = load_config(overrides=[f"name={run_dir.name}", f"runs_dir={run_dir.parent}", *overrides])
         save_config(config, run_dir / "config.yaml")
     return run_dir
+
+
+def section(report: str, heading: str) -> str:
+    return report.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0].strip()

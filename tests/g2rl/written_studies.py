@@ -12,6 +12,7 @@ from written_runs import write_run
 
 from g2rl.config import save_config
 from g2rl.study.definition import PlannedRun
+from tests.g2rl.json_lines import write
 
 BASE = {
     "steps": 4,
@@ -85,7 +86,7 @@ def write_finished(
         {"step": 4, "problem": str(i), "samples": 2, "correct": c, "tokens": 5.0, "maj@1": c / 2, "maj@2": c / 2}
         for i, c in enumerate(correct)
     ]
-    (run.folder / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in results))
+    write(run.folder / "evaluations.jsonl", results)
     (run.folder / "environment.json").write_text('{"torch": "2.13"}')
     done = {"wall_s": 60.0, "cpu_s": 90.0, "peak_bytes": 2e9, "attempts": 1}
     version = {"version": "0.1.0", "code": "abc", "commit": None}

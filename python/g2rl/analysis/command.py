@@ -16,7 +16,7 @@ from g2rl.analysis.bands import Measured, Model, bands_of
 from g2rl.analysis.held import Held
 from g2rl.analysis.measures import Pairs, measure_pairs
 from g2rl.analysis.report import write_results
-from g2rl.analysis.responses import Subject, held_out, sample_groups
+from g2rl.analysis.responses import Subject, sample_groups
 from g2rl.backend import choose_backend
 from g2rl.checkpoint import run_of
 from g2rl.config import Config, ConfigError, leaves
@@ -77,7 +77,7 @@ def geometry(checkpoints: Sequence[str], request: Request, overrides: Sequence[s
     if request.encoder != NO_ENCODER:
         encoder = SentenceEncoder(request.encoder, torch.device("cpu"), "--encoder (or none)")
     with make_task(configs[0].task, configs[0].seed) as task:
-        problems = held_out(task, request.problems or min(PROBLEMS, len(task.held_out())))
+        problems = _problems(task, request.problems)
         models = []
         for name, config in zip(names, configs, strict=True):
             models.append(_measured(name, config, task, problems, encoder, request))
@@ -97,6 +97,17 @@ def _check(request: Request) -> None:
         value = getattr(request, name)
         if value is not None and value < least:
             raise ConfigError(f"{name}: expected {least} or more, found {value}")
+
+
+def _problems(task: Task, asked: int | None) -> list[Problem]:
+    """The first so many problems that a task holds out; raises `ConfigError` where it has fewer, or none."""
+    held_out = task.held_out()
+    count = asked or min(PROBLEMS, len(held_out))
+    if not 0 < count <= len(held_out):
+        raise ConfigError(
+            f"problems: expected 1 to the {len(held_out)} that {task.name} holds out (task.held_out), found {count}"
+        )
+    return held_out[:count]
 
 
 def common_configs(configs: Sequence[Config], overrides: Sequence[str]) -> list[Config]:

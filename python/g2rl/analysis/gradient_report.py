@@ -11,15 +11,7 @@ from typing import Any
 from matplotlib import rc_context
 from rich.table import Table as RichTable
 
-from g2rl.analysis.agreement import (
-    MAIN,
-    WAYS,
-    agreement,
-    norm_shares,
-    pair_table,
-    response_table,
-    slope,
-)
+from g2rl.analysis.agreement import MAIN, WAYS, agreement, norm_shares, pair_table, response_table, slope
 from g2rl.analysis.bands import Model
 from g2rl.analysis.gradients import ALL
 from g2rl.analysis.plots import plot_layers, plot_pairs, plot_predictors

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from g2rl.analysis.held import Held
-from g2rl.config import Config, ConfigError
+from g2rl.config import Config
 from g2rl.forward import ForwardPass, ResponseStates
 from g2rl.heads import lm_head
 from g2rl.model import load_model
@@ -136,17 +136,3 @@ def _sampled(task: Task, config: Config, problem: Problem, record: dict[str, Any
     episodes = [Episode(problem, prompt, tuple(tokens), text, finished) for tokens, text, finished in rows]
     verdicts = judge_episodes(episodes, task, config.rewards)
     return Sampled(problem, episodes, [one.correct for one in verdicts], [one.reward for one in verdicts])
-
-
-def held_out(task: Task, count: int) -> list[Problem]:
-    """The first so many problems that a task holds out.
-
-    Raises:
-        ConfigError: it has fewer, or none.
-    """
-    problems = task.held_out()
-    if not 0 < count <= len(problems):
-        raise ConfigError(
-            f"problems: expected 1 to the {len(problems)} that {task.name} holds out (task.held_out), found {count}"
-        )
-    return problems[:count]

@@ -11,16 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from g2rl.bootstrap import (
-    ANY,
-    CORRELATION,
-    Estimate,
-    Limits,
-    between,
-    interval,
-    problem_weights,
-    resampled_ratios,
-)
+from g2rl.bootstrap import ANY, CORRELATION, Estimate, Limits, between, interval, problem_weights, resampled_ratios
 
 Sums = tuple[np.ndarray, np.ndarray]
 """Totals and counts [S, P] of S seeds and P problems."""

@@ -134,6 +134,12 @@ def run_names(runs: Sequence[Run]) -> dict[Path, str]:
     return {run.dir: run.dir.name if names.count(run.dir.name) == 1 else str(run.dir) for run in runs}
 
 
+def facts_of(found: Sequence[dict[str, str]]) -> dict[str, str]:
+    """What runs say of their surroundings; several values where they differ."""
+    keys = dict.fromkeys(key for facts in found for key in facts)
+    return {key: " / ".join(sorted({facts.get(key, "unknown") for facts in found})) for key in keys}
+
+
 def _settings(run: Run) -> dict[str, Any]:
     """What a run learned by, without its seed."""
     return {key: value for key, value in learned_by(run.config).items() if key != "seed"}

@@ -7,15 +7,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from g2rl.comparison.bands import (
-    CELL,
-    Band,
-    Comparison,
-    Curve,
-    compare,
-    run_names,
-    seed_of,
-)
+from g2rl.comparison.bands import CELL, Band, Comparison, Curve, compare, facts_of, run_names, seed_of
 from g2rl.comparison.plots import PLOTS, plot_bands
 from g2rl.history import ACTS_AHEAD, IGNORED, differing
 from g2rl.metrics import metric
@@ -167,7 +159,7 @@ def _plots(bands: Sequence[Band], folder: Path) -> str:
 def _configuration(bands: Sequence[Band]) -> str:
     settings = [
         band.settings
-        | {f"environment: {key}": _facts(band, key) for key in sorted({k for r in band.runs for k in r.environment})}
+        | {f"environment: {key}": value for key, value in facts_of([run.environment for run in band.runs]).items()}
         for band in bands
     ]
     keys = differing(settings)
@@ -176,7 +168,3 @@ def _configuration(bands: Sequence[Band]) -> str:
     listed = ", ".join(f"`{key}*`" if key.endswith(".") else f"`{key}`" for key in IGNORED)
     but = f"`{ACTS_AHEAD}` with `rollout.ahead`"
     return f"{table}\n\nKeys that change nothing in what a run learns are not compared: {listed}, but {but} is."
-
-
-def _facts(band: Band, key: str) -> str:
-    return " / ".join(sorted({run.environment.get(key, "unknown") for run in band.runs}))

@@ -13,17 +13,7 @@ from yaml import MappingNode, Node, SafeLoader, YAMLError, compose
 
 from g2rl.config.checks import validate
 from g2rl.config.keys import Config, ConfigError, RewardConfig
-from g2rl.config.layers import (
-    defaults,
-    is_reference,
-    items_of,
-    merged,
-    named_errors,
-    plain,
-    remove,
-    stacked,
-    value_at,
-)
+from g2rl.config.layers import defaults, is_reference, items_of, merged, named_errors, plain, remove, stacked, value_at
 from g2rl.files import write_durably
 
 METHODS = Path(__file__).parents[1] / "methods"

@@ -73,12 +73,7 @@ def model_config(checkpoint: str, overrides: Sequence[str]) -> Config:
 
 
 def require_untrained(config: Config, checkpoint: str) -> None:
-    """Raise `ConfigError` where a checkpoint's run may have been trained on what `config` holds out.
-
-    Args:
-        config: as `model_config` returns it, or with another task.
-        checkpoint: what was asked for, for the message.
-    """
+    """Raise `ConfigError` where a run may have been trained on what the configuration of its checkpoint holds out."""
     folder = Path(config.model.path)
     trained, run_dir = checkpoint_config(folder).task, run_of(folder)
     if run_dir is not None and trained.name == config.task.name:  # another task's problems are others

@@ -61,11 +61,7 @@ def read_results(folder: Path, models: Sequence[str], suite: Sequence[Settings])
 def write_results(
     folder: Path, scores: Sequence[Scores], suite: Sequence[Settings], earlier: Mapping[str, Any]
 ) -> list[Table]:
-    """Write the results of all models on all data sets, and return the tables that show them.
-
-    Args:
-        earlier: `read_results`, which stay in the files.
-    """
+    """Write results beside `earlier` ones, which `read_results` has found, and return the tables that show them all."""
     scores = [*earlier["results"], *scores]
     record = {
         "judge": {"lenient": "the answer in any clear form", "strict": "the answer in a box, as the training reward"},

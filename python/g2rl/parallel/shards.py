@@ -18,11 +18,7 @@ import torch.distributed as dist
 from accelerate import init_empty_weights
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 

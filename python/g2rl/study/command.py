@@ -13,7 +13,7 @@ from rich.table import Table
 from g2rl.config import ConfigError, plain, read_overrides
 from g2rl.files import writing
 from g2rl.progress import rich_table
-from g2rl.study.definition import Study, read_study
+from g2rl.study.definition import Study, read_study, take_flag
 from g2rl.study.progress import StudyProgress
 from g2rl.study.report import write_study_report
 from g2rl.study.results import Results
@@ -34,24 +34,12 @@ def compare(path: Path, overrides: Sequence[str]) -> int:
         ConfigError: see `read_study` and `run_study`; or there is nothing to report on.
         StorageError: the study's folder cannot be written.
     """
-    flags, settings = _told_apart(overrides)
+    flags = [text for text in overrides if text.partition("=")[0] == REPORT]
+    settings = [text for text in overrides if text not in flags]
     study = read_study(path, settings)
     command = shlex.join(["g2rl", "compare", str(path), *settings])
     with writing(f"folder: {str(study.folder)!r}"):
-        return _run_and_report(study, command, not _is_set(flags))
-
-
-def _told_apart(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flag that asks for the report alone, and the study's own keys."""
-    flags = [text for text in overrides if text.partition("=")[0] == REPORT]
-    return flags, [text for text in overrides if text not in flags]
-
-
-def _is_set(flags: Sequence[str]) -> bool:
-    value = plain(read_overrides(flags)).get(REPORT, False)
-    if not isinstance(value, bool):
-        raise ConfigError(f"{REPORT}: expected true or false, found {value!r}")
-    return value
+        return _run_and_report(study, command, run=not take_flag(plain(read_overrides(flags)), REPORT))
 
 
 def _run_and_report(study: Study, command: str, run: bool) -> int:

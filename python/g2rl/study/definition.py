@@ -145,14 +145,18 @@ def _given(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _size(given: dict[str, Any]) -> str:
     """Take the flag that chooses a size out of what was given; the empty string is full size."""
-    flags = {size: given.pop(size) for size in SIZES if size in given}
-    for size, value in flags.items():
-        if not isinstance(value, bool):
-            raise ConfigError(f"{size}: expected true or false, found {value!r}")
-    chosen = [size for size, value in flags.items() if value]
+    chosen = [size for size in SIZES if take_flag(given, size)]
     if len(chosen) > 1:
         raise ConfigError(f"small: expected one size, found {' and '.join(chosen)}")
     return chosen[0] if chosen else ""
+
+
+def take_flag(given: dict[str, Any], name: str) -> bool:
+    """Take a flag out of what was given; false where it is not there."""
+    value = given.pop(name, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: expected true or false, found {value!r}")
+    return value
 
 
 def _changed(study: DictConfig, *layers: dict[str, Any]) -> dict[str, Any]:

@@ -85,15 +85,13 @@ def plot_differences(content: dict[str, Any], metric: str) -> Figure | None:
 
 def draw(results: Results, content: dict[str, Any], folder: Path) -> dict[str, str]:
     """Write the plots that there is data for; returns their files by what they show, tasks by their labels."""
-    largest = [metric for metric in results.metrics(results.study.tasks[0]) if metric.startswith("pass@")][-1]
     with rc_context(STYLE):
         figures: dict[str, tuple[str, Figure | None]] = {"overview": ("overview.png", overview(results))}
-        for metric in dict.fromkeys(("pass@1", largest)):
+        for metric in results.headlines(results.study.tasks[0]):
             name = metric.replace("@", "")
             figures[metric] = (f"differences-{name}.png", plot_differences(content, metric))
         for task in results.study.tasks:
-            passes = [metric for metric in results.metrics(task) if metric.startswith("pass@")]
-            keys = [*(f"eval/{metric}" for metric in dict.fromkeys((passes[0], passes[-1]))), *KEYS]
+            keys = [*(f"eval/{metric}" for metric in results.headlines(task)), *KEYS]
             name = _free_name(task.replace(" ", "-"), [name for name, _ in figures.values()])
             figures[f"task {task}"] = (name, plot_bands(bands(results, task), keys))
         drawn = {}

@@ -65,17 +65,11 @@ class Clock:
 
 def last_step(run: PlannedRun) -> int:
     """The last step that a run has logged; 0 where it has none."""
-    path = run.folder / "metrics.jsonl"
-    return max((record["step"] for record in read_records(path)), default=0) if path.is_file() else 0
+    return max((record["step"] for record in read_records(run.folder / "metrics.jsonl")), default=0)
 
 
 class StudyProgress(Display):
-    """Shows how far a study is.
-
-    Args:
-        study: that runs.
-        console: where to show it; None is the process's own.
-    """
+    """Shows how far a study is."""
 
     def __init__(self, study: Study, console: Console | None = None) -> None:
         super().__init__(

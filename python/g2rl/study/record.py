@@ -13,7 +13,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from g2rl.bootstrap import Estimate
-from g2rl.comparison.bands import differing
+from g2rl.comparison.bands import facts_of
+from g2rl.history import differing
 from g2rl.report import write_csv
 from g2rl.study.results import Compared, Finished, Results
 
@@ -48,8 +49,8 @@ def record(results: Results) -> dict[str, Any]:
             for method in study.methods
             if method != study.baseline
         },
-        "environment": _facts([f.log.environment for f in results.finished]),
-        "code": _facts([_version(f) for f in results.finished]),
+        "environment": facts_of([f.log.environment for f in results.finished]),
+        "code": facts_of([_version(f) for f in results.finished]),
         "differing": _changing(results.finished),
         "changes": OmegaConf.to_yaml(OmegaConf.create(study.changes)),
     }
@@ -98,12 +99,6 @@ def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
     if len(known) < len(values):
         return None
     return {key: float(f"{f(known):.6g}") for key, f in (("mean", fmean), ("least", min), ("greatest", max))}
-
-
-def _facts(found: Sequence[dict[str, str]]) -> dict[str, str]:
-    """What runs say of their surroundings; several values where they differ."""
-    keys = dict.fromkeys(key for facts in found for key in facts)
-    return {key: " / ".join(sorted({facts.get(key, "unknown") for facts in found})) for key in keys}
 
 
 def _version(found: Finished) -> dict[str, str]:

@@ -32,24 +32,24 @@ def write_study_report(results: Results, command: str) -> dict[str, Any]:
     folder = results.study.folder
     content = write_record(folder, results)
     drawn = draw(results, content, folder)
-    largest = [metric for metric in results.metrics(results.study.tasks[0]) if metric.startswith("pass@")][-1]
-    counts = content["runs"]
+    headlines, counts = results.headlines(results.study.tasks[0]), content["runs"]
     sections = [
         f"# Study `{content['study']}`",
         f"{counts['finished']} of {counts['planned']} runs are finished; they took {tables.total_time(content)}.",
-        *(tables.headline(content, metric) for metric in dict.fromkeys(("pass@1", largest))),
+        *(tables.headline(content, metric) for metric in headlines),
         f"In brackets: 95 % interval. p: {content['test']}. [How to read them](#how-to-read-this).",
         _missing(content),
         f"![Held-out pass@1]({drawn['overview']})\n\n{_BANDS}",
-        *(f"![Differences in {key}]({drawn[key]})" for key in ("pass@1", largest) if key in drawn),
+        *(f"![Differences in {key}]({drawn[key]})" for key in headlines if key in drawn),
         *(_task(content, task, drawn.get(f"task {task}")) for task in content["tasks"]),
         f"## How to read this\n\n{_reading(content, results)}",
-        f"## Configuration\n\n{_configuration(content)}",
+        "## Configuration\n\nWhat all runs, each task and each method change in the study's base:\n\n```yaml\n"
+        f"{content['changes']}```",
         f"## Environment\n\n{_environment(content)}",
         f"## How to repeat it\n\n```\n{command}\n```\n\nFinished runs are kept and broken ones resumed; another seed "
         "in `seeds=[...]` adds only its runs. Numbers of every run: `results.csv`, `curves.csv`.",
     ]
-    write_sections(folder / "report.md", list(dict.fromkeys(sections)))
+    write_sections(folder / "report.md", sections)
     return content
 
 
@@ -116,10 +116,6 @@ def _reading(content: dict[str, Any], results: Results) -> str:
     if alone:
         points.append(f"Without geometry (`log.geometry` is false): {', '.join(sorted(alone))}.")
     return "\n".join(f"- {point}" for point in points)
-
-
-def _configuration(content: dict[str, Any]) -> str:
-    return f"What all runs, each task and each method change in the study's base:\n\n```yaml\n{content['changes']}```"
 
 
 def _environment(content: dict[str, Any]) -> str:

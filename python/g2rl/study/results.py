@@ -17,15 +17,7 @@ from g2rl.log import read_records
 from g2rl.run import Run, load_run
 from g2rl.study.definition import PlannedRun, Study
 from g2rl.study.runs import State, state_of
-from g2rl.study.statistics import (
-    DIFFERENCE,
-    PairedTest,
-    area,
-    difference,
-    first_reached,
-    share,
-    sign_flips,
-)
+from g2rl.study.statistics import DIFFERENCE, PairedTest, area, difference, first_reached, share, sign_flips
 
 END = 5
 """Training metrics are means over the last fifth of the steps."""
@@ -124,6 +116,11 @@ class Results:
         ks = sorted(config.eval.ks)
         return [f"pass@{k}" for k in ks] + [f"maj@{k}" for k in ks if k > 1]
 
+    def headlines(self, task: str) -> list[str]:
+        """pass@1, and pass@k of the largest k where that is another."""
+        passes = [metric for metric in self.metrics(task) if metric.startswith("pass@")]
+        return list(dict.fromkeys((passes[0], passes[-1])))
+
     def scores(self, task: str, method: str, metric: str) -> np.ndarray:
         """[S, P] at the last step."""
         return np.stack([f.scores[metric] for f in self.of(task, method)])
@@ -183,8 +180,7 @@ class Results:
 def _finished(run: PlannedRun) -> Finished:
     log = load_run(run.folder)
     path = run.folder / "evaluations.jsonl"
-    records = list(read_records(path)) if path.is_file() else []
-    last = [record for record in records if record["step"] == run.config.steps]
+    last = [record for record in read_records(path) if record["step"] == run.config.steps]
     if not last:
         raise ValueError(f"{path}: expected the results of step {run.config.steps}, found none")
     scores = {}

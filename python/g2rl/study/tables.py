@@ -43,7 +43,7 @@ def _ends(estimate: dict[str, Any], form: str) -> str:
     return "-" if low is None else f"[{100 * low:{form}}, {100 * high:{form}}]"
 
 
-def headline(content: dict[str, Any], metric: str = "pass@1") -> str:
+def headline(content: dict[str, Any], metric: str) -> str:
     """A row a method, a column a task, and last the difference to the baseline over all tasks."""
     tasks, baseline = content["tasks"], content["baseline"]
     rows = []

@@ -76,12 +76,7 @@ def is_custom(name: str) -> bool:
 
 
 def keep_held_out(run_dir: Path, config: TaskConfig, task: Task) -> None:
-    """Write down, for `require_held_out`, what a run holds out of data that may change under the same name.
-
-    Args:
-        run_dir: the run's folder.
-        config, task: of the run.
-    """
+    """Write down, for `require_held_out`, what a run holds out of data that may change under the same name."""
     if _reads_data(config):
         write_durably(run_dir / _HELD_OUT, [f"{digest}\n" for digest in _by_digest(task)])
 
@@ -93,10 +88,8 @@ def require_held_out(run_dir: Path, before: TaskConfig, after: TaskConfig, seed:
     held out: `keep_held_out`.
 
     Args:
-        run_dir: the run's folder.
         before: the task that the run was trained on.
         after: the one that is asked for; it may hold out fewer of the same problems, and word prompts otherwise.
-        seed: of the run.
         way_out: what to do instead, for the message.
     """
     from g2rl.config import ConfigError

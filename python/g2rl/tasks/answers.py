@@ -11,7 +11,11 @@ from collections.abc import Callable
 from g2rl.tasks.spelling import MAX_ANSWER, canonical
 
 MAX_TEXT = 1_000_000
-"""Characters of a response that are searched, counted from its end."""
+"""Characters of a response that are searched for boxes, tags and numbers, counted from its end."""
+WINDOW = 20_000
+"""The same where sentences are read."""
+MAX_PHRASES = 100
+"""Of those that say an answer, the last ones are read."""
 _MAX_BOXES = 8  # that stand side by side and are compared
 _MAX_BETWEEN = 100  # characters between such boxes
 
@@ -24,7 +28,7 @@ _TEX = re.compile(r"(\\{1,2}(?:boxed|fbox)(?![A-Za-z])\s*(\{)?)|\\.|[{}]", re.DO
 _TOKEN = re.compile(r"-?[0-9]+(?:[.,][0-9]+)*|\\[A-Za-z]+(?:\{[^{}]{0,200}\}){0,3}|[A-Za-z](?![A-Za-z])")
 
 _SPACES = re.compile(r"\s*")
-_BOX = re.compile(r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])")
+BOX = re.compile(r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])")
 # Between boxes of which the reader may choose: "or", "x =", formula signs, nothing that tells a step from an answer.
 _BESIDE = re.compile(
     r"(?:[\s,;:/&{}$.~=]|\\[\\,;:!() \[\]]|\\q?quad(?![A-Za-z])|\\text(?![A-Za-z])"
@@ -91,7 +95,7 @@ def final_boxes(text: str) -> tuple[list[str], bool]:
 
 def _side_by_side(text: str, end: int, start: int) -> str | None:
     """Return what is between a box that ends and one that starts there, if that is nothing but "or" and its like."""
-    between = _BOX.sub("", text[end:start]) if 0 <= start - end <= _MAX_BETWEEN else "no"
+    between = BOX.sub("", text[end:start]) if 0 <= start - end <= _MAX_BETWEEN else "no"
     if not _BESIDE.fullmatch(between) or (_STEP.search(between) and not _CHOICE.search(between)):
         return None
     return between
@@ -130,9 +134,9 @@ def extract_tagged(text: str) -> str | None:
 
 
 def after_thinking(text: str) -> str:
-    """Return what follows the last ``</think>``; nothing of a ``<think>`` that never ends."""
+    """Return the end, `WINDOW`, of what follows the last ``</think>``; nothing of a ``<think>`` that never ends."""
     text = text[-MAX_TEXT:].rpartition("</think>")[2]
-    return "" if "<think>" in text else text
+    return "" if "<think>" in text else text[-WINDOW:]
 
 
 def reconsiders(text: str, *claims: re.Pattern[str]) -> bool:
@@ -180,12 +184,9 @@ def same_spelling(first: str, second: str) -> bool:
 
 
 def one_box(text: str, same: Callable[[str, str], bool] = same_spelling) -> str | None:
-    """Return the last box's content, None without one and where the boxes right before it hold another answer.
+    """Return the last box's content, None without one and where boxes right before it hold another answer, by `same`.
 
     Boxes that "and" or a comma joins make a list, in their order.
-
-    Args:
-        same: whether two contents are the same answer.
     """
     boxes, joined = final_boxes(text)
     if not boxes or len(boxes) > _MAX_BOXES:

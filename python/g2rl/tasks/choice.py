@@ -14,14 +14,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from g2rl.tasks.answers import NOT_MINE, after_thinking, boxed_spans, reconsiders
+from g2rl.tasks.answers import MAX_PHRASES, NOT_MINE, WINDOW, after_thinking, boxed_spans, reconsiders
 from g2rl.tasks.spelling import canonical, without_wrappers
 
 LETTERS = "ABCDEFGHIJ"
-WINDOW = 20_000
-"""Characters of a response that are searched, counted from its end."""
 _MAX_CONTENT = 1_000  # characters of a box or a line; a longer one names no option
-_MAX_PHRASES = 100  # the last ones are read
 
 _MARKUP = re.compile(r"\*+|`+|\$+|\\[()\[\]]|\\boxed(?=\{)")
 _ENCLOSED = r"[(\[{]\s?([A-Ja-j])\s?[)\]}]"
@@ -110,7 +107,7 @@ def claimed_letter(response: str, options: Sequence[str] = ()) -> str | None:
         options: the options' texts, at most ten; an answer that quotes one of them claims its letter. Without them
             only letters are read.
     """
-    text = after_thinking(response)[-WINDOW:]
+    text = after_thinking(response)
     texts = _option_keys(options)
     plain = _plain(text)
     marked = set().union(*(_read(content, texts) for content in [*_boxes(text), *_TAG.findall(text)]))
@@ -176,7 +173,7 @@ def _read(content: str, texts: dict[str, str]) -> set[str]:
 def _stated(plain: str, texts: dict[str, str]) -> set[str]:
     """Return what sentences such as "the answer is ..." claim."""
     found: set[str] = set()
-    for match in list(_PHRASE.finditer(plain))[-_MAX_PHRASES:]:
+    for match in list(_PHRASE.finditer(plain))[-MAX_PHRASES:]:
         if not NOT_MINE.search(_clause_before(plain, match.start())):
             lines = plain[match.end() : match.end() + _MAX_CONTENT].lstrip().split("\n", 2)
             if len(lines) < 2 or not _goes_on(lines[0], lines[1]):

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 
 from g2rl.tasks.answers import (
+    BOX,
+    MAX_PHRASES,
     NOT_MINE,
     after_thinking,
     extract_tagged,
@@ -21,13 +23,9 @@ from g2rl.tasks.answers import (
 )
 from g2rl.tasks.spelling import CHANGES, canonical
 
-WINDOW = 20_000
-"""Characters of a response without a box that are searched, counted from its end."""
-_MAX_PHRASES = 100  # the last ones are read
 _MAX_SENTENCE = 2_000
 _MAX_WORDS = 60  # characters of an answer in words, and of the unit behind a number
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _MARKUP = re.compile(r"\*\*|__|`+")
 _FORMULA = re.compile(
     r"(?<!\\)\$\$((?:[^$\\]|\\.)+)\$\$|(?<!\\)\$((?:[^$\\]|\\.)+)\$"
@@ -74,17 +72,13 @@ _GROUPED = re.compile(r"[0-9]{1,3}(?:[ \u00a0\u202f][0-9]{3})+")
 
 
 def lenient_answer(response: str, same: Callable[[str, str], bool] = same_spelling) -> str | None:
-    """Return the final answer of a response, boxed or not, None if it has none or leaves a choice.
-
-    Args:
-        same: see `one_box`.
-    """
-    if _BOX.search(response):
+    """Return the final answer of a response, boxed or not, None if it has none or leaves a choice as in `one_box`."""
+    if BOX.search(response):
         return one_box(response, same)
-    text = after_thinking(response)[-WINDOW:]
+    text = after_thinking(response)
     tagged = extract_tagged(text)
     text = _MARKUP.sub("", text if tagged is None else f"The answer is {tagged}")
-    stated = [_stated(text, match) for match in list(_PHRASE.finditer(text))[-_MAX_PHRASES:]]
+    stated = [_stated(text, match) for match in list(_PHRASE.finditer(text))[-MAX_PHRASES:]]
     if stated:
         if reconsiders(text, _PHRASE):
             return None

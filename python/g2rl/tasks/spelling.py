@@ -206,10 +206,8 @@ def canonical(answer: str, units: bool = True) -> str:
 
     Of the normalised answer, blanks, degree signs and wrappers such as ``\text{}`` go; a number becomes its exact
     value in lowest terms (``+07.50`` -> ``15/2``, ``1,234.0`` -> ``1234``, ``\frac{2}{4}`` -> ``1/2``). A list that
-    would be a number without its blanks keeps them: ``10, 100`` is neither ``10,100`` nor ``100, 10``.
-
-    Args:
-        units: see `read`.
+    would be a number without its blanks keeps them: ``10, 100`` is neither ``10,100`` nor ``100, 10``. `units` as in
+    `read`.
     """
     return key_of(read(answer, units)[0])
 
