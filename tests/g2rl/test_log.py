@@ -317,3 +317,10 @@ def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"log: '.*metrics\.jsonl' cannot be written: it has been removed"):
         log.metrics(2, {"train/loss": 1.0})
     log.close()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "run"
+    with pytest.raises(StorageError, match=rf"^log: '{place}' cannot be written: "):
+        RunLog(place)
