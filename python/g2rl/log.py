@@ -167,7 +167,7 @@ class RunLog:
     ) -> None:
         self._dir = run_dir
         self._console = console or get_console()
-        with self._writing("log files"):
+        with self._writing():
             lock = hold(run_dir)
             if lock is None:
                 raise ConfigError(f"name: expected a run that no other process trains, found {str(run_dir)!r} in use")
@@ -176,7 +176,7 @@ class RunLog:
         self._steps: list[dict[str, float]] = []
         self._last_step = max((record["step"] for record in read_records(run_dir / "metrics.jsonl")), default=-1)
         purge = None if resume_step is None else resume_step + 1
-        with self._writing("log files"):
+        with self._writing():
             self._files = {name: (run_dir / name).open("a", encoding="utf-8") for name in self.FILES}
             for folder in (run_dir, run_dir.parent):
                 sync(folder)
@@ -323,7 +323,7 @@ class RunLog:
                 kept.append(tracker)
         self._trackers = kept
 
-    def _writing(self, name: str) -> AbstractContextManager[None]:
+    def _writing(self, name: str = "") -> AbstractContextManager[None]:
         return writing(f"log: {str(self._dir / name)!r}")
 
     def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:

@@ -101,7 +101,9 @@ def check_whole(found: type, key: str, needed: str, *attributes: str) -> None:
 
 
 def check_takes(function: Callable[..., Any], said: str, *arguments: Any) -> None:
-    """Raise `ConfigError`, which begins with `said`, unless a callable takes so many arguments."""
+    """Raise `ConfigError`, which begins with `said`, unless a callable takes so many arguments and is not async."""
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError(f"{said}: it is async, and nothing would await it; call asyncio.run inside it")
     try:
         with suppress(ValueError):  # of callables of C without a signature, which are taken on trust
             inspect.signature(function).bind(*arguments)

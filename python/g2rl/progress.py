@@ -30,7 +30,7 @@ def rich_table(title: str | None, header: Iterable[str], rows: Iterable[Sequence
     """A table for the terminal, whose first column names the rows."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for k, name in enumerate(header):
-        table.add_column(name, justify="left" if k == 0 else "right")
+        table.add_column(name, justify="left" if k == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

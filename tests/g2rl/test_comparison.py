@@ -43,7 +43,10 @@ def members(*run_dirs: Path) -> dict[str, list[str]]:
         (["optim.lr=1e-4", "optim.beta1=0.8", "steps=5"],
          ["grpo, beta1=0.9, lr=2e-05, ...", "grpo, beta1=0.8, lr=0.0001, ..."]),
         (["seed=1", "model.lora.alpha=64", "model.lora.dropout=0.5"], ["grpo"]),  # of an adapter that is none
-        (["rewards=[{name: boxed}, {name: correct}]"], ["grpo, rewards=…': 'corre", "grpo, rewards=…': 'boxed"]),
+        (["rewards=[{name: boxed}, {name: correct, weight: 0.5}]"],
+         ["grpo, rewards=correct", "grpo, rewards=boxed + 0.5 correct"]),
+        (["rewards=[{name: correct, on_error: zero}]"],
+         ["grpo, rewards=correct", "grpo, rewards=correct (on_error=zero)"]),
         (["optim.lr=0.30000000000000004"], ["grpo, lr=2e-05", "grpo, lr=0.3"]),
     ],
 )  # fmt: skip

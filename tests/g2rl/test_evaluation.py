@@ -281,7 +281,11 @@ def test_what_is_shown(tmp_path: Path) -> None:
     assert "[20.0, 40.0]" in text
     console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))
     console.print(tables[1])
-    assert "[20.0, 40.0]" in console.export_text()  # whole on a narrow terminal
+    assert "[20.0, 40.0]" in console.export_text()  # whole on a terminal of the usual width
+    narrow = Console(width=60, record=True, quiet=False, file=open("/dev/null", "w"))
+    narrow.print(tables[1])
+    shown = narrow.export_text()
+    assert all(text in shown for text in ("amc23", "g2rl", "[20.0,", "40.0]", "10.0", "25.0")) and "…" not in shown
     record = json.loads((tmp_path / "results.json").read_text())
     assert set(record["judge"]) == set(record["results"][0]["metrics"]) == {"lenient", "strict"}
     assert record["results"][2]["metrics"]["lenient"]["pass@2"] == pytest.approx(

@@ -18,7 +18,7 @@ from g2rl.files import StorageError
 from g2rl.history import read_history
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog, read_records
 from g2rl.metrics import METRICS, metric, require_metric
-from g2rl.progress import TrainingProgress, duration
+from g2rl.progress import TrainingProgress, duration, rich_table
 
 QUIET = Console(quiet=True)
 
@@ -317,3 +317,19 @@ def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"log: '.*metrics\.jsonl' cannot be written: it has been removed"):
         log.metrics(2, {"train/loss": 1.0})
     log.close()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "run"
+    with pytest.raises(StorageError, match=rf"^log: '{place}' cannot be written: "):
+        RunLog(place)
+
+
+def test_a_table_keeps_all_of_its_names_on_a_narrow_terminal() -> None:
+    """Of two models with one beginning, what tells them apart is at the end."""
+    out = io.StringIO()
+    rows = [(f"Qwen3-1.7B-{method}", "23.4", "100.0") for method in ("grpo", "g2rl")]
+    Console(file=out, width=26).print(rich_table(None, ("model", "math500", "mmlu_pro"), rows))
+    names = "".join(line[:8].strip() for line in out.getvalue().splitlines())
+    assert "Qwen3-1.7B-grpo" in names and "Qwen3-1.7B-g2rl" in names

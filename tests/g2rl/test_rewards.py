@@ -35,6 +35,9 @@ scaled = Scaled()
 
 def two(problem, response):
     return 0.0
+
+async def later(problem, response, finished):
+    return 0.0
 """
 
 
@@ -124,6 +127,7 @@ def test_a_result_that_is_no_finite_number(tmp_path: Path, monkeypatch: pytest.M
         ("json:brevity", r"found no 'brevity' in json \(.*__init__.py\)$"),
         ("{module}:LIMIT", "expected a function, found 3"),
         ("{module}:two", r"expected a function of \(problem, response, finished\), found {module}:two: too many"),
+        ("{module}:later", r"of \(problem, response, finished\), found {module}:later: it is async, .* asyncio.run"),
     ],
 )
 def test_functions_are_resolved_at_start_up(user_module: str, name: str, message: str) -> None:

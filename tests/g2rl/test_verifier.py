@@ -84,6 +84,7 @@ CASES = [
     (r"\text{A, D, F}", r"\text{A, D, and F}", True, "more letters"),
     (r"\text{A,C}", r"\text{A and D}", False, "another letter"),
     (r"\infty", r"-\infty", False, "infinities"),
+    (r"\emptyset", r"\varnothing", True, "the empty set's other sign"),
     ("7", "7,8", False, "two answers, one right"),
     ("7", r"7 \text{ or } 8", False, "the same in words"),
     ("7", "final answer 7 or 8", False, "the same in a sentence"),

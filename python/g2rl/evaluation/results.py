@@ -125,10 +125,13 @@ def summary(scores: Sequence[Scores]) -> Table:
 
 def details(scores: Sequence[Scores]) -> Table:
     """Every data set with its models below each other: intervals, both modes of the judge, length, truncation."""
-    table = Table(title="in percent, with 95 % intervals: bootstrap over problems", box=box.SIMPLE_HEAD)
-    table.add_column("problems x n\nmodel", overflow="fold")
-    for head in ("pass@1", "maj@n", "pass@n", "pass@1\nstrict", "tokens", "cut\noff"):
-        table.add_column(head, justify="right", no_wrap=True)
+    title = "in percent, with 95 % intervals: bootstrap over problems"
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("problems x n\nmodel", overflow="fold", min_width=len("problems"))
+    for head in ("pass@1", "maj@n", "pass@n"):
+        table.add_column(head, justify="right", min_width=len("[100.0,"))  # narrow, an interval takes two lines
+    for head in ("pass@1\nstrict", "tokens", "cut\noff"):
+        table.add_column(head, justify="right", min_width=len("100.0"))
     for name in _unique([entry.name for entry in scores]):
         for entry in (e for e in scores if e.name == name):
             lenient, strict = (entry.metrics[mode] for mode in MODES)

@@ -100,9 +100,10 @@ _NAME = re.compile(r"[A-Za-z]+")
 _SHORT_UNITS = frozenset(
     "km cm mm nm ft in yd mi kg mg lb lbs oz ml dl hr hrs min mins sec secs ms yr yrs mph kph rpm sq cu gal deg rad "
     "ohm hz khz mhz kw kwh usd eur gbp day cup can men man cow cat dog hen egg box bag car bus boy way bit pen hat toy "
-    "ton per".split()
+    "ton per of old".split()
 )
 _LETTER_UNITS = frozenset("mshgl")  # of a rate: m/s, g/l
+_ARTICLE = re.compile(r" an? (?=[a-z]{3})")  # dollars a day
 
 _NOISE = re.compile(
     r"\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\[()\[\],]|\\?[$%]|\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree(?![A-Za-z])"
@@ -174,6 +175,7 @@ def read(answer: str, units: bool = True) -> tuple[str, str]:
     text = _RAISED.sub(lambda raised: f"^{{{unicodedata.normalize('NFKC', raised.group())}}}", answer[:MAX_ANSWER])
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}" if root[1] or root[2] else r"\sqrt", text)
     text = _FRAC.sub(_braced, _ROW_END.sub(r"\\\\", _DASH.sub(r"\1\2-", text.translate(_SIGNS))))
+    text = text.replace(r"\varnothing", r"\emptyset")
     text = _without_thousands(_CLOSE_COMMA.sub(",", _THOUSANDS.sub("", text)))
     text = _bare(_SPACING.sub(lambda space: space["row"] or (" " if space["blank"] else ""), text))
     start, found, behind = _measured(text)
@@ -289,7 +291,7 @@ def _is_unit(behind: str) -> bool:
         return False
     if not behind[0].isalpha():
         return True  # degrees
-    names = _NAME.findall(behind)
+    names = _NAME.findall(_ARTICLE.sub(" ", behind))
     rate = "/" in behind or (len(names) == 1 and re.match(r"m ?\^", behind) is not None)
     if any(n.lower() in ascii_lowercase and len(n) > 1 for n in names):
         return False  # abcd
