@@ -111,15 +111,28 @@ class Backward {
           });
       return;
     }
-    const int64_t tiles = out_.hidden ? static_cast<int64_t>(gradients_.size()) : p_.cut.tiles;
-    for (int64_t first = 0; first < p_.cut.tiles; first += tiles) {
-      const int64_t count = std::min(tiles, p_.cut.tiles - first);
-      for_tasks(count, [&] { return State(p_); }, [&](State& s, int64_t i) { pass_tile(s, first + i, i); });
-      if (out_.hidden) pass_tokens(first, count);
-    }
+    pass_strips(out_.hidden ? static_cast<int64_t>(gradients_.size()) : p_.cut.tiles);
   }
 
  private:
+  // Strips of `tiles` tiles; the last may have fewer.
+  void pass_strips(int64_t tiles) {
+    const int64_t strips = (p_.cut.tiles + tiles - 1) / tiles;
+    const auto count = [&](int64_t strip) { return std::min(tiles, p_.cut.tiles - strip * tiles); };
+    std::vector<int64_t> tasks;
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      tasks.push_back(count(strip));
+      if (out_.hidden) tasks.push_back(token_tasks() * column_shares());
+    }
+    for_phases(
+        tasks, [&] { return State(p_); },
+        [&](State& s, size_t phase, int64_t task) {
+          const int64_t strip = out_.hidden ? phase / 2 : phase, first = strip * tiles;
+          if (out_.hidden && phase % 2) return pass_tokens(first, count(strip), task);
+          pass_tile(s, first + task, task);
+        });
+  }
+
   bool by_tokens() const { return out_.hidden && !out_.weight && !out_.bias && p_.N >= kTokensAlone * num_threads(); }
 
   // A thread's.
@@ -191,23 +204,19 @@ class Backward {
     for (int64_t v = 0; v < g.width; ++v) s.left.fill(s.turned.floats() + v * kRows, v, token, kRows);
   }
 
-  // All tokens, with the strip of `count` tiles from `first` on. Tokens of a task share the strip's rows of W; where
-  // that leaves threads without a task, several share the columns.
-  void pass_tokens(int64_t first, int64_t count) {
-    const int64_t of_tokens = token_tasks();
-    const int64_t shares = std::clamp<int64_t>(num_threads() / of_tokens, 1, column_blocks());
-    for_tasks(
-        of_tokens * shares, [] { return 0; },
-        [&](int, int64_t task) {
-          const auto [begin, end] = blocks_of(task / shares);
-          const Columns columns = share(task % shares, shares);
-          if (first == 0) clear_sums(begin, end, columns);
-          for (int64_t i = 0; i < count; ++i)
-            for (int64_t block = begin; block < end; ++block)
-              multiply_straight(gradients_[i], {block * kRows, kRows}, weights_[i], width_, columns, sums(block));
-          if (first + count == p_.cut.tiles) narrow_sums(begin, end, columns);
-        });
+  // A task's tokens, with the strip of `count` tiles from `first` on: they share the strip's rows of W.
+  void pass_tokens(int64_t first, int64_t count, int64_t task) {
+    const int64_t shares = column_shares();
+    const auto [begin, end] = blocks_of(task / shares);
+    const Columns columns = share(task % shares, shares);
+    if (first == 0) clear_sums(begin, end, columns);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t block = begin; block < end; ++block)
+        multiply_straight(gradients_[i], {block * kRows, kRows}, weights_[i], width_, columns, sums(block));
+    if (first + count == p_.cut.tiles) narrow_sums(begin, end, columns);
   }
+  // Where tasks of tokens leave threads without one, several share the columns.
+  int64_t column_shares() const { return std::clamp<int64_t>(num_threads() / token_tasks(), 1, column_blocks()); }
 
   // A thread's, for tokens that meet all words.
   struct Alone {

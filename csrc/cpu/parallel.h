@@ -5,6 +5,9 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <numeric>
+#include <thread>
+#include <vector>
 
 namespace g2rl {
 
@@ -44,15 +47,41 @@ void on_threads(int64_t count, const F& f) {
   if (error) std::rethrow_exception(error);
 }
 
-// Calls body(state, task) for 0 <= task < tasks on several threads, each taking the next one: nothing a task computes
-// may depend on the thread. make() builds a thread's own state.
+// Calls body(state, phase, task) for 0 <= task < tasks[phase] on several threads, each taking the next one: nothing a
+// task computes may depend on the thread. make() builds a thread's own state.
+//
+// A phase begins when the tasks of those before have ended. It does not wait for threads without a task: where other
+// processes have the processor, the end of each phase would take as long as they keep it.
+template <typename Make, typename Body>
+void share_phases(const std::vector<int64_t>& tasks, const Make& make, const Body& body) {
+  constexpr int64_t kFailed = INT64_MAX / 2;
+  constexpr int kSpins = 1 << 12;  // some microseconds, which most waits take
+  std::vector<int64_t> first(tasks.size() + 1);
+  std::partial_sum(tasks.begin(), tasks.end(), first.begin() + 1);
+  std::atomic<int64_t> next{0}, ended{0};
+  on_threads(tasks.empty() ? 0 : *std::max_element(tasks.begin(), tasks.end()), [&] {
+    auto state = make();
+    size_t phase = 0;
+    for (int64_t task = next++; task < first.back(); task = next++) {
+      while (task >= first[phase + 1]) ++phase;
+      for (int spins = 0; ended.load() < first[phase]; ++spins)
+        if (spins >= kSpins) std::this_thread::yield();
+      if (ended.load() >= kFailed) return;
+      try {
+        body(state, phase, task - first[phase]);
+      } catch (...) {
+        ended = kFailed;  // nobody waits for this task
+        throw;
+      }
+      ++ended;
+    }
+  });
+}
+
+// The same for one phase: body(state, task).
 template <typename Make, typename Body>
 void share_tasks(int64_t tasks, const Make& make, const Body& body) {
-  std::atomic<int64_t> next{0};
-  on_threads(tasks, [&] {
-    auto state = make();
-    for (int64_t task = next++; task < tasks; task = next++) body(state, task);
-  });
+  share_phases({tasks}, make, [&](auto& state, size_t, int64_t task) { body(state, task); });
 }
 
 // Calls f(first, last) with shares of begin..end, of `least` at least but for one, on several threads.

@@ -34,16 +34,22 @@ class KernelThread {
   [[maybe_unused]] FlushSubnormals flush_;  // does nothing without SSE
 };
 
-// `share_tasks` on such threads.
+// `share_phases` on such threads.
 template <typename Make, typename Body>
-void for_tasks(int64_t tasks, const Make& make, const Body& body) {
+void for_phases(const std::vector<int64_t>& tasks, const Make& make, const Body& body) {
   struct Thread {
     KernelThread ready;
     decltype(make()) state;
   };
-  share_tasks(
+  share_phases(
       tasks, [&] { return Thread{KernelThread(), make()}; },
-      [&](Thread& thread, int64_t task) { body(thread.state, task); });
+      [&](Thread& thread, size_t phase, int64_t task) { body(thread.state, phase, task); });
+}
+
+// `share_tasks` on such threads.
+template <typename Make, typename Body>
+void for_tasks(int64_t tasks, const Make& make, const Body& body) {
+  for_phases({tasks}, make, [&](auto& state, size_t, int64_t task) { body(state, task); });
 }
 
 }  // namespace g2rl

@@ -1,4 +1,5 @@
 // Kernels against double loops over the definitions, in every dtype and with every head option.
+#include <chrono>
 #include <exception>
 #include <thread>
 
@@ -316,6 +317,51 @@ void check_errors() {
   }
 }
 
+// Phases come one after the other, tell of a task that fails, and go on without a thread that has no task.
+void check_phases() {
+  constexpr int64_t kTasks = 3, kPhases = 50;
+  const std::vector<int64_t> tasks(kPhases, kTasks);
+  for (const int threads : {1, 2, 5}) {
+    const g2rl::Threads of_call(threads);
+    std::atomic<int64_t> ended{0}, early{0};
+    g2rl::for_phases(
+        tasks, [] { return 0; },
+        [&](int, size_t phase, int64_t) {
+          early += ended < int64_t(phase) * kTasks;
+          ++ended;
+        });
+    expect(early == 0, "tasks before the phase before them has ended", early, 0);
+    expect(ended == kTasks * kPhases, "tasks of all phases", ended, kTasks * kPhases);
+    for (const size_t wrong : {size_t(0), size_t(kPhases - 1)}) {
+      bool told = false;
+      try {
+        g2rl::for_phases(
+            tasks, [] { return 0; },
+            [&](int, size_t phase, int64_t task) {
+              if (phase == wrong && task == 1) throw std::bad_alloc();
+            });
+      } catch (const std::bad_alloc&) {
+        told = true;
+      }
+      expect(told, "an error of a phase that is lost", wrong, kPhases);
+    }
+  }
+  // As one is that waits for a processor: ready only when all is done, or after ten seconds.
+  const g2rl::Threads of_call(2);
+  std::atomic<int64_t> ready{0}, ended{0}, late{0};
+  g2rl::for_phases(
+      tasks,
+      [&] {
+        if (ready++ == 0) return 0;
+        for (int i = 0; ended < kTasks * kPhases && i < 10'000; ++i)
+          std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        late += ended < kTasks * kPhases;
+        return 0;
+      },
+      [&](int, size_t, int64_t) { ++ended; });
+  expect(late == 0, "phases that wait for a thread without a task", late, 0);
+}
+
 // Logits so far from 0 that their rounded maximum is less than one of them by more than the headroom of sums.
 void check_huge(Dtype dtype) {
   const Problem c{.hidden = Numbers(dtype, 1, {2.421875f, -0.84f}),
@@ -369,6 +415,7 @@ int main() try {
     check_impossible_target(dtype);
   }
   check_errors();
+  check_phases();
   return outcome();
 } catch (const std::exception& error) {
   std::puts(error.what());

@@ -210,6 +210,33 @@ def test_features_that_are_not_finite() -> None:
         shape_by_uid(torch.tensor([[1.0], [torch.nan]]), torch.tensor([1.0, -1.0]), ["a", "a"], Options())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool])
+def test_rewards_of_any_dtype(dtype: torch.dtype) -> None:
+    features = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    rewards, options = torch.tensor([1.0, 0, 1, 0, 0, 1]), Options(reward_range=(0.0, 1.0))
+    shaped, _ = shape_by_uid(features, rewards.to(dtype), list("abaabb"), options)
+    assert shaped.dtype == torch.float32 and torch.equal(shaped, shape_by_uid(features, rewards, "abaabb", options)[0])
+
+
+@pytest.mark.parametrize("uids", ["ab", "aabb"])
+def test_another_number_of_uids(uids: str) -> None:
+    """Fewer left memory that nobody wrote as the shaped rewards of the last responses."""
+    with pytest.raises(ValueError, match=f"uids: expected one for each of 3 responses, found {len(uids)}"):
+        shape_by_uid(torch.eye(3), torch.tensor([1.0, -1, 1]), list(uids), Options())
+
+
+def test_another_number_of_rewards() -> None:
+    with pytest.raises(ValueError, match=r"rewards: expected shape \[3\], found \[2\]"):
+        shape_by_uid(torch.eye(3), torch.tensor([1.0, -1]), list("aab"), Options())
+
+
+@pytest.mark.parametrize("reward_range", [(1.0, 0.0), (1.0, 1.0), (0.0, float("inf")), 1.0])
+def test_a_range_that_is_none(reward_range: object) -> None:
+    """The higher one first turned right answers into wrong ones for shaping."""
+    with pytest.raises(ValueError, match="reward_range: expected two finite numbers, the lower one first, found"):
+        Options(reward_range=reward_range)
+
+
 def test_the_plugin_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """verl itself would keep this from its user."""
     monkeypatch.setitem(sys.modules, "verl", None)

@@ -23,10 +23,16 @@ class Options:
     Attributes:
         shaping: from the fields of `g2rl_kernels.Shaping`.
         reward_range: lowest and highest reward, mapped to -1 and 1 for shaping; for rewards such as 0 and 1.
+
+    Raises:
+        ValueError: reward_range is not two finite numbers, the lower one first.
     """
 
     shaping: Shaping = field(default_factory=Shaping)
     reward_range: tuple[float, float] = (-1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        read_range("reward_range", self.reward_range)
 
     def __str__(self) -> str:
         low, high = self.reward_range
@@ -94,15 +100,20 @@ def shape_by_uid(
     """Shaped rewards of responses whose groups are in any order and of any sizes.
 
     Args:
-        features: [B, d]; rewards: [B] fp32, raw.
+        features: [B, d]; rewards: [B], raw.
         uids: of the prompts, B of them, alike in a group alone.
 
     Returns:
-        shaped rewards [B] in the scale of the raw ones, and the step's metrics.
+        shaped rewards [B] in the scale of the raw ones, fp64 for fp64 rewards, else fp32; and the step's metrics.
 
     Raises:
-        ValueError: features that are not finite.
+        ValueError: features that are not finite, or another number of uids or rewards.
     """
+    if len(uids) != len(features):
+        raise ValueError(f"uids: expected one for each of {len(features)} responses, found {len(uids)}")
+    if list(rewards.shape) != [len(features)]:
+        raise ValueError(f"rewards: expected shape [{len(features)}], found {list(rewards.shape)}")
+    rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
     finite = features.isfinite().all(1)
     if not bool(finite.all()):
         raise ValueError(f"g2rl: expected finite features, found NaN or inf in {int((~finite).sum())} responses")
