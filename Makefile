@@ -47,7 +47,7 @@ SOURCES := $(wildcard $(addprefix csrc/*/,*.cpp *.cu *.h CMakeLists.txt)) CMakeL
 # Other people's trainers, which are run with G2RL in them: make NAME.
 TRAINERS := areal openrlhf skyrl swift axolotl torchrl unsloth deepspeed
 
-.PHONY: setup train test ranks faults planted ctest trl verl $(TRAINERS) vllm lowest audit bf16 sanitize sanitize-ops aarch64 \
+.PHONY: setup train test ranks faults planted ctest trl verl $(TRAINERS) vllm lowest audit bf16 sanitize sanitize-ops races aarch64 \
   macos cuda wheel bench bench-report gpu lint clean
 
 setup: $(READY)
@@ -202,6 +202,13 @@ sanitize: $(READY)
 	    LSAN_OPTIONS=suppressions="$(CURDIR)/csrc/tests/leaks.txt" \
 	    $(BIN)/ctest --test-dir $$build --output-on-failure --exclude-regex ^test_cuda || exit 1; \
 	done
+
+# The CUDA kernels on a CPU, where Clang's thread sanitizer is told of their threads: csrc/cuda/on_cpu/races.h.
+races: $(READY)
+	$(BIN)/cmake -S . -B build/races -DCMAKE_CXX_COMPILER=clang++ -DG2RL_SANITIZE=thread -DG2RL_BUILD_NATIVE=OFF \
+	  -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DG2RL_OUTPUT_DIR="$(CURDIR)/build/races"
+	$(BIN)/cmake --build build/races --parallel --target cuda_tests
+	$(BIN)/ctest --test-dir build/races --output-on-failure --parallel 2 --tests-regex ^test_cuda
 
 # Campaigns of calls against CPU kernels that Clang built for its sanitizer of addresses, those for bf16 in software.
 SANITIZED := build/address

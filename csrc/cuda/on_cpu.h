@@ -11,11 +11,9 @@
 // What PTX leaves undefined, or a chip refuses, ends the process where it can be seen: a launch beyond a chip's limits,
 // lanes of a warp that meet at different instructions, threads that count a named barrier's visitors differently.
 //
-// Not modelled: memory ordering and most fences, speed.
+// Not modelled: most fences, speed. Which accesses to memory nothing orders is told by a build for Clang's
+// ThreadSanitizer (on_cpu/races.h).
 #pragma once
-
-#include <setjmp.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
@@ -32,6 +30,8 @@
 #include <source_location>
 #include <utility>
 #include <vector>
+
+#include "on_cpu/fibre.h"
 
 #define __global__
 #define __launch_bounds__(...)
@@ -58,15 +58,18 @@ using Where = std::source_location;
 
 template <class... A>
 [[noreturn]] void refuse(const char* what, A... numbers) {
-  std::fprintf(stderr, what, numbers...);
+  if constexpr (sizeof...(numbers) == 0)
+    std::fputs(what, stderr);
+  else
+    std::fprintf(stderr, what, numbers...);
   std::fputc('\n', stderr);
   std::abort();
 }
 
 struct Thread {
   std::function<bool()> ready;  // empty: can go on
-  jmp_buf place;                // where it gave way
-  bool started = false, done = false;
+  Fibre fibre;
+  bool done = false;
   uint64_t slot = 0;           // what it shows to other lanes
   unsigned barriers[18] = {};  // how often it came to each named barrier; its warp's, its warpgroup's
   Where exchanges[2];          // where it came to its warp's last two times
@@ -87,11 +90,10 @@ struct State {
   std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<uint8_t> storage = std::vector<uint8_t>(kSharedMemory + 1024);
   std::vector<uint8_t> copied = std::vector<uint8_t>(kSharedMemory);  // shared memory, as the copy engine left it
-  NamedBarrier named[16];
+  std::vector<NamedBarrier> named;
   unsigned free_registers = 0;
   bool barriers_told = true;  // to the copy engine
   std::deque<std::function<void()>> pending;
-  jmp_buf scheduler;
   std::function<void()> body;
   unsigned now = 0, block = 0, grid = 0;
   unsigned slow = ~0u;  // a thread that goes on only when nothing else can: a chip promises no more to any
@@ -110,43 +112,34 @@ inline unsigned thread_index() { return state().now; }
 inline uint8_t* shared() { return state().shared(); }
 
 inline void entry() {
+  races::acquire(&state().body);
   state().body();
+  races::release(&state().grid);  // and not what other blocks' threads acquire
   self().done = true;
-  _longjmp(state().scheduler, 1);
-}
-
-// Fibres change places by jumps: swapcontext asks the kernel for signal masks each time, which takes longer than what
-// most threads do in between.
-inline void resume(Thread& t) {
-  if (_setjmp(state().scheduler)) return;
-  if (std::exchange(t.started, true)) _longjmp(t.place, 1);
-  ucontext_t context;
-  getcontext(&context);
-  context.uc_stack.ss_sp = state().stacks[state().now].get();
-  context.uc_stack.ss_size = kStack;
-  makecontext(&context, entry, 0);
-  setcontext(&context);
-}
-
-inline void give_way_to_scheduler() {
-  if (!_setjmp(self().place)) _longjmp(state().scheduler, 1);
+  self().fibre.leave();
 }
 
 // Gives way until `ready` holds.
 inline void wait_until(std::function<bool()> ready) {
+  const races::Hidden hidden;
   if (ready()) return;
   self().ready = std::move(ready);
-  give_way_to_scheduler();
+  self().fibre.leave();
 }
 
 // Lets every other thread that can go on do so once.
 inline void give_way() {
   bool first = true;
   self().ready = [first]() mutable { return !std::exchange(first, false); };
-  give_way_to_scheduler();
+  self().fibre.leave();
 }
 
-inline void later(std::function<void()> action) { state().pending.push_back(std::move(action)); }
+inline void later(std::function<void()> action) {
+  const races::Hidden hidden;
+  state().pending.push_back(std::move(action));
+}
+
+inline void tell_of_barriers(bool told) { state().barriers_told = told; }
 
 constexpr int kOfWarp = 16, kOfWarpgroup = 17;
 
@@ -169,7 +162,9 @@ inline void barrier(int id, unsigned first, unsigned last, unsigned count) {
 
 inline void block_barrier() {
   const unsigned all = unsigned(state().threads.size());
+  races::release(&state().named[0]);
   barrier(0, 0, all, all);
+  races::acquire(&state().named[0]);
 }
 
 // Comes to a named barrier; what its phase was.
@@ -179,13 +174,16 @@ inline unsigned arrive(int id, unsigned count) {
   if (b.arrived > 0 && b.count != count) refuse("barrier %d: is for %u threads and for %u", id, b.count, count);
   if (std::exchange(self().barriers[id], b.phase + 1) == b.phase + 1) refuse("barrier %d: a thread comes twice", id);
   const unsigned phase = b.phase;
+  races::release(&b);
   b.count = count;
   if (++b.arrived == count) b.arrived = 0, ++b.phase;
   return phase;
 }
 
 inline void named_barrier(int id, unsigned count) {
-  wait_until([&b = state().named[id], phase = arrive(id, count)] { return b.phase != phase; });
+  NamedBarrier& b = state().named[id];
+  wait_until([&b, phase = arrive(id, count)] { return b.phase != phase; });
+  races::acquire(&b);
 }
 
 // All lanes come to the same one.
@@ -253,7 +251,11 @@ inline void start(unsigned block, unsigned block_size) {
   for (Thread& t : s.threads) t.registers = kRegisters / block_size / 8 * 8;
   s.free_registers = 0;
   s.barriers_told = true;
-  std::fill(std::begin(s.named), std::end(s.named), NamedBarrier{});
+  s.named = std::vector<NamedBarrier>(16);
+  if (races::kWatched) {  // blocks are to share nothing
+    s.stacks.clear();
+    s.storage = std::vector<uint8_t>(s.storage.size());
+  }
   std::memset(s.shared(), kPoison, kSharedMemory);
   std::fill(s.copied.begin(), s.copied.end(), kPoison);
   while (s.stacks.size() < s.threads.size()) s.stacks.emplace_back(new char[kStack]);
@@ -303,9 +305,10 @@ class Order {
 
 // Lets a thread go on if it can.
 inline bool step(Thread& t, size_t& left) {
+  State& s = state();
   if (t.done || (t.ready && !t.ready())) return false;
   t.ready = nullptr;
-  resume(t);
+  t.fibre.resume(s.stacks[s.now].get(), kStack, entry);
   left -= t.done;
   return true;
 }
@@ -360,11 +363,16 @@ void launch(unsigned grid, unsigned block_size, size_t shared_bytes, void (*kern
   }
   s.grid = grid;
   s.body = [&] { kernel(arguments...); };
-  Order(grid).for_each(true, [&](unsigned block) {
-    start(block, block_size);
-    run_block();
-    finish(shared_bytes);
-  });
+  {
+    const races::Hidden hidden;
+    Order(grid).for_each(true, [&](unsigned block) {
+      start(block, block_size);
+      races::release(&s.body);
+      run_block();
+      finish(shared_bytes);
+    });
+  }
+  races::acquire(&s.grid);
 }
 
 // Runs tests with some orders of blocks, warps and copies.
@@ -397,7 +405,12 @@ inline constexpr on_cpu::Index<on_cpu::block_size> blockDim{};
 inline constexpr on_cpu::Index<on_cpu::grid_size> gridDim{};
 
 inline void __syncthreads() { on_cpu::block_barrier(); }
-inline void __syncwarp(unsigned = ~0u, const on_cpu::Where& at = on_cpu::Where::current()) { on_cpu::warp_barrier(at); }
+inline void __syncwarp(unsigned = ~0u, const on_cpu::Where& at = on_cpu::Where::current()) {
+  void* warp = &on_cpu::state().threads[threadIdx.x / on_cpu::kWarp * on_cpu::kWarp];
+  on_cpu::races::release(warp);
+  on_cpu::warp_barrier(at);
+  on_cpu::races::acquire(warp);
+}
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask, const on_cpu::Where& at = on_cpu::Where::current()) {
   on_cpu::with_lanes(value, [&](auto of) { value = of(on_cpu::thread_index() % on_cpu::kWarp ^ unsigned(mask)); }, at);

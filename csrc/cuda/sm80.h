@@ -108,6 +108,7 @@ inline void load_matrices_transposed(const uint8_t* row, uint32_t (&x)[4]) {
 template <class T>
 void multiply(T, float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const int lane = threadIdx.x % kWarp;
+  const on_cpu::races::Hidden hidden;
   const emulated::Operands mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   on_cpu::with_lanes(&mine, [&](auto of) {
     for (int q = 0; q < 2; ++q) {

@@ -169,14 +169,18 @@ void sixteen(const Operand& of, int row, float (&x)[16]) {
 inline uint32_t shared_address(const void* p) { return uint32_t(static_cast<const uint8_t*>(p) - on_cpu::shared()); }
 inline void barrier_init(uint32_t barrier, int arrivals) {
   emulated::barrier(barrier) = {int16_t(arrivals), int16_t(arrivals), 0};
-  on_cpu::state().barriers_told = false;
+  on_cpu::tell_of_barriers(false);
 }
-inline void barrier_init_done() { on_cpu::state().barriers_told = true; }
-inline void barrier_expect(uint32_t barrier, int bytes) { emulated::arrive(emulated::barrier(barrier), bytes); }
-inline void barrier_arrive(uint32_t barrier) { emulated::arrive(emulated::barrier(barrier), 0); }
+inline void barrier_init_done() { on_cpu::tell_of_barriers(true); }
+inline void barrier_expect(uint32_t barrier, int bytes) {
+  on_cpu::races::release(&emulated::barrier(barrier));
+  emulated::arrive(emulated::barrier(barrier), bytes);
+}
+inline void barrier_arrive(uint32_t barrier) { barrier_expect(barrier, 0); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   emulated::Barrier& b = emulated::barrier(barrier);
   on_cpu::wait_until([&b, parity] { return uint32_t(b.bytes_and_parity & 1) != parity; });
+  on_cpu::races::acquire(&b);
 }
 inline void tma_load(const TensorMap& map, uint32_t barrier, uint32_t to, int column, int row) {
   if (!on_cpu::state().barriers_told) on_cpu::refuse("TMA before the fence that tells it of barriers");
@@ -208,6 +212,7 @@ inline void wgmma_commit() {
 }
 template <int N>
 void wgmma_wait() {
+  const on_cpu::races::Hidden hidden;
   // Other threads go on first: a stage that was released too early is overwritten by now.
   for (int i = 0; i < 4; ++i) on_cpu::give_way();
   auto& late = on_cpu::self().late;

@@ -85,9 +85,21 @@ void projection_tests() {
   test_nan(kSm90);
 }
 
+// What takes little time where every access is watched.
+void test_for_races() {
+  for (const Dtype dtype : {Dtype::bf16, Dtype::fp32}) {
+    test_projection(kSm80, {.lengths = {5, 0, 1, 7}, .d = 63, .V = 305, .dtype = dtype, .padding = 1}, "for races");
+  }
+  test_projection(kSm90, {.lengths = {5, 0, 1, 7}, .d = 60, .V = 305, .padding = 4}, "for races");
+}
+
 }  // namespace
 
 int main() {
+  if (on_cpu::races::kWatched) {
+    test_for_races();
+    return outcome();
+  }
   projection_tests();
   on_cpu::by_chance(2, [] {
     for (const Generation& each : {kSm80, kSm90}) test_projection(each, {{5, 0, 7}, 136, 1600}, "by chance");

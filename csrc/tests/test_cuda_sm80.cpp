@@ -164,9 +164,22 @@ void test_nan(double softcap) {
   }
 }
 
+// What takes little time where every access is watched.
+void test_for_races() {
+  for (const Dtype dtype : {Dtype::bf16, Dtype::fp32}) {
+    test_head({.lengths = {5, 0, 1, 17}, .d = 63, .V = 205, .dtype = dtype, .padding = 1}, "for races");
+  }
+  test_head({.lengths = {3, 20}, .d = 129, .V = 130, .softcap = 20, .padding = 7}, "for races, soft cap");
+  on_cpu::by_chance(1, [] { test_head({.lengths = {5, 0, 1, 17}, .d = 72, .V = 205}, "for races, by chance"); });
+}
+
 }  // namespace
 
 int main() {
+  if (on_cpu::races::kWatched) {
+    test_for_races();
+    return outcome();
+  }
   // Responses of no, one and few tokens, and of a tile and a bit; a part of the vocabulary and a bit; odd everything.
   test_head({.lengths = {5, 0, 1, 17, 130}, .d = 136, .V = 1105, .bias = true, .spread = 2}, "bf16");
   for (const Dtype dtype : {Dtype::bf16, Dtype::fp16, Dtype::fp32}) {

@@ -224,6 +224,13 @@ void test_long_response() {
   check_long_response(p, of_given_lse(sm90::residuals_and_statistics, sm90::residual_splits(40)), "lse given");
 }
 
+// As many tokens as are cut in ranges, which blocks take one after another.
+void test_ranges() {
+  Problem p({std::vector<int>(6, 700), 384, 40});
+  check(p, Forward(p, false), "ranges");
+  test_given_lse(p, "ranges");
+}
+
 // A chip may let any thread be the last: here one of the copying warp, of those beside it and of those that multiply.
 void test_slow_threads() {
   for (const unsigned thread : {1u, 40u, 200u}) {
@@ -233,9 +240,21 @@ void test_slow_threads() {
   on_cpu::state().slow = ~0u;
 }
 
+// What takes little time where every access is watched.
+void test_for_races() {
+  test_case({{5, 0, 1, 17, 130}, 136, 205}, "ragged");
+  test_case({{3, 29}, 72, 100, Dtype::fp16, true}, "fp16");
+  test_case({{3, 29}, 72, 100, Dtype::bf16, true, 5}, "soft cap");
+  on_cpu::by_chance(1, [] { test_case({{3, 29}, 72, 200}, "by chance"); });
+}
+
 }  // namespace
 
 int main() {
+  if (on_cpu::races::kWatched) {
+    test_for_races();
+    return outcome();
+  }
   test_case({{5, 0, 1, 17, 130}, 136, 1105}, "ragged");
   test_case({{200, 193}, 64, 3300, Dtype::fp16, true, 0, 0.7, 1.3}, "fp16, bias, scale, temperature");
   test_case({{3, 129}, 584, 200, Dtype::bf16, true, 5}, "soft cap");
@@ -244,6 +263,7 @@ int main() {
   test_place();
   test_sure_tokens();
   test_long_response();
+  test_ranges();
   test_slow_threads();
   on_cpu::by_chance(3, [] { test_case({{3, 129}, 584, 200}, "by chance"); });
   return outcome();
