@@ -20,6 +20,7 @@
 # make audit     look for known weaknesses in the versions of constraints.txt; fails where no advisories are served
 # make bf16      tests of the CPU kernels for AMX and vdpbf16ps on any processor with AVX-512, those instructions in software
 # make sanitize  those of the CPU kernels under Clang's sanitizers of addresses, undefined behaviour and threads
+# make races     accesses of the CUDA kernels to memory that no barrier orders, on a CPU, under the last of these
 # make sanitize-ops  the campaigns of calls, see make faults, against CPU kernels under the sanitizer of addresses
 # make aarch64   cross-compile the CPU kernels for AArch64 and run their tests under qemu-user
 # make macos     cross-compile the CPU kernels and their tests for macOS on Apple silicon by zig, and run none of it

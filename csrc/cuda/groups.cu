@@ -176,7 +176,6 @@ DEVICE void weigh(const Members& of, int size) {
   const int best =
       int(least_of(size, [&](int i) { return of.usable(i) && of.r[i] == top ? double(i) : double(size); }));
   const double second = largest_of(size, [&](int i) { return i == best ? -INFINITY : reward(i); });
-  __syncwarp();
   for (int i = lane; i < size; i += kWarp) {
     of.weight_of_best[i] = of.usable(i) && i != best ? exp(of.r[i] - second) : 0.;
     if (!of.usable(i)) continue;

@@ -224,9 +224,9 @@ void test_long_response() {
   check_long_response(p, of_given_lse(sm90::residuals_and_statistics, sm90::residual_splits(40)), "lse given");
 }
 
-// As many tokens as are cut in ranges, which blocks take one after another.
+// As many tokens as are cut in ranges, which blocks take one after another, of more responses than are packed at once.
 void test_ranges() {
-  Problem p({std::vector<int>(6, 700), 384, 40});
+  Problem p({std::vector<int>(600, 7), 384, 40});
   check(p, Forward(p, false), "ranges");
   test_given_lse(p, "ranges");
 }
@@ -242,8 +242,9 @@ void test_slow_threads() {
 
 // What takes little time where every access is watched.
 void test_for_races() {
-  test_case({{5, 0, 1, 17, 130}, 136, 205}, "ragged");
+  test_case({{5, 0, 1, 17, 130}, 136, 805}, "ragged");
   test_case({{3, 29}, 72, 100, Dtype::fp16, true}, "fp16");
+  test_ranges();
   test_case({{3, 29}, 72, 100, Dtype::bf16, true, 5}, "soft cap");
   on_cpu::by_chance(1, [] { test_case({{3, 29}, 72, 200}, "by chance"); });
 }

@@ -1,5 +1,6 @@
-// What Clang's ThreadSanitizer is told of the fibres of on_cpu.h, so that it finds accesses to memory, shared or global,
-// that nothing in CUDA's model orders: only barriers of any kind, `__syncwarp` and launches do. Without it, nothing.
+// What Clang's ThreadSanitizer is told of the fibres of on_cpu.h, so that it finds accesses to memory, shared or
+// global, that nothing in CUDA's model orders: only barriers of any kind, `__syncwarp` and launches do. Without it,
+// nothing.
 //
 // Not watched: on_cpu.h itself and what stands in for a chip's units (races.txt), the memory between TMA and wgmma.
 // https://github.com/llvm/llvm-project/blob/main/compiler-rt/include/sanitizer/tsan_interface.h
