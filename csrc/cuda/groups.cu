@@ -197,7 +197,7 @@ DEVICE void finish_tile(const Members& of, int size, int I, int J, double* S, fl
     if (i >= size || j >= size) continue;
     S[at] *= of.inverse_length[i] * of.inverse_length[j];
     similarity[int64_t(i) * m_max + j] = float(S[at]);
-    similarity[int64_t(j) * m_max + i] = float(S[at]);
+    if (I != J) similarity[int64_t(j) * m_max + i] = float(S[at]);  // else another thread's
   }
   __syncthreads();
   const int thread = threadIdx.x;

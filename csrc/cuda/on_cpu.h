@@ -82,6 +82,7 @@ struct Thread {
 // Hardware's: it opens for those who have come when they are as many as they say, whoever they are.
 struct NamedBarrier {
   unsigned count = 0, arrived = 0, phase = 0;
+  char ends[2] = {};  // of even and odd phases, for races.h: who leaves late does not know what came after
 };
 
 // One launch's state; the process has one launch at a time.
@@ -162,9 +163,10 @@ inline void barrier(int id, unsigned first, unsigned last, unsigned count) {
 
 inline void block_barrier() {
   const unsigned all = unsigned(state().threads.size());
-  races::release(&state().named[0]);
+  char* end = &state().named[0].ends[self().barriers[0] % 2];
+  races::release(end);
   barrier(0, 0, all, all);
-  races::acquire(&state().named[0]);
+  races::acquire(end);
 }
 
 // Comes to a named barrier; what its phase was.
@@ -174,7 +176,7 @@ inline unsigned arrive(int id, unsigned count) {
   if (b.arrived > 0 && b.count != count) refuse("barrier %d: is for %u threads and for %u", id, b.count, count);
   if (std::exchange(self().barriers[id], b.phase + 1) == b.phase + 1) refuse("barrier %d: a thread comes twice", id);
   const unsigned phase = b.phase;
-  races::release(&b);
+  races::release(&b.ends[phase % 2]);
   b.count = count;
   if (++b.arrived == count) b.arrived = 0, ++b.phase;
   return phase;
@@ -182,8 +184,9 @@ inline unsigned arrive(int id, unsigned count) {
 
 inline void named_barrier(int id, unsigned count) {
   NamedBarrier& b = state().named[id];
-  wait_until([&b, phase = arrive(id, count)] { return b.phase != phase; });
-  races::acquire(&b);
+  const unsigned phase = arrive(id, count);
+  wait_until([&b, phase] { return b.phase != phase; });
+  races::acquire(&b.ends[phase % 2]);
 }
 
 // All lanes come to the same one.
@@ -406,10 +409,11 @@ inline constexpr on_cpu::Index<on_cpu::grid_size> gridDim{};
 
 inline void __syncthreads() { on_cpu::block_barrier(); }
 inline void __syncwarp(unsigned = ~0u, const on_cpu::Where& at = on_cpu::Where::current()) {
-  void* warp = &on_cpu::state().threads[threadIdx.x / on_cpu::kWarp * on_cpu::kWarp];
-  on_cpu::races::release(warp);
+  on_cpu::Thread& first = on_cpu::state().threads[threadIdx.x / on_cpu::kWarp * on_cpu::kWarp];
+  void* end = &first.exchanges[on_cpu::self().barriers[on_cpu::kOfWarp] % 2];  // as those of NamedBarrier
+  on_cpu::races::release(end);
   on_cpu::warp_barrier(at);
-  on_cpu::races::acquire(warp);
+  on_cpu::races::acquire(end);
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask, const on_cpu::Where& at = on_cpu::Where::current()) {

@@ -48,13 +48,12 @@ __global__ void __launch_bounds__(kThreads)
   count = count < 1 ? 1 : count > kMaxRanges ? kMaxRanges : count;
   for (int i = threadIdx.x; i <= count; i += kThreads) packing.ranges()[1 + i] = i == 0 ? 0 : total;
   if (threadIdx.x == 0) packing.ranges()[0] = total > 0 ? count : 0;
-  __syncthreads();
 
   int offset = 0;
   for (int b0 = 0; b0 < responses.B; b0 += kThreads) {
     const int b = b0 + int(threadIdx.x), groups = groups_of(responses, flags, group, b);
     int all;
-    const int first = offset + sum_before(groups, shared, all);
+    const int first = offset + sum_before(groups, shared, all);  // by now all have written their ranges
     offset += all;
     if (groups == 0) continue;
     const int start = responses.cu_seqlens[b], end = responses.cu_seqlens[b + 1];

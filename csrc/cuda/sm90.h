@@ -94,6 +94,9 @@ namespace emulated {
 struct Barrier {
   int16_t arrivals, pending;
   int32_t bytes_and_parity;  // 2 * bytes still expected + parity of the current phase
+
+  // For races.h, as those of on_cpu::NamedBarrier.
+  void* end(uint32_t parity) { return reinterpret_cast<char*>(this) + (parity & 1); }
 };
 
 inline Barrier& barrier(uint32_t address) { return *reinterpret_cast<Barrier*>(on_cpu::shared() + address); }
@@ -173,14 +176,15 @@ inline void barrier_init(uint32_t barrier, int arrivals) {
 }
 inline void barrier_init_done() { on_cpu::tell_of_barriers(true); }
 inline void barrier_expect(uint32_t barrier, int bytes) {
-  on_cpu::races::release(&emulated::barrier(barrier));
-  emulated::arrive(emulated::barrier(barrier), bytes);
+  emulated::Barrier& b = emulated::barrier(barrier);
+  on_cpu::races::release(b.end(b.bytes_and_parity));
+  emulated::arrive(b, bytes);
 }
 inline void barrier_arrive(uint32_t barrier) { barrier_expect(barrier, 0); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   emulated::Barrier& b = emulated::barrier(barrier);
   on_cpu::wait_until([&b, parity] { return uint32_t(b.bytes_and_parity & 1) != parity; });
-  on_cpu::races::acquire(&b);
+  on_cpu::races::acquire(b.end(parity));
 }
 inline void tma_load(const TensorMap& map, uint32_t barrier, uint32_t to, int column, int row) {
   if (!on_cpu::state().barriers_told) on_cpu::refuse("TMA before the fence that tells it of barriers");
