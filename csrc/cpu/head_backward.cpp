@@ -115,7 +115,8 @@ class Backward {
   }
 
  private:
-  // Strips of `tiles` tiles; the last may have fewer.
+  // Strips of `tiles` tiles, each of two phases; the last may have fewer. One of all tiles has the first phase alone
+  // where nobody wants hidden's gradient.
   void pass_strips(int64_t tiles) {
     const int64_t strips = (p_.cut.tiles + tiles - 1) / tiles;
     const auto count = [&](int64_t strip) { return std::min(tiles, p_.cut.tiles - strip * tiles); };
@@ -127,8 +128,8 @@ class Backward {
     for_phases(
         tasks, [&] { return State(p_); },
         [&](State& s, size_t phase, int64_t task) {
-          const int64_t strip = out_.hidden ? phase / 2 : phase, first = strip * tiles;
-          if (out_.hidden && phase % 2) return pass_tokens(first, count(strip), task);
+          const int64_t strip = phase / 2, first = strip * tiles;
+          if (phase % 2) return pass_tokens(first, count(strip), task);
           pass_tile(s, first + task, task);
         });
   }

@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 64;
 
 struct Planted {
-  bool block, warp, blocks, barrier;  // what is left out, or done by all blocks
+  bool block, warp, blocks, barrier;  // what comes too late, is left out, is written by all blocks, is not waited for
   float* out;
 };
 

@@ -43,9 +43,8 @@ def model_card(run: Run, step: int, repo: str, plots: Sequence[tuple[str, str, s
         is_adapter: the weights are a LoRA adapter's alone.
     """
     run = run.at(step)
-    config = run.config
-    task = config.get("task", {}).get("name", "unknown")
-    base, is_public = base_model(config.get("model", {}).get("path", "unknown"))
+    task = run.setting("task.name")
+    base, is_public = base_model(run.setting("model.path"))
     evaluated, results = _results(run, step)
     named = f"[{base}](https://huggingface.co/{base})" if is_public else f"`{base}`"
     what = f"{named}, trained with `{method_of(run)}` on the task `{task}` for {step} steps"

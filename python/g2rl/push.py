@@ -75,7 +75,7 @@ def write_folder(run: Run, checkpoint: Path, repo: str, folder: Path) -> int:
     if folder.exists():
         shutil.rmtree(folder)
     is_adapter = adapters.base_of(str(checkpoint)) is not None
-    base, is_public = base_model(run.config.get("model", {}).get("path", "unknown"))
+    base, is_public = base_model(run.setting("model.path"))
     merge = is_adapter and not is_public
     left_out = (*NOT_PUSHED, *adapters.FILES) if merge else NOT_PUSHED
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*left_out))

@@ -126,7 +126,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def seed_of(run: Run) -> int:
-    return int(run.config.get("seed", 0))
+    return int(run.setting("seed", 0))
 
 
 def run_names(runs: Sequence[Run]) -> dict[Path, str]:
