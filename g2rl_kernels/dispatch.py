@@ -202,8 +202,11 @@ def explain() -> str:
     if forced:
         lines.append(f"backend set by name: {forced.name}")
     for device in devices:
+        dtypes: dict[str, list[str]] = {}
         for dtype in _DTYPES:
-            lines += [f"\n{device.type}, {short_name(dtype)}", *_explained(device, dtype, forced, refused)]
+            text = "\n".join(_explained(device, dtype, forced, refused))
+            dtypes.setdefault(text, []).append(short_name(dtype))
+        lines += [f"\n{device.type}, {', '.join(names)}\n{text}" for text, names in dtypes.items()]
     return "\n".join(lines)
 
 

@@ -727,19 +727,20 @@ def test_backend_that_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolved() == "g2rl_kernels.backends.eager.head"
     report = explain().split("\n\n")
     assert report[1].splitlines() == [
-        "cpu, bfloat16",
+        "cpu, bfloat16, float16",
         f"  torch      serves {', '.join(dispatch.OPS)}",
         "  not refusing: only float32 today",
     ]
-    assert "  not refusing: does not have this op" in report[3].splitlines()
+    assert report[2].splitlines()[0] == "cpu, float32"
+    assert "  not refusing: does not have this op" in report[2].splitlines()
     with use_backend("refusing"):
         report = explain().split("\n\n")
     assert report[1].splitlines() == [
-        "cpu, bfloat16",
+        "cpu, bfloat16, float16",
         "  not refusing: only float32 today",
         "  not torch: refusing was asked for",
     ]
-    assert report[3].splitlines() == [
+    assert report[2].splitlines() == [
         "cpu, float32",
         f"  torch      serves {', '.join(dispatch.OPS)}",
         "  not refusing: does not have this op",
@@ -757,7 +758,7 @@ def test_every_op_runs_whichever_backend_is_chosen(backend: str, monkeypatch: py
     features = torch.ones(N, D, requires_grad=True)
     group_similarity(features, 3).sum().backward()
     assert features.grad.abs().max() < 1e-6
-    served = [line.split(" serves ")[1] for line in explain().split("\n\n")[3].splitlines() if " serves " in line]
+    served = [line.split(" serves ")[1] for line in explain().split("\n\n")[-1].splitlines() if " serves " in line]
     assert sorted(", ".join(served).split(", ")) == sorted(dispatch.OPS)
 
 
@@ -850,8 +851,8 @@ def test_workspace_by_default(memory: int, expected: float, monkeypatch: pytest.
 def test_explain() -> None:
     text = explain()
     assert text.startswith(f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: cpu")
-    for dtype in ("bfloat16", "float16", "float32"):
-        assert f"\ncpu, {dtype}\n" in text
+    titles = [section.splitlines()[0] for section in text.split("\n\n")[1:]]
+    assert ", ".join(title.removeprefix("cpu, ") for title in titles) == "bfloat16, float16, float32"
     section = text.split("\n\n")[1]
     served = ", ".join(line.split(" serves ")[1] for line in section.splitlines() if " serves " in line)
     assert sorted(served.split(", ")) == sorted(dispatch.OPS)
@@ -868,7 +869,7 @@ def test_command_line() -> None:
         [sys.executable, "-m", "g2rl_kernels"], capture_output=True, text=True, env=environment, check=True
     )
     assert "backend set by name: reference" in run.stdout.splitlines()[:4]
-    assert run.stdout.count(f"reference  serves {', '.join(dispatch.OPS)}") >= 3
+    assert f"\ncpu, bfloat16, float16, float32\n  reference  serves {', '.join(dispatch.OPS)}\n" in run.stdout
 
 
 def test_command_line_of_a_backend_that_does_not_exist() -> None:
