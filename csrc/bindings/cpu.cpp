@@ -81,19 +81,23 @@ void bind_head(py::module_& m) {
   });
 }
 
-// For one dtype of the features; its name ends the structs'.
-template <class T>
-void bind_groups(py::module_& m, const std::string& dtype) {
-  py::class_<Groups<T>>(m, ("Groups_" + dtype).c_str(), local)
+void bind_groups(py::module_& m) {
+  py::class_<Shaping>(m, "Shaping", local)
+      .def(
+          py::init([](double strength, double clip, int rule, double min_range, bool drop_uniform, bool divide_by_std) {
+            return Shaping{strength, clip, static_cast<Rule>(rule), min_range, drop_uniform, divide_by_std};
+          }));
+  py::class_<Groups>(m, "Groups", local)
       .def(py::init([](Address features, Address rewards, Address cu_groups, Address valid, int64_t G, int64_t d,
                        int64_t m_max) {
-        return Groups<T>{at<T>(features), at<double>(rewards), at<int64_t>(cu_groups), at<bool>(valid), G, d, m_max};
+        return Groups{at<float>(features), at<double>(rewards), at<int64_t>(cu_groups), at<bool>(valid), G, d, m_max};
       }));
-  py::class_<GroupAdvantages<T>>(m, ("GroupAdvantages_" + dtype).c_str(), local)
+  py::class_<GroupAdvantages>(m, "GroupAdvantages", local)
       .def(py::init([](Address advantages, Address shaped_rewards, Address scores, Address similarity) {
-        return GroupAdvantages<T>{at<T>(advantages), at<T>(shaped_rewards), at<T>(scores), at<T>(similarity)};
+        return GroupAdvantages{at<float>(advantages), at<float>(shaped_rewards), at<float>(scores),
+                               at<float>(similarity)};
       }));
-  m.def("g2rl_advantages", on_its_threads(&g2rl_advantages<T>));
+  m.def("g2rl_advantages", on_its_threads(&g2rl_advantages));
 }
 
 }  // namespace
@@ -101,13 +105,7 @@ void bind_groups(py::module_& m, const std::string& dtype) {
 PYBIND11_MODULE(_native, m) {
   m.attr("interface") = G2RL_INTERFACE;  // stands for the files that say how it is called
   bind_head(m);
-  py::class_<Shaping>(m, "Shaping", local)
-      .def(
-          py::init([](double strength, double clip, int rule, double min_range, bool drop_uniform, bool divide_by_std) {
-            return Shaping{strength, clip, static_cast<Rule>(rule), min_range, drop_uniform, divide_by_std};
-          }));
-  bind_groups<float>(m, "float32");
-  bind_groups<double>(m, "float64");
+  bind_groups(m);
   m.def("instruction_set", [] { return std::string(isa_name(isa())); });
   m.def("instruction_sets", [] { return isa_names(highest_isa()); });
 }

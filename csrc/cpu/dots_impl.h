@@ -25,8 +25,7 @@ using Panel = double[kBlock][kChunk];
 using Sums = Doubles[kTile][kTile];
 
 // `n` columns of up to kBlock rows, in fp64 and with zeros behind them up to whole tiles and vectors.
-template <typename T>
-void fill(Panel& panel, const T* X, int64_t rows, int64_t d, int64_t n, int64_t width) {
+void fill(Panel& panel, const float* X, int64_t rows, int64_t d, int64_t n, int64_t width) {
   for (int64_t r = 0; r < kBlock; ++r) {
     const int64_t present = r < rows ? n : 0;
     std::copy_n(X + r * d, present, panel[r]);
@@ -55,8 +54,7 @@ void add_products(const double (*x)[kChunk], const double (*y)[kChunk], int64_t 
   std::memcpy(&sums, &s, sizeof(s));
 }
 
-template <typename T>
-void block(const T* X, int64_t m, int64_t d, int64_t i, int64_t j, double* out, int64_t stride) {
+void block(const float* X, int64_t m, int64_t d, int64_t i, int64_t j, double* out, int64_t stride) {
   alignas(64) Panel left, right;
   alignas(64) Sums sums[kTiles][kTiles] = {};
   const int64_t rows = std::min<int64_t>(m - i, kBlock), cols = std::min<int64_t>(m - j, kBlock);
@@ -78,7 +76,7 @@ void block(const T* X, int64_t m, int64_t d, int64_t i, int64_t j, double* out, 
   }
 }
 
-constexpr DotKernels kDots{kBlock, {block<float>, block<double>}};
+constexpr DotKernels kDots{kBlock, block};
 
 }  // namespace fp64
 }  // namespace

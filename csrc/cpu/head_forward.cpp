@@ -215,8 +215,8 @@ class Segments {
     if (count() > B) of_segments_.resize(count() * d);
   }
 
-  const int64_t* cu() const { return cu_.data(); }
-  int64_t count() const { return firsts_.back(); }
+  // `weight` [N]: normalised over whole responses.
+  Responses all(const std::vector<double>& weight) const { return {cu_.data(), weight.data(), 0, count()}; }
   // [count, d], 0 at first.
   float* features() { return of_segments_.empty() ? features_ : of_segments_.data(); }
 
@@ -233,26 +233,27 @@ class Segments {
   }
 
  private:
+  int64_t count() const { return firsts_.back(); }
+
   const int64_t d_;
   float* features_;
   std::vector<int64_t> cu_, firsts_;  // offsets of tokens; first segments of responses
   std::vector<float> of_segments_;
 };
 
-// Features of the segments cu [B + 1], and statistics of all tokens.
-void features_of(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const float* lse,
-                 int64_t workspace_bytes, const TokenStats& stats, float* out) {
+// Features of all segments, and statistics of all tokens.
+void features_of(const HeadProblem& p, const Responses& all, const float* lse, int64_t workspace_bytes,
+                 const TokenStats& stats, float* out) {
+  const KeptPlan kept = lse ? KeptPlan{} : plan_kept(p, all, workspace_bytes);
+  if (kept.tokens > 0) return kept_features(p, all, kept, stats, out);
   std::vector<Token> tokens(p.N);
-  const KeptPlan kept = lse ? KeptPlan{} : plan_kept(p, cu, B, workspace_bytes);
-  if (kept.tokens > 0) return kept_features(p, cu, B, weight, kept, stats, tokens, out);
   const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
   const int64_t at_once = responses_at_once(p, workspace_bytes);
   std::vector<char> unknown(p.N, !lse);
   if (lse)
-    for_groups(cu, B, weight, at_once,
+    for_groups(all, at_once,
                [&](const Responses& r) { believing_features(p, rows, r, lse, stats, tokens, out, unknown); });
-  if (std::count(unknown.begin(), unknown.end(), 1))
-    two_passes(p, rows, {cu, weight, 0, B}, unknown, stats, tokens, at_once, out);
+  if (std::count(unknown.begin(), unknown.end(), 1)) two_passes(p, rows, all, unknown, stats, tokens, at_once, out);
 }
 
 }  // namespace
@@ -271,7 +272,7 @@ void sequence_features(const Tokens& tokens, const Head& head, const Batch& batc
   if (p.N == 0) return;
   const std::vector<double> weight = normalised_weights(batch, p.N);
   Segments segments(batch, p.d, features);
-  features_of(p, segments.cu(), segments.count(), weight.data(), lse, workspace_bytes, stats, segments.features());
+  features_of(p, segments.all(weight), lse, workspace_bytes, stats, segments.features());
   segments.join();
 }
 
@@ -293,7 +294,7 @@ void part_features(const Tokens& tokens, const Head& head, const Batch& batch, c
   const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
   Segments segments(batch, p.d, features);
   const int64_t at_once = responses_at_once(p, workspace_bytes);
-  for_groups(segments.cu(), segments.count(), weight.data(), at_once,
+  for_groups(segments.all(weight), at_once,
              [&](const Responses& r) { exact_features(p, rows, r, merged, nullptr, segments.features()); });
   segments.join();
 }

@@ -31,7 +31,7 @@ int64_t even_block(int64_t tokens, int64_t most) {
 
 }  // namespace
 
-KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t workspace_bytes) {
+KeptPlan plan_kept(const HeadProblem& p, const Responses& all, int64_t workspace_bytes) {
   if (p.cap > 0) return {};  // the cap's slopes would have to be kept too
   const int64_t limit = p.allowed_bytes(workspace_bytes);
   const int64_t threads = std::min<int64_t>(num_threads(), p.cut.slabs), unit = sizeof(float);
@@ -44,11 +44,12 @@ KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t w
   KeptPlan best{};
   int64_t fewest = p.N / least_tokens_per_stream(p.format) + 3;
   for (int64_t group = product_rows(1); group <= kResponses; group *= 2) {
-    const int64_t responses = std::min(group, B), of_R = product_rows(responses) * p.cut.padded() * unit;
+    const int64_t responses = std::min(group, all.last - all.first),
+                  of_R = product_rows(responses) * p.cut.padded() * unit;
     const int64_t most = (limit - fixed - of_R) / per_token / kRowStep * kRowStep;
     if (most <= 0 || of_R + slab_features_bytes(p, responses) > limit) break;
     int64_t streams = 0;
-    for_groups(cu, B, nullptr, group,
+    for_groups(all, group,
                [&](const Responses& r) { streams += (r.token_end() - r.token_begin() + most - 1) / most + 1; });
     if (streams < fewest) best = {most, group}, fewest = streams;
   }
@@ -185,10 +186,11 @@ class KeptPass {
 
 }  // namespace
 
-void kept_features(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const KeptPlan& plan,
-                   const TokenStats& stats, std::vector<Token>& tokens, float* features) {
+void kept_features(const HeadProblem& p, const Responses& all, const KeptPlan& plan, const TokenStats& stats,
+                   float* features) {
+  std::vector<Token> tokens(p.N);
   std::vector<float> target_acc(p.N, 0.0f);
-  for_groups(cu, B, weight, plan.responses, [&](const Responses& r) {
+  for_groups(all, plan.responses, [&](const Responses& r) {
     const int64_t block = even_block(r.token_end() - r.token_begin(), plan.tokens);
     KeptPass pass(p, r, block, target_acc, tokens);
     for (int64_t t = r.token_begin(); t < r.token_end(); t += block)
