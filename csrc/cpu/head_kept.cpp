@@ -67,12 +67,10 @@ struct Span {
 // whose lse are known by now, is added up while it makes room for this block's.
 class KeptPass {
  public:
-  KeptPass(const HeadProblem& p, const Responses& r, int64_t block, std::vector<float>& target_acc,
-           std::vector<Token>& tokens)
+  KeptPass(const HeadProblem& p, const Responses& r, int64_t block, std::vector<Token>& tokens)
       : p_(p),
         r_(r),
         block_(block),
-        target_acc_(target_acc),
         tokens_(tokens),
         coef_(p.N),
         scales_(p.cut.tiles, block),
@@ -82,15 +80,15 @@ class KeptPass {
 
   // Keeps the exponentials of `now` in place of the block before; their tokens' results go to `stats`.
   void statistics(Span now, const TokenStats& stats) {
-    const RowPanels rows(p_.hidden, p_.format, p_.depth, now.begin, now.size());
+    const RowPanels rows = p_.rows(now.begin, now.size());
     const Partials partials(p_.cut.slabs, now.begin, now.size());
     std::atomic<int64_t> started{0};
     for_tasks(
         p_.cut.slabs, [&] { return worker(started++); },
         [&](Worker* w, int64_t slab) {
-          slab_statistics(p_, rows, slab, w->logits, w->sums, partials, target_acc_.data(), &scales_, *this);
+          slab_statistics(p_, rows, slab, w->logits, w->sums, partials, &scales_, *this);
         });
-    merge_slabs(p_, partials, target_acc_, now.begin, now.end, stats, tokens_.data());
+    merge_slabs(p_, partials, now.begin, now.end, stats, tokens_.data());
     coef_.set(r_, tokens_, now.begin, now.end);
     last_ = now;
   }
@@ -174,7 +172,6 @@ class KeptPass {
   const HeadProblem& p_;
   const Responses& r_;
   const int64_t block_;
-  std::vector<float>& target_acc_;
   std::vector<Token>& tokens_;
   Coefficients coef_;
   TileScales scales_;
@@ -189,10 +186,9 @@ class KeptPass {
 void kept_features(const HeadProblem& p, const Responses& all, const KeptPlan& plan, const TokenStats& stats,
                    float* features) {
   std::vector<Token> tokens(p.N);
-  std::vector<float> target_acc(p.N, 0.0f);
   for_groups(all, plan.responses, [&](const Responses& r) {
     const int64_t block = even_block(r.token_end() - r.token_begin(), plan.tokens);
-    KeptPass pass(p, r, block, target_acc, tokens);
+    KeptPass pass(p, r, block, tokens);
     for (int64_t t = r.token_begin(); t < r.token_end(); t += block)
       pass.statistics({t, std::min(t + block, r.token_end())}, stats);
     finish_features(p, r, tokens, pass.product(), features);
