@@ -24,14 +24,12 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// `kernel` without Python's lock, on as many threads as the last argument says.
-template <class... Arguments>
-auto on_its_threads(void (*kernel)(Arguments...)) {
-  return [kernel](Arguments... arguments, int threads) {
-    const py::gil_scoped_release release;
-    const Threads of_call(threads);
-    kernel(arguments...);
-  };
+// Calls a kernel without Python's lock, on so many threads.
+template <class Kernel>
+void on_threads_of(int threads, const Kernel& kernel) {
+  const py::gil_scoped_release release;
+  const Threads of_call(threads);
+  kernel();
 }
 
 void bind_head(py::module_& m) {
@@ -60,24 +58,29 @@ void bind_head(py::module_& m) {
     return Gradients{at<void>(hidden), at<void>(weight), at<float>(bias)};
   }));
 
-  m.def("token_logprobs", on_its_threads(&token_logprobs));
+  m.def("token_logprobs", [](const Tokens& tokens, const Head& head, const TokenStats& stats, int threads) {
+    on_threads_of(threads, [&] { token_logprobs(tokens, head, stats); });
+  });
   m.def("sequence_features", [](const Tokens& tokens, const Head& head, const Batch& batch, Address lse,
                                 int64_t workspace_bytes, Address features, const TokenStats& stats, int threads) {
-    on_its_threads (&sequence_features)(tokens, head, batch, at<float>(lse), workspace_bytes, at<float>(features),
-                                        stats, threads);
+    on_threads_of(threads, [&] {
+      sequence_features(tokens, head, batch, at<float>(lse), workspace_bytes, at<float>(features), stats);
+    });
   });
   m.def("token_sums", [](const Tokens& tokens, const Head& head, Address sums, int threads) {
-    on_its_threads (&token_sums)(tokens, head, at<float>(sums), threads);
+    on_threads_of(threads, [&] { token_sums(tokens, head, at<float>(sums)); });
   });
   m.def("part_features", [](const Tokens& tokens, const Head& head, const Batch& batch, Address sums, int64_t parts,
                             int64_t workspace_bytes, Address features, const TokenStats& stats, int threads) {
-    on_its_threads (&part_features)(tokens, head, batch, at<float>(sums), parts, workspace_bytes, at<float>(features),
-                                    stats, threads);
+    on_threads_of(threads, [&] {
+      part_features(tokens, head, batch, at<float>(sums), parts, workspace_bytes, at<float>(features), stats);
+    });
   });
   m.def("logprobs_backward", [](Address grad_logps, Address grad_entropy, const Tokens& tokens, const Head& head,
                                 const TokenStats& stats, int64_t workspace_bytes, const Gradients& out, int threads) {
-    on_its_threads (&logprobs_backward)(at<float>(grad_logps), at<float>(grad_entropy), tokens, head, stats,
-                                        workspace_bytes, out, threads);
+    on_threads_of(threads, [&] {
+      logprobs_backward(at<float>(grad_logps), at<float>(grad_entropy), tokens, head, stats, workspace_bytes, out);
+    });
   });
 }
 
@@ -97,7 +100,9 @@ void bind_groups(py::module_& m) {
         return GroupAdvantages{at<float>(advantages), at<float>(shaped_rewards), at<float>(scores),
                                at<float>(similarity)};
       }));
-  m.def("g2rl_advantages", on_its_threads(&g2rl_advantages));
+  m.def("g2rl_advantages", [](const Groups& groups, const Shaping& shaping, const GroupAdvantages& out, int threads) {
+    on_threads_of(threads, [&] { g2rl_advantages(groups, shaping, out); });
+  });
 }
 
 }  // namespace

@@ -143,7 +143,7 @@ void g2rl_advantages(const Groups& groups, const Shaping& shaping, const GroupAd
   double *of_S = wide.get(), *of_scores = of_S + G * entries, *of_shaped = of_scores + B;
   products(groups.features, cu, G, groups.d, of_S, m_max);
   // An entry of S costs a dozen operations.
-  parallel_for(0, G, 1 + kWorthThread / (12 * entries + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(0, G, 1 + kWorthThread / 12 / (entries + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = cu[i], m = cu[i + 1] - b;
       const Group g{m,
