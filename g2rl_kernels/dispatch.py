@@ -193,6 +193,9 @@ def explain() -> str:
     """Which backend serves which op on this machine, by device and dtype, and why the faster ones do not.
 
     For backends with a self-check it says what was checked and when; nothing is checked by asking.
+
+    Raises:
+        ValueError: an environment variable names no backend, or nothing to do about self-checks.
     """
     devices = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: {', '.join(map(str, devices))}"]
@@ -201,6 +204,8 @@ def explain() -> str:
     forced = _asked_for()
     if forced:
         lines.append(f"backend set by name: {forced.name}")
+    if mode := self_check.wanted():
+        lines.append(f"self-checks of GPU backends: {mode}")
     for device in devices:
         dtypes: dict[str, list[str]] = {}
         for dtype in _DTYPES:
@@ -283,7 +288,8 @@ def _checks(backend: str, ops: list[str], device: torch.device, dtype: torch.dty
     for subject in dict.fromkeys(Subject.of(backend, op, dtype, None) for op in ops):
         run = self_check.measured(subject, device)
         found = self_check.known(subject, device)
-        lines.append(f"{subject.work}: {run or found or 'will be checked when first used'}")
+        unknown = "not checked" if self_check.wanted() == "skip" else "will be checked when first used"
+        lines.append(f"{subject.work}: {run or found or unknown}")
     return lines
 
 

@@ -122,7 +122,7 @@ if hasattr(os, "register_at_fork"):  # Windows has no forks
 
 def refusal(subject: Subject, device: torch.device) -> str | None:
     """Why the backend may not serve unasked, None if it may. Runs the check if nothing is known yet."""
-    mode = _mode()
+    mode = wanted()
     if mode == "skip" or (mode != "force" and measured(subject, device)):
         return None
     with _lock:
@@ -172,7 +172,12 @@ def command(subject: Subject, device: torch.device) -> list[str]:
     return [sys.executable or "", "-P", "-m", "g2rl_kernels.self_check_run", *arguments]
 
 
-def _mode() -> str:
+def wanted() -> str:
+    """What the environment variable says of the check: "skip", "force", or "" for nothing.
+
+    Raises:
+        ValueError: another word.
+    """
     mode = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if mode not in ("", "skip", "force"):
         raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected skip, force or nothing, found {mode!r}")

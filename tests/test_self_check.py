@@ -258,6 +258,7 @@ def test_wrong_numbers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_variable_skips_or_forces(runs: list[Subject], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(self_check.ENVIRONMENT_VARIABLE, "skip")
     assert backend_of() == "defective" and runs == []
+    assert "self-checks of GPU backends: skip" in explain() and "head: not checked" in explain()
     run_of = ("defective", "cpu", self_check.revision("defective"))
     monkeypatch.setitem(self_check.MEASURED, run_of, "benchmarks/results/x.json")
     monkeypatch.delenv(self_check.ENVIRONMENT_VARIABLE)
@@ -268,6 +269,8 @@ def test_variable_skips_or_forces(runs: list[Subject], monkeypatch: pytest.Monke
     monkeypatch.setenv(self_check.ENVIRONMENT_VARIABLE, "never")
     with pytest.raises(ValueError, match="G2RL_KERNELS_CHECK: expected skip, force or nothing, found 'never'"):
         backend_of()
+    with pytest.raises(ValueError, match="found 'never'"):
+        explain()
 
 
 def test_a_measured_run_stands_for_what_it_ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,14 +24,12 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// `kernel` without Python's lock, on as many threads as the last argument says.
-template <class... Arguments>
-auto on_its_threads(void (*kernel)(Arguments...)) {
-  return [kernel](Arguments... arguments, int threads) {
-    const py::gil_scoped_release release;
-    const Threads of_call(threads);
-    kernel(arguments...);
-  };
+// Calls a kernel without Python's lock, on so many threads.
+template <class Kernel>
+void on_threads_of(int threads, const Kernel& kernel) {
+  const py::gil_scoped_release release;
+  const Threads of_call(threads);
+  kernel();
 }
 
 void bind_head(py::module_& m) {
@@ -60,40 +58,51 @@ void bind_head(py::module_& m) {
     return Gradients{at<void>(hidden), at<void>(weight), at<float>(bias)};
   }));
 
-  m.def("token_logprobs", on_its_threads(&token_logprobs));
+  m.def("token_logprobs", [](const Tokens& tokens, const Head& head, const TokenStats& stats, int threads) {
+    on_threads_of(threads, [&] { token_logprobs(tokens, head, stats); });
+  });
   m.def("sequence_features", [](const Tokens& tokens, const Head& head, const Batch& batch, Address lse,
                                 int64_t workspace_bytes, Address features, const TokenStats& stats, int threads) {
-    on_its_threads (&sequence_features)(tokens, head, batch, at<float>(lse), workspace_bytes, at<float>(features),
-                                        stats, threads);
+    on_threads_of(threads, [&] {
+      sequence_features(tokens, head, batch, at<float>(lse), workspace_bytes, at<float>(features), stats);
+    });
   });
   m.def("token_sums", [](const Tokens& tokens, const Head& head, Address sums, int threads) {
-    on_its_threads (&token_sums)(tokens, head, at<float>(sums), threads);
+    on_threads_of(threads, [&] { token_sums(tokens, head, at<float>(sums)); });
   });
   m.def("part_features", [](const Tokens& tokens, const Head& head, const Batch& batch, Address sums, int64_t parts,
                             int64_t workspace_bytes, Address features, const TokenStats& stats, int threads) {
-    on_its_threads (&part_features)(tokens, head, batch, at<float>(sums), parts, workspace_bytes, at<float>(features),
-                                    stats, threads);
+    on_threads_of(threads, [&] {
+      part_features(tokens, head, batch, at<float>(sums), parts, workspace_bytes, at<float>(features), stats);
+    });
   });
   m.def("logprobs_backward", [](Address grad_logps, Address grad_entropy, const Tokens& tokens, const Head& head,
                                 const TokenStats& stats, int64_t workspace_bytes, const Gradients& out, int threads) {
-    on_its_threads (&logprobs_backward)(at<float>(grad_logps), at<float>(grad_entropy), tokens, head, stats,
-                                        workspace_bytes, out, threads);
+    on_threads_of(threads, [&] {
+      logprobs_backward(at<float>(grad_logps), at<float>(grad_entropy), tokens, head, stats, workspace_bytes, out);
+    });
   });
 }
 
-// For one dtype of the features; its name ends the structs'.
-template <class T>
-void bind_groups(py::module_& m, const std::string& dtype) {
-  py::class_<Groups<T>>(m, ("Groups_" + dtype).c_str(), local)
+void bind_groups(py::module_& m) {
+  py::class_<Shaping>(m, "Shaping", local)
+      .def(
+          py::init([](double strength, double clip, int rule, double min_range, bool drop_uniform, bool divide_by_std) {
+            return Shaping{strength, clip, static_cast<Rule>(rule), min_range, drop_uniform, divide_by_std};
+          }));
+  py::class_<Groups>(m, "Groups", local)
       .def(py::init([](Address features, Address rewards, Address cu_groups, Address valid, int64_t G, int64_t d,
                        int64_t m_max) {
-        return Groups<T>{at<T>(features), at<double>(rewards), at<int64_t>(cu_groups), at<bool>(valid), G, d, m_max};
+        return Groups{at<float>(features), at<double>(rewards), at<int64_t>(cu_groups), at<bool>(valid), G, d, m_max};
       }));
-  py::class_<GroupAdvantages<T>>(m, ("GroupAdvantages_" + dtype).c_str(), local)
+  py::class_<GroupAdvantages>(m, "GroupAdvantages", local)
       .def(py::init([](Address advantages, Address shaped_rewards, Address scores, Address similarity) {
-        return GroupAdvantages<T>{at<T>(advantages), at<T>(shaped_rewards), at<T>(scores), at<T>(similarity)};
+        return GroupAdvantages{at<float>(advantages), at<float>(shaped_rewards), at<float>(scores),
+                               at<float>(similarity)};
       }));
-  m.def("g2rl_advantages", on_its_threads(&g2rl_advantages<T>));
+  m.def("g2rl_advantages", [](const Groups& groups, const Shaping& shaping, const GroupAdvantages& out, int threads) {
+    on_threads_of(threads, [&] { g2rl_advantages(groups, shaping, out); });
+  });
 }
 
 }  // namespace
@@ -101,13 +110,7 @@ void bind_groups(py::module_& m, const std::string& dtype) {
 PYBIND11_MODULE(_native, m) {
   m.attr("interface") = G2RL_INTERFACE;  // stands for the files that say how it is called
   bind_head(m);
-  py::class_<Shaping>(m, "Shaping", local)
-      .def(
-          py::init([](double strength, double clip, int rule, double min_range, bool drop_uniform, bool divide_by_std) {
-            return Shaping{strength, clip, static_cast<Rule>(rule), min_range, drop_uniform, divide_by_std};
-          }));
-  bind_groups<float>(m, "float32");
-  bind_groups<double>(m, "float64");
+  bind_groups(m);
   m.def("instruction_set", [] { return std::string(isa_name(isa())); });
   m.def("instruction_sets", [] { return isa_names(highest_isa()); });
 }

@@ -2,19 +2,15 @@
 #pragma once
 
 #include <cstdint>
-#include <tuple>
 
 namespace g2rl {
 
-// Products of rows i, i + 1, ... of X [m, d] with rows j, j + 1, ..., `DotKernels::rows` of each or as many as there
-// are, into out[i.., j..]; for i = j at least those on and below the diagonal. A product has the same bits wherever its
-// rows stand and whichever comes first.
-template <typename T>
-using DotBlock = void (*)(const T* X, int64_t m, int64_t d, int64_t i, int64_t j, double* out, int64_t stride);
-
 struct DotKernels {
   int64_t rows;
-  std::tuple<DotBlock<float>, DotBlock<double>> blocks;
+  // Products of rows i, i + 1, ... of X [m, d] with rows j, j + 1, ..., `rows` of each or as many as there are, into
+  // out[i.., j..]; for i = j at least those on and below the diagonal. A product has the same bits wherever its rows
+  // stand and whichever comes first.
+  void (*block)(const float* X, int64_t m, int64_t d, int64_t i, int64_t j, double* out, int64_t stride);
 };
 
 }  // namespace g2rl

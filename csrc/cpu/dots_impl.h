@@ -1,5 +1,4 @@
 // Bodies of the functions in dots.h. Included by rowwise_impl.h.
-#include <algorithm>
 #include <cstring>
 
 #include "dots.h"
@@ -25,14 +24,15 @@ using Panel = double[kBlock][kChunk];
 using Sums = Doubles[kTile][kTile];
 
 // `n` columns of up to kBlock rows, in fp64 and with zeros behind them up to whole tiles and vectors.
-template <typename T>
-void fill(Panel& panel, const T* X, int64_t rows, int64_t d, int64_t n, int64_t width) {
+void fill(Panel& panel, const float* X, int64_t rows, int64_t d, int64_t n, int64_t width) {
   for (int64_t r = 0; r < kBlock; ++r) {
     const int64_t present = r < rows ? n : 0;
-    std::copy_n(X + r * d, present, panel[r]);
-    std::fill(panel[r] + present, panel[r] + width, 0.0);
+    for (int64_t k = 0; k < present; ++k) panel[r][k] = X[r * d + k];
+    for (int64_t k = present; k < width; ++k) panel[r][k] = 0.0;
   }
 }
+
+inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 
 inline Doubles load(const double* p) {
   Doubles v;
@@ -55,13 +55,12 @@ void add_products(const double (*x)[kChunk], const double (*y)[kChunk], int64_t 
   std::memcpy(&sums, &s, sizeof(s));
 }
 
-template <typename T>
-void block(const T* X, int64_t m, int64_t d, int64_t i, int64_t j, double* out, int64_t stride) {
+void block(const float* X, int64_t m, int64_t d, int64_t i, int64_t j, double* out, int64_t stride) {
   alignas(64) Panel left, right;
   alignas(64) Sums sums[kTiles][kTiles] = {};
-  const int64_t rows = std::min<int64_t>(m - i, kBlock), cols = std::min<int64_t>(m - j, kBlock);
+  const int64_t rows = at_most(m - i, kBlock), cols = at_most(m - j, kBlock);
   for (int64_t k = 0; k < d; k += kChunk) {
-    const int64_t n = std::min<int64_t>(d - k, kChunk), width = (n + kLanes - 1) / kLanes * kLanes;
+    const int64_t n = at_most(d - k, kChunk), width = (n + kLanes - 1) / kLanes * kLanes;
     fill(left, X + i * d + k, rows, d, n, width);
     if (i != j) fill(right, X + j * d + k, cols, d, n, width);
     const Panel& y = i == j ? left : right;
@@ -78,7 +77,7 @@ void block(const T* X, int64_t m, int64_t d, int64_t i, int64_t j, double* out, 
   }
 }
 
-constexpr DotKernels kDots{kBlock, {block<float>, block<double>}};
+constexpr DotKernels kDots{kBlock, block};
 
 }  // namespace fp64
 }  // namespace

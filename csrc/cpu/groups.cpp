@@ -8,7 +8,6 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <tuple>
 #include <vector>
 
 namespace g2rl {
@@ -31,10 +30,9 @@ constexpr int64_t kWorthThread = 1 << 18;
 
 // Products of each response with itself and those before it in its group, into S [G, m_max, m_max]. Threads share
 // blocks of products, so that one large group keeps all of them busy.
-template <typename T>
-void products(const T* features, const int64_t* cu, int64_t G, int64_t d, double* S, int64_t m_max) {
-  const int64_t rows = rowwise().dots.rows;
-  const auto dot_block = std::get<DotBlock<T>>(rowwise().dots.blocks);
+void products(const float* features, const int64_t* cu, int64_t G, int64_t d, double* S, int64_t m_max) {
+  const DotKernels& dots = rowwise().dots;
+  const int64_t rows = dots.rows;
   std::vector<int64_t> first(G + 1);  // number of each group's first block
   int64_t work = 0;
   for (int64_t g = 0; g < G; ++g) {
@@ -50,7 +48,7 @@ void products(const T* features, const int64_t* cu, int64_t G, int64_t d, double
       for (int64_t i = 0; i < m; i += rows)
         for (int64_t j = 0; j <= i; j += rows, ++number)
           if (number >= begin && number < end)
-            dot_block(features + cu[g] * d, m, d, i, j, S + g * m_max * m_max, m_max);
+            dots.block(features + cu[g] * d, m, d, i, j, S + g * m_max * m_max, m_max);
     }
   });
 }
@@ -137,8 +135,7 @@ void center(const Group& g, bool divide_by_std) {
 
 }  // namespace
 
-template <typename T>
-void g2rl_advantages(const Groups<T>& groups, const Shaping& shaping, const GroupAdvantages<T>& out) {
+void g2rl_advantages(const Groups& groups, const Shaping& shaping, const GroupAdvantages& out) {
   const int64_t *cu = groups.cu_groups, G = groups.G, B = cu[G], m_max = groups.m_max, entries = m_max * m_max;
   std::vector<char> usable(B, 1);
   if (groups.valid) std::copy_n(groups.valid, B, usable.begin());
@@ -146,7 +143,7 @@ void g2rl_advantages(const Groups<T>& groups, const Shaping& shaping, const Grou
   double *of_S = wide.get(), *of_scores = of_S + G * entries, *of_shaped = of_scores + B;
   products(groups.features, cu, G, groups.d, of_S, m_max);
   // An entry of S costs a dozen operations.
-  parallel_for(0, G, 1 + kWorthThread / (12 * entries + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(0, G, 1 + kWorthThread / 12 / (entries + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = cu[i], m = cu[i + 1] - b;
       const Group g{m,
@@ -164,14 +161,11 @@ void g2rl_advantages(const Groups<T>& groups, const Shaping& shaping, const Grou
       std::copy_n(g.advantages, m, out.advantages + b);
       std::copy_n(g.shaped, m, out.shaped_rewards + b);
       std::copy_n(g.scores, m, out.scores + b);
-      T* S = out.similarity + i * entries;
-      std::fill_n(S, entries, T(0));
+      float* S = out.similarity + i * entries;
+      std::fill_n(S, entries, 0.0f);
       for (int64_t row = 0; row < m; ++row) std::copy_n(g.S + row * m_max, m, S + row * m_max);
     }
   });
 }
-
-template void g2rl_advantages(const Groups<float>&, const Shaping&, const GroupAdvantages<float>&);
-template void g2rl_advantages(const Groups<double>&, const Shaping&, const GroupAdvantages<double>&);
 
 }  // namespace g2rl

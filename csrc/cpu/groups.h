@@ -18,24 +18,21 @@ struct Shaping {
   bool divide_by_std;
 };
 
-// float or double as T. All memory is the caller's.
-template <typename T>
+// All memory is the caller's.
 struct Groups {
-  const T* features;         // [B, d]
+  const float* features;     // [B, d]
   const double* rewards;     // [B]
   const int64_t* cu_groups;  // [G + 1]
   const bool* valid;         // [B]; null where all are
   int64_t G, d, m_max;
 };
 
-template <typename T>
 struct GroupAdvantages {
-  T *advantages, *shaped_rewards, *scores;  // [B]
-  T* similarity;                            // [G, m_max, m_max]
+  float *advantages, *shaped_rewards, *scores;  // [B]
+  float* similarity;                            // [G, m_max, m_max]
 };
 
 // Computed in fp64.
-template <typename T>
-void g2rl_advantages(const Groups<T>& groups, const Shaping& shaping, const GroupAdvantages<T>& out);
+void g2rl_advantages(const Groups& groups, const Shaping& shaping, const GroupAdvantages& out);
 
 }  // namespace g2rl

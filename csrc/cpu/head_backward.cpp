@@ -80,7 +80,7 @@ class Backward {
       : p_(p),
         grads_(grads),
         out_(out),
-        rows_(p.hidden, p.format, p.depth, 0, p.N),
+        rows_(p.rows(0, p.N)),
         cols_(p.padded_d()),
         stride_(row_stride(cols_)),
         width_(p.cut.width) {

@@ -8,7 +8,7 @@
 
 namespace g2rl {
 
-// Responses first..last of the batch, and each token's normalised weight.
+// Responses first..last of a batch, and each token's normalised weight.
 struct Responses {
   const int64_t* cu;
   const double* weight;  // [N]
@@ -17,17 +17,6 @@ struct Responses {
   int64_t token_end() const { return cu[last]; }
   int64_t padded() const { return product_rows(last - first); }
 };
-
-// Calls f(b, t0, t1) for the runs of one response's tokens inside t_begin..t_end, in order.
-template <typename F>
-void for_segments(const Responses& r, int64_t t_begin, int64_t t_end, const F& f) {
-  int64_t b = std::upper_bound(r.cu + r.first, r.cu + r.last + 1, t_begin) - r.cu - 1;
-  for (int64_t t = t_begin; t < t_end; ++b) {
-    const int64_t end = std::min(r.cu[b + 1], t_end);
-    if (end > t) f(b, t, end);
-    t = std::max(t, end);
-  }
-}
 
 constexpr int64_t kResponses = 256;  // in a group, at most: their rows of R share the cache with a panel
 
@@ -55,18 +44,20 @@ void for_runs(const Responses& r, int64_t size, const Wanted& wanted, const F& f
   }
 }
 
-// The same for a whole batch.
+// The same for all of them.
 template <typename F>
-void for_groups(const int64_t* cu, int64_t B, const double* weight, int64_t size, const F& f) {
-  for_runs({cu, weight, 0, B}, size, [](int64_t) { return true; }, f);
+void for_groups(const Responses& r, int64_t size, const F& f) {
+  for_runs(r, size, [](int64_t) { return true; }, f);
 }
 
 // Where in a tile of R [response][width] each of the tokens t_begin..t_end adds up.
 inline void point_to_responses(const Responses& r, int64_t t_begin, int64_t t_end, float* residual, int64_t width,
                                float** out) {
-  for_segments(r, t_begin, t_end, [&](int64_t b, int64_t t0, int64_t t1) {
-    std::fill(out + (t0 - t_begin), out + (t1 - t_begin), residual + (b - r.first) * width);
-  });
+  int64_t b = std::upper_bound(r.cu + r.first, r.cu + r.last + 1, t_begin) - r.cu - 1;
+  for (int64_t t = t_begin; t < t_end; ++t) {
+    while (r.cu[b + 1] <= t) ++b;
+    *out++ = residual + (b - r.first) * width;
+  }
 }
 
 // What a token's exponentials exp(u - ref) are multiplied by, ref being its lse as a float.
@@ -120,10 +111,10 @@ struct KeptPlan {
   int64_t tokens = 0;  // 0: two products serve better
   int64_t responses = 0;
 };
-KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t workspace_bytes);
+KeptPlan plan_kept(const HeadProblem& p, const Responses& all, int64_t workspace_bytes);
 
 // Statistics and features of all responses, with one product per token.
-void kept_features(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const KeptPlan& plan,
-                   const TokenStats& stats, std::vector<Token>& tokens, float* features);
+void kept_features(const HeadProblem& p, const Responses& all, const KeptPlan& plan, const TokenStats& stats,
+                   float* features);
 
 }  // namespace g2rl

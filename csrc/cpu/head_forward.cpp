@@ -33,40 +33,24 @@ Tile rows_of(const Tile& t, int64_t begin, int64_t end) {
   return {t.acc + begin * t.ld, t.ld, static_cast<int>(end - begin), t.cols, t.width};
 }
 
-// What a pass over the vocabulary finds of each token.
-struct Collected {
-  Partials partials;
-  std::vector<float> target_acc;
-};
-
 // The sums of all tokens. `scales`, if not null, is what the features of the same tokens will be rounded by.
-Collected statistics_pass(const HeadProblem& p, const RowPanels& rows, const TileScales* scales) {
-  Collected found{Partials(p.cut.slabs, 0, p.N), std::vector<float>(p.N, 0.0f)};
+Partials statistics_pass(const HeadProblem& p, const RowPanels& rows, const TileScales* scales) {
+  Partials found(p.cut.slabs, 0, p.N);
   struct State {
     LogitTile logits;
     RunningSums sums;
   };
   for_tasks(
       p.cut.slabs, [&] { return State{LogitTile(p), RunningSums(p.N)}; },
-      [&](State& s, int64_t slab) {
-        slab_statistics(p, rows, slab, s.logits, s.sums, found.partials, found.target_acc.data(), scales,
-                        KeepNothing{});
-      });
+      [&](State& s, int64_t slab) { slab_statistics(p, rows, slab, s.logits, s.sums, found, scales, KeepNothing{}); });
   return found;
-}
-
-// Log-probabilities and the rest for all tokens.
-void whole_statistics(const HeadProblem& p, const RowPanels& rows, const TokenStats& stats, Token* tokens,
-                      const TileScales* scales) {
-  const Collected found = statistics_pass(p, rows, scales);
-  merge_slabs(p, found.partials, found.target_acc, 0, p.N, stats, tokens);
 }
 
 // One pass over the vocabulary for the responses in r: every slab's part of their features. With `scales` the
 // exponentials are rounded as the plan that keeps them would round them; with `collect` the statistics of the tokens
 // come too.
 SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Responses& r, const Coefficients& coef,
-                          const TileScales* scales, Collected* collect) {
+                          const TileScales* scales, const Partials* collect) {
   const int64_t B = r.padded(), width = p.cut.width;
   SlabFeatures slabs(p, r);
   // In several parts a second panel would be much of the op's memory, and converting W again little of its time.
@@ -92,9 +76,9 @@ SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Res
           ResidualJob pending;
           for (int64_t block = r.token_begin() / kRows; block * kRows < r.token_end(); ++block) {
             rowwise().residual(pending, s.logits.start(rows, block));
-            const Tile whole = s.logits.finish(/*want_slope=*/true, collect ? collect->target_acc.data() : nullptr);
-            const int64_t first = rows.first(block), begin = std::max(first, r.token_begin()),
-                          end = std::min(first + whole.rows, r.token_end());
+            const int64_t first = rows.first(block);
+            const Tile whole = s.logits.finish(/*want_slope=*/true, collect ? collect->target(first) : nullptr);
+            const int64_t begin = std::max(first, r.token_begin()), end = std::min(first + whole.rows, r.token_end());
             pending.tile = rows_of(whole, begin - first, end - first);
             pending.alpha = p.alpha;
             pending.slope = s.logits.slope() ? s.logits.slope() + (begin - first) * whole.ld : nullptr;
@@ -115,7 +99,7 @@ SlabFeatures feature_pass(const HeadProblem& p, const RowPanels& rows, const Res
           if (!both_layouts) s.logits.straighten();
           s.product.add(p, s.residual.floats(), s.logits.panel(), out, slabs.totals(slab));
         }
-        if (collect) s.sums.fold(collect->partials, slab, r.token_begin(), r.token_end(), 0);
+        if (collect) s.sums.fold(*collect, slab, r.token_begin(), r.token_end(), 0);
       });
   return slabs;
 }
@@ -134,14 +118,14 @@ void believing_features(const HeadProblem& p, const RowPanels& rows, const Respo
                         const TokenStats& stats, std::vector<Token>& tokens, float* features,
                         std::vector<char>& unknown) {
   Coefficients coef(p.N);
-  Collected collected{Partials(p.cut.slabs, 0, p.N), std::vector<float>(p.N)};
+  const Partials partials(p.cut.slabs, 0, p.N);
   for (int64_t t = r.token_begin(); t < r.token_end(); ++t) {
     coef.ref[t] = std::abs(lse[t]) < kLargestLse ? lse[t] : 0.0f;
     coef.value[t] = static_cast<float>(-r.weight[t]);
-    for (int64_t slab = 0; slab < p.cut.slabs; ++slab) *collected.partials.ref(slab, t) = coef.ref[t];
+    for (int64_t slab = 0; slab < p.cut.slabs; ++slab) *partials.ref(slab, t) = coef.ref[t];
   }
-  std::optional<SlabFeatures> slabs = feature_pass(p, rows, r, coef, nullptr, &collected);
-  merge_slabs(p, collected.partials, collected.target_acc, r.token_begin(), r.token_end(), stats, tokens.data());
+  std::optional<SlabFeatures> slabs = feature_pass(p, rows, r, coef, nullptr, &partials);
+  merge_slabs(p, partials, r.token_begin(), r.token_end(), stats, tokens.data());
   for (int64_t t = r.token_begin(); t < r.token_end(); ++t)
     unknown[t] = !(std::abs(tokens[t].lse - coef.ref[t]) <= kLseBelief);
   const auto badly_served = [&](int64_t b) {
@@ -170,7 +154,7 @@ void two_passes(const HeadProblem& p, const RowPanels& rows, const Responses& al
   const TileScales* rounding = scales ? &*scales : nullptr;
   std::vector<float> memory(3 * p.N);
   const TokenStats found{memory.data(), memory.data() + p.N, memory.data() + 2 * p.N};
-  whole_statistics(p, rows, found, tokens.data(), rounding);
+  merge_slabs(p, statistics_pass(p, rows, rounding), 0, p.N, found, tokens.data());
   for (int64_t t = 0; t < p.N; ++t)
     if (unknown[t]) stats.logps[t] = found.logps[t], stats.entropy[t] = found.entropy[t], stats.lse[t] = found.lse[t];
   // A response without tokens does not end a run.
@@ -215,8 +199,8 @@ class Segments {
     if (count() > B) of_segments_.resize(count() * d);
   }
 
-  const int64_t* cu() const { return cu_.data(); }
-  int64_t count() const { return firsts_.back(); }
+  // `weight` [N]: normalised over whole responses.
+  Responses all(const std::vector<double>& weight) const { return {cu_.data(), weight.data(), 0, count()}; }
   // [count, d], 0 at first.
   float* features() { return of_segments_.empty() ? features_ : of_segments_.data(); }
 
@@ -233,26 +217,27 @@ class Segments {
   }
 
  private:
+  int64_t count() const { return firsts_.back(); }
+
   const int64_t d_;
   float* features_;
   std::vector<int64_t> cu_, firsts_;  // offsets of tokens; first segments of responses
   std::vector<float> of_segments_;
 };
 
-// Features of the segments cu [B + 1], and statistics of all tokens.
-void features_of(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const float* lse,
-                 int64_t workspace_bytes, const TokenStats& stats, float* out) {
+// Features of all segments, and statistics of all tokens.
+void features_of(const HeadProblem& p, const Responses& all, const float* lse, int64_t workspace_bytes,
+                 const TokenStats& stats, float* out) {
+  const KeptPlan kept = lse ? KeptPlan{} : plan_kept(p, all, workspace_bytes);
+  if (kept.tokens > 0) return kept_features(p, all, kept, stats, out);
   std::vector<Token> tokens(p.N);
-  const KeptPlan kept = lse ? KeptPlan{} : plan_kept(p, cu, B, workspace_bytes);
-  if (kept.tokens > 0) return kept_features(p, cu, B, weight, kept, stats, tokens, out);
-  const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
+  const RowPanels rows = p.rows(0, p.N);
   const int64_t at_once = responses_at_once(p, workspace_bytes);
   std::vector<char> unknown(p.N, !lse);
   if (lse)
-    for_groups(cu, B, weight, at_once,
+    for_groups(all, at_once,
                [&](const Responses& r) { believing_features(p, rows, r, lse, stats, tokens, out, unknown); });
-  if (std::count(unknown.begin(), unknown.end(), 1))
-    two_passes(p, rows, {cu, weight, 0, B}, unknown, stats, tokens, at_once, out);
+  if (std::count(unknown.begin(), unknown.end(), 1)) two_passes(p, rows, all, unknown, stats, tokens, at_once, out);
 }
 
 }  // namespace
@@ -260,8 +245,7 @@ void features_of(const HeadProblem& p, const int64_t* cu, int64_t B, const doubl
 void token_logprobs(const Tokens& tokens, const Head& head, const TokenStats& stats) {
   const HeadProblem p(tokens, head);
   if (p.N == 0) return;
-  const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
-  whole_statistics(p, rows, stats, nullptr, nullptr);
+  merge_slabs(p, statistics_pass(p, p.rows(0, p.N), nullptr), 0, p.N, stats, nullptr);
 }
 
 void sequence_features(const Tokens& tokens, const Head& head, const Batch& batch, const float* lse,
@@ -271,15 +255,14 @@ void sequence_features(const Tokens& tokens, const Head& head, const Batch& batc
   if (p.N == 0) return;
   const std::vector<double> weight = normalised_weights(batch, p.N);
   Segments segments(batch, p.d, features);
-  features_of(p, segments.cu(), segments.count(), weight.data(), lse, workspace_bytes, stats, segments.features());
+  features_of(p, segments.all(weight), lse, workspace_bytes, stats, segments.features());
   segments.join();
 }
 
 void token_sums(const Tokens& tokens, const Head& head, float* sums) {
   const HeadProblem p(tokens, head, /*whole=*/false);
   if (p.N == 0) return;
-  const Collected found = statistics_pass(p, RowPanels(p.hidden, p.format, p.depth, 0, p.N), nullptr);
-  sum_slabs(p, found.partials, found.target_acc, sums);
+  sum_slabs(p, statistics_pass(p, p.rows(0, p.N), nullptr), sums);
 }
 
 void part_features(const Tokens& tokens, const Head& head, const Batch& batch, const float* sums, int64_t parts,
@@ -290,10 +273,10 @@ void part_features(const Tokens& tokens, const Head& head, const Batch& batch, c
   merge_parts(p, sums, parts, stats, merged.data());
   if (p.N == 0 || batch.B == 0) return;
   const std::vector<double> weight = normalised_weights(batch, p.N);
-  const RowPanels rows(p.hidden, p.format, p.depth, 0, p.N);
+  const RowPanels rows = p.rows(0, p.N);
   Segments segments(batch, p.d, features);
   const int64_t at_once = responses_at_once(p, workspace_bytes);
-  for_groups(segments.cu(), segments.count(), weight.data(), at_once,
+  for_groups(segments.all(weight), at_once,
              [&](const Responses& r) { exact_features(p, rows, r, merged, nullptr, segments.features()); });
   segments.join();
 }

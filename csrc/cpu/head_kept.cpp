@@ -31,7 +31,7 @@ int64_t even_block(int64_t tokens, int64_t most) {
 
 }  // namespace
 
-KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t workspace_bytes) {
+KeptPlan plan_kept(const HeadProblem& p, const Responses& all, int64_t workspace_bytes) {
   if (p.cap > 0) return {};  // the cap's slopes would have to be kept too
   const int64_t limit = p.allowed_bytes(workspace_bytes);
   const int64_t threads = std::min<int64_t>(num_threads(), p.cut.slabs), unit = sizeof(float);
@@ -44,11 +44,12 @@ KeptPlan plan_kept(const HeadProblem& p, const int64_t* cu, int64_t B, int64_t w
   KeptPlan best{};
   int64_t fewest = p.N / least_tokens_per_stream(p.format) + 3;
   for (int64_t group = product_rows(1); group <= kResponses; group *= 2) {
-    const int64_t responses = std::min(group, B), of_R = product_rows(responses) * p.cut.padded() * unit;
+    const int64_t responses = std::min(group, all.last - all.first),
+                  of_R = product_rows(responses) * p.cut.padded() * unit;
     const int64_t most = (limit - fixed - of_R) / per_token / kRowStep * kRowStep;
     if (most <= 0 || of_R + slab_features_bytes(p, responses) > limit) break;
     int64_t streams = 0;
-    for_groups(cu, B, nullptr, group,
+    for_groups(all, group,
                [&](const Responses& r) { streams += (r.token_end() - r.token_begin() + most - 1) / most + 1; });
     if (streams < fewest) best = {most, group}, fewest = streams;
   }
@@ -66,12 +67,10 @@ struct Span {
 // whose lse are known by now, is added up while it makes room for this block's.
 class KeptPass {
  public:
-  KeptPass(const HeadProblem& p, const Responses& r, int64_t block, std::vector<float>& target_acc,
-           std::vector<Token>& tokens)
+  KeptPass(const HeadProblem& p, const Responses& r, int64_t block, std::vector<Token>& tokens)
       : p_(p),
         r_(r),
         block_(block),
-        target_acc_(target_acc),
         tokens_(tokens),
         coef_(p.N),
         scales_(p.cut.tiles, block),
@@ -81,15 +80,15 @@ class KeptPass {
 
   // Keeps the exponentials of `now` in place of the block before; their tokens' results go to `stats`.
   void statistics(Span now, const TokenStats& stats) {
-    const RowPanels rows(p_.hidden, p_.format, p_.depth, now.begin, now.size());
+    const RowPanels rows = p_.rows(now.begin, now.size());
     const Partials partials(p_.cut.slabs, now.begin, now.size());
     std::atomic<int64_t> started{0};
     for_tasks(
         p_.cut.slabs, [&] { return worker(started++); },
         [&](Worker* w, int64_t slab) {
-          slab_statistics(p_, rows, slab, w->logits, w->sums, partials, target_acc_.data(), &scales_, *this);
+          slab_statistics(p_, rows, slab, w->logits, w->sums, partials, &scales_, *this);
         });
-    merge_slabs(p_, partials, target_acc_, now.begin, now.end, stats, tokens_.data());
+    merge_slabs(p_, partials, now.begin, now.end, stats, tokens_.data());
     coef_.set(r_, tokens_, now.begin, now.end);
     last_ = now;
   }
@@ -173,7 +172,6 @@ class KeptPass {
   const HeadProblem& p_;
   const Responses& r_;
   const int64_t block_;
-  std::vector<float>& target_acc_;
   std::vector<Token>& tokens_;
   Coefficients coef_;
   TileScales scales_;
@@ -185,12 +183,12 @@ class KeptPass {
 
 }  // namespace
 
-void kept_features(const HeadProblem& p, const int64_t* cu, int64_t B, const double* weight, const KeptPlan& plan,
-                   const TokenStats& stats, std::vector<Token>& tokens, float* features) {
-  std::vector<float> target_acc(p.N, 0.0f);
-  for_groups(cu, B, weight, plan.responses, [&](const Responses& r) {
+void kept_features(const HeadProblem& p, const Responses& all, const KeptPlan& plan, const TokenStats& stats,
+                   float* features) {
+  std::vector<Token> tokens(p.N);
+  for_groups(all, plan.responses, [&](const Responses& r) {
     const int64_t block = even_block(r.token_end() - r.token_begin(), plan.tokens);
-    KeptPass pass(p, r, block, target_acc, tokens);
+    KeptPass pass(p, r, block, tokens);
     for (int64_t t = r.token_begin(); t < r.token_end(); t += block)
       pass.statistics({t, std::min(t + block, r.token_end())}, stats);
     finish_features(p, r, tokens, pass.product(), features);

@@ -79,20 +79,20 @@ void RunningSums::fold(const Partials& out, int64_t slab, int64_t begin, int64_t
   rowwise().lane_sums(sum_x(begin - first), end - begin, out.sum_x(slab, begin));
 }
 
-void merge_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, int64_t begin,
-                 int64_t end, const TokenStats& stats, Token* tokens) {
+void merge_slabs(const HeadProblem& p, const Partials& partials, int64_t begin, int64_t end, const TokenStats& stats,
+                 Token* tokens) {
   parallel_for(begin, end, kTokensOfTask, [&](int64_t t0, int64_t t1) {
     for (int64_t t = t0; t < t1; ++t)
-      write(p, t, of_slabs(p, partials, t), p.raw(target_acc[t], p.targets[t]), stats, tokens);
+      write(p, t, of_slabs(p, partials, t), p.raw(*partials.target(t), p.targets[t]), stats, tokens);
   });
 }
 
-void sum_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, float* sums) {
+void sum_slabs(const HeadProblem& p, const Partials& partials, float* sums) {
   parallel_for(0, p.N, kTokensOfTask, [&](int64_t t0, int64_t t1) {
     for (int64_t t = t0; t < t1; ++t) {
       const auto [m, S, X] = of_slabs(p, partials, t);
       const int64_t y = p.targets[t];
-      const double row[4] = {m, S, X, y < 0 ? 0.0 : p.raw(target_acc[t], y)};
+      const double row[4] = {m, S, X, y < 0 ? 0.0 : p.raw(*partials.target(t), y)};
       for (int64_t i = 0; i < 4; ++i) sums[i * p.N + t] = static_cast<float>(row[i]);
     }
   });

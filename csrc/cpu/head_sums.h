@@ -12,20 +12,19 @@ struct Token {
   double slope;  // D_y
 };
 
-// Per slab and token: a reference m and sums of exp(u - m) and exp(u - m) (u - m) over the slab without the target, for
-// `count` tokens from `first` on.
+// What a pass over the vocabulary finds of `count` tokens from `first` on. Per slab and token: a reference m and sums
+// of exp(u - m) and exp(u - m) (u - m) over the slab without the target. Per token: the target's raw product.
 class Partials {
  public:
   Partials(int64_t slabs, int64_t first, int64_t count)
-      : first_(first), count_(count), data_(slabs * 3 * count * sizeof(float)) {}
-  float* ref(int64_t slab, int64_t t) const { return at(slab, 0, t); }
-  float* sum(int64_t slab, int64_t t) const { return at(slab, 1, t); }
-  float* sum_x(int64_t slab, int64_t t) const { return at(slab, 2, t); }
+      : first_(first), count_(count), data_((1 + 3 * slabs) * count * sizeof(float)) {}
+  float* target(int64_t t) const { return at(0, t); }
+  float* ref(int64_t slab, int64_t t) const { return at(1 + 3 * slab, t); }
+  float* sum(int64_t slab, int64_t t) const { return at(2 + 3 * slab, t); }
+  float* sum_x(int64_t slab, int64_t t) const { return at(3 + 3 * slab, t); }
 
  private:
-  float* at(int64_t slab, int64_t which, int64_t t) const {
-    return data_.floats() + (slab * 3 + which) * count_ + t - first_;
-  }
+  float* at(int64_t row, int64_t t) const { return data_.floats() + row * count_ + t - first_; }
   int64_t first_, count_;
   Buffer data_;
 };
@@ -63,7 +62,7 @@ class TileScales {
 // them.
 template <typename Keeper>
 void slab_statistics(const HeadProblem& p, const RowPanels& rows, int64_t slab, LogitTile& logits,
-                     const RunningSums& sums, const Partials& partials, float* target_acc, const TileScales* scales,
+                     const RunningSums& sums, const Partials& partials, const TileScales* scales,
                      const Keeper& keeper) {
   const int64_t first_tile = p.cut.slab_begin(slab), begin = rows.first(0);
   StatsJob pending;
@@ -73,7 +72,7 @@ void slab_statistics(const HeadProblem& p, const RowPanels& rows, int64_t slab, 
     for (int64_t b = 0; b < rows.blocks(); ++b) {
       const int64_t t = rows.first(b), i = t - begin;
       rowwise().stats(pending, keeper.before(tile, b), logits.start(rows, b));
-      pending = {.tile = logits.finish(/*want_slope=*/false, target_acc),
+      pending = {.tile = logits.finish(/*want_slope=*/false, partials.target(t)),
                  .alpha = p.alpha,
                  .first = tile == first_tile,
                  .ref = partials.ref(slab, t),
@@ -97,10 +96,10 @@ struct KeepNothing {
 };
 
 // Sums of all slabs -> results of tokens begin..end. `tokens` may be null.
-void merge_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, int64_t begin,
-                 int64_t end, const TokenStats& stats, Token* tokens);
+void merge_slabs(const HeadProblem& p, const Partials& partials, int64_t begin, int64_t end, const TokenStats& stats,
+                 Token* tokens);
 // Sums of all slabs -> sums [4, N] of a part of the vocabulary, see `token_sums`.
-void sum_slabs(const HeadProblem& p, const Partials& partials, const std::vector<float>& target_acc, float* sums);
+void sum_slabs(const HeadProblem& p, const Partials& partials, float* sums);
 // Sums [4, parts, N] of all parts -> results of all tokens.
 void merge_parts(const HeadProblem& p, const float* sums, int64_t parts, const TokenStats& stats, Token* tokens);
 

@@ -105,7 +105,7 @@ TileProduct LogitTile::start(const RowPanels& rows, int64_t block) {
   return product;
 }
 
-Tile LogitTile::finish(bool want_slope, float* target_acc) {
+Tile LogitTile::finish(bool want_slope, float* targets) {
   constexpr float kMasked = -std::numeric_limits<float>::infinity();
   const bool mapped = !problem_.bias.empty();
   const auto for_targets = [&](const auto& f) {
@@ -115,7 +115,7 @@ Tile LogitTile::finish(bool want_slope, float* target_acc) {
     }
   };
   for_targets([&](int r, float& raw) {
-    if (target_acc) target_acc[first_token_ + r] = raw;
+    if (targets) targets[r] = raw;
     if (!mapped) raw = kMasked;
   });
   if (mapped) {

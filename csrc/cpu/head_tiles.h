@@ -37,6 +37,8 @@ struct HeadProblem {
   std::vector<double> raw_bias;
 
   int64_t padded_d() const { return depth.units * format.per_unit(); }
+  // `count` tokens from `first` on, for products with tiles of W.
+  RowPanels rows(int64_t first, int64_t count) const { return {hidden, format, depth, first, count}; }
   // What a plan may allocate: so much, or if that is 0, a share of fp32 logits and no less than a fixed amount.
   int64_t allowed_bytes(int64_t workspace_bytes) const;
   // Rows of W from `first` on, at most `count`, for a product to fetch. None if they are too many for L2.
@@ -65,8 +67,8 @@ class LogitTile {
   // The raw products of a block of `rows`, for a row kernel to compute.
   TileProduct start(const RowPanels& rows, int64_t block);
   // The logits, once the products are there. The targets' columns become -inf, so that every sum is over the other
-  // entries; their raw products go to target_acc[N] if it is not null.
-  Tile finish(bool want_slope, float* target_acc);
+  // entries; their raw products go to `targets`, of the block's tokens, if it is not null.
+  Tile finish(bool want_slope, float* targets);
 
   const float* slope() const { return slope_.floats(); }  // of the last tile finished; null without a cap
   const ColumnPanels& panel() const { return panel_; }

@@ -78,18 +78,13 @@ void share_phases(const std::vector<int64_t>& tasks, const Make& make, const Bod
   });
 }
 
-// The same for one phase: body(state, task).
-template <typename Make, typename Body>
-void share_tasks(int64_t tasks, const Make& make, const Body& body) {
-  share_phases({tasks}, make, [&](auto& state, size_t, int64_t task) { body(state, task); });
-}
-
 // Calls f(first, last) with shares of begin..end, of `least` at least but for one, on several threads.
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t least, const F& f) {
   const int64_t n = end - begin, shares = std::min<int64_t>(num_threads(), (n + least - 1) / least);
-  share_tasks(
-      shares, [] { return 0; }, [&](int, int64_t i) { f(begin + n * i / shares, begin + n * (i + 1) / shares); });
+  share_phases(
+      {shares}, [] { return 0; },
+      [&](int, size_t, int64_t i) { f(begin + n * i / shares, begin + n * (i + 1) / shares); });
 }
 
 }  // namespace g2rl

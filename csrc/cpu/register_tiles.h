@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>

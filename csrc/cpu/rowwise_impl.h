@@ -1,8 +1,10 @@
 // Bodies of the functions in rowwise.h. Included once per instruction set, by a file that defines G2RL_ISA and is
 // compiled for it.
+//
+// All that such a file compiles is its own, without templates and inline functions of the standard library: of one that
+// several files have, a linker keeps any, and its instructions may be more than the processor has.
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "dots_impl.h"
 #include "rowwise.h"
@@ -114,7 +116,7 @@ class StatsWork {
       const float top = job_.alpha * row_max(acc(), kUnit);
       // Of a tile with nothing but the target, where a large alpha takes even the start of a maximum out of range. An
       // infinite reference would make NaN of what it is subtracted from.
-      job_.ref[at_.row()] = top == -std::numeric_limits<float>::infinity() ? kLowest : top;
+      job_.ref[at_.row()] = top == -INFINITY ? kLowest : top;
     } else {
       s0_ = load(job_.sum + at_.row() * kLanes);
       x0_ = load(job_.sum_x + at_.row() * kLanes);
@@ -150,7 +152,7 @@ class StatsWork {
       float& ref = job_.ref[at_.row()];
       ref = job_.alpha * row_max(acc(), job_.tile.width);
       // Logits near 1e9 lie further than the headroom above their own rounded maximum.
-      if (ref == before) ref = std::nextafter(before, std::numeric_limits<float>::infinity());
+      if (ref == before) ref = nextafterf(before, INFINITY);
       const f32x16 up = splat(ref - before);
       // `exp` is never 0, and above masked words `up` is 1e30: their product would count a little for each of them.
       const f32x16 f = ref - before > -kExpMin ? splat(0.0f) : exp(-up);

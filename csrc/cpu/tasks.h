@@ -46,7 +46,7 @@ void for_phases(const std::vector<int64_t>& tasks, const Make& make, const Body&
       [&](Thread& thread, size_t phase, int64_t task) { body(thread.state, phase, task); });
 }
 
-// `share_tasks` on such threads.
+// The same for one phase: body(state, task).
 template <typename Make, typename Body>
 void for_tasks(int64_t tasks, const Make& make, const Body& body) {
   for_phases({tasks}, make, [&](auto& state, size_t, int64_t task) { body(state, task); });

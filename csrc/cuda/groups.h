@@ -11,7 +11,7 @@ struct Shaping {
   float strength, clip;  // clip: of what shaping makes of a reward, at least its own size; infinity for none
   Rule rule;
   float min_range;
-  bool drop_uniform;  // groups of equal rewards get advantages of 0
+  bool drop_uniform;  // groups of equal rewards keep them
   bool by_std;        // GRPO; otherwise Dr. GRPO
 };
 

@@ -36,7 +36,6 @@
 #define __global__
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __restrict__
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;

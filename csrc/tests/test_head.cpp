@@ -178,7 +178,7 @@ void check_plans(Dtype dtype, bool bias) {
   if (bias) c.bias.assign(drawn.begin(), drawn.end());
   constexpr int64_t kSome = N * V / 2, kPlenty = 1 << 30, kNone = 1;
   const g2rl::KeptPlan plan =
-      g2rl::plan_kept(g2rl::HeadProblem(c.tokens(), c.head()), c.cu_seqlens.data(), c.B(), kSome);
+      g2rl::plan_kept(g2rl::HeadProblem(c.tokens(), c.head()), {c.cu_seqlens.data(), nullptr, 0, c.B()}, kSome);
   expect(plan.tokens > 0 && plan.tokens < N, "tokens per block", plan.tokens, N);
   const Results twice = c.sequence_features(kNone);
   for (const int64_t workspace : {kSome, kPlenty}) {

@@ -186,7 +186,6 @@ def g2rl_advantages(
     normalize: str,
 ) -> GroupAdvantages:
     kernels = _module()
-    dtype = short_name(features.dtype)
     (B, d), G = features.shape, len(cu_groups) - 1
     features, rewards = features.contiguous(), rewards.to(torch.float64).contiguous()
     cu_groups = cu_groups.to(torch.int64).contiguous()
@@ -194,7 +193,7 @@ def g2rl_advantages(
     advantages, shaped_rewards, scores = (features.new_empty(B) for _ in range(3))
     out = GroupAdvantages(advantages, shaped_rewards, scores, features.new_empty(G, m_max, m_max))
     kernels.g2rl_advantages(
-        getattr(kernels, f"Groups_{dtype}")(
+        kernels.Groups(
             features.data_ptr(),
             rewards.data_ptr(),
             cu_groups.data_ptr(),
@@ -204,7 +203,7 @@ def g2rl_advantages(
             m_max,
         ),
         kernels.Shaping(*shaping_numbers(shaping, normalize)),
-        getattr(kernels, f"GroupAdvantages_{dtype}")(*(x.data_ptr() for x in out)),
+        kernels.GroupAdvantages(*(x.data_ptr() for x in out)),
         _threads(),
     )
     return out

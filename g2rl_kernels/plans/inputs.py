@@ -28,4 +28,7 @@ _LARGEST_STRIDE = (1 << 23) - 1
 
 def unit_stride(x: Tensor) -> Tensor:
     """x itself where kernels can address its rows, else a copy: contiguous in memory, and not too far apart."""
-    return x if x.stride(1) == 1 and x.stride(0) <= _LARGEST_STRIDE else x.contiguous()
+    if x.stride(1) == 1 and x.stride(0) <= _LARGEST_STRIDE:
+        return x
+    # `contiguous` copies nothing, and leaves any stride, where there is but one row or column.
+    return x.clone(memory_format=torch.contiguous_format)

@@ -624,6 +624,13 @@ def test_rows_too_far_apart_for_offsets_of_32_bits_are_copied() -> None:
         assert unit_stride(x).stride(0) == (4 if copied else stride)
 
 
+def test_a_single_row_or_column_has_the_strides_that_kernels_expect() -> None:
+    """PyTorch takes any for contiguous there; Triton's descriptors of tensors, for one, do not."""
+    for shape, stride in (((1, 4), (8192 * 4096, 1)), ((1, 1), (8, 8)), ((3, 1), (1, 8))):
+        x = torch.empty_strided(shape, stride, device="meta")
+        assert unit_stride(x).stride() == (shape[1], 1)
+
+
 def test_the_torch_backend_cuts_the_long_sums_of_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ TESTS = " or ".join(
     ("test_shapes", "test_long_products", "test_kinds_of_logits", "test_any_plan", "test_gradients_of_shapes", "depend")
 )
 HEAD = Path(__file__).with_name("test_head.py")
+CPU = Path(__file__).parents[2] / "csrc" / "cpu"
 
 compiled = native.unavailable(torch.device("cpu"), torch.float32) is None
 pytestmark = pytest.mark.skipif(not compiled, reason="needs the compiled CPU kernels")
@@ -48,6 +50,13 @@ def run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_head_contract(isa: str) -> None:
     result = run(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"native and ({TESTS})", str(HEAD))
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+
+
+def test_files_for_one_instruction_set_share_no_functions_with_others() -> None:
+    """Of a template that several files have a linker keeps any, with instructions that a processor may lack."""
+    for name in ("rowwise_impl", "dots_impl", "simd", "register_tiles", "amx"):
+        used = set(re.findall(r"std::(\w+)", (CPU / f"{name}.h").read_text()))
+        assert used <= {"memcpy", "memset"}, name
 
 
 def test_explain_names_the_instruction_set() -> None:

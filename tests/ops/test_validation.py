@@ -872,11 +872,18 @@ def test_command_line() -> None:
     assert f"\ncpu, bfloat16, float16, float32\n  reference  serves {', '.join(dispatch.OPS)}\n" in run.stdout
 
 
-def test_command_line_of_a_backend_that_does_not_exist() -> None:
-    environment = os.environ | {"G2RL_KERNELS_BACKEND": "cpu"}
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        ("G2RL_KERNELS_BACKEND", "one of cuda, triton, native, torch, reference"),
+        ("G2RL_KERNELS_CHECK", "skip, force or nothing"),
+    ],
+)
+def test_command_line_of_a_word_that_is_not_known(variable: str, expected: str) -> None:
+    environment = os.environ | {variable: "cpu"}
     run = subprocess.run([sys.executable, "-m", "g2rl_kernels"], capture_output=True, text=True, env=environment)
-    expected = "G2RL_KERNELS_BACKEND: expected one of cuda, triton, native, torch, reference, found 'cpu'\n"
-    assert (run.returncode, run.stdout, run.stderr) == (1, "", expected)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == f"{variable}: expected {expected}, found 'cpu'\n"
 
 
 def test_public_names() -> None:
