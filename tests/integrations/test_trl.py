@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -417,6 +418,21 @@ def test_a_head_pass_names_a_mask_of_another_shape(name: str) -> None:
     message = rf"head_pass.{name}: expected shape \[2, 12\], as input_ids, found \[2, 11\]"
     with pytest.raises(ValueError, match=message):
         HeadPass(ids, **masks, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("input_ids", torch.Tensor.int, "head_pass.input_ids: expected dtype int64, found int32"),
+        ("input_ids", torch.Tensor.tolist, "head_pass.input_ids: expected a tensor, found list"),
+        ("scored", torch.Tensor.tolist, "head_pass.scored: expected a tensor, found list"),
+    ],
+)
+def test_a_head_pass_names_another_type(name: str, change: Callable, message: str) -> None:
+    ids = torch.arange(24).view(2, 12)
+    tensors = {"input_ids": ids, "scored": ids >= 0}
+    with pytest.raises(TypeError, match=message):
+        HeadPass(**tensors | {name: change(tensors[name])}, token_weights=None, temperature=1.0)
 
 
 def test_evaluation_knows_no_bonus(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from g2rl.heads import adapter_on_head, inside_head, lm_head, product_dtype
 from g2rl_kernels import LMHead, SequenceFeatures, pad, sequence_features, token_logprobs, unpad
+from g2rl_kernels.checks import check_dense, check_tensor
 
 # The mean difference of log-probabilities that rounding logits to 16 bits explains, absolute and relative.
 ROUNDING = 0.1
@@ -51,7 +52,7 @@ class HeadPass:
         dtype: of the head's product; None: autocast's, or the hidden states'.
 
     Raises:
-        ValueError: `scored` or `token_weights` has another shape.
+        TypeError, ValueError: a tensor has another type or shape.
     """
 
     input_ids: torch.Tensor
@@ -61,9 +62,13 @@ class HeadPass:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        check_tensor("head_pass.input_ids", self.input_ids, ("B", "L"), (torch.int64,))
         shape = list(self.input_ids.shape)
         for name, tensor in (("scored", self.scored), ("token_weights", self.token_weights)):
-            if tensor is not None and list(tensor.shape) != shape:
+            if tensor is None:
+                continue
+            check_dense(f"head_pass.{name}", tensor)
+            if list(tensor.shape) != shape:
                 raise ValueError(f"head_pass.{name}: expected shape {shape}, as input_ids, found {list(tensor.shape)}")
 
     def rows(self, rows: slice) -> HeadPass:
@@ -91,7 +96,8 @@ class HeadPass:
         targets = self.input_ids[:, 1:][scored]
 
         def compute(packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            packed, head = packed.to(dtype), lm_head(model, self.temperature, dtype)
+            head = lm_head(model, self.temperature, dtype)
+            packed = packed.to(dtype)
             if self.token_weights is None:
                 return token_logprobs(packed, head, targets)[:2]
             weights = self.token_weights[:, 1:][scored].float()
