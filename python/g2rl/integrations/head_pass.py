@@ -89,7 +89,11 @@ class HeadPass:
         )
 
     def __call__(self, model: Any, hidden: torch.Tensor) -> HeadOutputs:
-        """Outputs of `model`'s head on its last hidden states."""
+        """Outputs of `model`'s head on its last hidden states; raises ValueError where they are of other rows."""
+        if hidden.shape[:2] != self.input_ids.shape:
+            B, L = self.input_ids.shape
+            found = f"found {list(hidden.shape)}"
+            raise ValueError(f"hidden: expected shape [{B}, {L}, d] of rows as head_pass.input_ids has them, {found}")
         scored = self.scored[:, 1:].bool()
         packed, cu_seqlens = unpad(hidden[:, :-1], scored)
         dtype = self.dtype or product_dtype(hidden)
@@ -109,7 +113,11 @@ class HeadPass:
 
 
 def join(outputs: Sequence[HeadOutputs]) -> HeadOutputs:
-    """Outputs of consecutive rows as one."""
+    """Outputs of consecutive rows as one; raises ValueError where there are none."""
+    if not outputs:
+        raise ValueError(
+            "outputs: expected those of a forward pass, found none; a compiled model runs no hook that came after it"
+        )
     logps, entropy, features = zip(*outputs, strict=True)
     return HeadOutputs(torch.cat(logps), torch.cat(entropy), None if features[0] is None else torch.cat(features))
 
@@ -169,7 +177,7 @@ def _as_complex(tensor: torch.Tensor) -> torch.Tensor:
     FSDP2 casts real numbers that leave a forward pass to 16 bits where its policy says so, and has its hooks on the
     tensors that it finds there, as DDP has: they have to be among the outputs, and out of reach of casts.
     """
-    return tensor.to(tensor.dtype.to_complex())
+    return torch.complex(tensor, torch.zeros_like(tensor))
 
 
 def _changed(outputs: HeadOutputs, change: Callable[[torch.Tensor], torch.Tensor]) -> HeadOutputs:
