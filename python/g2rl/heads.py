@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from g2rl.probes import evaluating
 from g2rl_kernels import LMHead, token_logprobs
-from g2rl_kernels.checks import is_made_of_tensors
 
 Result = TypeVar("Result")
 
@@ -123,8 +122,9 @@ def adapter_on_head(model: Any) -> str:
 
 def _check_not_quantised(head: Any) -> None:
     """A cast would take a quantised head's codes for its weights, without their scales."""
-    dtype = getattr(head.weight, "dtype", None)  # PyTorch's own quantised layers have a method there
-    kind = type(head.weight).__name__ if is_made_of_tensors(head.weight) else dtype
+    kind = getattr(head.weight, "dtype", None)  # PyTorch's own quantised layers have a method there
+    if hasattr(head.weight, "__tensor_flatten__") and not isinstance(head.weight, DTensor):
+        kind = type(head.weight).__name__  # torchao's weights keep their codes in tensors of their own
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point or kind.itemsize < 2:
         found = type(head).__name__ if kind is None else f"{kind} in a {type(head).__name__}"
         raise NotImplementedError(

@@ -459,15 +459,16 @@ def test_a_head_pass_names_a_mask_of_another_shape(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("input_ids", torch.Tensor.int, "head_pass.input_ids: expected dtype int64, found int32"),
+        ("input_ids", torch.Tensor.int, "head_pass.input_ids: expected dtype torch.int64, found torch.int32"),
+        ("input_ids", torch.Tensor.flatten, r"head_pass.input_ids: expected shape \[B, L\], found \[24\]"),
         ("input_ids", torch.Tensor.tolist, "head_pass.input_ids: expected a tensor, found list"),
         ("scored", torch.Tensor.tolist, "head_pass.scored: expected a tensor, found list"),
     ],
 )
-def test_a_head_pass_names_another_type(name: str, change: Callable, message: str) -> None:
+def test_a_head_pass_names_tensors_of_another_kind(name: str, change: Callable, message: str) -> None:
     ids = torch.arange(24).view(2, 12)
     tensors = {"input_ids": ids, "scored": ids >= 0}
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         HeadPass(**tensors | {name: change(tensors[name])}, token_weights=None, temperature=1.0)
 
 

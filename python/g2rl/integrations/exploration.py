@@ -15,7 +15,6 @@ import torch
 
 from g2rl.geometry import degenerate, pair_cosines
 from g2rl_kernels import GroupAdvantages, Shaping, g2rl_advantages, pad
-from g2rl_kernels.checks import check_tensor
 
 
 @dataclass(frozen=True)
@@ -113,12 +112,15 @@ def shape_by_uid(
         TypeError: an argument has another type, or uids are of several that have no order.
         ValueError: features that are not finite, or another number of uids or rewards.
     """
-    check_tensor("features", features, ("B", "d"), (torch.float32, torch.float64))
-    check_tensor("rewards", rewards, (len(features),), None, features.device)
+    for name, tensor in (("features", features), ("rewards", rewards)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
     if not isinstance(options, Options):
         raise TypeError(f"options: expected Options(shaping, reward_range), found {type(options).__name__}")
     if len(uids) != len(features):
         raise ValueError(f"uids: expected one for each of {len(features)} responses, found {len(uids)}")
+    if list(rewards.shape) != [len(features)]:
+        raise ValueError(f"rewards: expected shape [{len(features)}], found {list(rewards.shape)}")
     rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
     finite = features.isfinite().all(1)
     if not bool(finite.all()):

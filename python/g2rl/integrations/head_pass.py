@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from g2rl.heads import adapter_on_head, inside_head, lm_head, product_dtype
 from g2rl_kernels import LMHead, SequenceFeatures, pad, sequence_features, token_logprobs, unpad
-from g2rl_kernels.checks import check_dense, check_tensor
 
 # The mean difference of log-probabilities that rounding logits to 16 bits explains, absolute and relative.
 ROUNDING = 0.1
@@ -62,12 +61,18 @@ class HeadPass:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        check_tensor("head_pass.input_ids", self.input_ids, ("B", "L"), (torch.int64,))
+        tensors = {"input_ids": self.input_ids, "scored": self.scored}
+        if self.token_weights is not None:
+            tensors["token_weights"] = self.token_weights
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"head_pass.{name}: expected a tensor, found {type(tensor).__name__}")
+        if self.input_ids.dim() != 2:
+            raise ValueError(f"head_pass.input_ids: expected shape [B, L], found {list(self.input_ids.shape)}")
+        if self.input_ids.dtype != torch.int64:
+            raise TypeError(f"head_pass.input_ids: expected dtype torch.int64, found {self.input_ids.dtype}")
         shape = list(self.input_ids.shape)
-        for name, tensor in (("scored", self.scored), ("token_weights", self.token_weights)):
-            if tensor is None:
-                continue
-            check_dense(f"head_pass.{name}", tensor)
+        for name, tensor in tensors.items():
             if list(tensor.shape) != shape:
                 raise ValueError(f"head_pass.{name}: expected shape {shape}, as input_ids, found {list(tensor.shape)}")
 
