@@ -134,6 +134,14 @@ def is_dtensor(x: object) -> bool:
     return getattr(x, "device_mesh", None) is not None
 
 
+def is_made_of_tensors(x: object) -> bool:
+    """A subclass that keeps its numbers in tensors of its own, as torchao's quantised weights do: kernels find none.
+
+    Results of PyTorch's collectives, which are such a class too, become plain by themselves.
+    """
+    return hasattr(x, "__tensor_flatten__") and not (is_dtensor(x) or hasattr(x, "trigger_wait"))
+
+
 def short_name(kind: torch.dtype | torch.layout) -> str:
     """As "float32", without "torch."."""
     return str(kind).removeprefix("torch.")

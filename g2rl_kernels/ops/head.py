@@ -24,6 +24,7 @@ from g2rl_kernels.checks import (
     check_number,
     check_tensor,
     is_dtensor,
+    is_made_of_tensors,
     refuse_function_transforms,
     refuse_tangents,
     short_name,
@@ -84,6 +85,9 @@ class LMHead:
             raise TypeError(_of_module("head.weight: expected a tensor", self.weight))
         weight = distributed.local_part(self.weight)
         check_tensor("head.weight", weight, ("V", "d"), FLOAT_DTYPES)
+        if is_made_of_tensors(weight):
+            found = f"found {type(weight).__name__}; where it is quantised, pass its dequantize()"
+            raise TypeError(f"head.weight: expected a plain tensor, {found}")
         sizes = list(self.weight.shape if self.gather_weight else weight.shape)
         if 0 in sizes:
             raise ValueError(f"head.weight: expected V > 0 and d > 0, found shape {sizes}")

@@ -34,9 +34,12 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
         dtype: what the head's product is computed in; the cast is differentiable.
 
     Raises:
-        TypeError: the model has no head.
+        TypeError: the model has no head, or wraps one of transformers; `dtype` is no torch.dtype.
         NotImplementedError: an adapter changes the head's logits, or the head is quantised.
     """
+    _require_transformers(model)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, such as torch.bfloat16, found {dtype!r}")
     embeddings = model.get_output_embeddings()
     if getattr(embeddings, "weight", None) is None:
         raise TypeError(f"model: expected a language model with a head, found {type(model).__name__} without one")
@@ -56,6 +59,12 @@ def lm_head(model: Any, temperature: float, dtype: torch.dtype) -> LMHead:
         softcap=_soft_cap(config),
         gather_weight=isinstance(weight, DTensor),
     )
+
+
+def _require_transformers(model: Any) -> None:
+    if not hasattr(model, "get_output_embeddings"):
+        way_out = "; causal_lm_inside of g2rl.integrations.head_pass finds it in a wrapper"
+        raise TypeError(f"model: expected a language model of transformers, found {type(model).__name__}{way_out}")
 
 
 def inside_head(model: Any, compute: Callable[[torch.Tensor], Result], hidden: torch.Tensor) -> Result:
@@ -113,9 +122,11 @@ def adapter_on_head(model: Any) -> str:
 
 def _check_not_quantised(head: Any) -> None:
     """A cast would take a quantised head's codes for its weights, without their scales."""
-    dtype = getattr(head.weight, "dtype", None)  # PyTorch's own quantised layers have a method there
-    if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
-        found = type(head).__name__ if dtype is None else f"{dtype} in a {type(head).__name__}"
+    kind = getattr(head.weight, "dtype", None)  # PyTorch's own quantised layers have a method there
+    if hasattr(head.weight, "__tensor_flatten__") and not isinstance(head.weight, DTensor):
+        kind = type(head.weight).__name__  # torchao's weights keep their codes in tensors of their own
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point or kind.itemsize < 2:
+        found = type(head).__name__ if kind is None else f"{kind} in a {type(head).__name__}"
         raise NotImplementedError(
             f"model: expected a head with a weight in floating point of 16 bits or more, found {found}; leave the head "
             "out of what is quantised, as `modules_to_not_convert` does"
@@ -134,7 +145,11 @@ def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:
     Returns:
         the difference in words, or that its hidden states cannot be had; empty where rounding explains it, and where
         the model does not run on tokens alone here, as one whose weights are split or not there yet.
+
+    Raises:
+        TypeError, NotImplementedError: as `lm_head`.
     """
+    _require_transformers(model)
     if _is_split(model) or model.device.type == "meta":
         return ""
     name = type(model).__name__

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -32,6 +35,7 @@ from transformers import (
 
 from g2rl.config import Config, ConfigError, ModelConfig, RolloutConfig
 from g2rl.heads import head_difference, lm_head
+from g2rl.integrations.head_pass import causal_lm_inside
 from g2rl.model import load_model
 from g2rl.policy import Policy, check_head
 from g2rl.rollout import TransformersSampler
@@ -105,6 +109,16 @@ def test_a_quantised_head_is_refused(dtype: torch.dtype) -> None:
         lm_head(model, 1.0, torch.float32)
 
 
+def test_a_head_of_torchaos_is_refused() -> None:
+    """Its weight calls itself floating point, and keeps its codes in tensors of its own."""
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["plain"])
+    weight = model.lm_head.weight.detach()
+    model.lm_head.weight = torch.nn.Parameter(TwoTensor(weight, weight.clone()))
+    for call in (lambda: lm_head(model, 1.0, torch.float32), lambda: head_difference(model)):
+        with pytest.raises(NotImplementedError, match="model: expected a head .*, found TwoTensor in a Linear; leave"):
+            call()
+
+
 def test_a_head_whose_weight_is_a_method_is_refused() -> None:
     """As that of PyTorch's own quantised layers."""
 
@@ -116,6 +130,23 @@ def test_a_head_whose_weight_is_a_method_is_refused() -> None:
     model.set_output_embeddings(Packed())
     with pytest.raises(NotImplementedError, match="model: expected a head with a weight .*, found Packed; leave"):
         lm_head(model, 1.0, torch.float32)
+
+
+@pytest.mark.parametrize("call", [lambda model: lm_head(model, 1.0, torch.float32), head_difference])
+def test_a_wrapper_of_a_model_is_refused(call: Callable[[Any], Any]) -> None:
+    wrapper = torch.nn.Sequential(AutoModelForCausalLM.from_config(ARCHITECTURES["plain"]))
+    message = "model: expected a language model of transformers, found Sequential; causal_lm_inside .* in a wrapper"
+    with pytest.raises(TypeError, match=message):
+        call(wrapper)
+    call(causal_lm_inside(wrapper))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", None])
+def test_a_head_in_no_dtype(dtype: Any) -> None:
+    """As configurations spell it."""
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["plain"])
+    with pytest.raises(TypeError, match=f"dtype: expected a torch.dtype, such as torch.bfloat16, found {dtype!r}"):
+        lm_head(model, 1.0, dtype)
 
 
 @pytest.mark.parametrize("autocast", ["none", "bfloat16"])

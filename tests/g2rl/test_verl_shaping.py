@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -228,6 +229,27 @@ def test_another_number_of_uids(uids: str) -> None:
 def test_another_number_of_rewards() -> None:
     with pytest.raises(ValueError, match=r"rewards: expected shape \[3\], found \[2\]"):
         shape_by_uid(torch.eye(3), torch.tensor([1.0, -1]), list("aab"), Options())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": torch.eye(3).numpy()}, "features: expected a tensor, found ndarray"),
+        ({"features": torch.eye(3).bfloat16()}, "features: expected dtype float32 or float64, found bfloat16"),
+        ({"rewards": [1.0, -1.0, 1.0]}, "rewards: expected a tensor, found list"),
+        ({"uids": ["a", "a", None]}, "uids: expected strings or ints, all of one type, found NoneType and str"),
+        ({"options": Shaping()}, r"options: expected Options\(shaping, reward_range\), found Shaping"),
+    ],
+)
+def test_arguments_of_another_type(changes: dict[str, Any], message: str) -> None:
+    arguments = {"features": torch.eye(3), "rewards": torch.ones(3), "uids": ["a"] * 3, "options": Options()}
+    with pytest.raises(TypeError, match=message):
+        shape_by_uid(**arguments | changes)
+
+
+def test_a_range_of_numpys_numbers() -> None:
+    """As a data set's lowest and highest reward."""
+    assert str(Options(reward_range=(np.float32(0), np.int64(1)))) == str(Options(reward_range=(0.0, 1.0)))
 
 
 @pytest.mark.parametrize("reward_range", [(1.0, 0.0), (1.0, 1.0), (0.0, float("inf")), 1.0])

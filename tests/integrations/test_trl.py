@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,14 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from g2rl.integrations.head_pass import HeadPass, add_head_pass, causal_lm_inside, run_alongside, run_head_pass
+from g2rl.integrations.head_pass import (
+    HeadPass,
+    add_head_pass,
+    causal_lm_inside,
+    join,
+    run_alongside,
+    run_head_pass,
+)
 from g2rl.integrations.trl import BONUS, G2RLConfig, G2RLMixin, G2RLRLOOConfig, G2RLRLOOTrainer, G2RLTrainer
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
 from tests.integrations.recorded import right
@@ -352,6 +360,35 @@ def test_outputs_leave_the_models_forward_as_they_are(tiny_model: Path) -> None:
     assert all(torch.equal(a, b) and a.dtype == b.dtype == torch.float32 for a, b in zip(*found, strict=True))
 
 
+def test_a_head_pass_is_one_graph(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    add_head_pass(model)
+    ids = torch.arange(24).view(2, 12)
+    head_pass = HeadPass(ids, ids % 12 > 4, ids.float(), 0.8)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for x, y in zip(run_head_pass(compiled, head_pass), run_head_pass(model, head_pass), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_head_pass_names_hidden_states_of_other_rows(tiny_model: Path) -> None:
+    """As of more rows than it has, or of all in one, packed."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.arange(24).view(2, 12)
+    with run_alongside(model, HeadPass(ids, ids % 12 > 4, None, 1.0)):
+        model(ids)
+        message = r"hidden: expected shape \[0, 12, d\] of rows as head_pass.input_ids has them, found \[2, 12, \d+\]"
+        with pytest.raises(ValueError, match=message):
+            model(ids)
+    with run_alongside(model, HeadPass(ids, ids % 12 > 4, None, 1.0)):
+        with pytest.raises(ValueError, match=r"hidden: expected shape \[1, 12, d\] .*, found \[1, 24, \d+\]"):
+            model(ids.view(1, 24))
+
+
+def test_no_pass_has_no_outputs() -> None:
+    with pytest.raises(ValueError, match="outputs: expected those of a forward pass, found none; a compiled model"):
+        join([])
+
+
 def test_a_copy_of_a_model_with_a_head_pass_has_weights_of_its_own(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     add_head_pass(model)
@@ -417,6 +454,22 @@ def test_a_head_pass_names_a_mask_of_another_shape(name: str) -> None:
     message = rf"head_pass.{name}: expected shape \[2, 12\], as input_ids, found \[2, 11\]"
     with pytest.raises(ValueError, match=message):
         HeadPass(ids, **masks, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("input_ids", torch.Tensor.int, "head_pass.input_ids: expected dtype torch.int64, found torch.int32"),
+        ("input_ids", torch.Tensor.flatten, r"head_pass.input_ids: expected shape \[B, L\], found \[24\]"),
+        ("input_ids", torch.Tensor.tolist, "head_pass.input_ids: expected a tensor, found list"),
+        ("scored", torch.Tensor.tolist, "head_pass.scored: expected a tensor, found list"),
+    ],
+)
+def test_a_head_pass_names_tensors_of_another_kind(name: str, change: Callable, message: str) -> None:
+    ids = torch.arange(24).view(2, 12)
+    tensors = {"input_ids": ids, "scored": ids >= 0}
+    with pytest.raises((TypeError, ValueError), match=message):
+        HeadPass(**tensors | {name: change(tensors[name])}, token_weights=None, temperature=1.0)
 
 
 def test_evaluation_knows_no_bonus(tiny_model: Path, prompts: Dataset, tmp_path: Path) -> None:

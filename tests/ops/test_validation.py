@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.testing._internal.two_tensor import TwoTensor
 
 import g2rl_kernels
 from g2rl_kernels import (
@@ -90,6 +91,11 @@ HEADS = [
         TypeError,
         "head.weight: expected a tensor, found Module with an adapter, which its weight leaves out; "
         "LMHead(head.base_layer.weight + head.get_delta_weight(name)) has it",
+    ),
+    (
+        lambda: LMHead(TwoTensor(torch.zeros(V, D), torch.zeros(V, D))),  # as torchao's quantised weights, which call
+        TypeError,  # themselves floating point
+        "head.weight: expected a plain tensor, found TwoTensor; where it is quantised, pass its dequantize()",
     ),
     (lambda: LMHead(torch.zeros(3)), ValueError, "head.weight: expected shape [V, d], found [3]"),
     (lambda: LMHead(weight(dtype=torch.int64)), TypeError, "or float64, found int64"),

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Options:
 
 def read_range(name: str, value: Any) -> tuple[float, float]:
     """Lowest and highest reward, of an option of this name; raises ValueError for anything else."""
-    numbers = isinstance(value, Sequence) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+    numbers = isinstance(value, Sequence) and all(isinstance(x, Real) and not isinstance(x, bool) for x in value)
     if not (numbers and len(value) == 2 and -math.inf < value[0] < value[1] < math.inf):
         raise ValueError(f"{name}: expected two finite numbers, the lower one first, found {value!r}")
     return float(value[0]), float(value[1])
@@ -100,15 +101,22 @@ def shape_by_uid(
     """Shaped rewards of responses whose groups are in any order and of any sizes.
 
     Args:
-        features: [B, d]; rewards: [B], raw.
+        features: [B, d], fp32 or fp64; rewards: [B], raw.
         uids: of the prompts, B of them, alike in a group alone.
+        options: not a `Shaping` alone: the range of the rewards has to be known.
 
     Returns:
         shaped rewards [B] in the scale of the raw ones, fp64 for fp64 rewards, else fp32; and the step's metrics.
 
     Raises:
+        TypeError: an argument has another type, or uids are of several that have no order.
         ValueError: features that are not finite, or another number of uids or rewards.
     """
+    for name, tensor in (("features", features), ("rewards", rewards)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
+    if not isinstance(options, Options):
+        raise TypeError(f"options: expected Options(shaping, reward_range), found {type(options).__name__}")
     if len(uids) != len(features):
         raise ValueError(f"uids: expected one for each of {len(features)} responses, found {len(uids)}")
     if list(rewards.shape) != [len(features)]:
@@ -117,7 +125,11 @@ def shape_by_uid(
     finite = features.isfinite().all(1)
     if not bool(finite.all()):
         raise ValueError(f"g2rl: expected finite features, found NaN or inf in {int((~finite).sum())} responses")
-    rows = sorted(range(len(uids)), key=uids.__getitem__)
+    try:
+        rows = sorted(range(len(uids)), key=uids.__getitem__)
+    except TypeError as error:
+        kinds = " and ".join(sorted({type(uid).__name__ for uid in uids}))
+        raise TypeError(f"uids: expected strings or ints, all of one type, found {kinds}") from error
     sizes = [len(list(group)) for _, group in groupby(rows, key=uids.__getitem__)]
     order = torch.tensor(rows, device=features.device)
     cu_groups = torch.tensor([0, *accumulate(sizes)], device=features.device)

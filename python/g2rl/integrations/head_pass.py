@@ -51,7 +51,7 @@ class HeadPass:
         dtype: of the head's product; None: autocast's, or the hidden states'.
 
     Raises:
-        ValueError: `scored` or `token_weights` has another shape.
+        TypeError, ValueError: a tensor has another type or shape.
     """
 
     input_ids: torch.Tensor
@@ -61,9 +61,19 @@ class HeadPass:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        tensors = {"input_ids": self.input_ids, "scored": self.scored}
+        if self.token_weights is not None:
+            tensors["token_weights"] = self.token_weights
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"head_pass.{name}: expected a tensor, found {type(tensor).__name__}")
+        if self.input_ids.dim() != 2:
+            raise ValueError(f"head_pass.input_ids: expected shape [B, L], found {list(self.input_ids.shape)}")
+        if self.input_ids.dtype != torch.int64:
+            raise TypeError(f"head_pass.input_ids: expected dtype torch.int64, found {self.input_ids.dtype}")
         shape = list(self.input_ids.shape)
-        for name, tensor in (("scored", self.scored), ("token_weights", self.token_weights)):
-            if tensor is not None and list(tensor.shape) != shape:
+        for name, tensor in tensors.items():
+            if list(tensor.shape) != shape:
                 raise ValueError(f"head_pass.{name}: expected shape {shape}, as input_ids, found {list(tensor.shape)}")
 
     def rows(self, rows: slice) -> HeadPass:
@@ -84,14 +94,19 @@ class HeadPass:
         )
 
     def __call__(self, model: Any, hidden: torch.Tensor) -> HeadOutputs:
-        """Outputs of `model`'s head on its last hidden states."""
+        """Outputs of `model`'s head on its last hidden states; raises ValueError where they are of other rows."""
+        if hidden.shape[:2] != self.input_ids.shape:
+            B, L = self.input_ids.shape
+            found = f"found {list(hidden.shape)}"
+            raise ValueError(f"hidden: expected shape [{B}, {L}, d] of rows as head_pass.input_ids has them, {found}")
         scored = self.scored[:, 1:].bool()
         packed, cu_seqlens = unpad(hidden[:, :-1], scored)
         dtype = self.dtype or product_dtype(hidden)
         targets = self.input_ids[:, 1:][scored]
 
         def compute(packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            packed, head = packed.to(dtype), lm_head(model, self.temperature, dtype)
+            head = lm_head(model, self.temperature, dtype)
+            packed = packed.to(dtype)
             if self.token_weights is None:
                 return token_logprobs(packed, head, targets)[:2]
             weights = self.token_weights[:, 1:][scored].float()
@@ -103,7 +118,11 @@ class HeadPass:
 
 
 def join(outputs: Sequence[HeadOutputs]) -> HeadOutputs:
-    """Outputs of consecutive rows as one."""
+    """Outputs of consecutive rows as one; raises ValueError where there are none."""
+    if not outputs:
+        raise ValueError(
+            "outputs: expected those of a forward pass, found none; a compiled model runs no hook that came after it"
+        )
     logps, entropy, features = zip(*outputs, strict=True)
     return HeadOutputs(torch.cat(logps), torch.cat(entropy), None if features[0] is None else torch.cat(features))
 
@@ -163,7 +182,7 @@ def _as_complex(tensor: torch.Tensor) -> torch.Tensor:
     FSDP2 casts real numbers that leave a forward pass to 16 bits where its policy says so, and has its hooks on the
     tensors that it finds there, as DDP has: they have to be among the outputs, and out of reach of casts.
     """
-    return tensor.to(tensor.dtype.to_complex())
+    return torch.complex(tensor, torch.zeros_like(tensor))
 
 
 def _changed(outputs: HeadOutputs, change: Callable[[torch.Tensor], torch.Tensor]) -> HeadOutputs:
