@@ -55,7 +55,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return [rows[path]]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("g2rl.tasks.rows.no_connection", lambda url: None)
+    monkeypatch.setattr("g2rl.tasks.rows.no_connection", lambda *asked: None)
     return asked
 
 
@@ -171,7 +171,7 @@ def test_a_hub_out_of_reach(error: Exception, name: str, message: str, monkeypat
         raise error
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("g2rl.tasks.rows.no_connection", lambda url: None)
+    monkeypatch.setattr("g2rl.tasks.rows.no_connection", lambda *asked: None)
     with pytest.raises(ConfigError, match=message):
         load_problems(name, DATA_SETS[name].test)
 

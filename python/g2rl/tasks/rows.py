@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from huggingface_hub import hf_hub_url
-
 from g2rl.config import ConfigError
 from g2rl.hub import no_connection
 
@@ -65,7 +63,7 @@ def hub_rows(path: str, subset: str | None, split: str, expected: str, way_out: 
     try:
         datasets = importlib.import_module("datasets")
         if not Path(path).exists():
-            lost = no_connection(hf_hub_url(path, "README.md", repo_type="dataset"))
+            lost = no_connection(path, "README.md", "dataset")
         # Without a connection it would ask again and again, for half a minute, before it looks on this machine.
         with patch.object(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE or lost is not None):
             rows: Iterable[Any] = datasets.load_dataset(path, subset, split=split)
