@@ -22,7 +22,7 @@ NETWORK = frozenset(
 )
 KNOWN = {
     "g2rl/rollout/vllm_server.py": "talks to the server that rollout.server names",
-    "g2rl/hub.py": "looks whether a model that a configuration names can be fetched",
+    "g2rl/hub.py": "looks whether a model or data set that a configuration names can be fetched",
     "g2rl/push.py": "uploads a model when `g2rl push` is called",
     "g2rl/card.py": "the text of a model card",
 }

@@ -37,10 +37,12 @@ def add_adapter(model: Any, config: LoraConfig) -> None:
 
     Raises:
         ConfigError: peft is not installed or does not suit transformers, a target names no module, or it is the head,
-            whose weight features are made of; the message lists the modules found.
+            whose weight features are made of, and the message lists the modules found; or the rank is one that no
+            product of two matrices has here.
     """
     peft = import_package(_PEFT, "model.lora.rank: LoRA")
     _check_targets(model, config.targets)
+    _check_rank(model, config.rank)
     lora = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -202,6 +204,14 @@ def _check_targets(model: Any, targets: list[str]) -> None:
                 f"model.lora.targets: expected names of the model's linear layers, {', '.join(sorted(linear))}, "
                 f"found {target!r}"
             )
+
+
+def _check_rank(model: Any, rank: int) -> None:
+    most = max((min(m.weight.shape) for m in model.modules() if _is_linear(m)), default=rank)
+    if rank > most:
+        raise ConfigError(
+            f"model.lora.rank: expected at most {most}, the greatest rank of a linear layer's weight, found {rank}"
+        )
 
 
 def _is_linear(module: Any) -> bool:

@@ -76,7 +76,13 @@ def base_model(path: str) -> tuple[str, bool]:
     """The model that training began with, and whether it is one of the hub's."""
     path = EMBEDDED_MODELS.get(path, path)
     local = path.startswith(_LOCAL) or path.count("/") > 1 or os.path.exists(path) or path == "unknown"
-    return (Path(path).name, False) if local else (path, True)
+    return (_last_name(path), False) if local else (path, True)
+
+
+def _last_name(path: str) -> str:
+    """Of a folder or file of this machine; a checkpoint's, step-000030, says little without its run's."""
+    parts = Path(path).parts
+    return f"{parts[-3]}/{parts[-1]}" if parts[-2:-1] == ("checkpoints",) and len(parts) > 2 else Path(path).name
 
 
 def _without_folders(value: Any) -> Any:
@@ -84,7 +90,7 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
     is_path = isinstance(value, str) and "/" in value[1:] and (value.startswith(_LOCAL) or os.path.exists(value))
-    return Path(value).name if is_path else value
+    return _last_name(value) if is_path else value
 
 
 def _results(run: Run, step: int) -> tuple[int | None, dict[str, float]]:

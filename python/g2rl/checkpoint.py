@@ -37,7 +37,8 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of a run's checkpoints, oldest first: all were whole when they got their names."""
-    folders = (run_dir / "checkpoints").glob("step-*")
+    parent = run_dir / "checkpoints"
+    folders = parent.iterdir() if parent.is_dir() else ()  # `glob` finds nothing in a folder that may not be read
     named = ((_NAME.fullmatch(folder.name), folder) for folder in folders if folder.is_dir())
     return sorted((int(match[1]), folder) for match, folder in named if match)
 

@@ -184,7 +184,8 @@ def _way_on(config: Config, when: str = "") -> str:
     """How a run goes on from its last checkpoint, as the end of a message; nothing before it has begun."""
     if not (config.run_dir / "config.yaml").is_file():
         return ""
-    return f"; {when}continue with: g2rl train {shlex.quote(f'resume={config.run_dir}')}"
+    alone = " parallel.strategy=ddp" if config.parallel.strategy == "fsdp2" else ""  # here is no launcher
+    return f"; {when}continue with: g2rl train {shlex.quote(f'resume={config.run_dir}')}{alone}"
 
 
 def _train_together(read: Callable[[], Config]) -> int:
@@ -371,11 +372,10 @@ def _report(run_dirs: list[Path], out: Path | None = None) -> int:
     alone = len(run_dirs) == 1
     if alone:
         folder = out or run_dirs[0] / "report"
-    with writing(f"report: {str(folder)!r}"):
-        try:
-            path = write_report(run_dirs[0], folder) if alone else write_comparison(run_dirs, folder)
-        except (FileNotFoundError, ValueError) as error:
-            raise ConfigError(f"report: {error}") from error
+    try:
+        path = write_report(run_dirs[0], folder) if alone else write_comparison(run_dirs, folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"report: {error}") from error
     print(f"g2rl: the report is in {path}")
     return 0
 

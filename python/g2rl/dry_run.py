@@ -149,14 +149,14 @@ def _rehearse(config: Config, shape: Any, tokenizer: PreTrainedTokenizerBase, fo
 
 
 def _shortened(config: Config, folder: Path) -> Config:
-    objective, rollout = config.objective, config.rollout
+    objective, rollout, lora = config.objective, config.rollout, config.model.lora
     return replace(
         config,
         runs_dir=str(folder),
         name="run",
         steps=1,
         resume=None,
-        model=replace(config.model, path=str(folder / "model")),
+        model=replace(config.model, path=str(folder / "model"), lora=replace(lora, rank=min(lora.rank, _TOKENS))),
         rollout=replace(
             rollout,
             # Engines have kernels for real models' sizes alone.

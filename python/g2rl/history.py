@@ -91,9 +91,13 @@ def _of_a_step(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def configured_values(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration by dotted key, with the defaults of keys it lacks, without other methods' options."""
+    """A configuration by dotted key, with the defaults of keys it lacks, without other methods' options.
+
+    Rewards are told as they are summed: ``correct + 0.5 mine:brevity (on_error=zero)``.
+    """
     values = default_values(config) | leaves(config)
-    values["rewards"] = [asdict(RewardConfig()) | reward for reward in values["rewards"]]
+    if "rewards" in config:
+        values["rewards"] = _summed(config["rewards"])
 
     def is_of_another_method(key: str) -> bool:
         section, _, option = key.removeprefix("methods.").partition(".")
@@ -106,8 +110,21 @@ def configured_values(config: dict[str, Any]) -> dict[str, Any]:
 def default_values(config: dict[str, Any]) -> dict[str, Any]:
     """Every default of `Config`, and of the options of a configuration's method, by dotted key."""
     values = leaves(plain(defaults()))
+    values["rewards"] = _summed(values["rewards"])
     method = config.get("method", values["method"])
     return values | leaves(default_options(method), f"methods.{method}.")
+
+
+def _summed(rewards: Sequence[dict[str, Any]]) -> str:
+    """Reward functions with their weights, and what else of them is not by default."""
+    return " + ".join(_weighted(asdict(RewardConfig()) | reward) for reward in rewards)
+
+
+def _weighted(reward: dict[str, Any]) -> str:
+    usual = asdict(RewardConfig()) | {"name": reward["name"], "weight": reward["weight"]}
+    other = [f"{key}={value}" for key, value in reward.items() if value != usual.get(key)]
+    weight = f"{reward['weight']:.12g} " if reward["weight"] != 1 else ""
+    return f"{weight}{reward['name']}" + (f" ({', '.join(other)})" if other else "")
 
 
 def chosen(values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

@@ -344,11 +344,14 @@ class RunLog:
         table = Table(title=f"Completions of step {step}", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("prompt", ratio=1, overflow="fold")
         table.add_column("response", ratio=2, overflow="fold")
-        for name in ("right", "reward", "score", "shaped", "adv."):
+        # In few columns the numbers would take all the room; completions.jsonl has them.
+        names = ("right", "reward", "score", "shaped", "adv.")[: None if self._console.width >= 70 else 2]
+        for name in names:
             table.add_column(name, justify="right", no_wrap=True)
         for row in rows:
             score = "-" if row.score is None else f"{row.score:.2f}"
             numbers = (f"{row.reward:+.2f}", score, f"{row.shaped:+.2f}", f"{row.advantage:+.2f}")
             correct = Text("yes", style="green") if row.correct else Text("no", style="red")
-            table.add_row(cell(row.prompt, 100), cell(row.response, 200), correct, *numbers)
+            judged = (correct, *numbers)[: len(names)]
+            table.add_row(cell(row.prompt, 100), cell(row.response, 200), *judged)
         return table

@@ -122,7 +122,8 @@ def plot_learning(run: Run) -> Figure | None:
     for i, (step, _) in enumerate(changes(run.history)):
         accuracy.axvline(step - 0.5, color="black", linestyle=":", label=None if i else "other settings")
     _finish(accuracy, "correct responses")
-    _line(reward, run, "train/reward", "base reward", BLUE)
+    punished = run.setting("objective.overlong") == "punish"
+    _line(reward, run, "train/reward", "base reward, with\noverlong penalty" if punished else "base reward", BLUE)
     _line(reward, run, "train/shaped_reward", "shaped reward", RED, "--")
     _held_out(reward, run, "eval/reward", "o", "-")
     end_at_ticks(reward)

@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib import rc_context
 from omegaconf import OmegaConf
 
+from g2rl.files import writing
 from g2rl.history import EVALUATION, REWARD, changes, configured_values, default_values, evaluation_changes
 from g2rl.methods import may_shape
 from g2rl.metrics import METRICS, metric
@@ -292,17 +293,24 @@ def write_report(run_dir: Path, folder: Path | None = None) -> Path:
     Raises:
         FileNotFoundError: `run_dir` has no metrics; the message names the file looked for.
         ValueError: a log file is damaged before its last line.
+        StorageError: the report cannot be written.
     """
     run = load_run(run_dir)
     folder = folder or run_dir / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(f"report: {str(folder)!r}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_sections(folder / "report.md", _sections(run, folder))
+
+
+def _sections(run: Run, folder: Path) -> list[str]:
+    """Of the report, whose plots are written to `folder`."""
     plots = []
     for stem, heading, caption in draw_plots(run, folder):
         extra = _geometry(run) if stem == "cosines" else ""
         plots.append("\n\n".join(filter(None, (f"### {heading}", f"![{heading}]({stem}.png)", caption, extra))))
     missing = _missing(run)
-    sections = [
-        f"# Run `{run.config.get('name', run_dir.name)}`",
+    return [
+        f"# Run `{run.config.get('name', run.dir.name)}`",
         _headline(run),
         "## What is missing\n\n" + "\n".join(f"- {sentence}" for sentence in missing) if missing else "",
         f"## Evaluation\n\n{_evaluation(run)}",
@@ -311,4 +319,3 @@ def write_report(run_dir: Path, folder: Path | None = None) -> Path:
         f"## Configuration\n\n{_configuration(run)}",
         f"## Metrics\n\n{_metrics(run)}",
     ]
-    return write_sections(folder / "report.md", sections)

@@ -290,7 +290,10 @@ def completion_rows(
     episodes: Sequence[Episode], verdicts: Sequence[Verdict], result: GroupAdvantages
 ) -> list[Completion]:
     """One row an episode, for the log's table of completions."""
-    columns = zip(result.scores.tolist(), result.shaped_rewards.tolist(), result.advantages.tolist(), strict=True)
+    unshaped = torch.tensor([verdict.reward for verdict in verdicts]) == result.shaped_rewards.cpu()
+    columns = zip(
+        result.scores.tolist(), result.shaped_rewards.tolist(), result.advantages.tolist(), unshaped, strict=True
+    )
     return [
         Completion(
             problem=episode.problem.id,
@@ -299,11 +302,11 @@ def completion_rows(
             reward=verdict.reward,
             correct=verdict.correct,
             score=None if math.isnan(score) else score,
-            shaped=shaped,
+            shaped=verdict.reward if same else shaped,  # whose bits are fp32's
             advantage=advantage,
             parts=verdict.summands,
         )
-        for episode, verdict, (score, shaped, advantage) in zip(episodes, verdicts, columns, strict=True)
+        for episode, verdict, (score, shaped, advantage, same) in zip(episodes, verdicts, columns, strict=True)
     ]
 
 

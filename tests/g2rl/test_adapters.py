@@ -278,6 +278,19 @@ def test_all_weights_are_trained_on_from_an_adapter(trained: Trainer, tmp_path: 
     dry_run(again.config)
 
 
+def test_a_rank_that_no_weight_has(tiny_model: Path) -> None:
+    """It would only take memory; a dry run's own model is smaller than the one that it stands for."""
+    model, _ = load_model(ModelConfig(path=str(tiny_model)))
+    most = model.config.hidden_size
+    message = f"model.lora.rank: expected at most {most}, the greatest rank of a .* weight, found {most + 1}"
+    with pytest.raises(ConfigError, match=message):
+        add_adapter(model, LoraConfig(rank=most + 1))
+    add_adapter(model, LoraConfig(rank=most))
+    assert dry_run(load_config(None, [f"model.path={tiny_model}", f"model.lora.rank={most}"])).trained > 0
+    with pytest.raises(ConfigError, match=message):
+        dry_run(load_config(None, [f"model.path={tiny_model}", f"model.lora.rank={most + 1}"]))
+
+
 def test_the_base_of_a_peft_model_gives_no_hidden_states() -> None:
     """It has a head itself; for layers between body and head its own model is to be asked."""
     model = AutoModelForCausalLM.from_config(BertConfig(**SIZES, is_decoder=True))

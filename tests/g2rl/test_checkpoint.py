@@ -206,6 +206,19 @@ def test_a_damaged_checkpoint_is_left_out(policy, tmp_path: Path, capsys: pytest
         newest_checkpoint(tmp_path)
 
 
+def test_checkpoints_that_may_not_be_read_are_not_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run would begin again, over what it has."""
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+
+    def refused(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    for function in ("listdir", "scandir"):  # one of which pathlib calls
+        monkeypatch.setattr(os, function, refused)
+    with pytest.raises(PermissionError):
+        newest_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("manifest", "error"),
     [

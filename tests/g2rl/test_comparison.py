@@ -249,12 +249,14 @@ def test_bands_differ_by_more_than_colour_and_axes_have_units(tmp_path: Path) ->
     assert len(figure.legends[0].get_texts()) == 8
 
 
-def test_no_axis_has_shares_below_0(tmp_path: Path) -> None:
-    """Also where all of them are 0."""
-    run = write_run(tmp_path / "run", [{"step": s, "eval/pass@1": 0.0, "train/accuracy": 0.1 * s} for s in range(3)])
-    figure = plot_bands(comparison_of(run).bands, ["eval/pass@1", "train/accuracy"])
+def test_no_axis_has_shares_below_0_or_above_1(tmp_path: Path) -> None:
+    """Also where all of them are 0, or 1."""
+    values = [{"eval/pass@1": 0.0, "eval/pass@4": 1.0, "train/accuracy": 0.1 * step} for step in range(3)]
+    run = write_run(tmp_path / "run", [{"step": step} | found for step, found in enumerate(values)])
+    figure = plot_bands(comparison_of(run).bands, ["eval/pass@1", "eval/pass@4", "train/accuracy"])
     assert figure is not None
-    assert [axes.get_ylim()[0] for axes in figure.axes] == [0.0, 0.0]
+    zeros, ones, others = (axes.get_ylim() for axes in figure.axes)
+    assert zeros[0] == 0.0 < zeros[1] and ones[0] < 1.0 == ones[1] and others[0] == 0.0 and others[1] < 0.3
 
 
 def test_panels_keep_their_height_under_a_long_legend(tmp_path: Path) -> None:

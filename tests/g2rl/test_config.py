@@ -47,6 +47,18 @@ def test_a_text_is_as_it_was_typed(text: str) -> None:
     assert load_config(None, ["task.system_prompt=null"]).task.system_prompt is None
 
 
+def test_a_text_is_as_it_was_written(tmp_path: Path) -> None:
+    """In a file, too; options and other keys are what YAML makes of them."""
+    path = tmp_path / "config.yaml"
+    path.write_text("name: 1e-5\ntask: {name: 007, system_prompt: on, options: {a: 1e-5}}\nprofile: on\nruns_dir: '1'")
+    config = load_config(path)
+    assert (config.name, config.runs_dir, config.profile) == ("1e-5", "1", True)
+    assert config.task == TaskConfig("007", {"a": 1e-5}, "on")
+    path.write_text("task: {system_prompt: null}\nrollout: {server: }\n")
+    config = load_config(path)
+    assert (config.task.system_prompt, config.rollout.server) == (None, None)
+
+
 @pytest.mark.parametrize("backend", dispatch.BACKENDS, ids=lambda backend: backend.name)
 def test_every_backend_may_be_chosen(backend: dispatch.Backend) -> None:
     assert load_config(None, [f"backend={backend.name}"]).backend == backend.name

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+from huggingface_hub.errors import HTTPError
 
 from g2rl.config import ConfigError, TaskConfig
 from g2rl.rewards import judge_episodes
@@ -53,6 +55,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return [rows[path]]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("g2rl.tasks.rows.no_connection", lambda *asked: None)
     return asked
 
 
@@ -168,8 +171,29 @@ def test_a_hub_out_of_reach(error: Exception, name: str, message: str, monkeypat
         raise error
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("g2rl.tasks.rows.no_connection", lambda *asked: None)
     with pytest.raises(ConfigError, match=message):
         load_problems(name, DATA_SETS[name].test)
+
+
+def test_without_a_connection_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`datasets` alone would ask for half a minute; what it keeps on this machine it finds without asking."""
+    addresses: list[str] = []
+
+    def metadata(url: str) -> None:
+        addresses.append(url)
+        raise HTTPError("no route")
+
+    monkeypatch.setattr("g2rl.hub.get_hf_file_metadata", metadata)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    found = r"found 'HuggingFaceH4/MATH-500'.*: no connection to the hub \(HTTPError: no route\), and Couldn't reach"
+    with pytest.raises(ConfigError, match=found):
+        load_problems("math500", "test")
+    assert addresses == ["https://huggingface.co/datasets/HuggingFaceH4/MATH-500/resolve/main/README.md"]
+    assert not datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(ConfigError, match="found 'a b/c'.*: Repo id must use"):
+        task("jsonl", path="a b/c")
+    assert len(addresses) == 1
 
 
 def test_local_files_are_looked_for_by_name(tmp_path: Path) -> None:

@@ -178,6 +178,18 @@ def test_a_new_run_does_not_touch_the_log_of_another(tmp_path: Path) -> None:
     assert len(list(read_records(tmp_path / "metrics.jsonl"))) == 1
 
 
+@pytest.mark.parametrize(("width", "numbers"), [(69, "right reward"), (70, "right reward score shaped adv.")])
+def test_completions_leave_room_for_their_text(tmp_path: Path, width: int, numbers: str) -> None:
+    out = io.StringIO()
+    log = RunLog(tmp_path, console=Console(file=out, width=width, force_terminal=False))
+    log.completions(1, [completion("It is forty-two.")])
+    log.close()
+    _, _, header, *rows = out.getvalue().splitlines()
+    assert " ".join(header.split()) == f"prompt response {numbers}"
+    assert "yes" in rows[1] and "+1.00" in rows[1]
+    assert "forty-two" in "".join(rows).replace(" ", "")
+
+
 def test_completions_keep_the_text_and_show_it_literally(tmp_path: Path) -> None:
     text = "[/red] is [bold]not[/bold] markup,\n\x1b[31m nor colour \u2028 \ud800 日本 \\boxed{42}"
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")

@@ -352,3 +352,7 @@ def test_a_whole_checkpoint_goes_on_split(
     ended = launch([[["train", f"resume={run}", "parallel.strategy=fsdp2"]]] * 2, tmp_path)
     assert [rank.status for rank in ended] == [0, 0], ended
     assert_same(run, alone / "tied")
+    assert main(["train", f"resume={run}", "steps=5"]) == 2
+    told = capsys.readouterr().err
+    assert f"needs a launcher: torchrun --nproc-per-node=K -m g2rl train resume={run}; once that is mended, " in told
+    assert told.endswith(f"continue with: g2rl train resume={run} parallel.strategy=ddp\n")

@@ -101,6 +101,13 @@ def test_a_dry_run_writes_the_folder(tmp_path: Path, hub: Hub, capsys: pytest.Ca
     assert str(tmp_path) not in card.content
 
 
+def test_a_base_that_is_a_checkpoint_is_named_with_its_run(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", "model.path=/models/secret/runs/first/checkpoints/step-000003")
+    card = model_card(load_run(run), 10, "somebody/adder", [])
+    assert "`first/step-000003`, trained with" in card and "| `model.path` | `first/step-000003` |" in card
+    assert "secret" not in card
+
+
 @pytest.mark.parametrize("path", ["Qwen/Qwen3-1.7B-Base", "/models/secret/mine", "./mine"])
 def test_the_base_model_is_named_without_its_folder(tmp_path: Path, hub: Hub, path: str) -> None:
     run = finished_run(tmp_path / "run", f"model.path={path}")

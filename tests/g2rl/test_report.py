@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,6 +230,40 @@ def test_the_report_of_one_run_goes_where_it_is_told(tmp_path: Path, capsys: pyt
     nowhere = str(run / "config.yaml" / "out")
     assert main(["report", str(run), "--out", nowhere]) == 1
     assert f"g2rl: report: {nowhere!r} cannot be written: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_cannot_be_read_is_not_what_cannot_be_written(
+    tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write_run(tmp_path / f"run-{i}", [{"step": 1, "train/accuracy": 0.25}], f"seed={i}") for i in range(count)]
+    opened = Path.open
+
+    def refused(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == "metrics.jsonl":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refused)
+    assert main(["report", *map(str, runs), "--out", str(tmp_path / "out")]) == 1
+    said = f"g2rl: expected a file that may be read, found [Errno 13] Permission denied: '{runs[0]}/metrics.jsonl'\n"
+    assert capsys.readouterr().err == said
+
+
+def test_rewards_are_told_as_they_are_summed(tmp_path: Path) -> None:
+    rewards = "rewards=[{name: correct}, {name: mine:brevity, weight: 0.1, on_error: zero}]"
+    run = write_run(tmp_path / "run", [{"step": 1, "train/accuracy": 0.25}], rewards)
+    row = "| `rewards` | `correct + 0.1 mine:brevity (on_error=zero)` | `correct` |"
+    assert row in write_report(run).read_text(encoding="utf-8")
+
+
+def test_a_penalty_is_named_that_held_out_rewards_do_not_have(tmp_path: Path) -> None:
+    records = [{"step": 1, "train/reward": 0.5, "eval/reward": 0.75}]
+    punish = ("objective.overlong=punish", "objective.overlong_buffer=4")
+    for overrides, label in ((punish, "base reward, with\noverlong penalty"), ((), "base reward")):
+        figure = plot_learning(load_run(write_run(tmp_path / str(len(overrides)), records, *overrides)))
+        assert figure is not None
+        assert [line.get_label() for line in figure.axes[1].lines] == [label, "held-out reward"]
 
 
 def test_a_methods_own_defaults_are_no_changes(tmp_path: Path) -> None:

@@ -298,8 +298,11 @@ def test_grpo_without_geometry(tiny_model: Path, tmp_path: Path, monkeypatch: py
     assert (bare / "groups.jsonl").read_text() == ""
     rows = read(bare / "completions.jsonl")
     assert {row["score"] for row in rows} == {None}
+    assert all(row["shaped"] == row["reward"] for row in rows)  # also of a reward that fp32 does not hold
+    assert any(torch.tensor(row["reward"]).item() != row["reward"] for row in rows)
     report = write_report(bare).read_text(encoding="utf-8")
     assert "it is turned off (`log.geometry` is false)" in report
+    assert "No shaping: method grpo trains on the base rewards." in report
     assert "no heat maps" in report
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from g2rl.config import RewardConfig
 from g2rl.history import COMPUTED, EVALUATION, changes, chosen, differing, learned_by
 from g2rl.progress import printable
 from g2rl.report import code
@@ -142,17 +141,8 @@ def facts_of(found: Sequence[dict[str, str]]) -> dict[str, str]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """What a run learned by, without its seed, and with its rewards as they are summed."""
-    values = {key: value for key, value in learned_by(run.config).items() if key != "seed"}
-    return values | {"rewards": " + ".join(map(_weighted, values["rewards"]))}
-
-
-def _weighted(reward: dict[str, Any]) -> str:
-    """A reward function with its weight and what else of it is not by default: ``0.5 mine:brevity (on_error=zero)``."""
-    usual = asdict(RewardConfig()) | {"name": reward["name"], "weight": reward["weight"]}
-    other = [f"{key}={value}" for key, value in reward.items() if value != usual.get(key)]
-    weight = f"{reward['weight']:.12g} " if reward["weight"] != 1 else ""
-    return f"{weight}{reward['name']}" + (f" ({', '.join(other)})" if other else "")
+    """What a run learned by, without its seed."""
+    return {key: value for key, value in learned_by(run.config).items() if key != "seed"}
 
 
 def _grouped(runs: Sequence[Run], key: Any) -> list[list[Run]]:

@@ -74,4 +74,5 @@ def label_axes(axes: Axes, key: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     if item.unit == "share":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(0.0, low), min(1.0, high))

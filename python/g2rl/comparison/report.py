@@ -9,6 +9,7 @@ from matplotlib import rc_context
 
 from g2rl.comparison.bands import CELL, Band, Comparison, Curve, compare, facts_of, run_names, seed_of
 from g2rl.comparison.plots import PLOTS, plot_bands
+from g2rl.files import writing
 from g2rl.history import ACTS_AHEAD, IGNORED, differing
 from g2rl.metrics import metric
 from g2rl.plots import STYLE
@@ -34,6 +35,7 @@ def write_comparison(run_dirs: Sequence[Path], folder: Path) -> Path:
     Raises:
         FileNotFoundError: there is no such folder, or none has metrics; the message names the file looked for.
         ValueError: a log file is damaged before its last line, or no run has a configuration.
+        StorageError: the report cannot be written.
     """
     runs, notes = [], []
     for run_dir in run_dirs:
@@ -43,13 +45,18 @@ def write_comparison(run_dirs: Sequence[Path], folder: Path) -> Path:
             notes.append(f"`{run_dir.resolve().name}` is left out. It has no metrics yet.")
             if not run_dir.is_dir() or len(notes) == len(run_dirs):
                 raise
-    names = run_names(runs)
     comparison = compare(runs)
+    with writing(f"report: {str(folder)!r}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_sections(folder / "report.md", _sections(comparison, run_names(runs), notes, folder))
+
+
+def _sections(comparison: Comparison, names: dict[Path, str], notes: Sequence[str], folder: Path) -> list[str]:
+    """Of the report, whose plots are written to `folder`."""
     bands = comparison.bands
     compared = sum(len(band.runs) for band in bands)
-    folder.mkdir(parents=True, exist_ok=True)
-    notes += _notes(comparison, names)
-    sections = [
+    notes = [*notes, *_notes(comparison, names)]
+    return [
         f"# Comparison of {compared} run{'s' if compared > 1 else ''}",
         _headline(bands),
         f"## Bands\n\n{_bands(bands, names)}",
@@ -58,7 +65,6 @@ def write_comparison(run_dirs: Sequence[Path], folder: Path) -> Path:
         f"## Plots\n\n{_plots(bands, folder)}",
         f"## Configuration\n\n{_configuration(bands)}",
     ]
-    return write_sections(folder / "report.md", sections)
 
 
 def _held_out_keys(bands: Sequence[Band]) -> list[str]:

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from yaml import MappingNode, Node, SafeLoader, YAMLError, compose
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from yaml import MappingNode, Node, SafeLoader, ScalarNode, YAMLError, compose
 
 from g2rl.config.checks import validate
 from g2rl.config.keys import Config, ConfigError, RewardConfig
@@ -123,7 +123,7 @@ def read_overrides(overrides: Sequence[str]) -> DictConfig:
         if value.strip().removeprefix(kept).lstrip().startswith("#") and found in (None, kept):
             # Nobody writes a comment there: a text would lose its end, or be read as null.
             raise ConfigError(f"{key}: expected a value in YAML syntax, found a comment; quoted: '{key}=\"{value}\"'")
-        if found is not None and not isinstance(found, str) and _is_text(key):
+        if not isinstance(found, str | None) and _is_text(key):
             OmegaConf.update(read, key, value.strip())  # as typed: 1e-5 is no number there, nor `on` true
     return read
 
@@ -142,7 +142,7 @@ def read_yaml(path: Path) -> DictConfig:
     try:
         with named_errors(str(path)):
             contents = OmegaConf.load(path)
-        _check_comments(path)
+        _take_as_written(contents, path)
     except (YAMLError, UnicodeError) as error:
         raise ConfigError(f"{path}: expected YAML in UTF-8: {_told(error)}") from error
     except OSError as error:  # which OmegaConf also raises for a number alone
@@ -152,17 +152,22 @@ def read_yaml(path: Path) -> DictConfig:
     return contents
 
 
-def _check_comments(path: Path) -> None:
-    """Raise `ConfigError` for what YAML takes for a comment in place of a value, as in ``answer_after: ####``.
+def _take_as_written(contents: DictConfig | ListConfig, path: Path) -> None:
+    """Put texts that YAML reads as something else into a file's contents as they are written, as in ``name: 1e-5``.
 
-    After a comment's `#` there is nearly always a blank; where the value follows on other lines, there is one.
+    What it takes for a comment in place of a value, as in ``answer_after: ####``, is a `ConfigError`. After a comment's
+    `#` there is nearly always a blank; where the value follows on other lines, there is one.
     """
     text = path.read_text(encoding="utf-8")
-    sections: list[Node | None] = [compose(text, SafeLoader)]
+    sections: list[tuple[str, Node | None]] = [("", compose(text, SafeLoader))]
     while sections:
-        section = sections.pop()
+        above, section = sections.pop()
         for key, value in section.value if isinstance(section, MappingNode) else ():
-            sections.append(value)
+            name = f"{above}{key.value}"
+            sections.append((f"{name}.", value))
+            is_other = isinstance(value, ScalarNode) and not isinstance(value_at(contents, name), str | None)
+            if is_other and _is_text(name):
+                OmegaConf.update(contents, name, value.value)
             comment = re.match(r"[ \t]+(#\S.*)", text[value.start_mark.index :])
             if comment and not value.value:
                 raise ConfigError(

@@ -37,7 +37,7 @@ class ModelConfig:
     bfloat16 where the processor has instructions for it; a run keeps what it began with."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """transformers' attention implementation; `sdpa` leaves models that do not have it their own. On a CPU, `eager` has
-    the faster backward pass for short sequences."""
+    the faster backward pass for short sequences; its memory grows with the square of their length."""
     prefix_sharing: Literal["auto", "always", "never"] = "auto"
     """Compute a prompt once for all responses of its group: `auto` where the model can and it is cheaper."""
     packing: Literal["auto", "always", "never"] = "auto"

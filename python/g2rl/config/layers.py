@@ -9,7 +9,7 @@ from functools import cache
 from types import NoneType
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import (
     ConfigKeyError,
     GrammarParseError,
@@ -132,7 +132,7 @@ def stacked(layers: Sequence[DictConfig]) -> DictConfig:
     return whole
 
 
-def value_at(layer: DictConfig, key: str) -> Any:
+def value_at(layer: DictConfig | ListConfig, key: str) -> Any:
     """What a layer has at a dotted key, as it is written; None for nothing."""
     found: Any = OmegaConf.to_container(layer)
     for name in key.split("."):

@@ -66,9 +66,10 @@ class Ranks:
     def check(self, config: Config) -> None:
         """Raise `ConfigError` unless these ranks can share the run's work."""
         if config.parallel.strategy == "fsdp2" and not self.sharded:
+            what = f"resume={config.resume}" if config.resume else "CONFIG"
             raise ConfigError(
                 "parallel.strategy: expected ddp in a process of its own, found fsdp2, which needs a launcher: "
-                "torchrun --nproc-per-node=K -m g2rl train CONFIG"
+                f"torchrun --nproc-per-node=K -m g2rl train {what}"
             )
         parts = config.objective.mini_batches * self.size
         if config.rollout.prompts % parts:
