@@ -95,7 +95,7 @@ def boxed_letter(response: str, options: Sequence[str] = ()) -> str | None:
 
     None without a box, when the last one holds no letter, and when anything else in the response claims another.
     """
-    boxes = _boxes(response[-WINDOW:])
+    boxes = _boxes(after_thinking(response)[-WINDOW:])
     return claimed_letter(response, options) if boxes and _read(boxes[-1], {}) else None
 
 
@@ -107,7 +107,7 @@ def claimed_letter(response: str, options: Sequence[str] = ()) -> str | None:
         options: the options' texts, at most ten; an answer that quotes one of them claims its letter. Without them
             only letters are read.
     """
-    text = after_thinking(response)
+    text = after_thinking(response)[-WINDOW:]
     texts = _option_keys(options)
     plain = _plain(text)
     marked = set().union(*(_read(content, texts) for content in [*_boxes(text), *_TAG.findall(text)]))
