@@ -61,7 +61,8 @@ def hub_rows(path: str, subset: str | None, split: str, expected: str, way_out: 
         rows: Iterable[Any] = importlib.import_module("datasets").load_dataset(path, subset, split=split)
     except Exception as error:  # of a library that has its own kinds for a file that it cannot read
         found = f"{path!r}, subset {subset!r}, split {split!r}"
-        raise ConfigError(f"{expected}, found {found}: {error}{way_out}") from error
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise ConfigError(f"{expected}, found {found}: {error}{cause}{way_out}") from error
     for number, row in enumerate(rows, 1):
         yield f"{path}[{split}]:{number}", row
 
