@@ -231,6 +231,7 @@ CASES = [
     (r"(-\infty,-1)\cup(1,\infty)", r"x<-1 \text{ and } x>1", False, "both at once, which is nothing"),
     (r"(-\infty,-1]\cup[1,\infty)", r"x\le-1 \text{ or } x>1", False, "an end left out"),
     ("(-1,1)", r"x>-1 \text{ and } x<1", True, "both at once"),
+    ("[-1,1]", "x \u2265 -1 and x \u2264 1", True, "in Unicode"),
     ("(-1,1)", r"x>-1 \text{ or } x<1", False, "either, which is everything"),
     ("(-1,1)", r"-1<x<1", True, "a chain"),
     (r"x<-1 \text{ or } y>1", r"y>1 \text{ or } x<-1", True, "two variables"),

@@ -29,7 +29,7 @@ _SIGNS = str.maketrans(
     | {sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("\u2044")) for sign in _FRACTIONS}
     | {"\u2212": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u221e": r"\infty "}
     | {"\u03c0": r"\pi ", "\u00b0": r"^\circ ", "\u2205": r"\emptyset ", "\u2208": r"\in "}
-    | {"\u2044": "/", "\u2010": "-"}
+    | {"\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u2044": "/", "\u2010": "-"}
 )
 _RAISED = re.compile("\u207b?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 _ROOT = re.compile("\u221a\\s*(?:([0-9]+(?:\\.[0-9]+)?|[A-Za-z])|\\(([^()]*)\\)|(?=\\{))")
@@ -43,7 +43,7 @@ _CLOSE_COMMA = re.compile(r"(?:\{,\}|,\s*\\!)\s*")
 # Between the digits of a number it divides no list, whatever stands around the number.
 _THOUSANDS = re.compile(r"(?<=[0-9])(?<![0-9]{4})(?:\{,\}|,\s*\\!|,!)\s*(?=[0-9]{3}(?![0-9]))")
 _PLAIN_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
-_REPEATING = re.compile(r"([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar)\s*\{?([0-9]{1,20})\}?")
+_REPEATING = re.compile(r"(?<![0-9])([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar)\s*\{?([0-9]{1,20})\}?")
 _PYTHON_POWER = re.compile(r"(?<=[0-9A-Za-z)}])( ?)\*\*\1(?:([+-]?[0-9A-Za-z]+)|\(([^()]*)\))")
 # Thousands as other countries divide them: by blanks, or by more than one dot.
 _OTHER_THOUSANDS = re.compile(r"(?<![0-9.,])(?<![0-9] )[0-9]{1,3}(?:(?: [0-9]{3})+|(?:\.[0-9]{3}){2,})(?![0-9]| [0-9])")
@@ -92,7 +92,8 @@ _NUMBER = re.compile(
 
 _TENS = "twen|thir|for|fif|six|seven|eigh|nine"
 CHANGES = (
-    r"(?i:\b(?:or|not|if|unless|maybe|perhaps|possibly|wrong|plus|minus|squared|cubed|mod|modulo|factorial|divided|mille|half|halves|thirds?|gross"
+    r"(?i:\b(?:or|not|if|unless|maybe|perhaps|possibly|wrong|plus|minus|squared|cubed|mod|modulo|factorial|divided"
+    r"|mille|half|halves|thirds?|gross"
     r"|(?:power|sin|cos|tan|cot|log|ln|exp|sqrt|pi|alpha|beta|gamma|delta|theta|lambda|omega"  # but not: power plants
     r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
     rf"|(?:four|{_TENS})teen|(?:{_TENS})ty)(?![ -][a-z])"
@@ -184,10 +185,12 @@ def read(answer: str, units: bool = True) -> tuple[str, str]:
 
     TeX stands in place of other notations, and nothing around it: signs that Unicode has for TeX's become that; ``$``,
     ``**``, ``\mathbf{}`` and their kin around the whole go, and so does ``=`` before it; ``\frac\pi2`` gets its braces;
-    ``4.5e33`` becomes a power, ``3 1/2`` a mixed fraction.
+    ``4.5e33`` and ``x**2`` become powers, ``3 1/2`` a mixed fraction, ``0.\overline{3}`` a fraction, ``1 000`` one
+    number. The unit of a time of day is its half: ``am``, ``pm``.
 
     Args:
-        units: take off what stands behind a plain number and does not change it: ``18 dollars``, ``10 km/h``.
+        units: take off what stands behind a plain number and does not change it: ``18 dollars``, ``10 km/h``; and words
+            set as text behind numbers elsewhere, as in ``3\text{ cm}, 5\text{ cm}``.
     """
     text = _RAISED.sub(lambda raised: f"^{{{unicodedata.normalize('NFKC', raised.group())}}}", answer[:MAX_ANSWER])
     text = text.translate(_SIGNS)
