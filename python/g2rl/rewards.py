@@ -10,7 +10,7 @@ from typing import Any
 
 from g2rl.config import ConfigError, RewardConfig
 from g2rl.plugins import PluginError, check_takes, guarded, import_named, shown
-from g2rl.tasks.answers import extract_boxed
+from g2rl.tasks.answers import after_thinking, extract_boxed
 from g2rl.tasks.base import Task
 from g2rl.types import Episode, Problem, Verdict
 
@@ -35,7 +35,7 @@ class Reward:
 
 
 def _boxed(problem: Problem, response: str, finished: bool) -> float:
-    return float(extract_boxed(response) is not None)
+    return float(extract_boxed(after_thinking(response)) is not None)
 
 
 def _finished(problem: Problem, response: str, finished: bool) -> float:

@@ -20,6 +20,9 @@ KEPT = (
     r"3\sqrt{2}"),
     ("x^2+1", "x^2-1"), ("x^2+1", "x^3+1"), ("(1,2)", "(2,1)"), ("(1,2)", "(1,2,3)"), (r"\pi", "3.14"), ("-1", "1"),
     (r"\{1,2\}", r"\{1,3\}"), ("10^{20}", "10^{21}"), (r"\text{Monday}", r"\text{Friday}"), ("3+2i", "3-2i"),
+    (r"\frac{1}{2}", r"\frac{1}{2} ?? \frac{1}{3}"), ("7", "7t"), ("7", r"7\mathrm{i}"), ("56", "7 8"),
+    ("1, 2", "1<x<2"), ("7", r"7\text{ or 8}"), ("7", r"7\text{ cm}, 8\text{ cm}"),
+    ("7", r"7\text{ feet }8\text{ inches}"),
     ("1000000007", "1000000009"), (r"\infty", r"-\infty"), ("0", "1"), ("2^{100}", "2^{101}"),
 )  # fmt: skip
 """Pairs of an answer and another that is not right for it, however it is dressed."""

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from g2rl.tasks import spelling
 from g2rl.tasks.answers import after_thinking, extract_boxed, extract_tagged, last_number, one_box, reconsiders
 from g2rl.tasks.arithmetic import ArithmeticTask
 from g2rl.tasks.choice import boxed_letter, claimed_letter
 from g2rl.tasks.lenient import lenient_answer
 from g2rl.tasks.pool import LIMIT_S, PATIENCE, _Worker
-from g2rl.tasks.spelling import canonical, is_changed, number
+from g2rl.tasks.spelling import canonical, number
 from g2rl.tasks.verifier import MathVerifier, _has_huge_power, _overlooked
 from g2rl.types import Problem
 from tests.faults import hostile_text as texts
@@ -29,7 +30,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "last_number": last_number,
     "canonical": canonical,
     "number": number,
-    "is_changed": is_changed,
+    "read": spelling.read,
     "lenient_answer": lenient_answer,
     "claimed_letter": lambda text: claimed_letter(text, OPTIONS),
     "boxed_letter": lambda text: boxed_letter(text, OPTIONS),

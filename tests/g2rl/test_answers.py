@@ -170,6 +170,22 @@ def test_extract_answer_takes_a_number_only_without_a_box() -> None:
 @pytest.mark.parametrize(
     "text, expected, reason",
     [
+        (r"<think>\boxed{6}?</think> It is \boxed{7}.", "7", "a box after it"),
+        (r"So \boxed{6}. </think> It is \boxed{7}.", "7", "one that the prompt began"),
+        (r"<think>So \boxed{7}.</think> The answer is 8.", None, "a box in it is no answer"),
+        (r"<think>So \boxed{7}.</think>", None, "nor where nothing follows"),
+        (r"<think>So \boxed{7}.", None, "nor one that does not end"),
+        (r"<think>a</think> \boxed{6} <think>b</think> \boxed{7}", "7", "after the last one"),
+        (r"</think> \boxed{7} <think> and \boxed{6}", None, "begun again"),
+    ],
+)
+def test_thinking_is_no_answer(text: str, expected: str | None, reason: str) -> None:
+    assert extract_answer(text, allow_number=False) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected, reason",
+    [
         ("<answer>7</answer>", "7", "plain"),
         ("<answer>1</answer> <answer>\n2\n3 </answer>", "2\n3", "the last one, over lines"),
         ("<answer>1</answer> <answer>2", "1", "one that never closes"),

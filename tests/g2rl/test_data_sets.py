@@ -59,6 +59,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return asked
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_hub_columns(name: str, hub: list[tuple[Any, ...]]) -> None:
     spec = DATA_SETS[name]
@@ -135,6 +140,21 @@ def test_few_rows_may_lack_an_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name, row",
+    [
+        ("gsm8k", {"question": "a", "answer": "So it is. #### "}),
+        ("mmlu_pro", {**CHOICE, "options": ["Paris", "Rome", "Rome "]}),
+        ("gpqa", {**HUB_ROWS["gpqa"], "Incorrect Answer 2": "2 "}),
+    ],
+)
+def test_no_answer_is_right(tmp_path: Path, name: str, row: dict[str, Any]) -> None:
+    """Nothing follows the sign that the answer follows, or another option is the same."""
+    write(tmp_path / f"{name}.jsonl", [row])
+    with pytest.raises(ConfigError, match=f"{name}: .* found 0 of 1, the first without at .*{name}.jsonl:1"):
+        load_problems(name, "train", str(tmp_path))
+
+
+@pytest.mark.parametrize(
     "row, message",
     [
         ({"text": "a", "answer": "B"}, "expected a column 'question' or 'problem' .the problem., found text, answer"),
@@ -143,6 +163,10 @@ def test_few_rows_may_lack_an_answer(tmp_path: Path) -> None:
         ({**CHOICE, "options": "Paris"}, "expected list in 'options', found str"),
         ({**CHOICE, "options": ["Paris"]}, "expected 2 to 10 texts in 'options', found"),
         ({**CHOICE, "options": ["Paris", 2]}, "expected 2 to 10 texts in 'options', found"),
+        (
+            {**CHOICE, "options": ["Paris", "\ud800"]},
+            r"expected 2 to 10 texts in 'options', found \['Paris', '.ud800'\]",
+        ),
         ({**CHOICE, "answer": "D"}, "expected a letter from A to C, found 'D'"),
         ({**CHOICE, "answer": "Rome"}, "expected a letter from A to C, found 'Rome'"),
     ],
@@ -162,6 +186,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: dict[str, Any]
             "math500: .* found 'HuggingFaceH4/MATH-500', subset None, split 'test': Couldn't reach it.*"
             "math500.jsonl .*--data FOLDER",
         ),
+        (caused(OSError("no such split"), ValueError("bad JSON")), "mmlu_pro", r"no such split \(bad JSON\)"),
         (FileNotFoundError("gated"), "gpqa", "'Idavidrein/gpqa', subset 'gpqa_diamond'.*accept its terms.*HF_TOKEN"),
         (ValueError("no such split"), "mmlu_pro", "no such split.*problem, answer and options"),
     ],

@@ -388,7 +388,7 @@ def test_digests_tell_weights_apart(tiny_model: Path) -> None:
 @pytest.fixture
 def data(tmp_path: Path) -> Iterator[Path]:
     # Multiple choice, whose judge starts no processes.
-    rows = [{"problem": f"What is {i} + {i}?", "answer": "B", "options": [str(i), str(2 * i)]} for i in range(8)]
+    rows = [{"problem": f"What is {i} + {i}?", "answer": "B", "options": [str(i - 1), str(2 * i)]} for i in range(8)]
     write(tmp_path / "mmlu_pro.jsonl", rows)
     yield tmp_path
 

@@ -67,13 +67,15 @@ def test_correct_is_minus_one_or_one() -> None:
 
 def test_weighted_sum() -> None:
     rewards = [RewardConfig("correct", 2.0), RewardConfig("boxed", 0.5), RewardConfig("finished", -0.25)]
-    verdicts = judge([(r"\boxed{32}", True), (r"\boxed{33", False), ("32", False)], rewards)
+    responses = [(r"\boxed{32}", True), (r"\boxed{33", False), ("32", False), (r"<think>\boxed{32}</think>32", True)]
+    verdicts = judge(responses, rewards)
     assert [v.parts for v in verdicts] == [
         {"correct": 1.0, "boxed": 1.0, "finished": 1.0},
         {"correct": -1.0, "boxed": 0.0, "finished": 0.0},
         {"correct": 1.0, "boxed": 0.0, "finished": 0.0},
+        {"correct": 1.0, "boxed": 0.0, "finished": 1.0},
     ]
-    assert [v.reward for v in verdicts] == [2.25, -2.0, 2.0]
+    assert [v.reward for v in verdicts] == [2.25, -2.0, 2.0, 1.75]
 
 
 def test_correctness_is_judged_without_being_rewarded() -> None:

@@ -382,6 +382,8 @@ class TestReasoningGym:
             (r"{} \boxed{{no}}", False, "a wrong box"),
             (r"\boxed{{0}} or \boxed{{{}}}", False, "two boxes to choose from"),
             (r"\boxed{{{}}}, \boxed{{{}}}", True, "the same box twice"),
+            ("<think>\\boxed{{0}}</think>\n{}", True, "the last line after thinking"),
+            (r"<think>\boxed{{{}}}</think> So it is.", False, "a box in thinking"),
             ("", False, "nothing"),
         ],
     )

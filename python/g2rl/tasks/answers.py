@@ -134,9 +134,12 @@ def extract_tagged(text: str) -> str | None:
 
 
 def after_thinking(text: str) -> str:
-    """Return the end, `WINDOW`, of what follows the last ``</think>``; nothing of a ``<think>`` that never ends."""
+    """Return what follows the last ``</think>``, which alone answers; nothing of a ``<think>`` that never ends.
+
+    Only the last `MAX_TEXT` characters are read.
+    """
     text = text[-MAX_TEXT:].rpartition("</think>")[2]
-    return "" if "<think>" in text else text[-WINDOW:]
+    return "" if "<think>" in text else text
 
 
 def reconsiders(text: str, *claims: re.Pattern[str]) -> bool:
@@ -197,7 +200,8 @@ def one_box(text: str, same: Callable[[str, str], bool] = same_spelling) -> str 
 
 
 def extract_answer(text: str, allow_number: bool, same: Callable[[str, str], bool] = same_spelling) -> str | None:
-    """Return `one_box` of `text`; without a box and with `allow_number` its last number, else None."""
+    """Return `one_box` of what follows thinking; without a box and with `allow_number` its last number, else None."""
+    text = after_thinking(text)
     if allow_number and extract_boxed(text) is None:
         return last_number(text)
     return one_box(text, same)

@@ -20,7 +20,7 @@ from g2rl.tasks.spelling import canonical, without_wrappers
 LETTERS = "ABCDEFGHIJ"
 _MAX_CONTENT = 1_000  # characters of a box or a line; a longer one names no option
 
-_MARKUP = re.compile(r"\*+|`+|\$+|\\[()\[\]]|\\boxed(?=\{)")
+_MARKUP = re.compile(r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]|\*+|`+|\$+|\\[()\[\]]|\\boxed(?=\{)")
 _ENCLOSED = r"[(\[{]\s?([A-Ja-j])\s?[)\]}]"
 # A bare capital that is not part of a word, formula or name ("B-cells", "C = 2"), nor an article or the pronoun: after
 # a blank only words follow that go on about an answer.
@@ -95,7 +95,7 @@ def boxed_letter(response: str, options: Sequence[str] = ()) -> str | None:
 
     None without a box, when the last one holds no letter, and when anything else in the response claims another.
     """
-    boxes = _boxes(response[-WINDOW:])
+    boxes = _boxes(after_thinking(response)[-WINDOW:])
     return claimed_letter(response, options) if boxes and _read(boxes[-1], {}) else None
 
 
@@ -107,7 +107,7 @@ def claimed_letter(response: str, options: Sequence[str] = ()) -> str | None:
         options: the options' texts, at most ten; an answer that quotes one of them claims its letter. Without them
             only letters are read.
     """
-    text = after_thinking(response)
+    text = after_thinking(response)[-WINDOW:]
     texts = _option_keys(options)
     plain = _plain(text)
     marked = set().union(*(_read(content, texts) for content in [*_boxes(text), *_TAG.findall(text)]))

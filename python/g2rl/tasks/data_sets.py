@@ -14,7 +14,7 @@ from g2rl.tasks.base import apart, check_held_out, distinct, option, read_option
 from g2rl.tasks.choice import LETTERS
 from g2rl.tasks.grading import JUDGES, JudgedTask
 from g2rl.tasks.jsonl import INSTRUCTION
-from g2rl.tasks.rows import column, file_rows, hub_rows, plain
+from g2rl.tasks.rows import SURROGATE, column, file_rows, hub_rows, plain
 from g2rl.types import Problem
 
 CHOICE_INSTRUCTION = "Please reason step by step, and put the letter of the right option within \\boxed{}."
@@ -174,20 +174,23 @@ def _file(name: str, split: str, data: str) -> Path | None:
 
 
 def _problem(spec: DataSet, id: str, place: str, row: Any, instruction: str) -> Problem | None:
-    """Return the problem in a row, None where it has no answer."""
+    """Return the problem in a row, None where it has no answer, or an option that another one equals."""
     question = column(row, (spec.problem, "problem"), place, "the problem", (str,))
     answer = column(row, (spec.answer, "answer"), place, "the answer", (str, int, float, type(None)))
     if not question.strip():
         raise ConfigError(f"{place}: expected a question, found none")
     text = "" if answer is None else plain(answer)
-    if not text.strip():
-        return None
     if spec.answer_after is not None:
         text = text.rpartition(spec.answer_after)[2]
+    if not text.strip():
+        return None
     parts = [question]
     options: list[str] = []
     if spec.judge == "choice":
         options, text = _options(spec, question, text, place, row)
+        texts = [option.strip() for option in options]
+        if texts.count(texts[LETTERS.index(text)]) > 1:
+            return None  # the same as another: no letter is right
         parts.append("\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)))
     parts += [instruction] if instruction else []
     return Problem(id, "\n".join(parts), text.strip(), {"options": options} if options else {})
@@ -201,7 +204,8 @@ def _options(spec: DataSet, question: str, answer: str, place: str, row: dict[st
         random.Random(question).shuffle(options)  # the same order in every run
         return options, LETTERS[options.index(answer.strip())]
     options = column(row, ("options",), place, "the options", (list,))
-    if not 2 <= len(options) <= len(LETTERS) or not all(isinstance(text, str) for text in options):
+    are_texts = all(isinstance(text, str) and not SURROGATE.search(text) for text in options)
+    if not 2 <= len(options) <= len(LETTERS) or not are_texts:
         raise ConfigError(f"{place}: expected 2 to {len(LETTERS)} texts in 'options', found {str(options)[:80]}")
     letter = answer.strip()
     if letter not in LETTERS[: len(options)]:

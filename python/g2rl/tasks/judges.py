@@ -5,6 +5,7 @@ This module and what it imports must stay light: a worker's start is an import o
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import logging
@@ -19,6 +20,8 @@ from typing import Any
 
 from g2rl.tasks.sandbox import restrain
 
+_JOINED = re.compile(r"(?=.*(?:[<>]|\\[lg](?:eq?|t)(?![A-Za-z])))(?=.*\b(?:or|and)\b)", re.DOTALL)  # inequalities
+_IMAGINARY = re.compile(r"\\(?:mathrm|text)\{i\}|(?<![A-Za-z\\])i(?![A-Za-z])")
 _DECIMALS = 12  # to which expressions with decimals are equal; plain numbers are compared exactly before
 
 
@@ -64,14 +67,32 @@ def serve() -> None:
 
 def math_judge() -> Callable[[str, str], bool]:
     """Return a judge of (gold, prediction): are the two, final answers in LaTeX, mathematically equal?"""
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import Intersection, Union
 
     logging.disable(logging.CRITICAL)  # math-verify would warn that its own time limits are off; ours covers it
-    # Only the box is parsed. With plain expressions allowed as well, a number out of an unreadable answer would count.
-    target = [LatexExtractionConfig(boxed_match_priority=0)]
+    # As it is by default, but that what looks like units stays: it takes `3t` for 3, and `3\text{ cm}, 5\text{ cm}`.
+    normal = NormalizationConfig(malformed_operators=True, nits=True, boxed="last")
+    target = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=normal)]
 
     def parsed(answer: str) -> Any:
-        return parse(rf"\boxed{{{answer}}}", target, parsing_timeout=None)
+        if "_" not in answer:  # no index: its `i` would be a variable, a real one in `2i` and none in `2 i`
+            answer = _IMAGINARY.sub("I", answer)
+        # Only the whole box is parsed: otherwise a fraction out of an unreadable answer would count.
+        found = parse(rf"\boxed{{{answer}}}", target, extraction_mode="first_match", parsing_timeout=None)
+        if _JOINED.match(answer):
+            with contextlib.suppress(AttributeError, IndexError, NotImplementedError):  # not of inequalities alone
+                return [solutions(answer), *found]
+        return found
+
+    def solutions(answer: str) -> Any:
+        """What solves inequalities in one variable that are joined by words: `x<-1 or x>1`."""
+        for word, join in (("or", Union), ("and", Intersection)):
+            parts = re.split(rf"\\text\s*\{{\s*{word}\s*\}}|\b{word}\b", answer)
+            if len(parts) > 1:
+                return join(*map(solutions, parts))
+        return parsed(answer)[0].as_set()
 
     def judge(gold: str, prediction: str) -> bool:
         # Its default of six decimals takes 1/3 for 0.333333 and everything small for 0. Relations are compared with

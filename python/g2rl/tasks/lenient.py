@@ -14,6 +14,7 @@ from g2rl.tasks.answers import (
     BOX,
     MAX_PHRASES,
     NOT_MINE,
+    WINDOW,
     after_thinking,
     extract_tagged,
     last_number,
@@ -68,14 +69,14 @@ _ENDS_WITH_NUMBER = re.compile(
     r"(?:=|\b(?:is|are|equals?|gets?|becomes?|has|have|costs?|makes?|total of|gives?|yields?|be|takes?|left with)\b"
     rf"|\bit['’]s)\s?{_NUMBER}{_WORDS}$"
 )
-_GROUPED = re.compile(r"[0-9]{1,3}(?:[ \u00a0\u202f][0-9]{3})+")
 
 
 def lenient_answer(response: str, same: Callable[[str, str], bool] = same_spelling) -> str | None:
     """Return the final answer of a response, boxed or not, None if it has none or leaves a choice as in `one_box`."""
-    if BOX.search(response):
-        return one_box(response, same)
     text = after_thinking(response)
+    if BOX.search(text):
+        return one_box(text, same)
+    text = text[-WINDOW:]
     tagged = extract_tagged(text)
     text = _MARKUP.sub("", text if tagged is None else f"The answer is {tagged}")
     stated = [_stated(text, match) for match in list(_PHRASE.finditer(text))[-MAX_PHRASES:]]
@@ -90,7 +91,13 @@ def lenient_answer(response: str, same: Callable[[str, str], bool] = same_spelli
 
 
 def _formulas(text: str) -> list[re.Match[str]]:
-    return [match for match in _FORMULA.finditer(text) if not _PROSE.search(_content(match))]
+    return [match for match in _FORMULA.finditer(text) if not _is_money(match)]
+
+
+def _is_money(formula: re.Match[str]) -> bool:
+    """Whether there are words between two dollar signs, or an equals sign before the second: no formula."""
+    content = _content(formula)
+    return content.endswith("=") or _PROSE.search(content) is not None
 
 
 def _content(formula: re.Match[str]) -> str:
@@ -99,7 +106,7 @@ def _content(formula: re.Match[str]) -> str:
 
 def _outside(text: str) -> str:
     """Return `text` with a blank in place of each formula."""
-    return _FORMULA.sub(lambda match: match.group() if _PROSE.search(_content(match)) else " ", text)
+    return _FORMULA.sub(lambda match: match.group() if _is_money(match) else " ", text)
 
 
 def _stated(text: str, phrase: re.Match[str]) -> str | None:
@@ -143,7 +150,7 @@ def _concluded(text: str) -> str | None:
     if short or (len(text) <= _MAX_SENTENCE and not _WORD.search(_outside(text))):
         alone = _only_answer(text.rstrip(" ."))
         if alone is not None:
-            return re.sub(r"\s", "", alone) if _GROUPED.fullmatch(alone) else alone
+            return alone
     if not formulas:
         number = _ENDS_WITH_NUMBER.search(sentence)
         return number[1] if number else None

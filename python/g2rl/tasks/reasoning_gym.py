@@ -13,7 +13,7 @@ from typing import Any
 
 from g2rl.config import ConfigError
 from g2rl.plugins import announced
-from g2rl.tasks.answers import extract_boxed, extract_tagged, last_number, one_box
+from g2rl.tasks.answers import after_thinking, extract_boxed, extract_tagged, last_number, one_box
 from g2rl.tasks.base import Task, check_index, content
 from g2rl.tasks.custom import ENTRY_POINTS
 from g2rl.tasks.data_sets import DATA_SETS
@@ -42,9 +42,9 @@ _EMPTY = re.compile(r"\s*\{\s*\}")
 class ReasoningGymTask(Task):
     """One reasoning-gym data set.
 
-    The answer is the last box of a response (none where a box right beside it differs), else its last ``<answer>``
-    element, else its last line, or on demand its last number. It is right from a score of `RIGHT`; scoring runs in
-    worker processes with a time limit. Where the library's judge evaluates answers as code
+    The answer is, after thinking, the last box of a response (none where a box right beside it differs), else its last
+    ``<answer>`` element, else its last line, or on demand its last number. It is right from a score of `RIGHT`; scoring
+    runs in worker processes with a time limit. Where the library's judge evaluates answers as code
     (`g2rl.tasks.unsafe_judges`), the kernel keeps them from files, network and processes (`g2rl.tasks.sandbox`). A few
     of the generators iterate over sets: exact repetition of those across processes takes a fixed ``PYTHONHASHSEED``.
 
@@ -103,6 +103,7 @@ class ReasoningGymTask(Task):
         return list(self._held_out.values())
 
     def extract(self, response: str, problem: Problem | None = None) -> str | None:
+        response = after_thinking(response)
         if problem is not None and problem.data["entry"]["answer"] == "" and _ends_with_empty_box(response):
             return ""
         if extract_boxed(response) is not None:

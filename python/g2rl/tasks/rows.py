@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from g2rl.config import ConfigError
 from g2rl.hub import no_connection
@@ -59,18 +58,20 @@ def hub_rows(path: str, subset: str | None, split: str, expected: str, way_out: 
     Raises:
         ConfigError: no such data set, split or subset, or no network; the message names all three.
     """
-    lost = None
+    datasets = importlib.import_module("datasets")
+    lost, offline = None, datasets.config.HF_HUB_OFFLINE
     try:
-        datasets = importlib.import_module("datasets")
-        if not Path(path).exists():
-            lost = no_connection(path, "README.md", "dataset")
-        # Without a connection it would ask again and again, for half a minute, before it looks on this machine.
-        with patch.object(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE or lost is not None):
-            rows: Iterable[Any] = datasets.load_dataset(path, subset, split=split)
+        if not Path(path).exists() and (lost := no_connection(path, "README.md", "dataset")):
+            # It would ask again and again, for half a minute, before it looks on this machine.
+            datasets.config.HF_HUB_OFFLINE = True
+        rows: Iterable[Any] = datasets.load_dataset(path, subset, split=split)
     except Exception as error:  # of a library that has its own kinds for a file that it cannot read
         found = f"{path!r}, subset {subset!r}, split {split!r}"
-        why = f"no connection to the hub ({type(lost).__name__}: {lost}), and {error}" if lost is not None else error
+        why = f"no connection to the hub ({type(lost).__name__}: {lost}), and {error}" if lost else str(error)
+        why += f" ({error.__cause__})" if error.__cause__ else ""
         raise ConfigError(f"{expected}, found {found}: {why}{way_out}") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     for number, row in enumerate(rows, 1):
         yield f"{path}[{split}]:{number}", row
 

@@ -22,10 +22,14 @@ _PRINTED = Fraction(1, 10**12)  # of a number, what its last printed digit is wo
 _LAYERS = 8  # of markup around an answer that are taken off
 
 _FRACTIONS = "\u00bd\u2153\u2154\u00bc\u00be\u2155\u2156\u2157\u2158\u2159\u215a\u215b\u215c\u215d\u215e"  # 1/2 to 7/8
+_UNSEEN = [0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065), 0xFEFF]
 _SIGNS = str.maketrans(
-    {sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("\u2044")) for sign in _FRACTIONS}
+    dict.fromkeys(_UNSEEN)
+    | {wide: chr(wide - 0xFEE0) for wide in range(0xFF01, 0xFF5F)}  # digits, brackets and commas of East Asian text
+    | {sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("\u2044")) for sign in _FRACTIONS}
     | {"\u2212": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u221e": r"\infty "}
-    | {"\u03c0": r"\pi ", "\u00b0": r"^\circ "}
+    | {"\u03c0": r"\pi ", "\u00b0": r"^\circ ", "\u2205": r"\emptyset ", "\u2208": r"\in "}
+    | {"\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u2044": "/", "\u2010": "-"}
 )
 _RAISED = re.compile("\u207b?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 _ROOT = re.compile("\u221a\\s*(?:([0-9]+(?:\\.[0-9]+)?|[A-Za-z])|\\(([^()]*)\\)|(?=\\{))")
@@ -39,13 +43,20 @@ _CLOSE_COMMA = re.compile(r"(?:\{,\}|,\s*\\!)\s*")
 # Between the digits of a number it divides no list, whatever stands around the number.
 _THOUSANDS = re.compile(r"(?<=[0-9])(?<![0-9]{4})(?:\{,\}|,\s*\\!|,!)\s*(?=[0-9]{3}(?![0-9]))")
 _PLAIN_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
+_REPEATING = re.compile(r"(?<![0-9])([0-9]{0,20})\.([0-9]{0,20})\\(?:overline|bar)\s*\{?([0-9]{1,20})\}?")
+_PYTHON_POWER = re.compile(r"(?<=[0-9A-Za-z)}])( ?)\*\*\1(?:([+-]?[0-9A-Za-z]+)|\(([^()]*)\))")
+# Thousands as other countries divide them: by blanks, or by more than one dot.
+_OTHER_THOUSANDS = re.compile(r"(?<![0-9.,])(?<![0-9] )[0-9]{1,3}(?:(?: [0-9]{3})+|(?:\.[0-9]{3}){2,})(?![0-9]| [0-9])")
+_EMPTY_SET = re.compile(r"\\\{\s*\\\}|\\varnothing(?![A-Za-z])")
 _OPENING = re.compile(r"[(\[|]|\\\{")
 _SPACING = re.compile(
     r"(?P<row>\\\\)|(?<=[0-9,])\\,(?=[0-9]{3}(?![0-9]))|\\!|(?P<blank>(?:\\[,;:> ]|\\q?quad(?![A-Za-z])|[\s~])+)"
 )
 
 _MARKED = re.compile(
-    r"\$\$?((?:[^$\\]|\\.)+)\$\$?|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]"
+    r"(?i:(?:(?:so|thus|therefore|hence|then|we|have|get|find|that|the|final|correct|answer|solution|is|are)[,:]? )+"
+    r"\$([^$]+)\$(?: is the (?:final |correct )?(?:answer|solution))?\.?)"
+    r"|\$\$?((?:[^$\\]|\\.)+)\$\$?|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]"
     r"|\*\*?([^*]+)\*\*?|__?([^_]+)__?|`+([^`]+)`+",
     re.DOTALL,
 )
@@ -53,8 +64,8 @@ _STYLE = r"\\(?:math(?:bf|rm|it|sf|normal)|text(?:bf|it|rm|normal)?|boldsymbol|b
 _GROUP = re.compile(rf"({_STYLE})?\s*\{{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _HEAD = re.compile(
-    r"=\s*|\\(?:display|text)style(?![A-Za-z])\s*|\\text\s*\{\s*(?:(?:so|thus|therefore|hence),?\s+)?(?:the\s+)?"
-    r"(?:final\s+|correct\s+)?answer\s+is:?\s*\}\s*",
+    r"=\s*|\\(?:display|text)style(?![A-Za-z])\s*|(?P<text>\\text\s*\{\s*)?(?:(?:so|thus|therefore|hence),?\s+)?"
+    r"(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is:?|:)\s*(?(text)\}\s*)",
     re.IGNORECASE,
 )
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
@@ -81,7 +92,8 @@ _NUMBER = re.compile(
 
 _TENS = "twen|thir|for|fif|six|seven|eigh|nine"
 CHANGES = (
-    r"(?i:\b(?:or|not|if|wrong|plus|minus|squared|cubed|mod|modulo|factorial|divided|mille|half|halves|thirds?|gross"
+    r"(?i:\b(?:or|not|if|unless|maybe|perhaps|possibly|wrong|plus|minus|squared|cubed|mod|modulo|factorial|divided"
+    r"|mille|half|halves|thirds?|gross"
     r"|(?:power|sin|cos|tan|cot|log|ln|exp|sqrt|pi|alpha|beta|gamma|delta|theta|lambda|omega"  # but not: power plants
     r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
     rf"|(?:four|{_TENS})teen|(?:{_TENS})ty)(?![ -][a-z])"
@@ -94,7 +106,11 @@ _UNIT = re.compile(
     r"(?:\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree)(?: ?[CF])?"
     r"|[A-Za-z]+\.?(?:\^ ?\{?[23]\}?)?(?:(?: ?/ ?|-| )[A-Za-z]+\.?(?:\^ ?\{?[23]\}?)?)*"
 )
+# Behind other answers than plain numbers.
+_TEXT_UNIT = re.compile(rf"(?:(?<=[0-9)}}])|(?<=\\pi)) ?{_STYLE} ?\{{ ?([^{{}}]*?) ?\}}(?:\^ ?\{{?[23]\}}?)?")
+_LAST_UNIT = re.compile(r"(?:(?<=[0-9)}])|(?<=\\pi)) ([A-Za-z][A-Za-z. ]*)(?:\^ ?\{?[23]\}?)?$")
 _AREA_OR_VOLUME = re.compile(r"\b(?:(square|sq)|cubic|cu)\b|\^ ?\{?([23])")
+_TIME = re.compile(r"0?([0-9]{1,2}(?::[0-5][0-9]){1,2})(?: {0,2}([ap])\.? ?m\.?)?", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z]+")
 # Shorter words than these may as well be products of variables; four letters hardly are.
 _SHORT_UNITS = frozenset(
@@ -102,7 +118,7 @@ _SHORT_UNITS = frozenset(
     "ohm hz khz mhz kw kwh usd eur gbp day cup can men man cow cat dog hen egg box bag car bus boy way bit pen hat toy "
     "ton per of old".split()
 )
-_LETTER_UNITS = frozenset("mshgl")  # of a rate: m/s, g/l
+_LETTER_UNITS = frozenset("mshgl")  # of a rate, m/s, or as text
 _ARTICLE = re.compile(r" an? (?=[a-z]{3})")  # dollars a day
 
 _NOISE = re.compile(
@@ -156,10 +172,12 @@ def unwrap_text(answer: str) -> str:
     return match[1] if match else answer
 
 
-def unit_power(unit: str) -> int:
-    """Return 2 for a square unit, 3 for a cubic one, 0 for any other."""
+def unit_kind(unit: str) -> str:
+    """Return what tells a unit from others with the same number: of an area or a volume, a time's half of the day."""
+    if unit in ("am", "pm"):
+        return unit
     power = _AREA_OR_VOLUME.search(unit)
-    return 0 if power is None else 2 if power[1] or power[2] == "2" else 3
+    return "" if power is None else "area" if power[1] or power[2] == "2" else "volume"
 
 
 def read(answer: str, units: bool = True) -> tuple[str, str]:
@@ -167,21 +185,39 @@ def read(answer: str, units: bool = True) -> tuple[str, str]:
 
     TeX stands in place of other notations, and nothing around it: signs that Unicode has for TeX's become that; ``$``,
     ``**``, ``\mathbf{}`` and their kin around the whole go, and so does ``=`` before it; ``\frac\pi2`` gets its braces;
-    ``4.5e33`` becomes a power, ``3 1/2`` a mixed fraction.
+    ``4.5e33`` and ``x**2`` become powers, ``3 1/2`` a mixed fraction, ``0.\overline{3}`` a fraction, ``1 000`` one
+    number. The unit of a time of day is its half: ``am``, ``pm``.
 
     Args:
-        units: take off what stands behind a plain number and does not change it: ``18 dollars``, ``10 km/h``.
+        units: take off what stands behind a plain number and does not change it: ``18 dollars``, ``10 km/h``; and words
+            set as text behind numbers elsewhere, as in ``3\text{ cm}, 5\text{ cm}``.
     """
     text = _RAISED.sub(lambda raised: f"^{{{unicodedata.normalize('NFKC', raised.group())}}}", answer[:MAX_ANSWER])
+    text = text.translate(_SIGNS)
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}" if root[1] or root[2] else r"\sqrt", text)
-    text = _FRAC.sub(_braced, _ROW_END.sub(r"\\\\", _DASH.sub(r"\1\2-", text.translate(_SIGNS))))
-    text = text.replace(r"\varnothing", r"\emptyset")
+    text = _REPEATING.sub(_fraction_of, _PYTHON_POWER.sub(lambda power: f"^{{{power[2] or power[3]}}}", text))
+    text = _FRAC.sub(_braced, _ROW_END.sub(r"\\\\", _DASH.sub(r"\1\2-", text)))
+    text = _EMPTY_SET.sub(r"\\emptyset", text)
     text = _without_thousands(_CLOSE_COMMA.sub(",", _THOUSANDS.sub("", text)))
     text = _bare(_SPACING.sub(lambda space: space["row"] or (" " if space["blank"] else ""), text))
+    text = _OTHER_THOUSANDS.sub(lambda grouped: re.sub("[ .]", "", grouped.group()), text)
+    if time := _TIME.fullmatch(without_wrappers(text)):
+        return time[1], f"{time[2]}m".lower() if time[2] else ""
     start, found, behind = _measured(text)
     if found and _value(found) and (not behind or (units and _is_unit(behind))):
         return text[:start] + _spelled(found), behind
-    return text, ""
+    return (_without_units(text) if units else text), ""
+
+
+def _without_units(text: str) -> str:
+    """Return `text` without units that are set as text, and without one at its end."""
+
+    def unit(found: re.Match[str]) -> str:
+        is_words = len(found[1]) > 1 and found[1] != "and" and _UNIT.fullmatch(found[1])
+        return " " if (is_words and not _CHANGES.search(found[1])) or found[1] in _LETTER_UNITS else found.group()
+
+    text = _TEXT_UNIT.sub(unit, text)
+    return _LAST_UNIT.sub(lambda found: "" if _is_unit(found[1]) else found.group(), text.rstrip())
 
 
 def _without_thousands(text: str) -> str:
@@ -195,12 +231,6 @@ def number(normal: str) -> Number | None:
     """Return the value of a normalised answer that is a plain number, None for any other."""
     found = _NUMBER.fullmatch(normal) if len(normal) <= _MAX_DIGITS else None
     return _value(found) if found else None
-
-
-def is_changed(normal: str) -> bool:
-    r"""Whether a normalised answer is a number with words that make another one of it: ``18 \text{ squared}``."""
-    _, found, behind = _measured(normal)
-    return found is not None and _UNIT.fullmatch(behind) is not None and _CHANGES.search(behind) is not None
 
 
 def canonical(answer: str, units: bool = True) -> str:
@@ -229,6 +259,12 @@ def key_of(normal: str) -> str:
 def _braced(fraction: re.Match[str]) -> str:
     first, second = fraction[1], fraction[2]
     return r"\frac" + (f"{{{first}}}" if first else "") + (f"{{{second}}}" if second else "")
+
+
+def _fraction_of(repeating: re.Match[str]) -> str:
+    whole, once, again = repeating.groups()
+    top = int(whole + once + again) - int(whole + once or "0")
+    return rf"\frac{{{top}}}{{{'9' * len(again)}{'0' * len(once)}}}"
 
 
 def _bare(text: str) -> str:

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from g2rl.tasks.judges import math_judge
 from g2rl.tasks.pool import LIMIT_S, Closing, JudgePool
-from g2rl.tasks.spelling import Number, is_changed, key_of, number, read, unit_power
+from g2rl.tasks.spelling import Number, key_of, number, read, unit_kind
 
 MAX_CHARS = 2_000
 """A longer prediction is wrong unless it equals the gold answer as text."""
@@ -22,6 +22,11 @@ _BASED = re.compile(r"[+-]?(?:\\text\{)?[0-9A-Za-z]+\}?_\{?([0-9]{1,3})\}?")
 _BRACKET = re.compile(r"\\[{}]|[()\[\],]")
 _EQUALS = re.compile(r"((?<![\\<>!:])=|\\approx(?![A-Za-z])|\u2248)")
 _WORD = re.compile(r"[A-Za-z]{3,}")
+_BRACKET_OPEN = re.compile(r"[(\[]|\\\{")
+_DOTS = re.compile(r"\\[lc]?dots(?![A-Za-z])|\.\.")
+# Numbers of which math-verify makes a product or, of 1:2:3, a quotient.
+_SIDE_BY_SIDE = re.compile(r"[0-9] [0-9]|[0-9]\.[0-9]+\.|:[^:]*:")
+_ORDER = re.compile(r"[<>]|\\[lg](?:eq?|t)(?![A-Za-z])|\\in ?\\?(?:left)? ?\(")
 _TOWER = re.compile(r"\^([0-9]+);*(?:\^([0-9]+))?")
 
 
@@ -70,7 +75,7 @@ class MathVerifier(Closing):
         one, other = number(ours), number(theirs)
         equal = one.same(other) if one and other else _key(ours) == _key(theirs)
         if equal:
-            return {unit_power(unit), unit_power(their_unit)} != {2, 3}  # an area is no volume
+            return len({unit_kind(unit), unit_kind(their_unit)} - {""}) < 2  # an area is no volume
         if one and other:
             return False
         if _overlooked(ours, theirs) or _has_huge_power(ours) or _has_huge_power(theirs):
@@ -94,7 +99,17 @@ def _overlooked(gold: str, prediction: str) -> bool:
         return True
     if {_listed_in(gold), _listed_in(prediction)} == {"()", r"\{\}"}:
         return True
-    return is_changed(gold) or is_changed(prediction) or _contradicts_itself(prediction)
+    if _SIDE_BY_SIDE.search(prediction) or bool(_DOTS.search(gold)) != bool(_DOTS.search(prediction)):
+        return True
+    if {_is_list(gold), _is_list(prediction)} == {True, False} and (_ORDER.search(gold) or _ORDER.search(prediction)):
+        return True  # 1, 2 is no interval
+    if gold == r"\emptyset":
+        return True  # of which it makes any relation that holds
+    return _contradicts_itself(prediction)
+
+
+def _is_list(answer: str) -> bool:
+    return "," in answer and not _BRACKET_OPEN.search(answer) and not _ORDER.search(answer)
 
 
 def _listed_in(answer: str) -> str:
