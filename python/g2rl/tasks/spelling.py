@@ -108,6 +108,7 @@ _UNIT = re.compile(
 )
 # Behind other answers than plain numbers.
 _TEXT_UNIT = re.compile(rf"(?:(?<=[0-9)}}])|(?<=\\pi)) ?{_STYLE} ?\{{ ?([^{{}}]*?) ?\}}(?:\^ ?\{{?[23]\}}?)?")
+_ENDS_IN_WORDS = re.compile(rf"{_STYLE} ?\{{[^{{}}]*[A-Za-z][^{{}}]*\}}$")
 _LAST_UNIT = re.compile(r"(?:(?<=[0-9)}])|(?<=\\pi)) ([A-Za-z][A-Za-z. ]*)(?:\^ ?\{?[23]\}?)?$")
 _AREA_OR_VOLUME = re.compile(r"\b(?:(square|sq)|cubic|cu)\b|\^ ?\{?([23])")
 _TIME = re.compile(r"0?([0-9]{1,2}(?::[0-5][0-9]){1,2})(?: {0,2}([ap])\.? ?m\.?)?", re.IGNORECASE)
@@ -214,10 +215,16 @@ def _without_units(text: str) -> str:
 
     def unit(found: re.Match[str]) -> str:
         is_words = len(found[1]) > 1 and found[1] != "and" and _UNIT.fullmatch(found[1])
-        return " " if (is_words and not _CHANGES.search(found[1])) or found[1] in _LETTER_UNITS else found.group()
+        is_unit = (is_words and not _CHANGES.search(found[1])) or found[1] in _LETTER_UNITS
+        return " " if is_unit and not follows_words(found) else found.group()
 
-    text = _TEXT_UNIT.sub(unit, text)
-    return _LAST_UNIT.sub(lambda found: "" if _is_unit(found[1]) else found.group(), text.rstrip())
+    def last(found: re.Match[str]) -> str:
+        return "" if _is_unit(found[1]) and not follows_words(found) else found.group()
+
+    def follows_words(found: re.Match[str]) -> bool:
+        return _ENDS_IN_WORDS.search(found.string[: found.start()]) is not None
+
+    return _LAST_UNIT.sub(last, _TEXT_UNIT.sub(unit, text).rstrip())
 
 
 def _without_thousands(text: str) -> str:
