@@ -208,7 +208,6 @@ CASES = [
     (r"\text{odd}", r"\text{odd}\text{ even}", False, "a word behind a word is no unit"),
     (r"\text{B}", r"\text{B}\text{ and C}", False, "another letter"),
     (r"\text{No}", r"\mathbf{No} Yes", False, "a word at the end, behind a word"),
-    (r"3\sqrt{2}", r"3\sqrt{2}\text{ cm}", True, "a unit behind a root"),
     ("53", r"5\text{ feet }3\text{ inches}", False, "which are no number of two digits"),
     (r"5\text{ feet }3\text{ inches}", r"5\text{ feet }4\text{ inches}", False, "other inches"),
     ("5", r"5\text{ h }30\text{ min}", False, "hours and minutes"),
