@@ -78,7 +78,7 @@ def math_judge() -> Callable[[str, str], bool]:
 
     def parsed(answer: str) -> Any:
         if "_" not in answer:  # no index: its `i` would be a variable, a real one in `2i` and none in `2 i`
-            answer = _IMAGINARY.sub("I", answer)
+            answer = _IMAGINARY.sub("(I)", answer)  # in brackets: it reads no power of a bare I
         # Only the whole box is parsed: otherwise a fraction out of an unreadable answer would count.
         found = parse(rf"\boxed{{{answer}}}", target, extraction_mode="first_match", parsing_timeout=None)
         if _JOINED.match(answer):

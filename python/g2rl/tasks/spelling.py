@@ -92,9 +92,10 @@ _NUMBER = re.compile(
 
 _TENS = "twen|thir|for|fif|six|seven|eigh|nine"
 CHANGES = (
-    r"(?i:\b(?:or|not|if|unless|maybe|perhaps|possibly|wrong|plus|minus|squared|cubed|mod|modulo|factorial|divided"
+    r"(?i:\b(?:or|not|if|unless|except|never|maybe|perhaps|possibly|wrong|versus|vs|plus|minus|squared|cubed|mod|modulo|factorial|divided"
     r"|mille|half|halves|thirds?|gross"
     r"|(?:power|sin|cos|tan|cot|log|ln|exp|sqrt|pi|alpha|beta|gamma|delta|theta|lambda|omega"  # but not: power plants
+    r"|false|incorrect"
     r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
     rf"|(?:four|{_TENS})teen|(?:{_TENS})ty)(?![ -][a-z])"
     r"|dozens?|(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?"
@@ -110,6 +111,7 @@ _UNIT = re.compile(
 _TEXT_UNIT = re.compile(rf"(?:(?<=[0-9)}}])|(?<=\\pi)) ?{_STYLE} ?\{{ ?([^{{}}]*?) ?\}}(?:\^ ?\{{?[23]\}}?)?")
 _ENDS_IN_WORDS = re.compile(rf"{_STYLE} ?\{{[^{{}}]*[A-Za-z][^{{}}]*\}}$")
 _LAST_UNIT = re.compile(r"(?:(?<=[0-9)}])|(?<=\\pi)) ([A-Za-z][A-Za-z. ]*)(?:\^ ?\{?[23]\}?)?$")
+_JOINS = re.compile(r"(?:and|but|to|then|through|until|with|where|choose)\b", re.IGNORECASE)
 _AREA_OR_VOLUME = re.compile(r"\b(?:(square|sq)|cubic|cu)\b|\^ ?\{?([23])")
 _TIME = re.compile(r"0?([0-9]{1,2}(?::[0-5][0-9]){1,2})(?: {0,2}([ap])\.? ?m\.?)?", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z]+")
@@ -119,7 +121,7 @@ _SHORT_UNITS = frozenset(
     "ohm hz khz mhz kw kwh usd eur gbp day cup can men man cow cat dog hen egg box bag car bus boy way bit pen hat toy "
     "ton per of old".split()
 )
-_LETTER_UNITS = frozenset("mshgl")  # of a rate, m/s, or as text
+_LETTER_UNITS = frozenset("mshglCF")  # of a rate, m/s, or as text
 _ARTICLE = re.compile(r" an? (?=[a-z]{3})")  # dollars a day
 
 _NOISE = re.compile(
@@ -214,9 +216,10 @@ def _without_units(text: str) -> str:
     """Return `text` without units that are set as text, and without one at its end."""
 
     def unit(found: re.Match[str]) -> str:
-        is_words = len(found[1]) > 1 and found[1] != "and" and _UNIT.fullmatch(found[1])
-        is_unit = (is_words and not _CHANGES.search(found[1])) or found[1] in _LETTER_UNITS
-        return " " if is_unit and not follows_words(found) else found.group()
+        text = found[1]
+        letters = {name for name in _NAME.findall(text) if len(name) == 1}
+        is_other = _CHANGES.search(text) or _JOINS.match(text) or follows_words(found)
+        return found.group() if is_other or not (letters <= _LETTER_UNITS and _UNIT.fullmatch(text)) else " "
 
     def last(found: re.Match[str]) -> str:
         return "" if _is_unit(found[1]) and not follows_words(found) else found.group()
