@@ -285,10 +285,10 @@ def _known_refusal(backend: Backend, op: str, device: torch.device, dtype: torch
 def _checks(backend: str, ops: list[str], device: torch.device, dtype: torch.dtype) -> list[str]:
     """What stands for a backend that serves `ops` on this device."""
     lines = []
+    unknown = "not checked" if self_check.wanted() == "skip" else "will be checked when first used"
     for subject in dict.fromkeys(Subject.of(backend, op, dtype, None) for op in ops):
         run = self_check.measured(subject, device)
         found = self_check.known(subject, device)
-        unknown = "not checked" if self_check.wanted() == "skip" else "will be checked when first used"
         lines.append(f"{subject.work}: {run or found or unknown}")
     return lines
 

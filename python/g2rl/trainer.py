@@ -291,9 +291,8 @@ def completion_rows(
 ) -> list[Completion]:
     """One row an episode, for the log's table of completions."""
     unshaped = torch.tensor([verdict.reward for verdict in verdicts]) == result.shaped_rewards.cpu()
-    columns = zip(
-        result.scores.tolist(), result.shaped_rewards.tolist(), result.advantages.tolist(), unshaped, strict=True
-    )
+    vectors = (result.scores, result.shaped_rewards, result.advantages, unshaped)
+    columns = zip(*(vector.tolist() for vector in vectors), strict=True)
     return [
         Completion(
             problem=episode.problem.id,

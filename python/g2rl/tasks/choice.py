@@ -15,12 +15,12 @@ import re
 from collections.abc import Sequence
 
 from g2rl.tasks.answers import MAX_PHRASES, NOT_MINE, WINDOW, after_thinking, boxed_spans, reconsiders
-from g2rl.tasks.spelling import canonical, without_wrappers
+from g2rl.tasks.spelling import UNSEEN, canonical, without_wrappers
 
 LETTERS = "ABCDEFGHIJ"
 _MAX_CONTENT = 1_000  # characters of a box or a line; a longer one names no option
 
-_MARKUP = re.compile(r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]|\*+|`+|\$+|\\[()\[\]]|\\boxed(?=\{)")
+_MARKUP = re.compile(rf"[{''.join(map(chr, UNSEEN))}]|\*+|`+|\$+|\\[()\[\]]|\\boxed(?=\{{)")
 _ENCLOSED = r"[(\[{]\s?([A-Ja-j])\s?[)\]}]"
 # A bare capital that is not part of a word, formula or name ("B-cells", "C = 2"), nor an article or the pronoun: after
 # a blank only words follow that go on about an answer.

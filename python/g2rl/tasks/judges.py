@@ -20,7 +20,8 @@ from typing import Any
 
 from g2rl.tasks.sandbox import restrain
 
-_JOINED = re.compile(r"(?=.*(?:[<>]|\\[lg](?:eq?|t)(?![A-Za-z])))(?=.*\b(?:or|and)\b)", re.DOTALL)  # inequalities
+INEQUALITY = r"[<>]|\\[lg](?:eq?|t)(?![A-Za-z])"
+_JOINED = re.compile(rf"(?=.*(?:{INEQUALITY}))(?=.*\b(?:or|and)\b)", re.DOTALL)
 _IMAGINARY = re.compile(r"\\(?:mathrm|text)\{i\}|(?<![A-Za-z\\])i(?![A-Za-z])")
 _DECIMALS = 12  # to which expressions with decimals are equal; plain numbers are compared exactly before
 

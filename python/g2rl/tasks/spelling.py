@@ -22,9 +22,10 @@ _PRINTED = Fraction(1, 10**12)  # of a number, what its last printed digit is wo
 _LAYERS = 8  # of markup around an answer that are taken off
 
 _FRACTIONS = "\u00bd\u2153\u2154\u00bc\u00be\u2155\u2156\u2157\u2158\u2159\u215a\u215b\u215c\u215d\u215e"  # 1/2 to 7/8
-_UNSEEN = [0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065), 0xFEFF]
+UNSEEN = [0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065), 0xFEFF]
+"""Signs that take no room: soft hyphen, joiners, marks of direction."""
 _SIGNS = str.maketrans(
-    dict.fromkeys(_UNSEEN)
+    dict.fromkeys(UNSEEN)
     | {wide: chr(wide - 0xFEE0) for wide in range(0xFF01, 0xFF5F)}  # digits, brackets and commas of East Asian text
     | {sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("\u2044")) for sign in _FRACTIONS}
     | {"\u2212": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u221e": r"\infty "}
@@ -92,8 +93,8 @@ _NUMBER = re.compile(
 
 _TENS = "twen|thir|for|fif|six|seven|eigh|nine"
 CHANGES = (
-    r"(?i:\b(?:or|not|if|unless|except|never|maybe|perhaps|possibly|wrong|versus|vs|plus|minus|squared|cubed|mod|modulo|factorial|divided"
-    r"|mille|half|halves|thirds?|gross"
+    r"(?i:\b(?:or|not|if|unless|except|never|maybe|perhaps|possibly|wrong|versus|vs|plus|minus|squared|cubed|mod|modulo"
+    r"|factorial|divided|mille|half|halves|thirds?|gross"
     r"|(?:power|sin|cos|tan|cot|log|ln|exp|sqrt|pi|alpha|beta|gamma|delta|theta|lambda|omega"  # but not: power plants
     r"|false|incorrect"
     r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
@@ -216,10 +217,10 @@ def _without_units(text: str) -> str:
     """Return `text` without units that are set as text, and without one at its end."""
 
     def unit(found: re.Match[str]) -> str:
-        text = found[1]
-        letters = {name for name in _NAME.findall(text) if len(name) == 1}
-        is_other = _CHANGES.search(text) or _JOINS.match(text) or follows_words(found)
-        return found.group() if is_other or not (letters <= _LETTER_UNITS and _UNIT.fullmatch(text)) else " "
+        words = found[1]
+        letters = {name for name in _NAME.findall(words) if len(name) == 1}
+        is_other = _CHANGES.search(words) or _JOINS.match(words) or follows_words(found)
+        return found.group() if is_other or not (letters <= _LETTER_UNITS and _UNIT.fullmatch(words)) else " "
 
     def last(found: re.Match[str]) -> str:
         return "" if _is_unit(found[1]) and not follows_words(found) else found.group()

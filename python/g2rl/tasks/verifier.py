@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from g2rl.tasks.judges import math_judge
+from g2rl.tasks.judges import INEQUALITY, math_judge
 from g2rl.tasks.pool import LIMIT_S, Closing, JudgePool
 from g2rl.tasks.spelling import Number, key_of, number, read, unit_kind
 
@@ -26,7 +26,7 @@ _BRACKET_OPEN = re.compile(r"[(\[]|\\\{")
 _DOTS = re.compile(r"\\[lc]?dots(?![A-Za-z])|\.\.")
 # Numbers of which math-verify makes a product or, of 1:2:3, a quotient.
 _SIDE_BY_SIDE = re.compile(r"[0-9] [0-9]|[0-9]\.[0-9]+\.|:[^:]*:")
-_ORDER = re.compile(r"[<>]|\\[lg](?:eq?|t)(?![A-Za-z])|\\in ?\\?(?:left)? ?\(")
+_ORDER = re.compile(rf"{INEQUALITY}|\\in ?\\?(?:left)? ?\(")
 _TOWER = re.compile(r"\^([0-9]+);*(?:\^([0-9]+))?")
 
 
