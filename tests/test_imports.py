@@ -35,6 +35,7 @@ LAYERS = {
     "g2rl": (
         ("files", "background", "bootstrap", "probes"),
         ("__init__", "types", "config", "heads", "times", "time_limit", "metrics", "progress"),
+        ("async_calls",),
         ("plugins", "hub"),
         ("trackers", "shared_prompts", "adapters", "optimizer"),
         ("parallel",),

@@ -8,15 +8,17 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from g2rl.async_calls import AsyncCall, Blocked, call_at_once
 from g2rl.config import ConfigError, escaped, told
 from g2rl.time_limit import OverTime, limited
 
@@ -100,15 +102,20 @@ def check_whole(found: type, key: str, needed: str, *attributes: str) -> None:
         raise ConfigError(f"{key}: expected a class with {needed}, found {found!r} without {' and '.join(lacks)}")
 
 
-def check_takes(function: Callable[..., Any], said: str, *arguments: Any) -> None:
-    """Raise `ConfigError`, which begins with `said`, unless a callable takes so many arguments and is not async."""
-    if inspect.iscoroutinefunction(function):
+def check_takes(function: Callable[..., Any], said: str, *arguments: Any, may_be_async: bool = False) -> None:
+    """Raise `ConfigError`, which begins with `said`, unless a callable takes so many arguments and can be called."""
+    if is_async(function) and not may_be_async:
         raise ConfigError(f"{said}: it is async, and nothing would await it; call asyncio.run inside it")
     try:
         with suppress(ValueError):  # of callables of C without a signature, which are taken on trust
             inspect.signature(function).bind(*arguments)
     except TypeError as error:
         raise ConfigError(f"{said}: {error}") from error
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether a callable is an ``async def``, or an object that is called like one."""
+    return any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
 
 
 def read_options(cls: Any, values: Mapping[str, Any], section: str) -> Any:
@@ -131,38 +138,89 @@ def read_options(cls: Any, values: Mapping[str, Any], section: str) -> Any:
         raise ConfigError(f"{section}: expected what {cls!r} takes, found {type(error).__name__}: {error}") from error
 
 
-def guarded(
-    call: Callable[[], T], key: str, name: str, expected: str, where: str = "", limit_s: float = 0.0, limit: str = ""
-) -> T:
-    """Return what a user's code returns.
+@dataclass(frozen=True)
+class Guard:
+    """Calls a user's code, and says of what goes wrong there whose it is.
 
-    Args:
+    Attributes:
         key, name: the configuration's key, and ``module:name`` of the code, for errors.
         expected: what it should do, in words.
-        where: what it was called for, in words.
-        limit_s, limit: seconds that it may take, and what says so; 0 sets no limit.
-
-    Raises:
-        PluginError: it raised, or took too long; the message names the line.
+        limit_s, limit: seconds that one call may take, and what says so; 0 sets no limit.
     """
-    said = f"{key}: expected {name} {expected}"
-    try:
-        return limited(call, limit_s, f"{key}: {name}") if limit_s else call()
-    except OverTime as error:
-        found = f"{said} within {limit} = {limit_s:g} s, found none"
-        raise PluginError(found + _place(error, name, where)) from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit or asyncio's CancelledError would end training without a word
-        found = f"{said}, found {type(error).__name__}: {error}"
-        raise PluginError(found + _place(error, name, where)) from error
 
+    key: str
+    name: str
+    expected: str
+    limit_s: float = 0.0
+    limit: str = ""
 
-def _place(error: BaseException, name: str, where: str) -> str:
-    """What was asked, and the line of the code's own file where it raised, or was when its time was over."""
-    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return (f" {where}" if where else "") + (f" in {file}, line {lines[-1]}" if lines else "")
+    def call(self, call: Callable[[], T], where: str = "") -> T:
+        """Return what the code returns; `where` says what it is called for.
+
+        Raises:
+            PluginError: it raised, or took too long; the message names the line.
+        """
+        try:
+            return limited(call, self.limit_s, f"{self.key}: {self.name}") if self.limit_s else call()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit or asyncio's CancelledError would end training without a word
+            raise self._failure(error, where) from error
+
+    def call_each(
+        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], wheres: Sequence[str], at_once: int
+    ) -> Iterator[Any]:
+        """Yield what a function returns for each of these arguments, or the `PluginError` that `call` would raise.
+
+        An ``async def`` is called for many of them at the same time, any other for one as this is asked for it.
+
+        Args:
+            wheres: what each is called for.
+            at_once: how many calls of an ``async def`` may be under way.
+
+        Raises:
+            PluginError: a call kept the event loop, so that no other can go on.
+        """
+        calls = [partial(function, *values) for values in arguments]
+        if is_async(function):
+            yield from self._call_async(calls, wheres, at_once)
+            return
+        for call, where in zip(calls, wheres, strict=True):
+            try:
+                value = self.call(call, where)
+            except PluginError as error:
+                value = error
+            yield value
+
+    def _call_async(self, calls: Sequence[AsyncCall[Any]], wheres: Sequence[str], at_once: int) -> list[Any]:
+        try:
+            found = call_at_once(calls, at_once, self.limit_s)
+        except Blocked as error:
+            said = f"{self.said}, found that it waits or computes without await, and no other call can go on"
+            raise PluginError(said + self._place(error.frames)) from error
+        return [
+            self._failure(value, where) if isinstance(value, BaseException) else value
+            for value, where in zip(found, wheres, strict=True)
+        ]
+
+    @property
+    def said(self) -> str:
+        """How an error begins."""
+        return f"{self.key}: expected {self.name} {self.expected}"
+
+    def _failure(self, error: BaseException, where: str) -> PluginError:
+        if isinstance(error, OverTime):
+            found = f" within {self.limit} = {self.limit_s:g} s, found none"
+        else:
+            found = f", found {type(error).__name__}: {error}"
+        place = self._place(traceback.extract_tb(error.__traceback__))
+        return PluginError(f"{self.said}{found}{f' {where}' if where else ''}{place}")
+
+    def _place(self, frames: traceback.StackSummary) -> str:
+        """The line of the code's own file where it raised, or was when its time was over."""
+        file = getattr(sys.modules.get(self.name.partition(":")[0]), "__file__", None)
+        lines = [frame.lineno for frame in frames if frame.filename == file]
+        return f" in {file}, line {lines[-1]}" if lines else ""
 
 
 def shown(value: Any) -> str:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from g2rl.config import ConfigError, RewardConfig
-from g2rl.plugins import PluginError, check_takes, guarded, import_named, shown
+from g2rl.plugins import Guard, PluginError, check_takes, import_named, shown
 from g2rl.tasks.answers import after_thinking, extract_boxed
 from g2rl.tasks.base import Task
 from g2rl.types import Episode, Problem, Verdict
 
-RewardFunction = Callable[[Problem, str, bool], float]
-"""(problem, response, finished) -> value."""
+RewardFunction = Callable[[Problem, str, bool], float | Awaitable[float]]
+"""(problem, response, finished) -> value, or an ``async def``."""
 
 _LARGEST = 1e15  # rewards become float32, which still holds its square summed over a group
 _ASKED: set[str] = set()  # functions that have been asked for the same value twice
@@ -50,7 +50,7 @@ def resolve_rewards(rewards: Sequence[RewardConfig]) -> list[Reward]:
 
     Raises:
         ConfigError: naming ``rewards[i].name`` of a function that is unknown, cannot be imported, is not callable
-            with (problem, response, finished) or is named twice; or ``rewards[i].weight`` that is not finite.
+            with (problem, response, finished) or is named twice; or a weight or limit that is none.
     """
     resolved: list[Reward] = []
     for i, reward in enumerate(rewards):
@@ -68,6 +68,8 @@ def _check_limits(reward: RewardConfig, key: str) -> None:
         raise ConfigError(f"{key}.weight: expected a finite number, found {reward.weight}")
     if not 0 <= reward.limit_s < math.inf:
         raise ConfigError(f"{key}.limit_s: expected a number of seconds, or 0 for no limit, found {reward.limit_s}")
+    if reward.at_once < 1:
+        raise ConfigError(f"{key}.at_once: expected 1 call or more, found {reward.at_once}")
 
 
 def judge_episodes(episodes: Sequence[Episode], task: Task, rewards: Sequence[RewardConfig]) -> list[Verdict]:
@@ -103,14 +105,13 @@ def _values(reward: Reward, episodes: Sequence[Episode], correct: Sequence[bool]
         return [1.0 if right else -1.0 for right in correct]
     values: list[float] = []
     failures: list[PluginError] = []
-    for episode in episodes:
-        try:
-            values.append(_value(reward, reward.function, episode))
-        except PluginError as error:
+    for value in _asked(reward, reward.function, episodes):
+        if isinstance(value, PluginError):
             if reward.config.on_error == "stop":
-                raise
-            failures.append(error)
-            values.append(0.0)
+                raise value
+            failures.append(value)
+            value = 0.0
+        values.append(value)
     if failures:
         counted = f"{len(failures)} of {len(episodes)} calls count 0 ({reward.key}.on_error=zero)"
         warnings.warn(f"g2rl: {counted}, the first: {failures[0]}", RuntimeWarning, 3)
@@ -124,14 +125,12 @@ def _ask_again(reward: Reward, function: RewardFunction, episode: Episode, value
     if reward.config.varies == "allow" or reward.name in _ASKED:
         return
     _ASKED.add(reward.name)
-    try:
-        again = _value(reward, function, episode)
-    except PluginError as error:
+    (again,) = _asked(reward, function, [episode])
+    if isinstance(again, PluginError):
         if reward.config.on_error == "stop":
-            raise
-        warnings.warn(f"g2rl: asked for the same value again: {error}", RuntimeWarning, 4)
-        return
-    if again != value:
+            raise again
+        warnings.warn(f"g2rl: asked for the same value again: {again}", RuntimeWarning, 4)
+    elif again != value:
         said = (
             f"{reward.key}.name: expected {reward.name} to give a response the same value each time, found {value} and "
             f"{again} for problem {episode.problem.id!r}; {reward.key}.varies=allow if that is meant"
@@ -141,20 +140,23 @@ def _ask_again(reward: Reward, function: RewardFunction, episode: Episode, value
         warnings.warn(f"g2rl: {said}", RuntimeWarning, 4)
 
 
-def _value(reward: Reward, function: RewardFunction, episode: Episode) -> float:
-    """One call of a user's function. Raises PluginError for whatever it does instead of returning a finite number."""
-    key, expected, where = f"{reward.key}.name", "to return a finite number", f"for problem {episode.problem.id!r}"
+def _asked(reward: Reward, function: RewardFunction, episodes: Sequence[Episode]) -> Iterator[float | PluginError]:
+    """What a function says of each episode: a finite number, or the error of whatever it does instead."""
     limit_s = 0.0 if reward.name in _BUILT_IN else reward.config.limit_s
+    guard = Guard(f"{reward.key}.name", reward.name, "to return a finite number", limit_s, f"{reward.key}.limit_s")
+    arguments = [(episode.problem, episode.text, episode.finished) for episode in episodes]
+    wheres = [f"for problem {episode.problem.id!r}" for episode in episodes]
+    found = guard.call_each(function, arguments, wheres, reward.config.at_once)
+    for value, where in zip(found, wheres, strict=True):
+        yield value if isinstance(value, PluginError) else _checked(value, guard, where)
 
-    def call() -> Any:
-        return function(episode.problem, episode.text, episode.finished)
 
-    value = guarded(call, key, reward.name, expected, where, limit_s, f"{reward.key}.limit_s")
+def _checked(value: Any, guard: Guard, where: str) -> float | PluginError:
     number = _number(value)
-    if not abs(number) <= _LARGEST:
-        beyond = f", beyond {_LARGEST:g}," if math.isfinite(number) else ""
-        raise PluginError(f"{key}: expected {reward.name} {expected}, found {shown(value)}{beyond} {where}")
-    return number
+    if abs(number) <= _LARGEST:
+        return number
+    beyond = f", beyond {_LARGEST:g}," if math.isfinite(number) else ""
+    return PluginError(f"{guard.said}, found {shown(value)}{beyond} {where}")
 
 
 def _number(value: Any) -> float:
@@ -169,5 +171,6 @@ def _import(name: str, key: str) -> RewardFunction:
     function = import_named(name, key, f"{', '.join(_BUILT_IN)} or module:function")
     if not callable(function):
         raise ConfigError(f"{key}: expected a function, found {function!r}")
-    check_takes(function, f"{key}: expected a function of (problem, response, finished), found {name}", None, "", True)
+    said = f"{key}: expected a function of (problem, response, finished), found {name}"
+    check_takes(function, said, None, "", True, may_be_async=True)
     return function  # type: ignore[no-any-return]  # whatever is callable with three arguments

@@ -132,6 +132,29 @@ def test_its_own_judge() -> None:
         assert [made.extract(text, odd) for text in ("4 or 5", "none")] == ["5", None]
 
 
+ASYNC = """
+at_once = 2
+started = most = 0
+async def right(self, problem, answer):
+    import asyncio
+    Own.started += 1
+    Own.most = max(Own.most, Own.started)
+    await asyncio.sleep(0.1)
+    Own.started -= 1
+    return {"x": None}.get(answer, answer == problem.answer)
+"""
+
+
+def test_an_async_judge_judges_many_at_a_time(own: Callable[..., Task]) -> None:
+    made = own(ASYNC.strip())
+    gold = made.train_problem(0).answer
+    box = rf"\boxed{{{gold}}}"
+    assert judged(made, box, "none", r"\boxed{77}", box) == [True, False, False, True]
+    assert sys.modules["own"].Own.most == 2
+    with pytest.raises(PluginError, match="task.name: expected own:Own.right to return True or False, found None for"):
+        judged(made, box, r"\boxed{x}")
+
+
 def test_without_a_judge_the_box_is_compared(own: Callable[..., Task]) -> None:
     made = own("limit_s = 0.1")
     gold = made.train_problem(0).answer
@@ -261,6 +284,11 @@ PROBLEMS = "task.name: expected own:Own.problems to return"
         ),
         ("def held_out_problems(self): return []", "own:Own.held_out_problems to return problems, found none$"),
         ("def held_out_problems(self, seed): pass", r"Own.held_out_problems to take \(\): missing a required .*'seed'"),
+        ("at_once = 0", "task.name: expected Own.at_once of 1 or more, found 0$"),
+        (
+            "async def answer(self, problem, response): return ''",
+            r"own:Own.answer to take \(problem, response\): it is async, and nothing would await it",
+        ),
         (
             "def right(self, problem): return True",
             r"task.name: expected own:Own.right to take \(problem, answer\): too many positional arguments",

@@ -36,7 +36,7 @@ scaled = Scaled()
 def two(problem, response):
     return 0.0
 
-async def later(problem, response, finished):
+async def later(problem, response):
     return 0.0
 """
 
@@ -129,7 +129,7 @@ def test_a_result_that_is_no_finite_number(tmp_path: Path, monkeypatch: pytest.M
         ("json:brevity", r"found no 'brevity' in json \(.*__init__.py\)$"),
         ("{module}:LIMIT", "expected a function, found 3"),
         ("{module}:two", r"expected a function of \(problem, response, finished\), found {module}:two: too many"),
-        ("{module}:later", r"of \(problem, response, finished\), found {module}:later: it is async, .* asyncio.run"),
+        ("{module}:later", r"of \(problem, response, finished\), found {module}:later: too many positional"),
     ],
 )
 def test_functions_are_resolved_at_start_up(user_module: str, name: str, message: str) -> None:
@@ -298,11 +298,145 @@ def test_another_value_can_stop_training_or_be_meant(faults: str) -> None:
         judge([("32", True)], [RewardConfig(name, varies="stop")])
 
 
+ASYNC = """
+import asyncio, re, sys, time
+
+started, most = 0, 0
+
+async def together(problem, response, finished):
+    global started, most
+    started += 1
+    most = max(most, started)
+    await asyncio.sleep(0.2 / len(response))  # the last one is done first
+    started -= 1
+    return len(response)
+
+class Judge:
+    async def __call__(self, problem, response, finished):
+        return 2
+
+judge = Judge()
+
+async def loop(problem, response, finished):
+    return id(asyncio.get_running_loop()) % 2**20
+
+async def raises(problem, response, finished):
+    await asyncio.sleep(0)
+    return {}["score"]
+
+async def leaves(problem, response, finished):
+    sys.exit(0)
+
+async def cancels(problem, response, finished):
+    raise asyncio.CancelledError
+
+async def sleeps(problem, response, finished):
+    await asyncio.sleep(60)
+
+async def swallows(problem, response, finished):
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except BaseException:
+            pass
+
+async def blocks(problem, response, finished):
+    time.sleep(5)
+
+async def sometimes(problem, response, finished):
+    return 1.0 if finished else None
+"""
+
+
+@pytest.fixture
+def awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of async rewards."""
+    monkeypatch.setattr("g2rl.async_calls.GRACE_S", 0.2)
+    name = f"awaited_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(ASYNC)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 64])
+def test_async_functions_are_called_at_the_same_time(awaited: str, at_once: int) -> None:
+    responses = [("1" * length, True) for length in (1, 2, 3)]
+    verdicts = judge(responses, [RewardConfig(f"{awaited}:together", at_once=at_once)])
+    assert [v.reward for v in verdicts] == [1.0, 2.0, 3.0]
+    assert sys.modules[awaited].most == min(at_once, 3)
+
+
+def test_objects_that_are_called_like_async_functions(awaited: str) -> None:
+    assert [v.reward for v in judge([("32", True)], [RewardConfig(f"{awaited}:judge")])] == [2.0]
+
+
+def test_async_functions_have_one_loop_in_every_thread(awaited: str) -> None:
+    """Clients of servers that a module keeps belong to the loop in which they were first used."""
+    rewards = [RewardConfig(f"{awaited}:loop")]
+    loops = [v.reward for v in judge([("32", True)] * 2, rewards)]
+    thread = threading.Thread(target=lambda: loops.extend(v.reward for v in judge([("32", True)], rewards)))
+    thread.start()
+    thread.join(timeout=60)
+    assert len(loops) == 3
+    assert len(set(loops)) == 1
+
+
+ASYNC_CASES = [
+    ("raises", "found KeyError: 'score' for problem"),
+    ("leaves", "found SystemExit: 0 for problem"),
+    ("cancels", "found CancelledError:  for problem"),
+    ("sleeps", r"within rewards\[0\].limit_s = 0.2 s, found none for problem"),
+    ("swallows", r"within rewards\[0\].limit_s = 0.2 s, found none for problem"),
+]
+
+
+@pytest.mark.parametrize("function, message", ASYNC_CASES)
+def test_an_async_function_that_does_not_return(awaited: str, function: str, message: str) -> None:
+    rewards = [RewardConfig(f"{awaited}:{function}", limit_s=0.2)]
+    with pytest.raises(ConfigError, match=rf"rewards\[0\].name: expected {awaited}:{function} .*{message} '27\+5'"):
+        judge([("32", True)], rewards)
+    rewards = [RewardConfig(f"{awaited}:{function}", limit_s=0.2, on_error="zero"), RewardConfig("boxed")]
+    with pytest.warns(RuntimeWarning, match=rf"2 of 2 calls count 0 \(rewards\[0\].on_error=zero\), .*{message}"):
+        verdicts = judge([("32", True), (r"\boxed{32}", True)], rewards)
+    assert [v.reward for v in verdicts] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("function, code", [("raises", 'return {}["score"]'), ("sleeps", "await asyncio.sleep(60)")])
+def test_the_line_of_an_async_function_is_told(awaited: str, function: str, code: str) -> None:
+    number = 1 + ASYNC.splitlines().index(f"    {code}")
+    with pytest.raises(ConfigError, match=rf"for problem '27\+5' in .*{awaited}.py, line {number}$"):
+        judge([("32", True)], [RewardConfig(f"{awaited}:{function}", limit_s=0.2)])
+
+
+def test_an_async_function_that_blocks_stops_training(awaited: str) -> None:
+    number = 1 + ASYNC.splitlines().index("    time.sleep(5)")
+    rewards = [RewardConfig(f"{awaited}:blocks", limit_s=0.2, on_error="zero")]
+    with pytest.raises(ConfigError, match=rf"waits or computes without await, .* in .*{awaited}.py, line {number}$"):
+        judge([("32", True)], rewards)
+    assert [v.reward for v in judge([("1", True)], [RewardConfig(f"{awaited}:together")])] == [1.0]
+
+
+def test_other_calls_of_an_async_function_keep_their_values(awaited: str) -> None:
+    with pytest.warns(RuntimeWarning, match="1 of 2 calls count 0 .* found None for problem"):
+        verdicts = judge([("32", True), ("32", False)], [RewardConfig(f"{awaited}:sometimes", on_error="zero")])
+    assert [v.reward for v in verdicts] == [1.0, 0.0]
+
+
+def test_ctrl_c_ends_the_wait_for_async_functions(awaited: str) -> None:
+    timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        judge([("32", True)], [RewardConfig(f"{awaited}:sleeps")])
+    timer.join()
+
+
 def test_a_sum_beyond_float32_is_refused() -> None:
     with pytest.raises(ConfigError, match="rewards: expected a sum from .* found 1e.18"):
         judge([("32", True)], [RewardConfig("correct", weight=1e18)])
     with pytest.raises(ConfigError, match=r"rewards\[0\].limit_s: expected a number of seconds, .* found -1"):
         resolve_rewards([RewardConfig(limit_s=-1)])
+    with pytest.raises(ConfigError, match=r"rewards\[0\].at_once: expected 1 call or more, found 0"):
+        resolve_rewards([RewardConfig(at_once=0)])
 
 
 def test_a_module_of_the_working_folder(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ class RewardConfig:
     count `zero`."""
     limit_s: float = 60.0
     """Seconds that one call of a function of your own may take; 0 sets no limit."""
+    at_once: int = 64
+    """Calls of an `async def` of your own that may be under way; other functions are called one after the other."""
     varies: Literal["warn", "stop", "allow"] = "warn"
     """When a function of your own gives the same response another value the second time, of which one response is
     asked: `warn`, `stop`, or `allow`, which does not ask. A run that is resumed then differs from one that is not."""

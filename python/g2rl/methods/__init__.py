@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from g2rl.config import Config, ConfigError
 from g2rl.methods.base import FunctionMethod, Method, Step, check_metrics, check_result, describe
-from g2rl.plugins import announced, check_takes, check_whole, find_named, guarded, read_options
+from g2rl.plugins import Guard, announced, check_takes, check_whole, find_named, read_options
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ def ask(name: str, call: Callable[[], T], expected: str) -> T:
         name: the configuration's `method`.
         expected: what it should do, in words.
     """
-    return call() if name in _HERE else guarded(call, "method", name, expected)
+    return call() if name in _HERE else Guard("method", name, expected).call(call)
 
 
 def _find(name: str) -> Any:

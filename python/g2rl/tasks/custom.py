@@ -6,12 +6,21 @@ import hashlib
 import pickle
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any, ClassVar, TypeVar
 
 from g2rl.config import ConfigError, TaskConfig
-from g2rl.plugins import NoOptions, PluginError, check_takes, check_whole, find_named, guarded, read_options, shown
+from g2rl.plugins import (
+    Guard,
+    NoOptions,
+    PluginError,
+    check_takes,
+    check_whole,
+    find_named,
+    read_options,
+    shown,
+)
 from g2rl.tasks.answers import extract_answer, same_spelling
 from g2rl.tasks.base import FiniteTask, apart, check_held_out, distinct, sample
 from g2rl.tasks.pool import Closing
@@ -46,10 +55,12 @@ class CustomTask(Closing, ABC):
     6. ``__init__(self, options)``, which calls that of the base, and `close`, for what judging needs.
 
     `right` and `answer` run in the process that trains, for one response after the other; what the model wrote as code
-    belongs into a process of its own. One that raises, takes too long or returns another type stops training.
+    belongs into a process of its own. As an ``async def`` `right` judges many responses at a time. One that raises,
+    takes too long or returns another type stops training.
 
     Attributes:
         limit_s: seconds that one call of `right` or `answer` may take; 0 sets no limit.
+        at_once: how many calls of an async `right` may be under way.
         instruction: what prompts end in that may change without their being other problems.
 
     Args:
@@ -58,6 +69,7 @@ class CustomTask(Closing, ABC):
 
     Options: ClassVar[type] = NoOptions
     limit_s: float = 60.0
+    at_once: int = 64
     instruction: str = ""
 
     def __init__(self, options: Any) -> None:
@@ -80,7 +92,7 @@ class CustomTask(Closing, ABC):
         """Return the final answer in a response, None if it has none. Equal answers vote together in maj@k."""
         return extract_answer(response, allow_number=False)
 
-    def right(self, problem: Problem, answer: str) -> bool:
+    def right(self, problem: Problem, answer: str) -> bool | Awaitable[bool]:
         """Return whether a response's final answer is right: text of the model's, whatever it is."""
         return same_spelling(problem.answer, answer)
 
@@ -100,7 +112,9 @@ class GuardedTask(FiniteTask):
         self._own = own
         for hook, arguments in _HOOKS.items():
             said = f"{_KEY}: expected {_named(type(own))}.{hook} to take ({', '.join(arguments)})"
-            check_takes(getattr(own, hook), said, *arguments)
+            check_takes(getattr(own, hook), said, *arguments, may_be_async=hook == "right")
+        if not own.at_once >= 1:
+            raise ConfigError(f"{_KEY}: expected {type(own).__name__}.at_once of 1 or more, found {own.at_once}")
         self.instruction = own.instruction
         train, source = self._distinct(own.problems), self._distinct(own.held_out_problems)
         if train is None:
@@ -113,14 +127,17 @@ class GuardedTask(FiniteTask):
 
     def extract(self, response: str, problem: Problem | None = None) -> str | None:
         asked = problem or Problem("", "", "")
-        found = self._asked(self._own.answer, asked, response, _ANSWER)
+        guard = self._guard(self._own.answer, _ANSWER)
+        found = guard.call(lambda: self._own.answer(asked, response), _where(asked))
         if found is not None and not isinstance(found, str):
-            raise _another(self._own.answer, asked, _ANSWER, found)
+            raise PluginError(f"{guard.said}, found {shown(found)} {_where(asked)}")
         return found
 
     def judge(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[bool]:
         answers = [self.extract(response, problem) for problem, response in zip(problems, responses, strict=True)]
-        return [a is not None and self._is_right(p, a) for p, a in zip(problems, answers, strict=True)]
+        given = [(problem, answer) for problem, answer in zip(problems, answers, strict=True) if answer is not None]
+        right = iter(self._are_right(given))
+        return [answer is not None and next(right) for answer in answers]
 
     def close(self) -> None:
         self._own.close()
@@ -148,20 +165,26 @@ class GuardedTask(FiniteTask):
     def _try(self, problem: Problem) -> None:
         """Before training, judge what takes no model: an empty response, and the problem's own answer."""
         self.extract("", problem)
-        if problem.answer and not self._is_right(problem, problem.answer):
+        if problem.answer and not self._are_right([(problem, problem.answer)])[0]:
             said = f"{_KEY}: {_named(self._own.right)} takes the answer of problem {problem.id!r} itself for wrong"
             warnings.warn(f"g2rl: {said}", RuntimeWarning, 4)
 
-    def _is_right(self, problem: Problem, answer: str) -> bool:
-        found = self._asked(self._own.right, problem, answer, _RIGHT)
-        if not isinstance(found, bool):
-            raise _another(self._own.right, problem, _RIGHT, found)
-        return found
+    def _are_right(self, given: Sequence[tuple[Problem, str]]) -> list[bool]:
+        """Judgement of answers to problems."""
+        guard, wheres = self._guard(self._own.right, _RIGHT), [_where(problem) for problem, _ in given]
+        found = guard.call_each(self._own.right, given, wheres, self._own.at_once)
+        right = []
+        for value, where in zip(found, wheres, strict=True):
+            if isinstance(value, PluginError):
+                raise value
+            if not isinstance(value, bool):
+                raise PluginError(f"{guard.said}, found {shown(value)} {where}")
+            right.append(value)
+        return right
 
-    def _asked(self, hook: Callable[[Problem, str], T], problem: Problem, text: str, expected: str) -> T:
+    def _guard(self, hook: Callable[[Problem, str], Any], expected: str) -> Guard:
         limit_s = 0.0 if hook.__module__ == __name__ else self._own.limit_s
-        where, limit = f"for problem {problem.id!r}", f"{type(self._own).__name__}.limit_s"
-        return guarded(lambda: hook(problem, text), _KEY, _named(hook), expected, where, limit_s, limit)
+        return Guard(_KEY, _named(hook), expected, limit_s, f"{type(self._own).__name__}.limit_s")
 
 
 def make_custom(config: TaskConfig, seed: int) -> GuardedTask:
@@ -178,7 +201,7 @@ def make_custom(config: TaskConfig, seed: int) -> GuardedTask:
     options = read_options(found.Options, config.options, "task.options")
     check_takes(found, f"{_KEY}: expected a class that is made of its options, found {config.name}", options)
     try:
-        own = guarded(lambda: found(options), _KEY, _named(found), "to be made of its options")
+        own = Guard(_KEY, _named(found), "to be made of its options").call(lambda: found(options))
         try:
             return GuardedTask(own, config.name, config.held_out, seed)
         except BaseException:
@@ -192,8 +215,8 @@ def _named(code: Callable[..., Any]) -> str:
     return f"{code.__module__}:{code.__qualname__}"
 
 
-def _another(hook: Callable[..., Any], problem: Problem, expected: str, found: Any) -> PluginError:
-    return PluginError(f"{_KEY}: expected {_named(hook)} {expected}, found {shown(found)} for problem {problem.id!r}")
+def _where(problem: Problem) -> str:
+    return f"for problem {problem.id!r}"
 
 
 def _read(hook: Callable[[], Iterable[Problem] | None], most: int) -> list[Problem] | None:
@@ -203,7 +226,7 @@ def _read(hook: Callable[[], Iterable[Problem] | None], most: int) -> list[Probl
         found = hook()
         return None if found is None else list(islice(found, most))
 
-    return guarded(call, _KEY, _named(hook), "to return problems")
+    return Guard(_KEY, _named(hook), "to return problems").call(call)
 
 
 def _contents(problems: Sequence[Problem]) -> list[tuple[str, str, str]]:
