@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from g2rl.config import ConfigError, RewardConfig
@@ -14,8 +14,8 @@ from g2rl.tasks.answers import after_thinking, extract_boxed
 from g2rl.tasks.base import Task
 from g2rl.types import Episode, Problem, Verdict
 
-RewardFunction = Callable[[Problem, str, bool], float | Awaitable[float]]
-"""(problem, response, finished) -> value, or an ``async def``."""
+RewardFunction = Callable[[Any, Any, Any], Any]
+"""(problem, response, finished) -> value; of lists, a value for each, if it is configured as batched. May be async."""
 
 _LARGEST = 1e15  # rewards become float32, which still holds its square summed over a group
 _ASKED: set[str] = set()  # functions that have been asked for the same value twice
@@ -68,6 +68,8 @@ def _check_limits(reward: RewardConfig, key: str) -> None:
         raise ConfigError(f"{key}.weight: expected a finite number, found {reward.weight}")
     if not 0 <= reward.limit_s < math.inf:
         raise ConfigError(f"{key}.limit_s: expected a number of seconds, or 0 for no limit, found {reward.limit_s}")
+    if reward.batched and reward.name in _BUILT_IN:
+        raise ConfigError(f"{key}.batched: expected a function of your own, found true with {reward.name!r}")
     if reward.at_once < 1:
         raise ConfigError(f"{key}.at_once: expected 1 call or more, found {reward.at_once}")
 
@@ -116,16 +118,16 @@ def _values(reward: Reward, episodes: Sequence[Episode], correct: Sequence[bool]
         counted = f"{len(failures)} of {len(episodes)} calls count 0 ({reward.key}.on_error=zero)"
         warnings.warn(f"g2rl: {counted}, the first: {failures[0]}", RuntimeWarning, 3)
     elif episodes and reward.name not in _BUILT_IN:
-        _ask_again(reward, reward.function, episodes[0], values[0])
+        _ask_again(reward, reward.function, episodes if reward.config.batched else episodes[:1], values[0])
     return values
 
 
-def _ask_again(reward: Reward, function: RewardFunction, episode: Episode, value: float) -> None:
-    """Say, once for each function, when the same response has another value now."""
+def _ask_again(reward: Reward, function: RewardFunction, episodes: Sequence[Episode], value: float) -> None:
+    """Say, once for each function, when the first of these responses has another value now."""
     if reward.config.varies == "allow" or reward.name in _ASKED:
         return
     _ASKED.add(reward.name)
-    (again,) = _asked(reward, function, [episode])
+    again = next(_asked(reward, function, episodes))
     if isinstance(again, PluginError):
         if reward.config.on_error == "stop":
             raise again
@@ -133,7 +135,7 @@ def _ask_again(reward: Reward, function: RewardFunction, episode: Episode, value
     elif again != value:
         said = (
             f"{reward.key}.name: expected {reward.name} to give a response the same value each time, found {value} and "
-            f"{again} for problem {episode.problem.id!r}; {reward.key}.varies=allow if that is meant"
+            f"{again} for problem {episodes[0].problem.id!r}; {reward.key}.varies=allow if that is meant"
         )
         if reward.config.varies == "stop":
             raise PluginError(said)
@@ -146,9 +148,32 @@ def _asked(reward: Reward, function: RewardFunction, episodes: Sequence[Episode]
     guard = Guard(f"{reward.key}.name", reward.name, "to return a finite number", limit_s, f"{reward.key}.limit_s")
     arguments = [(episode.problem, episode.text, episode.finished) for episode in episodes]
     wheres = [f"for problem {episode.problem.id!r}" for episode in episodes]
-    found = guard.call_each(function, arguments, wheres, reward.config.at_once)
+    found = (
+        iter(_asked_together(guard, function, arguments))
+        if reward.config.batched
+        else guard.call_each(function, arguments, wheres, reward.config.at_once)
+    )
     for value, where in zip(found, wheres, strict=True):
         yield value if isinstance(value, PluginError) else _checked(value, guard, where)
+
+
+def _asked_together(guard: Guard, function: RewardFunction, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What a function returns for all of these arguments in one call, or its error for each."""
+    if not arguments:
+        return []
+    guard = replace(guard, expected=f"to return {len(arguments)} finite numbers")
+    lists = tuple(map(list, zip(*arguments, strict=True)))
+    where = f"for {len(arguments)} responses"
+    (values,) = guard.call_each(function, [lists], [where], 1)
+    if isinstance(values, PluginError):
+        return [values] * len(arguments)
+    try:
+        found = list(values)
+    except Exception:  # of an object of the user's, which may raise anything
+        return [PluginError(f"{guard.said}, found {shown(values)} {where}")] * len(arguments)
+    if len(found) != len(arguments):
+        return [PluginError(f"{guard.said}, found {len(found)} {where}")] * len(arguments)
+    return found
 
 
 def _checked(value: Any, guard: Guard, where: str) -> float | PluginError:

@@ -422,6 +422,66 @@ def test_other_calls_of_an_async_function_keep_their_values(awaited: str) -> Non
     assert [v.reward for v in verdicts] == [1.0, 0.0]
 
 
+BATCHED = """
+calls = []
+
+def lengths(problems, responses, finished):
+    assert [problem.id for problem in problems] == ["27+5"] * len(responses)
+    calls.append(len(responses))
+    return [len(response) + 100 * end for response, end in zip(responses, finished)]
+
+async def later(problems, responses, finished):
+    return tuple(map(len, responses))
+
+def raises(problems, responses, finished):
+    raise OSError("gone")
+
+def short(problems, responses, finished):
+    return [1.0]
+
+def one(problems, responses, finished):
+    return 1.0
+
+def some(problems, responses, finished):
+    return [1.0, None]
+"""
+
+
+@pytest.fixture
+def batched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of rewards that take lists."""
+    name = f"batched_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(BATCHED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def test_a_batched_function_is_called_once_for_all(batched: str) -> None:
+    rewards = [RewardConfig(f"{batched}:lengths", batched=True), RewardConfig(f"{batched}:later", batched=True)]
+    verdicts = judge([("1", True), ("22", False)], rewards)
+    assert [list(v.parts.values()) for v in verdicts] == [[101.0, 1.0], [2.0, 2.0]]
+    assert sys.modules[batched].calls == [2, 2]  # asked whether it says the same again
+    assert judge([], rewards) == []
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        ("raises", "to return 2 finite numbers, found OSError: gone for 2 responses in .*, line 13"),
+        ("short", "to return 2 finite numbers, found 1 for 2 responses"),
+        ("one", "to return 2 finite numbers, found 1.0 for 2 responses"),
+        ("some", r"to return a finite number, found None for problem '27\+5'"),
+    ],
+)
+def test_what_a_batched_function_does_wrong(batched: str, function: str, message: str) -> None:
+    responses = [("1", True), ("22", False)]
+    with pytest.raises(ConfigError, match=rf"rewards\[0\].name: expected {batched}:{function} {message}$"):
+        judge(responses, [RewardConfig(f"{batched}:{function}", batched=True)])
+    with pytest.warns(RuntimeWarning, match=f"calls count 0 .*{message}"):
+        verdicts = judge(responses, [RewardConfig(f"{batched}:{function}", batched=True, on_error="zero")])
+    assert [v.reward for v in verdicts] == [float(function == "some"), 0.0]
+
+
 def test_ctrl_c_ends_the_wait_for_async_functions(awaited: str) -> None:
     timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
     timer.start()
@@ -437,6 +497,8 @@ def test_a_sum_beyond_float32_is_refused() -> None:
         resolve_rewards([RewardConfig(limit_s=-1)])
     with pytest.raises(ConfigError, match=r"rewards\[0\].at_once: expected 1 call or more, found 0"):
         resolve_rewards([RewardConfig(at_once=0)])
+    with pytest.raises(ConfigError, match=r"rewards\[0\].batched: .* of your own, found true with 'boxed'"):
+        resolve_rewards([RewardConfig("boxed", batched=True)])
 
 
 def test_a_module_of_the_working_folder(tmp_path: Path) -> None:

@@ -86,6 +86,9 @@ class RewardConfig:
     count `zero`."""
     limit_s: float = 60.0
     """Seconds that one call of a function of your own may take; 0 sets no limit."""
+    batched: bool = False
+    """Whether a function of your own takes lists, of all responses that are judged together, and returns as many
+    numbers: one that computes on a GPU."""
     at_once: int = 64
     """Calls of an `async def` of your own that may be under way; other functions are called one after the other."""
     varies: Literal["warn", "stop", "allow"] = "warn"
