@@ -16,8 +16,9 @@ from swift.utils import get_logger
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from g2rl.heads import head_difference
-from g2rl.integrations.exploration import Once, range_left, shape_in_range
+from g2rl.integrations.exploration import Once, shape_in_range
 from g2rl.integrations.head_pass import HeadPass, causal_lm_inside, join, run_alongside
+from g2rl.reward_range import range_left
 from g2rl_kernels import Shaping
 
 SHAPING = Shaping()
@@ -71,7 +72,7 @@ class G2RLTrainer(GRPOTrainer):
             scored = ~rewards_per_func.isnan().all(1)
             raw = (rewards_per_func * weights).nansum(1).where(scored, REWARD_RANGE[0])
             if left := range_left(raw[scored], REWARD_RANGE):
-                self._warn(left)
+                self._warn(f"G2RL: {left}")
             features = gather(torch.cat(self._features))
             shaped, metrics = shape_in_range(features, raw, self.num_generations, SHAPING, REWARD_RANGE, scored)
             bonus = (shaped - raw).where(scored, torch.nan)[:, None]

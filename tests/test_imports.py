@@ -41,7 +41,7 @@ LAYERS = {
         ("parallel",),
         ("log", "manifest"),
         ("tasks", "checkpoint", "model", "encoder", "forward"),
-        ("rewards", "rollout", "objective", "geometry", "policy", "forecast", "precision", "backend"),
+        ("rewards", "reward_range", "rollout", "objective", "geometry", "policy", "forecast", "precision", "backend"),
         ("methods",),
         ("history", "evaluate", "collect"),
         ("run",),

@@ -184,7 +184,7 @@ def test_runs_that_do_not_fit_are_named(tmp_path: Path) -> None:
         "unknown": "It has no `config.yaml`, so that its task is not known.",
         "other-task": "`task.options.digits` is `[1, 1]`, not `None`.",
         "other-evaluation": "`eval.samples` is `8`, not `4`; `rollout.max_new_tokens` is `99`, not `24`.",
-        "other-settings": "It went on by other settings from step 6 on: `method`, `optim.lr` and 5 more.",
+        "other-settings": "It went on by other settings from step 6 on: `method`, `optim.lr` and 6 more.",
         "b": "It repeats `b-again`: same configuration, same seed.",
     }
 

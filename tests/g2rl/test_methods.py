@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +55,47 @@ def test_grpo_and_g2rl_are_compositions_of_the_kernels() -> None:
     assert torch.equal(bare.advantages, plain.advantages)
     assert bare.scores.isnan().all()
     assert bare.similarity.shape == (0, 0, 0)
+
+
+@pytest.mark.parametrize("normalize", ["std", "none"])
+def test_rewards_of_another_range_are_shaped_as_if_it_were_minus_one_to_one(normalize: str) -> None:
+    torch.manual_seed(0)
+    features, signs = torch.randn(8, 5), torch.tensor([1.0, -1, -1, 1, 1, 1, 0, 0.5])
+    settings = ["methods.g2rl.reward_range=[1,5]", f"objective.normalize={normalize}"]
+    method = make_method(load_config(None, settings))
+    seen = step(3 + 2 * signs, 4, features)
+    result, plain = method.advantages(seen), g2rl_advantages(features, signs, 4)
+    assert result.shaped_rewards.tolist() == pytest.approx((3 + 2 * plain.shaped_rewards).tolist(), rel=1e-6)
+    assert torch.equal(result.advantages, group_advantages(result.shaped_rewards, 4, normalize))
+    assert torch.equal(result.scores, plain.scores)
+    assert method.metrics(seen, result)["geometry/clip_share"] == 0
+
+
+@pytest.mark.parametrize(
+    "reward_range, rewards, said",
+    [
+        ([-1, 1], [1.0, -1.0], ""),
+        ([-1, 1], [1.1, -1.1], ""),
+        ([-1, 1], [1.0, 1.0], ""),
+        ([-1, 1], [1.0, 0.0], r"rewards of 0 are not moved by scaling, .* set methods.g2rl.reward_range=\[0,1\]"),
+        (
+            [-1, 1],
+            [5.0, 1.0],
+            r"rewards leave reward_range \(-1 to 1; found 1 to 5\), .* Set methods.g2rl.reward_range to",
+        ),
+        ([0, 1], [1.0, 0.0], ""),
+        ([0, 1], [1.0, -1.0], r"rewards leave reward_range \(0 to 1; found -1 to 1\)"),
+    ],
+)
+def test_rewards_out_of_range_are_warned_of_once(reward_range: list[float], rewards: list[float], said: str) -> None:
+    method = make_method(load_config(None, [f"methods.g2rl.reward_range={reward_range}"]))
+    seen = step(torch.tensor(rewards), 2, torch.eye(2))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        method.advantages(seen)
+        method.advantages(seen)
+    assert len(warned) == bool(said)
+    assert all(re.match(f"g2rl: {said}", str(each.message)) for each in warned)
 
 
 def test_entropy_is_grpo_with_a_bonus() -> None:
@@ -336,14 +379,18 @@ def test_what_a_method_returns(
             "method: expected a class with a name and advantages, .*NoName'> without name",
         ),
         (["method=outside_method:NoAdvantages"], "method: .*, found .*NoAdvantages'> without advantages"),
-        (["methods.g2rl.strenth=1"], "methods.g2rl.strenth: Key 'strenth' not in 'Shaping'"),
-        (["method=grpo", "methods.g2rl.strenth=1"], "methods.g2rl.strenth: Key 'strenth' not in 'Shaping'"),
+        (["methods.g2rl.strenth=1"], "methods.g2rl.strenth: Key 'strenth' not in 'G2RLOptions'"),
+        (["method=grpo", "methods.g2rl.strenth=1"], "methods.g2rl.strenth: Key 'strenth' not in 'G2RLOptions'"),
         (
             ["method=outside_method:shortest", "methods.shortest.strength=3"],
             "methods.shortest.strength: Key 'strength' not in 'NoOptions'; expected none",
         ),
         (["methods.g2rl.rule=other"], "methods.g2rl.rule: expected one of "),
         (["methods.g2rl.strength=-1"], "methods.g2rl.strength: expected a number from 0 to 1e18, found -1"),
+        (
+            ["methods.g2rl.reward_range=[1,0]"],
+            "methods.g2rl.reward_range: expected two finite numbers, the lower one first",
+        ),
         (["methods.g2lr.strength=1"], "methods.g2lr: expected options of one of"),
         (["method=grpo", "methods.g2lr.strength=1"], "of one of .*scaled, found another name"),
         (["method=scaled", "methods.scaled.factor=x"], "methods.scaled.factor: expected a number, found 'x'"),

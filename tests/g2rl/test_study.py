@@ -27,6 +27,7 @@ from g2rl.cli import main
 from g2rl.comparison.plots import plot_bands
 from g2rl.config import ConfigError, load_config, save_config
 from g2rl.methods import make_method
+from g2rl.methods.g2rl import G2RLOptions
 from g2rl.plots import CYCLE
 from g2rl.study.definition import Study, read_study
 from g2rl.study.plots import KEYS, _save, bands, draw, plot_differences
@@ -37,7 +38,6 @@ from g2rl.study.results import Results
 from g2rl.study.runner import _environment, _locked, run_study
 from g2rl.study.runs import Usage, begin, code_version, finish, note
 from g2rl.trainer import Trainer
-from g2rl_kernels import Shaping
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +185,7 @@ def test_choices_of_the_studies_reach_the_method(name: str, tmp_path: Path) -> N
         config = load_config(tmp_path / "plan.yaml")
         assert config == run.config
         shaping[run.method] = make_method(config).options
-    base = Shaping(uniform_groups="drop")  # the quickstart's
+    base = G2RLOptions(uniform_groups="drop")  # the quickstart's
     if name == "lambda":
         strengths = {f"lambda={x:g}": replace(base, strength=x) for x in (0.1, 0.3, 1.0, 3.0, 10.0)}
         rules = {rule: replace(base, rule=rule) for rule in ("centered", "literal")}

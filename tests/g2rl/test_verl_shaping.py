@@ -18,8 +18,6 @@ from g2rl.integrations.exploration import (
     Once,
     Options,
     few_responses,
-    has_unmoved_zeros,
-    range_left,
     require_plain,
     reward_warnings,
     shape_by_uid,
@@ -28,6 +26,7 @@ from g2rl.integrations.exploration import (
 from g2rl.integrations.head_pass import predicted_response
 from g2rl.integrations.section import read_options
 from g2rl.integrations.verl.shaping import add_to_last, final_outputs
+from g2rl.reward_range import has_unmoved_zeros, range_left
 from g2rl_kernels import Shaping, g2rl_advantages, use_backend
 
 

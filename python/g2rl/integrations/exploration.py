@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
-from numbers import Real
 from typing import Any
 
 import torch
 
 from g2rl.geometry import degenerate, pair_cosines
-from g2rl_kernels import GroupAdvantages, Shaping, g2rl_advantages, pad
+from g2rl.reward_range import PLAIN, Range, has_unmoved_zeros, range_left, read_range, shape_mapped
+from g2rl_kernels import GroupAdvantages, Shaping, pad
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Options:
     """
 
     shaping: Shaping = field(default_factory=Shaping)
-    reward_range: tuple[float, float] = (-1.0, 1.0)
+    reward_range: Range = PLAIN
 
     def __post_init__(self) -> None:
         read_range("reward_range", self.reward_range)
@@ -38,14 +36,6 @@ class Options:
     def __str__(self) -> str:
         low, high = self.reward_range
         return f"shaping rewards of {low:g} to {high:g} with strength {self.shaping.strength:g}"
-
-
-def read_range(name: str, value: Any) -> tuple[float, float]:
-    """Lowest and highest reward, of an option of this name; raises ValueError for anything else."""
-    numbers = isinstance(value, Sequence) and all(isinstance(x, Real) and not isinstance(x, bool) for x in value)
-    if not (numbers and len(value) == 2 and -math.inf < value[0] < value[1] < math.inf):
-        raise ValueError(f"{name}: expected two finite numbers, the lower one first, found {value!r}")
-    return float(value[0]), float(value[1])
 
 
 def require_plain(settings: Sequence[tuple[str, Any, Any]]) -> None:
@@ -67,7 +57,7 @@ def shape_in_range(
     rewards: torch.Tensor,
     groups: int | torch.Tensor,
     shaping: Shaping,
-    reward_range: tuple[float, float],
+    reward_range: Range,
     valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Rewards shaped as if their range were -1 to 1, and the step's metrics.
@@ -81,18 +71,8 @@ def shape_in_range(
         shaped rewards [B] in the scale of the raw ones, which they are where nothing shapes them, bit by bit; and
         `exploration_metrics`.
     """
-    low, high = reward_range
-    scale, middle = (high - low) / 2, (high + low) / 2
-    inner = (rewards - middle) / scale
-    with warnings.catch_warnings():
-        # Integrations say it in words of their own options.
-        warnings.filterwarnings("ignore", message="rewards: found only 0 and 1")
-        result = g2rl_advantages(features, inner, groups, shaping, valid)
-    metrics = exploration_metrics(features, result, groups, shaping.min_range, valid)
-    if shaping.strength == 0:
-        return rewards, metrics
-    # In one dtype, or a reward of another, such as fp64, would move by its rounding.
-    return rewards + (result.shaped_rewards - inner.to(result.shaped_rewards)) * scale, metrics
+    shaped, result = shape_mapped(features, rewards, groups, shaping, reward_range, valid)
+    return shaped, exploration_metrics(features, result, groups, shaping.min_range, valid)
 
 
 def shape_by_uid(
@@ -172,24 +152,6 @@ def exploration_metrics(
     return {name: float(value) for name, value in metrics.items()}
 
 
-def has_unmoved_zeros(rewards: torch.Tensor) -> bool:
-    """Whether rewards [B] look like 0 for wrong and more for right, which scaling cannot tell apart as it should."""
-    return bool((rewards == 0).any()) and bool((rewards >= 0).all())
-
-
-def range_left(rewards: torch.Tensor, reward_range: tuple[float, float]) -> str:
-    """What is wrong where rewards [B] leave their range by more than rounding; else empty."""
-    low, high = reward_range
-    slack = 1e-5 * (high - low)
-    if rewards.numel() == 0 or (low - slack <= float(rewards.min()) and float(rewards.max()) <= high + slack):
-        return ""
-    return (
-        f"G2RL: rewards leave reward_range ({low:g} to {high:g}; found {float(rewards.min()):g} to "
-        f"{float(rewards.max()):g}), whose middle parts wrong answers from right ones, and shaped rewards stay within "
-        "clip times half of it: far outside little is shaped"
-    )
-
-
 def reward_warnings(rewards: torch.Tensor, options: Options, zero_to_one: str, bounds: str) -> list[str]:
     """What raw rewards [B] say against `reward_range`, each with a way out.
 
@@ -200,13 +162,13 @@ def reward_warnings(rewards: torch.Tensor, options: Options, zero_to_one: str, b
     if options.shaping.strength == 0:
         return []
     found = []
-    if options.reward_range == Options.reward_range and has_unmoved_zeros(rewards):
+    if options.reward_range == PLAIN and has_unmoved_zeros(rewards):
         found.append(
             "G2RL: rewards of 0 are not moved by scaling, so that wrong answers get no signal; for rewards of 0 and 1 "
             f"add {zero_to_one}"
         )
     if left := range_left(rewards, options.reward_range):
-        found.append(f"{left}. Set reward_range to {bounds}")
+        found.append(f"G2RL: {left}. Set reward_range to {bounds}")
     return found
 
 

@@ -7,7 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 from g2rl.config import ConfigError
-from g2rl.integrations.exploration import Options, read_range
+from g2rl.integrations.exploration import Options
+from g2rl.reward_range import read_range
 from g2rl_kernels import Shaping
 
 

@@ -40,7 +40,7 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from g2rl.heads import adapter_on_head, head_difference, keep_head_inputs_contiguous
-from g2rl.integrations.exploration import Once, Options, few_responses, read_range, reward_warnings, shape_in_range
+from g2rl.integrations.exploration import Once, Options, few_responses, reward_warnings, shape_in_range
 from g2rl.integrations.head_pass import (
     HeadOutputs,
     HeadPass,
@@ -50,6 +50,7 @@ from g2rl.integrations.head_pass import (
     run_alongside,
     run_head_pass,
 )
+from g2rl.reward_range import read_range
 from g2rl_kernels import Shaping
 
 # Any GRPO-like trainer; for type checkers, the one whose attributes all others share.

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from g2rl.integrations.exploration import Options, few_responses, read_range, require_plain
+from g2rl.integrations.exploration import Options, few_responses, require_plain
+from g2rl.reward_range import read_range
 from g2rl_kernels import Shaping
 
 
