@@ -483,11 +483,15 @@ def test_what_a_batched_function_does_wrong(batched: str, function: str, message
 
 
 def test_ctrl_c_ends_the_wait_for_async_functions(awaited: str) -> None:
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        judge([("32", True)], [RewardConfig(f"{awaited}:sleeps")])
-    timer.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            judge([("32", True)], [RewardConfig(f"{awaited}:sleeps", limit_s=20)])
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, previous)
 
 
 def test_a_sum_beyond_float32_is_refused() -> None:
