@@ -102,6 +102,10 @@ class Trainer:
         return self.worker.forward(data)
 
 
+class AsyncTrainer(Trainer):
+    """SkyRL's `FullyAsyncRayPPOTrainer`, which calls the same methods."""
+
+
 class Exp:
     """SkyRL's `BasePPOExp`."""
 
@@ -126,9 +130,16 @@ class Config:
 
 
 def configuration(kind: Any, **changes: Any) -> Any:
-    values = {"strategy": "fsdp", "step_wise": False, "enabled": False, "estimator": "grpo", "n": 4} | changes
+    values = {
+        "strategy": "fsdp",
+        "step_wise": False,
+        "enabled": False,
+        "simulated": False,
+        "estimator": "grpo",
+        "n": 4,
+    } | changes
     algorithm = SimpleNamespace(advantage_estimator=values["estimator"], temperature=TEMPERATURE)
-    fully_async = SimpleNamespace(enabled=values["enabled"])
+    fully_async = SimpleNamespace(enabled=values["enabled"], simulate_training=values["simulated"])
     return kind(
         trainer=SimpleNamespace(strategy=values["strategy"], algorithm=algorithm, fully_async=fully_async),
         generator=SimpleNamespace(step_wise_trajectories=values["step_wise"], n_samples_per_prompt=values["n"]),
@@ -155,6 +166,7 @@ def skyrl(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         f"{backend}.workers.fsdp.fsdp_worker": {"FSDPPolicyWorkerBase": Worker},
         "skyrl.train.config": {"SkyRLTrainConfig": Config},
         "skyrl.train.entrypoints.main_base": {"BasePPOExp": Exp},
+        "skyrl.train.fully_async_trainer": {"FullyAsyncRayPPOTrainer": AsyncTrainer},
         "skyrl.train.trainer": {"RayPPOTrainer": Trainer},
         "skyrl.train.utils": {"validate_cfg": lambda cfg: None},
         "skyrl.train.utils.utils": {"initialize_ray": lambda cfg: None},
@@ -265,7 +277,7 @@ def test_an_adapter_on_the_head_is_refused(tiny_model: Path, skyrl: Any) -> None
     [
         ({"strategy": "megatron"}, "trainer.strategy: expected 'fsdp', found 'megatron'"),
         ({"step_wise": True}, "generator.step_wise_trajectories: expected False"),
-        ({"enabled": True}, "trainer.fully_async.enabled: expected False"),
+        ({"enabled": True, "simulated": True}, "trainer.fully_async.simulate_training: expected False, found True"),
         ({"estimator": "maxrl"}, "trainer.algorithm.advantage_estimator: .* found 'maxrl'"),
         ({"g2rl": {"lambda": 1}}, "g2rl.lambda: expected one of strength"),
     ],
@@ -273,6 +285,14 @@ def test_an_adapter_on_the_head_is_refused(tiny_model: Path, skyrl: Any) -> None
 def test_settings_that_cannot_work_are_refused(skyrl: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         skyrl.check_config(configuration(skyrl.G2RLTrainConfig, **changes))
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_an_asynchronous_run_has_an_asynchronous_trainer(skyrl: Any, enabled: bool) -> None:
+    exp = skyrl.G2RLExp(configuration(skyrl.G2RLTrainConfig, enabled=enabled))
+    exp.run()
+    assert isinstance(exp.trainer, skyrl.G2RLTrainer)
+    assert isinstance(exp.trainer, AsyncTrainer) == enabled
 
 
 def test_the_command_trains_with_its_options(

@@ -32,6 +32,13 @@ CASES = {
         "trainer.max_tokens_per_microbatch": 64,
         "trainer.policy.model.lora.rank": 2,
     },
+    "asynchronous": {
+        "trainer.algorithm.policy_loss_type": "rollout_is",
+        "trainer.fully_async.enabled": True,
+        "trainer.fully_async.max_staleness_steps": 1,
+        "trainer.fully_async.num_parallel_generation_workers": 3,
+        "trainer.policy_mini_batch_size": 2,
+    },
     "sequence-parallel": {
         "generator.max_turns": 2,
         "trainer.placement.policy_num_gpus_per_node": 2,
@@ -93,7 +100,8 @@ def test_training_run(tmp_path: Path, case: str) -> None:
     said = train(tmp_path, model, server.url, CASES[case])
     server.shutdown()
     assert said.count("G2RL: shaping rewards of 0 to 1 with strength 1") == 1
-    assert ("SkyRL runs no pass for old log-probabilities" in said) == (case == "packed-lora")
+    assert ("SkyRL runs no pass for old log-probabilities" in said) == ("rollout_is" in CASES[case].values())
+    assert ("Generation Buffer Progress" in said) == (case == "asynchronous")
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     raw_seen: set[float] = set()
     for step in (1, 2):

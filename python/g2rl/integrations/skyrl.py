@@ -19,6 +19,7 @@ from skyrl.backends.skyrl_train.distributed.ulysses.utils import ulysses_pad_and
 from skyrl.backends.skyrl_train.workers.fsdp.fsdp_worker import FSDPPolicyWorkerBase
 from skyrl.train.config import SkyRLTrainConfig
 from skyrl.train.entrypoints.main_base import BasePPOExp
+from skyrl.train.fully_async_trainer import FullyAsyncRayPPOTrainer
 from skyrl.train.trainer import RayPPOTrainer
 from skyrl.train.utils import validate_cfg
 from skyrl.train.utils.utils import initialize_ray
@@ -55,10 +56,11 @@ class G2RLTrainConfig(SkyRLTrainConfig):
 
 
 class G2RLExp(BasePPOExp):
-    """`BasePPOExp` with G2RL's trainer; takes `G2RLTrainConfig`."""
+    """`BasePPOExp` with G2RL's trainer, or its asynchronous one; takes `G2RLTrainConfig`."""
 
     def get_trainer(self, *args: Any, **kwargs: Any) -> G2RLTrainer:
-        return G2RLTrainer(*args, **kwargs)
+        trainer = G2RLAsyncTrainer if self.cfg.trainer.fully_async.enabled else G2RLTrainer
+        return trainer(*args, **kwargs)
 
 
 class G2RLTrainer(RayPPOTrainer):
@@ -132,6 +134,11 @@ class G2RLTrainer(RayPPOTrainer):
         return token_rewards
 
 
+class G2RLAsyncTrainer(G2RLTrainer, FullyAsyncRayPPOTrainer):
+    """`FullyAsyncRayPPOTrainer` likewise. Features are of the policy that is about to be updated, whatever policies
+    responses are of."""
+
+
 def check_config(cfg: G2RLTrainConfig) -> Options:
     """The options of ``cfg.g2rl``; raises ConfigError for what cannot work, and warns of what does nothing."""
     options = read_options(getattr(cfg, "g2rl", None))  # which a configuration of one's own may lack
@@ -144,8 +151,8 @@ def check_config(cfg: G2RLTrainConfig) -> Options:
             "generator.step_wise_trajectories: expected False, found True: one trajectory would be several responses; "
             "without it all turns are one, whose feature is of the policy's own tokens"
         )
-    if cfg.trainer.fully_async.enabled:
-        raise ConfigError("trainer.fully_async.enabled: expected False, found True, which takes a trainer of its own")
+    if cfg.trainer.fully_async.enabled and cfg.trainer.fully_async.simulate_training:
+        raise ConfigError("trainer.fully_async.simulate_training: expected False, found True: no policy gives features")
     if cfg.trainer.algorithm.advantage_estimator == "maxrl":
         raise ConfigError(
             "trainer.algorithm.advantage_estimator: expected one such as 'grpo' or 'rloo', found 'maxrl', which "
