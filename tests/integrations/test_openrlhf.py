@@ -102,7 +102,7 @@ def apply_length_penalties(experiences: list[Any], args: Any) -> None:
         experience.info["reward"] = experience.rewards.clone()
 
 
-class PPOTrainer:
+class BasePPOTrainer:
     def __init__(self, strategy: Any, policy: Any) -> None:
         self.strategy, self.actor_model_group = strategy, policy
         self.critic_model_group = self.reward_model_group = self.reference_model_group = None
@@ -111,18 +111,44 @@ class PPOTrainer:
     def _compute_rollout_stats(self, experiences: list[Any]) -> dict[str, float]:
         return {"rollout/reward_mean": float(torch.cat([x.info["reward"] for x in experiences]).mean())}
 
+    def broadcast_to_vllm(self) -> None:
+        self.has_sent = True
+
+
+class PPOTrainer(BasePPOTrainer):
+    pass
+
+
+class TrainingActor(BasePPOTrainer):
+    pass
+
+
+class PPOTrainerAsync:
+    def __init__(self, strategy: Any, policy: Any) -> None:
+        actor = sys.modules["openrlhf.trainer.ppo_trainer_async"].TrainingActor  # type: ignore[attr-defined]
+        self.trainer_actor = inside(actor)(strategy, policy)
+
 
 @pytest.fixture
 def openrlhf(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """OpenRLHF's modules, with the names that its script imports."""
     names = ("", ".utils", ".utils.logging_utils", ".trainer", ".trainer.ray", ".trainer.ray.ppo_actor")
-    names += (".trainer.ppo_trainer", ".trainer.ppo_utils", ".trainer.ppo_utils.experience_maker")
+    names += (
+        ".trainer.ppo_trainer",
+        ".trainer.ppo_trainer_async",
+        ".trainer.ppo_utils",
+        ".trainer.ppo_utils.experience_maker",
+    )
     modules = {name: ModuleType(f"openrlhf{name}") for name in names}
     contents: dict[str, dict[str, Any]] = {
         ".utils": {"get_strategy": lambda args: SimpleNamespace(args=args, ring_attn_group=None)},
         ".utils.logging_utils": {"init_logger": logging.getLogger},
         ".trainer.ray.ppo_actor": {"PolicyModelActor": remote(PolicyModelActor)},
-        ".trainer.ppo_trainer": {"PPOTrainer": remote(PPOTrainer)},
+        ".trainer.ppo_trainer": {"BasePPOTrainer": BasePPOTrainer, "PPOTrainer": remote(PPOTrainer)},
+        ".trainer.ppo_trainer_async": {
+            "PPOTrainerAsync": remote(PPOTrainerAsync),
+            "TrainingActor": remote(TrainingActor),
+        },
         ".trainer.ppo_utils.experience_maker": {
             "RemoteExperienceMaker": RemoteExperienceMaker,
             "apply_length_penalties": apply_length_penalties,
@@ -139,6 +165,7 @@ def openrlhf(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         utils=modules[".utils"],
         policy=modules[".trainer.ray.ppo_actor"],
         trainer=modules[".trainer.ppo_trainer"],
+        asynchronous=modules[".trainer.ppo_trainer_async"],
         maker=modules[".trainer.ppo_utils.experience_maker"],
     )
     for name in (f"{PACKAGE}.actors", f"{PACKAGE}.__main__"):
@@ -147,8 +174,7 @@ def openrlhf(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 def settings(**ds: Any) -> SimpleNamespace:
     plain = {"tensor_parallel_size": 1, "deepcompile": False, "ring_attn_size": 1}
-    train, rollout = SimpleNamespace(async_enable=False), SimpleNamespace(n_samples_per_prompt=4)
-    return SimpleNamespace(ds=SimpleNamespace(**plain | ds), train=train, rollout=rollout)
+    return SimpleNamespace(ds=SimpleNamespace(**plain | ds), rollout=SimpleNamespace(n_samples_per_prompt=4))
 
 
 def run_command(
@@ -167,7 +193,10 @@ def run_command(
     return results[0]
 
 
-@pytest.mark.parametrize("packed, lora", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    "packed, lora, asynchronous",
+    [(False, False, False), (True, False, False), (True, True, False), (False, False, True)],
+)
 def test_rewards_are_shaped_by_the_pass_for_old_log_probabilities(
     tiny_model: Path,
     openrlhf: SimpleNamespace,
@@ -175,6 +204,7 @@ def test_rewards_are_shaped_by_the_pass_for_old_log_probabilities(
     caplog: pytest.LogCaptureFixture,
     packed: bool,
     lora: bool,
+    asynchronous: bool,
 ) -> None:
     policy = AutoModelForCausalLM.from_pretrained(tiny_model)
     policy.config.use_cache = False  # as OpenRLHF does; transformers then tells packed sequences apart
@@ -188,10 +218,14 @@ def test_rewards_are_shaped_by_the_pass_for_old_log_probabilities(
             actor = torch.nn.Module()
             actor.model, actor.packing_samples, actor.temperature = model, packed, TEMPERATURE
             worker.init_model_from_pretrained(strategy, actor)
+        if asynchronous:
+            return inside(openrlhf.asynchronous.PPOTrainerAsync)(strategy, Workers(workers)).trainer_actor
         return inside(openrlhf.trainer.PPOTrainer)(strategy, Workers(workers))
 
     arguments = ["--g2rl.strength", "2", "--g2rl.reward_range", "0", "1"]
     trained = run_command(openrlhf, monkeypatch, arguments, script)
+    trained.broadcast_to_vllm()
+    assert trained.has_sent
 
     generator = torch.Generator().manual_seed(0)
     ids, lengths = torch.randint(3, 70, (8, 12), generator=generator), torch.tensor([12, 11, 9, 12, 8, 12, 7, 10])
@@ -306,6 +340,3 @@ def test_settings_that_are_refused(openrlhf: SimpleNamespace, monkeypatch: pytes
     assert check_settings(args) == []
     args.rollout.n_samples_per_prompt = 2
     assert "expected 3 or more, found 2" in check_settings(args)[0]
-    args.train.async_enable = True
-    with pytest.raises(ValueError, match="--train.async_enable: expected False with G2RL, found True"):
-        check_settings(args)

@@ -28,6 +28,12 @@ CASES = {
     },
     # Adapters of scale 1, as the stand-in for vLLM adds them.
     "packed-lora-zero3": PACKED | {"ds.lora.rank": 2, "ds.lora.alpha": 2, "ds.zero_stage": 3},
+    "asynchronous": {"ds.attn_implementation": "eager", "train.async_enable": None},
+    "partial-rollouts": {
+        "ds.attn_implementation": "eager",
+        "train.async_enable": None,
+        "train.partial_rollout_enable": None,
+    },
     "ring": PACKED | {"ds.ring_attn_size": 2, "actor.num_gpus_per_node": 2},
 }
 

@@ -90,6 +90,13 @@ class AsyncLLMEngine:
             assert not keys.unexpected_keys, keys
             torch.save(self.model.state_dict(), RECORDS / f"weights-{next(self.steps)}.pt")
 
+    async def pause_generation(self, mode: str) -> None:
+        """A response is sampled in one go, which weights cannot come between."""
+        assert mode == "keep"
+
+    async def resume_generation(self) -> None:
+        pass
+
     async def generate(self, prompt: dict[str, list[int]], params: Any, request_id: str) -> AsyncIterator[Any]:
         given = tuple(prompt["prompt_token_ids"])
         # By prompt, since requests come in any order.

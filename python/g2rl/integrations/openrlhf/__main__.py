@@ -8,11 +8,11 @@ from typing import Any
 
 import openrlhf.utils
 import ray
-from openrlhf.trainer import ppo_trainer
+from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 from openrlhf.trainer.ray import ppo_actor
 from openrlhf.utils.logging_utils import init_logger
 
-from g2rl.integrations.openrlhf.actors import G2RLPolicyActor, G2RLPPOTrainer
+from g2rl.integrations.openrlhf.actors import G2RLPolicyActor, G2RLPPOTrainer, G2RLPPOTrainerAsync
 from g2rl.integrations.openrlhf.options import check_settings, read_options
 
 logger = init_logger(__name__)
@@ -33,6 +33,7 @@ def main() -> None:
     openrlhf.utils.get_strategy = get_strategy_with_options
     ppo_actor.PolicyModelActor = ray.remote(num_gpus=1)(G2RLPolicyActor)
     ppo_trainer.PPOTrainer = ray.remote(G2RLPPOTrainer)
+    ppo_trainer_async.PPOTrainerAsync = ray.remote(G2RLPPOTrainerAsync)
     runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__")
 
 

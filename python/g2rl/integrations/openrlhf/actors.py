@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import torch
 import torch.nn.functional as F
-from openrlhf.trainer.ppo_trainer import PPOTrainer
+from openrlhf.trainer import ppo_trainer_async
+from openrlhf.trainer.ppo_trainer import BasePPOTrainer, PPOTrainer
+from openrlhf.trainer.ppo_trainer_async import PPOTrainerAsync, TrainingActor
 from openrlhf.trainer.ppo_utils import experience_maker
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from openrlhf.utils.logging_utils import init_logger
@@ -133,8 +136,8 @@ class G2RLExperienceMaker(experience_maker.RemoteExperienceMaker):  # type: igno
             experience.rewards = rewards
 
 
-class G2RLPPOTrainer(plain(PPOTrainer)):  # type: ignore[misc]
-    """OpenRLHF's trainer with `G2RLExperienceMaker` in the place of its maker, and its metrics in the log."""
+class _Shaping(BasePPOTrainer):  # type: ignore[misc]
+    """A trainer of OpenRLHF with `G2RLExperienceMaker` in the place of its maker, and its metrics in the log."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -151,3 +154,24 @@ class G2RLPPOTrainer(plain(PPOTrainer)):  # type: ignore[misc]
     def _compute_rollout_stats(self, experiences: list[Any]) -> dict[str, float]:
         stats: dict[str, float] = super()._compute_rollout_stats(experiences)
         return stats | self.experience_maker.metrics
+
+
+class G2RLPPOTrainer(_Shaping, plain(PPOTrainer)):  # type: ignore[misc]
+    """OpenRLHF's synchronous trainer."""
+
+
+class G2RLTrainingActor(_Shaping, plain(TrainingActor)):  # type: ignore[misc]
+    """What trains beside another actor that generates. Features are of the policy that is about to be updated."""
+
+    def broadcast_to_vllm(self) -> None:
+        # Ray copies methods into a class of its own and pickles what they refer to. OpenRLHF's class, whose name means
+        # Ray's, comes out as a second one, of which this is no instance: for `super()` there.
+        super().broadcast_to_vllm()
+
+
+class G2RLPPOTrainerAsync(plain(PPOTrainerAsync)):  # type: ignore[misc]
+    """OpenRLHF's asynchronous trainer, which makes these two actors."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        ppo_trainer_async.TrainingActor = ray.remote(G2RLTrainingActor)  # in this process, which is Ray's own
+        super().__init__(*args, **kwargs)

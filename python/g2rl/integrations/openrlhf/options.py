@@ -47,7 +47,6 @@ def check_settings(args: Any) -> list[str]:
         [
             ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size, 1),
             ("--ds.deepcompile", args.ds.deepcompile, False),
-            ("--train.async_enable", args.train.async_enable, False),
         ]
     )
     few = few_responses("--rollout.n_samples_per_prompt", args.rollout.n_samples_per_prompt)
