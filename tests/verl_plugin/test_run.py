@@ -15,14 +15,29 @@ from tests.integrations import recorded
 HERE = Path(__file__).parent
 
 
+CASES: dict[str, dict[str, object]] = {
+    "sync": {},
+    "colocate_async": {},
+    "separate_async": {
+        "actor_rollout_ref.rollout.checkpoint_engine.backend": "file",
+        "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module": "cpu_rollout",
+        "actor_rollout_ref.rollout.n_gpus_per_node": 1,
+        "actor_rollout_ref.rollout.nnodes": 1,
+        "data.train_batch_size": 4,
+        "trainer.v1.separate_async.parameter_sync_step": 2,
+    },
+}
+
+
 @pytest.mark.slow
-def test_training_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", CASES)
+def test_training_run(tmp_path: Path, mode: str) -> None:
     model = build_model(tmp_path / "model")
     row = {"data_source": "vowels", "prompt": [{"role": "user", "content": "12+3="}]}
     rows = [row | {"reward_model": {"style": "rule", "ground_truth": ""}, "extra_info": {"index": i}} for i in range(6)]
     pandas.DataFrame(rows).to_parquet(tmp_path / "data.parquet")
     options = {
-        "trainer.v1.trainer_mode": "g2rl_sync",
+        "trainer.v1.trainer_mode": f"g2rl_{mode}",
         "+g2rl.min_range": 0,
         "algorithm.adv_estimator": "grpo",
         "data.train_files": tmp_path / "data.parquet",
@@ -55,17 +70,17 @@ def test_training_run(tmp_path: Path) -> None:
         "trainer.val_before_train": False,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
         "ray_kwargs.ray_init.num_cpus": 16,
-        "+ray_kwargs.ray_init.num_gpus": 1,  # which verl's platform takes for its CPU
+        "+ray_kwargs.ray_init.num_gpus": 2,  # which verl's platform takes for its CPU
         "hydra.run.dir": tmp_path / "hydra",
-    }
+    } | CASES[mode]
     variables = {
         "VERL_USE_EXTERNAL_MODULES": "verl_cpu",
         "VERL_FILE_LOGGER_PATH": str(tmp_path / "log.jsonl"),
         "RAY_AUTH_MODE": "disabled",
     }
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *(f"{key}={value}" for key, value in options.items())]
-    said = recorded.output(recorded.run(command, tmp_path, HERE, timeout=540, **variables))
-    assert "available as trainer.v1.trainer_mode=g2rl_sync" in said
+    said = recorded.output(recorded.run(command, tmp_path, HERE, timeout=300, **variables))
+    assert "trainer.v1.trainer_mode=g2rl_sync or g2rl_colocate_async or g2rl_separate_async, with" in said
     assert said.count("G2RL: shaping rewards of -1 to 1 with strength 1") == 1
     steps = [json.loads(line)["data"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [step["training/global_step"] for step in steps] == [1, 2]

@@ -24,7 +24,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import get_trainer_cls
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from g2rl.config import ConfigError
 from g2rl.integrations.exploration import Options
@@ -139,7 +139,7 @@ def test_advantages(name: str, queue: None, caplog: pytest.LogCaptureFixture) ->
     low, strength = 0 if name == "range" else -1, 0.5 if name == "dr-grpo" else 1
     assert f"G2RL: shaping rewards of {low} to 1 with strength {strength}" in caplog.messages
     assert type(trainer) is G2RLTrainer and type(trainer.replay_buffer) is ReplayBuffer
-    assert trainer.trainer_mode == "sync" and config.trainer.v1.trainer_mode == "g2rl_sync"
+    assert trainer.trainer_mode == "sync" and config.trainer.v1.trainer_mode == "sync"
     features = torch.randn(len(KEYS), D, generator=torch.Generator().manual_seed(0))
     trainer.actor_rollout_wg = Actors(features)
     wrong = 0.0 if name == "range" else WRONG
@@ -183,6 +183,25 @@ def recomputed(shaped: Tensor, normalize: bool = True) -> Tensor:
     advantages[2] = shaped[2] / (1 + 1e-6) if normalize else shaped[2]
     advantages[1] = advantages[6]
     return advantages
+
+
+SEPARATE = (
+    "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl",
+    "actor_rollout_ref.rollout.nnodes=1",
+    "data.train_batch_size=1024",
+)
+
+
+@pytest.mark.parametrize(("mode", "more"), [("colocate_async", ()), ("separate_async", SEPARATE)])
+def test_asynchronous_modes_are_verls_own_with_shaped_rewards(mode: str, more: tuple[str, ...]) -> None:
+    config = configuration(f"trainer.v1.trainer_mode=g2rl_{mode}", "+g2rl.strength=0.5", *more)
+    trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config)
+    assert isinstance(trainer, get_trainer_cls(mode)) and type(trainer.replay_buffer) is ReplayBufferAsync
+    assert trainer.trainer_mode == config.trainer.v1.trainer_mode == mode
+    assert trainer.parameter_sync_step == (4 if mode == "separate_async" else 1)
+    assert trainer.options == Options(Shaping(strength=0.5))
+    with pytest.raises(ConfigError, match="found 'veomni'"):
+        type(trainer)(configuration("actor_rollout_ref.actor.strategy=veomni", *more))
 
 
 def test_missing_features_are_an_error(queue: None) -> None:

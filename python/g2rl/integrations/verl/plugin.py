@@ -1,4 +1,4 @@
-"""What verl imports when it is imported itself, in every process: registers the trainer `g2rl_sync` and its engine.
+"""What verl imports when it is imported itself, in every process: registers the trainers and their engine.
 
 verl keeps what a plug-in raises to its log at level DEBUG, and then knows no trainer of this name. So this says why.
 """
@@ -14,11 +14,13 @@ logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 try:
+    from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
     from verl.workers.engine import MegatronEngine
 
+    import g2rl.integrations.verl.trainer  # noqa: F401  # registers
     from g2rl.integrations.verl.engine import G2RLEngine
-    from g2rl.integrations.verl.trainer import TRAINER_MODE
 
+    modes = [mode for mode in TRAINER_REGISTRY if mode.startswith("g2rl_")]
     engines = [G2RLEngine.__name__]
     if MegatronEngine is not None:  # Megatron-core is there
         try:
@@ -41,6 +43,6 @@ except Exception as error:
 logger.info(
     "g2rl-kernels %s: available as trainer.v1.trainer_mode=%s, with %s",
     __version__,
-    TRAINER_MODE,
+    " or ".join(modes),
     " and ".join(engines),
 )

@@ -1,18 +1,24 @@
-"""verl's synchronous trainer with rewards shaped by G2RL, selected by ``trainer.v1.trainer_mode=g2rl_sync``."""
+"""verl's trainers with rewards shaped by G2RL, selected by ``trainer.v1.trainer_mode=g2rl_sync`` and the like."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
+from verl.trainer.ppo.v1 import (
+    PPOTrainer,
+    PPOTrainerColocateAsync,
+    PPOTrainerSeparateAsync,
+    PPOTrainerSync,
+    register_trainer,
+)
 
 from g2rl.config import ConfigError
 from g2rl.integrations.exploration import Once, Options, few_responses, reward_warnings, shape_by_uid
@@ -23,7 +29,6 @@ from g2rl.integrations.verl.shaping import add_to_last, final_outputs
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
-TRAINER_MODE = "g2rl_sync"
 ENGINES = ("fsdp", "fsdp2", "megatron")
 SCORES = (
     "the lowest and highest score of your data sources: [-1,1] for verl's math_dapo, math, math_dapo_reasoning and "
@@ -31,9 +36,8 @@ SCORES = (
 )
 
 
-@register_trainer(TRAINER_MODE)
-class G2RLTrainer(PPOTrainerSync):
-    """`PPOTrainerSync` that shapes `rm_scores` between old log-probabilities and advantages; takes ``config.g2rl``.
+class _Shaping(PPOTrainer):
+    """A trainer of verl's that shapes `rm_scores` between old log-probabilities and advantages; takes ``config.g2rl``.
 
     Whatever comes before, as DAPO's filter, and after, as logs and dumps of scores, sees raw rewards: advantages alone
     are made of shaped ones, which stay in verl's field of rewards after all corrections, `token_level_rewards`.
@@ -42,13 +46,14 @@ class G2RLTrainer(PPOTrainerSync):
         ConfigError: an option or a setting of verl that G2RL cannot work with.
     """
 
+    MODE: ClassVar[str]
+    """verl's own trainer mode."""
+
     def __init__(self, config: DictConfig) -> None:
         self.options: Options = read_options(config.get("g2rl"))
         check_config(config)
-        # What else in verl reads the mode asks whether it is "sync", and would take this one for asynchronous.
-        config.trainer.v1.trainer_mode = "sync"
+        config.trainer.v1.trainer_mode = self.MODE  # by which all else in verl is told what to do
         super().__init__(config)
-        config.trainer.v1.trainer_mode = TRAINER_MODE
         self._say = Once(logger)
         logger.info("G2RL: %s", self.options)
 
@@ -108,6 +113,28 @@ class G2RLTrainer(PPOTrainerSync):
         metrics.update({f"g2rl/{name}": value for name, value in exploration.items()})
         values = add_to_last(raw.values(), raw.offsets(), bonus[final])
         return raw, torch.nested.nested_tensor_from_jagged(values, raw.offsets())
+
+
+@register_trainer("g2rl_sync")
+class G2RLTrainer(_Shaping, PPOTrainerSync):
+    """Features are of the policy that is about to be updated."""
+
+    MODE = "sync"
+
+
+@register_trainer("g2rl_colocate_async")
+class G2RLColocateAsyncTrainer(_Shaping, PPOTrainerColocateAsync):
+    """Likewise, also where responses are of earlier policies."""
+
+    MODE = "colocate_async"
+
+
+@register_trainer("g2rl_separate_async")
+class G2RLSeparateAsyncTrainer(_Shaping, PPOTrainerSeparateAsync):
+    """Features are of the policy that old log-probabilities are of: verl restores it for mini-batches behind the first
+    of a `parameter_sync_step`, except in bypass mode."""
+
+    MODE = "separate_async"
 
 
 def check_config(config: DictConfig) -> None:
