@@ -142,7 +142,7 @@ def configuration(kind: Any, **changes: Any) -> Any:
     fully_async = SimpleNamespace(enabled=values["enabled"], simulate_training=values["simulated"])
     return kind(
         trainer=SimpleNamespace(strategy=values["strategy"], algorithm=algorithm, fully_async=fully_async),
-        generator=SimpleNamespace(step_wise_trajectories=values["step_wise"], n_samples_per_prompt=values["n"]),
+        generator=SimpleNamespace(n_samples_per_prompt=values["n"]),
         g2rl=values.get("g2rl", {"reward_range": [0, 1], "min_range": 0.0}),
     )
 
@@ -248,6 +248,26 @@ def test_rewards_are_shaped_by_the_pass_for_old_log_probabilities(
     assert skyrl.G2RLPolicyWorker.options == {"num_gpus": 1}
 
 
+def test_steps_of_a_trajectory_share_a_feature_and_a_reward(skyrl: Any) -> None:
+    """Three trajectories of two, one and two steps, and a row that fills up a rank."""
+    features = torch.tensor([[1.0, 0], [0, 4], [3, 3], [1, 2], [-1, 0], [0, 0]])
+    tokens, ends = torch.tensor([3, 1, 2, 1, 0, 0]), [False, True, True, False, True, True]
+    whole = skyrl.of_trajectories(features, tokens, torch.tensor(ends))
+    assert whole.tolist() == [[0.75, 1.0], [3.0, 3.0], [1.0, 2.0], [0.0, 0.0]]
+    trainer = skyrl.G2RLTrainer(configuration(skyrl.G2RLTrainConfig), Worker())
+    trainer._loss_mask = (torch.arange(3) >= 3 - tokens[:, None]).float()
+    batch = Batch(rewards=torch.zeros(6, 3))
+    batch["rewards"][[0, 1, 2, 5], -1] = 1.0  # of an earlier step, which SkyRL counts nothing for, too
+    batch.metadata = {"uids": ["a"] * 5 + ["pad0"], "is_last_step": ends, "pad_size": 1}
+    rewards = trainer._shape(batch, features)
+    raw = torch.tensor([1.0, 1.0, 0.0])
+    want = (g2rl_advantages(whole[:3], 2 * raw - 1, 3, Shaping(min_range=0.0)).shaped_rewards + 1) / 2
+    torch.testing.assert_close(rewards[[1, 2, 4]].sum(1), want)
+    assert (want - raw).abs().amax() > 0.1
+    assert torch.equal(rewards[[0, 3, 5]], batch["rewards"][[0, 3, 5]])
+    assert trainer.all_metrics["g2rl/degenerate_share"] == 0
+
+
 def test_rows_that_come_back_wrong_are_refused(tiny_model: Path, skyrl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without features, as of another worker; with rows that fill up a rank; with other log-probabilities."""
     model = Wrapper(AutoModelForCausalLM.from_pretrained(tiny_model), False)
@@ -276,7 +296,6 @@ def test_an_adapter_on_the_head_is_refused(tiny_model: Path, skyrl: Any) -> None
     ("changes", "message"),
     [
         ({"strategy": "megatron"}, "trainer.strategy: expected 'fsdp', found 'megatron'"),
-        ({"step_wise": True}, "generator.step_wise_trajectories: expected False"),
         ({"enabled": True, "simulated": True}, "trainer.fully_async.simulate_training: expected False, found True"),
         ({"estimator": "maxrl"}, "trainer.algorithm.advantage_estimator: .* found 'maxrl'"),
         ({"g2rl": {"lambda": 1}}, "g2rl.lambda: expected one of strength"),

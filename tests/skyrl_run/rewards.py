@@ -39,7 +39,9 @@ def forward(self: Any, batch: Any) -> Any:
 def estimate(self: Any, batch: Any) -> Any:
     batch = plain_estimate(self, batch)
     names = ("sequences", "attention_mask", "loss_mask", "rewards", "advantages")
-    step = {name: batch[name] for name in names} | {"raw": self.raw, "prompts": batch.metadata["uids"]}
+    prompts = batch.metadata["uids"]
+    ends = batch.metadata.get("is_last_step") or [True] * len(prompts)
+    step = {name: batch[name] for name in names} | {"raw": self.raw, "prompts": prompts, "ends": ends}
     torch.save(step, Path(os.environ["RECORDS"]) / f"step-{self.global_step}.pt")
     return batch
 

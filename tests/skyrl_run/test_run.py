@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 
@@ -39,6 +40,7 @@ CASES = {
         "trainer.fully_async.num_parallel_generation_workers": 3,
         "trainer.policy_mini_batch_size": 2,
     },
+    "step-wise": {"generator.max_turns": 2, "generator.step_wise_trajectories": True},
     "sequence-parallel": {
         "generator.max_turns": 2,
         "trainer.placement.policy_num_gpus_per_node": 2,
@@ -91,6 +93,12 @@ def train(folder: Path, model: Path, url: str, changed: dict[str, object]) -> st
     return recorded.output(recorded.run(command, folder, HERE, timeout=540, **ray))
 
 
+def in_trajectories(steps: list[int], ends: list[bool]) -> list[list[int]]:
+    """Steps, one trajectory after the other, cut behind those that end one."""
+    cuts = [0, *(step + 1 for step in steps if ends[step])]
+    return [steps[start:end] for start, end in pairwise(cuts)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_training_run(tmp_path: Path, case: str) -> None:
@@ -107,22 +115,29 @@ def test_training_run(tmp_path: Path, case: str) -> None:
     for step in (1, 2):
         policy.load_state_dict(torch.load(tmp_path / f"weights-{step - 1}.pt"))
         batch = torch.load(tmp_path / f"step-{step}.pt")
-        raw, prompts, own = batch["raw"].tolist(), batch["prompts"], batch["loss_mask"].bool()
-        assert sorted(map(prompts.count, prompts)) == [6] * 12
-        raw_seen |= set(raw)
-        responses, advantages = [], []
-        for ids, real, acts, advantage in zip(
-            batch["sequences"], batch["attention_mask"].bool(), own, batch["advantages"], strict=True
-        ):
+        own, steps = batch["loss_mask"].bool(), []
+        for ids, real, acts in zip(batch["sequences"], batch["attention_mask"].bool(), own, strict=True):
             scored = torch.nn.functional.pad(acts, (len(ids) - len(acts), 0))
-            responses.append((ids[real], scored[real]))
-            advantages.append(recorded.of_response(advantage, acts))
-        shaped = recorded.shaped_rewards(policy, responses, raw, prompts, TEMPERATURE)
+            steps.append((ids[real], scored[real]))
+        trajectories = in_trajectories(list(range(len(steps))), batch["ends"])
+        last = [rows[-1] for rows in trajectories]
+        raw, prompts = batch["raw"][last].tolist(), [batch["prompts"][row] for row in last]
+        assert sorted(map(prompts.count, prompts)) == [6] * 12
+        assert [len(rows) for rows in trajectories] == [2 if case == "step-wise" else 1] * 12
+        raw_seen |= set(raw)
+        # Of a trajectory's steps the mean over all of its tokens.
+        sums = written_out.features(policy, steps, TEMPERATURE) * own.sum(1)[:, None]
+        Phi = torch.stack([sums[rows].sum(0) / own[rows].sum() for rows in trajectories])
+        shaped = written_out.shaped_rewards(Phi, raw, prompts, reward_range=(0, 1))
+        assert max(abs(new - old) for new, old in zip(shaped, raw, strict=True)) > 0.1
         # Features are sums in fp32, of relative error 1e-6, and so are scores, which are near one here. A reward has a
         # difference of scores over their range, which is 1e-2 at least.
-        assert batch["rewards"].sum(1).tolist() == pytest.approx(shaped, rel=0, abs=1e-4)
+        assert batch["rewards"][last].sum(1).tolist() == pytest.approx(shaped, rel=0, abs=1e-4)
         # A reward's error and that of the mean, over a deviation of 0.15 at least: shaped rewards span half a unit.
         expected = written_out.advantages(shaped, prompts, epsilon=1e-6)
-        assert advantages == pytest.approx(expected, rel=0, abs=2e-3)
+        for rows, advantage in zip(trajectories, expected, strict=True):
+            for row in rows:
+                found = recorded.of_response(batch["advantages"][row], own[row])
+                assert found == pytest.approx(advantage, rel=0, abs=2e-3)
     assert raw_seen == {0.0, 1.0}
     recorded.assert_weights_moved(tmp_path)

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import torch
+import torch.nn.functional as F
 from skyrl.backends.skyrl_train.distributed.ulysses.utils import ulysses_pad_and_slice_inputs
 from skyrl.backends.skyrl_train.workers.fsdp.fsdp_worker import FSDPPolicyWorkerBase
 from skyrl.train.config import SkyRLTrainConfig
@@ -88,8 +89,7 @@ class G2RLTrainer(RayPPOTrainer):
         training_input = super().fwd_logprobs_values_reward(training_input)
         if self._features is None:
             raise RuntimeError("g2rl: expected the policy's pass for old log-probabilities, but SkyRL ran none")
-        uids = training_input.metadata["uids"]
-        training_input["rewards"] = self._shape(training_input["rewards"], self._features, uids)
+        training_input["rewards"] = self._shape(training_input, self._features)
         return training_input
 
     def _skip_policy_forward(self, training_input: Any) -> bool:
@@ -120,18 +120,37 @@ class G2RLTrainer(RayPPOTrainer):
         logps, self._features = rows[:, :T], rows[:, T:]
         return logps
 
-    def _shape(self, token_rewards: torch.Tensor, features: torch.Tensor, uids: list[str]) -> torch.Tensor:
-        """Rewards of tokens [B, T], with what each response gains or loses added to its last token's."""
-        raw = token_rewards.sum(dim=1)
+    def _shape(self, batch: Any, features: torch.Tensor) -> torch.Tensor:
+        """Rewards of tokens [B, T], with what each trajectory gains or loses added to its last token's."""
+        uids, token_rewards = batch.metadata["uids"], batch["rewards"].clone()
+        ends = torch.tensor(batch.metadata.get("is_last_step") or [True] * len(uids))
+        features = of_trajectories(features, self._loss_mask.sum(1), ends)
+        last = ends.nonzero()[: int(ends.sum()) - batch.metadata.get("pad_size", 0), 0]
+        raw = token_rewards[last].sum(dim=1)
         for warning in reward_warnings(
             raw, self.options, "g2rl.reward_range=[0,1]", "the lowest and highest reward of your environments"
         ):
             self._say(warning)
-        shaped, metrics = shape_by_uid(features, raw, uids, self.options)
+        shaped, metrics = shape_by_uid(features[: len(last)], raw, [uids[row] for row in last.tolist()], self.options)
         self.all_metrics.update({f"g2rl/{name}": value for name, value in metrics.items()})
-        token_rewards = token_rewards.clone()
-        token_rewards[:, -1] += shaped - raw  # responses end in the last column
+        token_rewards[last, -1] += shaped - raw  # responses end in the last column
         return token_rewards
+
+
+def of_trajectories(features: torch.Tensor, tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Features of trajectories, means over all of their tokens.
+
+    Args:
+        features: [B, d] fp32, of the steps of one trajectory after the other, means over their tokens.
+        tokens: [B], how many each has of the policy.
+        ends: [B] bool, a trajectory's last step.
+    """
+    if bool(ends.all()):
+        return features
+    trajectory = F.pad(ends[:-1].long().cumsum(0), (1, 0))
+    count = torch.zeros(int(ends.sum())).index_add(0, trajectory, tokens.float())
+    sums = torch.zeros(len(count), features.shape[1]).index_add(0, trajectory, features * tokens.float()[:, None])
+    return sums / count.clamp(min=1)[:, None]
 
 
 class G2RLAsyncTrainer(G2RLTrainer, FullyAsyncRayPPOTrainer):
@@ -145,11 +164,6 @@ def check_config(cfg: G2RLTrainConfig) -> Options:
     if cfg.trainer.strategy != "fsdp":
         raise ConfigError(
             f"trainer.strategy: expected 'fsdp', found {cfg.trainer.strategy!r}, of whose workers G2RL gets no features"
-        )
-    if cfg.generator.step_wise_trajectories:
-        raise ConfigError(
-            "generator.step_wise_trajectories: expected False, found True: one trajectory would be several responses; "
-            "without it all turns are one, whose feature is of the policy's own tokens"
         )
     if cfg.trainer.fully_async.enabled and cfg.trainer.fully_async.simulate_training:
         raise ConfigError("trainer.fully_async.simulate_training: expected False, found True: no policy gives features")
