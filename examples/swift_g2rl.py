@@ -9,6 +9,7 @@ reward of its own, ``g2rl_bonus``, in metrics and tables.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather
 from swift.rlhf_trainers import GRPOTrainer
 from swift.trainers import TrainerFactory
@@ -29,10 +30,10 @@ BONUS = "g2rl_bonus"
 class G2RLTrainer(GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        packs = self.template.padding_free or self.template.sequence_parallel_size > 1
-        if packs or self.enable_server_multi_turn or self.scale_rewards == "gdpo":
+        in_parts = self.template.sequence_parallel_size > 1
+        if in_parts or self.enable_server_multi_turn or self.scale_rewards == "gdpo":
             raise ValueError(
-                "G2RL: expected no padding_free, sequence_parallel_size above 1, multi-turn rollout server, nor "
+                "G2RL: expected no sequence_parallel_size above 1, multi-turn rollout server, nor "
                 "scale_rewards='gdpo', found one of them"
             )
         self._check_head()
@@ -56,10 +57,14 @@ class G2RLTrainer(GRPOTrainer):
         call = super()._get_per_token_logps_and_entropies
         if grpo_batch.old_per_token_logps is not None or not self.model.training:
             return call(model, model_inputs, grpo_batch, *args, **kwargs)
-        ids, mask = model_inputs["input_ids"], grpo_batch.completion_mask.bool()
-        scored = torch.zeros_like(ids, dtype=torch.bool)
-        scored[:, -mask.shape[1] :] = mask
-        head_pass = HeadPass(ids, scored, scored.float(), self.temperature)
+        ids, mask, cu_seqlens = model_inputs["input_ids"], grpo_batch.completion_mask.bool(), None
+        if self.template.padding_free:  # one row, of whose end each sequence has a part that the mask is of
+            positions = model_inputs.get("text_position_ids", model_inputs["position_ids"]).flatten()
+            cu_seqlens = F.pad((positions == 0).nonzero()[:, 0], (0, 1), value=len(positions))
+            lengths = grpo_batch.seq_lengths.tolist()
+            mask = torch.cat([row[len(row) - n :] for row, n in zip(mask, lengths, strict=True)])[None]
+        scored = F.pad(mask, (ids.shape[1] - mask.shape[1], 0))
+        head_pass = HeadPass(ids, scored, scored.float(), self.temperature, cu_seqlens=cu_seqlens)
         with run_alongside(causal_lm_inside(self.model), head_pass) as outputs:
             result = call(model, model_inputs, grpo_batch, *args, **kwargs)
         self._features.append(join(outputs).features)

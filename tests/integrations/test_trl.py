@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -443,6 +444,33 @@ def test_a_head_pass_takes_a_mask_of_numbers(tiny_model: Path) -> None:
     )
     for outputs in found:
         assert all(torch.equal(x, y) for x, y in zip(outputs, expected, strict=True))
+
+
+def test_a_head_pass_of_packed_sequences(tiny_model: Path) -> None:
+    """Which follow one another in a row, one of them without a token; the first of a sequence has no past."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager").eval()
+    add_head_pass(model)
+    generator = torch.Generator().manual_seed(0)
+    cu_seqlens = torch.tensor([0, 5, 5, 12, 20])
+    ids = torch.randint(3, 70, (1, 20), generator=generator)
+    scored = torch.rand(1, 20, generator=generator) < 0.6
+    scored[0, [0, 5, 12]] = True
+    positions = torch.cat([torch.arange(n) for n in cu_seqlens.diff().tolist()])[None]
+    packed = HeadPass(ids, scored, scored.float(), 0.7, cu_seqlens=cu_seqlens)
+    found = run_head_pass(model, packed, position_ids=positions)
+    for b, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        if start == end:
+            assert not found.features[b].any()
+            continue
+        alone = HeadPass(ids[:, start:end], scored[:, start:end], scored[:, start:end].float(), 0.7)
+        expected = run_head_pass(model, alone)
+        torch.testing.assert_close(found.features[b], expected.features[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.logps[:, start : end - 1], expected.logps, rtol=1e-4, atol=1e-5)
+    assert not found.logps[0, [4, 11]].any()
+    with pytest.raises(
+        ValueError, match=r"head_pass.input_ids: expected shape \[1, L\] with cu_seqlens, found \[2, 10\]"
+    ):
+        HeadPass(ids.view(2, 10), scored.view(2, 10), None, 0.7, cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.parametrize("name", ["scored", "token_weights"])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from swift.arguments.sft_args import SftArguments
 from swift.rewards import ORM, orms
 from swift.trainers import TrainerFactory
 
@@ -27,10 +29,19 @@ def recorded(self: Any, samples: list[Any], batches: list[dict[str, Any]]) -> No
     postprocess(self, samples, batches)
     rows = []
     for batch in batches:
-        inputs, mask = batch["model_inputs"], batch["grpo_batch"].completion_mask
+        inputs, mask = batch["model_inputs"], batch["grpo_batch"].completion_mask.bool()
+        if self.template.padding_free:
+            positions = inputs["position_ids"][0]
+            cuts = [*(positions == 0).nonzero()[:, 0].tolist(), len(positions)]
+            ids = [inputs["input_ids"][0, start:end] for start, end in pairwise(cuts)]
+            # A mask ends where its sequence does; the first one has lost its beginning, a part of the prompt.
+            rows += [
+                (i, torch.nn.functional.pad(m, (max(0, len(i) - len(m)), 0))[-len(i) :])
+                for i, m in zip(ids, mask, strict=True)
+            ]
+            continue
         ids, present = inputs["input_ids"], inputs["attention_mask"].bool()
-        scored = torch.zeros_like(present)
-        scored[:, -mask.shape[1] :] = mask.bool()
+        scored = torch.nn.functional.pad(mask, (ids.shape[1] - mask.shape[1], 0))
         rows += [(i[p], s[p]) for i, p, s in zip(ids, present, scored, strict=True)]
     rank = self.accelerator.process_index
     rewards = self._rewards_per_func[rank * len(samples) : (rank + 1) * len(samples), 0]
@@ -41,5 +52,7 @@ def recorded(self: Any, samples: list[Any], batches: list[dict[str, Any]]) -> No
 
 postprocess, G2RLTrainer._postprocess_batch = G2RLTrainer._postprocess_batch, recorded
 orms["vowels"] = Vowels
+# Packed rows ask for flash attention, which no CPU has; transformers' own tells sequences apart by their positions.
+SftArguments._check_padding_free = lambda self: None
 # A process that ends before gloo's threads may abort.
 atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)

@@ -17,6 +17,7 @@ CASES = {
     "all-weights": ("--tuner_type full --per_device_train_batch_size 8", 1),
     # Dropout would be in features, as it is in the pass that they ride on.
     "lora": ("--tuner_type lora --lora_rank 4 --lora_dropout 0 --per_device_train_batch_size 8", 1),
+    "packed": ("--tuner_type full --per_device_train_batch_size 8 --padding_free true", 1),
     "two-ranks": ("--tuner_type full --per_device_train_batch_size 2", 2),
 }
 

@@ -30,7 +30,7 @@ class HeadOutputs(NamedTuple):
 
     Attributes:
         logps, entropy: [B, L - 1], of the tokens 1 ... L - 1; differentiable.
-        features: [B, d], data; None unless asked for.
+        features: [B, d], data; None unless asked for. Of sequences that share a row, B is their number.
     """
 
     logps: torch.Tensor
@@ -49,6 +49,8 @@ class HeadPass:
         token_weights: [B, L] of each token in its sequence's feature, 0 for tokens of tools; None: no features.
         temperature: of the policy.
         dtype: of the head's product; None: autocast's, or the hidden states'.
+        cu_seqlens: [sequences + 1] int, where each begins of sequences that follow one another in a single row, as
+            flash attention has them; None: each row is a sequence.
 
     Raises:
         TypeError, ValueError: a tensor has another type or shape.
@@ -59,6 +61,7 @@ class HeadPass:
     token_weights: torch.Tensor | None
     temperature: float
     dtype: torch.dtype | None = None
+    cu_seqlens: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         tensors = {"input_ids": self.input_ids, "scored": self.scored}
@@ -75,6 +78,8 @@ class HeadPass:
         for name, tensor in tensors.items():
             if list(tensor.shape) != shape:
                 raise ValueError(f"head_pass.{name}: expected shape {shape}, as input_ids, found {list(tensor.shape)}")
+        if self.cu_seqlens is not None and len(self.input_ids) != 1:
+            raise ValueError(f"head_pass.input_ids: expected shape [1, L] with cu_seqlens, found {shape}")
 
     def rows(self, rows: slice) -> HeadPass:
         """The same for some of the sequences."""
@@ -99,8 +104,10 @@ class HeadPass:
             B, L = self.input_ids.shape
             found = f"found {list(hidden.shape)}"
             raise ValueError(f"hidden: expected shape [{B}, {L}, d] of rows as head_pass.input_ids has them, {found}")
-        scored = self.scored[:, 1:].bool()
+        scored = self._predicted()
         packed, cu_seqlens = unpad(hidden[:, :-1], scored)
+        if self.cu_seqlens is not None:
+            cu_seqlens = F.pad(scored[0].cumsum(0), (1, 0))[(self.cu_seqlens - 1).clamp(min=0)]
         dtype = self.dtype or product_dtype(hidden)
         targets = self.input_ids[:, 1:][scored]
 
@@ -115,6 +122,14 @@ class HeadPass:
 
         logps, entropy, *features = inside_head(model, compute, packed)
         return HeadOutputs(pad(logps, scored), pad(entropy, scored), features[0] if features else None)
+
+    def _predicted(self) -> torch.Tensor:
+        """Which of tokens 1 ... L - 1 are scored, [B, L - 1] bool; no first one of a sequence, which has no past."""
+        scored = self.scored[:, 1:].bool()
+        if self.cu_seqlens is not None:
+            positions = torch.arange(1, self.scored.shape[1], device=scored.device)
+            scored = scored & ~torch.isin(positions, self.cu_seqlens)
+        return scored
 
 
 def join(outputs: Sequence[HeadOutputs]) -> HeadOutputs:
