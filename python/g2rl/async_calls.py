@@ -12,8 +12,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import wait
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 from g2rl.time_limit import GRACE_S, OverTime
 
@@ -68,12 +68,33 @@ class _LoopThread(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="async calls", daemon=True)
         self.loop = asyncio.new_event_loop()
+        self.loop.set_default_executor(_Threads())
 
     def run(self) -> None:
         self.loop.run_forever()
 
     def frames(self) -> traceback.StackSummary:
         return traceback.extract_stack(sys._current_frames().get(self.ident or 0))
+
+
+class _Threads(ThreadPoolExecutor):
+    """What `asyncio.to_thread` runs in: a thread for each call, of which there are as many as calls under way.
+
+    A pool's own threads are a few for each processor, and one that hangs keeps the process from ending.
+    """
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*args, **kwargs))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return future
 
 
 def _running() -> _LoopThread:

@@ -299,9 +299,17 @@ def test_another_value_can_stop_training_or_be_meant(faults: str) -> None:
 
 
 ASYNC = """
-import asyncio, re, sys, time
+import asyncio, re, sys, threading, time
 
 started, most = 0, 0
+barrier = threading.Barrier(40)
+
+async def waits(problem, response, finished):
+    await asyncio.to_thread(barrier.wait, 30)
+    return 1.0
+
+async def hangs(problem, response, finished):
+    await asyncio.to_thread(time.sleep, 60)
 
 async def together(problem, response, finished):
     global started, most
@@ -406,6 +414,22 @@ def test_the_line_of_an_async_function_is_told(awaited: str, function: str, code
     number = 1 + ASYNC.splitlines().index(f"    {code}")
     with pytest.raises(ConfigError, match=rf"for problem '27\+5' in .*{awaited}.py, line {number}$"):
         judge([("32", True)], [RewardConfig(f"{awaited}:{function}", limit_s=0.2)])
+
+
+def test_as_many_threads_as_calls(awaited: str) -> None:
+    verdicts = judge([("1", True)] * 40, [RewardConfig(f"{awaited}:waits", at_once=40, varies="allow")])
+    assert [v.reward for v in verdicts] == [1.0] * 40
+
+
+def test_a_thread_that_hangs_does_not_keep_the_process(awaited: str) -> None:
+    code = f"""
+import sys; sys.path[:] = {sys.path!r}
+import g2rl.async_calls, tests.g2rl.test_rewards as t
+g2rl.async_calls.GRACE_S = 0.2
+t.judge([("32", True)], [t.RewardConfig("{awaited}:hangs", limit_s=0.2)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert "limit_s = 0.2 s, found none for problem" in done.stderr
 
 
 def test_an_async_function_that_blocks_stops_training(awaited: str) -> None:
