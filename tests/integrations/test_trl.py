@@ -471,6 +471,8 @@ def test_a_head_pass_of_packed_sequences(tiny_model: Path) -> None:
         ValueError, match=r"head_pass.input_ids: expected shape \[1, L\] with cu_seqlens, found \[2, 10\]"
     ):
         HeadPass(ids.view(2, 10), scored.view(2, 10), None, 0.7, cu_seqlens=cu_seqlens)
+    with pytest.raises(TypeError, match="head_pass.cu_seqlens: expected a tensor, found list"):
+        HeadPass(ids, scored, None, 0.7, cu_seqlens=cu_seqlens.tolist())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["scored", "token_weights"])

@@ -63,7 +63,7 @@ class G2RL(Method):
         valid = (step.features.norm(dim=1) > 0).view(-1, step.group_size)
         unshaped = degenerate(result.scores.view_as(valid), valid, self.options.min_range)
         raw, shaped = (mapped(rewards, self._range).abs() for rewards in (step.rewards, result.shaped_rewards))
-        clipped = shaped >= raw.clamp(min=self.options.clip)
+        clipped = shaped >= raw.clamp(min=self.options.clip) * (1 - 1e-6)  # mapped there and back
         return {
             "groups/degenerate_share": float(unshaped.float().mean()),
             "geometry/clip_share": float(clipped.float().mean()),
