@@ -2,17 +2,19 @@
 
 One event loop serves the process, in a thread of its own: clients of servers belong to the loop in which they were
 first used, and fail in another. What runs there cannot be ended from outside, so that a call that never gives the loop
-back ends all of them.
+back ends all of them, and one that never lets Python go on, such as a regular expression that backtracks, the process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from g2rl.time_limit import GRACE_S, OverTime
@@ -51,6 +53,7 @@ def call_at_once(calls: Sequence[AsyncCall[Result]], at_once: int, limit_s: floa
     future = asyncio.run_coroutine_threadsafe(_gathered(calls, at_once, limit_s), thread.loop)
     try:
         while not future.done():
+            _end_process_in(limit_s and limit_s + 2 * GRACE_S)
             turn = asyncio.run_coroutine_threadsafe(asyncio.sleep(0), thread.loop)
             wait([turn], timeout=limit_s + GRACE_S if limit_s else None)
             if not turn.done():
@@ -60,6 +63,14 @@ def call_at_once(calls: Sequence[AsyncCall[Result]], at_once: int, limit_s: floa
         return future.result()
     finally:
         future.cancel()  # Ctrl-C
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _end_process_in(seconds: float) -> None:
+    """Print where each thread is and end the process, unless that is put off by then; 0 sets no time."""
+    if seconds and sys.__stderr__ is not None:
+        with suppress(OSError, ValueError):  # a standard error that is closed, or no file
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
 
 class _LoopThread(threading.Thread):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -348,6 +349,9 @@ async def swallows(problem, response, finished):
         except BaseException:
             pass
 
+async def backtracks(problem, response, finished):  # and lets no other thread run
+    re.match("(a+)+$", "a" * 60 + "b")
+
 async def blocks(problem, response, finished):
     time.sleep(5)
 
@@ -421,15 +425,20 @@ def test_as_many_threads_as_calls(awaited: str) -> None:
     assert [v.reward for v in verdicts] == [1.0] * 40
 
 
-def test_a_thread_that_hangs_does_not_keep_the_process(awaited: str) -> None:
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [("hangs", "limit_s = 0.2 s, found none for problem"), ("backtracks", r"Timeout .*\n(.*\n)+.* in backtracks\n")],
+)
+def test_what_hangs_does_not_keep_the_process(awaited: str, function: str, said: str) -> None:
     code = f"""
 import sys; sys.path[:] = {sys.path!r}
 import g2rl.async_calls, tests.g2rl.test_rewards as t
 g2rl.async_calls.GRACE_S = 0.2
-t.judge([("32", True)], [t.RewardConfig("{awaited}:hangs", limit_s=0.2)])
+t.judge([("32", True)], [t.RewardConfig("{awaited}:{function}", limit_s=0.2)])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
-    assert "limit_s = 0.2 s, found none for problem" in done.stderr
+    assert done.returncode == 1
+    assert re.search(said, done.stderr)
 
 
 def test_an_async_function_that_blocks_stops_training(awaited: str) -> None:
