@@ -54,5 +54,11 @@ postprocess, G2RLTrainer._postprocess_batch = G2RLTrainer._postprocess_batch, re
 orms["vowels"] = Vowels
 # Packed rows ask for flash attention, which no CPU has; transformers' own tells sequences apart by their positions.
 SftArguments._check_padding_free = lambda self: None
-# A process that ends before gloo's threads may abort.
-atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+
+
+@atexit.register
+def end() -> None:
+    """A process that ends before gloo's threads, or while the other one still talks to it, may abort."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
