@@ -74,6 +74,13 @@ def has_unmoved_zeros(rewards: torch.Tensor) -> bool:
     return bool((rewards == 0).any()) and bool((rewards >= 0).all())
 
 
+def zeros_unmoved(rewards: torch.Tensor, reward_range: Range) -> str:
+    """What is wrong where rewards [B] of 0 are taken for the middle of -1 to 1, up to the way out; else empty."""
+    if reward_range != PLAIN or not has_unmoved_zeros(rewards):
+        return ""
+    return "rewards of 0 are not moved by scaling, so that wrong answers get no signal; for rewards of 0 and 1"
+
+
 def range_left(rewards: torch.Tensor, reward_range: Range) -> str:
     """What is wrong where rewards [B] leave their range by more than rounding; else empty."""
     low, high = reward_range

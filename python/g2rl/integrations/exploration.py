@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from g2rl.geometry import degenerate, pair_cosines
-from g2rl.reward_range import PLAIN, Range, has_unmoved_zeros, range_left, read_range, shape_mapped
+from g2rl.reward_range import PLAIN, Range, range_left, read_range, shape_mapped, zeros_unmoved
 from g2rl_kernels import GroupAdvantages, Shaping, pad
 
 
@@ -60,17 +60,7 @@ def shape_in_range(
     reward_range: Range,
     valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Rewards shaped as if their range were -1 to 1, and the step's metrics.
-
-    Args:
-        features, groups, shaping, valid: as in `g2rl_advantages`.
-        rewards: [B], raw.
-        reward_range: lowest and highest reward.
-
-    Returns:
-        shaped rewards [B] in the scale of the raw ones, which they are where nothing shapes them, bit by bit; and
-        `exploration_metrics`.
-    """
+    """Shaped rewards [B] of `shape_mapped`, which has these arguments, and `exploration_metrics`."""
     shaped, result = shape_mapped(features, rewards, groups, shaping, reward_range, valid)
     return shaped, exploration_metrics(features, result, groups, shaping.min_range, valid)
 
@@ -162,11 +152,8 @@ def reward_warnings(rewards: torch.Tensor, options: Options, zero_to_one: str, b
     if options.shaping.strength == 0:
         return []
     found = []
-    if options.reward_range == PLAIN and has_unmoved_zeros(rewards):
-        found.append(
-            "G2RL: rewards of 0 are not moved by scaling, so that wrong answers get no signal; for rewards of 0 and 1 "
-            f"add {zero_to_one}"
-        )
+    if zeros := zeros_unmoved(rewards, options.reward_range):
+        found.append(f"G2RL: {zeros} add {zero_to_one}")
     if left := range_left(rewards, options.reward_range):
         found.append(f"G2RL: {left}. Set reward_range to {bounds}")
     return found

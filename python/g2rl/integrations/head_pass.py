@@ -64,19 +64,19 @@ class HeadPass:
     cu_seqlens: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        optional = {"token_weights": self.token_weights, "cu_seqlens": self.cu_seqlens}
-        tensors = {"input_ids": self.input_ids, "scored": self.scored}
-        tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-        for name, tensor in tensors.items():
+        rows = {"input_ids": self.input_ids, "scored": self.scored}
+        if self.token_weights is not None:
+            rows["token_weights"] = self.token_weights
+        offsets = {} if self.cu_seqlens is None else {"cu_seqlens": self.cu_seqlens}
+        for name, tensor in (rows | offsets).items():
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"head_pass.{name}: expected a tensor, found {type(tensor).__name__}")
-        tensors.pop("cu_seqlens", None)
         if self.input_ids.dim() != 2:
             raise ValueError(f"head_pass.input_ids: expected shape [B, L], found {list(self.input_ids.shape)}")
         if self.input_ids.dtype != torch.int64:
             raise TypeError(f"head_pass.input_ids: expected dtype torch.int64, found {self.input_ids.dtype}")
         shape = list(self.input_ids.shape)
-        for name, tensor in tensors.items():
+        for name, tensor in rows.items():
             if list(tensor.shape) != shape:
                 raise ValueError(f"head_pass.{name}: expected shape {shape}, as input_ids, found {list(tensor.shape)}")
         if self.cu_seqlens is not None and len(self.input_ids) != 1:

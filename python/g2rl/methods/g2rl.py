@@ -16,12 +16,12 @@ from g2rl.geometry import degenerate
 from g2rl.methods.base import Method, Step
 from g2rl.reward_range import (
     PLAIN,
-    has_unmoved_zeros,
     mapped,
     range_left,
     read_range,
     shape_mapped,
     without_zeros_warning,
+    zeros_unmoved,
 )
 from g2rl_kernels import GroupAdvantages, Shaping, g2rl_advantages, group_advantages
 
@@ -71,14 +71,15 @@ class G2RL(Method):
 
     def _warn(self, rewards: torch.Tensor) -> None:
         """Say once where rewards are not of their range."""
-        said = range_left(rewards, self._range)
-        if self._range == PLAIN and has_unmoved_zeros(rewards):
-            said = "rewards of 0 are not moved by scaling, so that wrong answers get no signal; for rewards of 0 and 1 "
-            said += "set methods.g2rl.reward_range=[0,1]"
+        if self._warned or self.options.strength == 0:
+            return
+        if zeros := zeros_unmoved(rewards, self._range):
+            said = f"{zeros} set methods.g2rl.reward_range=[0,1]"
         elif self._range == PLAIN and float(rewards.min()) < 0:
-            said = ""  # a bonus or penalty beside -1 and 1: the middle is where it was
-        elif said:
-            said += ". Set methods.g2rl.reward_range to the lowest and highest sum of rewards"
-        if said and not self._warned and self.options.strength > 0:
-            self._warned = True
-            warnings.warn(f"g2rl: {said}", RuntimeWarning, 3)
+            return  # a bonus or penalty beside -1 and 1: the middle is where it was
+        elif left := range_left(rewards, self._range):
+            said = f"{left}. Set methods.g2rl.reward_range to the lowest and highest sum of rewards"
+        else:
+            return
+        self._warned = True
+        warnings.warn(f"g2rl: {said}", RuntimeWarning, 3)

@@ -8,26 +8,15 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import islice
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from g2rl.config import ConfigError, TaskConfig
-from g2rl.plugins import (
-    Guard,
-    NoOptions,
-    PluginError,
-    check_takes,
-    check_whole,
-    find_named,
-    read_options,
-    shown,
-)
+from g2rl.plugins import Guard, NoOptions, PluginError, check_takes, check_whole, find_named, read_options, shown
 from g2rl.tasks.answers import extract_answer, same_spelling
 from g2rl.tasks.base import FiniteTask, apart, check_held_out, distinct, sample
 from g2rl.tasks.pool import Closing
 from g2rl.tasks.rows import SURROGATE
 from g2rl.types import Problem
-
-T = TypeVar("T")
 
 ENTRY_POINTS = "g2rl.tasks"
 _KEY = "task.name"
