@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -42,13 +42,26 @@ async def later(problem, response):
 """
 
 
+Module = Callable[[str], str]
+
+
 @pytest.fixture
-def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module of a user's own rewards. Its name is the test folder's, since modules stay imported."""
-    name = f"rewards_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(MODULE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Module:
+    """Writes a module that can be imported, and names it by the test folder, since modules stay imported."""
+
+    def write(text: str) -> str:
+        name = f"rewards_of_{tmp_path.name}"
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return name
+
+    return write
+
+
+@pytest.fixture
+def user_module(module: Module) -> str:
+    """A module of a user's own rewards."""
+    return module(MODULE)
 
 
 def judge(responses: Sequence[tuple[str, bool]], rewards: Sequence[RewardConfig]) -> list[Verdict]:
@@ -106,12 +119,8 @@ class Broken(float):
 @pytest.mark.parametrize(
     "value", ["math.nan", "math.inf", "None", "'high'", "'1.0'", "[1]", "10**400", "1e30", "Broken()", "[0.0] * 3"]
 )
-def test_a_result_that_is_no_finite_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    name = f"rewards_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(
-        f"import math\nfrom {__name__} import Broken\n" + MODULE.replace("VALUE", value)
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_a_result_that_is_no_finite_number(module: Module, value: str) -> None:
+    name = module(f"import math\nfrom {__name__} import Broken\n" + MODULE.replace("VALUE", value))
     message = rf"rewards\[1\].name: expected {name}:constant to return a finite number, found .* for problem '27\+5'"
     with pytest.raises(ConfigError, match=message):
         judge([("32", True)], [RewardConfig("correct"), RewardConfig(f"{name}:constant")])
@@ -204,12 +213,9 @@ def sometimes(problem, response, finished):
 
 
 @pytest.fixture
-def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def faults(module: Module) -> str:
     """A module of rewards that go wrong."""
-    name = f"faults_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(FAULTS)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
+    return module(FAULTS)
 
 
 CASES = [
@@ -361,13 +367,10 @@ async def sometimes(problem, response, finished):
 
 
 @pytest.fixture
-def awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def awaited(module: Module, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module of async rewards."""
     monkeypatch.setattr("g2rl.async_calls.GRACE_S", 0.2)
-    name = f"awaited_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(ASYNC)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
+    return module(ASYNC)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 64])
@@ -481,12 +484,9 @@ def some(problems, responses, finished):
 
 
 @pytest.fixture
-def batched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def batched(module: Module) -> str:
     """A module of rewards that take lists."""
-    name = f"batched_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(BATCHED)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
+    return module(BATCHED)
 
 
 def test_a_batched_function_is_called_once_for_all(batched: str) -> None:

@@ -77,8 +77,12 @@ def shaped_rewards(
     prompts: Sequence[Hashable],
     temperature: float,
 ) -> list[float]:
-    """What rewards of 0 and 1 should become, and do not stay, for the features that `policy` gives rows."""
-    Phi = written_out.features(policy, rows, temperature)
+    """What rewards of 0 and 1 should become for the features that `policy` gives rows."""
+    return shaped_by(written_out.features(policy, rows, temperature), rewards, prompts)
+
+
+def shaped_by(Phi: torch.Tensor, rewards: Sequence[float], prompts: Sequence[Hashable]) -> list[float]:
+    """What rewards of 0 and 1 should become, and do not stay, for these features."""
     shaped = written_out.shaped_rewards(Phi, rewards, prompts, reward_range=(0, 1))
     assert max(abs(new - old) for new, old in zip(shaped, rewards, strict=True)) > 0.1
     return shaped
