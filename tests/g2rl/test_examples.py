@@ -186,5 +186,6 @@ def test_swift_shapes_by_the_pass_for_old_log_probabilities(
 
 @pytest.mark.parametrize("option", [{"enable_server_multi_turn": True}, {"scale_rewards": "gdpo"}])
 def test_swift_refuses(tiny_model: Path, swift_example: Any, option: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="G2RL: expected no padding_free"):
+    message = "G2RL: expected no sequence_parallel_size above 1, multi-turn rollout server, nor scale_rewards='gdpo'"
+    with pytest.raises(ValueError, match=message):
         swift_example.G2RLTrainer(AutoModelForCausalLM.from_pretrained(tiny_model), **option)
