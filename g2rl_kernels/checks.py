@@ -206,7 +206,8 @@ class LateValues:
     """A tensor's values on the host, for which it waits only when it asks; later work on a GPU need not have ended."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._values = tensor.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        # From a GPU of NVIDIA's or AMD's into pinned memory; on others nothing would say when it has arrived.
+        self._values = tensor.to("cpu", non_blocking=tensor.is_cuda)
         self._copied = torch.cuda.Event() if tensor.is_cuda else None
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(tensor.device))

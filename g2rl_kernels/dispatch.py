@@ -197,7 +197,8 @@ def explain() -> str:
     Raises:
         ValueError: an environment variable names no backend, or nothing to do about self-checks.
     """
-    devices = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = [torch.device("cpu")] + ([torch.device(accelerator.type, 0)] if accelerator else [])
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: {', '.join(map(str, devices))}"]
     described, refused = _described()
     lines += described

@@ -131,8 +131,10 @@ def _compare(found: dict[str, list[float]]) -> None:
 
 def _exchange(values: Values, ranks: int, group: str, device: torch.device) -> dict[str, list[float]]:
     """What each rank has of each value."""
-    mine = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in values.values()])
-    return dict(zip(values, all_gather(mine, ranks, group).T.tolist(), strict=True))
+    mine = torch.stack([torch.as_tensor(x).to("cpu", torch.float64) for x in values.values()])
+    # As bits: not every device has float64.
+    found = all_gather(mine.view(torch.int64).to(device), ranks, group).cpu().view(torch.float64)
+    return dict(zip(values, found.T.tolist(), strict=True))
 
 
 # DTensors.

@@ -7,6 +7,7 @@ leaves to the library goes through this file.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -102,6 +103,37 @@ def mm_rounded(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(mm(a, b))
 
 
+def where_float64_is(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of tensors of one device that computes in float64: on a CPU if the device has none.
+
+    It returns tensors of the device, one or a record of several.
+    """
+
+    @functools.wraps(compute)
+    def moved(*arguments: Any) -> Any:
+        device = next(x.device for x in arguments if isinstance(x, Tensor))
+        if has_float64(device.type):
+            return compute(*arguments)
+        result = compute(*(x.cpu() if isinstance(x, Tensor) else x for x in arguments))
+        return result.to(device) if isinstance(result, Tensor) else type(result)(*(x.to(device) for x in result))
+
+    return moved
+
+
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float64 where its device has that, in fp32 elsewhere."""
-    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+    return tensor.double() if has_float64(tensor.device.type) else tensor.float()
+
+
+def has_float64(device_type: str) -> bool:
+    """Whether devices of a type compute in float64; Apple's, Intel's Arc and Ascend's do not."""
+    return device_type in ("cpu", "cuda", "meta") or _multiplies_float64(device_type)
+
+
+@functools.cache
+def _multiplies_float64(device_type: str) -> bool:
+    try:
+        ones = torch.ones(2, 2, dtype=torch.float64, device=device_type)
+        return float((ones @ ones).sum()) == 8
+    except (AssertionError, RuntimeError, TypeError):  # whichever a device's library raises, or PyTorch without it
+        return False

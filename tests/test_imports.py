@@ -34,10 +34,10 @@ LAYERS = {
     ),
     "g2rl": (
         ("files", "background", "bootstrap", "probes"),
-        ("__init__", "types", "config", "heads", "times", "time_limit", "metrics", "progress"),
+        ("__init__", "types", "config", "heads", "time_limit", "metrics", "progress"),
         ("async_calls",),
-        ("plugins", "hub"),
-        ("trackers", "shared_prompts", "adapters", "optimizer"),
+        ("plugins", "hub", "devices"),
+        ("trackers", "times", "shared_prompts", "adapters", "optimizer"),
         ("parallel",),
         ("log", "manifest"),
         ("tasks", "checkpoint", "model", "encoder", "forward"),

@@ -38,7 +38,7 @@ from g2rl_kernels.checks import (
 from g2rl_kernels.dispatch import resolve
 from g2rl_kernels.group_layout import GroupLayout, largest_group
 from g2rl_kernels.ops.registration import register_op
-from g2rl_kernels.products import wide
+from g2rl_kernels.products import where_float64_is
 from g2rl_kernels.records import GroupAdvantages, Shaping
 
 NORMALIZATIONS = ("std", "none")
@@ -293,7 +293,12 @@ def _similarity_gradient(grad: torch.Tensor, features: torch.Tensor, cu_groups: 
     """
     if features.device.type == "cpu":  # another thread may have changed them since the forward pass
         cu_groups = _checked(cu_groups, features.shape[0])
-    phi, grad = wide(features), wide(grad)
+    return _similarity_gradient_of(grad, features, cu_groups)
+
+
+@where_float64_is
+def _similarity_gradient_of(grad: torch.Tensor, features: torch.Tensor, cu_groups: torch.Tensor) -> torch.Tensor:
+    phi, grad = features.double(), grad.double()
     layout = GroupLayout(cu_groups, phi.shape[0], grad.shape[1])
     norm = phi.norm(dim=1, keepdim=True)
     inverse = torch.where(norm > 0, norm.reciprocal(), 0)

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from g2rl.config import Config, ConfigError
-from g2rl.model import resolve_device
+from g2rl.devices import resolve_device
 from g2rl_kernels import LMHead, token_logprobs, use_backend
 
 VARIABLE = "G2RL_KERNELS_BACKEND"

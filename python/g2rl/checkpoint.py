@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from g2rl.adapters import base_of, has_adapter, load_adapter, save_model
 from g2rl.config import Config, ConfigError, load_config
+from g2rl.devices import random_states, set_random_states
 from g2rl.files import StorageError, sync, write_durably
 from g2rl.manifest import MANIFEST, damage, renew_digest, write_manifest
 from g2rl.optimizer import dtype_of
@@ -210,8 +211,7 @@ def load_state(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"][0])
+    set_random_states(states["accelerator"])
     return state
 
 
@@ -279,5 +279,5 @@ def _random_states() -> dict[str, Any]:
     return {
         "python": [version, list(internal), gauss],
         "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+        "accelerator": random_states(),
     }

@@ -17,9 +17,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from g2rl.config import Config, ConfigError, ParallelConfig
+from g2rl.devices import resolve_device
 from g2rl.files import StorageError
 from g2rl.forecast import Forecast, Rates, forecast, measure_rates
-from g2rl.model import load_shape, load_tokenizer, local_path, resolve_device
+from g2rl.model import load_shape, load_tokenizer, local_path
 from g2rl.precision import has_bf16, settled
 from g2rl.rollout import RolloutError
 from g2rl.trackers import make_trackers

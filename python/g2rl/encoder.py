@@ -10,6 +10,7 @@ import torch
 
 from g2rl.config import ConfigError
 from g2rl.plugins import import_package
+from g2rl.probes import in_float64
 
 EMBEDDED = "minilm"
 """all-MiniLM-L6-v2, whose weights come as a package."""
@@ -44,7 +45,7 @@ class SentenceEncoder:
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit vectors [len(texts), e] in fp64; equal texts have the same bits."""
         distinct = list(dict.fromkeys(texts))
-        vectors = self._model.encode(distinct, convert_to_tensor=True, show_progress_bar=False).double()
+        vectors = in_float64(self._model.encode(distinct, convert_to_tensor=True, show_progress_bar=False))
         position = {text: i for i, text in enumerate(distinct)}
         return torch.nn.functional.normalize(vectors, dim=1)[[position[text] for text in texts]]
 

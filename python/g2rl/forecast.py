@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from g2rl.adapters import add_adapter
 from g2rl.config import Config
+from g2rl.devices import synchronize
 from g2rl.forward import attention_width, backbone_weights
 from g2rl.model import checkpoint_activations
 
@@ -63,8 +64,8 @@ class Forecast:
 
 
 def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
-    """The best of five products of 4096 rows on a GPU, 1024 on a CPU, and of five copies of 256 MB."""
-    n = 4096 if device.type == "cuda" else 1024
+    """The best of five products of 4096 rows, 1024 on a CPU, and of five copies of 256 MB."""
+    n = 1024 if device.type == "cpu" else 4096
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     source = torch.zeros(1 << 26, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -272,12 +273,11 @@ def _seconds_by_stage(config: Config, model: Any, shape: Any, prompt_tokens: int
 
 def _seconds(run: Any, device: torch.device) -> float:
     """The best of five."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
     for _ in range(5):
-        wait()
+        synchronize(device)
         start = time.perf_counter()
         run()
-        wait()
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times)

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from g2rl.probes import evaluating
+from g2rl.probes import evaluating, in_float64
 from g2rl_kernels import LMHead, token_logprobs
 
 Result = TypeVar("Result")
@@ -180,8 +180,9 @@ def head_difference(model: Any, dtype: torch.dtype | None = None) -> str:
         logps = inside_head(model, logps_or_size, hidden)
     if isinstance(logps, int):
         return f"{name} has last hidden states of {hidden.shape[1]} numbers, and its head takes {logps}"
-    expected = logits.double().log_softmax(-1).gather(-1, ids[0, 1:, None].to(logits.device))[:, 0]
-    gap = float((logps.to(logits.device) - expected).abs().mean())
+    expected = in_float64(logits).log_softmax(-1)
+    expected = expected.gather(-1, ids[0, 1:, None].to(expected.device))[:, 0]
+    gap = float((logps.to(expected.device) - expected).abs().mean())
     # Products in fp32 may be made of tf32.
     unit = max(torch.finfo(product).eps, torch.finfo(logits.dtype).eps, 2**-10)
     rounding = _ROUNDINGS * unit * (1 + float(logits.abs().max()))

@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from g2rl.adapters import base_of, merged, save_model
 from g2rl.config import ConfigError, ModelConfig
+from g2rl.devices import resolve_device
 from g2rl.hub import require_hub
 from g2rl.parallel.shards import SAFELY, SHARDS, load_model_of_shards
 
@@ -35,17 +36,6 @@ SMOLLM2_NAME = "smollm2-135m-instruct-"
 
 # Bars for loading and saving would tear the training progress apart.
 disable_progress_bar()
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device that `model.device` means here.
-
-    Raises:
-        ConfigError: a GPU was asked for and there is none.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device: expected a CUDA device, found none on this machine")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

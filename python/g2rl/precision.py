@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from g2rl.config import Config
-from g2rl.model import resolve_device
+from g2rl.devices import resolve_device
 from g2rl.parallel.ranks import ALONE, Ranks
 
 
@@ -16,7 +16,7 @@ def settled(config: Config, ranks: Ranks = ALONE) -> Config:
     """A configuration with types in place of `auto`, the same on every rank.
 
     Raises:
-        ConfigError: a GPU was asked for and there is none.
+        ConfigError: an accelerator was asked for that is not there.
     """
     half = all(ranks.gathered([has_bf16(resolve_device(config.model.device))]))
     model, rollout = config.model, config.rollout
@@ -31,6 +31,8 @@ def has_bf16(device: torch.device) -> bool:
     """Whether a device has instructions for products of bfloat16, and PyTorch uses them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return bool(getattr(torch.get_device_module(device.type), "is_bf16_supported", bool)())
     if sys.platform == "darwin":  # products are Accelerate's, and fast in float32
         return False
     if not hasattr(torch.cpu, "get_capabilities"):  # as in PyTorch 2.10

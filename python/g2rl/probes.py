@@ -42,6 +42,12 @@ def rounded_otherwise(model: Any) -> Iterator[None]:
         handle.remove()
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """A tensor in float64: on its device where that has it, else on the CPU."""
+    return tensor.double() if tensor.device.type in ("cpu", "cuda") else tensor.cpu().double()
+
+
 def distances(found: Tensor, expected: Tensor) -> Tensor:
     """[N] relative errors of rows [N, d]."""
-    return (found.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
+    found, expected = in_float64(found), in_float64(expected)
+    return (found - expected).norm(dim=1) / expected.norm(dim=1)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from g2rl.devices import synchronize
+
 
 class StageTimes:
     """Seconds by stage of one step."""
@@ -20,16 +22,12 @@ class StageTimes:
 
     @contextmanager
     def stage(self, name: str, fine: bool = False) -> Iterator[None]:
-        """Time a block; `fine` stages, inside others, only when profiling, since a GPU must be waited for."""
+        """Time a block; `fine` stages, inside others, only when profiling, since an accelerator must be waited for."""
         if fine and not self.fine:
             yield
             return
-        self._wait()
+        synchronize(self.device)
         start = time.perf_counter()
         yield
-        self._wait()
+        synchronize(self.device)
         self.seconds[f"time/{name}"] += time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)

@@ -7,7 +7,6 @@ the gradient work.
 from __future__ import annotations
 
 import math
-import platform
 import random
 import time
 from collections.abc import Sequence
@@ -23,10 +22,11 @@ from g2rl.ahead import Rollouts
 from g2rl.backend import choose_backend
 from g2rl.checkpoint import checkpoint_config, load_checkpoint, newest_checkpoint, save_checkpoint
 from g2rl.config import Config, ConfigError, ModelConfig, config_yaml, save_config
+from g2rl.devices import device_name, resolve_device
 from g2rl.evaluate import evaluate, evaluation_seed
 from g2rl.log import Completion, GroupGeometry, ProblemResult, RunLog
 from g2rl.methods import make_method
-from g2rl.model import load_model, resolve_device
+from g2rl.model import load_model
 from g2rl.optimizer import in_words
 from g2rl.parallel.agree import versions
 from g2rl.parallel.ranks import ALONE, Ranks
@@ -326,9 +326,8 @@ def group_rows(
 
 def environment(device: torch.device) -> dict[str, str]:
     """What runs the training, for the report."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "device": f"{device.type} ({name})",
+        "device": f"{device.type} ({device_name(device)})",
         "threads": str(torch.get_num_threads()),
         **versions(),
     }

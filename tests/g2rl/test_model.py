@@ -281,5 +281,5 @@ def test_code_of_a_model_does_not_run(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this checks the message on machines without a GPU")
 def test_missing_gpu() -> None:
-    with pytest.raises(ConfigError, match=r"model\.device: expected a CUDA device"):
+    with pytest.raises(ConfigError, match="model.device: expected auto or cpu, found cuda, which PyTorch does not"):
         load_model(ModelConfig(device="cuda"))

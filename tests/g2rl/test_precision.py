@@ -109,7 +109,7 @@ def test_a_gpu_without_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpu_that_is_not_there() -> None:
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="model.device: expected a CUDA device, found none"):
+        with pytest.raises(ConfigError, match="model.device: expected auto or cpu, found cuda"):
             settled(Config(model=ModelConfig(device="cuda")))
 
 

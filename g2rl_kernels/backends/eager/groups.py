@@ -1,7 +1,7 @@
 """Group mathematics on all groups at once, padded to the largest: [G, m_max, ...].
 
-Computed in float64 where the device has it: a few thousand numbers cost nothing, and 1 - S^2 of near-equal directions
-would lose half of fp32's digits.
+Computed in float64: a few thousand numbers cost nothing, and 1 - S^2 of near-equal directions would lose half of fp32's
+digits.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from g2rl_kernels.group_layout import GroupLayout, largest_group
-from g2rl_kernels.products import wide
+from g2rl_kernels.products import where_float64_is
 from g2rl_kernels.records import GroupAdvantages, Shaping
 
 
+@where_float64_is
 def group_similarity(features: Tensor, cu_groups: Tensor, m_max: int) -> Tensor:
     layout = GroupLayout(cu_groups, features.shape[0], m_max)
-    return _similarity(wide(features), layout).to(features.dtype)
+    return _similarity(features.double(), layout).to(features.dtype)
 
 
 def _similarity(phi: Tensor, layout: GroupLayout) -> Tensor:
@@ -25,11 +26,12 @@ def _similarity(phi: Tensor, layout: GroupLayout) -> Tensor:
     return directions @ directions.mT
 
 
+@where_float64_is
 def exploration_scores(similarity: Tensor, rewards: Tensor, cu_groups: Tensor, valid: Tensor | None) -> Tensor:
     layout = GroupLayout(cu_groups, rewards.shape[0], similarity.shape[1])
     diagonal = similarity.diagonal(dim1=1, dim2=2) > 0
     usable = layout.member & (diagonal if valid is None else layout.spread(valid))
-    return layout.gather(_scores(wide(similarity), layout.spread(wide(rewards)), usable)).to(rewards.dtype)
+    return layout.gather(_scores(similarity.double(), layout.spread(rewards.double()), usable)).to(rewards.dtype)
 
 
 def _scores(S: Tensor, r: Tensor, usable: Tensor) -> Tensor:
@@ -44,10 +46,11 @@ def _scores(S: Tensor, r: Tensor, usable: Tensor) -> Tensor:
     return torch.where(has_peers, (1 - similar).clamp(min=0).sqrt(), 0)
 
 
+@where_float64_is
 def shape_rewards(rewards: Tensor, scores: Tensor, cu_groups: Tensor, valid: Tensor | None, shaping: Shaping) -> Tensor:
     layout = GroupLayout(cu_groups, rewards.shape[0], largest_group(cu_groups))
     usable = layout.member if valid is None else layout.spread(valid)
-    r, nu = layout.spread(wide(rewards)), layout.spread(wide(scores))
+    r, nu = layout.spread(rewards.double()), layout.spread(scores.double())
     return layout.gather(_shape(r, nu, usable, shaping)).to(rewards.dtype)
 
 
@@ -79,9 +82,10 @@ def _range(values: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(any_usable, low, 0), torch.where(any_usable, high, 0)
 
 
+@where_float64_is
 def group_advantages(rewards: Tensor, cu_groups: Tensor, normalize: str) -> Tensor:
     layout = GroupLayout(cu_groups, rewards.shape[0], largest_group(cu_groups))
-    return layout.gather(_advantages(layout.spread(wide(rewards)), layout.member, normalize)).to(rewards.dtype)
+    return layout.gather(_advantages(layout.spread(rewards.double()), layout.member, normalize)).to(rewards.dtype)
 
 
 def _advantages(r: Tensor, member: Tensor, normalize: str) -> Tensor:
@@ -96,6 +100,7 @@ def _advantages(r: Tensor, member: Tensor, normalize: str) -> Tensor:
     return centered
 
 
+@where_float64_is
 def g2rl_advantages(
     features: Tensor,
     rewards: Tensor,
@@ -106,11 +111,11 @@ def g2rl_advantages(
     normalize: str,
 ) -> GroupAdvantages:
     layout = GroupLayout(cu_groups, rewards.shape[0], m_max)
-    phi = wide(features)
+    phi = features.double()
     S = _similarity(phi, layout)
     nonzero = (features != 0).any(1)
     usable = layout.spread(nonzero if valid is None else nonzero & valid)
-    r = layout.spread(wide(rewards))
+    r = layout.spread(rewards.double())
     nu = _scores(S, r, usable)
     shaped = _shape(r, nu, usable, shaping)
     A = _advantages(shaped, layout.member, normalize)

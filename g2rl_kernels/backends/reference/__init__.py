@@ -22,8 +22,9 @@ from g2rl_kernels.backends.reference.head import (
     token_logprobs,
     token_sums,
 )
+from g2rl_kernels.products import has_float64
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve: only where the device has no float64."""
-    return "the device has no float64" if device.type == "mps" else None
+    return None if has_float64(device.type) else "the device has no float64"

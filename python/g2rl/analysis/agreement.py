@@ -83,7 +83,7 @@ def _record(subject: Subject, episodes: Sequence[Episode], encoder: SentenceEnco
     products = gradient_products(subject, episodes)
     return {
         "similarities": {name: values.tolist() for name, values in similarities.items()},
-        "norms": norms.double().tolist(),
+        "norms": norms.tolist(),
         "products": {name: values.tolist() for name, values in products.items()},
     }
 

@@ -20,6 +20,7 @@ from g2rl.analysis.responses import Subject, sample_groups
 from g2rl.backend import choose_backend
 from g2rl.checkpoint import run_of
 from g2rl.config import Config, ConfigError, leaves
+from g2rl.devices import release_memory
 from g2rl.encoder import SentenceEncoder
 from g2rl.evaluation.command import digest, labels, model_config, progress_bar, require_untrained
 from g2rl.files import writing
@@ -82,7 +83,7 @@ def geometry(checkpoints: Sequence[str], request: Request, overrides: Sequence[s
         for name, config in zip(names, configs, strict=True):
             models.append(_measured(name, config, task, problems, encoder, request))
             gc.collect()
-            torch.cuda.empty_cache()
+            release_memory()
     settings = {"problems": len(problems), **_settings(configs[0], request)}
     measured = Measured(bands_of(models), [problem.id for problem in problems], settings)
     with writing(f"out: {str(request.out)!r}"):

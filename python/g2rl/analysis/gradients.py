@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from g2rl.analysis.responses import Subject
+from g2rl.probes import in_float64
 from g2rl.types import Episode
 from g2rl_kernels import token_logprobs
 
@@ -83,11 +84,11 @@ def response_logp(subject: Subject, episode: Episode) -> Tensor:
 
 def gram(vectors: Tensor) -> Tensor:
     """Products of vectors [m, k] in fp64, [m, m], without a copy of all of them."""
-    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
-    for start in range(0, vectors.shape[1], _CHUNK):
-        chunk = vectors[:, start : start + _CHUNK].double()
-        total += chunk @ chunk.T
-    return total.cpu()
+    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for part in vectors.split(_CHUNK, 1):
+        chunk = in_float64(part)
+        total += (chunk @ chunk.T).cpu()
+    return total
 
 
 def gram_cosines(products: Tensor) -> Tensor:

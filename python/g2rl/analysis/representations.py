@@ -24,6 +24,7 @@ from torch import Tensor
 
 from g2rl.encoder import SentenceEncoder
 from g2rl.forward import ResponseStates
+from g2rl.probes import in_float64
 from g2rl.types import Episode
 from g2rl_kernels import LMHead, group_similarity, sequence_features
 
@@ -36,7 +37,7 @@ PREDICTORS = ("phi", *VARIANTS, *BASELINES)
 
 def cosines(vectors: Tensor) -> Tensor:
     """[m, m] fp64 of vectors [m, k]; rows and columns of zero vectors are 0."""
-    return group_similarity(vectors.double(), len(vectors))[0]
+    return group_similarity(in_float64(vectors), len(vectors))[0]
 
 
 def representations(
@@ -64,16 +65,17 @@ def representations(
     similarities = {name: cosines(vectors) for name, vectors in found.items()}
     if encoder is not None:
         similarities["semantic"] = cosines(encoder.encode([episode.text for episode in episodes]))
-    lengths = cu.diff().double()
+    lengths = in_float64(cu.diff())
     similarities["length"] = torch.minimum(lengths[:, None], lengths) / torch.maximum(lengths[:, None], lengths)
     return {name: similarity.cpu() for name, similarity in similarities.items()}
 
 
 def sum_tokens(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[m, k] fp64: the sum over each response's tokens of values [N, k]."""
-    sums = values.new_zeros(len(cu_seqlens) - 1, values.shape[1], dtype=torch.float64)
-    rows = torch.repeat_interleave(torch.arange(len(sums), device=values.device), cu_seqlens.diff().long())
-    return sums.index_add_(0, rows, values.double())
+    values = in_float64(values)
+    sums = values.new_zeros(len(cu_seqlens) - 1, values.shape[1])
+    lengths = cu_seqlens.diff().long().to(values.device)
+    return sums.index_add_(0, torch.arange(len(sums), device=values.device).repeat_interleave(lengths), values)
 
 
 def truncated_features(hidden: Tensor, head: LMHead, targets: Tensor, top: int = TOP) -> Tensor:

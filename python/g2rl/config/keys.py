@@ -46,8 +46,8 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     offload_activations: bool = False
     """Keep activations in the host's memory between forward and backward pass on a GPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes the GPU when there is one."""
+    device: Literal["auto", "cpu", "cuda", "mps", "npu", "xpu"] = "auto"
+    """`auto` takes the GPU or NPU when there is one that PyTorch knows; Apple's (`mps`) only by name."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property

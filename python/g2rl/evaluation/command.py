@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from g2rl.checkpoint import checkpoint_config, find_checkpoint, run_of
 from g2rl.config import Config, ConfigError, leaves, plain, read_overrides
+from g2rl.devices import release_memory
 from g2rl.evaluation.results import read_results, write_results
 from g2rl.evaluation.samples import problems_digest, provenance, sample_all
 from g2rl.evaluation.scores import Scores, score
@@ -115,7 +116,7 @@ def evaluate_suite(
         for label, config in zip(names, configs, strict=True):
             scores += _evaluate_model(label, config, sets, problems, out, judges)
             gc.collect()
-            torch.cuda.empty_cache()
+            release_memory()
     for table in write_results(out, scores, sets, earlier):
         get_console().print(table)
     print(f"g2rl: samples, results.json and pass_at_k.png are in {out}")

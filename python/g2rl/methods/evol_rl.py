@@ -25,9 +25,9 @@ from typing import Literal
 import torch
 
 from g2rl.config import Config, ConfigError
+from g2rl.devices import resolve_device
 from g2rl.encoder import SentenceEncoder
 from g2rl.methods.base import Method, Step, describe
-from g2rl.model import resolve_device
 from g2rl.tasks.base import Task
 from g2rl.tasks.spelling import canonical
 from g2rl_kernels import GroupAdvantages, group_advantages
@@ -89,10 +89,11 @@ class EvolRL(Method):
 
     def advantages(self, step: Step) -> GroupAdvantages:
         m = step.group_size
-        unit = self._encoder.encode([text.rpartition("</think>")[2] for text in step.texts]).to(step.rewards.device)
+        unit = self._encoder.encode([text.rpartition("</think>")[2] for text in step.texts]).cpu()
         unit = unit.view(len(unit) // m, m, -1)
         valid = self._valid(step).view(-1, m)
-        positive = valid & (step.correct.view(-1, m) if self.options.labels == "verifier" else self._majority(step))
+        by_verifier = self.options.labels == "verifier"
+        positive = valid & (step.correct.cpu().view(-1, m) if by_verifier else self._majority(step))
         shaped = band_rewards((unit @ unit.mT).clamp(0, 1), positive, valid)
         if self.options.uniform_groups == "drop":
             uniform = (positive == positive[:, :1]).all(1, keepdim=True)
@@ -107,7 +108,7 @@ class EvolRL(Method):
         """[B] bool: responses with an answer that counts."""
         needed = str.isdigit if self.options.require_digit else bool
         flags = [answer is not None and any(map(needed, answer)) for answer in step.answers]
-        return torch.tensor(flags, device=step.rewards.device)
+        return torch.tensor(flags)
 
     def _majority(self, step: Step) -> torch.Tensor:
         """[G, m] bool: responses that give their group's most frequent valid answer."""
@@ -121,7 +122,7 @@ class EvolRL(Method):
             group = votes[start : start + m]
             count = Counter(vote for vote in group if vote is not None).most_common(1)
             flags.append([bool(count) and vote == count[0][0] for vote in group])
-        return torch.tensor(flags, device=step.rewards.device)
+        return torch.tensor(flags)
 
 
 def band_rewards(similarity: torch.Tensor, positive: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import transformers
 
 from g2rl.config import Config, ConfigError
+from g2rl.devices import resolve_device
 from g2rl.parallel.agree import agree
 from g2rl.parallel.ranks import PATIENCE, Ranks
 from g2rl.parallel.watch import Watch, is_loss
@@ -84,24 +85,32 @@ def _connect(found: Config | ConfigError, rank: int, size: int) -> dist.Store:
     """Bring the ranks together; returns the store that they share.
 
     Raises:
-        ConfigError: there are more ranks than GPUs, the port is taken, or not all ranks have come.
+        ConfigError: there are more ranks than devices, the port is taken, or not all ranks have come.
     """
-    uses_gpu = torch.cuda.is_available() and not (isinstance(found, Config) and found.model.device == "cpu")
-    if uses_gpu:
-        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    kind = _device_type(found)
+    if kind != "cpu":
+        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
         if local >= there:
-            raise ConfigError(f"nproc-per-node: expected at most {there} ranks, one a GPU, found rank {local} here")
-        torch.cuda.set_device(local)
+            raise ConfigError(f"nproc-per-node: expected at most {there} ranks, one a device, found rank {local} here")
+        torch.accelerator.set_device_index(local)
     address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=_COMING))
         store = dist.PrefixStore(f"g2rl {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "cpu:gloo,cuda:nccl" if uses_gpu else "gloo"
+        backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         what = "a free port" if "EADDRINUSE" in str(error) else f"{size} ranks to come together"
         raise ConfigError(f"MASTER_PORT: expected {what} at {address}, found: {str(error).splitlines()[0]}") from error
     return store
+
+
+def _device_type(found: Config | ConfigError) -> str:
+    """Of the devices that the ranks use; a wrong configuration is told once they can agree on that."""
+    try:
+        return resolve_device(found.model.device).type if isinstance(found, Config) else "cpu"
+    except ConfigError:
+        return "cpu"
 
 
 def _fail(watch: Watch, error: BaseException, foreseen: tuple[type[Exception], ...]) -> None:

@@ -1,0 +1,156 @@
+"""An accelerator that is none of NVIDIA's, played by the CPU: what PyTorch calls ``npu:0`` while a test runs.
+
+It shows what code for CPUs and CUDA may take for granted, which Apple's, Intel's and Ascend's devices do not have:
+tensors of two devices that meet, float64, streams, events and memory statistics of CUDA's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+KIND = "npu"
+_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+# Their other tensors may lie on a CPU: the source of a copy, and indices.
+_MEET = ("aten.copy_", "aten._to_copy", "aten.to.", "aten.index.", "aten.index_put")
+
+
+class _Module(_DummyBackendModule):
+    """What PyTorch finds as ``torch.npu``."""
+
+    available = False
+
+    def is_available(self) -> bool:
+        return self.available
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def is_bf16_supported(self) -> bool:
+        return True
+
+    def get_device_name(self) -> str:
+        return "a CPU that plays an accelerator"
+
+    def get_rng_state(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+    def synchronize(self) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+
+_module = _Module()
+
+
+class _Tensor(torch.Tensor):
+    """A tensor of the accelerator; `held` has its values, on the CPU."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> _Tensor:
+        size, strides, offset = held.shape, held.stride(), held.storage_offset()
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, size, strides=strides, storage_offset=offset, dtype=held.dtype, device=torch.device(KIND, 0)
+        )
+        made.held = held
+        return made
+
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.held.__reduce_ex__(protocol)
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{self.held}, on {KIND}"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {}, float64=True)
+
+
+class _Factories(TorchDispatchMode):
+    """Also has what no tensor comes in for."""
+
+    def __init__(self, float64: bool) -> None:
+        super().__init__()
+        self._float64 = float64
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "g2rl":  # computed by ops of PyTorch's, as on a device
+            with self:
+                return func.redispatch(_KEYS, *args, **(kwargs or {}))
+        return _run(func, args, kwargs or {}, self._float64)
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any], float64: bool) -> Any:
+    leaves = tree_leaves((args, kwargs))
+    given = [x for x in leaves if isinstance(x, torch.Tensor)]
+    own = {id(x.held): x for x in given if isinstance(x, _Tensor)}
+    if own and not str(func).startswith(_MEET) and any(x.dim() and not isinstance(x, _Tensor) for x in given):
+        raise RuntimeError(f"Expected all tensors to be on the same device, found {KIND}:0 and cpu: {func}")
+    device = next((x for x in leaves if isinstance(x, torch.device)), None)
+    there = bool(own) if device is None else device.type == KIND
+    if not (there or own):
+        return func(*args, **kwargs)
+
+    def on_cpu(x: Any) -> Any:
+        if isinstance(x, torch.device):
+            return torch.device("cpu")
+        return x.held if isinstance(x, _Tensor) else x
+
+    def back(x: Any) -> Any:
+        if not there or not isinstance(x, torch.Tensor):
+            return x
+        if x.dtype == torch.float64 and not float64:
+            raise TypeError(f"Cannot convert a tensor to float64, which {KIND} does not have: {func}")
+        return own.get(id(x)) if id(x) in own else _Tensor(x)
+
+    args, kwargs = tree_map(on_cpu, (args, kwargs))
+    with torch.inference_mode(False), torch.no_grad():  # or a view of an ordinary tensor would be none
+        return tree_map(back, func(*args, **kwargs))
+
+
+@contextmanager
+def accelerator(float64: bool = False) -> Iterator[torch.device]:
+    """Inside the block, in this thread, there is an accelerator, with or without float64."""
+    _module.available = True
+    try:
+        with _Factories(float64):
+            yield torch.device(KIND)
+    finally:
+        _module.available = False
+
+
+_setup_privateuseone_for_python_backend(KIND, _module)
+
+
+# `torch.tensor` makes its result below what modes see.
+
+
+@torch.library.impl("aten::empty_strided", "PrivateUse1")
+def _(size: Any, stride: Any, **options: Any) -> torch.Tensor:
+    return _Tensor(torch.empty_strided(size, stride, dtype=options["dtype"]))
+
+
+@torch.library.impl("aten::_copy_from", "PrivateUse1")
+def _(source: torch.Tensor, target: _Tensor, non_blocking: bool = False) -> torch.Tensor:
+    target.held.copy_(source)
+    return target
