@@ -140,14 +140,22 @@ def accelerator(float64: bool = False) -> Iterator[torch.device]:
 
 
 _setup_privateuseone_for_python_backend(KIND, _module)
+# Autocast leaves every type as it is.
+_autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+_autocast.fallback(torch.library.fallthrough_kernel)
 
 
-# `torch.tensor` makes its result below what modes see.
+# What modes do not see: results of `torch.tensor`, and of factories in other threads.
 
 
 @torch.library.impl("aten::empty_strided", "PrivateUse1")
 def _(size: Any, stride: Any, **options: Any) -> torch.Tensor:
     return _Tensor(torch.empty_strided(size, stride, dtype=options["dtype"]))
+
+
+@torch.library.impl("aten::empty.memory_format", "PrivateUse1")
+def _(size: Any, **options: Any) -> torch.Tensor:
+    return _Tensor(torch.empty(size, dtype=options["dtype"]))
 
 
 @torch.library.impl("aten::_copy_from", "PrivateUse1")

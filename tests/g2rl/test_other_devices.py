@@ -53,8 +53,11 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
         (),
         ("objective.updates=2", "objective.kl_coef=0.1", "model.prefix_sharing=never", "model.packing=never"),
         ("model.lora.rank=2", "objective.tokens_per_micro_batch=64", "objective.importance_cap=2"),
+        ("rollout.ahead=1", "profile=true"),
+        ("model.attention=eager", "model.gradient_checkpointing=true"),
+        ("method=evol_rl",),
     ],
-    ids=["plain", "reference, padded", "adapter, micro-batches"],
+    ids=["plain", "reference, padded", "adapter, micro-batches", "ahead", "eager attention", "texts"],
 )
 def test_runs_are_those_of_a_cpu(tiny_model: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     Trainer(load_config([], settings(tiny_model, tmp_path, "cpu", *more))).run()
