@@ -224,7 +224,7 @@ class RunLog:
     def stages(self) -> None:
         """Print where the time of the steps logged so far went: each stage's median, share and tokens/s.
 
-        The first step warms caches up and is left out if there are others.
+        The first step warms caches up and is left out if there are others. A stage that a step did not have took 0 s.
         """
         steps = self._steps[1:] or self._steps
         if not steps:
@@ -233,11 +233,12 @@ class RunLog:
         step_seconds = median(times["time/step"] for times in steps)
         tokens = median(times["time/step"] * times["time/tokens_per_second"] for times in steps)
         for key, indent in STAGES.items():
-            if all(key in times for times in steps):
-                seconds = median(times[key] for times in steps)
+            if any(key in times for times in steps):
+                seconds = median(times.get(key, 0.0) for times in steps)
                 rate = f"{tokens / seconds:.0f}" if seconds > 0 else "-"
                 rows.append((indent + key[5:], f"{seconds:.3f}", f"{seconds / step_seconds:.1%}", rate))
-        title, header = f"Stages, median of {len(steps)} steps", ("stage", "s", "share of step", "tokens/s")
+        counted = "one step" if len(steps) == 1 else f"median of {len(steps)} steps"
+        title, header = f"Stages, {counted}", ("stage", "s", "share of step", "tokens/s")
         self._console.print(rich_table(title, header, rows))
 
     def completions(self, step: int, rows: Sequence[Completion], shown: int = 3) -> None:

@@ -307,15 +307,18 @@ def test_stages_are_medians_after_the_first_step(tmp_path: Path) -> None:
     assert out.getvalue() == ""
     for step, seconds in enumerate((9.0, 2.0, 4.0, 4.0), start=1):
         times = {"time/rollout": seconds / 4, "time/reward": 0.0, "time/head": seconds / 8, "time/step": seconds}
+        if step < 4:
+            times["time/backward"] = seconds / 2
         log.metrics(step, {**times, "time/tokens_per_second": 800 / seconds, "train/loss": 0.0})
     log.stages()
     log.close()
     rows = [line.split() for line in out.getvalue().splitlines() if line.strip()]
     assert rows[0] == "Stages, median of 3 steps".split()
-    assert rows[-4:] == [
+    assert rows[-5:] == [
         ["rollout", "1.000", "25.0%", "800"],
         ["reward", "0.000", "0.0%", "-"],
         ["head", "0.500", "12.5%", "1600"],
+        ["backward", "1.000", "25.0%", "800"],
         ["step", "4.000", "100.0%", "200"],
     ]
 
