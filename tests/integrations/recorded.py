@@ -34,9 +34,10 @@ def vowels(completions: list[str], **_: Any) -> list[float]:
 def run(
     command: Sequence[Any], folder: Path, beside: Path, timeout: int, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in `folder`, which is $RECORDS, with modules of the folder `beside`, and these tests, at hand."""
+    """Run a command in `folder`, which is $RECORDS, with modules of the folder `beside`, and this checkout, at hand."""
     root = Path(__file__).parents[2]
-    environment = {"PYTHONPATH": f"{beside}{os.pathsep}{root}", "RECORDS": str(folder), "OMP_NUM_THREADS": "1"}
+    modules = os.pathsep.join(map(str, (beside, root, root / "python")))
+    environment = {"PYTHONPATH": modules, "RECORDS": str(folder), "OMP_NUM_THREADS": "1"}
     environment = os.environ | environment | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=timeout)
 
