@@ -246,11 +246,16 @@ print(hidden.grad.isfinite().all().item(), "torch._dynamo" in sys.modules)
             "runpy.run_module('g2rl', run_name='__main__')",
             "g2rl: expected what the trainer needs, found no ",
         ),
+        (
+            "fcntl",
+            "runpy.run_module('g2rl', run_name='__main__')",
+            "g2rl: expected Linux, macOS, or WSL under Windows for the trainer, found no fcntl",
+        ),
         ("trl", "import g2rl.integrations.trl", "g2rl.integrations.trl: expected trl, found "),
     ],
 )
 def test_where_the_ops_alone_are_installed(missing: str, program: str, said: str) -> None:
-    """Without its extra, what needs one names it; accelerate and transformers are missing too."""
+    """Without its extra, what needs one names it; accelerate and transformers are missing too. Windows has no fcntl."""
     absent = dict.fromkeys((missing, "accelerate", "transformers"))
     program = f"import runpy, sys; sys.modules.update({absent!r}); sys.argv[1:] = ['train']; {program}"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)

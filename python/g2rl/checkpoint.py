@@ -211,7 +211,7 @@ def load_state(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(states["torch"])
-    set_random_states(states["accelerator"])
+    set_random_states(states.get("accelerator", {}))  # of an earlier version: none
     return state
 
 
