@@ -43,7 +43,7 @@ LAYERS = {
         ("tasks", "checkpoint", "model", "encoder", "forward"),
         ("rewards", "reward_range", "rollout", "objective", "geometry", "policy", "forecast", "precision", "backend"),
         ("methods",),
-        ("history", "evaluate", "collect"),
+        ("history", "evaluate", "collect", "micro_batches"),
         ("run",),
         ("plots",),
         ("report",),

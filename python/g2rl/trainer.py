@@ -93,8 +93,7 @@ class Trainer:
         self.step = 0
         self.position = 0
         self._saving = self._times()
-        self._tells_first_pass = True
-        self._gap_told = False
+        self._first_pass_told = self._gap_told = False
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -143,43 +142,31 @@ class Trainer:
         return log
 
     def _one_step(self, log: RunLog, progress: TrainingProgress) -> None:
-        config, times = self.config, self._times()
-        start = time.perf_counter()
+        config, times, start = self.config, self._times(), time.perf_counter()
         step = self.step + 1
         last = step == config.steps
         is_saved = last or self._due(step, config.checkpoint.every)
         groups = self.rollouts.take(self.position, self._seed(step), times)
-        episodes, verdicts = groups.episodes, groups.verdicts
+        after = self.position + groups.asked
         with times.stage("update"):
-            self.rollouts.begin(is_saved, self.position + groups.asked, self._seed(step + 1), times)
-            metrics, results = self.updater.run(step, episodes, verdicts, times)
-        if self._tells_first_pass and "time/first_pass" in times.seconds:
-            self._tells_first_pass = False
-            progress.message(_first_pass_cost(times.seconds, self.method.needs_features))
+            self.rollouts.begin(is_saved, after, self._seed(step + 1), times)
+            metrics, result = self.updater.run(step, groups.episodes, groups.verdicts, times)
         self.rollouts.wait(times)
-        warning = gap_warning(metrics, config.rollout, config.model.lora, config.objective.importance_cap)
-        if warning and not self._gap_told:
-            self._gap_told = True
-            progress.message(warning)
-        self.step, self.position = step, self.position + groups.asked
+        self._tell_once(metrics, times, progress)
+        self.step, self.position = step, after
         if self.reference is not None and self._due(step, config.objective.reference_every):
             self.reference.refresh()
-        metrics |= self._rollout_metrics(episodes, verdicts)
+        metrics |= rollout_metrics(groups.episodes, groups.verdicts)
         metrics["groups/extra"] = groups.asked - config.rollout.prompts
-        seconds = time.perf_counter() - start
-        metrics |= {**times.seconds, **self._saving.seconds, "time/step": seconds}
-        self._saving = self._times()
-        metrics["time/tokens_per_second"] = groups.tokens / seconds
+        metrics |= self._seconds(times, time.perf_counter() - start, groups.tokens)
         evaluates = config.eval.every > 0 and (last or self._due(step, config.eval.every))
-        held_out: Sequence[ProblemResult] = ()
-        if evaluates:
-            measured, held_out = self._evaluate(times)
-            metrics |= measured
+        measured, held_out = self._evaluate(times) if evaluates else ({}, ())
+        metrics |= measured
         log.metrics(step, metrics)
         log.evaluation(step, held_out)
-        rows = completion_rows(episodes, verdicts, results)
+        rows = completion_rows(groups.episodes, groups.verdicts, result)
         log.completions(step, rows, shown=3 if evaluates or step == 1 else 0)
-        log.groups(step, group_rows(episodes, verdicts, results, config.rollout.group_size))
+        log.groups(step, group_rows(groups.episodes, groups.verdicts, result, config.rollout.group_size))
         progress.step(step, metrics, time.perf_counter() - start)
         # After everything of the step is logged: a run that continues from here drops only later lines.
         if is_saved:
@@ -200,15 +187,22 @@ class Trainer:
             )
         return metrics | {"time/eval": times.seconds["time/eval"]}, results
 
-    def _rollout_metrics(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> dict[str, float]:
-        n = len(episodes)
-        return {
-            **{f"reward/{name}": sum(v.parts[name] for v in verdicts) / n for name in verdicts[0].summands},
-            "train/reward": sum(v.reward for v in verdicts) / n,
-            "train/accuracy": sum(v.correct for v in verdicts) / n,
-            "train/response_length": sum(len(e.response_ids) for e in episodes) / n,
-            "train/finished_share": sum(e.finished for e in episodes) / n,
-        }
+    def _tell_once(self, metrics: dict[str, float], times: StageTimes, progress: TrainingProgress) -> None:
+        """What a user may want to change: a first pass that takes time, a policy other than what is sampled from."""
+        if not self._first_pass_told and "time/first_pass" in times.seconds:
+            self._first_pass_told = True
+            progress.message(_first_pass_cost(times.seconds, self.method.needs_features))
+        config = self.config
+        warning = gap_warning(metrics, config.rollout, config.model.lora, config.objective.importance_cap)
+        if warning and not self._gap_told:
+            self._gap_told = True
+            progress.message(warning)
+
+    def _seconds(self, times: StageTimes, seconds: float, tokens: int) -> dict[str, float]:
+        """Times of a step, and of the checkpoint that the one before has saved."""
+        saving, self._saving = self._saving, self._times()
+        rate = tokens / seconds
+        return {**times.seconds, **saving.seconds, "time/step": seconds, "time/tokens_per_second": rate}
 
     # ---- state -------------------------------------------------------------------------------------------------
 
@@ -284,6 +278,18 @@ def _held_out_numbers(metrics: dict[str, float]) -> str:
         keys = [key for key in keys if "@" in key or key == "eval/reward"]
     numbers = [f"{key.removeprefix('eval/').replace('_', ' ')} {metrics[key]:.3f}" for key in keys]
     return f"held-out {', '.join(numbers)}" if numbers else "no held-out problems"
+
+
+def rollout_metrics(episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Means over a step's responses."""
+    n = len(episodes)
+    return {
+        **{f"reward/{name}": sum(v.parts[name] for v in verdicts) / n for name in verdicts[0].summands},
+        "train/reward": sum(v.reward for v in verdicts) / n,
+        "train/accuracy": sum(v.correct for v in verdicts) / n,
+        "train/response_length": sum(len(e.response_ids) for e in episodes) / n,
+        "train/finished_share": sum(e.finished for e in episodes) / n,
+    }
 
 
 def completion_rows(

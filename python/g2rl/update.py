@@ -4,9 +4,8 @@ On-policy, the update's own forward pass gives log-probabilities with gradient a
 costs an extra pass. With several updates on the same rollouts, features come from the pass for the old
 log-probabilities.
 
-Micro-batches hold whole groups, so that they know their groups' features by themselves. A group that is too long for
-one (`objective.tokens_per_micro_batch`) is cut: a first pass without gradient gives its features, unless nothing makes
-use of features.
+A group that is too long for one micro-batch (`g2rl.micro_batches`) needs a first pass without gradient, which gives its
+features, unless nothing makes use of features.
 """
 
 from __future__ import annotations
@@ -15,21 +14,23 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from g2rl.checkpoint import checkpoints
-from g2rl.config import Config, ConfigError
+from g2rl.config import Config
 from g2rl.geometry import geometry_metrics
 from g2rl.heads import whole
 from g2rl.methods import Method, Step, ask, check_metrics, check_result
+from g2rl.micro_batches import Division, Groups, Part, idle_batch
 from g2rl.objective import Tokens, Totals, policy_loss
 from g2rl.optimizer import group_settings, make_optimizer
 from g2rl.parallel.ranks import Ranks
 from g2rl.policy import Policy, Reference
-from g2rl.rollout import gap_metrics, make_batch
+from g2rl.rollout import gap_metrics
 from g2rl.times import StageTimes
 from g2rl.types import Batch, Episode, Verdict
 from g2rl_kernels import GroupAdvantages, SequenceFeatures
@@ -41,52 +42,6 @@ class TrainingError(RuntimeError):
 
 class _NotFinite(Exception):
     """What has NaN or infinity, by name."""
-
-
-@dataclass(eq=False)
-class _Part:
-    """One micro-batch: responses as the model's tensors, and what is known of them.
-
-    Attributes:
-        rows: [B] int64, which responses of its `_Groups` these are.
-        kept: [B] bool, False for responses that the loss leaves out.
-        rollout_logps, reference_logps: [N].
-        old_logps: [N], None until the pass before the first update.
-        features: [B, d], of the same pass; None without `log.geometry`.
-    """
-
-    batch: Batch
-    rows: torch.Tensor
-    kept: torch.Tensor
-    rollout_logps: torch.Tensor | None
-    reference_logps: torch.Tensor | None = None
-    old_logps: torch.Tensor | None = None
-    features: torch.Tensor | None = None
-
-    @property
-    def totals(self) -> tuple[int, int]:
-        """Kept responses and their tokens."""
-        return int(self.kept.sum()), int(self.batch.response_mask[self.kept].sum())
-
-
-@dataclass(eq=False)
-class _Groups:
-    """Whole groups that are judged together, and the micro-batches that hold their responses.
-
-    Attributes:
-        result: None until they are judged.
-    """
-
-    step: Step
-    parts: list[_Part]
-    result: GroupAdvantages | None = None
-
-    def features(self) -> torch.Tensor | None:
-        """[B, d] in the order of the step; None where there are none."""
-        columns = [part.features for part in self.parts if part.features is not None]
-        if not columns:
-            return None
-        return torch.cat(columns)[torch.cat([part.rows for part in self.parts]).argsort()]
 
 
 @dataclass(eq=False)
@@ -112,6 +67,10 @@ class Updater:
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.policy.model.parameters(), self.config)
 
+    @property
+    def division(self) -> Division:
+        return Division(self.config, self.ranks, self.pad_id, self.policy.model.device)
+
     def restore_settings(self) -> None:
         """Have the optimiser go on by this configuration, whatever that of the states was which it has loaded."""
         for group in self.optimizer.param_groups:
@@ -132,24 +91,17 @@ class Updater:
         Raises:
             TrainingError: a loss, gradient or feature is not finite; the message names the step.
         """
-        mini_batches = self._mini_batches(episodes, verdicts)
+        mini_batches = self.division.mini_batches(episodes, verdicts)
         try:
             self._prepare(mini_batches, times)
             sums, shown = self._update(number, mini_batches, times)
         except _NotFinite as error:
-            run_dir = self.config.run_dir
-            found = checkpoints(run_dir)
-            newest = found[-1][1].name if found else ""
-            stands = f"{newest} stands" if found else "there is no checkpoint yet"
-            otherwise = f"an older checkpoint, once {newest} is removed" if len(found) > 1 else "a new run"
-            raise TrainingError(
-                f"step {number}: NaN or infinity in the {error}; training stopped, and in {run_dir} {stands}; the same "
-                f"settings would repeat this: a lower optim.lr or optim.max_grad_norm may help, or {otherwise}"
-            ) from error
-        metrics, result = self._metrics(self._step(episodes, verdicts), mini_batches, sums)
+            advice = _after_a_stop(self.config.run_dir)
+            raise TrainingError(f"step {number}: NaN or infinity in the {error}; training stopped, {advice}") from error
+        metrics, result = self._metrics(self.division.step(episodes, verdicts), mini_batches, sums)
         return metrics | shown, result
 
-    def _prepare(self, mini_batches: Sequence[Sequence[_Groups]], times: StageTimes) -> None:
+    def _prepare(self, mini_batches: Sequence[Sequence[Groups]], times: StageTimes) -> None:
         """The passes before the first update: of the reference, and of a policy that is about to change."""
         objective = self.config.objective
         everything = [groups for mini_batch in mini_batches for groups in mini_batch]
@@ -167,7 +119,7 @@ class Updater:
                 self._first_pass(cut, times)
 
     def _update(
-        self, number: int, mini_batches: Sequence[Sequence[_Groups]], times: StageTimes
+        self, number: int, mini_batches: Sequence[Sequence[Groups]], times: StageTimes
     ) -> tuple[dict[str, float], dict[str, float]]:
         """The optimiser updates; returns sums over the last pass's micro-batches, and what is shown of the last one."""
         objective, shown = self.config.objective, dict[str, float]()
@@ -180,7 +132,7 @@ class Updater:
                     shown = self._optimize(self.config.optim.lr * lr_factor(self.config, next(updates)))
         return sums, shown
 
-    def _first_pass(self, chosen: Sequence[_Groups], times: StageTimes) -> None:
+    def _first_pass(self, chosen: Sequence[Groups], times: StageTimes) -> None:
         """Features and log-probabilities of before the first update, without gradient."""
         for groups in chosen:
             for part in groups.parts:
@@ -190,69 +142,7 @@ class Updater:
             self._judge(groups)
         self._keep_pace(sum(len(groups.parts) for groups in chosen), self._idle, times)
 
-    def _mini_batches(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> list[list[_Groups]]:
-        """Disjoint parts of the step, one for each optimiser update of a pass: this rank's micro-batches of each."""
-        m, size = self.config.rollout.group_size, len(episodes) // self.config.objective.mini_batches
-        own = self.ranks.share(size // m)
-        return [
-            [
-                self._groups(episodes[start:stop], verdicts[start:stop])
-                for start, stop in self._spans(episodes, first + m * own.start, first + m * own.stop)
-            ]
-            for first in range(0, len(episodes), size)
-        ]
-
-    def _spans(self, episodes: Sequence[Episode], first: int, last: int) -> list[tuple[int, int]]:
-        """Whole groups side by side that share a micro-batch, or a single one that does not fit one."""
-        m, objective = self.config.rollout.group_size, self.config.objective
-        if not objective.tokens_per_micro_batch:
-            stride = m * objective.micro_batch_groups
-            return [(start, min(start + stride, last)) for start in range(first, last, stride)]
-        spans = [(first, first + m)]
-        for start in range(first + m, last, m):
-            wider = (spans[-1][0], start + m)
-            if padded_tokens(episodes[slice(*wider)]) <= objective.tokens_per_micro_batch:
-                spans[-1] = wider
-            else:
-                spans.append((start, start + m))
-        return spans
-
-    def _groups(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> _Groups:
-        m, budget = self.config.rollout.group_size, self.config.objective.tokens_per_micro_batch
-        cuts = cut_by_length(episodes, budget) if budget else [list(range(len(episodes)))]
-        # Only a single group is cut: to the model each piece is a group, with one prompt.
-        step = self._step(episodes, verdicts)
-        return _Groups(step, [self._part(episodes, rows, min(m, len(rows))) for rows in cuts])
-
-    def _step(self, episodes: Sequence[Episode], verdicts: Sequence[Verdict]) -> Step:
-        device = self.policy.model.device
-        return Step(
-            rewards=torch.tensor([verdict.reward for verdict in verdicts], dtype=torch.float32, device=device),
-            group_size=self.config.rollout.group_size,
-            correct=torch.tensor([verdict.correct for verdict in verdicts], device=device),
-            answers=[verdict.answer for verdict in verdicts],
-            texts=[episode.text for episode in episodes],
-        )
-
-    def _part(self, episodes: Sequence[Episode], rows: list[int], group_size: int) -> _Part:
-        chosen, device = [episodes[i] for i in rows], self.policy.model.device
-        batch = make_batch(chosen, group_size, self.pad_id, device)
-        filters = self.config.objective.overlong == "filter"
-        kept = torch.tensor([episode.finished or not filters for episode in chosen], device=device)
-        return _Part(batch, torch.tensor(rows, device=device), kept, self._rollout_logps(chosen))
-
-    def _rollout_logps(self, episodes: Sequence[Episode]) -> torch.Tensor | None:
-        known = [logp for episode in episodes if episode.logps is not None for logp in episode.logps]
-        if len(known) == sum(len(episode.response_ids) for episode in episodes):
-            return torch.tensor(known, dtype=torch.float32, device=self.policy.model.device)
-        if self.config.objective.importance_cap > 0:
-            raise ConfigError(
-                "objective.importance_cap: expected rollouts with log-probabilities, found an engine that gives none; "
-                "0 does without"
-            )
-        return None
-
-    def _accumulate(self, mini_batch: Sequence[_Groups], sums: dict[str, float], times: StageTimes) -> None:
+    def _accumulate(self, mini_batch: Sequence[Groups], sums: dict[str, float], times: StageTimes) -> None:
         """Add the gradient of one optimiser update up, and `sums` of this rank, from which metrics are made."""
         parts = [(groups, part) for groups in mini_batch for part in groups.parts]
         own = [sum(column) for column in zip(*(part.totals for _, part in parts), strict=True)]
@@ -297,13 +187,13 @@ class Updater:
     def _idle(self, batch: Batch, times: StageTimes) -> torch.Tensor:
         return self.policy.forward(batch, times, with_features=False)[0].logps
 
-    def _keep(self, part: _Part, out: SequenceFeatures) -> None:
+    def _keep(self, part: Part, out: SequenceFeatures) -> None:
         """What later passes need of the one before the first update."""
         _require_finite("features", out.features)
         part.old_logps = out.logps.detach()
         part.features = out.features if self.config.log.geometry else None
 
-    def _judge(self, groups: _Groups) -> None:
+    def _judge(self, groups: Groups) -> None:
         """Have the method weigh the responses, by the features of all of them."""
         step = groups.step = replace(groups.step, features=groups.features())
         result = ask(self.config.method, lambda: self.method.advantages(step), "to return GroupAdvantages")
@@ -322,7 +212,7 @@ class Updater:
         return {"train/grad_norm": float(norm), "train/lr": rate}
 
     def _metrics(
-        self, step: Step, mini_batches: Sequence[Sequence[_Groups]], own_sums: dict[str, float]
+        self, step: Step, mini_batches: Sequence[Sequence[Groups]], own_sums: dict[str, float]
     ) -> tuple[dict[str, float], GroupAdvantages]:
         """Of the whole step, on every rank."""
         result = GroupAdvantages(*self._rows([[groups.result for groups in part] for part in mini_batches]))
@@ -355,41 +245,21 @@ class Updater:
         return [torch.cat([self.ranks.rows(rows) for rows in column]) for column in zip(*own, strict=True)]
 
 
+def _after_a_stop(run_dir: Path) -> str:
+    """What is left of a run, and what may help."""
+    found = checkpoints(run_dir)
+    newest = found[-1][1].name if found else ""
+    stands = f"{newest} stands" if found else "there is no checkpoint yet"
+    otherwise = f"an older checkpoint, once {newest} is removed" if len(found) > 1 else "a new run"
+    return (
+        f"and in {run_dir} {stands}; the same settings would repeat this: a lower optim.lr or optim.max_grad_norm may "
+        f"help, or {otherwise}"
+    )
+
+
 def _require_finite(name: str, tensor: torch.Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise _NotFinite(name)
-
-
-def idle_batch(device: torch.device) -> Batch:
-    """The least that a model can be called with: a prompt of one token, and a response of one."""
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    answered = torch.tensor([[False, True]], device=device)
-    return Batch(ids, torch.ones_like(ids), answered, 1)
-
-
-def padded_tokens(episodes: Sequence[Episode]) -> int:
-    """Of the batch that the episodes make: rows times the longest."""
-    return len(episodes) * max(map(_length, episodes))
-
-
-def cut_by_length(episodes: Sequence[Episode], budget: int) -> list[list[int]]:
-    """Positions of the episodes, in micro-batches of at most `budget` tokens with their padding.
-
-    All of them in their order where they fit; else longest first. An episode longer than that has a micro-batch of its
-    own.
-    """
-    cuts: list[list[int]] = []
-    if padded_tokens(episodes) <= budget:
-        return [list(range(len(episodes)))]
-    for i in sorted(range(len(episodes)), key=lambda i: -_length(episodes[i])):
-        if not cuts or (len(cuts[-1]) + 1) * _length(episodes[cuts[-1][0]]) > budget:
-            cuts.append([])
-        cuts[-1].append(i)
-    return cuts
-
-
-def _length(episode: Episode) -> int:
-    return len(episode.prompt_ids) + len(episode.response_ids)
 
 
 def lr_factor(config: Config, update: int) -> float:

@@ -12,10 +12,11 @@ import torch
 
 from g2rl.config import ConfigError, load_config
 from g2rl.forward import ForwardPass
+from g2rl.micro_batches import cut_by_length, padded_tokens
 from g2rl.rewards import judge_episodes
 from g2rl.trainer import Trainer
 from g2rl.types import Episode, Problem, Verdict
-from g2rl.update import TrainingError, cut_by_length, lr_factor, padded_tokens
+from g2rl.update import TrainingError, lr_factor
 from g2rl_kernels import sequence_features
 from tests.g2rl.json_lines import read
 from tests.live_memory import LiveMemory
@@ -65,7 +66,7 @@ def gradients(trainer: Trainer, micro_batch_groups: int) -> tuple[float, torch.T
     updater = trainer.updater
     objective = replace(trainer.config.objective, micro_batch_groups=micro_batch_groups)
     updater.config = replace(trainer.config, objective=objective)
-    (mini_batch,) = updater._mini_batches(*rollouts(trainer))
+    (mini_batch,) = updater.division.mini_batches(*rollouts(trainer))
     assert len(mini_batch) == 4 // micro_batch_groups
     for groups in mini_batch:
         (part,) = groups.parts
@@ -133,7 +134,7 @@ def test_cut_by_length(tiny_model: Path, tmp_path: Path, overrides: list[str], b
     whole = start(tiny_model, tmp_path, *overrides, *common)
     cut = start(tiny_model, tmp_path, *overrides, *common, f"objective.tokens_per_micro_batch={budget}")
     episodes, verdicts = rollouts(whole)
-    made = [groups for mini_batch in cut.updater._mini_batches(episodes, verdicts) for groups in mini_batch]
+    made = [groups for mini_batch in cut.updater.division.mini_batches(episodes, verdicts) for groups in mini_batch]
     assert [len(groups.parts) for groups in made] == parts
     for groups in made:
         assert sorted(torch.cat([part.rows for part in groups.parts]).tolist()) == list(range(len(groups.step.texts)))
@@ -233,7 +234,7 @@ def test_engines_log_probabilities(tiny_model: Path, tmp_path: Path) -> None:
     """Those of the sampler are the trainer's, at a temperature of 0.8; without any there is no correction."""
     trainer = start(tiny_model, tmp_path, "method=grpo", "objective.importance_cap=2")
     episodes, verdicts = rollouts(trainer)
-    (part,) = trainer.updater._mini_batches(episodes, verdicts)[0][0].parts
+    (part,) = trainer.updater.division.mini_batches(episodes, verdicts)[0][0].parts
     out, _ = trainer.updater.policy.forward(part.batch, trainer._times())
     torch.testing.assert_close(part.rollout_logps, out.logps.detach(), atol=1e-5, rtol=1e-5)
     metrics, _ = trainer.updater.run(1, episodes, verdicts, trainer._times())
@@ -262,7 +263,7 @@ def test_logged_means_by_hand(tiny_model: Path, tmp_path: Path, mini_batches: in
     )  # fmt: skip
     episodes, verdicts = rollouts(trainer)
     doubled = [replace(e, logps=tuple(logp + math.log(2) for logp in e.logps)) for e in episodes]
-    made = [groups for mini_batch in trainer.updater._mini_batches(doubled, verdicts) for groups in mini_batch]
+    made = [groups for mini_batch in trainer.updater.division.mini_batches(doubled, verdicts) for groups in mini_batch]
     batches = [part.batch for groups in made for part in groups.parts]
     with torch.no_grad():
         entropies = torch.cat([trainer.updater.policy.forward(batch, trainer._times())[0].entropy for batch in batches])
@@ -352,7 +353,7 @@ def test_groups_that_just_fit_share_a_micro_batch(tiny_model: Path, tmp_path: Pa
     for budget, responses in ((two, 8), (two - 1, 4)):
         objective = replace(trainer.config.objective, tokens_per_micro_batch=budget)
         trainer.updater.config = replace(trainer.config, objective=objective)
-        assert len(trainer.updater._mini_batches(episodes, verdicts)[0][0].step.texts) == responses
+        assert len(trainer.updater.division.mini_batches(episodes, verdicts)[0][0].step.texts) == responses
 
 
 def test_methods_are_told_of_each_response(tiny_model: Path, tmp_path: Path) -> None:
@@ -360,7 +361,9 @@ def test_methods_are_told_of_each_response(tiny_model: Path, tmp_path: Path) -> 
     trainer = start(tiny_model, tmp_path, "objective.mini_batches=2")
     episodes = [replace(e, text=f"response {i}") for i, e in enumerate(rollouts(trainer)[0])]
     verdicts = [Verdict(float(i), i % 3 == 0, {}, str(i)) for i in range(16)]
-    steps = [groups.step for mini_batch in trainer.updater._mini_batches(episodes, verdicts) for groups in mini_batch]
+    steps = [
+        groups.step for mini_batch in trainer.updater.division.mini_batches(episodes, verdicts) for groups in mini_batch
+    ]
     assert torch.cat([step.rewards for step in steps]).tolist() == list(range(16))
     assert torch.cat([step.correct for step in steps]).tolist() == [i % 3 == 0 for i in range(16)]
     assert [answer for step in steps for answer in step.answers] == [str(i) for i in range(16)]
