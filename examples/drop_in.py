@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from g2rl.heads import lm_head
 from g2rl_kernels import g2rl_advantages, sequence_features, unpad
 
+torch.set_default_device(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 torch.manual_seed(0)
 if len(sys.argv) > 1:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
