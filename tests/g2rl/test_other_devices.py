@@ -18,6 +18,7 @@ from g2rl.heads import head_difference
 from g2rl.integrations.exploration import Options, shape_by_uid
 from g2rl.integrations.head_pass import HeadPass
 from g2rl.model import load_model
+from g2rl.parallel import launch
 from g2rl.precision import settled
 from g2rl.trainer import Trainer
 from tests.accelerator import KIND, accelerator
@@ -120,3 +121,12 @@ def test_which_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
             resolve_device("cuda")
     monkeypatch.setattr(devices, "_accelerator", lambda: torch.device("mps"))
     assert resolve_device("auto").type == "cpu" and resolve_device("mps").type == "mps"
+
+
+def test_ranks_are_brought_together_on_their_devices() -> None:
+    of = launch._device_type
+    wrong = Config(model=replace(Config().model, device="cuda" if not torch.cuda.is_available() else "xpu"))
+    assert of(Config(model=replace(Config().model, device="cpu"))) == "cpu"
+    assert of(wrong) == of(ConfigError("told once ranks agree")) == "cpu"
+    with accelerator():
+        assert of(Config()) == KIND
