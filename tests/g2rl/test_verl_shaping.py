@@ -56,6 +56,7 @@ def test_options(section: dict | None, expected: Options) -> None:
         ({"reward_range": "01"}, r"g2rl\.reward_range: expected two finite numbers, .* found '01'"),
         ({"reward_range": [False, True]}, r"g2rl\.reward_range: expected two finite numbers, .* found \[False, True\]"),
         ({"reward_range": [0, math.inf]}, r"g2rl\.reward_range: expected two finite numbers, .* found \[0, inf\]"),
+        ({"reward_range": [-math.inf, 1]}, r"g2rl\.reward_range: expected two finite numbers, .* found \[-inf, 1\]"),
         ({"reward_range": [math.nan, 1]}, r"g2rl\.reward_range: expected two finite numbers, .* found \[nan, 1\]"),
     ],
 )
@@ -194,6 +195,8 @@ def test_without_strength_rewards_stay_the_same_bits() -> None:
     [
         ([-1.0, 1.0], (-1.0, 1.0), ""),
         ([0.1 + 0.2, 1.0000001], (0.3, 1.0), ""),  # a weighted sum may be off by rounding
+        ([-1.00001, 1.00001], (-1.0, 1.0), ""),
+        ([1.0, 1.0001], (-1.0, 1.0), "(-1 to 1; found 1 to 1.0001)"),
         ([], (-1.0, 1.0), ""),
         ([-1.0, 1.0], (0.0, 1.0), "(0 to 1; found -1 to 1)"),
         ([-12.0, -3.0], (-1.0, 1.0), "(-1 to 1; found -12 to -3)"),
