@@ -17,6 +17,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 KIND = "npu"
 _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+_MISSING = ("aten.segment_reduce",)  # on Apple's and Ascend's devices
 # Their other tensors may lie on a CPU: the source of a copy, and indices.
 _MEET = ("aten.copy_", "aten._to_copy", "aten.to.", "aten.index.", "aten.index_put")
 
@@ -104,6 +105,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], float64: bool) -> Any:
     leaves = tree_leaves((args, kwargs))
     given = [x for x in leaves if isinstance(x, torch.Tensor)]
     own = {id(x.held): x for x in given if isinstance(x, _Tensor)}
+    if own and str(func).startswith(_MISSING):
+        raise NotImplementedError(f"The operator {func} is not implemented for {KIND}")
     if own and not str(func).startswith(_MEET) and any(x.dim() and not isinstance(x, _Tensor) for x in given):
         raise RuntimeError(f"Expected all tensors to be on the same device, found {KIND}:0 and cpu: {func}")
     device = next((x for x in leaves if isinstance(x, torch.device)), None)

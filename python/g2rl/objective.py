@@ -65,6 +65,13 @@ class Tokens:
         """Values of responses [B] at each of their tokens [N]."""
         return values.repeat_interleave(self.lengths, output_size=self.logps.shape[0])
 
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Over each response [B], of values of its tokens [N]."""
+        if values.device.type in ("cpu", "cuda"):  # where it is the same on every run
+            return torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, initial=0)
+        responses = torch.arange(len(self.lengths), device=values.device)
+        return values.new_zeros(len(responses)).index_add(0, self.spread(responses), values)
+
 
 def policy_loss(
     tokens: Tokens, totals: Totals, config: ObjectiveConfig
@@ -122,8 +129,7 @@ def probability_ratio(tokens: Tokens, level: Literal["token", "sequence"]) -> to
     """
     gap = tokens.logps - tokens.old_logps
     if level == "sequence":
-        sums = torch.segment_reduce(gap, "sum", offsets=tokens.cu_seqlens, initial=0)
-        gap = tokens.spread(sums / tokens.lengths.clamp(min=1))
+        gap = tokens.spread(tokens.sums(gap) / tokens.lengths.clamp(min=1))
     return gap.exp()
 
 

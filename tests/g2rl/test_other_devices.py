@@ -57,8 +57,9 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
         ("rollout.ahead=1", "profile=true"),
         ("model.attention=eager", "model.gradient_checkpointing=true"),
         ("method=evol_rl",),
+        ("objective.ratio=sequence", "objective.updates=2", "objective.overlong=filter"),
     ],
-    ids=["plain", "reference, padded", "adapter, micro-batches", "ahead", "eager attention", "texts"],
+    ids=["plain", "reference, padded", "adapter, micro-batches", "ahead", "eager attention", "texts", "sequences"],
 )
 def test_runs_are_those_of_a_cpu(tiny_model: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     Trainer(load_config([], settings(tiny_model, tmp_path, "cpu", *more))).run()
