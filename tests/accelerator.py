@@ -1,22 +1,28 @@
 """An accelerator that is none of NVIDIA's, played by the CPU: what PyTorch calls ``npu:0`` while a test runs.
 
 It shows what code for CPUs and CUDA may take for granted, which Apple's, Intel's and Ascend's devices do not have:
-tensors of two devices that meet, float64, streams, events and memory statistics of CUDA's.
+tensors of two devices that meet, float64, streams, events and memory statistics of CUDA's. What was asked of it is
+kept, for a comparison with PyTorch's own table of what it can do on Apple's devices.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 KIND = "npu"
+no_other = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has one accelerator in a process, here CUDA's")
 _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+_asked: set[str] = set()
 _MISSING = ("aten.segment_reduce",)  # on Apple's and Ascend's devices
 # Their other tensors may lie on a CPU: the source of a copy, and indices.
 _MEET = ("aten.copy_", "aten._to_copy", "aten.to.", "aten.index.", "aten.index_put")
@@ -95,9 +101,12 @@ class _Factories(TorchDispatchMode):
         self._float64 = float64
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "g2rl":  # computed by ops of PyTorch's, as on a device
-            with self:
+        # Those that are made of others, which inference mode leaves whole.
+        with self:
+            if func.namespace == "g2rl":
                 return func.redispatch(_KEYS, *args, **(kwargs or {}))
+            if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+                return func.decompose(*args, **(kwargs or {}))
         return _run(func, args, kwargs or {}, self._float64)
 
 
@@ -113,6 +122,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], float64: bool) -> Any:
     there = bool(own) if device is None else device.type == KIND
     if not (there or own):
         return func(*args, **kwargs)
+    if func.namespace == "aten":
+        _asked.add(func.name().removeprefix("aten::"))
 
     def on_cpu(x: Any) -> Any:
         if isinstance(x, torch.device):
@@ -134,6 +145,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], float64: bool) -> Any:
 @contextmanager
 def accelerator(float64: bool = False) -> Iterator[torch.device]:
     """Inside the block, in this thread, there is an accelerator, with or without float64."""
+    _register()
     _module.available = True
     try:
         with _Factories(float64):
@@ -142,26 +154,44 @@ def accelerator(float64: bool = False) -> Iterator[torch.device]:
         _module.available = False
 
 
-_setup_privateuseone_for_python_backend(KIND, _module)
-# Autocast leaves every type as it is.
-_autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-_autocast.fallback(torch.library.fallthrough_kernel)
+def asked_without_kernel(key: str) -> list[str]:
+    """Ops that were asked of the accelerator so far, and that PyTorch does not have for a dispatch key such as MPS."""
+    return sorted(name for name in _asked if not has_kernel(name, key))
 
 
-# What modes do not see: results of `torch.tensor`, and of factories in other threads.
+def has_kernel(name: str, key: str) -> bool:
+    """Whether PyTorch has an op for a dispatch key, by its table."""
+    entry = _native_functions()[name]
+    entry = _native_functions()[entry.get("structured_delegate", name)]
+    keys = {each.strip() for keys in entry.get("dispatch", ("Composite",)) for each in keys.split(",")}
+    return key in keys or any(each.startswith("Composite") for each in keys)
 
 
-@torch.library.impl("aten::empty_strided", "PrivateUse1")
-def _(size: Any, stride: Any, **options: Any) -> torch.Tensor:
-    return _Tensor(torch.empty_strided(size, stride, dtype=options["dtype"]))
+@functools.cache
+def _native_functions() -> dict[str, Any]:
+    import torchgen
+    import yaml
+
+    path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    entries = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return {entry["func"].partition("(")[0]: entry for entry in entries}
 
 
-@torch.library.impl("aten::empty.memory_format", "PrivateUse1")
-def _(size: Any, **options: Any) -> torch.Tensor:
-    return _Tensor(torch.empty(size, dtype=options["dtype"]))
+@functools.cache
+def _register() -> tuple[torch.library.Library, ...]:
+    """Tell PyTorch of the accelerator, to the end of the process."""
+    _setup_privateuseone_for_python_backend(KIND, _module)
+    # What modes do not see: results of `torch.tensor`, and of factories in other threads.
+    own = torch.library.Library("aten", "IMPL", "PrivateUse1")
+    own.impl("empty.memory_format", lambda size, **options: _Tensor(torch.empty(size, dtype=options["dtype"])))
+    own.impl("empty_strided", lambda *form, **options: _Tensor(torch.empty_strided(*form, dtype=options["dtype"])))
+    own.impl("_copy_from", _copy_from)
+    # Autocast leaves every type as it is.
+    every = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+    every.fallback(torch.library.fallthrough_kernel)
+    return own, every
 
 
-@torch.library.impl("aten::_copy_from", "PrivateUse1")
-def _(source: torch.Tensor, target: _Tensor, non_blocking: bool = False) -> torch.Tensor:
+def _copy_from(source: torch.Tensor, target: _Tensor, non_blocking: bool = False) -> torch.Tensor:
     target.held.copy_(source)
     return target

@@ -21,10 +21,11 @@ from g2rl.model import load_model
 from g2rl.parallel import launch
 from g2rl.precision import settled
 from g2rl.trainer import Trainer
-from tests.accelerator import KIND, accelerator
+from tests.accelerator import KIND, accelerator, asked_without_kernel, no_other
 from tests.g2rl.conftest import build_model
 from tests.g2rl.json_lines import read
 
+pytestmark = no_other
 SMALL = (
     "steps=2", "task.held_out=2", "rollout.prompts=2", "rollout.group_size=4", "rollout.max_new_tokens=4",
     "eval.every=1", "model.autocast=none", "rollout.dtype=float32", "checkpoint.every=1", "optim.lr=1e-3",
@@ -65,6 +66,7 @@ def test_runs_are_those_of_a_cpu(tiny_model: Path, tmp_path: Path, more: tuple[s
     Trainer(load_config([], settings(tiny_model, tmp_path, "cpu", *more))).run()
     with accelerator():
         Trainer(load_config([], settings(tiny_model, tmp_path, KIND, *more))).run()
+    assert asked_without_kernel("MPS") == []
     found, expected = metrics(tmp_path / KIND), metrics(tmp_path / "cpu")
     assert [record.keys() for record in found] == [record.keys() for record in expected]
     for here, there in zip(found, expected, strict=True):

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from g2rl.integrations.head_pass import FeaturePass, HeadHook, predicted_response
 from g2rl.integrations.trl import G2RLConfig, G2RLTrainer
-from tests.accelerator import KIND, accelerator
+from tests.accelerator import KIND, accelerator, asked_without_kernel, no_other
 from tests.g2rl.conftest import build_model
 
+pytestmark = no_other
 M = 4  # responses of a group
 
 
@@ -67,6 +68,7 @@ def test_trls_runs_are_those_of_a_cpu(
     monkeypatch.setattr(TrainingArguments, "device", property(lambda self: (device(self), PartialState().device)[1]))
     with accelerator():
         found = trained(untied_model, tmp_path, False, options)
+    assert asked_without_kernel("MPS") == []
     monkeypatch.undo()
     PartialState._reset_state()
     AcceleratorState._reset_state(True)

@@ -13,8 +13,9 @@ from head_cases import upstream
 from g2rl_kernels import LMHead, explain, g2rl_advantages, group_similarity, pad, testing, unpad, use_backend
 from g2rl_kernels.products import has_float64
 from g2rl_kernels.testing import OPTIONS, HeadSample, Shape
-from tests.accelerator import KIND, accelerator
+from tests.accelerator import KIND, accelerator, asked_without_kernel, has_kernel, no_other
 
+pytestmark = no_other
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ULP = 2**-23
 SHAPE = Shape((67, 0, 64, 1), 40, 337, "responses of many tokens, of one and of none")
@@ -53,6 +54,15 @@ def test_head_ops_meet_the_contract(device: torch.device, dtype: torch.dtype, op
         testing.assert_bounds(on_cpu(result), exact, s.cu_seqlens)
     grads = testing.gradients(there, *(x.to(device) for x in upstream(s)))
     testing.assert_gradients(on_cpu(grads), *testing.oracle_gradients(s, *upstream(s)))
+
+
+def test_apples_devices_have_what_ops_ask_for(device: torch.device) -> None:
+    for dtype in DTYPES:
+        there = moved(head_cases.sample(SHAPE, dtype, options=OPTIONS["together"]), device)
+        g2rl_advantages(head_cases.features(there).features, torch.ones(4, device=device), 2)
+        testing.gradients(there, *(x.to(device) for x in upstream(there)))
+    assert asked_without_kernel("MPS") == []
+    assert has_kernel("mm", "MPS") and not has_kernel("segment_reduce", "MPS")
 
 
 def test_groups_are_those_of_a_cpu(device: torch.device) -> None:
