@@ -23,7 +23,6 @@ KIND = "npu"
 no_other = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has one accelerator in a process, here CUDA's")
 _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
 _asked: set[str] = set()
-_MISSING = ("aten.segment_reduce",)  # on Apple's and Ascend's devices
 # Their other tensors may lie on a CPU: the source of a copy, and indices.
 _MEET = ("aten.copy_", "aten._to_copy", "aten.to.", "aten.index.", "aten.index_put")
 
@@ -114,8 +113,6 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], float64: bool) -> Any:
     leaves = tree_leaves((args, kwargs))
     given = [x for x in leaves if isinstance(x, torch.Tensor)]
     own = {id(x.held): x for x in given if isinstance(x, _Tensor)}
-    if own and str(func).startswith(_MISSING):
-        raise NotImplementedError(f"The operator {func} is not implemented for {KIND}")
     if own and not str(func).startswith(_MEET) and any(x.dim() and not isinstance(x, _Tensor) for x in given):
         raise RuntimeError(f"Expected all tensors to be on the same device, found {KIND}:0 and cpu: {func}")
     device = next((x for x in leaves if isinstance(x, torch.device)), None)
@@ -135,7 +132,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], float64: bool) -> Any:
             return x
         if x.dtype == torch.float64 and not float64:
             raise TypeError(f"Cannot convert a tensor to float64, which {KIND} does not have: {func}")
-        return own.get(id(x)) if id(x) in own else _Tensor(x)
+        return own[id(x)] if id(x) in own else _Tensor(x)
 
     args, kwargs = tree_map(on_cpu, (args, kwargs))
     with torch.inference_mode(False), torch.no_grad():  # or a view of an ordinary tensor would be none
@@ -145,7 +142,6 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], float64: bool) -> Any:
 @contextmanager
 def accelerator(float64: bool = False) -> Iterator[torch.device]:
     """Inside the block, in this thread, there is an accelerator, with or without float64."""
-    _register()
     _module.available = True
     try:
         with _Factories(float64):
@@ -177,21 +173,19 @@ def _native_functions() -> dict[str, Any]:
     return {entry["func"].partition("(")[0]: entry for entry in entries}
 
 
-@functools.cache
-def _register() -> tuple[torch.library.Library, ...]:
-    """Tell PyTorch of the accelerator, to the end of the process."""
-    _setup_privateuseone_for_python_backend(KIND, _module)
-    # What modes do not see: results of `torch.tensor`, and of factories in other threads.
-    own = torch.library.Library("aten", "IMPL", "PrivateUse1")
-    own.impl("empty.memory_format", lambda size, **options: _Tensor(torch.empty(size, dtype=options["dtype"])))
-    own.impl("empty_strided", lambda *form, **options: _Tensor(torch.empty_strided(*form, dtype=options["dtype"])))
-    own.impl("_copy_from", _copy_from)
-    # Autocast leaves every type as it is.
-    every = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-    every.fallback(torch.library.fallthrough_kernel)
-    return own, every
-
-
 def _copy_from(source: torch.Tensor, target: _Tensor, non_blocking: bool = False) -> torch.Tensor:
     target.held.copy_(source)
     return target
+
+
+# At once, since autograd has queues of the devices that PyTorch knows of when it is first asked for a gradient.
+if not torch.cuda.is_available():
+    _setup_privateuseone_for_python_backend(KIND, _module)
+    # What modes do not see: results of `torch.tensor`, and of factories in other threads.
+    _kernels = torch.library.Library("aten", "IMPL", "PrivateUse1")
+    _kernels.impl("empty.memory_format", lambda size, **options: _Tensor(torch.empty(size, dtype=options["dtype"])))
+    _kernels.impl("empty_strided", lambda *form, **options: _Tensor(torch.empty_strided(*form, dtype=options["dtype"])))
+    _kernels.impl("_copy_from", _copy_from)
+    # Autocast leaves every type as it is.
+    _autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+    _autocast.fallback(torch.library.fallthrough_kernel)
