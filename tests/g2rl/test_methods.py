@@ -15,7 +15,7 @@ import torch
 from g2rl import methods
 from g2rl.config import Config, ConfigError, load_config
 from g2rl.encoder import SentenceEncoder
-from g2rl.geometry import geometry_metrics, pair_cosines
+from g2rl.geometry import degenerate, geometry_metrics, pair_cosines
 from g2rl.methods import Step, make_method, method_names
 from g2rl.methods.evol_rl import band_rewards
 from g2rl.plugins import PluginError
@@ -138,6 +138,14 @@ def test_without_features_there_are_no_scores() -> None:
     seen = step(rewards, 4, features)
     metrics = geometry_metrics(features, rewards, make_method(Config()).advantages(seen), 4)
     assert metrics["geometry/zero_features"] == 4 and not any("score" in key for key in metrics)
+
+
+def test_the_span_of_valid_scores_says_what_is_degenerate() -> None:
+    scores = torch.tensor([[0.5, 0.5078125, 0.9], [0.5, 0.515625, 0.9], [0.5, 0.5, 0.9], [0.5, 0.7, 0.9]])
+    valid = torch.tensor([[True, True, False]] * 3 + [[False, True, False]])
+    assert degenerate(scores, valid, 0.01).tolist() == [True, False, True, True]
+    assert degenerate(scores, valid, 0.015625).tolist() == [True, False, True, True]
+    assert degenerate(scores, valid, 0.0).tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize("min_range", [0.0, 0.01])
