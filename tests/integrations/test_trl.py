@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -454,7 +455,7 @@ def test_a_head_pass_of_packed_sequences(tiny_model: Path) -> None:
     cu_seqlens = torch.tensor([0, 5, 5, 12, 20])
     ids = torch.randint(3, 70, (1, 20), generator=generator)
     scored = torch.rand(1, 20, generator=generator) < 0.6
-    scored[0, [0, 5, 12]] = True
+    scored[0, [0, 1, 5, 12]] = True
     positions = torch.cat([torch.arange(n) for n in cu_seqlens.diff().tolist()])[None]
     packed = HeadPass(ids, scored, scored.float(), 0.7, cu_seqlens=cu_seqlens)
     found = run_head_pass(model, packed, position_ids=positions)
@@ -467,6 +468,7 @@ def test_a_head_pass_of_packed_sequences(tiny_model: Path) -> None:
         torch.testing.assert_close(found.features[b], expected.features[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.logps[:, start : end - 1], expected.logps, rtol=1e-4, atol=1e-5)
     assert not found.logps[0, [4, 11]].any()
+    assert run_head_pass(model, replace(packed, token_weights=None), position_ids=positions).features is None
     with pytest.raises(
         ValueError, match=r"head_pass.input_ids: expected shape \[1, L\] with cu_seqlens, found \[2, 10\]"
     ):
