@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from g2rl_kernels import products
+
 KIND = "npu"
 no_other = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch has one accelerator in a process, here CUDA's")
 _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
@@ -143,11 +145,13 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], float64: bool) -> Any:
 def accelerator(float64: bool = False) -> Iterator[torch.device]:
     """Inside the block, in this thread, there is an accelerator, with or without float64."""
     _module.available = True
+    products._multiplies_float64.cache_clear()
     try:
         with _Factories(float64):
             yield torch.device(KIND)
     finally:
         _module.available = False
+        products._multiplies_float64.cache_clear()
 
 
 def asked_without_kernel(key: str) -> list[str]:

@@ -285,6 +285,7 @@ def _(features, cu_groups, m_max):
 
 
 @register_op
+@where_float64_is
 def _similarity_gradient(grad: torch.Tensor, features: torch.Tensor, cu_groups: torch.Tensor) -> torch.Tensor:
     """With u_i = Phi_i / |Phi_i| and S = u u^T: du = (dS + dS^T) u, dPhi_i = (du_i - u_i <u_i, du_i>) / |Phi_i|.
 
@@ -293,11 +294,6 @@ def _similarity_gradient(grad: torch.Tensor, features: torch.Tensor, cu_groups: 
     """
     if features.device.type == "cpu":  # another thread may have changed them since the forward pass
         cu_groups = _checked(cu_groups, features.shape[0])
-    return _similarity_gradient_of(grad, features, cu_groups)
-
-
-@where_float64_is
-def _similarity_gradient_of(grad: torch.Tensor, features: torch.Tensor, cu_groups: torch.Tensor) -> torch.Tensor:
     phi, grad = features.double(), grad.double()
     layout = GroupLayout(cu_groups, phi.shape[0], grad.shape[1])
     norm = phi.norm(dim=1, keepdim=True)

@@ -43,7 +43,7 @@ def rounded_otherwise(model: Any) -> Iterator[None]:
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """A tensor in float64: on its device where that has it, else on the CPU."""
+    """A tensor in float64: on its device if that is a CPU or CUDA's, else on the CPU, since others may not have it."""
     return tensor.double() if tensor.device.type in ("cpu", "cuda") else tensor.cpu().double()
 
 

@@ -53,3 +53,9 @@ def build_model(folder: Path, seed: int = 0, **sizes: Any) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a head of its own: a weight that two modules share becomes two on the device of `tests.accelerator`."""
+    return build_model(tmp_path_factory.mktemp("untied-model"), tie_word_embeddings=False)

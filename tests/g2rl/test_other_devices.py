@@ -22,7 +22,6 @@ from g2rl.parallel import launch
 from g2rl.precision import settled
 from g2rl.trainer import Trainer
 from tests.accelerator import KIND, accelerator, asked_without_kernel, no_other
-from tests.g2rl.conftest import build_model
 from tests.g2rl.json_lines import read
 
 pytestmark = no_other
@@ -30,12 +29,6 @@ SMALL = (
     "steps=2", "task.held_out=2", "rollout.prompts=2", "rollout.group_size=4", "rollout.max_new_tokens=4",
     "eval.every=1", "model.autocast=none", "rollout.dtype=float32", "checkpoint.every=1", "optim.lr=1e-3",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a head of its own: the accelerator that is played gets two copies of a weight that two modules share."""
-    return build_model(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
 
 
 def settings(model: Path, runs: Path, device: str, *more: str) -> list[str]:
@@ -62,10 +55,10 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     ],
     ids=["plain", "reference, padded", "adapter, micro-batches", "ahead", "eager attention", "texts", "sequences"],
 )
-def test_runs_are_those_of_a_cpu(tiny_model: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
-    Trainer(load_config([], settings(tiny_model, tmp_path, "cpu", *more))).run()
+def test_runs_are_those_of_a_cpu(untied_model: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    Trainer(load_config([], settings(untied_model, tmp_path, "cpu", *more))).run()
     with accelerator():
-        Trainer(load_config([], settings(tiny_model, tmp_path, KIND, *more))).run()
+        Trainer(load_config([], settings(untied_model, tmp_path, KIND, *more))).run()
     assert asked_without_kernel("MPS") == []
     found, expected = metrics(tmp_path / KIND), metrics(tmp_path / "cpu")
     assert [record.keys() for record in found] == [record.keys() for record in expected]
@@ -75,9 +68,9 @@ def test_runs_are_those_of_a_cpu(tiny_model: Path, tmp_path: Path, more: tuple[s
     assert facts["device"] == f"{KIND} (a CPU that plays an accelerator)"
 
 
-def test_a_run_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on(untied_model: Path, tmp_path: Path) -> None:
     with accelerator():
-        config = load_config([], settings(tiny_model, tmp_path, KIND))
+        config = load_config([], settings(untied_model, tmp_path, KIND))
         Trainer(config).run()
         whole = metrics(tmp_path / KIND)
         (tmp_path / KIND / "checkpoints" / "step-000002").rename(tmp_path / "later")
@@ -85,23 +78,23 @@ def test_a_run_goes_on(tiny_model: Path, tmp_path: Path) -> None:
     assert metrics(tmp_path / KIND) == whole
 
 
-def test_other_commands(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_commands(untied_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rollouts = ["rollout.max_new_tokens=4", "model.device=" + KIND, "task.held_out=4"]
     with accelerator():
-        assert main(["eval", str(tiny_model), *rollouts]) == 0
+        assert main(["eval", str(untied_model), *rollouts]) == 0
         out = str(tmp_path / "geometry")
-        command = ["geometry", str(tiny_model), "--problems", "2", "--samples", "4", "--encoder", "none"]
+        command = ["geometry", str(untied_model), "--problems", "2", "--samples", "4", "--encoder", "none"]
         assert main([*command, "--gradients", "--max-tokens", "4", "--out", out, f"model.device={KIND}"]) == 0
     assert "nan" not in (tmp_path / "geometry" / "report.md").read_text()
 
 
-def test_what_other_trainers_call(tiny_model: Path) -> None:
+def test_what_other_trainers_call(untied_model: Path) -> None:
     """TRL's, for one: a pass over rows, and rewards shaped by its features."""
     ids = torch.randint(60, (4, 9), generator=torch.Generator().manual_seed(0))
     scored, rewards = torch.arange(9).expand(4, 9) > 3, torch.tensor([1.0, -1.0, 1.0, 1.0])
 
     def shaped(kind: str) -> torch.Tensor:
-        model, _ = load_model(replace(settled(Config()).model, path=str(tiny_model), device=kind))
+        model, _ = load_model(replace(settled(Config()).model, path=str(untied_model), device=kind))
         assert head_difference(model) == ""
         there, mask = ids.to(kind), scored.to(kind)
         outputs = HeadPass(there, mask, mask.float(), 1.0)(model, model.base_model(there).last_hidden_state)
@@ -128,7 +121,7 @@ def test_which_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_are_brought_together_on_their_devices() -> None:
     of = launch._device_type
-    wrong = Config(model=replace(Config().model, device="cuda" if not torch.cuda.is_available() else "xpu"))
+    wrong = Config(model=replace(Config().model, device="cuda"))
     assert of(Config(model=replace(Config().model, device="cpu"))) == "cpu"
     assert of(wrong) == of(ConfigError("told once ranks agree")) == "cpu"
     with accelerator():

@@ -1,5 +1,5 @@
-"""The tiny model of the trainer's tests, for trainers of others."""
+"""The tiny models of the trainer's tests, for trainers of others."""
 
-from tests.g2rl.conftest import tiny_model
+from tests.g2rl.conftest import tiny_model, untied_model
 
-__all__ = ["tiny_model"]
+__all__ = ["tiny_model", "untied_model"]

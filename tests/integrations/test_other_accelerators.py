@@ -15,16 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from g2rl.integrations.head_pass import FeaturePass, HeadHook, predicted_response
 from g2rl.integrations.trl import G2RLConfig, G2RLTrainer
 from tests.accelerator import KIND, accelerator, asked_without_kernel, no_other
-from tests.g2rl.conftest import build_model
 
 pytestmark = no_other
 M = 4  # responses of a group
-
-
-@pytest.fixture(scope="module")
-def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The accelerator that is played gets two copies of a weight that two modules share."""
-    return build_model(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
 
 
 def alternating(completions: list[str], **_: Any) -> list[float]:

@@ -22,13 +22,9 @@ SHAPE = Shape((67, 0, 64, 1), 40, 337, "responses of many tokens, of one and of 
 
 
 @pytest.fixture(params=[False, True], ids=["no float64", "float64"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    from g2rl_kernels import products
-
-    products._multiplies_float64.cache_clear()
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     with accelerator(request.param) as there:
         yield there
-    products._multiplies_float64.cache_clear()
 
 
 def moved(s: HeadSample, device: torch.device) -> HeadSample:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -84,11 +85,8 @@ def response_logp(subject: Subject, episode: Episode) -> Tensor:
 
 def gram(vectors: Tensor) -> Tensor:
     """Products of vectors [m, k] in fp64, [m, m], without a copy of all of them."""
-    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    for part in vectors.split(_CHUNK, 1):
-        chunk = in_float64(part)
-        total += (chunk @ chunk.T).cpu()
-    return total
+    chunks = map(in_float64, vectors.split(_CHUNK, 1))
+    return reduce(Tensor.add_, (chunk @ chunk.T for chunk in chunks)).cpu()
 
 
 def gram_cosines(products: Tensor) -> Tensor:
