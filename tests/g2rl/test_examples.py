@@ -11,6 +11,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,13 +116,20 @@ class SwiftTrainer:
         self.model = model
         self.template = SimpleNamespace(padding_free=False, sequence_parallel_size=1)
         self.enable_server_multi_turn, self.scale_rewards = False, "group"
+        self.model_kwarg_keys = ["input_ids", "logits_to_keep"]
         self.temperature, self.num_generations = 0.7, 4
         self.reward_func_names, self.reward_weights = ["task", "style"], torch.tensor([1.0, 0.5])
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}
         vars(self).update(others)
 
+    def _disable_sp_context(self) -> Any:
+        return nullcontext()
+
     def _get_per_token_logps_and_entropies(self, model: Any, model_inputs: Any, grpo_batch: Any) -> Any:
-        return model(**model_inputs).logits, None
+        kept = grpo_batch.logits_to_keep
+        logits = model(**model_inputs, logits_to_keep=kept + 1).logits[:, :-1] / self.temperature
+        targets = model_inputs["input_ids"][:, -kept:, None]
+        return logits.log_softmax(-1).gather(-1, targets)[..., 0], None
 
     def _prepare_batch_inputs(self, samples: list[Any]) -> list[Any]:
         for inputs, batch in samples:
@@ -140,6 +148,7 @@ def swift_example(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name, members in {
         "swift": {},
         "swift.rlhf_trainers": {"GRPOTrainer": SwiftTrainer},
+        "swift.sequence_parallel": {"sequence_parallel": SimpleNamespace(rp_world_size=2)},
         "swift.trainers": {"TrainerFactory": SimpleNamespace(TRAINER_MAPPING=mapping)},
         "swift.utils": {"get_logger": lambda: logging.getLogger("swift")},
     }.items():
@@ -161,7 +170,10 @@ def test_swift_shapes_by_the_pass_for_old_log_probabilities(
     ids = torch.randint(3, 70, (8, 12), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(5) < torch.tensor([5, 4, 3, 5, 1, 2, 5, 0])[:, None]).long()  # of the last five tokens
     batches = [
-        ({"input_ids": ids[rows]}, SimpleNamespace(completion_mask=mask[rows], old_per_token_logps=None))
+        (
+            {"input_ids": ids[rows]},
+            SimpleNamespace(completion_mask=mask[rows], logits_to_keep=5, old_per_token_logps=None),
+        )
         for rows in (slice(3), slice(3, 8))
     ]
     rewards = torch.tensor([[1, 0], [0, 0], [1, 0], [0, 0], [0, 0], [1, 0], [0, torch.nan], [0, 0]])
@@ -184,8 +196,13 @@ def test_swift_shapes_by_the_pass_for_old_log_probabilities(
     assert torch.equal(trainer._compute_advantages([], rewards, None), raw)
 
 
-@pytest.mark.parametrize("option", [{"enable_server_multi_turn": True}, {"scale_rewards": "gdpo"}])
-def test_swift_refuses(tiny_model: Path, swift_example: Any, option: dict[str, Any]) -> None:
-    message = "G2RL: expected no sequence_parallel_size above 1, multi-turn rollout server, nor scale_rewards='gdpo'"
-    with pytest.raises(ValueError, match=message):
-        swift_example.G2RLTrainer(AutoModelForCausalLM.from_pretrained(tiny_model), **option)
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"enable_server_multi_turn": True, "scale_rewards": "gdpo"}, "a multi-turn .* and scale_rewards='gdpo'"),
+        ({"template": SimpleNamespace(padding_free=False, sequence_parallel_size=2)}, "without padding_free, .* ring"),
+    ],
+)
+def test_swift_refuses(tiny_model: Path, swift_example: Any, options: dict[str, Any], found: str) -> None:
+    with pytest.raises(ValueError, match=f"G2RL: expected none of the options .* found .*{found}"):
+        swift_example.G2RLTrainer(AutoModelForCausalLM.from_pretrained(tiny_model), **options)

@@ -43,6 +43,7 @@ CASES = {
     "peaked": Case(kind="peaked", options="softcap"),
     "bf16": Case(torch.bfloat16, "peaked", "together"),
     "fp16": Case(torch.float16, "random", "bias", lse=True),
+    "edges": Case(),
     "large": Case(kind="bias-", options="bias"),
     "no-responses": Case(shape=Shape((), 16, 64, "")),
     "no-tokens": Case(shape=Shape((0,), 16, 64, "")),
@@ -55,10 +56,14 @@ def first_words(V: int, ranks: int) -> list[int]:
 
 
 def sample(name: str, ranks: int) -> HeadSample:
-    """No target is in the last part, but of peaked samples."""
+    """No target is in the last part, but of peaked samples, and of "edges": first and last words of parts."""
     case = CASES[name]
     s = head_sample(case.shape, case.dtype, kind=case.kind, options=OPTIONS[case.options])
-    return s if case.kind == "peaked" else replace(s, targets=s.targets % first_words(case.shape.V, ranks)[-2])
+    words = torch.tensor(first_words(case.shape.V, ranks))
+    if name == "edges":
+        edges = torch.cat((words[:-1], words[1:] - 1))
+        return replace(s, targets=edges[s.targets % len(edges)])
+    return s if case.kind == "peaked" else replace(s, targets=s.targets % words[-2])
 
 
 def leaf(x: Tensor | None) -> Tensor | None:

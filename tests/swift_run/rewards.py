@@ -12,7 +12,10 @@ import torch
 import torch.distributed as dist
 from swift.arguments.sft_args import SftArguments
 from swift.rewards import ORM, orms
+from swift.sequence_parallel import sequence_parallel
 from swift.trainers import TrainerFactory
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.integrations.recorded import save, vowels
 
@@ -43,6 +46,9 @@ def recorded(self: Any, samples: list[Any], batches: list[dict[str, Any]]) -> No
         ids, present = inputs["input_ids"], inputs["attention_mask"].bool()
         scored = torch.nn.functional.pad(mask, (ids.shape[1] - mask.shape[1], 0))
         rows += [(i[p], s[p]) for i, p, s in zip(ids, present, scored, strict=True)]
+    if (parts := self.template.sequence_parallel_size) > 1:  # the samples of all ranks that have parts of them
+        rows = rows[sequence_parallel.sp_rank * len(samples) :][: len(samples)]
+        assert parts == sequence_parallel.sp_world_size
     rank = self.accelerator.process_index
     rewards = self._rewards_per_func[rank * len(samples) : (rank + 1) * len(samples), 0]
     advantages = torch.stack([sample.advantages for sample in samples])
@@ -54,6 +60,29 @@ postprocess, G2RLTrainer._postprocess_batch = G2RLTrainer._postprocess_batch, re
 orms["vowels"] = Vowels
 # Packed rows ask for flash attention, which no CPU has; transformers' own tells sequences apart by their positions.
 SftArguments._check_padding_free = lambda self: None
+
+
+def in_parts() -> bool:
+    """Whether ranks have parts of packed rows, of which transformers' attention knows nothing."""
+    return sequence_parallel.enabled() and sequence_parallel.padding_free
+
+
+def masked(*args: Any, **options: Any) -> Any:
+    return None if in_parts() else mask(*args, **options)
+
+
+def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    """As flash attention does it: no sequence of a row sees another."""
+    if in_parts():
+        positions = sequence_parallel.pad(sequence_parallel.real_position_ids, -1)
+        number = (positions[0] == 0).cumsum(0)
+        mask = (number[:, None] == number).tril()
+    return attention(module, query, key, value, mask, **options)
+
+
+attention, mask = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+ALL_ATTENTION_FUNCTIONS.register("sdpa", attend)
+ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa", masked)
 
 
 @atexit.register

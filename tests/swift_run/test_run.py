@@ -19,6 +19,12 @@ CASES = {
     "lora": ("--tuner_type lora --lora_rank 4 --lora_dropout 0 --per_device_train_batch_size 8", 1),
     "packed": ("--tuner_type full --per_device_train_batch_size 8 --padding_free true", 1),
     "two-ranks": ("--tuner_type full --per_device_train_batch_size 2", 2),
+    # Two ranks have parts of the same rows, and two such pairs the group.
+    "sequence-parallel": (
+        "--tuner_type full --per_device_train_batch_size 2 --padding_free true --attn_impl sdpa "
+        "--sequence_parallel_size 2",
+        4,
+    ),
 }
 
 
