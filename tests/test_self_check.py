@@ -252,7 +252,7 @@ def test_wrong_numbers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "command", lambda subject, device: pytest.fail("checked again"))
     with pytest.warns(RuntimeWarning, match="off by 1 > 1e-05"):
         assert backend_of() != "defective"
-    assert "not defective: self-checked on " in explain()
+    assert "not defective: self-checked on " in explain() and "  defective  serves g2rl_advantages\n" in explain()
 
 
 def test_variable_skips_or_forces(runs: list[Subject], monkeypatch: pytest.MonkeyPatch) -> None:

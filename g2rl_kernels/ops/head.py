@@ -248,6 +248,8 @@ def sequence_features(
     for name, tensor in (("token_weights", token_weights), ("lse", lse)):
         if tensor is not None:
             check_tensor(name, tensor, (hidden.shape[0],), FLOAT_DTYPES, hidden.device)
+    if context_group is not None:
+        distributed.check_group("context_group", context_group, hidden.device)
     options = (bool(check_finite), *head.options, int(workspace_bytes or 0))
     if head.part is not None:
         found = _over_parts(hidden, head, (weight, bias), targets, (cu_seqlens, token_weights), options)
@@ -301,7 +303,6 @@ def _check_same_tokens(part: VocabularyPart, targets: torch.Tensor, offsets: int
 def _over_context(
     features: torch.Tensor, cu_seqlens: torch.Tensor, token_weights: torch.Tensor | None, group: ProcessGroup
 ) -> torch.Tensor:
-    distributed.check_group("context_group", group, features.device)
     if not torch.compiler.is_compiling() and values_readable(features):
         alike = {"cu_seqlens: expected the same B + 1 on every rank of context_group": cu_seqlens.shape[0]}
         distributed.check_alike(alike, group.size(), group.group_name, features.device)
