@@ -107,7 +107,7 @@ class G2RLTrainer(GRPOTrainer):
                 self._warn(f"G2RL: {left}")
             features = torch.cat(self._features)
             if self._in_parts:  # of the samples of all ranks that have parts of them, in order
-                features = features.chunk(sequence_parallel.sp_world_size)[sequence_parallel.sp_rank]
+                features = sequence_parallel.split(features, dim=0)
             features = gather(features)
             shaped, metrics = shape_in_range(features, raw, self.num_generations, SHAPING, REWARD_RANGE, scored)
             bonus = (shaped - raw).where(scored, torch.nan)[:, None]

@@ -238,11 +238,7 @@ RESPONSES = [
     ),
     ({"lse": torch.ones(5)}, ValueError, "lse: expected shape [6], found [5]"),
     ({"lse": torch.ones(N).int()}, TypeError, "lse: expected dtype bfloat16 or"),
-    (
-        {"context_group": "cp"},
-        TypeError,
-        "context_group: expected a torch.distributed.ProcessGroup, found str",
-    ),
+    ({"context_group": "cp"}, TypeError, "context_group: expected a torch.distributed.ProcessGroup, found str"),
 ]
 
 ALL_GROUP_FUNCTIONS = (group_similarity, exploration_scores, shape_rewards, group_advantages, g2rl_advantages)
